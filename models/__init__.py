@@ -1,0 +1,1 @@
+"""Flax transformers of the common families, Hugging Face folders in and out."""

@@ -1,0 +1,162 @@
+"""The pieces of a decoder layer: linear maps, norms, rotary positions, attention, gated MLP, block.
+
+Axes: B batch, T tokens of this call, S cache slots, D width, F feed-forward, N query heads,
+K key/value heads, G = N / K, H head width. Weights are [out, in], as checkpoints store them.
+
+A key/value cache is laid out [B, K, S, H]: with S next to H, attention over it is a plain batched
+matrix product (on a CPU several times faster than [B, S, K, H], which is transposed at every step).
+The token at position p of a row always lies in slot p, so a query at position p sees exactly the
+slots 0..p, whatever the padding to its right holds.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+
+from sled.models.config import DecoderConfig, LinearScaling, Llama3Scaling
+
+KV = tuple[jax.Array, jax.Array]
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ (+ b), with W [out, in]."""
+
+    def __init__(self, d_in: int, d_out: int, *, bias: bool, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.weight = nnx.Param(init(rngs.params(), (d_out, d_in), dtype))
+        self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
+
+    def __call__(self, x):
+        y = x @ self.weight[...].T
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * w, the mean square taken in float32 (or wider)."""
+
+    def __init__(self, d: int, *, eps: float, dtype):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((d,), dtype))
+
+    def __call__(self, x):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale).astype(x.dtype) * self.weight[...]
+
+
+def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
+    """Radians per position of each of the H/2 rotary pairs, scaling applied. float64 [H/2]."""
+    frequency = config.rope_theta ** (-np.arange(0, config.head_dim, 2) / config.head_dim)
+    scaling = config.rope_scaling
+    if isinstance(scaling, LinearScaling):
+        return frequency / scaling.factor
+    if isinstance(scaling, Llama3Scaling):
+        turns = scaling.original_positions * frequency / (2 * np.pi)  # over the original context
+        span = scaling.high_freq_factor - scaling.low_freq_factor
+        keep = np.clip((turns - scaling.low_freq_factor) / span, 0, 1)
+        return frequency * (keep + (1 - keep) / scaling.factor)
+    return frequency
+
+
+def rotary_angles(config: DecoderConfig, positions_BT) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every position's angles, each [B, 1, T, H] (both halves alike)."""
+    angles = positions_BT[..., None] * jnp.asarray(rotary_frequencies(config), jnp.float32)
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x_BNTH, cos, sin):
+    """Rotate pair (i, i + H/2) of every head by its position's angle."""
+    low, high = jnp.split(x_BNTH, 2, axis=-1)
+    turned_BNTH = jnp.concatenate([-high, low], axis=-1)
+    return x_BNTH * cos.astype(x_BNTH.dtype) + turned_BNTH * sin.astype(x_BNTH.dtype)
+
+
+def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS):
+    """Grouped-query attention. Query head n reads key/value head n // G. Returns [B, N, T, H].
+
+    Scores and softmax are float32 (or wider).
+    """
+    groups = q_BNTH.shape[1] // k_BKSH.shape[1]
+    q = rearrange(q_BNTH, "b (k g) t h -> b k (g t) h", g=groups)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bkth,bksh->bkts", q, k_BKSH, preferred_element_type=wide)
+    visible = jnp.tile(visible_BTS, (1, groups, 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores * q.shape[-1] ** -0.5, jnp.finfo(wide).min), axis=-1)
+    mixed = jnp.einsum("bkts,bksh->bkth", weights.astype(v_BKSH.dtype), v_BKSH)
+    return rearrange(mixed, "b k (g t) h -> b (k g) t h", g=groups)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        c = config
+        make = lambda d_in, d_out, bias: Linear(d_in, d_out, bias=bias, dtype=dtype, rngs=rngs)  # noqa: E731
+        self.head_dim = c.head_dim
+        self.q = make(c.width, c.num_heads * c.head_dim, c.qkv_bias)
+        self.k = make(c.width, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.v = make(c.width, c.num_kv_heads * c.head_dim, c.qkv_bias)
+        self.o = make(c.num_heads * c.head_dim, c.width, c.out_bias)
+        self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
+
+    def __call__(self, x_BTD, positions_BT, angles, cache: KV | None, window) -> tuple[jax.Array, KV]:
+        heads = lambda y: rearrange(y, "b t (n h) -> b n t h", h=self.head_dim)  # noqa: E731
+        q, k, v = heads(self.q(x_BTD)), heads(self.k(x_BTD)), heads(self.v(x_BTD))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is None:
+            slots_BS = positions_BT
+        else:
+            k, v = (_write(old, new, positions_BT) for old, new in zip(cache, (k, v), strict=True))
+            slots_BS = jnp.arange(k.shape[2])[None]
+        visible = slots_BS[:, None, :] <= positions_BT[:, :, None]
+        if window is not None:
+            visible &= slots_BS[:, None, :] > positions_BT[:, :, None] - window
+        out = rearrange(attend(q, k, v, visible), "b n t h -> b t (n h)")
+        return self.o(out), (k, v)
+
+
+def _write(cache_BKSH, new_BKTH, positions_BT):
+    """Put each token's key (or value) into the slot of its position; positions >= S write nothing."""
+    rows = jnp.arange(cache_BKSH.shape[0])[:, None]
+    new_BTKH = rearrange(new_BKTH, "b k t h -> b t k h").astype(cache_BKSH.dtype)
+    return cache_BKSH.at[rows, :, positions_BT].set(new_BTKH, mode="drop")
+
+
+class MLP(nnx.Module):
+    """down( silu(gate x) * up x )."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        kw = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.gate = Linear(config.width, config.mlp_width, **kw)
+        self.up = Linear(config.width, config.mlp_width, **kw)
+        self.down = Linear(config.mlp_width, config.width, **kw)
+
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """One decoder layer, norms before attention and MLP, residual around both."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+
+    def __call__(self, h_BTD, positions_BT, angles, cache: KV | None, window) -> tuple[jax.Array, KV]:
+        """Returns the layer's output [B, T, D] and its keys and values.
+
+        With `cache` None the block attends within itself and returns its own K/V [B, K, T, H];
+        otherwise it writes into the cache, attends over it, and returns it.
+        `window`: None, a number, or a traced number (layers under `lax.scan`).
+        """
+        mixed, kv = self.attention(self.attention_norm(h_BTD), positions_BT, angles, cache, window)
+        h_BTD = h_BTD + mixed
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), kv

@@ -1,0 +1,37 @@
+"""Every error this library raises on purpose, by name.
+
+A message says what was wrong (with the value), why it cannot be, and what to do.
+All of them derive from `SledError`, which the command line prints in one line.
+"""
+
+
+class SledError(Exception):
+    """Base of every error raised on purpose by this library."""
+
+
+class VersionError(SledError, ImportError):
+    """The installed jax and flax do not fit each other."""
+
+
+class SettingError(SledError, ValueError):
+    """A setting (rate, scale, temperature, layer index, ...) is out of its range."""
+
+
+class PromptError(SledError, ValueError):
+    """A prompt or continuation cannot be used: empty, too long, or with unknown token ids."""
+
+
+class TokenizerError(SledError):
+    """Text was given or asked for, but the model has no (usable) tokenizer."""
+
+
+class ConfigError(SledError, ValueError):
+    """A model configuration has an unknown architecture, field or value."""
+
+
+class CheckpointError(SledError):
+    """Weights are missing, surplus, misshaped, damaged or not finite."""
+
+
+class DownloadError(SledError, OSError):
+    """A model could not be fetched from the hub."""

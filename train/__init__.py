@@ -1,0 +1,1 @@
+"""Training: losses and steps on the stacked form of the models."""
