@@ -1,1 +1,34 @@
-"""Flax transformers of the common families, Hugging Face folders in and out."""
+"""Flax transformers of the common families, Hugging Face folders in and out.
+
+Shapes are named by suffixes: B batch, T tokens of a call, S cache positions, D width, F feed-forward,
+N query heads, K key/value heads, H head width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+_HOMES = {
+    "DecoderConfig": "config",
+    "LinearScaling": "config",
+    "Llama3Scaling": "config",
+    "Decoder": "decoder",
+    "FAMILIES": "registry",
+    "read_config": "registry",
+    "load_folder": "checkpoint",
+    "save_folder": "checkpoint",
+    "fetch": "hub",
+}
+
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    # Lazy: reading a configuration or listing families should not wait for jax and flax.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

@@ -82,3 +82,6 @@ class DecoderConfig:
         if len(self.windows) != self.num_layers:
             raise ConfigError(f"{len(self.windows)} attention windows given for {self.num_layers} layers; "
                               "give one per layer")
+        for window in self.windows:
+            if window is not None and window < 1:
+                raise ConfigError(f"an attention window is {window!r}, but it must be at least 1 or None")

@@ -1,0 +1,94 @@
+"""From a folder's `config.json` to a `DecoderConfig` and back, through whichever family it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from sled.errors import ConfigError
+from sled.models.config import DecoderConfig
+from sled.models.family import Family, Fields, write_shape
+from sled.models.llama import LLAMA
+from sled.models.mistral import MISTRAL
+from sled.models.qwen import QWEN2, QWEN3
+
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The family that `config.family` names. Raises ConfigError."""
+    if config.family not in FAMILIES:
+        raise ConfigError(f"model family {config.family!r} is unknown; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[config.family]
+
+
+def read_config(folder: str | Path) -> DecoderConfig:
+    """The configuration of a Hugging Face folder: `config.json`, then `generation_config.json`.
+
+    Token ids that end or start a generation come from the second where it has them, as in
+    transformers' `generate`. Raises ConfigError, also for a field that is not understood.
+    """
+    folder = Path(folder)
+    config = parse_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+    path = folder / "generation_config.json"
+    if path.exists():
+        f = Fields(_read_json(path), str(path))
+        bos, eos, pad = (f.take_ids(f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        config = dataclasses.replace(
+            config,
+            bos_id=bos[0] if bos else config.bos_id,
+            eos_ids=eos or config.eos_ids,
+            pad_id=pad[0] if pad else config.pad_id,
+        )
+    return config
+
+
+def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
+    """The fields of a `config.json` as a `DecoderConfig`; `source` names the file in messages."""
+    f = Fields(values, source)
+    kind = f.take("model_type", str, None)
+    architectures = f.take("architectures", list, None) or []
+    found = [family for family in FAMILIES.values()
+             if kind in (None, family.name) and all(a == family.architecture for a in architectures)]
+    if len(found) != 1:
+        known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES.values())
+        raise ConfigError(f"{source}: model_type {kind!r} with architectures {architectures!r} is not "
+                          f"supported (supported: {known}); use a model of these families")
+    try:
+        config = DecoderConfig(family=found[0].name, **found[0].read(f))
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(source) else f"{source}: {message}") from None
+    f.finish()
+    return config
+
+
+def format_config(config: DecoderConfig, dtype: str) -> dict:
+    """The fields of a `config.json` that transformers 4.4x and 5 both read as this model.
+
+    `dtype` names the stored weights' type, e.g. "bfloat16". Raises ConfigError where the family's
+    format cannot express the configuration.
+    """
+    family = family_of(config)
+    fields = {"architectures": [family.architecture], "model_type": family.name,
+              **write_shape(config), **family.write(config)}
+    read_back = parse_config(fields, f"a {family.name} config.json")
+    lost = [field.name for field in dataclasses.fields(config)
+            if getattr(config, field.name) != getattr(read_back, field.name)]
+    if lost:
+        value, other = getattr(config, lost[0]), getattr(read_back, lost[0])
+        raise ConfigError(f"{lost[0]} = {value!r} cannot be written as a {family.name} config.json (it would "
+                          f"be read as {other!r}); choose a family that has it, of {', '.join(FAMILIES)}")
+    return {**fields, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+            "dtype": dtype, "torch_dtype": dtype}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not a JSON object; fetch it again")
+    return values
