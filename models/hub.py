@@ -1,0 +1,53 @@
+"""Fetching a model's folder from the Hugging Face hub, into huggingface_hub's own cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from sled.errors import DownloadError
+
+# Not "*.safetensors": some repositories hold the same weights twice, under other names.
+WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
+          "model-*-of-*.safetensors", "*token*.json", "tokenizer.model", "vocab.json", "merges.txt",
+          "chat_template.*")
+
+
+def fetch(hub_id: str, revision: str | None = None) -> Path:
+    """The local folder of `hub_id` ("owner/name") at `revision` (branch, tag or commit).
+
+    Downloads what the cache lacks (configuration, safetensors, tokenizer; no pickles, no code); without
+    a network, or with HF_HUB_OFFLINE=1, the cache alone serves. Raises DownloadError where the model
+    does not exist, is gated, has no safetensors, or can be had neither from hub nor cache.
+    """
+    from huggingface_hub import errors, snapshot_download  # imported here: it is slow, and not always needed
+
+    what = hub_id if revision is None else f"{hub_id} at revision {revision}"
+    try:
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED),
+                                        ignore_patterns=["*/*"]))
+    except errors.GatedRepoError:
+        raise DownloadError(f"{hub_id} is gated; accept its terms on https://huggingface.co/{hub_id}, then "
+                            "log in with `hf auth login`") from None
+    except errors.RepositoryNotFoundError:
+        raise DownloadError(f"{hub_id} is not on the hub, or private; check the spelling, or log in with "
+                            "`hf auth login`") from None
+    except errors.RevisionNotFoundError:
+        raise DownloadError(f"{hub_id} has no revision {revision!r}; see its branches on "
+                            f"https://huggingface.co/{hub_id}/tree/main") from None
+    except errors.HFValidationError:
+        raise DownloadError(f"{hub_id!r} is neither a folder nor a hub id; give a path, or an id such as "
+                            "'owner/name'") from None
+    except errors.LocalEntryNotFoundError:
+        raise DownloadError(f"{what} is not in the local cache, and the hub cannot be reached (or "
+                            "HF_HUB_OFFLINE is set); connect to the network, or give a local folder") from None
+    except OSError as error:  # every other HTTP failure, a full disk, an unreachable proxy
+        raise DownloadError(f"{what} could not be fetched ({_first_line(error)}); try again, or give a local "
+                            "folder") from None
+    if not list(folder.glob("*.safetensors")):
+        raise DownloadError(f"{what} has no safetensors, and pickles are not loaded; convert it with "
+                            "transformers' save_pretrained, or try revision 'refs/pr/1', where converted weights often wait")
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
