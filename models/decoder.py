@@ -50,6 +50,15 @@ class Decoder(nnx.Module):
         )
 
     @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the shared projection is the embedding table itself."""
+        return self.head is None
+
+    @property
     def head_weight(self) -> jax.Array:
         """The shared final projection W [V, D]."""
         return (self.embedding if self.head is None else self.head).weight[...]
@@ -57,6 +66,12 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BT) -> jax.Array:
         """Hidden state 0 of each token: [B, T, D]."""
         return jnp.take(self.embedding.weight[...], tokens_BT, axis=0)
+
+    def empty_caches(self, batch: int, slots: int) -> list[KV]:
+        """Zeroed K/V caches of every layer: L pairs of [B, K, S, H]."""
+        shape = (batch, self.config.num_kv_heads, slots, self.config.head_dim)
+        dtype = self.embedding.weight[...].dtype
+        return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.num_layers)]
 
     def run_layers(self, h_BTD, positions_BT, caches: list[KV] | None, start: int,
                    stop: int) -> tuple[list[jax.Array], list[KV]]:
@@ -86,7 +101,7 @@ class Decoder(nnx.Module):
 
         angles = rotary_angles(self.config, positions)
         graph, weights_L = nnx.split(self.layers)
-        unlimited = self.config.max_positions
+        unlimited = jnp.iinfo(jnp.int32).max  # not max_positions: a longer sequence would be cut
         windows_L = jnp.array([unlimited if w is None else w for w in self.config.windows])
 
         def layer(h, xs):
@@ -107,7 +122,8 @@ class Decoder(nnx.Module):
         `norm=False` skips the final norm, as SLED's and DoLa's released code does for early layers.
         """
         h = self.normalise(h) if norm else h
-        return jnp.matmul(h, self.head_weight.T, preferred_element_type=jnp.promote_types(h.dtype, jnp.float32))
+        wide = jnp.promote_types(h.dtype, jnp.float32)
+        return jnp.matmul(h, self.head_weight.T, preferred_element_type=wide)
 
     def stack(self) -> Decoder:
         """The stacked form: each layer parameter gains a leading axis L. Copies the layers once."""

@@ -1,0 +1,39 @@
+"""The `sled` command. Each subcommand is a dataclass whose fields are its options."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from sled.cli.bench import Bench
+from sled.cli.demo import Demo
+from sled.cli.generate import Generate
+from sled.cli.lens import Lens
+from sled.cli.score import Score
+from sled.errors import SledError
+
+sub = tyro.conf.subcommand
+Command = (Annotated[Demo, sub("demo")] | Annotated[Generate, sub("generate")] | Annotated[Score, sub("score")]
+           | Annotated[Lens, sub("lens")] | Annotated[Bench, sub("bench")])
+
+DESCRIPTION = """Let every layer of a language model speak.
+
+Start with `sled demo`. A model is "demo" (bundled), a Hugging Face folder, or a hub id. Every
+subcommand explains itself with --help."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; 0 on success, 1 with one line on standard error for a known error."""
+    command = tyro.cli(Command, prog="sled", description=DESCRIPTION, args=argv,
+                       config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes))
+    try:
+        command.run()
+    except SledError as error:
+        print(f"sled: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("sled: interrupted", file=sys.stderr)
+        return 130
+    return 0

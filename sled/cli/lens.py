@@ -1,0 +1,39 @@
+"""`sled lens`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from sled.cli.options import FusionOptions, ModelOptions, unescape
+
+
+@dataclasses.dataclass(frozen=True)
+class Lens:
+    """What every layer would say after each token of a text, as a table and a picture.
+
+    sled lens "Question: Ash buys 6 toys at 10 dollars each. How much is it?\\nAnswer: 6*10=60"
+    sled lens --fusion sled --picture lens.png --last 24 "The capital of France is Paris"
+    """
+
+    text: tyro.conf.Positional[str]
+    """The text to read; a backslash and n stands for a line break."""
+    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
+    picture: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    """Also draw it into this file (.png, .svg or .pdf)."""
+    last: int = 12
+    """Show the last so many positions of the text."""
+
+    def run(self) -> None:
+        strategy = self.fusion_options.strategy()
+        lm = self.model_options.load()
+        lens = lm.lens(unescape(self.text), fusion=None if self.fusion_options.fusion == "final" else strategy)
+        first = max(0, len(lens.tokens) - self.last)
+        print(lens.table(first=first, count=self.last))
+        print("cells: a layer's most likely next token and its probability in percent; * = the last layer's choice")
+        if self.picture:
+            print(f"picture: {lens.picture(self.picture, first=first, count=self.last)}")

@@ -1,0 +1,110 @@
+"""From fused logits to the next token: repetition penalty, temperature, truncation, the draw.
+
+The processors run in the order of transformers' generation: repetition penalty, temperature,
+top-k, top-p, min-p. Every number is traced and may differ by row, so one compiled loop serves any
+mixture of greedy and sampling rows; work that no row asks for is skipped at run time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sled import checks
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. The default is greedy.
+
+    temperature: 0 takes the most likely token; above 0 divides the logits (Gumbel-max draw).
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: keep the smallest set of most likely tokens whose probabilities reach top_p; 1 keeps all.
+    min_p: keep tokens with at least min_p times the highest probability; 0 keeps all.
+    repetition_penalty: positive logits of tokens already in the prompt or the text are divided by
+        it, negative ones multiplied (Keskar et al. 2019); 1 changes nothing. SLED's authors
+        recommend 1.01 to 1.05 for open text. Also applies when greedy.
+
+    Each is a number, or an array [B] with one per row.
+
+    Raises: SettingError for a number out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        clean = {
+            "temperature": checks.number("temperature", self.temperature, low=0,
+                                         why="0 is greedy, 1 samples the model's own distribution"),
+            "top_k": checks.whole("top_k", self.top_k, low=0, why="it counts tokens; 0 keeps all"),
+            "top_p": checks.number("top_p", self.top_p, low=0, high=1, open_low=True,
+                                   why="it is a probability; 1 keeps all tokens"),
+            "min_p": checks.number("min_p", self.min_p, low=0, high=1,
+                                   why="it is a fraction of the highest probability; 0 keeps all tokens"),
+            "repetition_penalty": checks.number("repetition_penalty", self.repetition_penalty, low=0,
+                                                open_low=True, why="it divides logits; 1 changes nothing"),
+        }
+        for name, value in clean.items():
+            object.__setattr__(self, name, value)
+
+
+def penalise(logits_BV, seen_BV, penalty_B):
+    """The repetition penalty on the tokens marked in `seen_BV`."""
+    penalty = penalty_B[:, None]
+    return jnp.where(seen_BV, jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty), logits_BV)
+
+
+def truncate(logits_BV, top_k_B, top_p_B, min_p_B):
+    """-inf for every token that top-k, top-p or min-p leaves out. Tokens tied with the last kept stay."""
+    sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
+    rank_V = jnp.arange(logits_BV.shape[-1])
+    within_k = (rank_V < top_k_B[:, None]) | (top_k_B[:, None] == 0)
+    p_BV = jax.nn.softmax(jnp.where(within_k, sorted_BV, -jnp.inf), axis=-1)
+    before_BV = jnp.cumsum(p_BV, axis=-1) - p_BV
+    kept = within_k & (before_BV < top_p_B[:, None]) & (p_BV >= min_p_B[:, None] * p_BV[:, :1])
+    kept |= rank_V == 0
+    lowest_B1 = jnp.min(jnp.where(kept, sorted_BV, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
+
+
+def processed_logits(logits_BV, seen_BV, sampling: Sampling):
+    """Logits [B, V] after all processors; a greedy row keeps its scale and is not truncated."""
+    s = _per_row(sampling, logits_BV.shape[0])
+    logits_BV = jax.lax.cond(
+        jnp.any(s.repetition_penalty != 1), lambda x: penalise(x, seen_BV, s.repetition_penalty),
+        lambda x: x, logits_BV)
+    warm_B = s.temperature > 0
+    logits_BV = logits_BV / jnp.where(warm_B, s.temperature, 1)[:, None]
+    cuts_B = warm_B & ((s.top_k > 0) | (s.top_p < 1) | (s.min_p > 0))
+    return jax.lax.cond(
+        jnp.any(cuts_B),
+        lambda x: jnp.where(cuts_B[:, None], truncate(x, s.top_k, s.top_p, s.min_p), x),
+        lambda x: x, logits_BV)
+
+
+def choose(logits_BV, sampling: Sampling, keys_B, positions_B):
+    """The next token of each row, from processed logits. int32 [B].
+
+    The draw depends on the row's own key and on the token's position alone, so that neither
+    batch-mates nor the way the work is cut into calls change it.
+    """
+    warm_B = jnp.broadcast_to(jnp.asarray(sampling.temperature) > 0, logits_BV.shape[:1])
+
+    def draw(logits):
+        keys = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+        return jnp.where(warm_B[:, None], logits + noise, logits)
+
+    logits_BV = jax.lax.cond(jnp.any(warm_B), draw, lambda x: x, logits_BV)
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+def _per_row(sampling: Sampling, rows: int) -> Sampling:
+    return jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (rows,)), sampling)

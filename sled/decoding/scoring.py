@@ -1,0 +1,97 @@
+"""Log-probabilities of given continuations under any fusion of the layers.
+
+Each distinct prompt is run once, whatever the number of its continuations; a continuation's tokens
+then run as one block on a copy of its prompt's K/V.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sled.decoding import loop
+from sled.decoding.buckets import bucket
+from sled.decoding.network import Build, fuse
+
+LOGITS_AT_ONCE = 2**25  # places x candidates x vocabulary of one pass: 128 MiB of float32
+
+Pair = tuple[np.ndarray, np.ndarray]
+
+
+def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion,
+                batch_size: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Scores (prompt ids, continuation ids) pairs, neither of them empty.
+
+    Yields (index of the pair, log-probability of each continuation token [m], most likely token at
+    each place [m]) in an order of its own.
+    """
+    of_prompt: dict[tuple[int, ...], list[int]] = {}
+    for index, (prompt, _) in enumerate(pairs):
+        of_prompt.setdefault(tuple(prompt), []).append(index)
+    prompts = sorted(of_prompt, key=len)  # rows of like length share a batch
+    for begin in range(0, len(prompts), batch_size):
+        some = prompts[begin:begin + batch_size]
+        rows = [(row, index) for row, prompt in enumerate(some) for index in of_prompt[prompt]]
+        longest = bucket(max(len(pairs[index][1]) for _, index in rows))
+        capacity = bucket(len(some[-1]) + longest)
+        if len(prompts) > batch_size:
+            some = some + some[-1:] * (batch_size - len(some))
+        lengths = [len(prompt) for prompt in some]
+        state = loop.start(build, params, [np.array(p, np.int32) for p in some], lengths, [0] * len(some),
+                           capacity=capacity)
+        height = min(batch_size, len(rows))
+        for at in range(0, len(rows), height):
+            block = _block([(row, *pairs[index]) for row, index in rows[at:at + height]], height, longest, capacity)
+            logp_BT, best_BT = jax.device_get(_score_block(build, params, state.caches, *block, fusion))
+            for (_, index), logp_T, best_T in zip(rows[at:at + height], logp_BT, best_BT, strict=False):
+                m = len(pairs[index][1])
+                yield index, logp_T[:m], best_T[:m]
+
+
+def _block(rows, height: int, longest: int, capacity: int):
+    """Arrays for `_score_block`: a row's inputs are its prompt's last token and all but its own last."""
+    which_B = np.zeros(height, np.int32)
+    inputs_BT, targets_BT = np.zeros((2, height, longest), np.int32)
+    positions_BT = np.full((height, longest), capacity, np.int32)
+    for b, (row, prompt, continuation) in enumerate(rows):
+        m = len(continuation)
+        which_B[b] = row
+        inputs_BT[b, :m] = [prompt[-1], *continuation[:-1]]
+        targets_BT[b, :m] = continuation
+        positions_BT[b, :m] = len(prompt) - 1 + np.arange(m)
+    return which_B, inputs_BT, targets_BT, positions_BT
+
+
+@functools.partial(jax.jit, static_argnames="build")
+def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, fusion):
+    network = build(params)
+    caches = jax.tree.map(lambda x: x[which_B], caches)
+    h0 = network.embed(inputs_BT)
+    states, _ = network.run_layers(h0, positions_BT, caches, 0, network.num_layers)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  every place is a row of its own
+
+    def judge(states_PD, target_P):
+        logits_PV = fuse(network, fusion, states_PD)
+        logp_PV = jax.nn.log_softmax(logits_PV, axis=-1)
+        return jnp.take_along_axis(logp_PV, target_P[:, None], axis=-1)[:, 0], jnp.argmax(logits_PV, axis=-1)
+
+    inputs = ([flat(h) for h in (h0, *states)], flat(targets_BT))
+    per_place = (1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))) * network.head_weight.shape[0]
+    return jax.tree.map(lambda x: x.reshape(inputs_BT.shape), map_places(judge, inputs, per_place))
+
+
+def map_places(f: Callable, inputs, logits_per_place: int):
+    """f over arrays with a leading axis of places, as many places at once as memory should hold."""
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    passes = -(-count // max(1, LOGITS_AT_ONCE // logits_per_place))
+    each = -(-count // passes)
+    padded = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, passes * each - count)] + [(0, 0)] * (x.ndim - 1)).reshape(passes, each, *x.shape[1:]),
+        inputs)
+    outputs = jax.lax.map(lambda xs: f(*xs), padded)
+    return jax.tree.map(lambda y: y.reshape(passes * each, *y.shape[2:])[:count], outputs)

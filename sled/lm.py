@@ -1,0 +1,185 @@
+"""`LM`: a model and its tokenizer, with the four things one does with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from flax import nnx
+from tqdm import tqdm
+
+from sled import checks
+from sled.decoding.generation import Generation
+from sled.decoding.sampling import Sampling
+from sled.decoding.scoring import score_pairs
+from sled.errors import PromptError, SettingError
+from sled.fusion import FinalLayer
+from sled.lens import Lens, look
+from sled.models import Decoder
+from sled.prompts import Prompts, is_one, pair_ids, prompt_ids
+from sled.results import Chunk, Output, Scores, Stats
+from sled.rows import Row
+from sled.text import Text
+
+STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
+GREEDY = Sampling()
+FINAL_LAYER = FinalLayer()
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    """Builds the network from its parameters; equal graphs share compiled programs."""
+
+    graph: nnx.GraphDef
+
+    def __call__(self, params):
+        return nnx.merge(self.graph, params)
+
+
+class LM:
+    """A decoder with its tokenizer. Made by `sled.load`, or from a `Decoder` of one's own."""
+
+    def __init__(self, model: Decoder, text: Text | None = None, *, name: str = "the model"):
+        self.config = model.config
+        self.name = name
+        self.text = text or Text(None, name)
+        graph, self.params = nnx.split(model)
+        self.build = Merge(graph)
+
+    def generate(self, prompts: Prompts, *, max_new_tokens: int = 128, fusion=FINAL_LAYER,
+                 sampling: Sampling = GREEDY, seed: int = 0, stop: str | Sequence[str] = (),
+                 batch_size: int = 32, progress: bool = False) -> Output:
+        """Continues each prompt.
+
+        prompts: a string, a list of token ids, or a list of either.
+        max_new_tokens: the most tokens a row gets, within the model's context.
+        fusion: how the layers decide together (`sled.SLED()`, `sled.DoLa()`, ...).
+        sampling: greedy unless told otherwise.
+        seed: prompt i draws from random stream seed + i, in whatever batch it lies.
+        stop: strings that end a text.
+        batch_size: prompts decoded together; a row's tokens do not depend on the others.
+        progress: shows a bar over the prompts.
+
+        Raises: PromptError, SettingError, TokenizerError (text needed, but no tokenizer).
+        """
+        batch_size = checks.whole("batch_size", batch_size, low=1, why="prompts are decoded in batches")
+        ids = prompt_ids(prompts, self.text, self.config)
+        stop = _stop_strings(stop)
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
+        batches = [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
+        rows: dict[int, Row] = {}
+        runs = []
+        with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
+            for batch in batches:
+                run = self._begin([ids[i] for i in batch], [seed + i for i in batch], max_new_tokens, fusion,
+                                  sampling, height=min(batch_size, len(ids)))
+                for done in self._advance(run, len(batch), stop, STOP_CHUNK if stop else None):
+                    rows.update(zip(batch, done, strict=True))
+                runs.append(run)
+                bar.update(len(batch))
+        rows_in_order = [rows[i] for i in range(len(ids))]
+        return Output(
+            texts=[row.text() for row in rows_in_order] if self.text.available else None,
+            tokens=[row.tokens for row in rows_in_order],
+            finish_reasons=[row.finish_reason() for row in rows_in_order],
+            stats=Stats(prompt_tokens=sum(map(len, ids)), new_tokens=sum(len(row.tokens) for row in rows_in_order),
+                        prefill_seconds=sum(run.prefill_seconds for run in runs),
+                        decode_seconds=sum(run.decode_seconds for run in runs)))
+
+    def stream(self, prompts: Prompts, *, chunk: int = 8, max_new_tokens: int = 128, fusion=FINAL_LAYER,
+               sampling: Sampling = GREEDY, seed: int = 0, stop: str | Sequence[str] = ()) -> Iterator[Chunk]:
+        """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens."""
+        chunk = checks.whole("chunk", chunk, low=1, why="it counts the tokens between two outputs")
+        ids = prompt_ids(prompts, self.text, self.config)
+        stop = _stop_strings(stop)
+        run = self._begin(ids, [seed + i for i in range(len(ids))], max_new_tokens, fusion, sampling, len(ids))
+        sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
+        for rows in self._advance(run, len(ids), stop, chunk):
+            tokens = [row.tokens[sent:] for row, sent in zip(rows, sent_tokens, strict=True)]
+            sent_tokens = [len(row.tokens) for row in rows]
+            texts = None
+            if self.text.available:
+                now = [row.settled_text() if going else row.text()
+                       for row, going in zip(rows, run.active, strict=True)]
+                texts = [text[len(sent):] for text, sent in zip(now, sent_text, strict=True)]
+                sent_text = now
+            yield Chunk(texts=texts, tokens=tokens)
+
+    def score(self, prompts: Prompts, continuations: Prompts | Sequence[Prompts], *, fusion=FINAL_LAYER,
+              batch_size: int = 16, progress: bool = False) -> Scores:
+        """Log-probabilities of given continuations; each distinct prompt is run once.
+
+        Give one prompt with one continuation or a list of them, or a list of prompts with, for
+        each, one continuation or a list of them. Continuations are strings or token ids, like their
+        prompts. The result has the shape of `continuations` (one continuation: a list of one).
+
+        Fused scores are normalised by a log-softmax over the vocabulary; the lower bound of SLED and
+        of the clamp shows as a very low log-probability of the tokens outside the top-k.
+
+        Raises: PromptError, SettingError, TokenizerError.
+        """
+        batch_size = checks.whole("batch_size", batch_size, low=1, why="continuations are scored in batches")
+        if is_one(prompts):
+            nested, groups = False, [[(prompts, c)] for c in ([continuations] if is_one(continuations)
+                                                              else continuations)]
+        else:
+            if len(prompts) != len(continuations):
+                raise PromptError(f"{len(prompts)} prompts but {len(continuations)} continuations; give one "
+                                  "continuation, or one list of them, for each prompt")
+            nested = any(not is_one(c) for c in continuations)
+            groups = [[(p, c)] if is_one(c) else [(p, x) for x in c]
+                      for p, c in zip(prompts, continuations, strict=True)]
+        pairs = [pair_ids(p, c, self.text, self.config) for group in groups for p, c in group]
+        if not pairs:
+            raise PromptError("no continuation was given; give at least one for the prompt")
+        scored = score_pairs(self.build, self.params, pairs, fusion=fusion, batch_size=batch_size)
+        results = {}
+        for index, logp_T, best_T in tqdm(scored, total=len(pairs), unit="text", disable=not progress):
+            tokens_T = pairs[index][1]
+            results[index] = (tokens_T.tolist(), logp_T.tolist(), float(logp_T.sum()), bool((best_T == tokens_T).all()))
+        columns = [list(column) for column in zip(*(results[i] for i in range(len(pairs))), strict=True)]
+        if nested:
+            columns = [_regroup(column, [len(group) for group in groups]) for column in columns]
+        return Scores(*columns)
+
+    def lens(self, text: str | Sequence[int], *, fusion=None) -> Lens:
+        """What each layer would say after every token of `text`: see `sled.Lens`.
+
+        fusion: a strategy whose choice is shown beside the layers', such as `sled.SLED()`.
+        """
+        [ids] = prompt_ids(text, self.text, self.config)
+        name = self.text.token if self.text.available else str
+        return look(self.build, self.params, ids, fusion=fusion, name_token=name)
+
+    def _begin(self, ids, seeds, max_new_tokens: int, fusion, sampling: Sampling, height: int) -> Generation:
+        """A run of `height` rows: the prompts, and idle rows so that the shape is one compiled before."""
+        new = checks.whole("max_new_tokens", max_new_tokens, low=1, why="it counts the tokens to generate")
+        limits = [min(new, self.config.max_positions - len(x)) for x in ids]
+        idle = height - len(ids)
+        return Generation(self.build, self.params, [*ids, *[ids[0]] * idle], limits=[*limits, *[0] * idle],
+                          seeds=[*seeds, *[0] * idle], fusion=fusion, sampling=sampling,
+                          stop_ids=self.config.eos_ids)
+
+    def _advance(self, run: Generation, count: int, stop: Sequence[str], chunk: int | None) -> Iterator[list[Row]]:
+        """Runs to the end, yielding the first `count` rows after every `chunk` tokens."""
+        rows = [Row(self.text, stop, self.config.eos_ids) for _ in range(count)]
+        while run.active.any():
+            run.advance(chunk)
+            for i, row in enumerate(rows):
+                row.update(run.new_tokens(i))
+            ended = [i for i, row in enumerate(rows) if row.stopped and run.active[i]]
+            if ended:
+                run.stop(ended)
+            yield rows
+
+
+def _stop_strings(stop: str | Sequence[str]) -> list[str]:
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    if any(not isinstance(s, str) or not s for s in strings):
+        raise SettingError(f"stop is {stop!r}, but each stop string must be a string of at least one character")
+    return strings
+
+
+def _regroup(flat: list, sizes: list[int]) -> list[list]:
+    rest = iter(flat)
+    return [[next(rest) for _ in range(size)] for size in sizes]

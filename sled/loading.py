@@ -1,0 +1,52 @@
+"""`sled.load`: the bundled model, a Hugging Face folder or a hub id, ready to decode."""
+
+from __future__ import annotations
+
+import importlib.resources
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from sled.errors import CheckpointError, SettingError
+from sled.lm import LM
+from sled.models import fetch, load_folder
+from sled.text import Text
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str | None = None) -> LM:
+    """A language model from `source`.
+
+    source: "demo" (bundled), a Hugging Face folder (config.json and safetensors, tokenizer.json if
+        there is to be text), or a hub id such as "meta-llama/Llama-3.2-1B" (downloaded once, then
+        taken from the cache).
+    dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's on an accelerator and
+        takes float32 on a CPU, where narrower types are slower.
+    revision: branch, tag or commit of a hub id.
+
+    Raises: CheckpointError, ConfigError, DownloadError, SettingError, TokenizerError.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise SettingError(f"dtype is {dtype!r}, but it must be one of {', '.join(DTYPES)}")
+    if dtype is None and jax.default_backend() == "cpu":
+        dtype = "float32"
+    folder = _folder(source, revision)
+    model = load_folder(folder, dtype=DTYPES.get(dtype))
+    return LM(model, Text.from_folder(folder), name=str(source))
+
+
+def _folder(source, revision: str | None) -> Path:
+    if source == "demo":
+        return Path(str(importlib.resources.files("sled.demo"))) / "model"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    text = os.fspath(source)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise CheckpointError(
+            f"{text!r} is not a folder here, nor can it be a hub id (owner/name); "
+            "give a folder with config.json and safetensors, a hub id, or 'demo'")
+    return fetch(text, revision=revision)

@@ -1,0 +1,63 @@
+"""Prompts as users give them, to checked arrays of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sled.errors import PromptError
+from sled.models import DecoderConfig
+from sled.text import Text
+
+Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt]
+
+
+def is_one(prompts: Prompts) -> bool:
+    """Whether this is a single prompt (a string, or one list of token ids)."""
+    if isinstance(prompts, str):
+        return True
+    return len(prompts) > 0 and all(isinstance(x, int | np.integer) for x in prompts)
+
+
+def prompt_ids(prompts: Prompts, text: Text, config: DecoderConfig) -> list[np.ndarray]:
+    """Token ids [T] of each prompt. Raises PromptError for one that cannot be continued."""
+    several = [prompts] if is_one(prompts) else prompts
+    if len(several) == 0:
+        raise PromptError("no prompt was given; give a string, a list of token ids, or a list of either")
+    ids = [text.encode(p) if isinstance(p, str) else p for p in several]
+    return [check_ids(x, config, f"prompt {i}" if len(ids) > 1 else "the prompt") for i, x in enumerate(ids)]
+
+
+def pair_ids(prompt: Prompt, continuation: Prompt, text: Text, config: DecoderConfig):
+    """Token ids of a prompt and its continuation, for scoring."""
+    if isinstance(prompt, str) != isinstance(continuation, str):
+        raise PromptError("a prompt and its continuation must both be strings or both lists of token ids")
+    if isinstance(prompt, str):
+        prompt, continuation = text.encode_continuation(prompt, continuation)
+    prompt = check_ids(prompt, config, "the prompt")
+    continuation = check_ids(continuation, config, "the continuation")
+    both = len(prompt) + len(continuation)
+    if both > config.max_positions:
+        raise PromptError(f"prompt and continuation are {both} tokens long, but the model's context holds "
+                          f"{config.max_positions}; shorten the prompt")
+    return prompt, continuation
+
+
+def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarray:
+    """int32 [T], or PromptError: empty, not whole numbers, outside the vocabulary, no room to go on."""
+    ids = np.asarray(ids)
+    if ids.size == 0:
+        raise PromptError(f"{what} is empty: there is no token to start from; give at least one "
+                          "(the model's BOS token, if it has one)")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise PromptError(f"{what} is neither a string nor a list of token ids: {str(ids.tolist())[:60]}")
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if outside.size:
+        raise PromptError(f"{what} has token id {outside[0]}, but the model's vocabulary is 0 to "
+                          f"{config.vocab_size - 1}; is the text tokenised for another model?")
+    if len(ids) >= config.max_positions and what != "the continuation":
+        raise PromptError(f"{what} is {len(ids)} tokens long, but the model's context holds "
+                          f"{config.max_positions}, the new tokens included; shorten it")
+    return ids.astype(np.int32)

@@ -1,0 +1,63 @@
+"""Text to token ids and back, by a checkpoint's own `tokenizer.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from sled.errors import TokenizerError
+
+
+class Text:
+    """A checkpoint's tokenizer, or the lack of one: every use then raises TokenizerError."""
+
+    def __init__(self, tokenizer: Tokenizer | None, source: str):
+        self._tokenizer = tokenizer
+        self._source = source
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Text:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            return cls(None, str(folder))
+        try:
+            return cls(Tokenizer.from_file(str(path)), str(folder))
+        except Exception as reason:  # the library raises bare Exception
+            raise TokenizerError(f"{path} cannot be read as a tokenizer: {reason}") from reason
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds."""
+        return self._get().encode(text).ids
+
+    def encode_continuation(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of both parts of one text. Spaces that end the prompt move to the continuation.
+
+        The two are tokenised together and cut at the prompt's own token count, as in the
+        evaluation harness: a token that straddles the boundary belongs to the continuation.
+        """
+        kept = prompt.rstrip(" ")
+        whole = self.encode(prompt + continuation)
+        cut = len(self.encode(kept))
+        return whole[:cut], whole[cut:]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+        return self._get().decode(list(ids), skip_special_tokens=True)
+
+    def token(self, token_id: int) -> str:
+        """One token as a person should see it: its text, or its name if it has none of its own."""
+        alone = self._get().decode([token_id], skip_special_tokens=False)
+        return alone if alone and "\ufffd" not in alone else self._get().id_to_token(token_id) or f"<{token_id}>"
+
+    @property
+    def available(self) -> bool:
+        return self._tokenizer is not None
+
+    def _get(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise TokenizerError(
+                f"{self._source} has no tokenizer.json, so text cannot be read or written; "
+                "give prompts as lists of token ids and read `.tokens`, or put a tokenizer.json into the folder")
+        return self._tokenizer
