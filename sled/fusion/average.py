@@ -1,0 +1,75 @@
+"""A weighted average of the layers' distributions: what popular accounts of SLED describe. It is not SLED."""
+
+import dataclasses
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+
+from sled.errors import SettingError
+from sled.fusion.statistics import layer_statistics
+from sled.fusion.strategy import check_layers, explicit_layers, strategy
+
+
+@strategy("weights")
+@dataclasses.dataclass(frozen=True)
+class LayerAverage:
+    """log sum_n w_n P_n over the early layers and the final one, as log-probabilities (B, V).
+
+    weights: one per candidate, final layer last, not all zero; scaled to sum to 1. None: equal weights.
+        Traced: a tuple of numbers, or an array (C,) or, per row, (B, C).
+    layers: None or "all": every hidden state before the final one, embeddings included; or indices. Static.
+    norm_early: whether early hidden states go through the final norm; without it their distributions are
+        not on the final one's scale.
+    """
+
+    weights: tuple[float, ...] | jax.Array | None = None
+    layers: str | tuple[int, ...] | None = None
+    norm_early: bool = True
+
+    def __post_init__(self):
+        check_layers(self, ("all",))
+        if not isinstance(self.weights, (list, tuple)):
+            return
+        plain = [w for w in self.weights if isinstance(w, numbers.Real)]
+        all_zero = len(plain) == len(self.weights) and not any(plain)
+        if all_zero or not all(math.isfinite(w) and w >= 0 for w in plain):
+            raise SettingError(f"LayerAverage(weights={self.weights}): give numbers >= 0, not all of them 0.")
+        weights = tuple(float(w) if isinstance(w, numbers.Real) else w for w in self.weights)
+        object.__setattr__(self, "weights", weights)
+
+    def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
+        return tuple(range(num_layers)) if self.layers in (None, "all") else explicit_layers(self, num_layers)
+
+    def logits(self, h_BCD, head):
+        stats = layer_statistics(h_BCD, head, 1)
+        share_BC = self._shares(h_BCD.shape[1], stats.log_norm_BC.dtype)
+        # log(w_n / Z_n), to be added to the layer's logits; the streaming form passes over W a second time.
+        offset_BC = jnp.log(share_BC) - stats.log_norm_BC
+
+        def mixture(l_xCV):
+            return jax.nn.logsumexp(l_xCV + offset_BC[..., None], axis=-2)
+
+        if head.tile is None:
+            return mixture(head.project(h_BCD))
+
+        def step(out_SBV, l_SBCV, start):
+            return jax.lax.dynamic_update_slice_in_dim(out_SBV, mixture(l_SBCV), start, axis=2)
+
+        batch = h_BCD.shape[0]
+        empty_SBV = jnp.zeros((head.shards, batch, head.vocabulary // head.shards), offset_BC.dtype)
+        return head.stream(h_BCD, empty_SBV, step).swapaxes(0, 1).reshape(batch, -1)
+
+    def _shares(self, candidates, dtype):
+        """The weights (1, C) or (B, C), summing to 1."""
+        if self.weights is None:
+            return jnp.full((1, candidates), 1 / candidates, dtype)
+        weights = jnp.stack(self.weights) if isinstance(self.weights, tuple) else self.weights
+        weights = jnp.atleast_2d(jnp.asarray(weights, dtype))
+        if weights.shape[-1] != candidates:
+            raise SettingError(
+                f"LayerAverage got {weights.shape[-1]} weights for {candidates} candidate layers; "
+                "give one per early layer and one for the final layer."
+            )
+        return weights / weights.sum(-1, keepdims=True)

@@ -1,0 +1,48 @@
+"""Confident Decoding: speak from the near-final layer at the first valley of the prediction entropy.
+
+Zhang, Zhoubian et al., "Deeper is Not Always Better", arXiv 2606.21906 (Qwen team, June 2026).
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from sled.fusion.statistics import layer_statistics
+from sled.fusion.strategy import check_number, strategy
+
+
+@strategy()
+@dataclasses.dataclass(frozen=True)
+class ConfidentDecoding:
+    """Walk back from the final layer while the entropy strictly falls, and use that layer's logits.
+
+    The paper's conservative backward search: among the layers L - M + 1 .. L, every one through the final
+    norm and projection, take the first l from the end with H(l - 1) >= H(l); if the entropy falls all the
+    way, the shallowest of the window (as the authors' vLLM code does). Decided per row. A NaN entropy ends
+    the walk.
+
+    window: M, how many layers take part, the final one among them (static; 10 in the authors' examples).
+    norm_early: True in the paper.
+    """
+
+    window: int = 10
+    norm_early: bool = True
+
+    def __post_init__(self):
+        check_number(self, "window", lambda x: x >= 1, "give a whole number from 1 on", int)
+
+    def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
+        # Outputs of layers only: the embeddings are no candidate.
+        return tuple(range(max(1, num_layers - self.window + 1), num_layers))
+
+    def logits(self, h_BCD, head):
+        chosen_B = first_valley(layer_statistics(h_BCD, head, 1).entropy_BC)
+        h_BD = jnp.take_along_axis(h_BCD, chosen_B[:, None, None], axis=1)[:, 0]
+        return head.project(h_BD)
+
+
+def first_valley(entropy_BC):
+    """Index (B,) of the first valley of the entropy, walking back from the last candidate."""
+    back_BC = entropy_BC[:, ::-1]
+    falls_BE = back_BC[:, 1:] < back_BC[:, :-1]
+    return entropy_BC.shape[1] - 1 - jnp.cumprod(falls_BE.astype(jnp.int32), axis=1).sum(1)

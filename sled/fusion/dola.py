@@ -1,0 +1,90 @@
+"""Decoding by Contrasting Layers: the final layer against the early layer it differs most from.
+
+Chuang et al., ICLR 2024, arXiv 2309.03883, with the candidate layers and the filter of transformers 4.5x
+(which no longer ships it). There the layer was chosen for the whole batch; here every row has its own.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from sled.errors import SettingError
+from sled.fusion.statistics import layer_statistics
+from sled.fusion.strategy import check_layers, check_number, explicit_layers, per_row, strategy
+
+
+@strategy("relative_top", "lower_bound")
+@dataclasses.dataclass(frozen=True)
+class DoLa:
+    """log P_N - log P_n for the early layer n with the largest divergence from the final layer N.
+
+    The divergence, as released: with M = (P_N + P_n) / 2, half of the mean over the vocabulary of
+    M (log M - log P_N) + M (log M - log P_n). Only tokens with P_N >= relative_top * max P_N are kept, the
+    others get `lower_bound`.
+
+    layers: "low", "high" (every second layer of the lower or upper half; of the first or last 20 in models
+        of more than 40 layers; with tied embeddings "low" starts at 2), or indices. Static.
+    relative_top: in (0, 1]; lower_bound. Traced, each a number or one per row (B,).
+    norm_early: whether early hidden states go through the final norm (released code: no).
+    """
+
+    layers: str | tuple[int, ...] = "low"
+    relative_top: float = 0.1
+    lower_bound: float = float("-inf")
+    norm_early: bool = False
+
+    def __post_init__(self):
+        check_number(self, "relative_top", lambda x: 0 < x <= 1, "give a share in (0, 1]; 0.1 is usual")
+        check_number(self, "lower_bound", lambda x: x < float("inf"), "give a large negative number or -inf")
+        check_layers(self, ("low", "high"))
+        if self.layers is None:
+            raise SettingError('DoLa(layers=None) names no layers; give "low", "high" or indices.')
+
+    def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
+        if not isinstance(self.layers, str):
+            return explicit_layers(self, num_layers)
+        half = num_layers // 2
+        if self.layers == "high":
+            return tuple(range(half if num_layers <= 40 else num_layers - 20, num_layers, 2))
+        # On its own matrix an embedding only repeats the input token, so a tied model starts later.
+        start = 0 if not tied else {1: 0, 2: 1}.get(num_layers, 2)
+        if start == half:
+            return (start,)
+        layers = tuple(range(start, half if num_layers <= 40 else 20, 2))
+        if not layers:
+            raise SettingError(f'DoLa(layers="low") finds none in a tied model of {num_layers}; use "high".')
+        return layers
+
+    def logits(self, h_BCD, head):
+        """Contrasted logits (B, V) of hidden states (B, C, D), final layer last."""
+        stats = layer_statistics(h_BCD, head, 1)
+        divergence_BE = final_divergence(h_BCD, head, stats.log_norm_BC)
+        chosen_B1 = jnp.argmax(divergence_BE, axis=1)[:, None]
+        h_BD = jnp.take_along_axis(h_BCD, chosen_B1[..., None], axis=1)[:, 0]
+        log_early_BV = head.project(h_BD) - jnp.take_along_axis(stats.log_norm_BC, chosen_B1, axis=1)
+        log_final_BV = stats.final_BV - stats.log_norm_BC[:, -1:]
+        threshold_B1 = jnp.log(stats.max_prob_BC[:, -1:]) + jnp.log(per_row(self.relative_top, log_final_BV))
+        # Compared with the maximum as it stands in the array, so that relative_top = 1 keeps the maximum.
+        threshold_B1 = jnp.minimum(threshold_B1, log_final_BV.max(-1, keepdims=True))
+        contrast_BV = log_final_BV - log_early_BV
+        return jnp.where(log_final_BV >= threshold_B1, contrast_BV, per_row(self.lower_bound, contrast_BV))
+
+
+def final_divergence(h_BCD, head, log_norm_BC):
+    """DoLa's divergence (B, E) of each early layer from the final one, given the log-normalisers.
+
+    A second pass over the projection in the streaming form: M needs both distributions normalised.
+    """
+
+    def total(l_xCV):
+        log_p = l_xCV - log_norm_BC[..., None]
+        log_early, log_final = log_p[..., :-1, :], log_p[..., -1:, :]
+        log_m = jnp.logaddexp(log_early, log_final) - jnp.log(2.0).astype(log_p.dtype)
+        return (jnp.exp(log_m) * (2 * log_m - log_early - log_final)).sum(-1)
+
+    if head.tile is None:
+        sums_BE = total(head.project(h_BCD))
+    else:
+        zero_SBE = jnp.zeros((head.shards, *log_norm_BC[:, :-1].shape), log_norm_BC.dtype)
+        sums_BE = head.stream(h_BCD, zero_SBE, lambda sums, l_SBCV, _: sums + total(l_SBCV)).sum(0)
+    return sums_BE / (2 * head.vocabulary)

@@ -1,0 +1,19 @@
+"""Plain decoding, as a fusion strategy: the final layer speaks alone."""
+
+import dataclasses
+
+from sled.fusion.strategy import strategy
+
+
+@strategy()
+@dataclasses.dataclass(frozen=True)
+class FinalLayer:
+    """The final layer's logits, unchanged: the baseline every other strategy is compared with."""
+
+    norm_early = False
+
+    def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
+        return ()
+
+    def logits(self, h_BCD, head):
+        return head.project(h_BCD[:, -1])

@@ -1,0 +1,177 @@
+"""The heart of layer fusion: a few numbers per candidate layer that every method is a function of.
+
+Hidden states of the candidate layers and the shared projection go in; log-normalisers, entropies,
+confidences, the final layer's top tokens and SLED's cosines at them come out. The vocabulary enters only
+through sums that can be taken piece by piece (`Partial`, a monoid under `merge`), so the plain form here
+and the streaming form in `tiled.py` share one definition.
+
+Written so that float32 is enough. The textbook form of SLED's cosine subtracts nearly equal numbers once a
+layer is confident; here each layer's most likely token is kept out of the sums, and the sums are scaled by
+the second most likely one, so no term cancels or underflows however confident the layer is.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Partial(NamedTuple):
+    """Statistics of logits l_j over a set of tokens, per row and layer; d_j = l_j - (final layer's l_j).
+
+    With a = the most likely token of the set, n = the logit of the second most likely one and beta =
+    1 / temperature:  peak = l_a;  peak_id = a (the lowest index among equals);  peak_gap = d_a;  next = n;
+    over j != a, x_j = exp(beta (l_j - n)):  mass = sum x_j;  mass_sq = sum x_j^2;
+    slope = sum (l_j - n) x_j;  cross = sum d_j x_j;  and over all j:  gap_sq = sum d_j^2.
+    """
+
+    peak: jax.Array
+    peak_id: jax.Array
+    peak_gap: jax.Array
+    next: jax.Array
+    mass: jax.Array
+    mass_sq: jax.Array
+    slope: jax.Array
+    cross: jax.Array
+    gap_sq: jax.Array
+
+
+class LayerStatistics(NamedTuple):
+    """What the methods need, for B rows, C candidate layers (final last, E = C - 1 early), K top tokens.
+
+    Distributions are softmax(logits / temperature); what is called logits is not divided.
+    """
+
+    log_norm_BC: jax.Array  # log of the sum of exp(logits / temperature)
+    entropy_BC: jax.Array
+    max_prob_BC: jax.Array
+    margin_BC: jax.Array  # probability of the most likely token minus that of the second
+    argmax_BC: jax.Array
+    top_ids_BK: jax.Array  # the final layer's k most likely tokens, most likely first
+    top_logits_BCK: jax.Array  # every candidate's logits at these
+    cosine_BEK: jax.Array  # cosine(P_n - e_i, l_n - l_N) for early layer n and top token i
+    final_BV: jax.Array
+
+
+def layer_statistics(h_BCD, head, k: int, temperature=1.0) -> LayerStatistics:
+    """Statistics of the candidate layers' next-token distributions, final layer last.
+
+    h_BCD: hidden states as they enter the projection (already normed where that is wanted).
+    head: a `SharedHead`; its `tile` selects the plain or the streaming form.
+    k: how many of the final layer's top tokens to describe (static; cut to the vocabulary).
+    temperature: a number or one per row (B,), traced.
+
+    The cosines are those of SLED (arXiv 2411.02433, phase 1), in closed form: with d = l_n - l_N,
+    <P - e_i, d> = <P, d> - d_i and |P - e_i|^2 = |P|^2 - 2 P_i + 1. Logits must be finite.
+    """
+    if head.tile is not None:
+        from sled.fusion.tiled import tiled_statistics
+
+        return tiled_statistics(h_BCD, head, k, temperature)
+    l_BCV = head.project(h_BCD)
+    beta_B1 = inverse(temperature, l_BCV.dtype)
+    final_BV = l_BCV[:, -1]
+    top_ids_BK = jax.lax.top_k(final_BV, min(k, head.vocabulary))[1]
+    top_logits_BCK = jnp.take_along_axis(l_BCV, top_ids_BK[:, None], axis=-1)
+    return finish(partial_statistics(l_BCV, 0, beta_B1), top_logits_BCK, top_ids_BK, final_BV, beta_B1)
+
+
+def inverse(temperature, dtype):
+    """1 / temperature as a column (1, 1) or, given one per row, (B, 1)."""
+    return 1 / jnp.asarray(temperature, dtype).reshape(-1, 1)
+
+
+def partial_statistics(l_xCV, first, beta_x1) -> Partial:
+    """`Partial` of logits (..., C, V), final layer last, over the V tokens numbered from `first` (..., 1)."""
+    # Maximum first, then the lowest index that attains it: both vectorise, where argmax does not on CPU.
+    peak = l_xCV.max(-1, keepdims=True)
+    offset = jnp.arange(l_xCV.shape[-1])
+    at = jnp.where(l_xCV == peak, offset, l_xCV.shape[-1] - 1).min(-1, keepdims=True)
+    others = offset != at
+    lowest = jnp.finfo(l_xCV.dtype).min  # finite: a set of one token then merges without inf - inf
+    second = jnp.where(others, l_xCV, lowest).max(-1, keepdims=True)
+    x = jnp.where(others, jnp.exp(beta_x1[..., None] * (l_xCV - second)), 0)
+    d = l_xCV - l_xCV[..., -1:, :]
+    return Partial(
+        peak=peak[..., 0],
+        peak_id=first + at[..., 0],
+        peak_gap=jnp.take_along_axis(d, at, axis=-1)[..., 0],
+        next=second[..., 0],
+        mass=x.sum(-1),
+        mass_sq=_dot(x, x),
+        slope=_dot(x, l_xCV - second),
+        cross=_dot(x, d),
+        gap_sq=_dot(d, d),
+    )
+
+
+def _dot(x, y):
+    # As dot products, not sum(x * y): on a CPU, XLA vectorises the former only (8x), and recomputes the
+    # exponentials for every sum. `highest` keeps accelerators from rounding the operands.
+    return jnp.einsum("...v,...v->...", x, y, precision="highest")
+
+
+def merge(p: Partial, q: Partial, beta_x1) -> Partial:
+    """`Partial` of the union of two disjoint sets, of which `p` holds the lower token numbers.
+
+    The token that loses the first place joins the sums; the sums are rescaled to the new second place.
+    """
+    p_wins = p.peak >= q.peak
+    pick = lambda mine, other: jnp.where(p_wins, mine, other)  # noqa: E731
+    loser, loser_gap = pick(q.peak, p.peak), pick(q.peak_gap, p.peak_gap)
+    second = jnp.maximum(loser, jnp.maximum(p.next, q.next))
+    shift_p, shift_q, shift_loser = p.next - second, q.next - second, loser - second
+    scale_p, scale_q, y = (jnp.exp(beta_x1 * shift) for shift in (shift_p, shift_q, shift_loser))
+    return Partial(
+        peak=jnp.maximum(p.peak, q.peak),
+        peak_id=pick(p.peak_id, q.peak_id),
+        peak_gap=pick(p.peak_gap, q.peak_gap),
+        next=second,
+        mass=p.mass * scale_p + q.mass * scale_q + y,
+        mass_sq=p.mass_sq * scale_p**2 + q.mass_sq * scale_q**2 + y**2,
+        slope=(p.slope + shift_p * p.mass) * scale_p + (q.slope + shift_q * q.mass) * scale_q + shift_loser * y,
+        cross=p.cross * scale_p + q.cross * scale_q + loser_gap * y,
+        gap_sq=p.gap_sq + q.gap_sq,
+    )
+
+
+def finish(partial: Partial, top_logits_BCK, top_ids_BK, final_BV, beta_B1) -> LayerStatistics:
+    """Everything per layer, from the sums over the whole vocabulary (B, C) and the top tokens' logits."""
+    # the second token's probability over the first's
+    ratio = jnp.exp(beta_B1 * (partial.next - partial.peak))
+    rest = ratio * partial.mass
+    norm = 1 + rest
+    # sum (l_j - peak) exp(beta (l_j - peak)), from the same sum taken around the second token
+    slope = ratio * (partial.slope + (partial.next - partial.peak) * partial.mass)
+    return LayerStatistics(
+        log_norm_BC=beta_B1 * partial.peak + jnp.log1p(rest),
+        entropy_BC=jnp.log1p(rest) - beta_B1 * slope / norm,
+        max_prob_BC=1 / norm,
+        margin_BC=(1 - ratio) / norm,
+        argmax_BC=partial.peak_id,
+        top_ids_BK=top_ids_BK,
+        top_logits_BCK=top_logits_BCK,
+        cosine_BEK=_cosines(partial, top_logits_BCK, top_ids_BK, beta_B1[..., None]),
+        final_BV=final_BV,
+    )
+
+
+def _cosines(partial: Partial, top_logits_BCK, top_ids_BK, beta_B11):
+    """cosine(P_n - e_i, l_n - l_N), (B, E, K). 0 where a layer equals the final one."""
+    early = jax.tree.map(lambda s: s[:, :-1, None], partial)
+    gap_BEK = top_logits_BCK[:, :-1] - top_logits_BCK[:, -1:]
+    ratio = jnp.exp(beta_B11 * (early.next - early.peak))
+    norm = 1 + ratio * early.mass
+    prob_BEK = jnp.exp(beta_B11 * (top_logits_BCK[:, :-1] - early.peak)) / norm
+    # A token that is not the layer's first: P_i <= 1/2, so nothing below is a small difference.
+    dot_BEK = (ratio * early.cross + early.peak_gap) / norm - gap_BEK
+    length_sq_BEK = (1 + ratio**2 * early.mass_sq) / norm**2 - 2 * prob_BEK + 1
+    # The layer's first token: P_i - 1 = -(the others' mass); the common factor ratio / norm drops out.
+    dot_first = early.cross - early.peak_gap * early.mass
+    length_sq_first = early.mass**2 + early.mass_sq
+    first_BEK = early.peak_id == top_ids_BK[:, None]
+    dot_BEK = jnp.where(first_BEK, dot_first, dot_BEK)
+    length_sq_BEK = jnp.where(first_BEK, length_sq_first, length_sq_BEK)
+    # Rooted one by one: the product of the squares may overflow where the lengths do not.
+    length_BEK = jnp.sqrt(length_sq_BEK) * jnp.sqrt(early.gap_sq)
+    return jnp.where(length_BEK > 0, dot_BEK / jnp.where(length_BEK > 0, length_BEK, 1), 0)
