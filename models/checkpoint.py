@@ -50,7 +50,7 @@ def load_folder(path: str | Path, *, dtype=None) -> Decoder:
     folder = Path(path)
     files = _weight_files(folder)
     config = read_config(folder)
-    wanted = _abstract(config)
+    wanted = abstract(config)
     graph, state = nnx.split(wanted)
     slots = dict(nnx.to_flat_state(state))
     family = family_of(config)
@@ -119,8 +119,11 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     return folder
 
 
-def _abstract(config: DecoderConfig) -> Decoder:
-    """A decoder of shapes only. One layer is traced and repeated: tracing each takes seconds."""
+def abstract(config: DecoderConfig) -> Decoder:
+    """A decoder of shapes only (float32), separate form; allocates nothing.
+
+    One layer is traced and repeated, since tracing each of 80 takes seconds.
+    """
     one = dataclasses.replace(config, num_layers=1, windows=())
     shapes = nnx.eval_shape(lambda: Decoder.init(one, rngs=nnx.Rngs(0)))
     blocks = [nnx.clone(shapes.layers[0]) for _ in range(config.num_layers)]

@@ -38,14 +38,14 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
         raise DownloadError(f"{hub_id!r} is neither a folder nor a hub id; give a path, or an id such as "
                             "'owner/name'") from None
     except errors.LocalEntryNotFoundError:
-        raise DownloadError(f"{what} is not in the local cache, and the hub cannot be reached (or "
-                            "HF_HUB_OFFLINE is set); connect to the network, or give a local folder") from None
+        raise DownloadError(f"{what} is not in the local cache, and the hub is out of reach (or "
+                            "HF_HUB_OFFLINE is set); go online, or give a local folder") from None
     except OSError as error:  # every other HTTP failure, a full disk, an unreachable proxy
         raise DownloadError(f"{what} could not be fetched ({_first_line(error)}); try again, or give a local "
                             "folder") from None
     if not list(folder.glob("*.safetensors")):
-        raise DownloadError(f"{what} has no safetensors, and pickles are not loaded; convert it with "
-                            "transformers' save_pretrained, or try revision 'refs/pr/1', where converted weights often wait")
+        raise DownloadError(f"{what} has no safetensors, and pickles are not loaded; try revision "
+                            "'refs/pr/1' (often a conversion), or convert it with save_pretrained")
     return folder
 
 

@@ -1,0 +1,117 @@
+"""Tiny checkpoints of every family and variant, made of fixed random numbers, for all tests."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+BASE = dict(vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu",
+            tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
+LLAMA = dict(BASE, model_type="llama", architectures=["LlamaForCausalLM"])
+MISTRAL = dict(BASE, model_type="mistral", architectures=["MistralForCausalLM"])
+QWEN2 = dict(BASE, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+QWEN3 = dict(BASE, model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=16)
+LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                   original_max_position_embeddings=16)
+
+VARIANTS = {
+    "llama": LLAMA,
+    "llama-mha-tied": dict(LLAMA, num_key_value_heads=4, tie_word_embeddings=True),
+    "llama-linear-old-spelling": dict(LLAMA, rope_theta=1000.0, rope_scaling={"type": "linear",
+    "factor": 4.0},
+                                      torch_dtype="float32"),
+    "llama-llama3-old-spelling": dict(LLAMA, rope_theta=500.0, rope_scaling=LLAMA3_ROPE),
+    "llama-llama3": dict(LLAMA, rope_parameters=dict(LLAMA3_ROPE, rope_theta=500.0), dtype="float32"),
+    "llama-biases": dict(LLAMA, attention_bias=True, mlp_bias=True),
+    "llama-head-dim": dict(LLAMA, head_dim=16),
+    "mistral-window": dict(MISTRAL, sliding_window=6),
+    "mistral-head-dim": dict(MISTRAL, sliding_window=None, head_dim=16),
+    "qwen2": dict(QWEN2, sliding_window=4),
+    "qwen2-tied-upper-layers-slide": dict(QWEN2, tie_word_embeddings=True, use_sliding_window=True,
+                                          sliding_window=5, max_window_layers=2),
+    "qwen2-layer-types": dict(QWEN2, use_sliding_window=True, sliding_window=5,
+                              layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "qwen3": QWEN3,
+    "qwen3-mha-biases-windows": dict(QWEN3, num_key_value_heads=4, attention_bias=True,
+    use_sliding_window=True,
+                                     sliding_window=7, max_window_layers=1),
+}
+
+
+def tensors(config: dict) -> dict[str, np.ndarray]:
+    """Random float32 weights under Hugging Face's names. RandomState: the same numbers in every numpy."""
+    c = config
+    d, f = c["hidden_size"], c["intermediate_size"]
+    head = c.get("head_dim") or d // c["num_attention_heads"]
+    q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
+    attention_bias = c.get("attention_bias", False)
+    shapes = {"model.embed_tokens.weight": (c["vocab_size"], d)}
+    for i in range(c["num_hidden_layers"]):
+        at = f"model.layers.{i}."
+        for name, rows, columns, bias in (
+                ("self_attn.q_proj", q, d, attention_bias or c["model_type"] == "qwen2"),
+                ("self_attn.k_proj", kv, d, attention_bias or c["model_type"] == "qwen2"),
+                ("self_attn.v_proj", kv, d, attention_bias or c["model_type"] == "qwen2"),
+                ("self_attn.o_proj", d, q, attention_bias),
+                ("mlp.gate_proj", f, d, c.get("mlp_bias")),
+                ("mlp.up_proj", f, d, c.get("mlp_bias")),
+                ("mlp.down_proj", d, f, c.get("mlp_bias"))):
+            shapes[f"{at}{name}.weight"] = (rows, columns)
+            if bias:
+                shapes[f"{at}{name}.bias"] = (rows,)
+        shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (d,)
+        if c["model_type"] == "qwen3":
+            shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (head,)
+    shapes["model.norm.weight"] = (d,)
+    if not c["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (c["vocab_size"], d)
+    random = np.random.RandomState(0)
+    centre = {name: 1.0 if "norm" in name else 0.0 for name in shapes}
+    return {name: (centre[name] + 0.2 * random.standard_normal(shape)).astype(np.float32)
+            for name, shape in shapes.items()}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request) -> str:
+    """The name of each variant in turn."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def variants() -> dict[str, dict]:
+    """Every variant's `config.json`."""
+    return VARIANTS
+
+
+@pytest.fixture
+def write_model():
+    """`write_model(folder, config, weights=None, **fields)`: a Hugging Face folder of the variant `config`
+    (a name or a dict), `fields` changed in its config.json."""
+
+    def write(folder, config, weights=None, **fields):
+        config = {**(VARIANTS[config] if isinstance(config, str) else config), **fields}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors(config) if weights is None else weights, folder / "model.safetensors",
+                  metadata={"format": "pt"})
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """`tiny_folder(name)`: the folder of a variant, written once per run. Do not change it."""
+    root = tmp_path_factory.mktemp("tiny")
+
+    def folder(name):
+        path = root / name
+        if not path.exists():
+            path.mkdir()
+            (path / "config.json").write_text(json.dumps(VARIANTS[name]))
+            save_file(tensors(VARIANTS[name]), path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+    return folder

@@ -1,0 +1,276 @@
+"""Folders in and out: what is written reads back the same, here and in transformers."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from sled.errors import CheckpointError, SettingError
+from sled.models import Decoder, load_folder, save_folder
+
+
+def stored(folder) -> dict:
+    """Every tensor in a folder's safetensors."""
+    return {name: array for file in folder.glob("*.safetensors") for name, array in load_file(file).items()}
+
+
+def same(a: dict, b: dict):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def test_every_variant_is_written_back_as_it_was_read(variant, tiny_folder, tmp_path):
+    decoder = load_folder(tiny_folder(variant))
+    folder = save_folder(decoder, tmp_path / "saved")
+    same(stored(folder), stored(tiny_folder(variant)))
+    assert load_folder(folder).config == decoder.config
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["llama-llama3-old-spelling", "mistral-window", "qwen2-layer-types",
+                                  "qwen2-tied-upper-layers-slide", "qwen3-mha-biases-windows"])
+def test_transformers_reads_the_written_folder_alike(name, tiny_folder, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is not installed: pip install sled-jax[parity]")
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers is not installed: pip install sled-jax[parity]")
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    tokens = torch.arange(20)[None]
+    theirs = read(tiny_folder(name))
+    ours = read(save_folder(load_folder(tiny_folder(name)), tmp_path / "ours"))
+    with torch.no_grad():
+        assert torch.equal(ours(tokens).logits, theirs(tokens).logits)
+    theirs.save_pretrained(tmp_path / "theirs")
+    same(stored(tmp_path / "ours"), stored(tmp_path / "theirs"))
+    assert load_folder(tmp_path / "theirs").config == load_folder(tmp_path / "ours").config
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_survives(dtype, tiny_folder, tmp_path):
+    decoder = load_folder(tiny_folder("llama"), dtype=dtype)
+    assert {leaf.dtype.name for leaf in nnx.state(decoder).flat_state().leaves} == {dtype}
+    half = save_folder(decoder, tmp_path / "half")
+    written = save_folder(load_folder(tiny_folder("llama")), tmp_path / "written", dtype=dtype)
+    same(stored(half), stored(written))
+    same(stored(half), stored(save_folder(load_folder(half), tmp_path / "again")))
+    config = json.loads((half / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == dtype
+    wide = load_folder(half, dtype=jnp.float32)
+    assert wide.embedding.weight.dtype == jnp.float32
+    np.testing.assert_array_equal(wide.embedding.weight[...],
+                                  decoder.embedding.weight[...].astype(jnp.float32))
+
+
+def test_shards_hold_what_one_file_holds(tiny_folder, tmp_path):
+    decoder = load_folder(tiny_folder("qwen3"))
+    folder = save_folder(decoder, tmp_path / "sharded", max_shard_bytes=20_000)
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    for file in files:
+        assert file.stat().st_size < 20_000 + 4_000  # the header besides
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    whole = stored(tiny_folder("qwen3"))
+    assert index["weight_map"].keys() == whole.keys()
+    assert index["metadata"]["total_size"] == sum(array.nbytes for array in whole.values())
+    same(stored(folder), whole)
+    same(stored(save_folder(load_folder(folder), tmp_path / "one")), whole)
+
+
+def test_the_stacked_form_is_saved_like_the_separate_one(tiny_folder, tmp_path):
+    decoder = load_folder(tiny_folder("llama-biases"))
+    same(stored(save_folder(decoder.stack(), tmp_path / "stacked")), stored(tiny_folder("llama-biases")))
+
+
+def test_a_tied_checkpoint_may_store_its_head(tiny_folder, tmp_path, write_model):
+    weights = stored(tiny_folder("llama-mha-tied"))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    decoder = load_folder(write_model(tmp_path / "twin", "llama-mha-tied", weights))
+    assert decoder.head is None
+    same(stored(save_folder(decoder, tmp_path / "saved")), stored(tiny_folder("llama-mha-tied")))
+
+
+def test_rotary_buffers_of_old_checkpoints_are_passed_over(tiny_folder, tmp_path, write_model):
+    weights = stored(tiny_folder("llama"))
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    decoder = load_folder(write_model(tmp_path / "old", "llama", weights))
+    same(stored(save_folder(decoder, tmp_path / "saved")), stored(tiny_folder("llama")))
+
+
+def test_token_ids_are_written_for_both_readers(tiny_folder, tmp_path, write_model):
+    folder = save_folder(load_folder(write_model(tmp_path / "in", "llama", eos_token_id=[4, 5])),
+                         tmp_path / "out")
+    for name in ("config.json", "generation_config.json"):
+        values = json.loads((folder / name).read_text())
+        assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (1, [4, 5], None)
+
+
+def test_saving_again_replaces_the_model_and_keeps_the_rest(tiny_folder, tmp_path):
+    folder = save_folder(load_folder(tiny_folder("qwen3")), tmp_path / "model", max_shard_bytes=20_000)
+    (folder / "notes.txt").write_text("mine")
+    save_folder(load_folder(tiny_folder("llama")), folder)
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "notes.txt"]
+    assert load_folder(folder).config.family == "llama"
+
+
+def test_tokenizer_files_come_along(tiny_folder, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "tokenizer.json").write_text("{}")
+    (source / "secrets.env").write_text("")
+    folder = save_folder(load_folder(tiny_folder("llama")), tmp_path / "model", tokenizer_from=source)
+    assert (folder / "tokenizer.json").read_text() == "{}" and not (folder / "secrets.env").exists()
+    save_folder(load_folder(folder), folder, tokenizer_from=folder)
+    assert (folder / "tokenizer.json").read_text() == "{}"
+
+
+def test_an_interrupted_save_leaves_no_model(tiny_folder, tmp_path, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    decoder = load_folder(tiny_folder("llama"))
+    monkeypatch.setattr("sled.models.checkpoint.save_file", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        save_folder(decoder, tmp_path / "model")
+    assert list((tmp_path / "model").iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / "model" / ".unfinished-killed").mkdir()  # what a killed process leaves
+    load_folder(save_folder(decoder, tmp_path / "model"))
+
+
+def test_an_interrupted_save_leaves_the_old_model(tiny_folder, tmp_path, monkeypatch):
+    folder = save_folder(load_folder(tiny_folder("llama")), tmp_path / "model")
+    monkeypatch.setattr("sled.models.checkpoint.save_file", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_folder(load_folder(tiny_folder("qwen3")), folder)
+    same(stored(folder), stored(tiny_folder("llama")))
+    assert load_folder(folder).config.family == "llama"
+
+
+@pytest.mark.parametrize("prepare, says", [
+    (lambda folder: (folder.mkdir(), (folder / "thesis.txt").write_text("")),
+     "not a model folder .*thesis.txt"),
+    (lambda folder: folder.write_text(""), "is a file; give the name of a folder"),
+])
+def test_nothing_else_is_overwritten(prepare, says, tiny_folder, tmp_path):
+    prepare(tmp_path / "taken")
+    with pytest.raises(CheckpointError, match=says):
+        save_folder(load_folder(tiny_folder("llama")), tmp_path / "taken")
+
+
+def test_what_cannot_be_saved_is_refused_before_anything_is_replaced(tiny_folder, tmp_path):
+    decoder = load_folder(tiny_folder("llama"))
+    folder = save_folder(decoder, tmp_path / "model")
+    broken = Decoder(decoder.config, embed=decoder.embedding, layers=decoder.layers,
+                     norm=nnx.clone(decoder.norm), head=decoder.head)
+    broken.norm.weight[...] = broken.norm.weight[...].at[0].set(jnp.nan)
+    with pytest.raises(CheckpointError,
+                       match=r"the model: model\.norm\.weight holds values that are not finite"):
+        save_folder(broken, folder)
+    broken.norm.weight[...] = jnp.full_like(broken.norm.weight[...], 1e6)
+    with pytest.raises(CheckpointError, match=r"values up to 1e\+06, too large for float16; use bfloat16"):
+        save_folder(broken, folder, dtype="float16")
+    with pytest.raises(CheckpointError, match=r"nowhere is not a folder; give one that holds tok"):
+        save_folder(decoder, folder, tokenizer_from=tmp_path / "nowhere")
+    with pytest.raises(SettingError, match="max_shard_bytes is 0"):
+        save_folder(decoder, folder, max_shard_bytes=0)
+    same(stored(folder), stored(tiny_folder("llama")))
+
+
+# What is wrong with a folder: how to break a good one, and what the error says.
+
+def break_weights(change):
+    def prepare(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors")
+    return prepare
+
+
+def break_index(change):
+    def prepare(folder):
+        save_folder(load_folder(folder), folder, max_shard_bytes=20_000)
+        change(folder)
+    return prepare
+
+
+def put(name, value):
+    return break_weights(lambda weights: weights.update({name: value(weights.get(name))}))
+
+
+def first_not_finite(bad):
+    def change(array):
+        array = array.copy()
+        array.flat[0] = bad
+        return array
+    return change
+
+
+def truncate(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def only_pickle(folder):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def other_config(**fields):
+    def prepare(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **fields}))
+    return prepare
+
+
+EMBED, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"
+
+
+@pytest.mark.parametrize("name, prepare, says", [
+    ("llama", break_weights(lambda w: w.pop(NORM)), f"lacks 1 of 30 tensors: {NORM}; .* fetch them again"),
+    ("llama", other_config(num_hidden_layers=5), "lacks 18 of 48 tensors: .*, .*, .* and 15 more; "),
+    ("llama", other_config(num_hidden_layers=2),
+     r"holds 9 tensors .* not account for: model\.layers\.2\..* and 6 more"),
+    ("llama", other_config(intermediate_size=41), r"has shape \(32, 40\), but .* asks for \(32, 41\); use"),
+    ("llama", put(NORM, lambda a: a.astype(np.int8)), "is stored as I8, but only F32, BF16, F16 are read"),
+    ("llama", put(NORM, first_not_finite(np.nan)),
+     f"{NORM} holds values that are not finite; .*fetch it again"),
+    ("llama", put(EMBED, first_not_finite(np.inf)), f"{EMBED} holds values that are not finite"),
+    ("llama", truncate, "model.safetensors is damaged or cut short .*; fetch it again"),
+    ("llama", lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "is damaged or cut short"),
+    ("llama", only_pickle, "holds only PyTorch pickles, .* not loaded; convert it"),
+    ("llama", lambda folder: (folder / "model.safetensors").unlink(),
+     "has no model.safetensors and no .*; give"),
+    ("llama", lambda folder: (folder / "config.json").unlink(), "has no config.json; give the folder"),
+    ("llama", break_index(lambda folder: next(folder.glob("model-00002*")).unlink()),
+     "names the shard 'model-00002-of-.*', which is not in the folder; fetch it again"),
+    ("llama", break_index(lambda folder: (folder / "model.safetensors.index.json").write_text("{}")),
+     "index.json is damaged .*; fetch it again"),
+    ("llama", break_index(lambda folder: (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../elsewhere/model.safetensors"}}')), "names the shard '../elsewhere"),
+    ("llama-mha-tied", put("lm_head.weight", lambda _: np.ones((48, 32), np.float32)),
+     f"lm_head.weight differs from {EMBED}, but config.json ties them; set tie_word_embeddings"),
+    ("llama-mha-tied", other_config(tie_word_embeddings=False), "lacks 1 of 30 tensors: lm_head.weight"),
+])
+def test_what_is_wrong_with_a_folder_is_said(name, prepare, says, tmp_path, write_model):
+    folder = write_model(tmp_path / "model", name)
+    prepare(folder)
+    with pytest.raises(CheckpointError, match=says) as error:
+        load_folder(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_weight_too_large_for_the_type_asked_for_is_said(tmp_path, write_model):
+    folder = write_model(tmp_path / "model", "llama")
+    put(NORM, lambda a: a * 1e6)(folder)
+    with pytest.raises(CheckpointError, match=f"{NORM} has values up to .*, too large for float16"):
+        load_folder(folder, dtype="float16")
+
+
+def test_a_path_that_does_not_exist_is_said(tmp_path):
+    with pytest.raises(CheckpointError, match=r"nowhere is not a folder; give a folder with config\.json"):
+        load_folder(tmp_path / "nowhere")

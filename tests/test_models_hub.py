@@ -1,0 +1,87 @@
+"""Fetching from the hub: what is asked for, and what is said when it cannot be had. No network needed."""
+
+import subprocess
+import sys
+import time
+from fnmatch import fnmatch
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from sled.errors import DownloadError
+from sled.models import fetch
+from sled.models.hub import WANTED
+
+
+def test_the_folder_is_returned_and_only_model_files_are_asked_for(tmp_path, monkeypatch):
+    asked = {}
+
+    def snapshot_download(hub_id, **kwargs):
+        asked.update(kwargs, hub_id=hub_id)
+        (tmp_path / "model.safetensors").write_text("")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert fetch("owner/name", "v1") == tmp_path
+    assert asked["hub_id"] == "owner/name" and asked["revision"] == "v1"
+
+
+@pytest.mark.parametrize("name, wanted", [
+    ("config.json", True), ("generation_config.json", True), ("model.safetensors", True),
+    ("model-00001-of-00004.safetensors", True), ("model.safetensors.index.json", True), ("tokenizer.json",
+     True),
+    ("tokenizer_config.json", True), ("special_tokens_map.json", True), ("added_tokens.json", True),
+    ("tokenizer.model", True), ("vocab.json", True), ("merges.txt", True), ("chat_template.jinja", True),
+    ("consolidated.safetensors", False), ("pytorch_model.bin", False), ("modeling.py", False),
+])
+def test_which_files_are_wanted(name, wanted):
+    assert any(fnmatch(name, pattern) for pattern in WANTED) is wanted
+
+
+def http(kind):
+    # Made without a response: its constructor differs between versions of huggingface_hub.
+    return kind.__new__(kind)
+
+
+@pytest.mark.parametrize("error, says", [
+    (http(errors.GatedRepoError),
+     "owner/name is gated; accept its terms on https://huggingface.co/owner/name"),
+    (http(errors.RepositoryNotFoundError), "owner/name is not on the hub, or private; check the spelling"),
+    (http(errors.RevisionNotFoundError), "owner/name has no revision 'v1'; see its branches"),
+    (errors.HFValidationError("bad"), "'owner/name' is neither a folder nor a hub id; give a path"),
+    (errors.LocalEntryNotFoundError("gone"), "revision v1 is not in the local cache, .* go online"),
+    (OSError("disk full\nand more"),
+     r"owner/name at revision v1 could not be fetched \(disk full\); try again"),
+])
+def test_failures_say_what_to_do(error, says, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(DownloadError, match=says) as raised:
+        fetch("owner/name", "v1")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_repository_without_safetensors_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    with pytest.raises(DownloadError, match="owner/name has no safetensors, and pickles are not loaded; try"):
+        fetch("owner/name")
+
+
+def test_a_malformed_id_is_refused_by_the_real_client():
+    with pytest.raises(DownloadError, match="'a/b/c' is neither a folder nor a hub id"):
+        fetch("a/b/c")
+
+
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_without_a_network_the_real_client_fails_soon(environment, tmp_path):
+    """In a process of its own: huggingface_hub reads its environment once. Port 9 refuses connections."""
+    code = "from sled.models import fetch; fetch('nobody/nothing')"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env={"HF_HOME": str(tmp_path), "PATH": "",
+                                                             **environment},
+                          capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - start < 30
+    assert "DownloadError: nobody/nothing is not in the local cache, and the hub is out of" in done.stderr
