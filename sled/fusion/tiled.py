@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sled.fusion.statistics import LayerStatistics, Partial, finish, inverse, merge, partial_statistics
+from sled.fusion.statistics import LayerStatistics, empty_partial, finish, inverse, merge, partial_statistics
 
 
 def tiled_statistics(h_BCD, head, k: int, temperature=1.0) -> LayerStatistics:
@@ -35,12 +35,6 @@ def tiled_statistics(h_BCD, head, k: int, temperature=1.0) -> LayerStatistics:
     top_logits_BCK = head.project_rows(h_BCD, top_ids_BK)
     final_BV = final_SBV.swapaxes(0, 1).reshape(batch, -1)
     return finish(partial, top_logits_BCK, top_ids_BK, final_BV, beta_B1)
-
-
-def empty_partial(shape, dtype) -> Partial:
-    """The neutral element of `merge`: no tokens. Finite, so that rescaling it gives 0, not 0 * inf."""
-    zero, lowest = jnp.zeros(shape, dtype), jnp.full(shape, jnp.finfo(dtype).min)
-    return Partial(lowest, jnp.zeros(shape, jnp.int32), zero, lowest, zero, zero, zero, zero, zero)
 
 
 def _top_ids(final_SBV, k):

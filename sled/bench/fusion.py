@@ -1,0 +1,260 @@
+"""How much a fused SLED step costs: against plain decoding, the floor, and the released algorithm.
+
+The floor is the projection of every candidate layer, which no method that looks at all layers can avoid.
+All forms of one size run interleaved, round by round, so that a disturbance of the machine hits them alike;
+ratios are taken between the fastest rounds. Peak memory is measured in fresh processes.
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from sled.fusion import SLED, SharedHead, default_tile
+
+SIZES = ((1024, 32_000), (2048, 128_256))
+LAYERS, SCALE = 32, 10
+FLOOR, FINAL, TORCH = "projection of all layers", "final projection alone", "torch, as released"
+
+
+@dataclasses.dataclass
+class FusionRow:
+    """One form at one size. Times in milliseconds, memory in MB (10^6 bytes); None where not measured."""
+
+    width: int
+    vocabulary: int
+    batch: int
+    form: str
+    best_ms: float
+    median_ms: float
+    over_final: float
+    over_floor: float
+    torch_speedup: float | None
+    xla_temp_mb: float | None
+    peak_mb: float | None
+
+
+@dataclasses.dataclass
+class FusionReport:
+    date: str
+    hardware: str
+    versions: dict[str, str]
+    layers: int
+    scale: int
+    notes: list[str]
+    rows: list[FusionRow]
+
+    def markdown(self) -> str:
+        """The report as a Markdown table under a line that says where and with what it was measured."""
+        names = ["D", "V", "batch", "form", "best ms", "median ms", "x final", "x floor", "torch / this"]
+        names += ["XLA temp MB", "peak MB"]
+        lines = [
+            f"Fused SLED step, {self.layers} layers, k = {self.scale}; {self.date}; {self.hardware}; "
+            + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "",
+            "| " + " | ".join(names) + " |",
+            "|" + "---|" * len(names),
+        ]
+        for row in self.rows:
+            cells = dataclasses.astuple(row)
+            text = ["-" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells]
+            lines.append("| " + " | ".join(text) + " |")
+        return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
+
+    def json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def run_fusion_bench(
+    sizes=SIZES, batches=(1, 8), rounds: int = 7, memory: bool = True, progress: bool = True
+) -> FusionReport:
+    """Time SLED in its plain and streaming form, the two projections and, where installed, the torch port.
+
+    sizes: (width, vocabulary) pairs. rounds: interleaved repetitions; the port runs in at most three, at
+    batch 1 only, as the released code does. memory: also measure peak memory, in one process each.
+    """
+    port, notes = _torch_port()
+    per_size = len(batches) * rounds + (2 + (port is not None)) * memory
+    rows = []
+    with tqdm(total=len(sizes) * per_size, desc="sled bench fusion", disable=not progress) as bar:
+        for width, vocabulary in sizes:
+            w_VD = jax.random.normal(jax.random.key(0), (vocabulary, width)) / width**0.5
+            for batch in batches:
+                rows += _time_forms(w_VD, batch, rounds, port if batch == 1 else None, bar)
+            del w_VD
+            if memory:
+                _measure_peaks(
+                    [r for r in rows if (r.width, r.vocabulary, r.batch) == (width, vocabulary, 1)], bar
+                )
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    if port is not None:
+        versions["torch"] = sys.modules["torch"].__version__
+    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return FusionReport(date, _hardware(), versions, LAYERS, SCALE, notes, rows)
+
+
+def _time_forms(w_VD, batch, rounds, port, bar) -> list[FusionRow]:
+    vocabulary, width = w_VD.shape
+    h_BCD = 3 * jax.random.normal(jax.random.key(1), (batch, LAYERS + 1, width))
+    compiled = {
+        FINAL: _compile(lambda h_BCD, w_VD: SharedHead(w_VD).project(h_BCD[:, -1]), h_BCD, w_VD),
+        FLOOR: _compile(lambda h_BCD, w_VD: SharedHead(w_VD).project(h_BCD), h_BCD, w_VD),
+    }
+    for name, tile in _forms(batch, vocabulary).items():
+        compiled[name] = _compile(_sled_step(tile), h_BCD, w_VD)
+    calls: dict[str, Callable] = {
+        name: lambda run=run: jax.block_until_ready(run(h_BCD, w_VD)) for name, run in compiled.items()
+    }
+    if port is not None:
+        torch = sys.modules["torch"]
+        h_CD, w_torch_VD = torch.from_dlpack(h_BCD[0]), torch.from_dlpack(w_VD)
+        calls[TORCH] = lambda: port(h_CD, w_torch_VD, scale=SCALE)
+
+    seconds = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for number in range(rounds):
+        for name, call in calls.items():
+            if name == TORCH and number >= 3:
+                continue
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+        bar.update()
+    best = {name: min(times) for name, times in seconds.items()}
+    return [
+        FusionRow(
+            width=width,
+            vocabulary=vocabulary,
+            batch=batch,
+            form=name,
+            best_ms=1e3 * best[name],
+            median_ms=1e3 * float(np.median(seconds[name])),
+            over_final=best[name] / best[FINAL],
+            over_floor=best[name] / best[FLOOR],
+            torch_speedup=best[TORCH] / best[name] if TORCH in best else None,
+            xla_temp_mb=compiled[name].memory_analysis().temp_size_in_bytes / 1e6
+            if name in compiled
+            else None,
+            peak_mb=None,
+        )
+        for name in calls
+    ]
+
+
+def _forms(batch, vocabulary) -> dict[str, int | None]:
+    """Plain and streaming SLED, the automatic choice of `default_tile` marked."""
+    chosen = default_tile(batch * (LAYERS + 1), vocabulary)
+    tile = chosen or default_tile(10**9, vocabulary)
+    mark = lambda picked: " (default)" if picked else ""  # noqa: E731
+    return {"SLED, plain" + mark(chosen is None): None, f"SLED, tiles of {tile}" + mark(chosen == tile): tile}
+
+
+def _sled_step(tile):
+    return lambda h_BCD, w_VD: SLED(scale=SCALE).logits(h_BCD, SharedHead(w_VD, tile=tile))
+
+
+def _compile(function, *args):
+    return jax.jit(function).lower(*args).compile()
+
+
+def _torch_port():
+    """The torch port and no notes, or None and a note that says how to get it."""
+    try:
+        from sled.bench.torch_sled import torch_sled_logits
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return None, ['torch is not installed, so the port was left out: pip install "sled-jax[parity]"']
+    if jax.default_backend() != "cpu":
+        return None, ["The torch port is compared on the CPU only."]
+    return torch_sled_logits, []
+
+
+def _measure_peaks(rows: list[FusionRow], bar) -> None:
+    """Fill in `peak_mb`, batch 1: the most memory a warm second call holds beyond what it began with."""
+    for row in rows:
+        if row.form in (FINAL, FLOOR):
+            continue
+        tile = next((t for name, t in _forms(1, row.vocabulary).items() if name == row.form), None)
+        side = "torch" if row.form == TORCH else "jax"
+        command = [
+            sys.executable,
+            "-m",
+            "sled.bench.fusion",
+            side,
+            str(row.width),
+            str(row.vocabulary),
+            str(tile),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == 0 and done.stdout.strip() != "None":
+            row.peak_mb = float(done.stdout) / 1e6
+        bar.update()
+
+
+def _peak_of_second_call(side: str, width: int, vocabulary: int, tile: int | None) -> int | None:
+    """Bytes of resident memory one call adds at its peak, in this process; None without Linux and glibc."""
+    if not os.path.exists("/proc/self/clear_refs") or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        return None
+    rng = np.random.default_rng(0)
+    w_VD = np.resize(rng.standard_normal((1000, width), np.float32), (vocabulary, width))
+    h_BCD = rng.standard_normal((1, LAYERS + 1, width), np.float32)
+    if side == "torch":
+        import torch
+
+        from sled.bench.torch_sled import torch_sled_logits
+
+        h_CD, w_VD = torch.from_numpy(h_BCD[0]), torch.from_numpy(w_VD)
+        call = lambda: torch_sled_logits(h_CD, w_VD, scale=SCALE)  # noqa: E731
+    else:
+        h_BCD, w_VD = jnp.asarray(h_BCD), jnp.asarray(w_VD)
+        run = _compile(_sled_step(tile), h_BCD, w_VD)
+        call = lambda: run(h_BCD, w_VD).block_until_ready()  # noqa: E731
+    call()
+    # The allocator keeps what the warm-up freed; give it back, or the second call seems to need nothing.
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # sets the peak back to the present size
+    before = _status_bytes("VmRSS")
+    call()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
+
+
+def _hardware() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description="Peak memory of one fused step, in bytes (a helper of the benchmark)"
+    )
+    parser.add_argument("side", choices=["jax", "torch"])
+    parser.add_argument("width", type=int)
+    parser.add_argument("vocabulary", type=int)
+    parser.add_argument("tile", type=lambda text: None if text == "None" else int(text))
+    print(_peak_of_second_call(**vars(parser.parse_args())))
