@@ -1,0 +1,37 @@
+import pytest
+
+from sled.demo.problems import problems
+from sled.errors import SettingError
+from sled.eval.answers import exact_match, final_answer
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("Cost: 6*10=60\n#### 54", 54),
+    ("####54", 54),
+    ("####   $1,234 dollars", 1234),
+    ("#### -3", -3),
+    ("#### 54.", 54),
+    ("#### 54.00", 54),
+    ("#### 5\nQuestion: ...\n#### 7", 7),
+    ("the answer is 54", None),
+    ("####", None),
+    ("#### none", None),
+    ("", None),
+])
+def test_the_number_after_the_last_mark(text, answer):
+    assert final_answer(text) == answer
+
+
+def test_every_generated_solution_gives_its_answer():
+    batch = problems("heldout", 200)
+    assert exact_match([p.solution for p in batch], [p.answer for p in batch]) == 1
+
+
+def test_exact_match_counts_right_answers():
+    assert exact_match(["#### 1", "#### 2", "no", "#### 5"], [1, 3, 4, 5]) == 0.5
+
+
+@pytest.mark.parametrize("texts, answers", [([], []), (["#### 1"], [1, 2])])
+def test_exact_match_needs_as_many_texts_as_answers(texts, answers):
+    with pytest.raises(SettingError, match="answers given"):
+        exact_match(texts, answers)
