@@ -43,8 +43,8 @@ class LayerAverage:
         return tuple(range(num_layers)) if self.layers in (None, "all") else explicit_layers(self, num_layers)
 
     def logits(self, h_BCD, head):
+        share_BC = self._shares(h_BCD.shape[1], head.dtype(h_BCD))
         stats = layer_statistics(h_BCD, head, 1)
-        share_BC = self._shares(h_BCD.shape[1], stats.log_norm_BC.dtype)
         # log(w_n / Z_n), to be added to the layer's logits; the streaming form passes over W a second time.
         offset_BC = jnp.log(share_BC) - stats.log_norm_BC
 

@@ -181,7 +181,7 @@ def check_scale(self) -> None:
     check_number(self, "scale", lambda x: 1 <= x <= (bound or 2**31 - 1), remedy, int)
     if bound is None:
         if not isinstance(self.scale, int):
-            raise SettingError(f"{name}(scale=array) needs max_scale, a static bound of its entries.")
+            raise SettingError(f"{name}(scale=array): its entries need a static bound; give max_scale too.")
         bound = 16
         while bound < self.scale:
             bound *= 2

@@ -15,7 +15,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 # Tokens per block when the statistics of a large vocabulary are taken from logits that are there already.
 _BLOCK = 16_384
 
@@ -102,7 +101,7 @@ def partial_statistics(l_xCV, first, beta_x1) -> Partial:
     d = l_xCV - l_xCV[..., -1:, :]
     return Partial(
         peak=peak[..., 0],
-        peak_id=first + at[..., 0],
+        peak_id=(first + at[..., 0]).astype(jnp.int32),
         peak_gap=jnp.take_along_axis(d, at, axis=-1)[..., 0],
         next=second[..., 0],
         mass=x.sum(-1),

@@ -1,0 +1,159 @@
+"""DoLa, Confident Decoding, layer averaging and plain decoding against direct numpy forms."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sled.fusion import ConfidentDecoding, DoLa, FinalLayer, LayerAverage, SharedHead
+from sled.fusion.confident import first_valley
+from sled.fusion.dola import final_divergence
+
+FORMS = [(None, 1), (16, 1), (10, 3)]  # vocabulary 99: neither 16 nor 10 divides its part
+
+
+@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+def fuse(strategy, h_BCD, head):
+    return strategy.logits(h_BCD, head)
+
+
+@pytest.fixture(params=FORMS, ids=str)
+def case(request):
+    """Hidden states, a head in one of its forms, and the candidates' log-probabilities in float64."""
+    rng = np.random.default_rng(1)
+    h_BCD, w_VD = rng.standard_normal((4, 6, 12), np.float32), rng.standard_normal((99, 12), np.float32)
+    logits_BCV = np.einsum("bcd,vd->bcv", h_BCD.astype(np.float64), w_VD)
+    tile, shards = request.param
+    return jnp.asarray(h_BCD), SharedHead(jnp.asarray(w_VD), tile=tile, shards=shards), logits_BCV
+
+
+def log_softmax(z):
+    z = z - z.max(-1, keepdims=True)
+    return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+
+def test_final_layer(case):
+    h_BCD, head, logits_BCV = case
+    np.testing.assert_allclose(fuse(FinalLayer(), h_BCD, head), logits_BCV[:, -1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("relative_top", [0.1, 0.9, 1.0])
+def test_dola(case, relative_top):
+    h_BCD, head, logits_BCV = case
+    log_p = log_softmax(logits_BCV)
+    log_early, log_final = log_p[:, :-1], log_p[:, -1:]
+    m = (np.exp(log_early) + np.exp(log_final)) / 2
+    divergence = (m * (np.log(m) - log_final) + m * (np.log(m) - log_early)).mean(-1) / 2
+    norm_BC = jax.nn.logsumexp(jnp.asarray(logits_BCV, jnp.float32), -1)
+    np.testing.assert_allclose(final_divergence(h_BCD, head, norm_BC), divergence, rtol=1e-3, atol=1e-8)
+
+    chosen = divergence.argmax(1)
+    assert len(set(chosen)) > 1  # the rows differ in their choice, so a batch-wide choice would show
+    expected = log_final[:, 0] - log_early[np.arange(4), chosen]
+    kept = np.exp(log_final[:, 0]) >= relative_top * np.exp(log_final.max(-1)) * (1 - 1e-6)
+    out_BV = np.asarray(fuse(DoLa(relative_top=relative_top), h_BCD, head))
+    np.testing.assert_array_equal(np.isfinite(out_BV), kept)
+    np.testing.assert_allclose(out_BV[kept], expected[kept], rtol=1e-4, atol=1e-4)
+    bounded_BV = fuse(DoLa(relative_top=relative_top, lower_bound=-1000.0), h_BCD, head)
+    np.testing.assert_array_equal(np.asarray(bounded_BV)[~kept], -1000)
+
+
+def test_dola_with_one_candidate(case):
+    h_BCD, head, logits_BCV = case
+    log_p = log_softmax(logits_BCV)
+    out_BV = np.asarray(fuse(DoLa(layers=(2,)), h_BCD[:, -2:], head))
+    kept = np.isfinite(out_BV)
+    np.testing.assert_allclose(out_BV[kept], (log_p[:, -1] - log_p[:, -2])[kept], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "num_layers", "tied", "expected"),
+    [
+        ("low", 32, False, tuple(range(0, 16, 2))),
+        ("low", 32, True, tuple(range(2, 16, 2))),
+        ("high", 32, True, tuple(range(16, 32, 2))),
+        ("low", 80, False, tuple(range(0, 20, 2))),
+        ("high", 80, False, tuple(range(60, 80, 2))),
+        ("low", 1, True, (0,)),
+        ("low", 2, True, (1,)),
+        ("low", 4, True, (2,)),
+        ((8, 0, 8), 32, False, (0, 8)),
+    ],
+)
+def test_dola_layers(layers, num_layers, tied, expected):
+    assert DoLa(layers=layers).early_layers(num_layers, tied=tied) == expected
+
+
+def test_confident_decoding(case):
+    h_BCD, head, logits_BCV = case
+    # Layers of different sharpness, so that the entropy has valleys.
+    sharpness_BC1 = np.random.default_rng(0).uniform(0.2, 2, (4, 6, 1)).astype(np.float32)
+    h_BCD, logits_BCV = h_BCD * sharpness_BC1, logits_BCV * sharpness_BC1
+    log_p = log_softmax(logits_BCV)
+    entropy = -(np.exp(log_p) * log_p).sum(-1)
+    chosen = []
+    for row in entropy:
+        layer = len(row) - 1
+        while layer > 0 and row[layer - 1] < row[layer]:
+            layer -= 1
+        chosen.append(layer)
+    assert len(set(chosen)) > 1
+    out_BV = fuse(ConfidentDecoding(), h_BCD, head)
+    np.testing.assert_allclose(out_BV, logits_BCV[np.arange(4), chosen], rtol=1e-4, atol=1e-4)
+
+
+def test_first_valley():
+    entropy_BC = jnp.asarray(
+        [
+            [1.0, 2.0, 3.0],  # falls all the way back
+            [1.0, 3.0, 2.0],  # rises at once, although a deeper valley lies beyond
+            [3.0, 1.0, 2.0],
+            [1.0, 2.0, 2.0],  # no strict fall
+            [1.0, 2.0, jnp.nan],
+        ]
+    )
+    np.testing.assert_array_equal(first_valley(entropy_BC), [0, 2, 1, 2, 2])
+    np.testing.assert_array_equal(first_valley(entropy_BC[:, :1]), 0)
+
+
+def test_confident_window():
+    assert ConfidentDecoding(window=4).early_layers(32, tied=False) == (29, 30, 31)
+    assert ConfidentDecoding(window=10).early_layers(4, tied=True) == (1, 2, 3)
+    assert ConfidentDecoding(window=1).early_layers(4, tied=True) == ()
+    assert ConfidentDecoding().norm_early
+
+
+@pytest.mark.parametrize("weights", [None, (0, 1, 2, 0, 1, 4), "per row"])
+def test_layer_average(case, weights):
+    h_BCD, head, logits_BCV = case
+    if weights == "per row":
+        weights = np.random.default_rng(0).uniform(size=(4, 6)).astype(np.float32)
+    share = np.broadcast_to(np.ones(6) if weights is None else np.asarray(weights, np.float64), (4, 6))
+    share = share / share.sum(-1, keepdims=True)
+    expected = np.log((share[..., None] * np.exp(log_softmax(logits_BCV))).sum(1))
+    out_BV = fuse(LayerAverage(weights), h_BCD, head)
+    np.testing.assert_allclose(out_BV, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(np.exp(out_BV).sum(-1), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "strategy", [DoLa(), ConfidentDecoding(), LayerAverage()], ids=lambda s: type(s).__name__
+)
+def test_rows_do_not_see_each_other(case, strategy):
+    h_BCD, head, _ = case
+    alone_BV = jnp.concatenate([fuse(strategy, h_BCD[b : b + 1], head) for b in range(2)])
+    np.testing.assert_allclose(fuse(strategy, h_BCD, head)[:2], alone_BV, rtol=1e-4, atol=1e-5)
+
+
+def test_softcap():
+    rng = np.random.default_rng(0)
+    h_BCD, w_VD = rng.standard_normal((2, 3, 8), np.float32), 9 * rng.standard_normal((30, 8), np.float32)
+    logits_BCV = 30 * np.tanh(np.einsum("bcd,vd->bcv", h_BCD, w_VD) / 30)
+    expected = np.log(np.exp(log_softmax(logits_BCV)).mean(1))
+    for tile in (None, 7):
+        head = SharedHead(jnp.asarray(w_VD), tile=tile, softcap=30.0)
+        np.testing.assert_allclose(head.project(h_BCD), logits_BCV, rtol=1e-4, atol=1e-4)
+        out_BV = fuse(LayerAverage(), jnp.asarray(h_BCD), head)
+        np.testing.assert_allclose(out_BV, expected, rtol=1e-4, atol=1e-4)
