@@ -11,7 +11,6 @@ import dataclasses
 import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from sled.bench.machine import hardware, versions
 from sled.fusion import SLED, SharedHead, default_tile
 
 SIZES = ((1024, 32_000), (2048, 128_256))
@@ -98,11 +98,8 @@ def run_fusion_bench(
                 _measure_peaks(
                     [r for r in rows if (r.width, r.vocabulary, r.batch) == (width, vocabulary, 1)], bar
                 )
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
-    if port is not None:
-        versions["torch"] = sys.modules["torch"].__version__
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return FusionReport(date, _hardware(), versions, LAYERS, SCALE, notes, rows)
+    return FusionReport(date, hardware(), versions(), LAYERS, SCALE, notes, rows)
 
 
 def _time_forms(w_VD, batch, rounds, port, bar) -> list[FusionRow]:
@@ -236,17 +233,6 @@ def _peak_of_second_call(side: str, width: int, vocabulary: int, tile: int | Non
 def _status_bytes(field: str) -> int:
     with open("/proc/self/status") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
-
-
-def _hardware() -> str:
-    device = jax.devices()[0]
-    if device.platform != "cpu":
-        return f"{jax.device_count()} x {device.device_kind}"
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores"
 
 
 if __name__ == "__main__":

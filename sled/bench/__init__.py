@@ -1,0 +1,1 @@
+"""Measurements behind `sled bench`: every rival runs beside us, in the same run."""

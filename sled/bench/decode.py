@@ -1,0 +1,145 @@
+"""Decoding speed: greedy and SLED here, greedy in transformers, on the same random weights in one run.
+
+The sides run interleaved, round by round; ratios are taken between the fastest rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from sled.bench.machine import hardware, versions
+from sled.fusion import SLED, FinalLayer
+from sled.lm import LM
+from sled.models import Decoder, DecoderConfig, save_folder
+
+CONFIG = DecoderConfig(family="llama", vocab_size=32_000, width=768, mlp_width=2048, num_layers=12, num_heads=12,
+                       num_kv_heads=12, head_dim=64, max_positions=1024)
+BATCHES = (1, 8)
+PROMPT_TOKENS = 32
+TRANSFORMERS = "transformers greedy"
+
+
+@dataclasses.dataclass
+class DecodeRow:
+    """One way to decode at one batch size. Seconds; `first_call` includes compilation."""
+
+    batch: int
+    way: str
+    first_call: float
+    best: float
+    median: float
+    first_token: float
+    tokens_per_second: float
+    over_greedy: float
+    transformers_over_this: float | None
+
+
+@dataclasses.dataclass
+class DecodeReport:
+    date: str
+    hardware: str
+    versions: dict[str, str]
+    parameters: int
+    new_tokens: int
+    notes: list[str]
+    rows: list[DecodeRow]
+
+    def markdown(self) -> str:
+        names = ["batch", "way", "first call s", "best s", "median s", "first token s", "tokens/s", "x greedy",
+                 "transformers / this"]
+        lines = [
+            f"Decoding {self.new_tokens} tokens after {PROMPT_TOKENS}, {self.parameters / 1e6:.0f}M parameters, "
+            f"float32; {self.date}; {self.hardware}; "
+            + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
+            "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        for row in self.rows:
+            cells = ["-" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c)
+                     for c in dataclasses.astuple(row)]
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
+
+    def json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+
+def run_decode_bench(*, new_tokens: int = 64, rounds: int = 4, config: DecoderConfig = CONFIG,
+                     batches: tuple[int, ...] = BATCHES) -> DecodeReport:
+    """Measures every way at every batch size. Without torch and transformers, only this library's."""
+    model = Decoder.init(config, rngs=nnx.Rngs(0))
+    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
+    ways = _own_ways(LM(model))
+    notes = []
+    try:
+        ways[TRANSFORMERS] = _transformers_way(model)
+    except ImportError as missing:
+        notes.append(f"{missing.name} is not installed, so transformers was not measured; "
+                     "pip install 'sled-jax[parity]' adds it.")
+    rows = []
+    with tqdm(total=len(batches) * len(ways) * (rounds + 3), unit="run") as bar:
+        for batch in batches:
+            rows += _measure(ways, batch, new_tokens, rounds, config.vocab_size, bar)
+    return DecodeReport(date=datetime.date.today().isoformat(), hardware=hardware(), versions=versions(),
+                        parameters=parameters, new_tokens=new_tokens, notes=notes, rows=rows)
+
+
+def _measure(ways, batch: int, new_tokens: int, rounds: int, vocabulary: int, bar) -> list[DecodeRow]:
+    prompts = np.random.default_rng(0).integers(0, vocabulary, (batch, PROMPT_TOKENS))
+
+    def timed(way, tokens):
+        begun = time.perf_counter()
+        made = way(prompts, tokens)
+        bar.update()
+        assert made == batch * tokens, f"{made} tokens made instead of {batch * tokens}"
+        return time.perf_counter() - begun
+
+    first = {name: timed(way, new_tokens) for name, way in ways.items()}
+    # The second call: one token alone is a smaller program, compiled by the first.
+    first_token = {name: [timed(way, 1) for _ in range(2)][-1] for name, way in ways.items()}
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            seconds[name].append(timed(way, new_tokens))
+    best = {name: min(s) for name, s in seconds.items()}
+    rival = best.get(TRANSFORMERS)
+    return [DecodeRow(batch=batch, way=name, first_call=first[name], best=best[name],
+                      median=float(np.median(seconds[name])), first_token=first_token[name],
+                      tokens_per_second=batch * new_tokens / best[name], over_greedy=best[name] / best["greedy"],
+                      transformers_over_this=rival and rival / best[name]) for name in ways]
+
+
+def _own_ways(lm: LM):
+    def way(fusion):
+        def run(prompts, tokens):
+            return lm.generate(prompts.tolist(), max_new_tokens=tokens, fusion=fusion).stats.new_tokens
+        return run
+
+    return {"greedy": way(FinalLayer()), "SLED": way(SLED())}
+
+
+def _transformers_way(model: Decoder):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(model, Path(folder) / "model")
+        rival = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+    rival.generation_config.eos_token_id = None
+    rival.generation_config.pad_token_id = 0
+
+    def run(prompts, tokens):
+        ids = torch.tensor(prompts)
+        with torch.no_grad():
+            out = rival.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
+        return out.numel() - ids.numel()
+
+    return run

@@ -1,0 +1,1 @@
+"""The bundled model and the word problems it was trained on."""
