@@ -138,9 +138,7 @@ def test_layer_average(case, weights):
     np.testing.assert_allclose(np.exp(out_BV).sum(-1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "strategy", [DoLa(), ConfidentDecoding(), LayerAverage()], ids=lambda s: type(s).__name__
-)
+@pytest.mark.parametrize("strategy", [DoLa(), ConfidentDecoding(), LayerAverage()], ids=lambda s: type(s).__name__)
 def test_rows_do_not_see_each_other(case, strategy):
     h_BCD, head, _ = case
     alone_BV = jnp.concatenate([fuse(strategy, h_BCD[b : b + 1], head) for b in range(2)])

@@ -137,9 +137,7 @@ def test_static_fields_separate_traces_and_leaves_do_not():
     assert jax.tree.map(lambda _: 0, SLED()).temperature == 0
 
 
-@pytest.mark.parametrize(
-    "strategy", [SLED(), ClampOnly(), DoLa(), ConfidentDecoding(), LayerAverage(), FinalLayer()]
-)
+@pytest.mark.parametrize("strategy", [SLED(), ClampOnly(), DoLa(), ConfidentDecoding(), LayerAverage(), FinalLayer()])
 def test_interface(strategy):
     assert isinstance(strategy, Strategy)
     assert dataclasses.is_dataclass(strategy)

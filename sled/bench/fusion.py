@@ -95,9 +95,7 @@ def run_fusion_bench(
                 rows += _time_forms(w_VD, batch, rounds, port if batch == 1 else None, bar)
             del w_VD
             if memory:
-                _measure_peaks(
-                    [r for r in rows if (r.width, r.vocabulary, r.batch) == (width, vocabulary, 1)], bar
-                )
+                _measure_peaks([r for r in rows if (r.width, r.vocabulary, r.batch) == (width, vocabulary, 1)], bar)
     date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return FusionReport(date, hardware(), versions(), LAYERS, SCALE, notes, rows)
 
@@ -142,9 +140,7 @@ def _time_forms(w_VD, batch, rounds, port, bar) -> list[FusionRow]:
             over_final=best[name] / best[FINAL],
             over_floor=best[name] / best[FLOOR],
             torch_speedup=best[TORCH] / best[name] if TORCH in best else None,
-            xla_temp_mb=compiled[name].memory_analysis().temp_size_in_bytes / 1e6
-            if name in compiled
-            else None,
+            xla_temp_mb=compiled[name].memory_analysis().temp_size_in_bytes / 1e6 if name in compiled else None,
             peak_mb=None,
         )
         for name in calls
@@ -181,7 +177,7 @@ def _torch_port():
 
 
 def _measure_peaks(rows: list[FusionRow], bar) -> None:
-    """Fill in `peak_mb`, batch 1: the most memory a warm second call holds beyond what it began with."""
+    """Fill in `peak_mb`, batch 1: the most memory a call holds beyond inputs and program."""
     for row in rows:
         if row.form in (FINAL, FLOOR):
             continue
@@ -202,8 +198,8 @@ def _measure_peaks(rows: list[FusionRow], bar) -> None:
         bar.update()
 
 
-def _peak_of_second_call(side: str, width: int, vocabulary: int, tile: int | None) -> int | None:
-    """Bytes of resident memory one call adds at its peak, in this process; None without Linux and glibc."""
+def _peak_of_two_calls(side: str, width: int, vocabulary: int, tile: int | None) -> int | None:
+    """Bytes of resident memory two calls add at their peak, in this process; None without Linux and glibc."""
     if not os.path.exists("/proc/self/clear_refs") or not hasattr(ctypes.CDLL(None), "malloc_trim"):
         return None
     rng = np.random.default_rng(0)
@@ -220,12 +216,12 @@ def _peak_of_second_call(side: str, width: int, vocabulary: int, tile: int | Non
         h_BCD, w_VD = jnp.asarray(h_BCD), jnp.asarray(w_VD)
         run = _compile(_sled_step(tile), h_BCD, w_VD)
         call = lambda: run(h_BCD, w_VD).block_until_ready()  # noqa: E731
-    call()
-    # The allocator keeps what the warm-up freed; give it back, or the second call seems to need nothing.
+    # The allocator keeps what making the inputs and compiling freed; give it back, or the calls reuse it unseen.
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # sets the peak back to the present size
     before = _status_bytes("VmRSS")
+    call()
     call()
     return _status_bytes("VmHWM") - before
 
@@ -236,11 +232,9 @@ def _status_bytes(field: str) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="Peak memory of one fused step, in bytes (a helper of the benchmark)"
-    )
+    parser = argparse.ArgumentParser(description="Peak memory of one fused step, in bytes (a helper of the benchmark)")
     parser.add_argument("side", choices=["jax", "torch"])
     parser.add_argument("width", type=int)
     parser.add_argument("vocabulary", type=int)
     parser.add_argument("tile", type=lambda text: None if text == "None" else int(text))
-    print(_peak_of_second_call(**vars(parser.parse_args())))
+    print(_peak_of_two_calls(**vars(parser.parse_args())))

@@ -81,7 +81,8 @@ def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, p
         return jnp.take_along_axis(logp_PV, target_P[:, None], axis=-1)[:, 0], jnp.argmax(logits_PV, axis=-1)
 
     inputs = ([flat(h) for h in (h0, *states)], flat(targets_BT))
-    per_place = (1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))) * network.head_weight.shape[0]
+    layers = 1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))
+    per_place = layers * network.head_weight.shape[0]
     return jax.tree.map(lambda x: x.reshape(inputs_BT.shape), map_places(judge, inputs, per_place))
 
 
@@ -90,8 +91,10 @@ def map_places(f: Callable, inputs, logits_per_place: int):
     count = jax.tree.leaves(inputs)[0].shape[0]
     passes = -(-count // max(1, LOGITS_AT_ONCE // logits_per_place))
     each = -(-count // passes)
-    padded = jax.tree.map(
-        lambda x: jnp.pad(x, [(0, passes * each - count)] + [(0, 0)] * (x.ndim - 1)).reshape(passes, each, *x.shape[1:]),
-        inputs)
-    outputs = jax.lax.map(lambda xs: f(*xs), padded)
+
+    def cut(x):
+        padding = [(0, passes * each - count)] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(passes, each, *x.shape[1:])
+
+    outputs = jax.lax.map(lambda xs: f(*xs), jax.tree.map(cut, inputs))
     return jax.tree.map(lambda y: y.reshape(passes * each, *y.shape[2:])[:count], outputs)

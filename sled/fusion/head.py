@@ -80,7 +80,11 @@ class SharedHead:
         rows = w_SVD.shape[1]
 
         def one(carry, tile_SVD, start):
-            return step(carry, self._product("bcd,svd->sbcv", h_BCD, tile_SVD), start)
+            if self.shards == 1:  # spelled so that the CPU's product comes out in this order of axes
+                l_SBCV = self._product("bcd,vd->bcv", h_BCD, tile_SVD[0])[None]
+            else:
+                l_SBCV = self._product("bcd,svd->sbcv", h_BCD, tile_SVD)
+            return step(carry, l_SBCV, start)
 
         def body(i, carry):
             tile_SVD = jax.lax.dynamic_slice_in_dim(w_SVD, i * self.tile, self.tile, axis=1)

@@ -136,9 +136,7 @@ def merge(p: Partial, q: Partial, beta_x1) -> Partial:
         next=second,
         mass=p.mass * scale_p + q.mass * scale_q + y,
         mass_sq=p.mass_sq * scale_p**2 + q.mass_sq * scale_q**2 + y**2,
-        slope=(p.slope + shift_p * p.mass) * scale_p
-        + (q.slope + shift_q * q.mass) * scale_q
-        + shift_loser * y,
+        slope=(p.slope + shift_p * p.mass) * scale_p + (q.slope + shift_q * q.mass) * scale_q + shift_loser * y,
         cross=p.cross * scale_p + q.cross * scale_q + loser_gap * y,
         gap_sq=p.gap_sq + q.gap_sq,
     )

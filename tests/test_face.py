@@ -1,0 +1,160 @@
+"""What a user meets: loading, generating from text, errors that say what to do, the command."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import sled
+from sled import _versions, cli
+from sled.demo.problems import problems, prompt
+from sled.errors import CheckpointError, DownloadError, PromptError, SettingError, TokenizerError, VersionError
+from sled.eval.answers import final_answer
+
+DEMO = Path(__file__).parent.parent / "sled" / "demo" / "model"
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sled.load("demo")
+
+
+def test_the_bundled_model_solves_held_out_problems(lm):
+    asked = problems("heldout", 20)
+    for fusion in (sled.FinalLayer(), sled.SLED()):
+        out = lm.generate([prompt(p.question) for p in asked], max_new_tokens=96, fusion=fusion)
+        right = sum(final_answer(text) == p.answer for text, p in zip(out.texts, asked, strict=True))
+        assert right >= 12
+        assert out.stats.new_tokens == sum(map(len, out.tokens)) and out.stats.tokens_per_second > 0
+
+
+def test_stop_strings_cut_text_and_tokens(lm):
+    question = prompt(problems("heldout", 1)[0].question)
+    whole = lm.generate(question, max_new_tokens=96).texts[0]
+    out = lm.generate([question, question], max_new_tokens=96, stop=["####", "never"])
+    assert out.texts[0] == whole[:whole.index("####")]
+    assert out.finish_reasons == ["stop", "stop"]
+    streamed = list(lm.stream(question, max_new_tokens=96, stop="####", chunk=2))
+    assert "".join(chunk.texts[0] for chunk in streamed) == out.texts[0]
+
+
+def test_scores_prefer_the_right_answer(lm):
+    p = problems("heldout", 1)[0]
+    wrong = p.solution.replace(f"#### {p.answer}", f"#### {p.answer + 1}")
+    scores = lm.score(prompt(p.question), [" " + p.solution, " " + wrong])
+    assert scores.totals[0] > scores.totals[1]
+    assert scores.greedy[0]
+    one = lm.score(prompt(p.question), " " + p.solution)
+    assert one.totals == pytest.approx(scores.totals[:1], abs=1e-3)
+
+
+def test_lens_picture_is_written(lm, tmp_path):
+    lens = lm.lens(prompt("Ash buys 6 toys at 10 tokens each. How much?"), fusion=sled.SLED())
+    path = lens.picture(tmp_path / "deep" / "lens.png", count=8)
+    assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(("call", "error", "says"), [
+    (lambda lm: lm.generate(""), PromptError, "empty"),
+    (lambda lm: lm.generate([]), PromptError, "no prompt"),
+    (lambda lm: lm.generate([[1, 2], [3, 10**6]]), PromptError, "1000000"),
+    (lambda lm: lm.generate([[1, -1]]), PromptError, "-1"),
+    (lambda lm: lm.generate([1] * 256), PromptError, "256"),
+    (lambda lm: lm.generate("a", max_new_tokens=0), SettingError, "max_new_tokens"),
+    (lambda lm: lm.generate("a", batch_size=0), SettingError, "batch_size"),
+    (lambda lm: lm.generate("a", stop=""), SettingError, "stop"),
+    (lambda lm: lm.generate("a", fusion=sled.DoLa(layers=(99,))), SettingError, "99"),
+    (lambda lm: lm.score("a", []), PromptError, "no"),
+    (lambda lm: lm.score(["a", "b"], ["c"]), PromptError, "2 prompts"),
+    (lambda lm: lm.score("a", [[1]]), PromptError, "both"),
+    (lambda lm: lm.score([1] * 200, [[1] * 100]), PromptError, "300"),
+    (lambda lm: sled.Sampling(temperature=-1), SettingError, "temperature"),
+    (lambda lm: sled.Sampling(top_p=0), SettingError, "top_p"),
+    (lambda lm: sled.Sampling(top_k=1.5), SettingError, "top_k"),
+    (lambda lm: sled.Sampling(min_p=2), SettingError, "min_p"),
+    (lambda lm: sled.Sampling(repetition_penalty=0), SettingError, "repetition_penalty"),
+    (lambda lm: sled.load("./nowhere"), CheckpointError, "nowhere"),
+    (lambda lm: sled.load("demo", dtype="int8"), SettingError, "int8"),
+])
+def test_bad_input_is_named(lm, call, error, says):
+    with pytest.raises(error, match=says):
+        call(lm)
+
+
+def test_a_folder_without_tokenizer_takes_ids_only(tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(DEMO / name, tmp_path)
+    lm = sled.load(tmp_path)
+    assert lm.generate([5, 6, 7], max_new_tokens=2).texts is None
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        lm.generate("text")
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "m")
+    (tmp_path / "m" / "tokenizer.json").write_text("{")
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        sled.load(tmp_path / "m")
+
+
+def test_versions_that_do_not_fit_are_refused():
+    _versions.check("0.10.2", "0.12.8")
+    _versions.check("0.11.2", "0.12.9")
+    with pytest.raises(VersionError, match="move in pairs"):
+        _versions.check("0.11.1", "0.12.8")
+    with pytest.raises(VersionError, match="too old"):
+        _versions.check("0.4.30", "0.12.8")
+
+
+def run(capsys, *arguments):
+    code = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_generate_command(capsys, tmp_path):
+    question = prompt(problems("heldout", 1)[0].question)
+    code, out, _ = run(capsys, "generate", question, "--fusion", "sled", "--rate", "1.5")
+    assert code == 0 and "####" in out
+    (tmp_path / "p.txt").write_text("Question: a\\nAnswer:\nQuestion: b\\nAnswer:\n")
+    code, out, _ = run(capsys, "generate", "--file", str(tmp_path / "p.txt"), "--json", "-n", "4")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(rows) == 2 and rows[0]["prompt"] == "Question: a\nAnswer:"
+
+
+def test_score_and_lens_commands(capsys, tmp_path):
+    code, out, _ = run(capsys, "score", "Question: 2*3?\\nAnswer:", " 2*3=6", " 2*3=7")
+    assert code == 0 and "2*3=6" in out
+    code, out, _ = run(capsys, "lens", "Question: 2*3?", "--fusion", "sled", "-o", str(tmp_path / "l.png"))
+    assert code == 0 and "layer 8" in out and (tmp_path / "l.png").is_file()
+
+
+@pytest.mark.parametrize("arguments", [
+    ("generate",),
+    ("generate", "x", "--model", "./nowhere"),
+    ("generate", "x", "--fusion", "dola", "--rate", "1"),
+    ("generate", "x", "--fusion", "sled", "--rate", "-1"),
+    ("generate", "x", "--temperature", "-1"),
+    ("score", "x"),
+    ("demo", "--problems", "0"),
+])
+def test_the_command_prints_one_line_and_fails(capsys, arguments):
+    code, _, err = run(capsys, *arguments)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("sled: ")
+    assert sum(line.startswith("sled: ") for line in err.splitlines()) == 1
+
+
+def test_a_hub_id_without_network_is_named(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(DownloadError):
+        sled.load("owner/no-such-model")
+
+
+@pytest.mark.parametrize("command", ["demo", "generate", "score", "lens", "bench"])
+def test_help_teaches(capsys, command):
+    with pytest.raises(SystemExit) as done:
+        cli.main([command, "--help"])
+    assert done.value.code == 0
+    assert len(capsys.readouterr().out) > 100
