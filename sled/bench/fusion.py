@@ -213,7 +213,7 @@ def _peak_of_two_calls(side: str, width: int, vocabulary: int, tile: int | None)
         h_CD, w_VD = torch.from_numpy(h_BCD[0]), torch.from_numpy(w_VD)
         call = lambda: torch_sled_logits(h_CD, w_VD, scale=SCALE)  # noqa: E731
     else:
-        h_BCD, w_VD = jnp.asarray(h_BCD), jnp.asarray(w_VD)
+        h_BCD, w_VD = jax.block_until_ready((jnp.asarray(h_BCD), jnp.asarray(w_VD)))
         run = _compile(_sled_step(tile), h_BCD, w_VD)
         call = lambda: run(h_BCD, w_VD).block_until_ready()  # noqa: E731
     # The allocator keeps what making the inputs and compiling freed; give it back, or the calls reuse it unseen.
