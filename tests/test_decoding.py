@@ -85,7 +85,7 @@ def test_long_prompts_are_read_in_blocks(lm, monkeypatch):
 
 def test_streaming_gives_the_same_tokens_in_pieces(lm, prompts):
     pieces = list(lm.stream(prompts, chunk=3, max_new_tokens=14))
-    joined = [sum((piece.tokens[i] for piece in pieces), []) for i in range(len(prompts))]
+    joined = [[t for piece in pieces for t in piece.tokens[i]] for i in range(len(prompts))]
     assert len(pieces) > 1
     assert joined == lm.generate(prompts, max_new_tokens=14).tokens
 
