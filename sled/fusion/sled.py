@@ -15,7 +15,7 @@ from sled.fusion.strategy import check_layers, check_number, explicit_layers, pe
 
 _PRESETS = {
     "official-code": {},
-    "paper": {"layers": "blocks", "lower_bound": float("-inf")},
+    "paper": {"layers": "blocks"},
     "factor": {"lower_bound": -2500.0, "log_softmax": True},
     "truthfulqa": {"rate": 2.5, "scale": 75, "steps": 10, "lower_bound": -100.0},
 }
@@ -67,10 +67,10 @@ class SLED:
 
         "official-code": generation in the authors' code: one step, no temperature, embeddings are a
             candidate, other tokens get -1000.
-        "paper": where the text differs, as far as secondary accounts of it tell: candidates are the
-            layers n = 1 .. N - 1, without the embeddings; other tokens get minus infinity; a temperature
-            tau divides every logit inside a softmax and, as the gradient of the divergence does, the
-            update (alpha / tau). The code has no tau; it is 1 here.
+        "paper": the text as secondary accounts give it: a temperature tau divides every logit inside a
+            softmax and, as the gradient of the divergence does, the update (alpha / tau); other tokens get
+            a small value such as -1000. The code has no tau; it is 1 here. Whether the text counts the
+            embeddings as a layer no account says; here the candidates are n = 1 .. N - 1, without them.
         "factor": multiple-choice scoring of FACTOR in the code: -2500, then log-softmax.
         "truthfulqa": scoring of TruthfulQA in the code: ten steps of falling rate, -100, raw logits; rate and
             scale of the 7B model (13B: 2.5 and 100; 70B: 2 and 50).
