@@ -68,8 +68,8 @@ class Decoder(nnx.Module):
         return jnp.take(self.embedding.weight[...], tokens_BT, axis=0)
 
     def empty_caches(self, batch: int, slots: int) -> list[KV]:
-        """Zeroed K/V caches of every layer: L pairs of [B, K, S, H]."""
-        shape = (batch, self.config.num_kv_heads, slots, self.config.head_dim)
+        """Zeroed K/V caches of every layer for `slots` positions: L pairs of [B, K, slots + 1, H]."""
+        shape = (batch, self.config.num_kv_heads, slots + 1, self.config.head_dim)
         dtype = self.embedding.weight[...].dtype
         return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.num_layers)]
 
@@ -80,7 +80,7 @@ class Decoder(nnx.Module):
         `h_BTD` is hidden state `start`; `positions_BT` are the tokens' absolute positions; `caches`
         holds the K/V of exactly those layers, or None for a block that stands alone (prefill,
         training). Returns the hidden states start+1 .. stop and those layers' new K/V.
-        A position beyond the cache writes nothing: so are rows switched off.
+        A position without a slot writes nothing that is ever read: so are rows switched off.
         """
         angles = rotary_angles(self.config, positions_BT)
         states, new = [], []
@@ -90,6 +90,15 @@ class Decoder(nnx.Module):
             states.append(h_BTD)
             new.append(kv)
         return states, new
+
+    def write_kv(self, h_BTD, positions_BT, caches: list[KV], start: int, stop: int) -> list[KV]:
+        """K/V of layers start+1 .. stop as if `h_BTD` were the input of each, written into their caches.
+
+        CALM's propagation (arXiv 2207.07061) for tokens that left before these layers. Separate form.
+        """
+        angles = rotary_angles(self.config, positions_BT)
+        return [self.layers[i].write_kv(h_BTD, positions_BT, angles, cache)
+                for i, cache in zip(range(start, stop), caches, strict=True)]
 
     def hidden_states(self, tokens_BT) -> jax.Array:
         """Every hidden state of whole sequences, either form: [L + 1, B, T, D], none of them normed."""

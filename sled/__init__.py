@@ -26,6 +26,11 @@ _HOME = {
     "LayerAverage": "sled.fusion",
     "ClampOnly": "sled.fusion",
     "FinalLayer": "sled.fusion",
+    "EarlyExit": "sled.exits",
+    "SelfSpeculation": "sled.exits",
+    "Immediate": "sled.exits",
+    "Lockstep": "sled.exits",
+    "Gather": "sled.exits",
     "SledError": "sled.errors",
 }
 __all__ = list(_HOME)

@@ -128,6 +128,6 @@ def _say(build: Build, params, ids_T, fusion):
     said = map_places(places, (jnp.moveaxis(states_CTD, 0, 1),), vocabulary)
     if fusion is None:
         return said
-    fused = map_places(lambda h_PCD: jnp.argmax(fuse(network, fusion, list(jnp.moveaxis(h_PCD, 1, 0))), axis=-1),
+    fused = map_places(lambda h_PCD: jnp.argmax(fuse(network, fusion, list(jnp.moveaxis(h_PCD, 1, 0)), network.num_layers), axis=-1),
                        (jnp.moveaxis(states_CTD, 0, 1),), vocabulary * len(states_CTD))
     return (*said, fused)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 from flax import nnx
@@ -13,6 +12,7 @@ from sled.decoding.generation import Generation
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.errors import PromptError, SettingError
+from sled.exits import FullDepth, Immediate, Policy, Schedule
 from sled.fusion import FinalLayer
 from sled.lens import Lens, look
 from sled.models import Decoder
@@ -24,16 +24,28 @@ from sled.text import Text
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
 GREEDY = Sampling()
 FINAL_LAYER = FinalLayer()
+FULL_DEPTH = FullDepth()
+IMMEDIATE = Immediate()
 
 
-@dataclasses.dataclass(frozen=True)
 class Merge:
-    """Builds the network from its parameters; equal graphs share compiled programs."""
+    """Builds the network from its parameters; equal graphs share compiled programs.
 
-    graph: nnx.GraphDef
+    The hash is taken once: it walks the whole graph (milliseconds), and every jitted call asks for it.
+    """
+
+    def __init__(self, graph: nnx.GraphDef):
+        self._graph = graph
+        self._hash = hash(graph)
 
     def __call__(self, params):
-        return nnx.merge(self.graph, params)
+        return nnx.merge(self._graph, params)
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        return self is other or (isinstance(other, Merge) and self._graph == other._graph)
 
 
 class LM:
@@ -46,14 +58,17 @@ class LM:
         graph, self.params = nnx.split(model)
         self.build = Merge(graph)
 
-    def generate(self, prompts: Prompts, *, max_new_tokens: int = 128, fusion=FINAL_LAYER,
-                 sampling: Sampling = GREEDY, seed: int = 0, stop: str | Sequence[str] = (),
-                 batch_size: int = 32, progress: bool = False) -> Output:
+    def generate(self, prompts: Prompts, *, max_new_tokens: int = 128, fusion=FINAL_LAYER, exits: Policy = FULL_DEPTH,
+                 schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, seed: int = 0,
+                 stop: str | Sequence[str] = (), batch_size: int = 32, progress: bool = False) -> Output:
         """Continues each prompt.
 
         prompts: a string, a list of token ids, or a list of either.
         max_new_tokens: the most tokens a row gets, within the model's context.
         fusion: how the layers decide together (`sled.SLED()`, `sled.DoLa()`, ...).
+        exits: whether a token may leave before the last layer (`sled.EarlyExit(...)`), or be guessed there
+            and verified (`sled.SelfSpeculation(...)`); by default it goes through all layers.
+        schedule: when deeper layers run, for the batch; changes the time, never the text.
         sampling: greedy unless told otherwise.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
         stop: strings that end a text.
@@ -68,13 +83,16 @@ class LM:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
         batches = [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
         rows: dict[int, Row] = {}
+        layers: dict[int, list[int]] = {}
         runs = []
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
-                run = self._begin([ids[i] for i in batch], [seed + i for i in batch], max_new_tokens, fusion,
-                                  sampling, height=min(batch_size, len(ids)))
+                run = self._begin([ids[i] for i in batch], [seed + i for i in batch], max_new_tokens,
+                                  height=min(batch_size, len(ids)), fusion=fusion, policy=exits, schedule=schedule,
+                                  sampling=sampling)
                 for done in self._advance(run, len(batch), stop, STOP_CHUNK if stop else None):
                     rows.update(zip(batch, done, strict=True))
+                layers.update({i: run.exit_layers(at)[:len(rows[i].tokens)] for at, i in enumerate(batch)})
                 runs.append(run)
                 bar.update(len(batch))
         rows_in_order = [rows[i] for i in range(len(ids))]
@@ -82,17 +100,19 @@ class LM:
             texts=[row.text() for row in rows_in_order] if self.text.available else None,
             tokens=[row.tokens for row in rows_in_order],
             finish_reasons=[row.finish_reason() for row in rows_in_order],
-            stats=Stats(prompt_tokens=sum(map(len, ids)), new_tokens=sum(len(row.tokens) for row in rows_in_order),
-                        prefill_seconds=sum(run.prefill_seconds for run in runs),
-                        decode_seconds=sum(run.decode_seconds for run in runs)))
+            exit_layers=[layers[i] for i in range(len(ids))],
+            stats=Stats.of(runs, prompt_tokens=sum(map(len, ids)), exit_layers=layers.values(),
+                           num_layers=self.config.num_layers))
 
     def stream(self, prompts: Prompts, *, chunk: int = 8, max_new_tokens: int = 128, fusion=FINAL_LAYER,
-               sampling: Sampling = GREEDY, seed: int = 0, stop: str | Sequence[str] = ()) -> Iterator[Chunk]:
+               exits: Policy = FULL_DEPTH, schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, seed: int = 0,
+               stop: str | Sequence[str] = ()) -> Iterator[Chunk]:
         """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens."""
         chunk = checks.whole("chunk", chunk, low=1, why="it counts the tokens between two outputs")
         ids = prompt_ids(prompts, self.text, self.config)
         stop = _stop_strings(stop)
-        run = self._begin(ids, [seed + i for i in range(len(ids))], max_new_tokens, fusion, sampling, len(ids))
+        run = self._begin(ids, [seed + i for i in range(len(ids))], max_new_tokens, height=len(ids), fusion=fusion,
+                          policy=exits, schedule=schedule, sampling=sampling)
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
         for rows in self._advance(run, len(ids), stop, chunk):
             tokens = [row.tokens[sent:] for row, sent in zip(rows, sent_tokens, strict=True)]
@@ -151,14 +171,13 @@ class LM:
         name = self.text.token if self.text.available else str
         return look(self.build, self.params, ids, fusion=fusion, name_token=name)
 
-    def _begin(self, ids, seeds, max_new_tokens: int, fusion, sampling: Sampling, height: int) -> Generation:
+    def _begin(self, ids, seeds, max_new_tokens: int, *, height: int, **how) -> Generation:
         """A run of `height` rows: the prompts, and idle rows so that the shape is one compiled before."""
         new = checks.whole("max_new_tokens", max_new_tokens, low=1, why="it counts the tokens to generate")
         limits = [min(new, self.config.max_positions - len(x)) for x in ids]
         idle = height - len(ids)
         return Generation(self.build, self.params, [*ids, *[ids[0]] * idle], limits=[*limits, *[0] * idle],
-                          seeds=[*seeds, *[0] * idle], fusion=fusion, sampling=sampling,
-                          stop_ids=self.config.eos_ids)
+                          seeds=[*seeds, *[0] * idle], stop_ids=self.config.eos_ids, **how)
 
     def _advance(self, run: Generation, count: int, stop: Sequence[str], chunk: int | None) -> Iterator[list[Row]]:
         """Runs to the end, yielding the first `count` rows after every `chunk` tokens."""

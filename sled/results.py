@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts and times of one `generate`. Seconds include compilation where a shape is new."""
+    """Counts and times of one `generate`. Seconds include compilation where a shape is new.
+
+    mean_depth: mean over the new tokens of the layer that said them; L without early exits.
+    drafted, accepted: guesses judged by the last layer, and those of them that were right.
+    verifications: how many blocks of guesses were judged, over all rows.
+    deferred: tokens that left before the last layer, whose deeper K/V came later or were propagated.
+    held: rounds in which a row stood still for deeper layers, over all rows.
+    """
 
     prompt_tokens: int
     new_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    mean_depth: float
+    drafted: int = 0
+    accepted: int = 0
+    verifications: int = 0
+    deferred: int = 0
+    held: int = 0
+
+    @classmethod
+    def of(cls, runs, *, prompt_tokens: int, exit_layers: Iterable[list[int]], num_layers: int) -> Stats:
+        """From finished generations and the layer that said each of their tokens."""
+        layers = [layer for row in exit_layers for layer in row]
+        total = lambda name: sum(int(np.sum(getattr(run.tally, name))) for run in runs)  # noqa: E731
+        return cls(prompt_tokens=prompt_tokens, new_tokens=len(layers),
+                   prefill_seconds=sum(run.prefill_seconds for run in runs),
+                   decode_seconds=sum(run.decode_seconds for run in runs),
+                   mean_depth=sum(layers) / max(len(layers), 1), drafted=total("drafted_B"),
+                   accepted=total("accepted_B"), verifications=total("rounds_B"),
+                   deferred=sum(layer < num_layers for layer in layers), held=total("held_B"))
 
     @property
     def tokens_per_second(self) -> float:
         """New tokens over prefill and decoding time."""
         return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the judged guesses that were right; None where nothing was guessed."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def mean_accepted(self) -> float | None:
+        """Right guesses per verification; None where nothing was verified."""
+        return self.accepted / self.verifications if self.verifications else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +65,13 @@ class Output:
     texts: the new text, without special tokens and cut before a stop string; None without a tokenizer.
     tokens: the new token ids; an ending token is included, and so is the token that completes a stop string.
     finish_reasons: "eos", "stop" (a stop string) or "length".
+    exit_layers: the layer that said each new token; of a verified guess, the layer that guessed it.
     """
 
     texts: list[str] | None
     tokens: list[list[int]]
     finish_reasons: list[str]
+    exit_layers: list[list[int]]
     stats: Stats
 
 

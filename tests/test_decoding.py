@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 import sled
-from sled.decoding import loop
+from sled.decoding import loop, state
 from sled.decoding.sampling import penalise, truncate
+from sled.exits import FullDepth, Immediate
 from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
@@ -79,7 +80,7 @@ def test_growing_the_caches_changes_nothing(lm, prompts, monkeypatch):
 def test_long_prompts_are_read_in_blocks(lm, monkeypatch):
     prompt = np.random.default_rng(1).integers(6, 61, size=100).tolist()
     whole = lm.generate(prompt, max_new_tokens=10).tokens
-    monkeypatch.setattr(loop, "PREFILL_BLOCK", 16)
+    monkeypatch.setattr(state, "PREFILL_BLOCK", 16)
     assert lm.generate(prompt, max_new_tokens=10).tokens == whole
 
 
@@ -95,10 +96,10 @@ def test_tuning_numbers_and_prompts_of_a_bucket_compile_nothing(lm):
         lm.generate(list(range(6, 6 + length)), max_new_tokens=40, **settings)
 
     run(9, fusion=sled.SLED(rate=2.0, scale=10), sampling=sled.Sampling(temperature=1.0, top_p=0.9))
-    counts = loop.decode._cache_size(), loop.prefill._cache_size()
+    counts = loop.decode._cache_size(), state.prefill._cache_size()
     run(13, fusion=sled.SLED(rate=0.5, scale=5, steps=3, lower_bound=-100.0), sampling=sled.Sampling(temperature=0.7))
     run(11, fusion=sled.SLED(rate=1, scale=16), sampling=sled.Sampling(top_k=4, min_p=0.1, repetition_penalty=1.05))
-    assert (loop.decode._cache_size(), loop.prefill._cache_size()) == counts
+    assert (loop.decode._cache_size(), state.prefill._cache_size()) == counts
 
 
 def test_generation_ends_at_eos_and_at_the_context(lm, model, prompts):
@@ -110,8 +111,11 @@ def test_generation_ends_at_eos_and_at_the_context(lm, model, prompts):
 
 
 def test_no_transfer_to_the_host_inside_the_loop(lm, prompts):
-    state = loop.start(lm.build, lm.params, [np.array(prompts[2], np.int32)], [30], [0], capacity=32)
-    arguments = jax.device_put((lm.params, state, sled.SLED(), sled.Sampling(), np.array([EOS], np.int32), np.int32(8)))
+    fusion, policy = sled.SLED(), FullDepth()
+    plan = state.Plan.of(policy, fusion, lm.build(lm.params))
+    begun = state.start(lm.build, lm.params, [np.array(prompts[2], np.int32)], [30], [0], capacity=32, plan=plan)
+    arguments = jax.device_put((lm.params, begun, policy, Immediate(), fusion, sled.Sampling(),
+                                np.array([EOS], np.int32), np.array([30], np.int32), np.int32(8)))
     with jax.transfer_guard("disallow"):
         after = loop.decode(lm.build, *arguments)
     assert int(after.length_B[0]) > len(prompts[2])

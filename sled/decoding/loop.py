@@ -1,158 +1,127 @@
-"""The decoding loop: one jitted `while_loop` that turns hidden states of all layers into tokens.
+"""The decoding loop: one jitted `while_loop` for plain decoding, early exit and self-speculation.
 
-    start     put ragged prompts into a fresh state            (host arrays -> DecodeState)
-    prefill   K/V of a block of prompt tokens                  (jitted, one call per block)
-    decode    tokens, until rows are done or steps are used up (jitted, one call per chunk)
-    grow      a larger state, when the caches are full
-    set_active  rows switched off from outside (stop strings)
-
-Every token, the first included, is produced by `decode`: prefill stops before a prompt's last
-token. So there is one place that fuses layers and one that samples.
+The exits of a policy cut the layers into segments. A tick runs the first segment on the newest token
+of every row that can go on; at its exit a row leaves with a token, or is parked for the next segment
+(`arrivals.py`). A deeper segment runs when the schedule says so, over all rows' pending tokens as one
+block: parked rows get what they wait for, tokens that left earlier get their exact K/V in passing.
+Plain decoding is the case of one segment.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from sled.decoding.buckets import bucket
-from sled.decoding.network import KV, Build, fuse
-from sled.decoding.sampling import Sampling, choose, processed_logits
-
-PREFILL_BLOCK = 512  # tokens per row and call: bounds the attention scores to [B, N, 512, S]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecodeState:
-    """Everything the loop carries. Rows are independent: no value of one row depends on another.
-
-    tokens_BS: token at each position, prompt first. Positions >= length hold nothing of meaning.
-    length_B: tokens known. Their K/V lie in the caches but for the last one's, which the next step
-        computes.
-    limit_B: length at which the row stops.
-    active_B: whether the row still generates. An inactive row computes along and writes nothing.
-    seen_BV: tokens in the prompt or the text so far (for the repetition penalty).
-    keys_B: random key of each row.
-    caches: per layer K and V, slot = position.
-    """
-
-    tokens_BS: jax.Array
-    length_B: jax.Array
-    limit_B: jax.Array
-    active_B: jax.Array
-    seen_BV: jax.Array
-    keys_B: jax.Array
-    caches: list[KV]
-
-    @property
-    def capacity(self) -> int:
-        """S: positions there is room for."""
-        return self.tokens_BS.shape[1]
-
-
-def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int], seeds: list[int], *,
-          capacity: int) -> DecodeState:
-    """A state with the prompts' tokens and K/V, ready to decode.
-
-    prompts: token ids of each row, at least one each; limits: total length at which a row stops
-    (a limit not above the prompt's length makes the row inactive); seeds: one per row.
-    """
-    longest = max(len(p) for p in prompts)
-    tokens_BS = np.zeros((len(prompts), capacity), np.int32)
-    for row, prompt in zip(tokens_BS, prompts, strict=True):
-        row[:len(prompt)] = prompt
-    length_B = np.array([len(p) for p in prompts], np.int32)
-    state = _empty_state(build, params, tokens_BS, length_B, np.asarray(limits, np.int32),
-                         np.asarray(seeds, np.uint32))
-    block = bucket(min(longest - 1, PREFILL_BLOCK))
-    for begin in range(0, longest - 1, block):
-        state = prefill(build, params, state, np.int32(begin), block=block)
-    return state
-
-
-@functools.partial(jax.jit, static_argnames="build")
-def _empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B) -> DecodeState:
-    network = build(params)
-    batch, slots = tokens_BS.shape
-    rows_B1 = jnp.arange(batch)[:, None]
-    known_BS = jnp.arange(slots) < length_B[:, None]
-    seen_BV = jnp.zeros((batch, network.head_weight.shape[0]), bool).at[rows_B1, tokens_BS].max(known_BS)
-    return DecodeState(
-        tokens_BS=tokens_BS, length_B=length_B, limit_B=limit_B, active_B=length_B < limit_B, seen_BV=seen_BV,
-        keys_B=jax.vmap(jax.random.key)(seeds_B), caches=network.empty_caches(batch, slots))
-
-
-@functools.partial(jax.jit, static_argnames=("build", "block"), donate_argnames="state")
-def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> DecodeState:
-    """K/V of the tokens at positions begin .. begin + block - 1, as far as they precede a row's last."""
-    network = build(params)
-    positions_T = begin + jnp.arange(block)
-    tokens_BT = jnp.take(state.tokens_BS, positions_T, axis=1, mode="clip")
-    positions_BT = jnp.where(positions_T < state.length_B[:, None] - 1, positions_T, state.capacity)
-    _, caches = network.run_layers(network.embed(tokens_BT), positions_BT, state.caches, 0, network.num_layers)
-    return dataclasses.replace(state, caches=caches)
+from sled.decoding.arrivals import Run, arrive, run_if, settle, verify
+from sled.decoding.network import Build
+from sled.decoding.sampling import Sampling
+from sled.decoding.state import DecodeState, Plan
+from sled.exits.schedule import Queue
 
 
 @functools.partial(jax.jit, static_argnames="build", donate_argnames="state")
-def decode(build: Build, params, state: DecodeState, fusion, sampling: Sampling, stop_ids, steps) -> DecodeState:
-    """Up to `steps` further tokens for every active row.
+def decode(build: Build, params, state: DecodeState, policy, schedule, fusion, sampling: Sampling, stop_ids,
+           until_B, ticks) -> DecodeState:
+    """Further tokens for every active row, until each has `until_B` known ones, or for `ticks` ticks.
 
-    fusion: a strategy of `sled.fusion`; its numbers, like those of `sampling`, `stop_ids` (token
-    ids that end a row, the token included) and `steps`, are traced: changing them compiles nothing.
-    The caller leaves room: steps <= capacity - the longest active row.
+    policy and schedule are of `sled.exits`, fusion of `sled.fusion`; their numbers, like those of
+    `sampling`, `stop_ids` (token ids that end a row, the token included), `until_B` and `ticks`, are
+    traced: changing them compiles nothing. The caller leaves room: until_B <= capacity.
     """
     network = build(params)
-    rows_B = jnp.arange(state.tokens_BS.shape[0])
+    plan = Plan.of(policy, fusion, network)
+    run = Run(network, plan, policy, fusion, sampling, stop_ids, jnp.minimum(state.limit_B, until_B),
+              policy.prepare(network))
 
-    def step(carry):
+    def tick(carry):
         state, taken = carry
-        token_B1 = state.tokens_BS[rows_B, state.length_B - 1][:, None]
-        position_B1 = jnp.where(state.active_B, state.length_B - 1, state.capacity)[:, None]
-        h0 = network.embed(token_B1)
-        states, caches = network.run_layers(h0, position_B1, state.caches, 0, network.num_layers)
-        fused_BV = fuse(network, fusion, [h[:, 0] for h in (h0, *states)])
-        logits_BV = processed_logits(fused_BV, state.seen_BV, sampling)
-        next_B = choose(logits_BV, sampling, state.keys_B, state.length_B)
-        return _append(state, next_B, stop_ids, caches), taken + 1
+        state = _first_segment(run, state)
+        for s in range(1, len(plan.exits)):
+            state = _deeper_segment(run, schedule, state, s)
+        idle_B = run.unfinished(state) & ~run.ready(state)
+        tally = dataclasses.replace(state.tally, held_B=state.tally.held_B + idle_B)
+        return dataclasses.replace(state, waited_B=jnp.where(idle_B, state.waited_B + 1, 0), tally=tally), taken + 1
 
     def unfinished(carry):
         state, taken = carry
-        return jnp.any(state.active_B) & (taken < steps)
+        return run.unfinished(state).any() & (taken < ticks)
 
-    state, _ = jax.lax.while_loop(unfinished, step, (state, 0))
+    state, _ = jax.lax.while_loop(unfinished, tick, (state, 0))
     return state
 
 
-def _append(state: DecodeState, next_B, stop_ids, caches) -> DecodeState:
-    rows_B = jnp.arange(next_B.shape[0])
-    slot_B = jnp.where(state.active_B, state.length_B, state.capacity)
-    length_B = state.length_B + state.active_B
-    ended_B = jnp.any(next_B[:, None] == stop_ids, axis=1)
-    return dataclasses.replace(
-        state,
-        tokens_BS=state.tokens_BS.at[rows_B, slot_B].set(next_B, mode="drop"),
-        length_B=length_B,
-        active_B=state.active_B & ~ended_B & (length_B < state.limit_B),
-        seen_BV=state.seen_BV.at[rows_B, next_B].max(state.active_B),
-        caches=caches)
+def _first_segment(run: Run, state: DecodeState) -> DecodeState:
+    """The newest token of every row that can go on, through the first segment and to its exit."""
+    network, top = run.network, run.plan.exits[0]
+    ready_B = run.ready(state)
+    position_B1 = jnp.where(ready_B, state.length_B - 1, state.capacity)[:, None]
+    h0 = network.embed(jnp.take_along_axis(state.tokens_BS, state.length_B[:, None] - 1, axis=1))
+    states, caches = network.run_layers(h0, position_B1, state.caches[:top], 0, top)
+    states = dict(enumerate([h0, *states]))
+    state = _ran(run, state, 0, states, position_B1, caches, jnp.where(ready_B, state.length_B, state.done_BE[:, 0]))
+    return arrive(run, state, 0, ready_B, {n: h[:, 0] for n, h in states.items()})
 
 
-@functools.partial(jax.jit, donate_argnames="state")
-def set_active(state: DecodeState, active_B) -> DecodeState:
-    """The same state with other rows active."""
-    return dataclasses.replace(state, active_B=active_B)
+def _deeper_segment(run: Run, schedule, state: DecodeState, s: int) -> DecodeState:
+    """Segment s over all pending tokens, if somebody waits for it and the schedule lets it run."""
+    pending_B = jnp.where(state.active_B, state.done_BE[:, s - 1] - state.done_BE[:, s], 0)
+    full_B = run.full(state) & (pending_B > 0)
+    waiting_B = run.unfinished(state) & ((state.parked_B == s) | full_B)
+    queue = Queue(waiting_B, state.waited_B, full_B, run.ready(state))
+    due = waiting_B.any() & schedule.due(queue, run.policy.verifies)
+    size_due = jnp.where(due, pending_B.max(), 0)
+    above = 0
+    for size in _block_sizes(run.plan.window):
+        state = run_if((size_due > above) & (size_due <= size), functools.partial(_run_block, run, s, size), state)
+        above = size
+    return state
 
 
-@functools.partial(jax.jit, static_argnames="capacity")
-def grow(state: DecodeState, *, capacity: int) -> DecodeState:
-    """The same state with room for `capacity` positions."""
-    more = capacity - state.capacity
-    widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, more), (0, 0)))  # noqa: E731
-    return dataclasses.replace(
-        state, tokens_BS=jnp.pad(state.tokens_BS, ((0, 0), (0, more))), caches=jax.tree.map(widen, state.caches))
+def _block_sizes(window: int) -> tuple[int, ...]:
+    """Block lengths that a deeper segment is compiled for: 1, 4, 16, .. and the whole window."""
+    sizes = [1]
+    while sizes[-1] * 4 < window:
+        sizes.append(sizes[-1] * 4)
+    return (*sizes, window) if window > 1 else (1,)
+
+
+def _run_block(run: Run, s: int, size: int, state: DecodeState) -> DecodeState:
+    """Segment s over every row's pending tokens, at most `size` of them."""
+    network, plan = run.network, run.plan
+    below, top = plan.exits[s - 1], plan.exits[s]
+    rows_B1 = jnp.arange(state.length_B.shape[0])[:, None]
+    first_B, end_B = state.done_BE[:, s], state.done_BE[:, s - 1]
+    position_BT = first_B[:, None] + jnp.arange(size)
+    held_BTCD = state.held_BPCD[rows_B1, position_BT % state.window]
+    states = {n: held_BTCD[:, :, c] for c, n in enumerate(plan.kept) if n <= below}
+    position_BT = jnp.where(state.active_B[:, None] & (position_BT < end_B[:, None]), position_BT, state.capacity)
+    new, caches = network.run_layers(states[below], position_BT, state.caches[below:top], below, top)
+    states |= dict(enumerate(new, below + 1))
+
+    if run.policy.verifies and s == len(plan.exits) - 1:
+        state = _ran(run, state, s, states, position_BT, caches, first_B)
+        return verify(run, state, states, position_BT)
+    arrived_B = state.active_B & (state.parked_B == s)
+    state = _ran(run, state, s, states, position_BT, caches, jnp.where(state.active_B, end_B, first_B))
+    newest_B = jnp.clip(end_B - first_B - 1, 0, size - 1)
+    return arrive(run, state, s, arrived_B, {n: h[rows_B1[:, 0], newest_B] for n, h in states.items()})
+
+
+def _ran(run: Run, state: DecodeState, s: int, states, position_BT, caches, done_B) -> DecodeState:
+    """The state after segment s ran: its caches, what deeper segments will want, how far it is done."""
+    plan = run.plan
+    below, top = ((0, *plan.exits)[s], plan.exits[s])
+    wanted = [c for c, n in enumerate(plan.kept) if (n > below or s == 0) and n <= top]
+    held_BPCD = state.held_BPCD
+    if wanted and s < len(plan.exits) - 1:
+        rows_B1 = jnp.arange(state.length_B.shape[0])[:, None]
+        slot_BT = jnp.where(position_BT < state.capacity, position_BT % state.window, state.window)
+        for c in wanted:
+            held_BPCD = held_BPCD.at[rows_B1, slot_BT, c].set(states[plan.kept[c]], mode="drop")
+    tally = dataclasses.replace(state.tally, runs_E=state.tally.runs_E.at[s].add(1))
+    state = dataclasses.replace(state, held_BPCD=held_BPCD, tally=tally,
+                                caches=[*state.caches[:below], *caches, *state.caches[top:]])
+    return settle(state, state.done_BE.at[:, s].set(done_B))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -35,15 +35,18 @@ class Network(Protocol):
         """[B, T] token ids to hidden state 0, [B, T, D]."""
 
     def empty_caches(self, batch: int, slots: int) -> list[KV]:
-        """One K/V pair per layer; the slot axis is the last but one."""
+        """One K/V pair per layer, with room for `slots` positions; the slot axis is the last but one."""
 
     def run_layers(self, h_BTD, positions_BT, caches: list[KV] | None, start: int,
                    stop: int) -> tuple[list[jax.Array], list[KV]]:
         """Layers start+1 .. stop over a block of tokens at the given absolute positions.
 
-        Writes the block's K/V into its slots (slot = position; a position beyond the cache writes
-        nothing) and attends to slots 0 .. position. Returns the layers' outputs and their caches.
+        Writes the block's K/V into its slots (slot = position; a position from `slots` on writes
+        nothing that is ever read) and attends to slots 0 .. position. Returns the layers' outputs and their caches.
         """
+
+    def write_kv(self, h_BTD, positions_BT, caches: list[KV], start: int, stop: int) -> list[KV]:
+        """K/V of layers start+1 .. stop as if `h_BTD` were the input of each of them; returns the caches."""
 
     def normalise(self, h) -> jax.Array:
         """The final norm, on any hidden state [..., D]."""
@@ -54,23 +57,21 @@ class Network(Protocol):
 Build = Callable[[Any], Network]
 
 
-def candidates(network: Network, states: list[jax.Array], early: tuple[int, ...], norm_early: bool) -> jax.Array:
-    """Hidden states [..., C, D] for a fusion: the early layers asked for, then the final one, normed.
+def candidates(network: Network, states: Mapping[int, jax.Array], early: tuple[int, ...], norm_early: bool,
+               last: int) -> jax.Array:
+    """Hidden states [..., C, D] for a fusion: the early layers asked for, then layer `last`, normed."""
+    picked = [network.normalise(states[n]) if norm_early else states[n] for n in early]
+    return jnp.stack([*picked, network.normalise(states[last])], axis=-2)
 
-    `states` are hidden states 0 .. L, each [..., D].
+
+def fuse(network: Network, fusion, states: Mapping[int, jax.Array], last: int, *, places: int | None = None):
+    """The fusion's logits [P, V] at P places where layer `last` speaks last: the model's end, or an exit.
+
+    states: hidden states [P, D] by layer, at least those that the fusion looks at. places: how many
+    there are in all, where P is only a part of them (under `vmap`).
     """
-    picked = [network.normalise(states[i]) if norm_early else states[i] for i in early]
-    return jnp.stack([*picked, network.normalise(states[network.num_layers])], axis=-2)
-
-
-def fuse(network: Network, fusion, states: list[jax.Array]) -> jax.Array:
-    """The fusion's logits [P, V] from hidden states 0 .. L of P places, each [P, D]."""
-    early = fusion.early_layers(network.num_layers, tied=network.tied_head)
-    h_PCD = candidates(network, states, early, fusion.norm_early)
-    return fusion.logits(h_PCD, head_of(network, h_PCD))
-
-
-def head_of(network: Network, h_PCD) -> SharedHead:
-    """The shared projection, in the form that suits so many places and candidates."""
+    early = fusion.early_layers(last, tied=network.tied_head)
+    h_PCD = candidates(network, states, early, fusion.norm_early, last)
     w_VD = network.head_weight
-    return SharedHead(w_VD, tile=default_tile(h_PCD.shape[0] * h_PCD.shape[1], w_VD.shape[0]))
+    rows = (places or h_PCD.shape[0]) * h_PCD.shape[1]
+    return fusion.logits(h_PCD, SharedHead(w_VD, tile=default_tile(rows, w_VD.shape[0])))

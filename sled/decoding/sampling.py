@@ -8,6 +8,7 @@ mixture of greedy and sampling rows; work that no row asks for is skipped at run
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -74,11 +75,14 @@ def truncate(logits_BV, top_k_B, top_p_B, min_p_B):
     return jnp.where(logits_BV >= lowest_B1, logits_BV, -jnp.inf)
 
 
-def processed_logits(logits_BV, seen_BV, sampling: Sampling):
-    """Logits [B, V] after all processors; a greedy row keeps its scale and is not truncated."""
+def processed_logits(logits_BV, seen_BV: Callable[[], jax.Array], sampling: Sampling):
+    """Logits [B, V] after all processors; a greedy row keeps its scale and is not truncated.
+
+    seen_BV: gives the tokens in each row's text so far; only called (and run) for a repetition penalty.
+    """
     s = _per_row(sampling, logits_BV.shape[0])
     logits_BV = jax.lax.cond(
-        jnp.any(s.repetition_penalty != 1), lambda x: penalise(x, seen_BV, s.repetition_penalty),
+        jnp.any(s.repetition_penalty != 1), lambda x: penalise(x, seen_BV(), s.repetition_penalty),
         lambda x: x, logits_BV)
     warm_B = s.temperature > 0
     logits_BV = logits_BV / jnp.where(warm_B, s.temperature, 1)[:, None]

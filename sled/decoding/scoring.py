@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.decoding import loop
 from sled.decoding.buckets import bucket
 from sled.decoding.network import Build, fuse
+from sled.decoding.state import Plan, start
+from sled.exits import FullDepth
 
 LOGITS_AT_ONCE = 2**25  # places x candidates x vocabulary of one pass: 128 MiB of float32
 
@@ -30,6 +31,7 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion,
     Yields (index of the pair, log-probability of each continuation token [m], most likely token at
     each place [m]) in an order of its own.
     """
+    plan = Plan.of(FullDepth(), fusion, build(params))
     of_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, _) in enumerate(pairs):
         of_prompt.setdefault(tuple(prompt), []).append(index)
@@ -42,8 +44,8 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion,
         if len(prompts) > batch_size:
             some = some + some[-1:] * (batch_size - len(some))
         lengths = [len(prompt) for prompt in some]
-        state = loop.start(build, params, [np.array(p, np.int32) for p in some], lengths, [0] * len(some),
-                           capacity=capacity)
+        state = start(build, params, [np.array(p, np.int32) for p in some], lengths, [0] * len(some),
+                      capacity=capacity, plan=plan)
         height = min(batch_size, len(rows))
         for at in range(0, len(rows), height):
             block = _block([(row, *pairs[index]) for row, index in rows[at:at + height]], height, longest, capacity)
@@ -76,7 +78,7 @@ def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, p
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  every place is a row of its own
 
     def judge(states_PD, target_P):
-        logits_PV = fuse(network, fusion, states_PD)
+        logits_PV = fuse(network, fusion, states_PD, network.num_layers)
         logp_PV = jax.nn.log_softmax(logits_PV, axis=-1)
         return jnp.take_along_axis(logp_PV, target_P[:, None], axis=-1)[:, 0], jnp.argmax(logits_PV, axis=-1)
 

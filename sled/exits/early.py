@@ -1,0 +1,106 @@
+"""Early exit: a token leaves at the first exit that is sure enough, and is trusted.
+
+Schuster et al. 2022 (CALM, arXiv 2207.07061) for measures and decaying thresholds; Bae et al. 2023
+(FREE, arXiv 2310.05424) for the exact K/V of tokens that left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sled.errors import SettingError
+from sled.exits.measures import MEASURES, Classifier
+from sled.exits.policy import check_exits, with_last
+from sled.fusion.strategy import check_number, strategy
+
+DECAYS = ("none", "calm-paper", "calm-code")
+
+
+@strategy("threshold", "decay_temperature", "min_layer", "classifier")
+@dataclasses.dataclass(frozen=True)
+class EarlyExit:
+    """A token leaves after the first of `layers` whose confidence is above the threshold.
+
+    The exit speaks with the fusion in use, on the layers up to the exit. Rows decide alone: neither
+    batch-mates nor the schedule change what a row says. A confidence that is not finite, and every
+    token of the prompt, goes on to the last layer.
+
+    layers: the exits, n = after layer n of 1 .. L - 1. Static.
+    threshold: in [0, 1]; 1 never leaves. A number, a tuple with one per exit, or an array that
+        broadcasts to [B, exits]. Traced.
+    measure: "max_probability", "margin", "entropy" (1 - entropy / log V), "saturation" (cosine with the
+        layer below, no projection) or "classifier" (then give `classifier`). Static.
+    decay: how the threshold lambda falls with t, the tokens made so far, of at most N. "none";
+        "calm-paper": 0.9 lambda + 0.1 exp(-decay_temperature t / N); "calm-code", as in t5x:
+        0.9 lambda + 0.1 lambda exp(-decay_temperature t / N). Static.
+    decay_temperature, min_layer: traced; no token leaves before layer `min_layer`.
+    kv: "exact": a token that left is run through the deeper layers later, in a block, when a token next
+        goes that deep; "propagate": its exit's hidden state stands for those layers' inputs at once
+        (CALM; approximate). Static.
+    max_deferred: how many tokens of a row may wait for their exact K/V; then the row itself waits. Static.
+
+    Raises `SettingError` for a value out of range.
+    """
+
+    layers: int | tuple[int, ...]
+    threshold: float | tuple[float, ...] | jax.Array = 0.9
+    measure: str = "max_probability"
+    decay: str = "none"
+    decay_temperature: float = 4.0
+    min_layer: int = 0
+    kv: str = "exact"
+    max_deferred: int = 8
+    classifier: Classifier | None = None
+
+    verifies = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", check_exits("EarlyExit(layers", self.layers))
+        if isinstance(self.threshold, (list, tuple)):
+            object.__setattr__(self, "threshold", tuple(self.threshold))
+            if len(self.threshold) != len(self.layers):
+                raise SettingError(f"EarlyExit got {len(self.threshold)} thresholds for {len(self.layers)} exits; "
+                                   "give one number for all, or one per exit.")
+            for value in self.threshold:
+                dataclasses.replace(self, threshold=value)
+            object.__setattr__(self, "threshold", tuple(map(float, self.threshold)))
+        else:
+            check_number(self, "threshold", lambda x: 0 <= x <= 1,
+                         "a confidence lies in [0, 1]; 1 never leaves early")
+        check_number(self, "decay_temperature", lambda x: 0 <= x < float("inf"), "give 0 or more; CALM uses 4")
+        check_number(self, "min_layer", lambda x: x >= 0, "give a layer, 0 for no bound", int)
+        check_number(self, "max_deferred", lambda x: x >= 1, "give a whole number from 1 on; 8 is usual", int)
+        for name, known in (("measure", MEASURES), ("decay", DECAYS), ("kv", ("exact", "propagate"))):
+            if getattr(self, name) not in known:
+                raise SettingError(f"EarlyExit({name}={getattr(self, name)!r}) is unknown; "
+                                   f"choose one of {', '.join(known)}.")
+        if (self.measure == "classifier") != (self.classifier is not None):
+            raise SettingError('EarlyExit: measure="classifier" and a trained `classifier` go together; '
+                               "give both or neither.")
+
+    @property
+    def propagates(self) -> bool:
+        return self.kv == "propagate"
+
+    @property
+    def window(self) -> int:
+        return 1 if self.propagates else self.max_deferred + 1
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        return with_last("EarlyExit(layers)", self.layers, num_layers)
+
+    def thresholds(self, made_B, most_B):
+        """lambda' [B, exits], after `made_B` new tokens of at most `most_B`."""
+        limit = jnp.stack(self.threshold) if isinstance(self.threshold, tuple) else jnp.asarray(self.threshold)
+        limit = jnp.broadcast_to(limit, (made_B.shape[0], len(self.layers)))
+        if self.decay == "none":
+            return limit
+        fade_B1 = jnp.exp(-self.decay_temperature * made_B / jnp.maximum(most_B, 1))[:, None]
+        late = limit if self.decay == "calm-code" else 1.0
+        return jnp.clip(0.9 * limit + 0.1 * late * fade_B1, 0, 1)
+
+    def prepare(self, network) -> None:
+        """Nothing is taken from the network beforehand."""

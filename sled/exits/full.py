@@ -1,0 +1,23 @@
+"""Plain decoding, as an exit policy: every token goes through all layers."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sled.fusion.strategy import strategy
+
+
+@strategy()
+@dataclasses.dataclass(frozen=True)
+class FullDepth:
+    """No token leaves early: the baseline that every other policy is compared with."""
+
+    verifies = False
+    propagates = False
+    window = 1
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        return (num_layers,)
+
+    def prepare(self, network) -> None:
+        """Nothing is taken from the network beforehand."""

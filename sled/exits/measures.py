@@ -1,0 +1,76 @@
+"""How sure an exit is of its token: measures in [0, 1], larger is surer.
+
+Schuster et al., "Confident Adaptive Language Modeling", NeurIPS 2022 (arXiv 2207.07061) names three:
+the softmax response, the saturation of the hidden state, and a trained classifier. Entropy and the
+margin between the two best tokens are common beside them. NaN means: not sure at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+MEASURES = ("max_probability", "margin", "entropy", "saturation", "classifier")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """CALM's trained measure, one linear unit per exit: sigmoid(weight . h + bias).
+
+    weight_ED: [E, D], bias_E: [E], for E early exits in ascending order; h is the hidden state after
+    the exit's layer, not normed.
+    """
+
+    weight_ED: jax.Array
+    bias_E: jax.Array
+
+
+def confidence(measure: str, logits_BV, h_BD, below_BD, classifier: Classifier | None, exit_index: int):
+    """The measure by name, [B], float32, of one exit.
+
+    logits_BV: the exit's logits (fused, before any processor; read only by the first three measures).
+    h_BD, below_BD: hidden states after the exit's layer and after the layer below it.
+    """
+    match measure:
+        case "max_probability":
+            return max_probability(logits_BV)
+        case "margin":
+            return margin(logits_BV)
+        case "entropy":
+            return entropy(logits_BV)
+        case "saturation":
+            return saturation(h_BD, below_BD)
+        case "classifier":
+            h_BD = h_BD.astype(jnp.promote_types(h_BD.dtype, jnp.float32))
+            return jax.nn.sigmoid(h_BD @ classifier.weight_ED[exit_index] + classifier.bias_E[exit_index])
+    raise ValueError(measure)
+
+
+def max_probability(logits_BV):
+    """The most likely token's probability (what CALM's text calls softmax response)."""
+    return jnp.exp(logits_BV.max(-1) - jax.nn.logsumexp(logits_BV, axis=-1))
+
+
+def margin(logits_BV):
+    """The most likely token's probability less the second one's (CALM's softmax response as computed)."""
+    first, second = jnp.moveaxis(jax.lax.top_k(logits_BV, 2)[0], -1, 0)
+    log_norm = jax.nn.logsumexp(logits_BV, axis=-1)
+    return jnp.exp(first - log_norm) - jnp.exp(second - log_norm)
+
+
+def entropy(logits_BV):
+    """1 - entropy / log V: 1 where one token has all probability, 0 where all have the same."""
+    logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    p_BV = jnp.exp(logp_BV)
+    nats_B = -jnp.where(p_BV > 0, p_BV * logp_BV, 0).sum(-1)
+    return 1 - nats_B / jnp.log(logits_BV.shape[-1])
+
+
+def saturation(h_BD, below_BD):
+    """Cosine of a hidden state with the layer below's, negative ones as 0. Needs no projection."""
+    h, below = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (h_BD, below_BD))
+    lengths = jnp.linalg.norm(h, axis=-1) * jnp.linalg.norm(below, axis=-1)
+    return jnp.maximum((h * below).sum(-1) / lengths, 0)

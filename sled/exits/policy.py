@@ -1,0 +1,52 @@
+"""What the decoding loop asks of a policy: where a token may leave, and what becomes of it then."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Protocol
+
+from sled.errors import SettingError
+
+
+class Policy(Protocol):
+    """A frozen dataclass and jax pytree: `FullDepth`, `EarlyExit` or `SelfSpeculation`.
+
+    The layers are cut after every exit; the last exit is the last layer. What is listed here is static.
+    """
+
+    verifies: bool
+    """Whether a token that left early is a guess, kept only if the last layer would have said the same."""
+
+    propagates: bool
+    """Whether the missing K/V of a token that left are made from its exit's hidden state at once."""
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        """Layers after which a token may leave, ascending, the last layer included."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """How many tokens of a row may wait for their deeper layers, the newest included."""
+        ...
+
+    def prepare(self, network):
+        """What the policy wants of a network, taken from it once, outside the loop."""
+        ...
+
+
+def check_exits(where: str, layers) -> tuple[int, ...]:
+    """Exits as a user gives them, one layer or several, as an ascending tuple. Raises SettingError."""
+    several = layers if isinstance(layers, (tuple, list)) else (layers,)
+    whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in several)
+    if not several or not whole:
+        raise SettingError(f"{where}={layers!r}: an exit lies after a layer, the first after layer 1; give whole "
+                           "numbers from 1 on.")
+    return tuple(sorted({int(n) for n in several}))
+
+
+def with_last(where: str, layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """These exits and the last layer's. Raises SettingError where one is not below the last layer."""
+    if layers[-1] >= num_layers:
+        raise SettingError(f"{where}={layers}: {layers[-1]} is no early exit of a model of {num_layers} layers; "
+                           f"give layers from 1 to {num_layers - 1}.")
+    return (*layers, num_layers)

@@ -1,0 +1,135 @@
+"""Self-speculation: the first layers guess, the whole model verifies, nothing is lost.
+
+Elhoushi et al., "LayerSkip", ACL 2024 (arXiv 2404.16710); stopping below a confidence as in Zhang et
+al., "Draft & Verify", ACL 2024 (arXiv 2309.08168); the choice of draft length and exit by expected
+tokens per layer as in Entezari Zarch et al., "DEL", 2025 (arXiv 2504.05598).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sled.errors import SettingError
+from sled.exits.policy import check_exits, with_last
+from sled.fusion.head import SharedHead
+from sled.fusion.strategy import check_number, strategy
+
+KEEP = 0.95  # how much of the acceptance seen so far is kept at each verification (DEL)
+PRIOR = (3.0, 4.0)  # accepted and judged drafts before any was seen
+
+
+@strategy("draft", "confidence", "vocabulary")
+@dataclasses.dataclass(frozen=True)
+class SelfSpeculation:
+    """Tokens are guessed after `layer` and verified by all layers together, as one block.
+
+    The text is the one that plain decoding with the same fusion, sampling and seed gives, token for
+    token: when sampling, guess and verification take the same random numbers (Gumbel-max coupling,
+    Daliri et al. 2024, arXiv 2408.07978), so a guess is right when both choose alike, and a wrong one is
+    replaced by what plain decoding would have drawn. Rows of a batch keep prefixes of different length.
+
+    layer: where guesses are made, 1 .. L - 1; with `adaptive`, a tuple offers several. Static.
+    draft: how many tokens are guessed before verification, 1 <= draft <= max_draft. Traced; a number or
+        one per row (B,).
+    confidence: guessing also stops at a guess whose probability is below this, in [0, 1]; 0 never
+        stops. Traced; a number or one per row (B,).
+    adaptive: each row chooses its own draft length (at most `draft`), and its layer where several are
+        offered, by the acceptance it has seen: the most accepted tokens per layer run. Static.
+    vocabulary: token ids (V',) to guess from; None: all. A small set makes guessing cheaper where the
+        projection is a large part of it. Traced.
+    max_draft: static bound of `draft`; None: the next of 8, 16, 32, ...
+
+    Raises `SettingError` for a value out of range.
+    """
+
+    layer: int | tuple[int, ...]
+    draft: int = 6
+    confidence: float = 0.0
+    adaptive: bool = False
+    vocabulary: jax.Array | None = None
+    max_draft: int | None = None
+
+    verifies = True
+    propagates = False
+
+    def __post_init__(self):
+        layers = check_exits("SelfSpeculation(layer", self.layer)
+        object.__setattr__(self, "layer", layers)
+        if len(layers) > 1 and not self.adaptive:
+            raise SettingError(f"SelfSpeculation(layer={layers}) offers several layers, but only adaptive=True "
+                               "chooses among them; give one layer, or adaptive=True.")
+        bound = self.max_draft
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
+            raise SettingError(f"SelfSpeculation(max_draft={bound!r}) is no bound; give a whole number from 1 on.")
+        remedy = f"give a whole number from 1 to max_draft={bound}" if bound else "give a whole number from 1 on"
+        check_number(self, "draft", lambda x: 1 <= x <= (bound or 2**15), remedy, int)
+        if bound is None:
+            if not isinstance(self.draft, int):
+                raise SettingError("SelfSpeculation(draft=array): its entries need a static bound; give max_draft too.")
+            bound = 8
+            while bound < self.draft:
+                bound *= 2
+            object.__setattr__(self, "max_draft", bound)
+        check_number(self, "confidence", lambda x: 0 <= x <= 1, "a probability lies in [0, 1]; 0 never stops a draft")
+
+    @property
+    def window(self) -> int:
+        return self.max_draft + 1
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        return with_last("SelfSpeculation(layer)", self.layer, num_layers)
+
+    def prepare(self, network) -> Guesser:
+        """What guessing needs of a network, taken from it once, outside the loop."""
+        w_VD, depth = network.head_weight, network.num_layers
+        if self.vocabulary is None:
+            return Guesser(SharedHead(w_VD), None, w_VD.shape[0], depth)
+        return Guesser(SharedHead(w_VD[self.vocabulary]), self.vocabulary, w_VD.shape[0], depth)
+
+
+@dataclasses.dataclass(frozen=True)
+class Guesser:
+    """The projection for guesses: all rows of the shared one, or those of the draft vocabulary."""
+
+    head: SharedHead
+    ids: jax.Array | None
+    vocabulary: int
+    depth: int
+
+    def project(self, h_BD):
+        """Logits [B, V] of normed hidden states; -inf for tokens outside the draft vocabulary."""
+        logits_BV = self.head.project(h_BD)
+        if self.ids is None:
+            return logits_BV
+        everything = jnp.full((h_BD.shape[0], self.vocabulary), -jnp.inf, logits_BV.dtype)
+        return everything.at[:, self.ids].set(logits_BV)
+
+    @property
+    def head_layers(self) -> float:
+        """What the projection costs, in layers: its weights over the 12 D^2 of a usual layer."""
+        rows, width = self.head.w_VD.shape
+        return rows / (12 * width)
+
+
+def choose_draft(policy: SelfSpeculation, guesser: Guesser, accepted_BE, judged_BE):
+    """The exit (an index) where each row guesses, and how many tokens it guesses: both [B].
+
+    With `adaptive`, the pair that promises most accepted tokens per layer run (DEL's TPL, with this loop's
+    costs: d guesses after layer e, one more pass through it, and the other layers once).
+    """
+    batch = accepted_BE.shape[0]
+    most_B = jnp.broadcast_to(jnp.asarray(policy.draft), (batch,))
+    if not policy.adaptive:
+        return jnp.zeros(batch, jnp.int32), most_B
+    exits = len(policy.layer)
+    rate_BE1 = ((accepted_BE + PRIOR[0]) / (judged_BE + PRIOR[1]))[:, :exits, None]
+    drafts_N = jnp.arange(1, policy.max_draft + 1)
+    expected_BEN = 1 + jnp.cumsum(rate_BE1 ** drafts_N, axis=-1)
+    layers_E1 = jnp.array(policy.layer)[:, None]
+    cost_EN = (drafts_N + 1) * layers_E1 + guesser.depth - layers_E1 + (drafts_N + 1) * guesser.head_layers
+    worth_BEN = jnp.where(drafts_N <= most_B[:, None, None], expected_BEN / cost_EN, 0)
+    best_B = worth_BEN.reshape(batch, -1).argmax(-1)
+    return best_B // policy.max_draft, 1 + best_B % policy.max_draft
