@@ -29,7 +29,6 @@ class SharedHead:
     tile: None for the plain definition; a number streams that many vocabulary rows at a time.
     shards: over how many devices the vocabulary axis of `w_VD` is split. The streaming form then walks
         every shard's own rows side by side, so that no device needs another's rows.
-    softcap: Gemma 2's bound on the final logits, cap * tanh(logits / cap); None for none.
 
     Raises `SettingError` for a tile or shards below 1, and when `shards` does not divide the vocabulary.
     """
@@ -37,15 +36,12 @@ class SharedHead:
     w_VD: jax.Array
     tile: int | None = dataclasses.field(default=None, metadata={"static": True})
     shards: int = dataclasses.field(default=1, metadata={"static": True})
-    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __post_init__(self):
         if self.tile is not None and self.tile < 1:
             raise SettingError(f"tile={self.tile} streams no vocabulary rows; give 1 or more, or None.")
         if self.shards < 1:
             raise SettingError(f"shards={self.shards} is not a number of devices; give 1 or more.")
-        if self.softcap is not None and not self.softcap > 0:
-            raise SettingError(f"softcap={self.softcap} must be positive; give None for no cap.")
         # Tree transformations may put placeholders without a shape in the leaf's place.
         vocabulary = getattr(self.w_VD, "shape", (0,))[0]
         if vocabulary % self.shards:
@@ -99,8 +95,7 @@ class SharedHead:
         return carry
 
     def _product(self, axes, h, w):
-        logits = jnp.einsum(axes, h, w, preferred_element_type=self.dtype(h))
-        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+        return jnp.einsum(axes, h, w, preferred_element_type=self.dtype(h))
 
 
 def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int | None:
