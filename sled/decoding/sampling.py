@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from sled import checks
+from sled.pytree import traced
 
 
-@jax.tree_util.register_dataclass
+@traced("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. The default is greedy.

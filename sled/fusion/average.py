@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
-from sled.fusion.strategy import check_layers, explicit_layers, strategy
+from sled.fusion.strategy import check_layers, explicit_layers
+from sled.pytree import traced
 
 
-@strategy("weights")
+@traced("weights")
 @dataclasses.dataclass(frozen=True)
 class LayerAverage:
     """log sum_n w_n P_n over the early layers and the final one, as log-probabilities (B, V).

@@ -8,10 +8,11 @@ import dataclasses
 import jax.numpy as jnp
 
 from sled.fusion.statistics import layer_statistics
-from sled.fusion.strategy import check_number, strategy
+from sled.fusion.strategy import check_number
+from sled.pytree import traced
 
 
-@strategy()
+@traced()
 @dataclasses.dataclass(frozen=True)
 class ConfidentDecoding:
     """Walk back from the final layer while the entropy strictly falls, and use that layer's logits.

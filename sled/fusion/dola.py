@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
-from sled.fusion.strategy import check_layers, check_number, explicit_layers, per_row, strategy
+from sled.fusion.strategy import check_layers, check_number, explicit_layers, per_row
+from sled.pytree import traced
 
 
-@strategy("relative_top", "lower_bound")
+@traced("relative_top", "lower_bound")
 @dataclasses.dataclass(frozen=True)
 class DoLa:
     """log P_N - log P_n for the early layer n with the largest divergence from the final layer N.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
+from sled.pytree import traced
 
 # Above this many bytes of logits the temporaries leave the processor's cache (CPU) or start to crowd
 # out the K/V cache (accelerators), and streaming wins. Measured on a CPU with 32 MB of L3, see `sled bench`.
@@ -20,7 +21,7 @@ _TILE = {"cpu": 1024}
 _TILE_ELSEWHERE = 8192
 
 
-@jax.tree_util.register_dataclass
+@traced("w_VD")
 @dataclasses.dataclass(frozen=True)
 class SharedHead:
     """The projection from hidden states to logits.
@@ -34,19 +35,17 @@ class SharedHead:
     """
 
     w_VD: jax.Array
-    tile: int | None = dataclasses.field(default=None, metadata={"static": True})
-    shards: int = dataclasses.field(default=1, metadata={"static": True})
+    tile: int | None = None
+    shards: int = 1
 
     def __post_init__(self):
         if self.tile is not None and self.tile < 1:
             raise SettingError(f"tile={self.tile} streams no vocabulary rows; give 1 or more, or None.")
         if self.shards < 1:
             raise SettingError(f"shards={self.shards} is not a number of devices; give 1 or more.")
-        # Tree transformations may put placeholders without a shape in the leaf's place.
-        vocabulary = getattr(self.w_VD, "shape", (0,))[0]
-        if vocabulary % self.shards:
+        if self.vocabulary % self.shards:
             raise SettingError(
-                f"shards={self.shards} does not divide the vocabulary of {vocabulary} rows; "
+                f"shards={self.shards} does not divide the vocabulary of {self.vocabulary} rows; "
                 "pad the vocabulary or choose a divisor."
             )
 

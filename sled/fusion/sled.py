@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.fusion.statistics import LayerStatistics, layer_statistics
-from sled.fusion.strategy import check_layers, check_number, explicit_layers, per_row, strategy
+from sled.fusion.strategy import check_layers, check_number, explicit_layers, per_row
+from sled.pytree import traced
 
 _PRESETS = {
     "official-code": {},
@@ -21,7 +22,7 @@ _PRESETS = {
 }
 
 
-@strategy("rate", "scale", "steps", "temperature", "lower_bound")
+@traced("rate", "scale", "steps", "temperature", "lower_bound")
 @dataclasses.dataclass(frozen=True)
 class SLED:
     """Evolve the final layer's top tokens; every other token gets `lower_bound`.
@@ -125,7 +126,7 @@ class SLED:
         return jax.lax.cond(steps == 1, once, many)
 
 
-@strategy("scale", "lower_bound")
+@traced("scale", "lower_bound")
 @dataclasses.dataclass(frozen=True)
 class ClampOnly:
     """The final layer's top `scale` tokens with their own logits, every other token at `lower_bound`.

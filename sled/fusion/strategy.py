@@ -4,7 +4,6 @@ A strategy is a frozen dataclass and a jax pytree. Numbers that users tune are l
 changing them never recompiles. What decides shapes or the computation itself is static.
 """
 
-import dataclasses
 import math
 import numbers
 from typing import Protocol, runtime_checkable
@@ -30,34 +29,6 @@ class Strategy(Protocol):
     def logits(self, h_BCD, head):
         """Logits (B, V), float32, of hidden states in the order early_layers + (final,), already normed."""
         ...
-
-
-def strategy(*data: str):
-    """Register a frozen dataclass as a pytree: the named fields are traced leaves, the others static.
-
-    Rebuilding one from leaves skips `__post_init__`: leaves are then whatever a transformation puts there.
-    """
-
-    def register(cls):
-        static = tuple(f.name for f in dataclasses.fields(cls) if f.name not in data)
-
-        def flatten(self):
-            return tuple(getattr(self, n) for n in data), tuple(getattr(self, n) for n in static)
-
-        def flatten_with_keys(self):
-            leaves, meta = flatten(self)
-            return tuple(zip(map(jax.tree_util.GetAttrKey, data), leaves, strict=True)), meta
-
-        def unflatten(meta, leaves):
-            self = object.__new__(cls)
-            for name, value in zip((*data, *static), (*leaves, *meta), strict=True):
-                object.__setattr__(self, name, value)
-            return self
-
-        jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-        return cls
-
-    return register
 
 
 def check_number(self, name: str, fits, remedy: str, kind: type = float) -> None:
