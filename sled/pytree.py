@@ -9,6 +9,7 @@ def traced(*names: str):
     """Register a frozen dataclass as a pytree: the named fields are traced leaves, the others static.
 
     Rebuilding one from leaves skips `__post_init__`: leaves are then whatever a transformation puts there.
+    The class keeps the names as `traced_fields`.
     """
 
     def register(cls):
@@ -27,6 +28,7 @@ def traced(*names: str):
                 object.__setattr__(self, name, value)
             return self
 
+        cls.traced_fields = names
         jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
         return cls
 

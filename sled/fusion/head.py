@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sled.checks import Whole, settle
 from sled.errors import SettingError
 from sled.pytree import traced
 
@@ -39,14 +40,13 @@ class SharedHead:
     shards: int = 1
 
     def __post_init__(self):
-        if self.tile is not None and self.tile < 1:
-            raise SettingError(f"tile={self.tile} streams no vocabulary rows; give 1 or more, or None.")
-        if self.shards < 1:
-            raise SettingError(f"shards={self.shards} is not a number of devices; give 1 or more.")
+        if self.tile is not None:
+            settle(self, tile=Whole(1, hint="it counts vocabulary rows; None takes all at once"))
+        settle(self, shards=Whole(1, hint="it counts devices"))
         if self.vocabulary % self.shards:
             raise SettingError(
-                f"shards={self.shards} does not divide the vocabulary of {self.vocabulary} rows; "
-                "pad the vocabulary or choose a divisor."
+                f"SharedHead.shards is {self.shards}, but does not divide the vocabulary of {self.vocabulary} rows; "
+                "pad the vocabulary or choose a divisor"
             )
 
     @property
