@@ -59,7 +59,7 @@ def load_folder(path: str | Path, *, dtype=None) -> Decoder:
     with contextlib.ExitStack() as stack:
         stored = _open(files, stack)
         twin = _twin_head(config, family, stored)
-        shapes = {name: slots[path].shape for name, path in paths.items()}
+        shapes = {name: slots[path].shape[::_order(path)] for name, path in paths.items()}
         if twin:
             shapes[twin] = (config.vocab_size, config.width)
         total = _check_headers(folder, stored, shapes)
@@ -71,7 +71,8 @@ def load_folder(path: str | Path, *, dtype=None) -> Decoder:
                         raise CheckpointError(
                             f"{folder}: {twin} differs from {name}, but config.json ties them; set "
                             "tie_word_embeddings to false there, or remove the wrong tensor")
-                slots[at] = slots[at].replace(jnp.asarray(_finite(folder, name, weight, dtype)))
+                own = jnp.asarray(_finite(folder, name, weight, dtype))
+                slots[at] = slots[at].replace(own.T if _order(at) < 0 else own)
                 bar.update(weight.nbytes)
     return nnx.merge(graph, nnx.from_flat_state(slots))
 
@@ -219,7 +220,12 @@ def _named_weights(decoder: Decoder) -> dict:
     family = family_of(decoder.config)
     separate = decoder.unstack() if isinstance(decoder.layers, Block) else decoder
     flat = dict(nnx.to_flat_state(nnx.state(separate, nnx.Param)))
-    return {family.tensor_name(path): param[...] for path, param in flat.items()}
+    return {family.tensor_name(path): param[...].T if _order(path) < 0 else param[...] for path, param in flat.items()}
+
+
+def _order(path: tuple) -> int:
+    """1, or -1 for a parameter stored the other way round: a layer's matrices are [out, in] in checkpoints."""
+    return -1 if "layers" in path and path[-1] == "weight" else 1
 
 
 def _write_weights(weights: dict, folder: Path, dtype, max_shard_bytes: int):

@@ -1,33 +1,128 @@
-"""Checks of settings: each returns the clean value or raises `SettingError`.
+"""What settings may be. A rule takes a setting's name and value; it returns the clean value or raises `SettingError`.
 
-Settings are also jax leaves: inside a trace they are tracers, in a serving batch they are arrays.
-Only plain Python numbers are judged; everything else passes unchanged.
+    settle(self, rate=Number(0, hint="0.5 to 3 is usual"))               # fields of a frozen dataclass
+    count = Whole(1, hint="it counts the tokens")("count", count)        # an argument
+
+Clean means of one type, so that 2 and 2.0 share a trace. Every `hint` says what to give instead, or what the
+setting is for.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
+
+import jax
+import numpy as np
 
 from sled.errors import SettingError
 
 
-def number(name: str, value, *, low: float, high: float = math.inf, open_low: bool = False, why: str):
-    """`value` as a float if low <= value <= high (low < value with `open_low`)."""
-    if not isinstance(value, numbers.Real):
-        return value
-    value = float(value)
-    if not (low < value if open_low else low <= value) or not value <= high or math.isinf(value):
-        bracket = "(" if open_low else "["
-        raise SettingError(f"{name} is {value:g}, outside {bracket}{low:g}, {high:g}]: {why}")
-    return value
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A number from `low` to `high`, as a float. NaN and infinity are refused; minus infinity is, where `low` is more.
+
+    open_low: whether `low` itself is refused.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    _: dataclasses.KW_ONLY
+    open_low: bool = False
+    hint: str
+
+    def __call__(self, name: str, value) -> float:
+        if not _is_number(value) or not self._holds(value):
+            left, right = "(" if self.open_low else "[", ")" if self.high == math.inf else "]"
+            interval = f"{left}{self.low:g}, {self.high:g}{right}"
+            raise SettingError(f"{name} is {value!r}, but must be a number in {interval}; {self.hint}")
+        return float(value)
+
+    def _holds(self, value) -> bool:
+        above = self.low < value if self.open_low else self.low <= value
+        return above and value <= self.high and value < math.inf
 
 
-def whole(name: str, value, *, low: int, high: int | None = None, why: str):
-    """`value` as an int if it is a whole number with low <= value (<= high)."""
-    if not isinstance(value, numbers.Real):
-        return value
-    if isinstance(value, bool) or value != int(value) or value < low or (high is not None and value > high):
-        upper = "" if high is None else f" and at most {high}"
-        raise SettingError(f"{name} is {value!r}, but must be a whole number of at least {low}{upper}: {why}")
-    return int(value)
+@dataclasses.dataclass(frozen=True)
+class Whole:
+    """A whole number of at least `low` and, where given, at most `high`, as an int."""
+
+    low: int
+    high: int | None = None
+    _: dataclasses.KW_ONLY
+    hint: str
+
+    def __call__(self, name: str, value) -> int:
+        if not _is_number(value) or not self._holds(value):
+            span = f"of at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
+            raise SettingError(f"{name} is {value!r}, but must be a whole number {span}; {self.hint}")
+        return int(value)
+
+    def _holds(self, value) -> bool:
+        return self.low <= value < math.inf and (self.high is None or value <= self.high) and value % 1 == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers:
+    """Numbers of hidden states (0 = embeddings), as an ascending tuple without repeats; or one of `words`."""
+
+    words: tuple[str | None, ...] = ()
+
+    def __call__(self, name: str, value) -> tuple[int, ...] | str | None:
+        if value is None or isinstance(value, str):
+            if value in self.words:
+                return value
+        elif indices := _indices(value):
+            return indices
+        choices = " or ".join([*map(repr, self.words), "a tuple of layer indices such as (0, 8, 16)"])
+        raise SettingError(f"{name} is {value!r}, but must be {choices}; 0 is the embeddings")
+
+
+def settle(self, **rules) -> None:
+    """Check fields of a frozen dataclass made a pytree by `traced`, and put the clean values in their place.
+
+    A traced field may hold an array instead of a number; arrays pass as they are.
+    """
+    for field, rule in rules.items():
+        value = getattr(self, field)
+        if not (is_array(value) and field in self.traced_fields):
+            object.__setattr__(self, field, rule(f"{type(self).__name__}.{field}", value))
+
+
+def settle_bounded(self, field: str, bound: str, *, least: int, hint: str) -> None:
+    """Check a traced count that has a static bound in another field: the count is tuned, the bound sets shapes.
+
+    A bound of None becomes the next of `least`, 2 `least`, 4 `least`, ... that holds the count.
+    """
+    if getattr(self, bound) is not None:
+        settle(self, **{bound: Whole(1, hint=f"it is the static bound of {field}, or None")})
+        settle(self, **{field: Whole(1, getattr(self, bound), hint=f"{bound} is its bound")})
+        return
+    settle(self, **{field: Whole(1, 2**31 - 1, hint=hint)})
+    if is_array(getattr(self, field)):
+        name = type(self).__name__
+        raise SettingError(f"{name}.{field} is an array, whose entries need a static bound; give {bound} too")
+    size = least
+    while size < getattr(self, field):
+        size *= 2
+    object.__setattr__(self, bound, size)
+
+
+def is_array(value) -> bool:
+    """Whether `value` is an array of numpy or jax; tracers are."""
+    return isinstance(value, (jax.Array, np.ndarray))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _indices(value) -> tuple[int, ...]:
+    """Ascending indices, or () where `value` holds none or anything else."""
+    try:
+        given = tuple(value)
+    except TypeError:
+        return ()
+    whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 0 for n in given)
+    return tuple(sorted({int(n) for n in given})) if whole else ()

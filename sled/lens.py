@@ -19,6 +19,7 @@ import numpy as np
 from sled.decoding.buckets import bucket
 from sled.decoding.network import Build, fuse
 from sled.decoding.scoring import map_places
+from sled.fusion import SharedHead
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,30 +105,29 @@ def _say(build: Build, params, ids_T, fusion):
     positions_1T = jnp.arange(ids_T.shape[0])[None]
     h0 = network.embed(ids_T[None])
     states, _ = network.run_layers(h0, positions_1T, None, 0, network.num_layers)
-    states_CTD = jnp.stack([h[0] for h in (h0, *states)])
-    w_VD = network.head_weight
+    states_TCD = jnp.stack([h[0] for h in (h0, *states)], axis=1)
+    head = SharedHead(network.head_weight)
 
-    def logits(h_PD):
-        wide = jnp.promote_types(h_PD.dtype, jnp.float32)
-        return jnp.matmul(network.normalise(h_PD), w_VD.T, preferred_element_type=wide)
-
-    def layer(h_PD, final_top_P):
-        logp_PV = jax.nn.log_softmax(logits(h_PD), axis=-1)
+    def read(logits_PV, final_top_P):
+        logp_PV = jax.nn.log_softmax(logits_PV, axis=-1)
         p_PV = jnp.exp(logp_PV)
         entropy_P = -jnp.sum(jnp.where(p_PV > 0, p_PV * logp_PV, 0), axis=-1)
         of_final_P = jnp.take_along_axis(p_PV, final_top_P[:, None], axis=-1)[:, 0]
-        return jnp.argmax(logp_PV, axis=-1), jnp.max(p_PV, axis=-1), entropy_P, of_final_P
+        return jnp.argmax(logits_PV, axis=-1), jnp.max(p_PV, axis=-1), entropy_P, of_final_P
 
     def places(h_PCD):
-        """One layer's logits at a time, never those of all."""
-        final_top_P = jnp.argmax(logits(h_PCD[:, -1]), axis=-1)
-        said = jax.lax.map(lambda h_PD: layer(h_PD, final_top_P), jnp.moveaxis(h_PCD, 1, 0))
-        return tuple(x_CP.T for x_CP in said)
+        """One layer's logits at a time, never those of all; the final layer's first, for its choice."""
+        h_CPD = network.normalise(jnp.moveaxis(h_PCD, 1, 0))
+        final_PV = head.project(h_CPD[-1])
+        final_top_P = jnp.argmax(final_PV, axis=-1)
+        final = read(final_PV, final_top_P)
+        early = jax.lax.map(lambda h_PD: read(head.project(h_PD), final_top_P), h_CPD[:-1])
+        return jax.tree.map(lambda early_EP, final_P: jnp.concatenate([early_EP, final_P[None]]).T, early, final)
 
-    vocabulary = w_VD.shape[0]
-    said = map_places(places, (jnp.moveaxis(states_CTD, 0, 1),), vocabulary)
+    said = map_places(places, (states_TCD,), head.vocabulary)
     if fusion is None:
         return said
-    fused = map_places(lambda h_PCD: jnp.argmax(fuse(network, fusion, list(jnp.moveaxis(h_PCD, 1, 0)), network.num_layers), axis=-1),
-                       (jnp.moveaxis(states_CTD, 0, 1),), vocabulary * len(states_CTD))
+    depth = network.num_layers
+    fused = map_places(lambda h_PCD: jnp.argmax(fuse(network, fusion, list(jnp.moveaxis(h_PCD, 1, 0)), depth), axis=-1),
+                       (states_TCD,), head.vocabulary * states_TCD.shape[1])
     return (*said, fused)

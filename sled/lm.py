@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from flax import nnx
 from tqdm import tqdm
 
-from sled import checks
+from sled.checks import Whole
 from sled.decoding.generation import Generation
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
@@ -77,7 +77,7 @@ class LM:
 
         Raises: PromptError, SettingError, TokenizerError (text needed, but no tokenizer).
         """
-        batch_size = checks.whole("batch_size", batch_size, low=1, why="prompts are decoded in batches")
+        batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
         ids = prompt_ids(prompts, self.text, self.config)
         stop = _stop_strings(stop)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
@@ -108,7 +108,7 @@ class LM:
                exits: Policy = FULL_DEPTH, schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, seed: int = 0,
                stop: str | Sequence[str] = ()) -> Iterator[Chunk]:
         """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens."""
-        chunk = checks.whole("chunk", chunk, low=1, why="it counts the tokens between two outputs")
+        chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         ids = prompt_ids(prompts, self.text, self.config)
         stop = _stop_strings(stop)
         run = self._begin(ids, [seed + i for i in range(len(ids))], max_new_tokens, height=len(ids), fusion=fusion,
@@ -138,7 +138,7 @@ class LM:
 
         Raises: PromptError, SettingError, TokenizerError.
         """
-        batch_size = checks.whole("batch_size", batch_size, low=1, why="continuations are scored in batches")
+        batch_size = Whole(1, hint="continuations are scored in batches")("batch_size", batch_size)
         if is_one(prompts):
             nested, groups = False, [[(prompts, c)] for c in ([continuations] if is_one(continuations)
                                                               else continuations)]
@@ -173,7 +173,7 @@ class LM:
 
     def _begin(self, ids, seeds, max_new_tokens: int, *, height: int, **how) -> Generation:
         """A run of `height` rows: the prompts, and idle rows so that the shape is one compiled before."""
-        new = checks.whole("max_new_tokens", max_new_tokens, low=1, why="it counts the tokens to generate")
+        new = Whole(1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
         limits = [min(new, self.config.max_positions - len(x)) for x in ids]
         idle = height - len(ids)
         return Generation(self.build, self.params, [*ids, *[ids[0]] * idle], limits=[*limits, *[0] * idle],

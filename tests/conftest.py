@@ -19,8 +19,7 @@ LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_fre
 VARIANTS = {
     "llama": LLAMA,
     "llama-mha-tied": dict(LLAMA, num_key_value_heads=4, tie_word_embeddings=True),
-    "llama-linear-old-spelling": dict(LLAMA, rope_theta=1000.0, rope_scaling={"type": "linear",
-    "factor": 4.0},
+    "llama-linear-old-spelling": dict(LLAMA, rope_theta=1000.0, rope_scaling={"type": "linear", "factor": 4.0},
                                       torch_dtype="float32"),
     "llama-llama3-old-spelling": dict(LLAMA, rope_theta=500.0, rope_scaling=LLAMA3_ROPE),
     "llama-llama3": dict(LLAMA, rope_parameters=dict(LLAMA3_ROPE, rope_theta=500.0), dtype="float32"),
@@ -34,8 +33,7 @@ VARIANTS = {
     "qwen2-layer-types": dict(QWEN2, use_sliding_window=True, sliding_window=5,
                               layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
     "qwen3": QWEN3,
-    "qwen3-mha-biases-windows": dict(QWEN3, num_key_value_heads=4, attention_bias=True,
-    use_sliding_window=True,
+    "qwen3-mha-biases-windows": dict(QWEN3, num_key_value_heads=4, attention_bias=True, use_sliding_window=True,
                                      sliding_window=7, max_window_layers=1),
 }
 

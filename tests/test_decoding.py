@@ -176,3 +176,11 @@ def test_lens_shows_the_models_own_choices(lm, prompts):
     np.testing.assert_allclose(lens.final_probability[-1], lens.probability[-1], rtol=1e-5)
     assert (lens.settled >= 0).all() and (lens.settled <= CONFIG.num_layers).all()
     assert "layer 3" in lens.table()
+
+
+def test_sampling_is_a_pytree_of_its_numbers():
+    leaves, structure = jax.tree.flatten(sled.Sampling(temperature=1, top_k=5.0))
+    assert leaves == [1.0, 5, 1.0, 0.0, 1.0]
+    assert jax.tree.unflatten(structure, leaves) == sled.Sampling(temperature=1.0, top_k=5)
+    # A transformation may fill the leaves with anything, even what no user may set.
+    assert jax.tree.map(lambda _: None, sled.Sampling()).top_p is None

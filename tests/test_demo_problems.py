@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from sled.demo.problems import STORIES, problems, prompt, split_of, stream
+from sled.demo.problems import problems, prompt, split_of, stream
+from sled.demo.stories import STORIES
 from sled.errors import SettingError
 
 SPLITS = ("train", "heldout")

@@ -143,15 +143,3 @@ def test_rows_do_not_see_each_other(case, strategy):
     h_BCD, head, _ = case
     alone_BV = jnp.concatenate([fuse(strategy, h_BCD[b : b + 1], head) for b in range(2)])
     np.testing.assert_allclose(fuse(strategy, h_BCD, head)[:2], alone_BV, rtol=1e-4, atol=1e-5)
-
-
-def test_softcap():
-    rng = np.random.default_rng(0)
-    h_BCD, w_VD = rng.standard_normal((2, 3, 8), np.float32), 9 * rng.standard_normal((30, 8), np.float32)
-    logits_BCV = 30 * np.tanh(np.einsum("bcd,vd->bcv", h_BCD, w_VD) / 30)
-    expected = np.log(np.exp(log_softmax(logits_BCV)).mean(1))
-    for tile in (None, 7):
-        head = SharedHead(jnp.asarray(w_VD), tile=tile, softcap=30.0)
-        np.testing.assert_allclose(head.project(h_BCD), logits_BCV, rtol=1e-4, atol=1e-4)
-        out_BV = fuse(LayerAverage(), jnp.asarray(h_BCD), head)
-        np.testing.assert_allclose(out_BV, expected, rtol=1e-4, atol=1e-4)

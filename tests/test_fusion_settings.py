@@ -64,7 +64,6 @@ NAN = float("nan")
         lambda: SharedHead(jnp.ones((6, 4)), tile=0),
         lambda: SharedHead(jnp.ones((6, 4)), shards=0),
         lambda: SharedHead(jnp.ones((6, 4)), shards=4),
-        lambda: SharedHead(jnp.ones((6, 4)), softcap=0.0),
     ],
 )
 def test_bad_settings_are_refused_with_a_remedy(build):

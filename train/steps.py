@@ -57,10 +57,10 @@ def schedule(peak: float, steps: int) -> optax.Schedule:
 def muon(peak: float, steps: int, *, decay: float = 0.1, clip: float = 1.0) -> optax.GradientTransformation:
     """Muon for the layers' matrices, Adam for norms and embeddings, with `schedule` and clipping.
 
-    Stacked matrices are the leaves of three axes [L, out, in]. Their updates are scaled to Adam's
+    Stacked matrices are the leaves of three axes [L, in, out]. Their updates are scaled to Adam's
     usual size (root mean square 0.2), so that one rate serves both.
     """
-    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=2, output_axis=1)
+    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     return optax.chain(
         optax.clip_by_global_norm(clip),
         optax.contrib.muon(

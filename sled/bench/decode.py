@@ -6,8 +6,6 @@ The sides run interleaved, round by round; ratios are taken between the fastest 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +15,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.bench.machine import hardware, versions
+from sled.bench.report import Report, column
 from sled.fusion import SLED, FinalLayer
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig, save_folder
@@ -33,47 +31,19 @@ TRANSFORMERS = "transformers greedy"
 class DecodeRow:
     """One way to decode at one batch size. Seconds; `first_call` includes compilation."""
 
-    batch: int
-    way: str
-    first_call: float
-    best: float
-    median: float
-    first_token: float
-    tokens_per_second: float
-    over_greedy: float
-    transformers_over_this: float | None
-
-
-@dataclasses.dataclass
-class DecodeReport:
-    date: str
-    hardware: str
-    versions: dict[str, str]
-    parameters: int
-    new_tokens: int
-    notes: list[str]
-    rows: list[DecodeRow]
-
-    def markdown(self) -> str:
-        names = ["batch", "way", "first call s", "best s", "median s", "first token s", "tokens/s", "x greedy",
-                 "transformers / this"]
-        lines = [
-            f"Decoding {self.new_tokens} tokens after {PROMPT_TOKENS}, {self.parameters / 1e6:.0f}M parameters, "
-            f"float32; {self.date}; {self.hardware}; "
-            + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            "", "| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-        for row in self.rows:
-            cells = ["-" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c)
-                     for c in dataclasses.astuple(row)]
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
-
-    def json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    batch: int = column("batch")
+    way: str = column("way")
+    first_call: float = column("first call s")
+    best: float = column("best s")
+    median: float = column("median s")
+    first_token: float = column("first token s")
+    tokens_per_second: float = column("tokens/s")
+    over_greedy: float = column("x greedy")
+    transformers_over_this: float | None = column("transformers / this")
 
 
 def run_decode_bench(*, new_tokens: int = 64, rounds: int = 4, config: DecoderConfig = CONFIG,
-                     batches: tuple[int, ...] = BATCHES) -> DecodeReport:
+                     batches: tuple[int, ...] = BATCHES) -> Report:
     """Measures every way at every batch size. Without torch and transformers, only this library's."""
     model = Decoder.init(config, rngs=nnx.Rngs(0))
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
@@ -88,8 +58,8 @@ def run_decode_bench(*, new_tokens: int = 64, rounds: int = 4, config: DecoderCo
     with tqdm(total=len(batches) * len(ways) * (rounds + 3), unit="run") as bar:
         for batch in batches:
             rows += _measure(ways, batch, new_tokens, rounds, config.vocab_size, bar)
-    return DecodeReport(date=datetime.date.today().isoformat(), hardware=hardware(), versions=versions(),
-                        parameters=parameters, new_tokens=new_tokens, notes=notes, rows=rows)
+    title = f"Decoding {new_tokens} tokens after {PROMPT_TOKENS}, {parameters / 1e6:.0f}M parameters, float32"
+    return Report(title, {"parameters": parameters, "new_tokens": new_tokens}, rows, notes)
 
 
 def _measure(ways, batch: int, new_tokens: int, rounds: int, vocabulary: int, bar) -> list[DecodeRow]:

@@ -8,8 +8,6 @@ ratios are taken between the fastest rounds. Peak memory is measured in fresh pr
 import argparse
 import ctypes
 import dataclasses
-import datetime
-import json
 import os
 import subprocess
 import sys
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sled.bench.machine import hardware, versions
+from sled.bench.report import Report, column
 from sled.fusion import SLED, SharedHead, default_tile
 
 SIZES = ((1024, 32_000), (2048, 128_256))
@@ -33,53 +31,22 @@ FLOOR, FINAL, TORCH = "projection of all layers", "final projection alone", "tor
 class FusionRow:
     """One form at one size. Times in milliseconds, memory in MB (10^6 bytes); None where not measured."""
 
-    width: int
-    vocabulary: int
-    batch: int
-    form: str
-    best_ms: float
-    median_ms: float
-    over_final: float
-    over_floor: float
-    torch_speedup: float | None
-    xla_temp_mb: float | None
-    peak_mb: float | None
-
-
-@dataclasses.dataclass
-class FusionReport:
-    date: str
-    hardware: str
-    versions: dict[str, str]
-    layers: int
-    scale: int
-    notes: list[str]
-    rows: list[FusionRow]
-
-    def markdown(self) -> str:
-        """The report as a Markdown table under a line that says where and with what it was measured."""
-        names = ["D", "V", "batch", "form", "best ms", "median ms", "x final", "x floor", "torch / this"]
-        names += ["XLA temp MB", "peak MB"]
-        lines = [
-            f"Fused SLED step, {self.layers} layers, k = {self.scale}; {self.date}; {self.hardware}; "
-            + ", ".join(f"{name} {version}" for name, version in self.versions.items()),
-            "",
-            "| " + " | ".join(names) + " |",
-            "|" + "---|" * len(names),
-        ]
-        for row in self.rows:
-            cells = dataclasses.astuple(row)
-            text = ["-" if c is None else f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells]
-            lines.append("| " + " | ".join(text) + " |")
-        return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
-
-    def json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2)
+    width: int = column("D")
+    vocabulary: int = column("V")
+    batch: int = column("batch")
+    form: str = column("form")
+    best_ms: float = column("best ms")
+    median_ms: float = column("median ms")
+    over_final: float = column("x final")
+    over_floor: float = column("x floor")
+    torch_speedup: float | None = column("torch / this")
+    xla_temp_mb: float | None = column("XLA temp MB")
+    peak_mb: float | None = column("peak MB")
 
 
 def run_fusion_bench(
     sizes=SIZES, batches=(1, 8), rounds: int = 7, memory: bool = True, progress: bool = True
-) -> FusionReport:
+) -> Report:
     """Time SLED in its plain and streaming form, the two projections and, where installed, the torch port.
 
     sizes: (width, vocabulary) pairs. rounds: interleaved repetitions; the port runs in at most three, at
@@ -96,8 +63,8 @@ def run_fusion_bench(
             del w_VD
             if memory:
                 _measure_peaks([r for r in rows if (r.width, r.vocabulary, r.batch) == (width, vocabulary, 1)], bar)
-    date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return FusionReport(date, hardware(), versions(), LAYERS, SCALE, notes, rows)
+    title = f"Fused SLED step, {LAYERS} layers, k = {SCALE}"
+    return Report(title, {"layers": LAYERS, "scale": SCALE}, rows, notes)
 
 
 def _time_forms(w_VD, batch, rounds, port, bar) -> list[FusionRow]:

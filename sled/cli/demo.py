@@ -10,7 +10,6 @@ import textwrap
 from pathlib import Path
 
 from sled.cli.options import ModelOptions
-from sled.errors import SettingError
 
 MAX_NEW_TOKENS = 96
 
@@ -35,11 +34,11 @@ class Demo:
 
     def run(self) -> None:
         import sled
+        from sled.checks import Whole
         from sled.demo.problems import problems, prompt
         from sled.eval.answers import final_answer
 
-        if self.problems < 1:
-            raise SettingError(f"problems is {self.problems}, but there must be at least one to solve")
+        Whole(1, hint="it counts the problems to solve")("problems", self.problems)
         ways = {
             "greedy (last layer)": sled.FinalLayer(),
             f"clamp only (k={self.scale})": sled.ClampOnly(scale=self.scale),

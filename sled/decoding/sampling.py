@@ -13,10 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sled import checks
+from sled.checks import Number, Whole, settle
+from sled.pytree import traced
 
 
-@jax.tree_util.register_dataclass
+@traced("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. The default is greedy.
@@ -41,19 +42,13 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        clean = {
-            "temperature": checks.number("temperature", self.temperature, low=0,
-                                         why="0 is greedy, 1 samples the model's own distribution"),
-            "top_k": checks.whole("top_k", self.top_k, low=0, why="it counts tokens; 0 keeps all"),
-            "top_p": checks.number("top_p", self.top_p, low=0, high=1, open_low=True,
-                                   why="it is a probability; 1 keeps all tokens"),
-            "min_p": checks.number("min_p", self.min_p, low=0, high=1,
-                                   why="it is a fraction of the highest probability; 0 keeps all tokens"),
-            "repetition_penalty": checks.number("repetition_penalty", self.repetition_penalty, low=0,
-                                                open_low=True, why="it divides logits; 1 changes nothing"),
-        }
-        for name, value in clean.items():
-            object.__setattr__(self, name, value)
+        settle(
+            self,
+            temperature=Number(0, hint="0 is greedy, 1 samples the model's own distribution"),
+            top_k=Whole(0, hint="it counts tokens; 0 keeps all"),
+            top_p=Number(0, 1, open_low=True, hint="it is a probability; 1 keeps all tokens"),
+            min_p=Number(0, 1, hint="it is a fraction of the highest probability; 0 keeps all tokens"),
+            repetition_penalty=Number(0, open_low=True, hint="it divides logits; 1 changes nothing"))
 
 
 def penalise(logits_BV, seen_BV, penalty_B):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -44,12 +45,9 @@ class Plan(NamedTuple):
         """Raises SettingError for a layer that the model does not have."""
         exits = policy.exits(network.num_layers)
         kept = set(exits[:-1])
-        for below, exit_ in zip(exits, exits[1:], strict=False):
-            early = fusion.early_layers(exit_, tied=network.tied_head)
-            kept |= {n for n in early if n <= below}
-        if policy.verifies:  # only the last exit is fused
-            early = fusion.early_layers(network.num_layers, tied=network.tied_head)
-            kept = set(exits[:-1]) | {n for n in early if n <= exits[-2]}
+        for below, top in itertools.pairwise(exits):
+            if top == exits[-1] or not policy.verifies:  # guesses are not fused
+                kept |= {n for n in fusion.early_layers(top, tied=network.tied_head) if n <= below}
         return cls(exits, tuple(sorted(kept)), policy.window)
 
 

@@ -11,15 +11,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sled.checks import Number, Whole, is_array, settle
 from sled.errors import SettingError
 from sled.exits.measures import MEASURES, Classifier
-from sled.exits.policy import check_exits, with_last
-from sled.fusion.strategy import check_number, strategy
+from sled.exits.policy import Exits, with_last
+from sled.pytree import traced
 
 DECAYS = ("none", "calm-paper", "calm-code")
 
 
-@strategy("threshold", "decay_temperature", "min_layer", "classifier")
+@traced("threshold", "decay_temperature", "min_layer", "classifier")
 @dataclasses.dataclass(frozen=True)
 class EarlyExit:
     """A token leaves after the first of `layers` whose confidence is above the threshold.
@@ -58,28 +59,24 @@ class EarlyExit:
     verifies = False
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", check_exits("EarlyExit(layers", self.layers))
-        if isinstance(self.threshold, (list, tuple)):
-            object.__setattr__(self, "threshold", tuple(self.threshold))
-            if len(self.threshold) != len(self.layers):
-                raise SettingError(f"EarlyExit got {len(self.threshold)} thresholds for {len(self.layers)} exits; "
-                                   "give one number for all, or one per exit.")
-            for value in self.threshold:
-                dataclasses.replace(self, threshold=value)
-            object.__setattr__(self, "threshold", tuple(map(float, self.threshold)))
-        else:
-            check_number(self, "threshold", lambda x: 0 <= x <= 1,
-                         "a confidence lies in [0, 1]; 1 never leaves early")
-        check_number(self, "decay_temperature", lambda x: 0 <= x < float("inf"), "give 0 or more; CALM uses 4")
-        check_number(self, "min_layer", lambda x: x >= 0, "give a layer, 0 for no bound", int)
-        check_number(self, "max_deferred", lambda x: x >= 1, "give a whole number from 1 on; 8 is usual", int)
+        settle(
+            self,
+            layers=Exits(),
+            threshold=_each(Number(0, 1, hint="a confidence lies in [0, 1]; 1 never leaves early")),
+            decay_temperature=Number(0, hint="CALM uses 4"),
+            min_layer=Whole(0, hint="it is the first layer to leave after; 0 is no bound"),
+            max_deferred=Whole(1, hint="it counts tokens of a row that wait for their K/V; 8 is usual"),
+        )
+        if isinstance(self.threshold, tuple) and len(self.threshold) != len(self.layers):
+            raise SettingError(f"EarlyExit.threshold has {len(self.threshold)} numbers for {len(self.layers)} exits; "
+                               "give one number for all, or one per exit")
         for name, known in (("measure", MEASURES), ("decay", DECAYS), ("kv", ("exact", "propagate"))):
             if getattr(self, name) not in known:
-                raise SettingError(f"EarlyExit({name}={getattr(self, name)!r}) is unknown; "
-                                   f"choose one of {', '.join(known)}.")
+                raise SettingError(f"EarlyExit.{name} is {getattr(self, name)!r}, which is unknown; "
+                                   f"choose one of {', '.join(known)}")
         if (self.measure == "classifier") != (self.classifier is not None):
             raise SettingError('EarlyExit: measure="classifier" and a trained `classifier` go together; '
-                               "give both or neither.")
+                               "give both or neither")
 
     @property
     def propagates(self) -> bool:
@@ -90,7 +87,7 @@ class EarlyExit:
         return 1 if self.propagates else self.max_deferred + 1
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
-        return with_last("EarlyExit(layers)", self.layers, num_layers)
+        return with_last("EarlyExit.layers", self.layers, num_layers)
 
     def thresholds(self, made_B, most_B):
         """lambda' [B, exits], after `made_B` new tokens of at most `most_B`."""
@@ -104,3 +101,14 @@ class EarlyExit:
 
     def prepare(self, network) -> None:
         """Nothing is taken from the network beforehand."""
+
+
+def _each(rule: Number):
+    """The rule for a number, or for every number of a tuple or list."""
+
+    def check(name: str, value):
+        if isinstance(value, (tuple, list)):
+            return tuple(x if is_array(x) else rule(name, x) for x in value)
+        return rule(name, value)
+
+    return check

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from sled.fusion.strategy import strategy
+from sled.pytree import traced
 
 
-@strategy()
+@traced()
 @dataclasses.dataclass(frozen=True)
 class FullDepth:
     """No token leaves early: the baseline that every other policy is compared with."""

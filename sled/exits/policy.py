@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from sled.errors import SettingError
 
@@ -34,19 +34,21 @@ class Policy(Protocol):
         ...
 
 
-def check_exits(where: str, layers) -> tuple[int, ...]:
-    """Exits as a user gives them, one layer or several, as an ascending tuple. Raises SettingError."""
-    several = layers if isinstance(layers, (tuple, list)) else (layers,)
-    whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in several)
-    if not several or not whole:
-        raise SettingError(f"{where}={layers!r}: an exit lies after a layer, the first after layer 1; give whole "
-                           "numbers from 1 on.")
-    return tuple(sorted({int(n) for n in several}))
+class Exits(NamedTuple):
+    """The rule for exits as a user gives them, one layer or several: an ascending tuple."""
+
+    def __call__(self, name: str, value) -> tuple[int, ...]:
+        several = value if isinstance(value, (tuple, list)) else (value,)
+        whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in several)
+        if not several or not whole:
+            raise SettingError(f"{name} is {value!r}, but must be a layer to leave after, or a tuple of them; "
+                               "the first place to leave is after layer 1")
+        return tuple(sorted({int(n) for n in several}))
 
 
-def with_last(where: str, layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+def with_last(name: str, layers: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     """These exits and the last layer's. Raises SettingError where one is not below the last layer."""
     if layers[-1] >= num_layers:
-        raise SettingError(f"{where}={layers}: {layers[-1]} is no early exit of a model of {num_layers} layers; "
-                           f"give layers from 1 to {num_layers - 1}.")
+        raise SettingError(f"{name} is {layers}, but {layers[-1]} is no early exit of a model of {num_layers} layers; "
+                           f"give layers from 1 to {num_layers - 1}")
     return (*layers, num_layers)

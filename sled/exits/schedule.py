@@ -11,7 +11,8 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from sled.fusion.strategy import check_number, strategy
+from sled.checks import Whole, settle
+from sled.pytree import traced
 
 
 class Queue(NamedTuple):
@@ -34,7 +35,7 @@ class Schedule(Protocol):
         ...
 
 
-@strategy()
+@traced()
 @dataclasses.dataclass(frozen=True)
 class Immediate:
     """Deeper layers run as soon as one row waits for them."""
@@ -43,7 +44,7 @@ class Immediate:
         return jnp.asarray(True)
 
 
-@strategy()
+@traced()
 @dataclasses.dataclass(frozen=True)
 class Lockstep:
     """All rows go at the pace of the slowest: the baseline of batched early exit.
@@ -56,7 +57,7 @@ class Lockstep:
         return ~queue.ready_B.any() if verifies else jnp.asarray(True)
 
 
-@strategy("rows", "patience")
+@traced("rows", "patience")
 @dataclasses.dataclass(frozen=True)
 class Gather:
     """Rows that need deeper layers wait until `rows` of them do; the others go on meanwhile.
@@ -69,8 +70,8 @@ class Gather:
     patience: int = 16
 
     def __post_init__(self):
-        check_number(self, "rows", lambda x: x >= 1, "give how many rows should wait together, 1 or more", int)
-        check_number(self, "patience", lambda x: x >= 0, "give the most rounds a row may wait, 0 or more", int)
+        settle(self, rows=Whole(1, hint="it counts the rows that wait for each other"),
+               patience=Whole(0, hint="it counts the rounds a row waits at most"))
 
     def due(self, queue: Queue, verifies: bool) -> jax.Array:
         waiting = queue.waiting_B.sum()

@@ -12,16 +12,17 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sled.checks import Number, settle, settle_bounded
 from sled.errors import SettingError
-from sled.exits.policy import check_exits, with_last
+from sled.exits.policy import Exits, with_last
 from sled.fusion.head import SharedHead
-from sled.fusion.strategy import check_number, strategy
+from sled.pytree import traced
 
 KEEP = 0.95  # how much of the acceptance seen so far is kept at each verification (DEL)
 PRIOR = (3.0, 4.0)  # accepted and judged drafts before any was seen
 
 
-@strategy("draft", "confidence", "vocabulary")
+@traced("draft", "confidence", "vocabulary")
 @dataclasses.dataclass(frozen=True)
 class SelfSpeculation:
     """Tokens are guessed after `layer` and verified by all layers together, as one block.
@@ -56,31 +57,18 @@ class SelfSpeculation:
     propagates = False
 
     def __post_init__(self):
-        layers = check_exits("SelfSpeculation(layer", self.layer)
-        object.__setattr__(self, "layer", layers)
-        if len(layers) > 1 and not self.adaptive:
-            raise SettingError(f"SelfSpeculation(layer={layers}) offers several layers, but only adaptive=True "
-                               "chooses among them; give one layer, or adaptive=True.")
-        bound = self.max_draft
-        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
-            raise SettingError(f"SelfSpeculation(max_draft={bound!r}) is no bound; give a whole number from 1 on.")
-        remedy = f"give a whole number from 1 to max_draft={bound}" if bound else "give a whole number from 1 on"
-        check_number(self, "draft", lambda x: 1 <= x <= (bound or 2**15), remedy, int)
-        if bound is None:
-            if not isinstance(self.draft, int):
-                raise SettingError("SelfSpeculation(draft=array): its entries need a static bound; give max_draft too.")
-            bound = 8
-            while bound < self.draft:
-                bound *= 2
-            object.__setattr__(self, "max_draft", bound)
-        check_number(self, "confidence", lambda x: 0 <= x <= 1, "a probability lies in [0, 1]; 0 never stops a draft")
+        settle(self, layer=Exits(), confidence=Number(0, 1, hint="it is a probability; 0 never stops a draft"))
+        if len(self.layer) > 1 and not self.adaptive:
+            raise SettingError(f"SelfSpeculation.layer is {self.layer}, but only adaptive=True chooses among several; "
+                               "give one layer, or adaptive=True")
+        settle_bounded(self, "draft", "max_draft", least=8, hint="it counts the tokens guessed before verification")
 
     @property
     def window(self) -> int:
         return self.max_draft + 1
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
-        return with_last("SelfSpeculation(layer)", self.layer, num_layers)
+        return with_last("SelfSpeculation.layer", self.layer, num_layers)
 
     def prepare(self, network) -> Guesser:
         """What guessing needs of a network, taken from it once, outside the loop."""

@@ -1,18 +1,18 @@
 """A weighted average of the layers' distributions: what popular accounts of SLED describe. It is not SLED."""
 
 import dataclasses
-import math
-import numbers
 
 import jax
 import jax.numpy as jnp
 
+from sled.checks import Layers, Number, is_array, settle
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
-from sled.fusion.strategy import check_layers, explicit_layers, strategy
+from sled.fusion.strategy import explicit_layers
+from sled.pytree import traced
 
 
-@strategy("weights")
+@traced("weights")
 @dataclasses.dataclass(frozen=True)
 class LayerAverage:
     """log sum_n w_n P_n over the early layers and the final one, as log-probabilities (B, V).
@@ -29,14 +29,15 @@ class LayerAverage:
     norm_early: bool = True
 
     def __post_init__(self):
-        check_layers(self, ("all",))
+        settle(self, layers=Layers((None, "all")))
         if not isinstance(self.weights, (list, tuple)):
             return
-        plain = [w for w in self.weights if isinstance(w, numbers.Real)]
-        all_zero = len(plain) == len(self.weights) and not any(plain)
-        if all_zero or not all(math.isfinite(w) and w >= 0 for w in plain):
-            raise SettingError(f"LayerAverage(weights={self.weights}): give numbers >= 0, not all of them 0.")
-        weights = tuple(float(w) if isinstance(w, numbers.Real) else w for w in self.weights)
+        weight = Number(0, hint="weights are scaled to sum to 1")
+        weights = tuple(
+            w if is_array(w) else weight(f"LayerAverage.weights[{i}]", w) for i, w in enumerate(self.weights)
+        )
+        if not any(is_array(w) or w > 0 for w in weights):
+            raise SettingError(f"LayerAverage.weights is {self.weights}, but must not be all 0; None weighs all alike")
         object.__setattr__(self, "weights", weights)
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:

@@ -7,11 +7,12 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from sled.checks import Whole, settle
 from sled.fusion.statistics import layer_statistics
-from sled.fusion.strategy import check_number, strategy
+from sled.pytree import traced
 
 
-@strategy()
+@traced()
 @dataclasses.dataclass(frozen=True)
 class ConfidentDecoding:
     """Walk back from the final layer while the entropy strictly falls, and use that layer's logits.
@@ -29,7 +30,7 @@ class ConfidentDecoding:
     norm_early: bool = True
 
     def __post_init__(self):
-        check_number(self, "window", lambda x: x >= 1, "give a whole number from 1 on", int)
+        settle(self, window=Whole(1, hint="it counts the final layer too; 10 is the authors' choice"))
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         # Outputs of layers only: the embeddings are no candidate.

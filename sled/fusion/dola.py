@@ -8,12 +8,14 @@ import dataclasses
 
 import jax.numpy as jnp
 
+from sled.checks import Layers, Number, settle
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
-from sled.fusion.strategy import check_layers, check_number, explicit_layers, per_row, strategy
+from sled.fusion.strategy import explicit_layers, per_row
+from sled.pytree import traced
 
 
-@strategy("relative_top", "lower_bound")
+@traced("relative_top", "lower_bound")
 @dataclasses.dataclass(frozen=True)
 class DoLa:
     """log P_N - log P_n for the early layer n with the largest divergence from the final layer N.
@@ -34,11 +36,12 @@ class DoLa:
     norm_early: bool = False
 
     def __post_init__(self):
-        check_number(self, "relative_top", lambda x: 0 < x <= 1, "give a share in (0, 1]; 0.1 is usual")
-        check_number(self, "lower_bound", lambda x: x < float("inf"), "give a large negative number or -inf")
-        check_layers(self, ("low", "high"))
-        if self.layers is None:
-            raise SettingError('DoLa(layers=None) names no layers; give "low", "high" or indices.')
+        settle(
+            self,
+            relative_top=Number(0, 1, open_low=True, hint="it is a share; 0.1 is usual"),
+            lower_bound=Number(hint="-inf or a large negative number leaves a token out"),
+            layers=Layers(("low", "high")),
+        )
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         if not isinstance(self.layers, str):

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from sled.fusion.strategy import strategy
+from sled.pytree import traced
 
 
-@strategy()
+@traced()
 @dataclasses.dataclass(frozen=True)
 class FinalLayer:
     """The final layer's logits, unchanged: the baseline every other strategy is compared with."""

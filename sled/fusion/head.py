@@ -10,7 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sled.checks import Whole, settle
 from sled.errors import SettingError
+from sled.pytree import traced
 
 # Above this many bytes of logits the temporaries leave the processor's cache (CPU) or start to crowd
 # out the K/V cache (accelerators), and streaming wins. Measured on a CPU with 32 MB of L3, see `sled bench`.
@@ -20,7 +22,7 @@ _TILE = {"cpu": 1024}
 _TILE_ELSEWHERE = 8192
 
 
-@jax.tree_util.register_dataclass
+@traced("w_VD")
 @dataclasses.dataclass(frozen=True)
 class SharedHead:
     """The projection from hidden states to logits.
@@ -29,29 +31,22 @@ class SharedHead:
     tile: None for the plain definition; a number streams that many vocabulary rows at a time.
     shards: over how many devices the vocabulary axis of `w_VD` is split. The streaming form then walks
         every shard's own rows side by side, so that no device needs another's rows.
-    softcap: Gemma 2's bound on the final logits, cap * tanh(logits / cap); None for none.
 
     Raises `SettingError` for a tile or shards below 1, and when `shards` does not divide the vocabulary.
     """
 
     w_VD: jax.Array
-    tile: int | None = dataclasses.field(default=None, metadata={"static": True})
-    shards: int = dataclasses.field(default=1, metadata={"static": True})
-    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    tile: int | None = None
+    shards: int = 1
 
     def __post_init__(self):
-        if self.tile is not None and self.tile < 1:
-            raise SettingError(f"tile={self.tile} streams no vocabulary rows; give 1 or more, or None.")
-        if self.shards < 1:
-            raise SettingError(f"shards={self.shards} is not a number of devices; give 1 or more.")
-        if self.softcap is not None and not self.softcap > 0:
-            raise SettingError(f"softcap={self.softcap} must be positive; give None for no cap.")
-        # Tree transformations may put placeholders without a shape in the leaf's place.
-        vocabulary = getattr(self.w_VD, "shape", (0,))[0]
-        if vocabulary % self.shards:
+        if self.tile is not None:
+            settle(self, tile=Whole(1, hint="it counts vocabulary rows; None takes all at once"))
+        settle(self, shards=Whole(1, hint="it counts devices"))
+        if self.vocabulary % self.shards:
             raise SettingError(
-                f"shards={self.shards} does not divide the vocabulary of {vocabulary} rows; "
-                "pad the vocabulary or choose a divisor."
+                f"SharedHead.shards is {self.shards}, but does not divide the vocabulary of {self.vocabulary} rows; "
+                "pad the vocabulary or choose a divisor"
             )
 
     @property
@@ -99,8 +94,7 @@ class SharedHead:
         return carry
 
     def _product(self, axes, h, w):
-        logits = jnp.einsum(axes, h, w, preferred_element_type=self.dtype(h))
-        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+        return jnp.einsum(axes, h, w, preferred_element_type=self.dtype(h))
 
 
 def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int | None:

@@ -9,9 +9,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from sled.checks import Layers, Number, Whole, settle, settle_bounded
 from sled.errors import SettingError
 from sled.fusion.statistics import LayerStatistics, layer_statistics
-from sled.fusion.strategy import check_layers, check_number, explicit_layers, per_row, strategy
+from sled.fusion.strategy import explicit_layers, per_row
+from sled.pytree import traced
 
 _PRESETS = {
     "official-code": {},
@@ -21,7 +23,7 @@ _PRESETS = {
 }
 
 
-@strategy("rate", "scale", "steps", "temperature", "lower_bound")
+@traced("rate", "scale", "steps", "temperature", "lower_bound")
 @dataclasses.dataclass(frozen=True)
 class SLED:
     """Evolve the final layer's top tokens; every other token gets `lower_bound`.
@@ -54,12 +56,14 @@ class SLED:
     max_scale: int | None = None
 
     def __post_init__(self):
-        finite = float("inf")
-        check_number(self, "rate", lambda x: 0 <= x < finite, "give 0 or more; 0.5 to 3 is usual")
-        check_number(self, "steps", lambda x: x >= 1, "give a whole number from 1 on", int)
-        check_number(self, "temperature", lambda x: 0 < x < finite, "give a positive number; 1 is usual")
-        check_scale(self)
-        check_layers(self, ("all", "blocks"))
+        settle(
+            self,
+            rate=Number(0, hint="0.5 to 3 is usual"),
+            steps=Whole(1, hint="1 is usual"),
+            temperature=Number(0, open_low=True, hint="1 is usual"),
+            layers=Layers((None, "all", "blocks")),
+        )
+        settle_clamp(self)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "SLED":
@@ -125,7 +129,7 @@ class SLED:
         return jax.lax.cond(steps == 1, once, many)
 
 
-@strategy("scale", "lower_bound")
+@traced("scale", "lower_bound")
 @dataclasses.dataclass(frozen=True)
 class ClampOnly:
     """The final layer's top `scale` tokens with their own logits, every other token at `lower_bound`.
@@ -141,7 +145,7 @@ class ClampOnly:
     norm_early = False
 
     def __post_init__(self):
-        check_scale(self)
+        settle_clamp(self)
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         return ()
@@ -172,18 +176,7 @@ def _kept(top_BK, scale):
     return jnp.arange(top_BK.shape[-1]) < per_row(scale, top_BK)
 
 
-def check_scale(self) -> None:
-    """Check `scale`, `lower_bound` and `max_scale`, and settle `max_scale` where it is None."""
-    name, bound = type(self).__name__, self.max_scale
-    check_number(self, "lower_bound", lambda x: x < float("inf"), "give a large negative number, as -1000")
-    if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int) or bound < 1):
-        raise SettingError(f"{name}(max_scale={bound!r}) is no bound; give a whole number from 1 on.")
-    remedy = f"give a whole number from 1 to max_scale={bound}" if bound else "give a whole number from 1 on"
-    check_number(self, "scale", lambda x: 1 <= x <= (bound or 2**31 - 1), remedy, int)
-    if bound is None:
-        if not isinstance(self.scale, int):
-            raise SettingError(f"{name}(scale=array): its entries need a static bound; give max_scale too.")
-        bound = 16
-        while bound < self.scale:
-            bound *= 2
-        object.__setattr__(self, "max_scale", bound)
+def settle_clamp(self) -> None:
+    """Check `scale`, `lower_bound` and `max_scale`, and choose `max_scale` where it is None."""
+    settle(self, lower_bound=Number(hint="a large negative number, as -1000, or -inf leaves a token out"))
+    settle_bounded(self, "scale", "max_scale", least=16, hint="5, 10 or 20 is usual")

@@ -1,0 +1,60 @@
+"""What every benchmark hands back: rows of one dataclass, and where and with what they were measured.
+
+A row's columns are fields made by `column`, which gives each its heading in the Markdown table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from typing import Any
+
+from sled.bench.machine import hardware, versions
+
+
+def column(heading: str) -> Any:
+    """A field of a row, under this heading in the table."""
+    return dataclasses.field(metadata={"heading": heading})
+
+
+@dataclasses.dataclass
+class Report:
+    """A measurement, made now and on this machine unless said otherwise.
+
+    title: what was measured, in the words that open the report.
+    settings: by name, what the rows have in common; they are part of the JSON form.
+    rows: dataclasses of one kind, their fields made by `column`, None where not measured.
+    notes: what the reader must know besides, such as a rival that was left out.
+    """
+
+    title: str
+    settings: dict[str, Any]
+    rows: list[Any]
+    notes: list[str] = dataclasses.field(default_factory=list)
+    date: str = dataclasses.field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+    hardware: str = dataclasses.field(default_factory=hardware)
+    versions: dict[str, str] = dataclasses.field(default_factory=versions)
+
+    def markdown(self) -> str:
+        """A Markdown table under a line that says where and with what it was measured; notes below."""
+        made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        headings = [field.metadata["heading"] for field in dataclasses.fields(self.rows[0])]
+        lines = [f"{self.title}; {self.date}; {self.hardware}; {made_with}", "", _line(headings),
+                 "|" + "---|" * len(headings), *(_line(map(_cell, dataclasses.astuple(row))) for row in self.rows)]
+        return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
+
+    def json(self) -> str:
+        """One JSON object: the head, the settings, the notes, and the rows by field name."""
+        head = {"date": self.date, "hardware": self.hardware, "versions": self.versions}
+        rows = [dataclasses.asdict(row) for row in self.rows]
+        return json.dumps({**head, **self.settings, "notes": self.notes, "rows": rows}, indent=2)
+
+
+def _line(cells) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(value) -> str:
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
