@@ -117,10 +117,12 @@ def _guess(run: Run, state: DecodeState, s: int, at_B, h: dict) -> DecodeState:
 
     def guess():
         logits_BV = run.prepared.project(run.network.normalise(h[top]))
-        return _next_token(run, state, logits_BV), max_probability(logits_BV)
+        picky = jnp.any(jnp.asarray(policy.confidence) > 0)
+        sure_B = _only_if(picky, lambda: max_probability(logits_BV))
+        return _next_token(run, state, logits_BV), ~picky | (sure_B >= policy.confidence)
 
     token_B, sure_B = _only_if(may_B.any(), guess)
-    guesses_B = may_B & jnp.isfinite(sure_B) & (sure_B >= policy.confidence)
+    guesses_B = may_B & sure_B
     length_B = state.length_B + guesses_B
     closes_B = guesses_B & (run.ends(token_B) | (length_B >= run.until_B))
     state = _write(state, guesses_B, state.length_B, token_B, s)

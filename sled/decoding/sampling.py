@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.checks import Number, Whole, settle
+from sled.fusion.statistics import max_and_index
 from sled.pytree import traced
 
 
@@ -102,7 +103,7 @@ def choose(logits_BV, sampling: Sampling, keys_B, positions_B):
         return jnp.where(warm_B[:, None], logits + noise, logits)
 
     logits_BV = jax.lax.cond(jnp.any(warm_B), draw, lambda x: x, logits_BV)
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    return max_and_index(logits_BV)[1][:, 0].astype(jnp.int32)
 
 
 def _per_row(sampling: Sampling, rows: int) -> Sampling:
