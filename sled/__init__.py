@@ -28,10 +28,12 @@ _HOME = {
     "FinalLayer": "sled.fusion",
     "EarlyExit": "sled.exits",
     "SelfSpeculation": "sled.exits",
+    "Classifier": "sled.exits",
     "Immediate": "sled.exits",
     "Lockstep": "sled.exits",
     "Gather": "sled.exits",
     "SledError": "sled.errors",
+    "SettingError": "sled.errors",
 }
 __all__ = list(_HOME)
 

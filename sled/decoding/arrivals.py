@@ -51,6 +51,11 @@ class Run(NamedTuple):
         """Rows whose newest token the first segment can take, [B]."""
         return self.free(state) & (state.length_B - state.deep_B <= state.window)
 
+    def heard(self, s: int) -> set[int]:
+        """Hidden states that decide at exit s, by layer."""
+        top = self.plan.exits[s]
+        return {*self.fusion.early_layers(top, tied=self.network.tied_head), top - 1, top}
+
     def ends(self, token_B):
         """Whether a token ends its row, [B]."""
         return jnp.any(token_B[:, None] == self.stop_ids, axis=1)
@@ -66,21 +71,23 @@ def arrive(run: Run, state: DecodeState, s: int, at_B, h: dict) -> DecodeState:
 def _trust(run: Run, state: DecodeState, s: int, at_B, h: dict) -> DecodeState:
     """Early exit: rows that are sure enough say the exit's token, the others are parked."""
     policy, top = run.policy, run.plan.exits[s]
-    if s == len(run.plan.exits) - 1:
-        return _say(run, state, s, at_B, _next_token(run, state, fuse(run.network, run.fusion, h, top)))
 
-    def logits():
-        return fuse(run.network, run.fusion, h, top)
+    def decide():
+        """Who leaves, and with which token."""
+        if s == len(run.plan.exits) - 1:
+            return at_B, _next_token(run, state, fuse(run.network, run.fusion, h, top))
+        projects = policy.measure not in ("saturation", "classifier")
+        fused_BV = fuse(run.network, run.fusion, h, top) if projects else None
+        sure_B = confidence(policy.measure, fused_BV, h[top], h[top - 1], policy.classifier, s)
+        limit_B = policy.thresholds(state.length_B - state.prompt_B, state.limit_B - state.prompt_B)[:, s]
+        leaves_B = at_B & jnp.isfinite(sure_B) & (sure_B > limit_B) & (top >= policy.min_layer)
+        return leaves_B, only_if(leaves_B.any(), lambda: _next_token(
+            run, state, fused_BV if projects else fuse(run.network, run.fusion, h, top)))
 
-    limit_B = policy.thresholds(state.length_B - state.prompt_B, state.limit_B - state.prompt_B)[:, s]
-    projects = policy.measure not in ("saturation", "classifier")
-    fused_BV = logits() if projects else None
-    sure_B = confidence(policy.measure, fused_BV, h[top], h[top - 1], policy.classifier, s)
-    leaves_B = at_B & jnp.isfinite(sure_B) & (sure_B > limit_B) & (top >= policy.min_layer)
+    leaves_B, token_B = decide() if s == 0 else only_if(at_B.any(), decide)
     state = dataclasses.replace(state, parked_B=jnp.where(at_B & ~leaves_B, s + 1, state.parked_B))
-    if policy.propagates:
+    if policy.propagates and s < len(run.plan.exits) - 1:
         state = _propagate(run, state, s, leaves_B, h[top])
-    token_B = _only_if(leaves_B.any(), lambda: _next_token(run, state, fused_BV if projects else logits()))
     return _say(run, state, s, leaves_B, token_B)
 
 
@@ -118,10 +125,10 @@ def _guess(run: Run, state: DecodeState, s: int, at_B, h: dict) -> DecodeState:
     def guess():
         logits_BV = run.prepared.project(run.network.normalise(h[top]))
         picky = jnp.any(jnp.asarray(policy.confidence) > 0)
-        sure_B = _only_if(picky, lambda: max_probability(logits_BV))
+        sure_B = only_if(picky, lambda: max_probability(logits_BV))
         return _next_token(run, state, logits_BV), ~picky | (sure_B >= policy.confidence)
 
-    token_B, sure_B = _only_if(may_B.any(), guess)
+    token_B, sure_B = only_if(may_B.any(), guess)
     guesses_B = may_B & sure_B
     length_B = state.length_B + guesses_B
     closes_B = guesses_B & (run.ends(token_B) | (length_B >= run.until_B))
@@ -208,7 +215,7 @@ def _acceptance(run: Run, state: DecodeState, states: dict, judged_BT, kept_B, c
     return state.accepted_BE, state.judged_BE
 
 
-def run_if(condition, f, state: DecodeState) -> DecodeState:
+def run_if(condition, f, state):
     """f(state) if the condition holds, else the state.
 
     A loop of at most one round: XLA updates a loop's arrays in place, where it copies the caches through
@@ -218,7 +225,7 @@ def run_if(condition, f, state: DecodeState) -> DecodeState:
                               (condition, state))[1]
 
 
-def _only_if(condition, f):
+def only_if(condition, f):
     """f() if the condition holds, else zeros of the same shapes."""
     shapes = jax.eval_shape(f)
     return jax.lax.cond(condition, f, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))

@@ -11,6 +11,7 @@ from sled.decoding import loop, state
 from sled.decoding.buckets import bucket
 from sled.decoding.network import Build
 from sled.decoding.sampling import Sampling
+from sled.exits.schedule import Timing
 
 HEADROOM = 256  # new positions allocated at first: attention costs by the slot, growing costs a compilation
 NO_LIMIT = np.int32(2**31 - 1)
@@ -28,7 +29,8 @@ class Generation:
 
     def __init__(self, build: Build, params: Any, prompts: list[np.ndarray], *, limits: list[int],
                  seeds: list[int], policy, schedule, fusion, sampling: Sampling, stop_ids: tuple[int, ...]):
-        self._fixed = dict(build=build, params=params, policy=policy, schedule=schedule, fusion=fusion,
+        timing = Timing(*map(np.int32, schedule.timing(policy.verifies)))
+        self._fixed = dict(build=build, params=params, policy=policy, timing=timing, fusion=fusion,
                            sampling=sampling, stop_ids=np.array(stop_ids or (-1,), np.int32), ticks=NO_LIMIT)
         self.plan = state.Plan.of(policy, fusion, build(params))
         self._verifies = policy.verifies

@@ -19,15 +19,15 @@ from sled.decoding.arrivals import Run, arrive, run_if, settle, verify
 from sled.decoding.network import Build
 from sled.decoding.sampling import Sampling
 from sled.decoding.state import DecodeState, Plan
-from sled.exits.schedule import Queue
+from sled.exits.schedule import Timing
 
 
 @functools.partial(jax.jit, static_argnames="build", donate_argnames="state")
-def decode(build: Build, params, state: DecodeState, policy, schedule, fusion, sampling: Sampling, stop_ids,
+def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fusion, sampling: Sampling, stop_ids,
            until_B, ticks) -> DecodeState:
     """Further tokens for every active row, until each has `until_B` known ones, or for `ticks` ticks.
 
-    policy and schedule are of `sled.exits`, fusion of `sled.fusion`; their numbers, like those of
+    policy and timing are of `sled.exits`, fusion of `sled.fusion`; their numbers, like those of
     `sampling`, `stop_ids` (token ids that end a row, the token included), `until_B` and `ticks`, are
     traced: changing them compiles nothing. The caller leaves room: until_B <= capacity.
     """
@@ -40,7 +40,7 @@ def decode(build: Build, params, state: DecodeState, policy, schedule, fusion, s
         state, taken = carry
         state = _first_segment(run, state)
         for s in range(1, len(plan.exits)):
-            state = _deeper_segment(run, schedule, state, s)
+            state = _deeper_segment(run, timing, state, s)
         idle_B = run.unfinished(state) & ~run.ready(state)
         tally = dataclasses.replace(state.tally, held_B=state.tally.held_B + idle_B)
         return dataclasses.replace(state, waited_B=jnp.where(idle_B, state.waited_B + 1, 0), tally=tally), taken + 1
@@ -65,19 +65,33 @@ def _first_segment(run: Run, state: DecodeState) -> DecodeState:
     return arrive(run, state, 0, ready_B, {n: h[:, 0] for n, h in states.items()})
 
 
-def _deeper_segment(run: Run, schedule, state: DecodeState, s: int) -> DecodeState:
-    """Segment s over all pending tokens, if somebody waits for it and the schedule lets it run."""
+def _deeper_segment(run: Run, timing: Timing, state: DecodeState, s: int) -> DecodeState:
+    """Segment s over all pending tokens, if somebody waits for it and it is time."""
     pending_B = jnp.where(state.active_B, state.done_BE[:, s - 1] - state.done_BE[:, s], 0)
     full_B = run.full(state) & (pending_B > 0)
     waiting_B = run.unfinished(state) & ((state.parked_B == s) | full_B)
-    queue = Queue(waiting_B, state.waited_B, full_B, run.ready(state))
-    due = waiting_B.any() & schedule.due(queue, run.policy.verifies)
-    size_due = jnp.where(due, pending_B.max(), 0)
-    above = 0
+    due = timing.due(waiting_B, state.waited_B, full_B, run.ready(state))
+    if run.policy.verifies and s == len(run.plan.exits) - 1:
+        return run_if(due, lambda state: verify(run, *_run_block(run, s, run.plan.window, state)), state)
+
+    arrived_B = due & state.active_B & (state.parked_B == s)
+    newest_B = state.length_B - 1
+    said = {n: state.held_BPCD[:, 0, 0] for n in run.heard(s) if n > run.plan.exits[s - 1]}
+
+    def block(size, carry):
+        state, _ = carry
+        first_B = state.done_BE[:, s]
+        state, states, _ = _run_block(run, s, size, state)
+        at_B = jnp.clip(newest_B - first_B, 0, size - 1)
+        return state, {n: states[n][jnp.arange(at_B.shape[0]), at_B] for n in said}
+
+    longest, above = jnp.where(due, pending_B.max(), 0), 0
     for size in _block_sizes(run.plan.window):
-        state = run_if((size_due > above) & (size_due <= size), functools.partial(_run_block, run, s, size), state)
+        state, said = run_if((longest > above) & (longest <= size), functools.partial(block, size), (state, said))
         above = size
-    return state
+    slot_B = newest_B % state.window
+    kept = {n: state.held_BPCD[jnp.arange(slot_B.shape[0]), slot_B, c] for c, n in enumerate(run.plan.kept)}
+    return arrive(run, state, s, arrived_B, {**kept, **said})
 
 
 def _block_sizes(window: int) -> tuple[int, ...]:
@@ -88,8 +102,11 @@ def _block_sizes(window: int) -> tuple[int, ...]:
     return (*sizes, window) if window > 1 else (1,)
 
 
-def _run_block(run: Run, s: int, size: int, state: DecodeState) -> DecodeState:
-    """Segment s over every row's pending tokens, at most `size` of them."""
+def _run_block(run: Run, s: int, size: int, state: DecodeState):
+    """Segment s over every row's pending tokens, at most `size` of them.
+
+    Returns the state, the tokens' hidden states [B, size, D] by layer, and their positions.
+    """
     network, plan = run.network, run.plan
     below, top = plan.exits[s - 1], plan.exits[s]
     rows_B1 = jnp.arange(state.length_B.shape[0])[:, None]
@@ -100,14 +117,9 @@ def _run_block(run: Run, s: int, size: int, state: DecodeState) -> DecodeState:
     position_BT = jnp.where(state.active_B[:, None] & (position_BT < end_B[:, None]), position_BT, state.capacity)
     new, caches = network.run_layers(states[below], position_BT, state.caches[below:top], below, top)
     states |= dict(enumerate(new, below + 1))
-
-    if run.policy.verifies and s == len(plan.exits) - 1:
-        state = _ran(run, state, s, states, position_BT, caches, first_B)
-        return verify(run, state, states, position_BT)
-    arrived_B = state.active_B & (state.parked_B == s)
-    state = _ran(run, state, s, states, position_BT, caches, jnp.where(state.active_B, end_B, first_B))
-    newest_B = jnp.clip(end_B - first_B - 1, 0, size - 1)
-    return arrive(run, state, s, arrived_B, {n: h[rows_B1[:, 0], newest_B] for n, h in states.items()})
+    last = s == len(plan.exits) - 1
+    done_B = first_B if run.policy.verifies and last else jnp.where(state.active_B, end_B, first_B)
+    return _ran(run, state, s, states, position_BT, caches, done_B), states, position_BT
 
 
 def _ran(run: Run, state: DecodeState, s: int, states, position_BT, caches, done_B) -> DecodeState:

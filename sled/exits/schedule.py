@@ -14,24 +14,32 @@ import jax.numpy as jnp
 from sled.checks import Whole, settle
 from sled.pytree import traced
 
+NEVER = 2**30
 
-class Queue(NamedTuple):
-    """The rows in front of a deeper segment, after the first one has run. All [B].
 
-    waiting: cannot go on without it. waited: for how many ticks it has been so. full: waiting because
-    no further token of the row may be deferred. ready: can go on without it. A row with nothing to do
-    is neither.
+class Timing(NamedTuple):
+    """What every schedule comes down to; traced, so that changing the schedule compiles nothing.
+
+    Deeper layers run when `rows` rows wait for them, or when one has waited for `patience` ticks.
     """
 
-    waiting_B: jax.Array
-    waited_B: jax.Array
-    full_B: jax.Array
-    ready_B: jax.Array
+    rows: int
+    patience: int
+
+    def due(self, waiting_B, waited_B, full_B, ready_B) -> jax.Array:
+        """Whether a segment runs now (a scalar). All [B].
+
+        waiting: rows that cannot go on without it; waited: for how many ticks; full: waiting because no
+        further token of the row may be deferred; ready: can go on without it.
+        """
+        longest = jnp.where(waiting_B, waited_B, -1).max()
+        urgent = (waiting_B.sum() >= self.rows) | (longest >= self.patience) | full_B.any() | ~ready_B.any()
+        return waiting_B.any() & urgent
 
 
 class Schedule(Protocol):
-    def due(self, queue: Queue, verifies: bool) -> jax.Array:
-        """Whether the segment runs now (a scalar). Only asked when somebody waits."""
+    def timing(self, verifies: bool) -> Timing:
+        """The numbers for the loop; `verifies` as in `Policy`."""
         ...
 
 
@@ -40,8 +48,8 @@ class Schedule(Protocol):
 class Immediate:
     """Deeper layers run as soon as one row waits for them."""
 
-    def due(self, queue: Queue, verifies: bool) -> jax.Array:
-        return jnp.asarray(True)
+    def timing(self, verifies: bool) -> Timing:
+        return Timing(1, 0)
 
 
 @traced()
@@ -49,12 +57,12 @@ class Immediate:
 class Lockstep:
     """All rows go at the pace of the slowest: the baseline of batched early exit.
 
-    With early exit every row makes one token a round, so deeper layers run in each round in which any
-    row needs them. With self-speculation all rows end their drafts before any is verified.
+    With early exit every row makes one token a tick, so deeper layers run in each tick in which any row
+    needs them, as in `Immediate`. With self-speculation all rows end their drafts before any is verified.
     """
 
-    def due(self, queue: Queue, verifies: bool) -> jax.Array:
-        return ~queue.ready_B.any() if verifies else jnp.asarray(True)
+    def timing(self, verifies: bool) -> Timing:
+        return Timing(NEVER, NEVER) if verifies else Timing(1, 0)
 
 
 @traced("rows", "patience")
@@ -62,8 +70,8 @@ class Lockstep:
 class Gather:
     """Rows that need deeper layers wait until `rows` of them do; the others go on meanwhile.
 
-    The deeper layers also run when one row has waited `patience` rounds, when a row has no room to
-    defer another token, and when no row can go on without them. Both numbers are traced.
+    The deeper layers also run when one row has waited `patience` ticks, when a row has no room to defer
+    another token, and when no row can go on without them. Both numbers are traced.
     """
 
     rows: int = 4
@@ -71,9 +79,7 @@ class Gather:
 
     def __post_init__(self):
         settle(self, rows=Whole(1, hint="it counts the rows that wait for each other"),
-               patience=Whole(0, hint="it counts the rounds a row waits at most"))
+               patience=Whole(0, hint="it counts the ticks a row waits at most"))
 
-    def due(self, queue: Queue, verifies: bool) -> jax.Array:
-        waiting = queue.waiting_B.sum()
-        longest = jnp.where(queue.waiting_B, queue.waited_B, 0).max()
-        return ((waiting >= self.rows) | (longest >= self.patience) | queue.full_B.any() | ~queue.ready_B.any())
+    def timing(self, verifies: bool) -> Timing:
+        return Timing(self.rows, self.patience)
