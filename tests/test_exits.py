@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -143,19 +144,18 @@ def test_no_schedule_and_no_batch_mate_changes_a_row(lm, prompts, schedule):
         assert together.exit_layers == [out.exit_layers[0] for out in mine]
 
 
-def run_to_the_end(lm, prompts, policy, schedule=sled.Immediate(), count=COUNT, fusion=sled.FinalLayer()):
-    run = Generation(lm.build, lm.params, [np.array(p, np.int32) for p in prompts], limits=[count] * len(prompts),
-                     seeds=[0] * len(prompts), policy=policy, schedule=schedule, fusion=fusion,
-                     sampling=sled.Sampling(), stop_ids=())
-    run.advance()
-    return run
+def begin(lm, prompts, **how):
+    return Generation(lm.build, lm.params, [np.array(p, np.int32) for p in prompts], limits=[COUNT] * len(prompts),
+                      seeds=[0] * len(prompts), sampling=sled.Sampling(), stop_ids=(), **how)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 @pytest.mark.parametrize("policy", [sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3),
                                     sled.SelfSpeculation(2, draft=4)], ids=lambda p: type(p).__name__)
 def test_caches_are_those_of_a_full_forward_pass(lm, model, prompts, policy, schedule):
-    state = run_to_the_end(lm, prompts[:3], policy, schedule)._state
+    run = begin(lm, prompts[:3], policy=policy, schedule=schedule, fusion=sled.FinalLayer())
+    run.advance()
+    state = run._state
     plan = (0, *policy.exits(CONFIG.num_layers))
     done_BE = np.asarray(state.done_BE)
     assert (done_BE[:, -1] >= np.asarray(state.length_B) - 1 - state.window).all()
@@ -163,7 +163,7 @@ def test_caches_are_those_of_a_full_forward_pass(lm, model, prompts, policy, sch
         tokens = state.tokens_BS[b:b + 1, :int(state.length_B[b])]
         positions = jnp.arange(tokens.shape[1])[None]
         _, exact = model.run_layers(model.embed(tokens), positions, None, 0, CONFIG.num_layers)
-        for s, (below, top) in enumerate(zip(plan, plan[1:], strict=False)):
+        for s, (below, top) in enumerate(itertools.pairwise(plan)):
             for layer in range(below, top):
                 for ours, theirs in zip(state.caches[layer], exact[layer], strict=True):
                     np.testing.assert_allclose(ours[b, :, :done_BE[b, s]], theirs[0, :, :done_BE[b, s]], atol=1e-5)
@@ -279,7 +279,8 @@ def test_nothing_tuned_compiles_again(lm, prompts):
     cases = [
         (dict(exits=sled.EarlyExit((1, 3), threshold=0.9), schedule=sled.Gather(2, 3)),
          dict(exits=sled.EarlyExit((1, 3), threshold=0.1, min_layer=2), schedule=sled.Gather(8, 100))),
-        (dict(exits=sled.EarlyExit((1, 3), threshold=(0.9, 0.5))), dict(exits=sled.EarlyExit((1, 3), threshold=(1, 0)))),
+        (dict(exits=sled.EarlyExit((1, 3), threshold=(0.9, 0.5))),
+         dict(exits=sled.EarlyExit((1, 3), threshold=(1, 0)), schedule=sled.Lockstep())),
         (dict(exits=sled.SelfSpeculation(2, draft=8)), dict(exits=sled.SelfSpeculation(2, draft=1, confidence=0.5))),
     ]
     for first, second in cases:
@@ -292,8 +293,7 @@ def test_nothing_tuned_compiles_again(lm, prompts):
 @pytest.mark.parametrize("policy", [sled.EarlyExit((1, 3), threshold=0.5), sled.SelfSpeculation(2, draft=4)],
                          ids=lambda p: type(p).__name__)
 def test_no_transfer_to_the_host_inside_the_loop(lm, prompts, policy):
-    run = Generation(lm.build, lm.params, [np.array(prompts[2], np.int32)], limits=[COUNT], seeds=[0], policy=policy,
-                     schedule=sled.Gather(), fusion=sled.SLED(), sampling=sled.Sampling(), stop_ids=())
+    run = begin(lm, prompts[2:3], policy=policy, schedule=sled.Gather(), fusion=sled.SLED())
     arguments = {k: v if k == "build" else jax.device_put(v) for k, v in run._fixed.items()}
     until_B = jax.device_put(np.array([len(prompts[2]) + COUNT], np.int32))
     with jax.transfer_guard("disallow"):
