@@ -1,14 +1,13 @@
 """Decoding speed: greedy and SLED here, greedy in transformers, on the same random weights in one run.
 
-The sides run interleaved, round by round; ratios are taken between the fastest rounds.
+The sides run interleaved; ratios are taken between the fastest rounds.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import functools
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,9 +15,11 @@ from flax import nnx
 from tqdm import tqdm
 
 from sled.bench.report import Report, column
+from sled.bench.rival import NOT_INSTALLED, transformers_twin
+from sled.bench.rounds import interleave
 from sled.fusion import SLED, FinalLayer
 from sled.lm import LM
-from sled.models import Decoder, DecoderConfig, save_folder
+from sled.models import Decoder, DecoderConfig
 
 CONFIG = DecoderConfig(family="llama", vocab_size=32_000, width=768, mlp_width=2048, num_layers=12, num_heads=12,
                        num_kv_heads=12, head_dim=64, max_positions=1024)
@@ -52,8 +53,7 @@ def run_decode_bench(*, new_tokens: int = 64, rounds: int = 4, config: DecoderCo
     try:
         ways[TRANSFORMERS] = _transformers_way(model)
     except ImportError as missing:
-        notes.append(f"{missing.name} is not installed, so transformers was not measured; "
-                     "pip install 'sled-jax[parity]' adds it.")
+        notes.append(NOT_INSTALLED.format(missing.name))
     rows = []
     with tqdm(total=len(batches) * len(ways) * (rounds + 3), unit="run") as bar:
         for batch in batches:
@@ -65,24 +65,24 @@ def run_decode_bench(*, new_tokens: int = 64, rounds: int = 4, config: DecoderCo
 def _measure(ways, batch: int, new_tokens: int, rounds: int, vocabulary: int, bar) -> list[DecodeRow]:
     prompts = np.random.default_rng(0).integers(0, vocabulary, (batch, PROMPT_TOKENS))
 
+    def run(way, tokens):
+        made = way(prompts, tokens)
+        assert made == batch * tokens, f"{made} tokens made instead of {batch * tokens}"
+
     def timed(way, tokens):
         begun = time.perf_counter()
-        made = way(prompts, tokens)
+        run(way, tokens)
         bar.update()
-        assert made == batch * tokens, f"{made} tokens made instead of {batch * tokens}"
         return time.perf_counter() - begun
 
     first = {name: timed(way, new_tokens) for name, way in ways.items()}
     # The second call: one token alone is a smaller program, compiled by the first.
     first_token = {name: [timed(way, 1) for _ in range(2)][-1] for name, way in ways.items()}
-    seconds = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            seconds[name].append(timed(way, new_tokens))
-    best = {name: min(s) for name, s in seconds.items()}
+    times = interleave({name: functools.partial(run, way, new_tokens) for name, way in ways.items()}, rounds, bar)
+    best = {name: of.best for name, of in times.items()}
     rival = best.get(TRANSFORMERS)
     return [DecodeRow(batch=batch, way=name, first_call=first[name], best=best[name],
-                      median=float(np.median(seconds[name])), first_token=first_token[name],
+                      median=times[name].median, first_token=first_token[name],
                       tokens_per_second=batch * new_tokens / best[name], over_greedy=best[name] / best["greedy"],
                       transformers_over_this=rival and rival / best[name]) for name in ways]
 
@@ -97,12 +97,9 @@ def _own_ways(lm: LM):
 
 
 def _transformers_way(model: Decoder):
+    rival = transformers_twin(model)
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with tempfile.TemporaryDirectory() as folder:
-        save_folder(model, Path(folder) / "model")
-        rival = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
     rival.generation_config.eos_token_id = None
     rival.generation_config.pad_token_id = 0
 

@@ -1,8 +1,8 @@
 """How much a fused SLED step costs: against plain decoding, the floor, and the released algorithm.
 
 The floor is the projection of every candidate layer, which no method that looks at all layers can avoid.
-All forms of one size run interleaved, round by round, so that a disturbance of the machine hits them alike;
-ratios are taken between the fastest rounds. Peak memory is measured in fresh processes.
+All forms of one size run interleaved; ratios are taken between the fastest rounds. Peak memory is measured in
+fresh processes.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 
 import jax
@@ -20,10 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from sled.bench.report import Report, column
+from sled.bench.rounds import interleave
 from sled.fusion import SLED, SharedHead, default_tile
 
 SIZES = ((1024, 32_000), (2048, 128_256))
 LAYERS, SCALE = 32, 10
+PORT_ROUNDS = 3  # of the torch port, which takes most of the time
 FLOOR, FINAL, TORCH = "projection of all layers", "final projection alone", "torch, as released"
 
 
@@ -49,11 +50,12 @@ def run_fusion_bench(
 ) -> Report:
     """Time SLED in its plain and streaming form, the two projections and, where installed, the torch port.
 
-    sizes: (width, vocabulary) pairs. rounds: interleaved repetitions; the port runs in at most three, at
-    batch 1 only, as the released code does. memory: also measure peak memory, in one process each.
+    sizes: (width, vocabulary) pairs. rounds: interleaved repetitions; the port runs in at most `PORT_ROUNDS`,
+    at batch 1 only, as the released code does. memory: also measure peak memory, in one process each.
     """
     port, notes = _torch_port()
-    per_size = len(batches) * rounds + (2 + (port is not None)) * memory
+    with_port = port is not None
+    per_size = 4 * len(batches) * rounds + with_port * min(PORT_ROUNDS, rounds) + (2 + with_port) * memory
     rows = []
     with tqdm(total=len(sizes) * per_size, desc="sled bench fusion", disable=not progress) as bar:
         for width, vocabulary in sizes:
@@ -84,18 +86,10 @@ def _time_forms(w_VD, batch, rounds, port, bar) -> list[FusionRow]:
         h_CD, w_torch_VD = torch.from_dlpack(h_BCD[0]), torch.from_dlpack(w_VD)
         calls[TORCH] = lambda: port(h_CD, w_torch_VD, scale=SCALE)
 
-    seconds = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for number in range(rounds):
-        for name, call in calls.items():
-            if name == TORCH and number >= 3:
-                continue
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-        bar.update()
-    best = {name: min(times) for name, times in seconds.items()}
+    times = interleave(calls, rounds, bar, fewer={TORCH: PORT_ROUNDS})
+    best = {name: of.best for name, of in times.items()}
     return [
         FusionRow(
             width=width,
@@ -103,7 +97,7 @@ def _time_forms(w_VD, batch, rounds, port, bar) -> list[FusionRow]:
             batch=batch,
             form=name,
             best_ms=1e3 * best[name],
-            median_ms=1e3 * float(np.median(seconds[name])),
+            median_ms=1e3 * times[name].median,
             over_final=best[name] / best[FINAL],
             over_floor=best[name] / best[FLOOR],
             torch_speedup=best[TORCH] / best[name] if TORCH in best else None,
