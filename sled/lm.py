@@ -115,7 +115,9 @@ class LM:
                           policy=exits, schedule=schedule, sampling=sampling)
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
         for rows in self._advance(run, len(ids), stop, chunk):
+            layers = [run.exit_layers(i)[:len(row.tokens)] for i, row in enumerate(rows)]
             tokens = [row.tokens[sent:] for row, sent in zip(rows, sent_tokens, strict=True)]
+            exit_layers = [of_row[sent:] for of_row, sent in zip(layers, sent_tokens, strict=True)]
             sent_tokens = [len(row.tokens) for row in rows]
             texts = None
             if self.text.available:
@@ -123,7 +125,9 @@ class LM:
                        for row, going in zip(rows, run.active, strict=True)]
                 texts = [text[len(sent):] for text, sent in zip(now, sent_text, strict=True)]
                 sent_text = now
-            yield Chunk(texts=texts, tokens=tokens)
+            yield Chunk(texts=texts, tokens=tokens, exit_layers=exit_layers,
+                        stats=Stats.of([run], prompt_tokens=sum(map(len, ids)), exit_layers=layers,
+                                       num_layers=self.config.num_layers))
 
     def score(self, prompts: Prompts, continuations: Prompts | Sequence[Prompts], *, fusion=FINAL_LAYER,
               batch_size: int = 16, progress: bool = False) -> Scores:

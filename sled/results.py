@@ -77,13 +77,15 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """What `stream` yields: per prompt, what is new since the last chunk.
+    """What `stream` yields: per prompt, what is new since the last chunk; and the counts and times so far.
 
     Text is held back while it may still be the beginning of a stop string or half a character.
     """
 
     texts: list[str] | None
     tokens: list[list[int]]
+    exit_layers: list[list[int]]
+    stats: Stats
 
 
 @dataclasses.dataclass(frozen=True)

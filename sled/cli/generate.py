@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,11 @@ from typing import Annotated
 
 import tyro
 
+from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
+from sled.cli.paint import Paint, PaintedRow, has_colours
+from sled.errors import SettingError
+from sled.results import Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +23,12 @@ class Generate:
     """Continue prompts, the next token decided by the layers together.
 
     sled generate "Question: Ash buys 6 toys at 10 dollars each. How much is it?\\nAnswer:"
+
     sled generate -m meta-llama/Llama-3.2-1B --fusion sled --rate 2 --scale 10 "The capital of France is"
+
+    sled generate "Question: A lamp costs 40 euros. Now it is 20% off. What is the price?\\nAnswer:"
+    --exits early --exit-layers 1 2 4 --show-exits
+
     sled generate --file prompts.txt --json > out.jsonl
 
     One prompt is printed as it grows; several are decoded together, under a progress bar.
@@ -30,6 +40,7 @@ class Generate:
     """Read one prompt per line from this file instead (-: standard input)."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
+    exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 128
     """The most tokens to make for a prompt."""
@@ -38,29 +49,63 @@ class Generate:
     batch_size: int = 32
     """Prompts decoded together."""
     json: bool = False
-    """Print a JSON object per prompt: prompt, text, tokens, finish_reason."""
+    """Print a JSON object per prompt: prompt, text, tokens, exit_layers, finish_reason."""
+    show_exits: bool = False
+    """Show the layer that said each token: colours on a terminal (NO_COLOR turns them off), or else marks."""
 
     def run(self) -> None:
         prompts = read_prompts(self.prompts, self.file)
-        settings = dict(max_new_tokens=self.max_new_tokens, fusion=self.fusion_options.strategy(),
+        exits = self.exit_options.settings()
+        if self.show_exits and (self.json or not exits):
+            raise SettingError("--show-exits shows where tokens left in the text, so it needs --exits early or "
+                               "speculate, and goes without --json, whose exit_layers say the same")
+        settings = dict(max_new_tokens=self.max_new_tokens, fusion=self.fusion_options.strategy(), **exits,
                         sampling=self.sampling_options.sampling(), seed=self.sampling_options.seed,
                         stop=[unescape(s) for s in self.stop])
         lm = self.model_options.load()
-        if len(prompts) == 1 and not self.json:
-            self._stream(lm, prompts[0], settings)
-            return
-        out = lm.generate(prompts, batch_size=self.batch_size, progress=len(prompts) > 1, **settings)
-        for prompt, text, tokens, reason in zip(prompts, out.texts, out.tokens, out.finish_reasons, strict=True):
-            if self.json:
-                print(json.dumps(dict(prompt=prompt, text=text, tokens=tokens, finish_reason=reason),
-                                 ensure_ascii=False))
-            else:
-                print(f"{prompt}{text}\n")
-        print(f"{out.stats.new_tokens} tokens, {out.stats.tokens_per_second:.1f} tokens/s, compilation included",
-              file=sys.stderr)
+        paint = None
+        if self.show_exits:
+            paint = Paint(exits["exits"].exits(lm.config.num_layers), colours=has_colours(sys.stdout))
+        marks = paint is not None and not paint.colours  # stand behind whole runs of tokens, which chunks would cut
+        if len(prompts) == 1 and not self.json and not marks:
+            stats, said = self._stream(lm, prompts[0], settings, paint)
+        else:
+            stats, said = self._together(lm, prompts, settings, paint)
+        if paint:
+            print(paint.legend(said))
+        print(end_line(stats, lm.config.num_layers, exits=bool(exits)), file=sys.stderr)
 
-    def _stream(self, lm, prompt: str, settings: dict) -> None:
+    def _stream(self, lm, prompt: str, settings: dict, paint: Paint | None):
+        row = PaintedRow(lm.text.decode, paint) if paint else None
+        said = []
         print(prompt, end="", flush=True)
         for chunk in lm.stream(prompt, **settings):
-            print(chunk.texts[0], end="", flush=True)
+            text, layers = chunk.texts[0], chunk.exit_layers[0]
+            print(row.more(text, chunk.tokens[0], layers) if row else text, end="", flush=True)
+            said += layers
         print()
+        return chunk.stats, said
+
+    def _together(self, lm, prompts: list[str], settings: dict, paint: Paint | None):
+        out = lm.generate(prompts, batch_size=self.batch_size, progress=len(prompts) > 1, **settings)
+        for prompt, text, tokens, layers, reason in zip(prompts, out.texts, out.tokens, out.exit_layers,
+                                                        out.finish_reasons, strict=True):
+            if self.json:
+                print(json.dumps(dict(prompt=prompt, text=text, tokens=tokens, exit_layers=layers,
+                                      finish_reason=reason), ensure_ascii=False))
+            else:
+                shown = PaintedRow(lm.text.decode, paint).more(text, tokens, layers) if paint else text
+                print(f"{prompt}{shown}\n")
+        return out.stats, itertools.chain(*out.exit_layers)
+
+
+def end_line(stats: Stats, num_layers: int, *, exits: bool) -> str:
+    """What a generation came to, in a line; with what exits did, where they were used."""
+    parts = [f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, compilation included"]
+    if exits:
+        parts.append(f"mean depth {stats.mean_depth:.2f} of {num_layers} layers")
+        if stats.acceptance is not None:
+            parts.append(f"{stats.accepted} of {stats.drafted} guesses right ({stats.acceptance:.0%}), "
+                         f"{stats.mean_accepted:.2f} per check")
+        parts.append(f"{stats.deferred} tokens left before the last layer, {stats.held} rounds held")
+    return "; ".join(parts)

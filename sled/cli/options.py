@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -56,12 +57,8 @@ class FusionOptions:
         """The chosen strategy. Raises SettingError for a setting that it does not have."""
         kind = getattr(sled, FUSIONS[self.fusion])
         has = {field.name for field in dataclasses.fields(kind) if field.init}
-        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-                 if field.name != "fusion" and getattr(self, field.name) is not None}
-        for name in given.keys() - has:
-            raise SettingError(f"--{name.replace('_', '-')} has no meaning for --fusion {self.fusion}; "
-                               "leave it out or choose another fusion")
-        return kind(**given)
+        refuse_others(self, "fusion", has)
+        return kind(**{name: value for name, value in given(self).items() if name in has})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +81,20 @@ class SamplingOptions:
     def sampling(self) -> sled.Sampling:
         return sled.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
                              repetition_penalty=self.repetition_penalty)
+
+
+def given(options) -> dict[str, Any]:
+    """The options that were given: those that are not at their default."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
+            if getattr(options, field.name) != field.default}
+
+
+def refuse_others(options, choice: str, has: Collection[str]) -> None:
+    """Raises SettingError for an option given that what --`choice` chose does not have (`has`)."""
+    for name in given(options):
+        if name != choice and name not in has:
+            raise SettingError(f"--{name.replace('_', '-')} has no meaning for --{choice} {getattr(options, choice)}; "
+                               f"leave it out or choose another --{choice}")
 
 
 def unescape(text: str) -> str:

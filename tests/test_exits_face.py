@@ -1,0 +1,193 @@
+"""Exits as a user meets them: the command's options, the layers of a text in colours or marks, the streamed layers."""
+
+import io
+import json
+import re
+
+import pytest
+
+import sled
+from sled import cli
+from sled.cli.exit_options import ExitOptions
+from sled.cli.generate import end_line
+from sled.cli.paint import SCALE, Paint, PaintedRow, has_colours
+from sled.demo.problems import problems, prompt
+from sled.errors import SettingError
+from sled.results import Stats
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+MARK = re.compile(r"\[\d\]")
+
+
+@pytest.mark.parametrize(("options", "exits", "schedule"), [
+    (ExitOptions(exits="early", exit_layers=(2,)), sled.EarlyExit(2), sled.Immediate()),
+    (ExitOptions(exits="early", exit_layers=(4, 2), threshold=(0.5,), measure="margin", kv="propagate",
+                 decay="calm-code", schedule="lockstep"),
+     sled.EarlyExit((2, 4), 0.5, "margin", "calm-code", kv="propagate"), sled.Lockstep()),
+    (ExitOptions(exits="early", exit_layers=(2, 4), threshold=(0.5, 0.9), schedule="gather", gather_rows=2),
+     sled.EarlyExit((2, 4), (0.5, 0.9)), sled.Gather(2)),
+    (ExitOptions(exits="speculate", exit_layers=(2, 3), draft=4, draft_confidence=0.5, adaptive=True,
+                 schedule="gather", patience=3),
+     sled.SelfSpeculation((2, 3), 4, 0.5, adaptive=True), sled.Gather(patience=3)),
+])
+def test_options_make_the_policy_and_keep_its_defaults(options, exits, schedule):
+    assert options.settings() == {"exits": exits, "schedule": schedule}
+
+
+def test_without_exits_nothing_is_set():
+    assert ExitOptions().settings() == {}
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (dict(threshold=(0.5,)), "--threshold has no meaning for --exits none"),
+    (dict(schedule="lockstep"), "--schedule has no meaning for --exits none"),
+    (dict(exits="early"), "--exit-layers"),
+    (dict(exits="early", exit_layers=(2,), draft=3), "--draft has no meaning for --exits early"),
+    (dict(exits="early", exit_layers=(2,), adaptive=True), "--adaptive"),
+    (dict(exits="early", exit_layers=(2,), threshold=(0.5, 0.9)), "2 numbers for 1 exits"),
+    (dict(exits="speculate", exit_layers=(2,), kv="exact"), "--kv has no meaning for --exits speculate"),
+    (dict(exits="speculate", exit_layers=(2, 4)), "adaptive"),
+    (dict(exits="early", exit_layers=(2,), gather_rows=2), "--gather-rows has no meaning for --schedule immediate"),
+    (dict(exits="early", exit_layers=(2,), schedule="lockstep", patience=2), "--patience"),
+])
+def test_a_setting_without_meaning_is_named(options, says):
+    with pytest.raises(SettingError, match=says):
+        ExitOptions(**options).settings()
+
+
+def luminance(xterm: int) -> float:
+    """Relative luminance (WCAG 2) of a colour of xterm's 6 x 6 x 6 cube."""
+    levels = [(0, 95, 135, 175, 215, 255)[((xterm - 16) // step) % 6] / 255 for step in (36, 6, 1)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in levels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_colours_are_readable_and_ordered_by_lightness():
+    backs = [luminance(back) for back, _ in SCALE]
+    assert backs == sorted(backs, reverse=True) and len(set(backs)) == len(SCALE)
+    for back, front in SCALE:
+        dark, light = sorted((luminance(back), luminance(front)))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5
+
+
+@pytest.mark.parametrize("exits", [(8,), (4, 8), (1, 2, 4, 8), tuple(range(1, 33))])
+def test_the_scale_spans_any_exits(exits):
+    paint = Paint(exits, colours=True)
+    painted = [paint.text("x", layer) for layer in exits]
+    assert painted[0].startswith(f"\x1b[48;5;{SCALE[0][0]};")
+    assert len(exits) == 1 or painted[-1].startswith(f"\x1b[48;5;{SCALE[-1][0]};")
+    assert len(set(painted)) == min(len(exits), len(SCALE))
+
+
+def test_colours_end_before_a_line_does_and_marks_stand_before_it():
+    painted = Paint((2, 8), colours=True).text("a\n\nb", 2)
+    assert [ANSI.sub("", line) for line in painted.split("\n")] == ["a", "", "b"]
+    assert all(line.endswith("\x1b[0m") for line in painted.split("\n") if line)
+    assert Paint((2, 8), colours=False).text(" a\n", 2) == " a[2]\n"
+
+
+def test_legends_count_the_tokens_of_each_layer():
+    assert ANSI.sub("", Paint((2, 8), colours=True).legend([2, 8, 2])) == "said by  layer 2: 2   layer 8: 1 "
+    assert Paint((2, 8), colours=False).legend([2, 8, 2]).endswith("[2] 2, [8] 1")
+
+
+def byte_row(colours=False):
+    """A row of bytes as tokens, 0 being a special one without text."""
+    decode = lambda tokens: bytes(t for t in tokens if t).decode(errors="replace")  # noqa: E731
+    return PaintedRow(decode, Paint((1, 2, 4), colours=colours))
+
+
+def test_a_character_of_many_tokens_is_said_by_the_last_of_them():
+    tokens = [*"a€b".encode(), 0]
+    assert byte_row().more("a€b", tokens, [1, 2, 2, 4, 2, 1]) == "a[1]€[4]b[2]"
+    row = byte_row()
+    pieces = [row.more("a", tokens[:3], [1, 2, 2]), row.more("€b", tokens[3:], [4, 2, 1])]
+    assert pieces == ["a[1]", "€[4]b[2]"]
+
+
+def test_text_that_lags_behind_or_is_cut_keeps_its_layers():
+    row = byte_row()
+    assert row.more("ab", [*b"abc"], [1, 1, 2]) == "ab[1]"
+    assert row.more("cd", [*b"de!"], [4, 4, 4]) == "c[2]d[4]"
+
+
+def test_text_that_no_token_accounts_for_is_the_last_tokens():
+    assert byte_row().more("\ufffd", [0xE2, 0x82], [1, 2]) == "\ufffd[2]"
+
+
+def test_colours_need_a_terminal_and_no_refusal(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert has_colours(Terminal()) and not has_colours(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not has_colours(Terminal())
+
+
+def test_the_end_line_says_what_exits_did():
+    plain = Stats(prompt_tokens=5, new_tokens=10, prefill_seconds=1, decode_seconds=1, mean_depth=8)
+    assert end_line(plain, 8, exits=False) == "10 tokens, 5.0 tokens/s, compilation included"
+    early = Stats(5, 10, 1, 1, 2.5, deferred=9, held=3)
+    assert end_line(early, 8, exits=True).endswith(
+        "; mean depth 2.50 of 8 layers; 9 tokens left before the last layer, 3 rounds held")
+    guessed = Stats(5, 10, 1, 1, 4, drafted=8, accepted=6, verifications=4, deferred=6)
+    assert "; 6 of 8 guesses right (75%), 1.50 per check; 6 tokens left" in end_line(guessed, 8, exits=True)
+
+
+@pytest.fixture(scope="module")
+def questions():
+    return [prompt(p.question) for p in problems("heldout", 2)]
+
+
+EARLY = ("--exits", "early", "--exit-layers", "1", "--threshold", "0.7")
+
+
+def run(capsys, *arguments):
+    code = cli.main(["generate", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_show_exits_changes_no_text(capsys, monkeypatch, questions):
+    """Marks for one prompt and for two, colours while it streams: the same texts, the same layers."""
+    code, lines, err = run(capsys, *questions, *EARLY, "--json")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    said = [layer for row in rows for layer in row["exit_layers"]]
+    assert code == 0 and set(said) == {1, 8} and "mean depth" in err.splitlines()[-1]
+    assert [len(row["exit_layers"]) for row in rows] == [len(row["tokens"]) for row in rows]
+
+    code, marked, _ = run(capsys, *questions, *EARLY, "--show-exits")
+    text, legend = marked.rstrip("\n").rsplit("\n", 1)
+    assert code == 0 and f"[1] {said.count(1)}, [8] {said.count(8)}" in legend
+    whole = "".join(f"{question}{row['text']}\n\n" for question, row in zip(questions, rows, strict=True))
+    assert MARK.sub("", text) + "\n" == whole and {"[1]", "[8]"} <= set(MARK.findall(text))
+
+    code, alone, _ = run(capsys, questions[0], *EARLY, "--show-exits")
+    assert code == 0 and marked.startswith(alone.rstrip("\n").rsplit("\n", 1)[0])
+
+    monkeypatch.setattr("sled.cli.generate.has_colours", lambda out: True)
+    code, coloured, _ = run(capsys, questions[0], *EARLY, "--show-exits")
+    text, legend = coloured.rstrip("\n").rsplit("\n", 1)
+    assert ANSI.sub("", text) == questions[0] + rows[0]["text"] and ANSI.search(text)
+    assert f"layer 1: {rows[0]['exit_layers'].count(1)} " in legend
+
+
+@pytest.mark.parametrize("arguments", [("--show-exits",), (*EARLY, "--show-exits", "--json")])
+def test_show_exits_needs_exits_and_text(capsys, arguments):
+    code, _, err = run(capsys, "x", *arguments)
+    assert code == 1 and "--show-exits" in err
+
+
+def test_streamed_layers_are_the_generated_ones(questions):
+    lm = sled.load("demo")
+    exits = sled.EarlyExit(1, 0.7)
+    out = lm.generate(questions[0], exits=exits)
+    chunks = list(lm.stream(questions[0], exits=exits, chunk=5))
+    assert [layer for chunk in chunks for layer in chunk.exit_layers[0]] == out.exit_layers[0]
+    assert all(len(chunk.tokens[0]) == len(chunk.exit_layers[0]) for chunk in chunks)
+    stats = chunks[-1].stats
+    assert (stats.new_tokens, stats.mean_depth, stats.deferred, stats.prompt_tokens) == (
+        out.stats.new_tokens, out.stats.mean_depth, out.stats.deferred, out.stats.prompt_tokens)
+    assert chunks[0].stats.new_tokens == 5
