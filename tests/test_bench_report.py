@@ -25,6 +25,16 @@ def test_a_report_is_a_table_under_its_head_and_json_by_name():
                                         {"way": "right", "batch": 8, "best": None}]}
 
 
+def test_rows_of_two_kinds_are_two_tables():
+    @dataclasses.dataclass
+    class Other:
+        speed: float = column("speed")
+
+    report = Report("Racing", {}, [Row("left", 1, 0.5), Other(2.0), Other(3.0)])
+    assert report.markdown().split("\n")[5:] == ["", "| speed |", "|---|", "| 2.00 |", "| 3.00 |"]
+    assert json.loads(report.json())["rows"][1:] == [{"speed": 2.0}, {"speed": 3.0}]
+
+
 def test_a_report_says_when_and_with_what_it_was_made():
     report = Report("Racing", {}, [Row("left", 1, 0.5)])
     assert report.date and report.hardware and report.versions["jax"]

@@ -1,12 +1,13 @@
-"""What every benchmark hands back: rows of one dataclass, and where and with what they were measured.
+"""What every benchmark hands back: rows, and where and with what they were measured.
 
-A row's columns are fields made by `column`, which gives each its heading in the Markdown table.
+A row is a dataclass; its columns are fields made by `column`, which gives each its heading in the Markdown table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 from typing import Any
 
@@ -24,7 +25,7 @@ class Report:
 
     title: what was measured, in the words that open the report.
     settings: by name, what the rows have in common; they are part of the JSON form.
-    rows: dataclasses of one kind, their fields made by `column`, None where not measured.
+    rows: dataclasses, their fields made by `column`, None where not measured; rows of one kind stand together.
     notes: what the reader must know besides, such as a rival that was left out.
     """
 
@@ -38,11 +39,13 @@ class Report:
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
 
     def markdown(self) -> str:
-        """A Markdown table under a line that says where and with what it was measured; notes below."""
+        """A table for each kind of row, under a line that says where and with what all was measured; notes below."""
         made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        headings = [field.metadata["heading"] for field in dataclasses.fields(self.rows[0])]
-        lines = [f"{self.title}; {self.date}; {self.hardware}; {made_with}", "", _line(headings),
-                 "|" + "---|" * len(headings), *(_line(map(_cell, dataclasses.astuple(row))) for row in self.rows)]
+        lines = [f"{self.title}; {self.date}; {self.hardware}; {made_with}"]
+        for kind, rows in itertools.groupby(self.rows, type):
+            headings = [field.metadata["heading"] for field in dataclasses.fields(kind)]
+            lines += ["", _line(headings), "|" + "---|" * len(headings),
+                      *(_line(map(_cell, dataclasses.astuple(row))) for row in rows)]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
 
     def json(self) -> str:

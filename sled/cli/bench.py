@@ -49,11 +49,34 @@ class BenchDecode:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchExits:
+    """Early exit and self-speculation on the bundled model's held-out problems, against plain decoding.
+
+    Batch 1: self-speculation, with and without SLED, and transformers' assisted_early_exit on the same weights
+    (needs the `parity` extra). Batch 8: early exit by threshold, schedule and K/V. About five minutes.
+    """
+
+    problems: int = 24
+    """Problems solved at batch 8; a third of them at batch 1."""
+    rounds: int = 5
+    """Interleaved rounds; ratios are taken between the fastest."""
+    picture: Path | None = None
+    """Also draw speed, depth and agreement over the thresholds into this file (.png, .svg or .pdf)."""
+    json: Path | None = None
+    """Also write the report to this file."""
+
+    def run(self) -> None:
+        from sled.bench.exits import run_exits_bench
+
+        _show(run_exits_bench(problems=self.problems, rounds=self.rounds, picture=self.picture), self.json)
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure the fused step, or decoding, against others in the same run."""
+    """Measure the fused step, decoding, or exits, against others in the same run."""
 
     what: Annotated[BenchFusion, tyro.conf.subcommand("fusion")] | Annotated[
-        BenchDecode, tyro.conf.subcommand("decode")]
+        BenchDecode, tyro.conf.subcommand("decode")] | Annotated[BenchExits, tyro.conf.subcommand("exits")]
 
     def run(self) -> None:
         print_devices()

@@ -1,0 +1,201 @@
+"""Early exit and self-speculation on the bundled model, beside plain decoding, which no ratio leaves out.
+
+Batch 1: self-speculation against plain decoding, with and without SLED, and against transformers' on the same
+weights. Batch 8: early exit by threshold, schedule and treatment of K/V, against no early exit. Held-out problems of
+1 to 4 steps, as many of each in every batch; float32; greedy. Seconds are of whole `generate` calls, over all
+problems; the ways of one batch size run interleaved, and ratios are taken between the fastest rounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+import sled
+from sled.bench.report import Report, column
+from sled.bench.rival import NOT_INSTALLED, transformers_twin
+from sled.bench.solving import Measured, Way, frequent_tokens, measure, mixed_questions, our_way, their_way
+from sled.checks import Whole
+from sled.eval.answers import final_answer
+
+BATCH = 8
+GUESSES = ((2, 3), (2, 6), (4, 3), (4, 6))  # layer and draft
+FEW_TOKENS = 64  # of the reduced draft vocabulary
+EXITS = (1, 2, 4)
+THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
+SCHEDULES = {"immediate": sled.Immediate(), "lockstep": sled.Lockstep(),
+             **{f"gather {rows}": sled.Gather(rows) for rows in (2, 4, 8)}}
+GREEDY, SLED, TRANSFORMERS, ASSISTED = "greedy", "SLED", "transformers greedy", "transformers assisted by {}, draft {}"
+NO_EXIT = ("-", "no early exit", None)
+
+
+@dataclasses.dataclass
+class SpeculationRow:
+    """One way to decode at batch 1. A ratio above 1 says that this way is faster."""
+
+    batch: int = column("batch")
+    way: str = column("way")
+    best: float = column("best s")
+    median: float = column("median s")
+    tokens_per_second: float = column("tokens/s")
+    decode_tokens_per_second: float | None = column("tokens/s after prefill")
+    depth: float | None = column("mean depth")
+    acceptance: float | None = column("acceptance")
+    mean_accepted: float | None = column("mean accepted")
+    same_texts: float = column("texts as plain")
+    plain_over_this: float = column("plain / this")
+    transformers_over_this: float | None = column("transformers' / this")
+
+
+@dataclasses.dataclass
+class EarlyExitRow:
+    """Early exit with one setting, in batches. A ratio above 1 says that this setting is faster."""
+
+    batch: int = column("batch")
+    kv: str = column("K/V")
+    schedule: str = column("schedule")
+    threshold: float | None = column("threshold")
+    best: float = column("best s")
+    median: float = column("median s")
+    tokens_per_second: float = column("tokens/s")
+    decode_tokens_per_second: float = column("tokens/s after prefill")
+    depth: float = column("mean depth")
+    held: int = column("rounds held")
+    same_tokens: float = column("tokens as full model")
+    same_answers: float = column("answers as full model")
+    no_exit_over_this: float = column("no exit / this")
+    lockstep_over_this: float | None = column("lockstep / this")
+
+
+class Entry(NamedTuple):
+    """A way at batch 1, the name of its plain way, and that of transformers' like, if it has one."""
+
+    way: Way
+    plain: str
+    like: str | None = None
+
+
+def run_exits_bench(*, problems: int = 24, rounds: int = 5, picture: Path | None = None) -> Report:
+    """Measures `problems` at batch 8, and a third of them at batch 1; draws early exit into `picture`, if given.
+
+    Without torch and transformers, only this library's ways are measured.
+    """
+    problems = Whole(1, hint="it counts the problems to solve")("problems", problems)
+    rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
+    lm = sled.load("demo", dtype="float32")
+    questions = mixed_questions(lm, problems)
+    few = questions[:max(1, len(questions) // 3)]
+    notes = ["With early exit, immediate and lockstep are the same timing by definition: what lies between them here "
+             "is the noise of the measurement."]
+    alone = speculation_entries(lm, few)
+    try:
+        alone |= transformers_entries(lm, few)
+        notes.append("transformers' acceptance is counted from passes through the first and the last layer, and as it "
+                     "counts itself: a guess that ends a text is the verification's.")
+    except ImportError as missing:
+        notes.append(NOT_INSTALLED.format(missing.name))
+    together = early_exit_ways(lm, questions)
+    with tqdm(total=(len(alone) + len(together)) * (rounds + 1), desc="sled bench exits", unit="run") as bar:
+        first = speculation_rows(alone, rounds, bar)
+        second = early_exit_rows(lm, together, rounds, bar)
+    if picture:
+        from sled.bench.exits_picture import draw
+
+        draw(second, picture)
+    title = (f"Exits on the demo model ({lm.config.num_layers} layers of width {lm.config.width}, float32); "
+             f"{len(few)} and {len(questions)} held-out problems of 1 to 4 steps; early exits after layers {EXITS}")
+    settings = {"problems": len(questions), "problems_alone": len(few), "rounds": rounds, "exits": EXITS,
+                "draft_vocabulary": FEW_TOKENS}
+    return Report(title, settings, [*first, *second], notes)
+
+
+def speculation_entries(lm, questions) -> dict[str, Entry]:
+    """Plain and speculating ways at batch 1, those of one compiled program together."""
+    way = lambda **how: our_way(lm, questions, 1, **how)  # noqa: E731
+    layers, most = _layers_and_longest_draft()
+    few = frequent_tokens(lm, FEW_TOKENS)
+    entries = {GREEDY: Entry(way(), GREEDY, TRANSFORMERS)}
+    for layer, draft in GUESSES:
+        entries[f"guesses after {layer}, draft {draft}"] = Entry(
+            way(exits=sled.SelfSpeculation(layer, draft)), GREEDY, ASSISTED.format(layer, most))
+    entries[f"guesses after {layers[0]}, draft {most}, of {FEW_TOKENS} tokens"] = Entry(
+        way(exits=sled.SelfSpeculation(layers[0], most, vocabulary=few)), GREEDY, ASSISTED.format(layers[0], most))
+    entries[f"guesses after {' or '.join(map(str, layers))}, draft to {most}, adaptive"] = Entry(
+        way(exits=sled.SelfSpeculation(layers, most, adaptive=True)), GREEDY)
+    entries[SLED] = Entry(way(fusion=sled.SLED()), SLED)
+    for layer in layers:
+        entries[f"SLED, guesses after {layer}, draft {most}"] = Entry(
+            way(fusion=sled.SLED(), exits=sled.SelfSpeculation(layer, most)), SLED)
+    return entries
+
+
+def transformers_entries(lm, questions) -> dict[str, Entry]:
+    """transformers on the same weights: greedy, and assisted by the same exits. Raises ImportError without it."""
+    twin = transformers_twin(lm.build(lm.params))
+    layers, most = _layers_and_longest_draft()
+    entries = {TRANSFORMERS: Entry(their_way(twin, questions), GREEDY, TRANSFORMERS)}
+    for layer in layers:
+        name = ASSISTED.format(layer, most)
+        entries[name] = Entry(their_way(twin, questions, layer, most), GREEDY, name)
+    name = ASSISTED.format(layers[0], "its own")
+    return entries | {name: Entry(their_way(twin, questions, layers[0]), GREEDY, name)}
+
+
+def speculation_rows(entries: dict[str, Entry], rounds: int, bar: tqdm) -> list[SpeculationRow]:
+    measured = measure({name: entry.way for name, entry in entries.items()}, rounds, bar)
+    rows = []
+    for name, (_, plain, like) in entries.items():
+        this, best = measured[name], measured[name].times.best
+        rows.append(SpeculationRow(
+            batch=1, way=name, best=best, median=this.times.median, tokens_per_second=this.tokens_per_second,
+            decode_tokens_per_second=this.decode_tokens_per_second, depth=this.ran.depth,
+            acceptance=this.ran.acceptance, mean_accepted=this.ran.mean_accepted,
+            same_texts=_share(a == b for a, b in zip(this.ran.tokens, measured[plain].ran.tokens, strict=True)),
+            plain_over_this=measured[plain].times.best / best,
+            transformers_over_this=measured[like].times.best / best if like in measured else None))
+    return rows
+
+
+def early_exit_ways(lm, questions) -> dict[tuple, Way]:
+    """Ways at batch 8 by K/V (one compiled program each), schedule and threshold; first no early exit."""
+    way = lambda **how: our_way(lm, questions, BATCH, **how)  # noqa: E731
+    return {NO_EXIT: way()} | {
+        (kv, name, threshold): way(exits=sled.EarlyExit(EXITS, threshold, kv=kv), schedule=schedule)
+        for kv in ("exact", "propagate") for name, schedule in SCHEDULES.items() for threshold in THRESHOLDS}
+
+
+def early_exit_rows(lm, ways: dict[tuple, Way], rounds: int, bar: tqdm) -> list[EarlyExitRow]:
+    measured = measure(ways, rounds, bar)
+    full = measured[NO_EXIT]
+    answers = lambda measured: [final_answer(lm.text.decode(row)) for row in measured.ran.tokens]  # noqa: E731
+    rows = []
+    for (kv, schedule, threshold), this in measured.items():
+        lockstep = measured.get((kv, "lockstep", threshold))
+        rows.append(EarlyExitRow(
+            batch=BATCH, kv=kv, schedule=schedule, threshold=threshold, best=this.times.best,
+            median=this.times.median, tokens_per_second=this.tokens_per_second,
+            decode_tokens_per_second=this.decode_tokens_per_second, depth=this.ran.depth, held=this.ran.held,
+            same_tokens=_same_tokens(this, full),
+            same_answers=_share(a == b for a, b in zip(answers(this), answers(full), strict=True)),
+            no_exit_over_this=full.times.best / this.times.best,
+            lockstep_over_this=lockstep and lockstep.times.best / this.times.best))
+    return rows
+
+
+def _layers_and_longest_draft() -> tuple[tuple[int, ...], int]:
+    layers, drafts = zip(*GUESSES, strict=True)
+    return tuple(sorted(set(layers))), max(drafts)
+
+
+def _share(hits) -> float:
+    hits = list(hits)
+    return sum(hits) / len(hits)
+
+
+def _same_tokens(this: Measured, full: Measured) -> float:
+    """Share of the full model's tokens that stand at the same place here, each text going on from its own tokens."""
+    pairs = [zip(a, b, strict=False) for a, b in zip(this.ran.tokens, full.ran.tokens, strict=True)]
+    return sum(a == b for pair in pairs for a, b in pair) / full.ran.count

@@ -1,0 +1,63 @@
+"""Draws what a threshold of early exit costs and gives, beside no early exit."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart by colour-blind eyes too; a marker each besides.
+STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
+DASHES = {"exact": "-", "propagate": "--"}
+
+
+def draw(rows, path: Path) -> Path:
+    """Above tokens per second, below agreement and mean depth, over the thresholds (evenly spaced).
+
+    rows: `EarlyExitRow`s, the one without threshold being no early exit: the star at the right, and its level.
+    Immediate is left out: with early exit it is lockstep.
+    """
+    [full] = [row for row in rows if row.threshold is None]
+    lines = {}
+    for row in rows:
+        if row is not full and row.schedule != "immediate":
+            lines.setdefault((row.schedule, row.kv), []).append(row)
+    names = [f"{row.threshold:g}" for row in next(iter(lines.values()))]
+    places = range(len(names))
+    styles = dict(zip(dict.fromkeys(schedule for schedule, _ in lines), STYLES, strict=True))
+    figure = Figure(figsize=(8, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    speed, agreement = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    depth = agreement.twinx()
+
+    for (schedule, kv), line in lines.items():
+        colour, marker = styles[schedule]
+        speed.plot(places, [row.tokens_per_second for row in line], DASHES[kv], color=colour, marker=marker,
+                   markersize=5, label=f"{schedule}, {kv} K/V")
+        if schedule == "lockstep":  # neither text nor depth depends on the schedule
+            agreement.plot(places, [row.same_tokens for row in line], DASHES[kv], color="#D55E00", marker="o",
+                           label=f"share of tokens, {kv} K/V")
+            depth.plot(places, [row.depth for row in line], DASHES[kv], color="#0072B2", marker="s", markersize=4,
+                       label=f"mean depth, {kv} K/V")
+    star = dict(marker="*", color="black", markersize=14, linestyle="none")
+    speed.axhline(full.tokens_per_second, color="#495057", linewidth=1)
+    speed.plot([len(names)], [full.tokens_per_second], label="no early exit", **star)
+    depth.plot([len(names)], [full.depth], **star)
+
+    speed.set_title(f"Early exit, batch {full.batch}: what a threshold gives and costs", fontsize=11)
+    speed.set_ylabel("tokens per second")
+    speed.set_ylim(bottom=0)
+    speed.legend(fontsize=8, ncols=2)
+    agreement.set_ylabel("tokens as the full model's", color="#D55E00")
+    agreement.set_ylim(0, 1.03)
+    agreement.set_xticks(range(len(names) + 1), [*names, "no exit"])
+    agreement.set_xlabel("threshold")
+    depth.set_ylabel("mean depth in layers", color="#0072B2")
+    depth.set_ylim(0, 1.03 * full.depth)
+    agreement.legend(handles=[*agreement.lines, *depth.lines[:-1]], fontsize=8, loc="center")
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return path

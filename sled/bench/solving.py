@@ -1,0 +1,142 @@
+"""What the exits benchmark asks, and how a way to decode answers: held-out problems, solved and timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from tqdm import tqdm
+
+from sled.bench.rounds import Times, interleave
+from sled.demo.problems import problems, prompt, stream
+from sled.lm import LM
+
+MAX_NEW_TOKENS = 96
+STEPS = (1, 2, 3, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+    """What one way made of all problems, in one run. Numbers that the way does not tell are None or 0."""
+
+    tokens: list[list[int]]
+    decode_seconds: float | None = None
+    depth: float | None = None
+    acceptance: float | None = None
+    mean_accepted: float | None = None
+    held: int = 0
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.tokens))
+
+
+Way = Callable[[], Ran]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """All runs of one way: what it made, and how long it took."""
+
+    ran: Ran
+    times: Times
+    decode_seconds: float | None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.ran.count / self.times.best
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        return self.decode_seconds and self.ran.count / self.decode_seconds
+
+
+def mixed_questions(lm: LM, count: int) -> list[list[int]]:
+    """Token ids of held-out problems; any len(STEPS) in a row have as many different numbers of steps.
+
+    count: rounded up to a multiple of len(STEPS).
+    """
+    each = -(-count // len(STEPS))
+    found: dict[int, list[str]] = {steps: [] for steps in STEPS}
+    for problem in stream("heldout"):
+        of_steps = found[problem.solution.count("\n")]  # a line for each step, and the answer's
+        if len(of_steps) < each:
+            of_steps.append(problem.question)
+        elif all(len(questions) == each for questions in found.values()):
+            break
+    return [lm.text.encode(prompt(question)) for question in itertools.chain(*zip(*found.values(), strict=True))]
+
+
+def frequent_tokens(lm: LM, count: int) -> np.ndarray:
+    """The tokens most frequent in solutions of training problems, the ending one included, ascending."""
+    seen = Counter()
+    for problem in problems("train", 2000):
+        seen.update([*lm.text.encode(" " + problem.solution), *lm.config.eos_ids])
+    return np.array(sorted(token for token, _ in seen.most_common(count)))
+
+
+def our_way(lm: LM, questions: list[list[int]], batch: int, **how) -> Way:
+    """`lm.generate` over the questions, `batch` neighbours at a time."""
+    batches = [questions[at:at + batch] for at in range(0, len(questions), batch)]
+
+    def solve() -> Ran:
+        outs = [lm.generate(ids, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch, **how) for ids in batches]
+        total = lambda name: sum(getattr(out.stats, name) for out in outs)  # noqa: E731
+        layers = [layer for out in outs for row in out.exit_layers for layer in row]
+        guessed = total("drafted") > 0
+        return Ran(tokens=[row for out in outs for row in out.tokens], decode_seconds=total("decode_seconds"),
+                   depth=sum(layers) / len(layers), held=total("held"),
+                   acceptance=total("accepted") / total("drafted") if guessed else None,
+                   mean_accepted=total("accepted") / total("verifications") if guessed else None)
+
+    return solve
+
+
+def their_way(twin, questions: list[list[int]], exit_layer: int | None = None, draft: int | None = None) -> Way:
+    """transformers' greedy `generate`, one question at a time; its early-exit assistance where `exit_layer` is given.
+
+    draft: guesses before verification; None keeps its own way, 20 or up to one less probable than 0.4.
+    """
+    import torch
+
+    passes = Counter()
+    layers = twin.model.layers
+    drafting = dict(num_assistant_tokens=draft, num_assistant_tokens_schedule=draft and "constant",
+                    assistant_confidence_threshold=draft and 0.0)
+
+    def solve() -> Ran:
+        twin.generation_config.update(**drafting)  # it reads these nowhere else
+        hooks = [layers[at].register_forward_hook(lambda *_, at=at: passes.update([at])) for at in (0, -1)]
+        passes.clear()
+        made = []
+        for question in questions:
+            ids = torch.tensor([question])
+            with torch.no_grad():
+                out = twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                    max_new_tokens=MAX_NEW_TOKENS, assistant_early_exit=exit_layer)
+            made.append(out[0, len(question):].tolist())
+        for hook in hooks:
+            hook.remove()
+        # A guess is a pass of the first layer without the last; a verification adds a token to the right guesses.
+        verifications, guesses = passes[-1], passes[0] - passes[-1]
+        accepted = sum(map(len, made)) - verifications
+        return Ran(made, acceptance=accepted / guesses if guesses else None,
+                   mean_accepted=accepted / verifications if guesses else None)
+
+    return solve
+
+
+def measure(ways: Mapping[str, Way], rounds: int, bar: tqdm) -> dict[str, Measured]:
+    """Every way once to compile, in the order given, then all of them interleaved. `bar` moves by one a run."""
+    runs: dict[str, list[Ran]] = {}
+    for name, way in ways.items():
+        runs[name] = [way()]
+        bar.update()
+    times = interleave({name: lambda name=name, way=way: runs[name].append(way()) for name, way in ways.items()},
+                       rounds, bar)
+    decode = {name: [ran.decode_seconds for ran in of_way[1:]] for name, of_way in runs.items()}
+    return {name: Measured(of_way[0], times[name], None if None in decode[name] else min(decode[name]))
+            for name, of_way in runs.items()}
