@@ -58,7 +58,7 @@ class BenchExits:
 
     problems: int = 24
     """Problems solved at batch 8; a third of them at batch 1."""
-    rounds: int = 5
+    rounds: int = 7
     """Interleaved rounds; ratios are taken between the fastest."""
     picture: Path | None = None
     """Also draw speed, depth and agreement over the thresholds into this file (.png, .svg or .pdf)."""
