@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -107,6 +108,29 @@ def settle_bounded(self, field: str, bound: str, *, least: int, hint: str) -> No
     while size < getattr(self, field):
         size *= 2
     object.__setattr__(self, bound, size)
+
+
+def check_rows(settings, rows: int, *, hint: str) -> None:
+    """Refuse an array in `settings` that fits neither all rows alike nor each of `rows` rows."""
+    for field, axes, value in _row_fields(settings):
+        if value.ndim > len(axes) or (value.ndim == len(axes) and value.shape[0] not in (1, rows)):
+            name, either = f"{type(settings).__name__}.{field}", f"1 or {rows}" if rows > 1 else "1"
+            raise SettingError(f"{name} is an array of shape {value.shape}, but its axes are [{', '.join(axes)}], or "
+                               f"fewer without B, and B is {either} here; {hint}")
+
+
+def take_rows(settings, rows: Sequence[int]):
+    """`settings` that passed `check_rows`, for these rows in this order: arrays with an entry per row are gathered."""
+    index = np.asarray(rows)
+    gathered = {field: value[index] for field, axes, value in _row_fields(settings)
+                if value.ndim == len(axes) and value.shape[0] > 1}
+    return dataclasses.replace(settings, **gathered) if gathered else settings
+
+
+def _row_fields(settings):
+    """Fields that may hold an entry per row and are arrays: name, axes, value. None in a class that names none."""
+    return [(field, axes, getattr(settings, field)) for field, axes in getattr(settings, "row_axes", {}).items()
+            if is_array(getattr(settings, field))]
 
 
 def is_array(value) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.checks import Whole
+from sled.checks import Whole, check_rows, take_rows
 from sled.decoding.generation import Generation
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
@@ -70,6 +71,7 @@ class LM:
             and verified (`sled.SelfSpeculation(...)`); by default it goes through all layers.
         schedule: when deeper layers run, for the batch; changes the time, never the text.
         sampling: greedy unless told otherwise.
+            Where fusion, exits or sampling take an array with one entry per row, the rows are the prompts.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
         stop: strings that end a text.
         batch_size: prompts decoded together; a row's tokens do not depend on the others.
@@ -87,9 +89,8 @@ class LM:
         runs = []
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
-                run = self._begin([ids[i] for i in batch], [seed + i for i in batch], max_new_tokens,
-                                  height=min(batch_size, len(ids)), fusion=fusion, policy=exits, schedule=schedule,
-                                  sampling=sampling)
+                run = self._begin(ids, batch, max_new_tokens, height=min(batch_size, len(ids)), seed=seed,
+                                  fusion=fusion, exits=exits, schedule=schedule, sampling=sampling)
                 for done in self._advance(run, len(batch), stop, STOP_CHUNK if stop else None):
                     rows.update(zip(batch, done, strict=True))
                 layers.update({i: run.exit_layers(at)[:len(rows[i].tokens)] for at, i in enumerate(batch)})
@@ -111,8 +112,8 @@ class LM:
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         ids = prompt_ids(prompts, self.text, self.config)
         stop = _stop_strings(stop)
-        run = self._begin(ids, [seed + i for i in range(len(ids))], max_new_tokens, height=len(ids), fusion=fusion,
-                          policy=exits, schedule=schedule, sampling=sampling)
+        run = self._begin(ids, range(len(ids)), max_new_tokens, height=len(ids), seed=seed, fusion=fusion,
+                          exits=exits, schedule=schedule, sampling=sampling)
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
         for rows in self._advance(run, len(ids), stop, chunk):
             tokens = [row.tokens[sent:] for row, sent in zip(rows, sent_tokens, strict=True)]
@@ -136,6 +137,8 @@ class LM:
         Fused scores are normalised by a log-softmax over the vocabulary; the lower bound of SLED and
         of the clamp shows as a very low log-probability of the tokens outside the top-k.
 
+        fusion: its settings are the same for all; an array with an entry per row is refused.
+
         Raises: PromptError, SettingError, TokenizerError.
         """
         batch_size = Whole(1, hint="continuations are scored in batches")("batch_size", batch_size)
@@ -152,6 +155,7 @@ class LM:
         pairs = [pair_ids(p, c, self.text, self.config) for group in groups for p, c in group]
         if not pairs:
             raise PromptError("no continuation was given; give at least one for the prompt")
+        check_rows(fusion, 1, hint="a continuation's score is the same in any company, so give one value for all")
         scored = score_pairs(self.build, self.params, pairs, fusion=fusion, batch_size=batch_size)
         results = {}
         for index, logp_T, best_T in tqdm(scored, total=len(pairs), unit="text", disable=not progress):
@@ -168,16 +172,25 @@ class LM:
         fusion: a strategy whose choice is shown beside the layers', such as `sled.SLED()`.
         """
         [ids] = prompt_ids(text, self.text, self.config)
+        check_rows(fusion, 1, hint="the lens reads one text, so give one value")
         name = self.text.token if self.text.available else str
         return look(self.build, self.params, ids, fusion=fusion, name_token=name)
 
-    def _begin(self, ids, seeds, max_new_tokens: int, *, height: int, **how) -> Generation:
-        """A run of `height` rows: the prompts, and idle rows so that the shape is one compiled before."""
+    def _begin(self, ids: list[np.ndarray], batch: Sequence[int], max_new_tokens: int, *, height: int, seed: int,
+               fusion, exits, schedule, sampling) -> Generation:
+        """A run of `height` rows: prompts `batch` of `ids`, and idle rows so that the shape is one compiled before.
+
+        Settings with an entry per prompt follow their prompts; an idle row repeats the first one's.
+        """
         new = Whole(1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
-        limits = [min(new, self.config.max_positions - len(x)) for x in ids]
-        idle = height - len(ids)
-        return Generation(self.build, self.params, [*ids, *[ids[0]] * idle], limits=[*limits, *[0] * idle],
-                          seeds=[*seeds, *[0] * idle], stop_ids=self.config.eos_ids, **how)
+        for settings in (fusion, exits, sampling):
+            check_rows(settings, len(ids), hint="give one value for all prompts, or an entry for each")
+        rows = [*batch, *[batch[0]] * (height - len(batch))]
+        limits = [min(new, self.config.max_positions - len(ids[i])) for i in batch]
+        return Generation(self.build, self.params, [ids[i] for i in rows],
+                          limits=[*limits, *[0] * (height - len(batch))], seeds=[seed + i for i in rows],
+                          policy=take_rows(exits, rows), schedule=schedule, fusion=take_rows(fusion, rows),
+                          sampling=take_rows(sampling, rows), stop_ids=self.config.eos_ids)
 
     def _advance(self, run: Generation, count: int, stop: Sequence[str], chunk: int | None) -> Iterator[list[Row]]:
         """Runs to the end, yielding the first `count` rows after every `chunk` tokens."""

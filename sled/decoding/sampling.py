@@ -18,7 +18,7 @@ from sled.fusion.statistics import max_and_index
 from sled.pytree import traced
 
 
-@traced("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+@traced(temperature="B", top_k="B", top_p="B", min_p="B", repetition_penalty="B")
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. The default is greedy.

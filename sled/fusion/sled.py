@@ -23,7 +23,7 @@ _PRESETS = {
 }
 
 
-@traced("rate", "scale", "steps", "temperature", "lower_bound")
+@traced(rate="B", scale="B", steps="B", temperature="B", lower_bound="B")
 @dataclasses.dataclass(frozen=True)
 class SLED:
     """Evolve the final layer's top tokens; every other token gets `lower_bound`.
@@ -129,7 +129,7 @@ class SLED:
         return jax.lax.cond(steps == 1, once, many)
 
 
-@traced("scale", "lower_bound")
+@traced(scale="B", lower_bound="B")
 @dataclasses.dataclass(frozen=True)
 class ClampOnly:
     """The final layer's top `scale` tokens with their own logits, every other token at `lower_bound`.
