@@ -19,6 +19,8 @@ import numpy as np
 
 from sled.errors import SettingError
 
+LARGEST = 2**31 - 1  # the largest whole number that is traced: they are int32
+
 
 @dataclasses.dataclass(frozen=True)
 class Number:
@@ -34,11 +36,12 @@ class Number:
     hint: str
 
     def __call__(self, name: str, value) -> float:
-        if not _is_number(value) or not self._holds(value):
+        clean = _as_float(value)
+        if clean is None or not self._holds(clean):
             left, right = "(" if self.open_low else "[", ")" if self.high == math.inf else "]"
             interval = f"{left}{self.low:g}, {self.high:g}{right}"
             raise SettingError(f"{name} is {value!r}, but must be a number in {interval}; {self.hint}")
-        return float(value)
+        return clean
 
     def _holds(self, value) -> bool:
         above = self.low < value if self.open_low else self.low <= value
@@ -97,10 +100,10 @@ def settle_bounded(self, field: str, bound: str, *, least: int, hint: str) -> No
     A bound of None becomes the next of `least`, 2 `least`, 4 `least`, ... that holds the count.
     """
     if getattr(self, bound) is not None:
-        settle(self, **{bound: Whole(1, hint=f"it is the static bound of {field}, or None")})
+        settle(self, **{bound: Whole(1, LARGEST, hint=f"it is the static bound of {field}, or None")})
         settle(self, **{field: Whole(1, getattr(self, bound), hint=f"{bound} is its bound")})
         return
-    settle(self, **{field: Whole(1, 2**31 - 1, hint=hint)})
+    settle(self, **{field: Whole(1, LARGEST, hint=hint)})
     if is_array(getattr(self, field)):
         name = type(self).__name__
         raise SettingError(f"{name}.{field} is an array, whose entries need a static bound; give {bound} too")
@@ -136,6 +139,14 @@ def _row_fields(settings):
 def is_array(value) -> bool:
     """Whether `value` is an array of numpy or jax; tracers are."""
     return isinstance(value, (jax.Array, np.ndarray))
+
+
+def _as_float(value) -> float | None:
+    """None where `value` is no number, or too large a one."""
+    try:
+        return float(value) if _is_number(value) else None
+    except OverflowError:
+        return None
 
 
 def _is_number(value) -> bool:

@@ -81,7 +81,7 @@ class LM:
         """
         batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
         ids = prompt_ids(prompts, self.text, self.config)
-        stop = _stop_strings(stop)
+        seed, stop = _first_seed(seed, len(ids)), _stop_strings(stop)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
         batches = [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
         rows: dict[int, Row] = {}
@@ -111,7 +111,7 @@ class LM:
         """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens."""
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         ids = prompt_ids(prompts, self.text, self.config)
-        stop = _stop_strings(stop)
+        seed, stop = _first_seed(seed, len(ids)), _stop_strings(stop)
         run = self._begin(ids, range(len(ids)), max_new_tokens, height=len(ids), seed=seed, fusion=fusion,
                           exits=exits, schedule=schedule, sampling=sampling)
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
@@ -203,6 +203,10 @@ class LM:
             if ended:
                 run.stop(ended)
             yield rows
+
+
+def _first_seed(seed: int, prompts: int) -> int:
+    return Whole(0, 2**32 - prompts, hint="prompt i draws from stream seed + i, one of 2**32")("seed", seed)
 
 
 def _stop_strings(stop: str | Sequence[str]) -> list[str]:

@@ -39,6 +39,12 @@ def test_stop_strings_cut_text_and_tokens(lm):
     assert "".join(chunk.texts[0] for chunk in streamed) == out.texts[0]
 
 
+def test_the_largest_seed_and_chunk_are_taken(lm):
+    settings = dict(max_new_tokens=3, seed=2**32 - 1, sampling=sled.Sampling(temperature=1.0))
+    [chunk] = lm.stream("Question:", chunk=2**40, **settings)
+    assert chunk.tokens == lm.generate("Question:", **settings).tokens
+
+
 def test_scores_prefer_the_right_answer(lm):
     p = problems("heldout", 1)[0]
     wrong = p.solution.replace(f"#### {p.answer}", f"#### {p.answer + 1}")
@@ -72,6 +78,11 @@ def test_lens_picture_is_written(lm, tmp_path):
     (lambda lm: sled.Sampling(temperature=-1), SettingError, "temperature"),
     (lambda lm: sled.Sampling(top_p=0), SettingError, "top_p"),
     (lambda lm: sled.Sampling(top_k=1.5), SettingError, "top_k"),
+    (lambda lm: sled.Sampling(top_k=2**40), SettingError, "top_k"),
+    (lambda lm: lm.generate("a", seed=-1), SettingError, "seed is -1"),
+    (lambda lm: lm.generate(["a", "b"], seed=2**32 - 1), SettingError, "from 0 to 4294967294"),
+    (lambda lm: next(lm.stream("a", seed=2**32)), SettingError, "seed is 4294967296"),
+    (lambda lm: lm.generate("a", seed=0.5), SettingError, "seed is 0.5"),
     (lambda lm: sled.Sampling(min_p=2), SettingError, "min_p"),
     (lambda lm: sled.Sampling(repetition_penalty=0), SettingError, "repetition_penalty"),
     (lambda lm: sled.load("./nowhere"), CheckpointError, "nowhere"),

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sled.checks import Number, Whole, is_array, settle
+from sled.checks import LARGEST, Number, Whole, is_array, settle
 from sled.errors import SettingError
 from sled.exits.measures import MEASURES, Classifier
 from sled.exits.policy import Exits, with_last
@@ -65,7 +65,7 @@ class EarlyExit:
             layers=Exits(),
             threshold=_each(Number(0, 1, hint="a confidence lies in [0, 1]; 1 never leaves early")),
             decay_temperature=Number(0, hint="CALM uses 4"),
-            min_layer=Whole(0, hint="it is the first layer to leave after; 0 is no bound"),
+            min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"),
             max_deferred=Whole(1, hint="it counts tokens of a row that wait for their K/V; 8 is usual"),
         )
         given = len(self.threshold) if isinstance(self.threshold, tuple) else (1, *jnp.shape(self.threshold))[-1]

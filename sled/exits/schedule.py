@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from sled.checks import Whole, settle
+from sled.checks import LARGEST, Whole, settle
 from sled.pytree import traced
 
 NEVER = 2**30
@@ -78,8 +78,8 @@ class Gather:
     patience: int = 16
 
     def __post_init__(self):
-        settle(self, rows=Whole(1, hint="it counts the rows that wait for each other"),
-               patience=Whole(0, hint="it counts the ticks a row waits at most"))
+        settle(self, rows=Whole(1, LARGEST, hint="it counts the rows that wait for each other"),
+               patience=Whole(0, LARGEST, hint="it counts the ticks a row waits at most"))
 
     def timing(self, verifies: bool) -> Timing:
         return Timing(self.rows, self.patience)

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sled.checks import Layers, Number, Whole, settle, settle_bounded
+from sled.checks import LARGEST, Layers, Number, Whole, settle, settle_bounded
 from sled.errors import SettingError
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import explicit_layers, per_row
@@ -59,7 +59,7 @@ class SLED:
         settle(
             self,
             rate=Number(0, hint="0.5 to 3 is usual"),
-            steps=Whole(1, hint="1 is usual"),
+            steps=Whole(1, LARGEST, hint="1 is usual"),
             temperature=Number(0, open_low=True, hint="1 is usual"),
             layers=Layers((None, "all", "blocks")),
         )
