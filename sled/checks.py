@@ -83,6 +83,24 @@ class Layers:
         raise SettingError(f"{name} is {value!r}, but must be {choices}; 0 is the embeddings")
 
 
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """An object of a class or protocol, as it is; by default one that jax can trace (a pytree)."""
+
+    kind: type
+    _: dataclasses.KW_ONLY
+    traced: bool = True
+    hint: str
+
+    def __call__(self, name: str, value):
+        # A class has its instances' attributes, and passes for an instance of a protocol.
+        fits = isinstance(value, self.kind) and not isinstance(value, type)
+        if not fits or (self.traced and jax.tree_util.all_leaves([value])):
+            untraceable = " that jax can trace" if fits else ", not its class or name"
+            raise SettingError(f"{name} is {value!r}, but must be an instance{untraceable}; {self.hint}")
+        return value
+
+
 def settle(self, **rules) -> None:
     """Check fields of a frozen dataclass made a pytree by `traced`, and put the clean values in their place.
 

@@ -8,13 +8,13 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.checks import Whole, check_rows, take_rows
+from sled.checks import Instance, Whole, check_rows, take_rows
 from sled.decoding.generation import Generation
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.errors import PromptError, SettingError
 from sled.exits import FullDepth, Immediate, Policy, Schedule
-from sled.fusion import FinalLayer
+from sled.fusion import FinalLayer, Strategy
 from sled.lens import Lens, look
 from sled.models import Decoder
 from sled.prompts import Prompts, is_one, pair_ids, prompt_ids
@@ -27,6 +27,10 @@ GREEDY = Sampling()
 FINAL_LAYER = FinalLayer()
 FULL_DEPTH = FullDepth()
 IMMEDIATE = Immediate()
+A_STRATEGY = Instance(Strategy, hint="give a strategy such as sled.SLED(); sled.FinalLayer() is plain decoding")
+A_POLICY = Instance(Policy, hint="give sled.EarlyExit(...) or sled.SelfSpeculation(...), or leave it out")
+A_SCHEDULE = Instance(Schedule, traced=False, hint="give sled.Immediate(), sled.Lockstep() or sled.Gather(...)")
+A_SAMPLING = Instance(Sampling, hint="give sled.Sampling(temperature=...), or leave it out to be greedy")
 
 
 class Merge:
@@ -155,7 +159,8 @@ class LM:
         pairs = [pair_ids(p, c, self.text, self.config) for group in groups for p, c in group]
         if not pairs:
             raise PromptError("no continuation was given; give at least one for the prompt")
-        check_rows(fusion, 1, hint="a continuation's score is the same in any company, so give one value for all")
+        check_rows(A_STRATEGY("fusion", fusion), 1,
+                   hint="a continuation's score is the same in any company, so give one value for all")
         scored = score_pairs(self.build, self.params, pairs, fusion=fusion, batch_size=batch_size)
         results = {}
         for index, logp_T, best_T in tqdm(scored, total=len(pairs), unit="text", disable=not progress):
@@ -172,7 +177,8 @@ class LM:
         fusion: a strategy whose choice is shown beside the layers', such as `sled.SLED()`.
         """
         [ids] = prompt_ids(text, self.text, self.config)
-        check_rows(fusion, 1, hint="the lens reads one text, so give one value")
+        if fusion is not None:
+            check_rows(A_STRATEGY("fusion", fusion), 1, hint="the lens reads one text, so give one value")
         name = self.text.token if self.text.available else str
         return look(self.build, self.params, ids, fusion=fusion, name_token=name)
 
@@ -183,8 +189,10 @@ class LM:
         Settings with an entry per prompt follow their prompts; an idle row repeats the first one's.
         """
         new = Whole(1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
-        for settings in (fusion, exits, sampling):
-            check_rows(settings, len(ids), hint="give one value for all prompts, or an entry for each")
+        A_SCHEDULE("schedule", schedule)
+        for rule, name, settings in ((A_STRATEGY, "fusion", fusion), (A_POLICY, "exits", exits),
+                                     (A_SAMPLING, "sampling", sampling)):
+            check_rows(rule(name, settings), len(ids), hint="give one value for all prompts, or an entry for each")
         rows = [*batch, *[batch[0]] * (height - len(batch))]
         limits = [min(new, self.config.max_positions - len(ids[i])) for i in batch]
         return Generation(self.build, self.params, [ids[i] for i in rows],

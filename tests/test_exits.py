@@ -319,6 +319,8 @@ def test_stop_strings_and_streams_see_verified_tokens_only(lm, prompts):
     (lambda: sled.EarlyExit("low"), "low"),
     (lambda: sled.EarlyExit(2, measure="hope"), "hope"),
     (lambda: sled.EarlyExit(2, measure="classifier"), "classifier"),
+    (lambda: sled.EarlyExit(2, measure="classifier", classifier=sled.Classifier), "an instance, .* sled.Classifier"),
+    (lambda: sled.EarlyExit(2, measure="classifier", classifier=np.ones(3)), "sled.Classifier"),
     (lambda: sled.EarlyExit(2, kv="none"), "none"),
     (lambda: sled.EarlyExit(2, decay="fast"), "fast"),
     (lambda: sled.EarlyExit(2, max_deferred=0), "max_deferred is 0"),

@@ -61,6 +61,10 @@ def test_lens_picture_is_written(lm, tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
+class Unregistered(sled.FinalLayer):
+    """A strategy that was not made a pytree."""
+
+
 @pytest.mark.parametrize(("call", "error", "says"), [
     (lambda lm: lm.generate(""), PromptError, "empty"),
     (lambda lm: lm.generate([]), PromptError, "no prompt"),
@@ -75,6 +79,17 @@ def test_lens_picture_is_written(lm, tmp_path):
     (lambda lm: lm.score(["a", "b"], ["c"]), PromptError, "2 prompts"),
     (lambda lm: lm.score("a", [[1]]), PromptError, "both"),
     (lambda lm: lm.score([1] * 200, [[1] * 100]), PromptError, "300"),
+    (lambda lm: lm.generate("a", fusion=sled.SLED), SettingError, r"class 'sled.*SLED'>.* give a strategy"),
+    (lambda lm: lm.generate("a", fusion="sled"), SettingError, r"'sled', but must be an instance.* sled\.SLED\(\)"),
+    (lambda lm: lm.generate("a", fusion=sled.EarlyExit(2)), SettingError, "fusion is EarlyExit"),
+    (lambda lm: lm.generate("a", fusion=Unregistered()), SettingError, "that jax can trace"),
+    (lambda lm: lm.generate("a", exits="early"), SettingError, r"exits is 'early'.* sled\.EarlyExit"),
+    (lambda lm: lm.generate("a", exits=sled.EarlyExit), SettingError, r"sled\.EarlyExit\(\.\.\.\)"),
+    (lambda lm: next(lm.stream("a", schedule=3)), SettingError, r"schedule is 3.* sled\.Gather"),
+    (lambda lm: lm.generate("a", schedule=sled.Lockstep), SettingError, r"sled\.Lockstep\(\)"),
+    (lambda lm: lm.generate("a", sampling=0.7), SettingError, r"sampling is 0\.7.* sled\.Sampling"),
+    (lambda lm: lm.score("a", " b", fusion=sled.DoLa), SettingError, "DoLa"),
+    (lambda lm: lm.lens("a", fusion=sled.DoLa), SettingError, "DoLa"),
     (lambda lm: sled.Sampling(temperature=-1), SettingError, "temperature"),
     (lambda lm: sled.Sampling(top_p=0), SettingError, "top_p"),
     (lambda lm: sled.Sampling(top_k=1.5), SettingError, "top_k"),

@@ -62,6 +62,8 @@ NAN = float("nan")
         lambda: ConfidentDecoding(window=0),
         lambda: LayerAverage(weights=(1.0, -1.0)),
         lambda: LayerAverage(weights=(0.0, 0.0)),
+        lambda: LayerAverage("abc"),
+        lambda: LayerAverage(2.0),
         lambda: LayerAverage(weights=(1.0, NAN)),
         lambda: LayerAverage(weights=(1.0, 2.0)).logits(jnp.ones((1, 3, 4)), SharedHead(jnp.ones((5, 4)))),
         lambda: SharedHead(jnp.ones((6, 4)), tile=0),

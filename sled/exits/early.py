@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sled.checks import LARGEST, Number, Whole, is_array, settle
+from sled.checks import LARGEST, Instance, Number, Whole, is_array, settle
 from sled.errors import SettingError
 from sled.exits.measures import MEASURES, Classifier
 from sled.exits.policy import Exits, with_last
@@ -76,6 +76,8 @@ class EarlyExit:
             if getattr(self, name) not in known:
                 raise SettingError(f"EarlyExit.{name} is {getattr(self, name)!r}, which is unknown; "
                                    f"choose one of {', '.join(known)}")
+        if self.classifier is not None:
+            Instance(Classifier, hint="give sled.Classifier(weights, bias)")("EarlyExit.classifier", self.classifier)
         if (self.measure == "classifier") != (self.classifier is not None):
             raise SettingError('EarlyExit: measure="classifier" and a trained `classifier` go together; '
                                "give both or neither")

@@ -6,7 +6,7 @@ A schedule decides about time alone. What a row says does not depend on it.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Timing(NamedTuple):
         return waiting_B.any() & urgent
 
 
+@runtime_checkable
 class Schedule(Protocol):
     def timing(self, verifies: bool) -> Timing:
         """The numbers for the loop; `verifies` as in `Policy`."""

@@ -30,8 +30,11 @@ class LayerAverage:
 
     def __post_init__(self):
         settle(self, layers=Layers((None, "all")))
-        if not isinstance(self.weights, (list, tuple)):
+        if self.weights is None or is_array(self.weights):
             return
+        if not isinstance(self.weights, (list, tuple)):
+            raise SettingError(f"LayerAverage.weights is {self.weights!r}, but must be a tuple of numbers or an array; "
+                               "give one per early layer and one for the final layer, or None to weigh all alike")
         weight = Number(0, hint="weights are scaled to sum to 1")
         weights = tuple(
             w if is_array(w) and not w.ndim else weight(f"LayerAverage.weights[{i}]", w)
