@@ -11,6 +11,7 @@ from sled import _versions, cli
 from sled.demo.problems import problems, prompt
 from sled.errors import CheckpointError, DownloadError, PromptError, SettingError, TokenizerError, VersionError
 from sled.eval.answers import final_answer
+from sled.files import writable, writable_picture
 
 DEMO = Path(__file__).parent.parent / "sled" / "demo" / "model"
 
@@ -164,12 +165,49 @@ def test_score_and_lens_commands(capsys, tmp_path):
     ("generate", "x", "--temperature", "-1"),
     ("score", "x"),
     ("demo", "--problems", "0"),
+    ("demo", "--show", "-1"),
+    ("demo", "--output", "a-file"),
+    ("lens", "x", "--last", "0"),
+    ("lens", "x", "--picture", "x.xyz"),
+    ("lens", "x", "--picture", "no-ending"),
+    ("lens", "x", "--picture", "a-file/x.png"),
+    ("lens", "x", "--picture", "a-folder.png"),
+    ("bench", "decode", "--rounds", "0"),
+    ("bench", "decode", "--new-tokens", "0"),
+    ("bench", "decode", "--new-tokens", "993"),
+    ("bench", "decode", "--json", "a-file/x.json"),
+    ("bench", "fusion", "--json", "a-folder.png"),
 ])
-def test_the_command_prints_one_line_and_fails(capsys, arguments):
-    code, _, err = run(capsys, *arguments)
-    assert code == 1
+def test_the_command_prints_one_line_and_fails(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").touch()
+    Path("a-folder.png").mkdir()
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("sled: ")
     assert sum(line.startswith("sled: ") for line in err.splitlines()) == 1
+
+
+def test_a_path_is_tried_without_a_trace(tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "folder" / "new.svg"
+    old.write_text("{}")
+    assert (writable("old", old), writable_picture("new", new)) == (old, new)
+    assert old.read_text() == "{}" and not new.exists()
+
+
+def test_a_picture_too_wide_is_named(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr("sled.lens_picture.CELL_WIDTH", 100)
+    with pytest.raises(SettingError, match="5 positions"):
+        lm.lens([5, 6, 7, 8, 9]).picture(tmp_path / "x.png")
+
+
+def test_a_lens_shows_positions_of_the_text(lm):
+    lens = lm.lens("Question: 2*3?")
+    count = len(lens.tokens)
+    assert lens.columns(count - 1, 99) == range(count - 1, count)
+    for first, shown in ((count, 1), (-1, 1), (0, 0)):
+        with pytest.raises(SettingError, match=r"first is|count is"):
+            lens.table(first=first, count=shown)
 
 
 def test_a_hub_id_without_network_is_named(monkeypatch):

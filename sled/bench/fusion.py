@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sled.bench.report import Report, column
+from sled.checks import Whole
 from sled.fusion import SLED, SharedHead, default_tile
 
 SIZES = ((1024, 32_000), (2048, 128_256))
@@ -52,6 +53,7 @@ def run_fusion_bench(
     sizes: (width, vocabulary) pairs. rounds: interleaved repetitions; the port runs in at most three, at
     batch 1 only, as the released code does. memory: also measure peak memory, in one process each.
     """
+    Whole(1, hint="it counts the repetitions")("rounds", rounds)
     port, notes = _torch_port()
     per_size = len(batches) * rounds + (2 + (port is not None)) * memory
     rows = []
