@@ -112,12 +112,18 @@ class LM:
     def stream(self, prompts: Prompts, *, chunk: int = 8, max_new_tokens: int = 128, fusion=FINAL_LAYER,
                exits: Policy = FULL_DEPTH, schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, seed: int = 0,
                stop: str | Sequence[str] = ()) -> Iterator[Chunk]:
-        """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens."""
+        """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens.
+
+        The prompts are read before it returns, and errors raised; new tokens are made as chunks are taken.
+        """
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         ids = prompt_ids(prompts, self.text, self.config)
         seed, stop = _first_seed(seed, len(ids)), _stop_strings(stop)
         run = self._begin(ids, range(len(ids)), max_new_tokens, height=len(ids), seed=seed, fusion=fusion,
                           exits=exits, schedule=schedule, sampling=sampling)
+        return self._chunks(run, ids, stop, chunk)
+
+    def _chunks(self, run: Generation, ids: list[np.ndarray], stop: Sequence[str], chunk: int) -> Iterator[Chunk]:
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
         for rows in self._advance(run, len(ids), stop, chunk):
             tokens = [row.tokens[sent:] for row, sent in zip(rows, sent_tokens, strict=True)]

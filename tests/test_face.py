@@ -86,7 +86,7 @@ class Unregistered(sled.FinalLayer):
     (lambda lm: lm.generate("a", fusion=Unregistered()), SettingError, "that jax can trace"),
     (lambda lm: lm.generate("a", exits="early"), SettingError, r"exits is 'early'.* sled\.EarlyExit"),
     (lambda lm: lm.generate("a", exits=sled.EarlyExit), SettingError, r"sled\.EarlyExit\(\.\.\.\)"),
-    (lambda lm: next(lm.stream("a", schedule=3)), SettingError, r"schedule is 3.* sled\.Gather"),
+    (lambda lm: lm.stream("a", schedule=3), SettingError, r"schedule is 3.* sled\.Gather"),
     (lambda lm: lm.generate("a", schedule=sled.Lockstep), SettingError, r"sled\.Lockstep\(\)"),
     (lambda lm: lm.generate("a", sampling=0.7), SettingError, r"sampling is 0\.7.* sled\.Sampling"),
     (lambda lm: lm.score("a", " b", fusion=sled.DoLa), SettingError, "DoLa"),
@@ -97,7 +97,7 @@ class Unregistered(sled.FinalLayer):
     (lambda lm: sled.Sampling(top_k=2**40), SettingError, "top_k"),
     (lambda lm: lm.generate("a", seed=-1), SettingError, "seed is -1"),
     (lambda lm: lm.generate(["a", "b"], seed=2**32 - 1), SettingError, "from 0 to 4294967294"),
-    (lambda lm: next(lm.stream("a", seed=2**32)), SettingError, "seed is 4294967296"),
+    (lambda lm: lm.stream("a", seed=2**32), SettingError, "seed is 4294967296"),
     (lambda lm: lm.generate("a", seed=0.5), SettingError, "seed is 0.5"),
     (lambda lm: sled.Sampling(min_p=2), SettingError, "min_p"),
     (lambda lm: sled.Sampling(repetition_penalty=0), SettingError, "repetition_penalty"),
@@ -109,13 +109,29 @@ def test_bad_input_is_named(lm, call, error, says):
         call(lm)
 
 
-def test_a_folder_without_tokenizer_takes_ids_only(tmp_path):
+@pytest.fixture(scope="module")
+def without_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ids")
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(DEMO / name, tmp_path)
-    lm = sled.load(tmp_path)
+        shutil.copy(DEMO / name, folder)
+    return folder
+
+
+def test_a_folder_without_tokenizer_takes_ids_only(without_tokenizer):
+    lm = sled.load(without_tokenizer)
     assert lm.generate([5, 6, 7], max_new_tokens=2).texts is None
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
-        lm.generate("text")
+    for call in (lm.generate, lm.stream, lm.lens, lambda text: lm.score(text, "more")):
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+            call("text")
+
+
+@pytest.mark.parametrize("arguments", [("generate", "x"), ("generate", "x", "--json"), ("generate", "x", "y"),
+                                       ("score", "x", "y"), ("score", "x", "y", "--json"), ("lens", "x")], ids=" ".join)
+def test_the_command_needs_a_tokenizer(capsys, without_tokenizer, arguments):
+    code, out, err = run(capsys, *arguments, "--model", str(without_tokenizer))
+    assert (code, out) == (1, "")
+    assert [line for line in err.splitlines() if line.startswith("sled: ")] == err.splitlines()[-1:]
+    assert "sled: TokenizerError: " in err and "tokenizer.json" in err
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path):
@@ -163,6 +179,10 @@ def test_score_and_lens_commands(capsys, tmp_path):
     ("generate", "x", "--fusion", "dola", "--rate", "1"),
     ("generate", "x", "--fusion", "sled", "--rate", "-1"),
     ("generate", "x", "--temperature", "-1"),
+    ("generate", "x", "--seed", "-1"),
+    ("generate", "x", "--stop", ""),
+    ("generate", "x", "-n", "0"),
+    ("generate", "x", "--fusion", "sled", "--layers", "99"),
     ("score", "x"),
     ("demo", "--problems", "0"),
     ("demo", "--show", "-1"),

@@ -62,7 +62,7 @@ def test_rows_of_one_batch_keep_their_own(lm):
     dict(exits=sled.SelfSpeculation(1, confidence=FIVE / 9)),
 ], ids=str)
 def test_rows_that_are_not_the_prompts_are_refused(lm, settings):
-    for call in (lm.generate, lambda prompts, **how: next(lm.stream(prompts, **how))):
+    for call in (lm.generate, lm.stream):
         with pytest.raises(SettingError, match=r"B is 1 or 4 here; .* prompts"):
             call(PROMPTS, **settings)
 

@@ -60,7 +60,8 @@ class Generate:
               file=sys.stderr)
 
     def _stream(self, lm, prompt: str, settings: dict) -> None:
+        chunks = lm.stream(prompt, **settings)  # first, so that no prompt stands before an error
         print(prompt, end="", flush=True)
-        for chunk in lm.stream(prompt, **settings):
+        for chunk in chunks:
             print(chunk.texts[0], end="", flush=True)
         print()
