@@ -11,18 +11,19 @@ from fractions import Fraction
 
 from sled.errors import SettingError
 
-_ANSWER = re.compile(r"####\s*\$?\s*(-?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?)")
+_NUMBER = re.compile(r"\s*\$?\s*(-?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?)")
 
 
 def final_answer(text: str) -> Fraction | None:
-    """The number after the last `####`, or None where there is none.
+    """The number after the last `####`, or None where there is none: an earlier `####` does not count then.
 
     Spaces, a dollar sign, thousands separators and trailing text do not matter; a decimal is exact.
     """
-    found = _ANSWER.findall(text)
-    if not found:
+    _, mark, rest = text.rpartition("####")
+    found = _NUMBER.match(rest)
+    if not mark or not found:
         return None
-    sign, digits = found[-1]
+    sign, digits = found.groups()
     return Fraction(sign + digits.replace(",", ""))
 
 

@@ -12,11 +12,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from sled.errors import SettingError
+
+LARGEST = 2**31 - 1  # the largest whole number that is traced: they are int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +36,12 @@ class Number:
     hint: str
 
     def __call__(self, name: str, value) -> float:
-        if not _is_number(value) or not self._holds(value):
+        clean = _as_float(value)
+        if clean is None or not self._holds(clean):
             left, right = "(" if self.open_low else "[", ")" if self.high == math.inf else "]"
             interval = f"{left}{self.low:g}, {self.high:g}{right}"
             raise SettingError(f"{name} is {value!r}, but must be a number in {interval}; {self.hint}")
-        return float(value)
+        return clean
 
     def _holds(self, value) -> bool:
         above = self.low < value if self.open_low else self.low <= value
@@ -79,6 +83,24 @@ class Layers:
         raise SettingError(f"{name} is {value!r}, but must be {choices}; 0 is the embeddings")
 
 
+@dataclasses.dataclass(frozen=True)
+class Instance:
+    """An object of a class or protocol, as it is; by default one that jax can trace (a pytree)."""
+
+    kind: type
+    _: dataclasses.KW_ONLY
+    traced: bool = True
+    hint: str
+
+    def __call__(self, name: str, value):
+        # A class has its instances' attributes, and passes for an instance of a protocol.
+        fits = isinstance(value, self.kind) and not isinstance(value, type)
+        if not fits or (self.traced and jax.tree_util.all_leaves([value])):
+            untraceable = " that jax can trace" if fits else ", not its class or name"
+            raise SettingError(f"{name} is {value!r}, but must be an instance{untraceable}; {self.hint}")
+        return value
+
+
 def settle(self, **rules) -> None:
     """Check fields of a frozen dataclass made a pytree by `traced`, and put the clean values in their place.
 
@@ -96,10 +118,10 @@ def settle_bounded(self, field: str, bound: str, *, least: int, hint: str) -> No
     A bound of None becomes the next of `least`, 2 `least`, 4 `least`, ... that holds the count.
     """
     if getattr(self, bound) is not None:
-        settle(self, **{bound: Whole(1, hint=f"it is the static bound of {field}, or None")})
+        settle(self, **{bound: Whole(1, LARGEST, hint=f"it is the static bound of {field}, or None")})
         settle(self, **{field: Whole(1, getattr(self, bound), hint=f"{bound} is its bound")})
         return
-    settle(self, **{field: Whole(1, 2**31 - 1, hint=hint)})
+    settle(self, **{field: Whole(1, LARGEST, hint=hint)})
     if is_array(getattr(self, field)):
         name = type(self).__name__
         raise SettingError(f"{name}.{field} is an array, whose entries need a static bound; give {bound} too")
@@ -109,9 +131,40 @@ def settle_bounded(self, field: str, bound: str, *, least: int, hint: str) -> No
     object.__setattr__(self, bound, size)
 
 
+def check_rows(settings, rows: int, *, hint: str) -> None:
+    """Refuse an array in `settings` that fits neither all rows alike nor each of `rows` rows."""
+    for field, axes, value in _row_fields(settings):
+        if value.ndim > len(axes) or (value.ndim == len(axes) and value.shape[0] not in (1, rows)):
+            name, either = f"{type(settings).__name__}.{field}", f"1 or {rows}" if rows > 1 else "1"
+            raise SettingError(f"{name} is an array of shape {value.shape}, but its axes are [{', '.join(axes)}], or "
+                               f"fewer without B, and B is {either} here; {hint}")
+
+
+def take_rows(settings, rows: Sequence[int]):
+    """`settings` that passed `check_rows`, for these rows in this order: arrays with an entry per row are gathered."""
+    index = np.asarray(rows)
+    gathered = {field: value[index] for field, axes, value in _row_fields(settings)
+                if value.ndim == len(axes) and value.shape[0] > 1}
+    return dataclasses.replace(settings, **gathered) if gathered else settings
+
+
+def _row_fields(settings):
+    """Fields that may hold an entry per row and are arrays: name, axes, value. None in a class that names none."""
+    return [(field, axes, getattr(settings, field)) for field, axes in getattr(settings, "row_axes", {}).items()
+            if is_array(getattr(settings, field))]
+
+
 def is_array(value) -> bool:
     """Whether `value` is an array of numpy or jax; tracers are."""
     return isinstance(value, (jax.Array, np.ndarray))
+
+
+def _as_float(value) -> float | None:
+    """None where `value` is no number, or too large a one."""
+    try:
+        return float(value) if _is_number(value) else None
+    except OverflowError:
+        return None
 
 
 def _is_number(value) -> bool:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sled.checks import Whole
 from sled.decoding.buckets import bucket
 from sled.decoding.network import Build, fuse
 from sled.decoding.scoring import map_places
@@ -60,7 +61,7 @@ class Lens:
         Each cell is the layer's choice with its probability in percent; `*` marks agreement with
         the final layer.
         """
-        columns = range(first, min(first + count, len(self.tokens)))
+        columns = self.columns(first, count)
         rows = [["read", *(show(self.tokens[t]) for t in columns)]]
         if self.fused is not None:
             rows.append(["fused", *(show(self.fused_names[t]) for t in columns)])
@@ -72,10 +73,19 @@ class Lens:
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
     def picture(self, path: str | Path, *, title: str | None = None, first: int = 0, count: int = 48) -> Path:
-        """Draws the lens into an image file (format by its ending) and returns its path."""
+        """Draws the lens into an image file (format by its ending: .png, .svg or .pdf) and returns its path.
+
+        Raises SettingError for another ending, or a path that cannot be written.
+        """
         from sled.lens_picture import draw
 
         return draw(self, Path(path), title=title, first=first, count=count)
+
+    def columns(self, first: int, count: int) -> range:
+        """Positions first .. first + count - 1, as far as the text goes."""
+        first = Whole(0, len(self.tokens) - 1, hint="it is the first position of the text to show")("first", first)
+        count = Whole(1, hint="it counts the positions to show")("count", count)
+        return range(first, min(first + count, len(self.tokens)))
 
 
 def show(name: str) -> str:

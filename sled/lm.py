@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.checks import Whole
+from sled.checks import Instance, Whole, check_rows, take_rows
 from sled.decoding.generation import Generation
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.errors import PromptError, SettingError
 from sled.exits import FullDepth, Immediate, Policy, Schedule
-from sled.fusion import FinalLayer
+from sled.fusion import FinalLayer, Strategy
 from sled.lens import Lens, look
 from sled.models import Decoder
 from sled.prompts import Prompts, is_one, pair_ids, prompt_ids
@@ -26,6 +27,10 @@ GREEDY = Sampling()
 FINAL_LAYER = FinalLayer()
 FULL_DEPTH = FullDepth()
 IMMEDIATE = Immediate()
+A_STRATEGY = Instance(Strategy, hint="give a strategy such as sled.SLED(); sled.FinalLayer() is plain decoding")
+A_POLICY = Instance(Policy, hint="give sled.EarlyExit(...) or sled.SelfSpeculation(...), or leave it out")
+A_SCHEDULE = Instance(Schedule, traced=False, hint="give sled.Immediate(), sled.Lockstep() or sled.Gather(...)")
+A_SAMPLING = Instance(Sampling, hint="give sled.Sampling(temperature=...), or leave it out to be greedy")
 
 
 class Merge:
@@ -70,6 +75,7 @@ class LM:
             and verified (`sled.SelfSpeculation(...)`); by default it goes through all layers.
         schedule: when deeper layers run, for the batch; changes the time, never the text.
         sampling: greedy unless told otherwise.
+            Where fusion, exits or sampling take an array with one entry per row, the rows are the prompts.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
         stop: strings that end a text.
         batch_size: prompts decoded together; a row's tokens do not depend on the others.
@@ -79,7 +85,7 @@ class LM:
         """
         batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
         ids = prompt_ids(prompts, self.text, self.config)
-        stop = _stop_strings(stop)
+        seed, stop = _first_seed(seed, len(ids)), _stop_strings(stop)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
         batches = [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
         rows: dict[int, Row] = {}
@@ -87,9 +93,8 @@ class LM:
         runs = []
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
-                run = self._begin([ids[i] for i in batch], [seed + i for i in batch], max_new_tokens,
-                                  height=min(batch_size, len(ids)), fusion=fusion, policy=exits, schedule=schedule,
-                                  sampling=sampling)
+                run = self._begin(ids, batch, max_new_tokens, height=min(batch_size, len(ids)), seed=seed,
+                                  fusion=fusion, exits=exits, schedule=schedule, sampling=sampling)
                 for done in self._advance(run, len(batch), stop, STOP_CHUNK if stop else None):
                     rows.update(zip(batch, done, strict=True))
                 layers.update({i: run.exit_layers(at)[:len(rows[i].tokens)] for at, i in enumerate(batch)})
@@ -107,12 +112,18 @@ class LM:
     def stream(self, prompts: Prompts, *, chunk: int = 8, max_new_tokens: int = 128, fusion=FINAL_LAYER,
                exits: Policy = FULL_DEPTH, schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, seed: int = 0,
                stop: str | Sequence[str] = ()) -> Iterator[Chunk]:
-        """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens."""
+        """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens.
+
+        The prompts are read before it returns, and errors raised; new tokens are made as chunks are taken.
+        """
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         ids = prompt_ids(prompts, self.text, self.config)
-        stop = _stop_strings(stop)
-        run = self._begin(ids, [seed + i for i in range(len(ids))], max_new_tokens, height=len(ids), fusion=fusion,
-                          policy=exits, schedule=schedule, sampling=sampling)
+        seed, stop = _first_seed(seed, len(ids)), _stop_strings(stop)
+        run = self._begin(ids, range(len(ids)), max_new_tokens, height=len(ids), seed=seed, fusion=fusion,
+                          exits=exits, schedule=schedule, sampling=sampling)
+        return self._chunks(run, ids, stop, chunk)
+
+    def _chunks(self, run: Generation, ids: list[np.ndarray], stop: Sequence[str], chunk: int) -> Iterator[Chunk]:
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
         for rows in self._advance(run, len(ids), stop, chunk):
             layers = [run.exit_layers(i)[:len(row.tokens)] for i, row in enumerate(rows)]
@@ -140,6 +151,8 @@ class LM:
         Fused scores are normalised by a log-softmax over the vocabulary; the lower bound of SLED and
         of the clamp shows as a very low log-probability of the tokens outside the top-k.
 
+        fusion: its settings are the same for all; an array with an entry per row is refused.
+
         Raises: PromptError, SettingError, TokenizerError.
         """
         batch_size = Whole(1, hint="continuations are scored in batches")("batch_size", batch_size)
@@ -156,6 +169,8 @@ class LM:
         pairs = [pair_ids(p, c, self.text, self.config) for group in groups for p, c in group]
         if not pairs:
             raise PromptError("no continuation was given; give at least one for the prompt")
+        check_rows(A_STRATEGY("fusion", fusion), 1,
+                   hint="a continuation's score is the same in any company, so give one value for all")
         scored = score_pairs(self.build, self.params, pairs, fusion=fusion, batch_size=batch_size)
         results = {}
         for index, logp_T, best_T in tqdm(scored, total=len(pairs), unit="text", disable=not progress):
@@ -172,16 +187,28 @@ class LM:
         fusion: a strategy whose choice is shown beside the layers', such as `sled.SLED()`.
         """
         [ids] = prompt_ids(text, self.text, self.config)
+        if fusion is not None:
+            check_rows(A_STRATEGY("fusion", fusion), 1, hint="the lens reads one text, so give one value")
         name = self.text.token if self.text.available else str
         return look(self.build, self.params, ids, fusion=fusion, name_token=name)
 
-    def _begin(self, ids, seeds, max_new_tokens: int, *, height: int, **how) -> Generation:
-        """A run of `height` rows: the prompts, and idle rows so that the shape is one compiled before."""
+    def _begin(self, ids: list[np.ndarray], batch: Sequence[int], max_new_tokens: int, *, height: int, seed: int,
+               fusion, exits, schedule, sampling) -> Generation:
+        """A run of `height` rows: prompts `batch` of `ids`, and idle rows so that the shape is one compiled before.
+
+        Settings with an entry per prompt follow their prompts; an idle row repeats the first one's.
+        """
         new = Whole(1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
-        limits = [min(new, self.config.max_positions - len(x)) for x in ids]
-        idle = height - len(ids)
-        return Generation(self.build, self.params, [*ids, *[ids[0]] * idle], limits=[*limits, *[0] * idle],
-                          seeds=[*seeds, *[0] * idle], stop_ids=self.config.eos_ids, **how)
+        A_SCHEDULE("schedule", schedule)
+        for rule, name, settings in ((A_STRATEGY, "fusion", fusion), (A_POLICY, "exits", exits),
+                                     (A_SAMPLING, "sampling", sampling)):
+            check_rows(rule(name, settings), len(ids), hint="give one value for all prompts, or an entry for each")
+        rows = [*batch, *[batch[0]] * (height - len(batch))]
+        limits = [min(new, self.config.max_positions - len(ids[i])) for i in batch]
+        return Generation(self.build, self.params, [ids[i] for i in rows],
+                          limits=[*limits, *[0] * (height - len(batch))], seeds=[seed + i for i in rows],
+                          policy=take_rows(exits, rows), schedule=schedule, fusion=take_rows(fusion, rows),
+                          sampling=take_rows(sampling, rows), stop_ids=self.config.eos_ids)
 
     def _advance(self, run: Generation, count: int, stop: Sequence[str], chunk: int | None) -> Iterator[list[Row]]:
         """Runs to the end, yielding the first `count` rows after every `chunk` tokens."""
@@ -194,6 +221,10 @@ class LM:
             if ended:
                 run.stop(ended)
             yield rows
+
+
+def _first_seed(seed: int, prompts: int) -> int:
+    return Whole(0, 2**32 - prompts, hint="prompt i draws from stream seed + i, one of 2**32")("seed", seed)
 
 
 def _stop_strings(stop: str | Sequence[str]) -> list[str]:

@@ -35,7 +35,12 @@ def pair_ids(prompt: Prompt, continuation: Prompt, text: Text, config: DecoderCo
     if isinstance(prompt, str) != isinstance(continuation, str):
         raise PromptError("a prompt and its continuation must both be strings or both lists of token ids")
     if isinstance(prompt, str):
-        prompt, continuation = text.encode_continuation(prompt, continuation)
+        before, scored = text.encode_continuation(prompt, continuation)
+        if prompt and not before:
+            raise PromptError(f"no token of the prompt {prompt[-40:]!r} stands before the continuation "
+                              f"{continuation[:40]!r}: they share one, or the prompt is white space; "
+                              "give a longer prompt")
+        prompt, continuation = before, scored
     prompt = check_ids(prompt, config, "the prompt")
     continuation = check_ids(continuation, config, "the continuation")
     both = len(prompt) + len(continuation)

@@ -32,14 +32,22 @@ class Text:
         return self._get().encode(text).ids
 
     def encode_continuation(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of both parts of one text. Spaces that end the prompt move to the continuation.
+        """Ids of both parts of one text; a token that straddles the boundary belongs to the continuation.
 
-        The two are tokenised together and cut at the prompt's own token count, as in the
-        evaluation harness: a token that straddles the boundary belongs to the continuation.
+        White space that ends the prompt moves to the continuation. Both parts are tokenised as one text, and so
+        is the prompt alone; the cut lies where these two first differ. Where the prompt's tokens begin the whole
+        text's, as they nearly always do, this is `_encode_pair` of lm-evaluation-harness (special tokens aside:
+        here they are the tokenizer's own). Where they do not, the harness puts the prompt's own tokens before
+        what the whole text has beyond as many, and scores a text that nobody wrote: of "How m" + "any" nothing is
+        left, for "How many" has no more tokens. Here the pair is always the tokens of the whole text, and the
+        score is that of " many" after "How".
+
+        The prompt's part is empty where its first token straddles the boundary, or where it is white space alone.
         """
-        kept = prompt.rstrip(" ")
         whole = self.encode(prompt + continuation)
-        cut = len(self.encode(kept))
+        alone = self.encode(prompt.rstrip())
+        cut = next((n for n, pair in enumerate(zip(whole, alone, strict=False)) if pair[0] != pair[1]),
+                   min(len(whole), len(alone)))
         return whole[:cut], whole[cut:]
 
     def decode(self, ids: Sequence[int]) -> str:

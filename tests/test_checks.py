@@ -46,6 +46,7 @@ def test_what_is_no_number_is_refused(rule, value):
     (RATE, 0, "name is 0, but must be a number in (0, inf); h"),
     (BOUND, INF, "name is inf, but must be a number in [-inf, inf); h"),
     (COUNT, 0, "name is 0, but must be a whole number of at least 1; h"),
+    (SHARE, 10**400, "name is 10000000000"),
     (COUNT, 1.5, "name is 1.5, but must be a whole number of at least 1; h"),
     (FEW, 5, "name is 5, but must be a whole number from 0 to 4; h"),
     (WORDS, "low", "name is 'low', but must be None or 'all' or a tuple of layer indices such as (0, 8, 16); "),

@@ -319,6 +319,8 @@ def test_stop_strings_and_streams_see_verified_tokens_only(lm, prompts):
     (lambda: sled.EarlyExit("low"), "low"),
     (lambda: sled.EarlyExit(2, measure="hope"), "hope"),
     (lambda: sled.EarlyExit(2, measure="classifier"), "classifier"),
+    (lambda: sled.EarlyExit(2, measure="classifier", classifier=sled.Classifier), "an instance, .* sled.Classifier"),
+    (lambda: sled.EarlyExit(2, measure="classifier", classifier=np.ones(3)), "sled.Classifier"),
     (lambda: sled.EarlyExit(2, kv="none"), "none"),
     (lambda: sled.EarlyExit(2, decay="fast"), "fast"),
     (lambda: sled.EarlyExit(2, max_deferred=0), "max_deferred is 0"),
@@ -329,6 +331,10 @@ def test_stop_strings_and_streams_see_verified_tokens_only(lm, prompts):
     (lambda: sled.SelfSpeculation((1, 2)), "adaptive"),
     (lambda: sled.Gather(rows=0), "rows is 0"),
     (lambda: sled.Gather(patience=-1), "patience is -1"),
+    (lambda: sled.Gather(rows=2**40), "rows is 1099511627776"),
+    (lambda: sled.Gather(patience=2**31), "patience is 2147483648"),
+    (lambda: sled.EarlyExit(2, min_layer=2**40), "min_layer"),
+    (lambda: sled.SelfSpeculation(2, max_draft=2**40), "max_draft"),
 ])
 def test_bad_settings_are_named(build, says):
     with pytest.raises(sled.SettingError, match=says):

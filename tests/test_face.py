@@ -11,6 +11,7 @@ from sled import _versions, cli
 from sled.demo.problems import problems, prompt
 from sled.errors import CheckpointError, DownloadError, PromptError, SettingError, TokenizerError, VersionError
 from sled.eval.answers import final_answer
+from sled.files import writable, writable_picture
 
 DEMO = Path(__file__).parent.parent / "sled" / "demo" / "model"
 
@@ -39,6 +40,12 @@ def test_stop_strings_cut_text_and_tokens(lm):
     assert "".join(chunk.texts[0] for chunk in streamed) == out.texts[0]
 
 
+def test_the_largest_seed_and_chunk_are_taken(lm):
+    settings = dict(max_new_tokens=3, seed=2**32 - 1, sampling=sled.Sampling(temperature=1.0))
+    [chunk] = lm.stream("Question:", chunk=2**40, **settings)
+    assert chunk.tokens == lm.generate("Question:", **settings).tokens
+
+
 def test_scores_prefer_the_right_answer(lm):
     p = problems("heldout", 1)[0]
     wrong = p.solution.replace(f"#### {p.answer}", f"#### {p.answer + 1}")
@@ -55,6 +62,10 @@ def test_lens_picture_is_written(lm, tmp_path):
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
+class Unregistered(sled.FinalLayer):
+    """A strategy that was not made a pytree."""
+
+
 @pytest.mark.parametrize(("call", "error", "says"), [
     (lambda lm: lm.generate(""), PromptError, "empty"),
     (lambda lm: lm.generate([]), PromptError, "no prompt"),
@@ -69,9 +80,25 @@ def test_lens_picture_is_written(lm, tmp_path):
     (lambda lm: lm.score(["a", "b"], ["c"]), PromptError, "2 prompts"),
     (lambda lm: lm.score("a", [[1]]), PromptError, "both"),
     (lambda lm: lm.score([1] * 200, [[1] * 100]), PromptError, "300"),
+    (lambda lm: lm.generate("a", fusion=sled.SLED), SettingError, r"class 'sled.*SLED'>.* give a strategy"),
+    (lambda lm: lm.generate("a", fusion="sled"), SettingError, r"'sled', but must be an instance.* sled\.SLED\(\)"),
+    (lambda lm: lm.generate("a", fusion=sled.EarlyExit(2)), SettingError, "fusion is EarlyExit"),
+    (lambda lm: lm.generate("a", fusion=Unregistered()), SettingError, "that jax can trace"),
+    (lambda lm: lm.generate("a", exits="early"), SettingError, r"exits is 'early'.* sled\.EarlyExit"),
+    (lambda lm: lm.generate("a", exits=sled.EarlyExit), SettingError, r"sled\.EarlyExit\(\.\.\.\)"),
+    (lambda lm: lm.stream("a", schedule=3), SettingError, r"schedule is 3.* sled\.Gather"),
+    (lambda lm: lm.generate("a", schedule=sled.Lockstep), SettingError, r"sled\.Lockstep\(\)"),
+    (lambda lm: lm.generate("a", sampling=0.7), SettingError, r"sampling is 0\.7.* sled\.Sampling"),
+    (lambda lm: lm.score("a", " b", fusion=sled.DoLa), SettingError, "DoLa"),
+    (lambda lm: lm.lens("a", fusion=sled.DoLa), SettingError, "DoLa"),
     (lambda lm: sled.Sampling(temperature=-1), SettingError, "temperature"),
     (lambda lm: sled.Sampling(top_p=0), SettingError, "top_p"),
     (lambda lm: sled.Sampling(top_k=1.5), SettingError, "top_k"),
+    (lambda lm: sled.Sampling(top_k=2**40), SettingError, "top_k"),
+    (lambda lm: lm.generate("a", seed=-1), SettingError, "seed is -1"),
+    (lambda lm: lm.generate(["a", "b"], seed=2**32 - 1), SettingError, "from 0 to 4294967294"),
+    (lambda lm: lm.stream("a", seed=2**32), SettingError, "seed is 4294967296"),
+    (lambda lm: lm.generate("a", seed=0.5), SettingError, "seed is 0.5"),
     (lambda lm: sled.Sampling(min_p=2), SettingError, "min_p"),
     (lambda lm: sled.Sampling(repetition_penalty=0), SettingError, "repetition_penalty"),
     (lambda lm: sled.load("./nowhere"), CheckpointError, "nowhere"),
@@ -82,13 +109,29 @@ def test_bad_input_is_named(lm, call, error, says):
         call(lm)
 
 
-def test_a_folder_without_tokenizer_takes_ids_only(tmp_path):
+@pytest.fixture(scope="module")
+def without_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ids")
     for name in ("config.json", "model.safetensors"):
-        shutil.copy(DEMO / name, tmp_path)
-    lm = sled.load(tmp_path)
+        shutil.copy(DEMO / name, folder)
+    return folder
+
+
+def test_a_folder_without_tokenizer_takes_ids_only(without_tokenizer):
+    lm = sled.load(without_tokenizer)
     assert lm.generate([5, 6, 7], max_new_tokens=2).texts is None
-    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
-        lm.generate("text")
+    for call in (lm.generate, lm.stream, lm.lens, lambda text: lm.score(text, "more")):
+        with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+            call("text")
+
+
+@pytest.mark.parametrize("arguments", [("generate", "x"), ("generate", "x", "--json"), ("generate", "x", "y"),
+                                       ("score", "x", "y"), ("score", "x", "y", "--json"), ("lens", "x")], ids=" ".join)
+def test_the_command_needs_a_tokenizer(capsys, without_tokenizer, arguments):
+    code, out, err = run(capsys, *arguments, "--model", str(without_tokenizer))
+    assert (code, out) == (1, "")
+    assert [line for line in err.splitlines() if line.startswith("sled: ")] == err.splitlines()[-1:]
+    assert "sled: TokenizerError: " in err and "tokenizer.json" in err
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path):
@@ -136,14 +179,55 @@ def test_score_and_lens_commands(capsys, tmp_path):
     ("generate", "x", "--fusion", "dola", "--rate", "1"),
     ("generate", "x", "--fusion", "sled", "--rate", "-1"),
     ("generate", "x", "--temperature", "-1"),
+    ("generate", "x", "--seed", "-1"),
+    ("generate", "x", "--stop", ""),
+    ("generate", "x", "-n", "0"),
+    ("generate", "x", "--fusion", "sled", "--layers", "99"),
     ("score", "x"),
     ("demo", "--problems", "0"),
+    ("demo", "--show", "-1"),
+    ("demo", "--output", "a-file"),
+    ("lens", "x", "--last", "0"),
+    ("lens", "x", "--picture", "x.xyz"),
+    ("lens", "x", "--picture", "no-ending"),
+    ("lens", "x", "--picture", "a-file/x.png"),
+    ("lens", "x", "--picture", "a-folder.png"),
+    ("bench", "decode", "--rounds", "0"),
+    ("bench", "decode", "--new-tokens", "0"),
+    ("bench", "decode", "--new-tokens", "993"),
+    ("bench", "decode", "--json", "a-file/x.json"),
+    ("bench", "fusion", "--json", "a-folder.png"),
 ])
-def test_the_command_prints_one_line_and_fails(capsys, arguments):
-    code, _, err = run(capsys, *arguments)
-    assert code == 1
+def test_the_command_prints_one_line_and_fails(capsys, tmp_path, monkeypatch, arguments):
+    monkeypatch.chdir(tmp_path)
+    Path("a-file").touch()
+    Path("a-folder.png").mkdir()
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (1, "")
     assert err.splitlines()[-1].startswith("sled: ")
     assert sum(line.startswith("sled: ") for line in err.splitlines()) == 1
+
+
+def test_a_path_is_tried_without_a_trace(tmp_path):
+    old, new = tmp_path / "old.json", tmp_path / "folder" / "new.svg"
+    old.write_text("{}")
+    assert (writable("old", old), writable_picture("new", new)) == (old, new)
+    assert old.read_text() == "{}" and not new.exists()
+
+
+def test_a_picture_too_wide_is_named(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr("sled.lens_picture.CELL_WIDTH", 100)
+    with pytest.raises(SettingError, match="5 positions"):
+        lm.lens([5, 6, 7, 8, 9]).picture(tmp_path / "x.png")
+
+
+def test_a_lens_shows_positions_of_the_text(lm):
+    lens = lm.lens("Question: 2*3?")
+    count = len(lens.tokens)
+    assert lens.columns(count - 1, 99) == range(count - 1, count)
+    for first, shown in ((count, 1), (-1, 1), (0, 0)):
+        with pytest.raises(SettingError, match=r"first is|count is"):
+            lens.table(first=first, count=shown)
 
 
 def test_a_hub_id_without_network_is_named(monkeypatch):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sled.bench.fusion import FINAL, FLOOR, TORCH, run_fusion_bench
+from sled.errors import SettingError
 
 
 def test_report_without_torch(monkeypatch):
@@ -18,6 +19,11 @@ def test_report_without_torch(monkeypatch):
     assert all(row.torch_speedup is None and row.best_ms > 0 for row in report.rows)
     assert "parity" in report.notes[0] and report.notes[0] in report.markdown()
     assert json.loads(report.json())["rows"][0]["vocabulary"] == 300
+
+
+def test_rounds_that_measure_nothing_are_refused():
+    with pytest.raises(SettingError, match="rounds is 0"):
+        run_fusion_bench(rounds=0)
 
 
 def test_report_with_torch():

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sled.bench.report import Report, column
 from sled.bench.rival import NOT_INSTALLED, transformers_twin
 from sled.bench.rounds import interleave
+from sled.checks import Whole
 from sled.fusion import SLED, FinalLayer
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
@@ -45,7 +46,13 @@ class DecodeRow:
 
 def run_decode_bench(*, new_tokens: int = 64, rounds: int = 4, config: DecoderConfig = CONFIG,
                      batches: tuple[int, ...] = BATCHES) -> Report:
-    """Measures every way at every batch size. Without torch and transformers, only this library's."""
+    """Measures every way at every batch size. Without torch and transformers, only this library's.
+
+    Raises SettingError for less than one token or round, or more tokens than the model's context holds.
+    """
+    Whole(1, config.max_positions - PROMPT_TOKENS, hint="prompt and new tokens lie in the model's context")(
+        "new_tokens", new_tokens)
+    Whole(1, hint="it counts the repetitions")("rounds", rounds)
     model = Decoder.init(config, rngs=nnx.Rngs(0))
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
     ways = _own_ways(LM(model))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sled.bench.report import Report, column
 from sled.bench.rounds import interleave
+from sled.checks import Whole
 from sled.fusion import SLED, SharedHead, default_tile
 
 SIZES = ((1024, 32_000), (2048, 128_256))
@@ -53,6 +54,7 @@ def run_fusion_bench(
     sizes: (width, vocabulary) pairs. rounds: interleaved repetitions; the port runs in at most `PORT_ROUNDS`,
     at batch 1 only, as the released code does. memory: also measure peak memory, in one process each.
     """
+    Whole(1, hint="it counts the repetitions")("rounds", rounds)
     port, notes = _torch_port()
     with_port = port is not None
     per_size = 4 * len(batches) * rounds + with_port * min(PORT_ROUNDS, rounds) + (2 + with_port) * memory

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from sled.cli.options import print_devices
+from sled.files import writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,8 @@ class Bench:
         BenchDecode, tyro.conf.subcommand("decode")] | Annotated[BenchExits, tyro.conf.subcommand("exits")]
 
     def run(self) -> None:
+        if self.what.json:
+            writable("--json", self.what.json)
         print_devices()
         self.what.run()
 

@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 from sled.cli.options import ModelOptions
+from sled.files import writable_picture
 
 MAX_NEW_TOKENS = 96
 
@@ -38,7 +39,9 @@ class Demo:
         from sled.demo.problems import problems, prompt
         from sled.eval.answers import final_answer
 
-        Whole(1, hint="it counts the problems to solve")("problems", self.problems)
+        Whole(1, hint="it counts the problems to solve")("--problems", self.problems)
+        Whole(0, hint="it counts the problems to print")("--show", self.show)
+        path = writable_picture("--output", self.output / "lens.png")
         ways = {
             "greedy (last layer)": sled.FinalLayer(),
             f"clamp only (k={self.scale})": sled.ClampOnly(scale=self.scale),
@@ -68,9 +71,9 @@ class Demo:
         text = prompts[0] + table[0][1].texts[0]
         lens = lm.lens(text, fusion=sled.SLED(rate=self.rate, scale=self.scale))
         first = max(0, len(lm.text.encode(prompts[0])) - 1)
-        picture = lens.picture(self.output / "lens.png", first=first, count=32,
-                               title="What each layer would say next, while the demo model solves a problem")
-        print(f"\nlens picture: {picture}")
+        lens.picture(path, first=first, count=32,
+                     title="What each layer would say next, while the demo model solves a problem")
+        print(f"\nlens picture: {path}")
 
 
 def side_by_side(question: str, greedy: str, sled: str) -> list[str]:

@@ -78,8 +78,9 @@ class Generate:
     def _stream(self, lm, prompt: str, settings: dict, paint: Paint | None):
         row = PaintedRow(lm.text.decode, paint) if paint else None
         said = []
+        chunks = lm.stream(prompt, **settings)  # first, so that no prompt stands before an error
         print(prompt, end="", flush=True)
-        for chunk in lm.stream(prompt, **settings):
+        for chunk in chunks:
             text, layers = chunk.texts[0], chunk.exit_layers[0]
             print(row.more(text, chunk.tokens[0], layers) if row else text, end="", flush=True)
             said += layers

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import tyro
 
+from sled.checks import Whole
 from sled.cli.options import FusionOptions, ModelOptions, unescape
+from sled.files import writable_picture
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +31,14 @@ class Lens:
     """Show the last so many positions of the text."""
 
     def run(self) -> None:
+        last = Whole(1, hint="it counts the positions to show")("--last", self.last)
         strategy = self.fusion_options.strategy()
+        if self.picture:
+            writable_picture("--picture", self.picture)
         lm = self.model_options.load()
         lens = lm.lens(unescape(self.text), fusion=None if self.fusion_options.fusion == "final" else strategy)
-        first = max(0, len(lens.tokens) - self.last)
-        print(lens.table(first=first, count=self.last))
+        first = max(0, len(lens.tokens) - last)
+        print(lens.table(first=first, count=last))
         print("cells: a layer's most likely next token and its probability in percent; * = the last layer's choice")
         if self.picture:
-            print(f"picture: {lens.picture(self.picture, first=first, count=self.last)}")
+            print(f"picture: {lens.picture(self.picture, first=first, count=last)}")

@@ -47,7 +47,8 @@ class Generation:
     def advance(self, steps: int | None = None) -> None:
         """Up to `steps` more tokens per active row, or all that are left."""
         begun = time.perf_counter()
-        goal_B = self._ends if steps is None else np.minimum(self._ends, self.lengths + steps)
+        most = int(self._ends.max())  # `steps` may be more than an int32 holds
+        goal_B = self._ends if steps is None else np.minimum(self._ends, self.lengths + min(steps, most))
         while (self.active & (self.lengths < goal_B)).any():
             if (self.active & (self.lengths == self._state.capacity)).any():
                 self._state = state.grow(self._state, capacity=bucket(self._state.capacity + 1))

@@ -13,12 +13,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sled.checks import Number, Whole, settle
+from sled.checks import LARGEST, Number, Whole, settle
 from sled.fusion.statistics import max_and_index
 from sled.pytree import traced
 
 
-@traced("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+@traced(temperature="B", top_k="B", top_p="B", min_p="B", repetition_penalty="B")
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. The default is greedy.
@@ -46,7 +46,7 @@ class Sampling:
         settle(
             self,
             temperature=Number(0, hint="0 is greedy, 1 samples the model's own distribution"),
-            top_k=Whole(0, hint="it counts tokens; 0 keeps all"),
+            top_k=Whole(0, LARGEST, hint="it counts tokens; 0 keeps all"),
             top_p=Number(0, 1, open_low=True, hint="it is a probability; 1 keeps all tokens"),
             min_p=Number(0, 1, hint="it is a fraction of the highest probability; 0 keeps all tokens"),
             repetition_penalty=Number(0, open_low=True, hint="it divides logits; 1 changes nothing"))

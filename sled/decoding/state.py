@@ -44,6 +44,7 @@ class Plan(NamedTuple):
     def of(cls, policy, fusion, network: Network) -> Plan:
         """Raises SettingError for a layer that the model does not have."""
         exits = policy.exits(network.num_layers)
+        fusion.early_layers(exits[-1], tied=network.tied_head)  # for its error, before any work
         kept = set(exits[:-1])
         for below, top in itertools.pairwise(exits):
             if top == exits[-1] or not policy.verifies:  # guesses are not fused

@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sled.checks import Number, Whole, is_array, settle
+from sled.checks import LARGEST, Instance, Number, Whole, is_array, settle
 from sled.errors import SettingError
 from sled.exits.measures import MEASURES, Classifier
 from sled.exits.policy import Exits, with_last
@@ -20,7 +20,7 @@ from sled.pytree import traced
 DECAYS = ("none", "calm-paper", "calm-code")
 
 
-@traced("threshold", "decay_temperature", "min_layer", "classifier")
+@traced("classifier", threshold="BE", decay_temperature="B", min_layer="B")
 @dataclasses.dataclass(frozen=True)
 class EarlyExit:
     """A token leaves after the first of `layers` whose confidence is above the threshold.
@@ -30,14 +30,15 @@ class EarlyExit:
     token of the prompt, goes on to the last layer.
 
     layers: the exits, n = after layer n of 1 .. L - 1. Static.
-    threshold: in [0, 1]; 1 never leaves. A number, a tuple with one per exit, or an array that
-        broadcasts to [B, exits]. Traced.
+    threshold: in [0, 1]; 1 never leaves. A number, one per exit (a tuple or an array (E,)), or per row
+        (B, E) or (B, 1). Traced.
     measure: "max_probability", "margin", "entropy" (1 - entropy / log V), "saturation" (cosine with the
         layer below, no projection) or "classifier" (then give `classifier`). Static.
     decay: how the threshold lambda falls with t, the tokens made so far, of at most N. "none";
         "calm-paper": 0.9 lambda + 0.1 exp(-decay_temperature t / N); "calm-code", as in t5x:
         0.9 lambda + 0.1 lambda exp(-decay_temperature t / N). Static.
-    decay_temperature, min_layer: traced; no token leaves before layer `min_layer`.
+    decay_temperature, min_layer: traced, each a number or one per row (B,); no token leaves before layer
+        `min_layer`.
     kv: "exact": a token that left is run through the deeper layers later, in a block, when a token next
         goes that deep; "propagate": its exit's hidden state stands for those layers' inputs at once
         (CALM; approximate). Static.
@@ -64,16 +65,19 @@ class EarlyExit:
             layers=Exits(),
             threshold=_each(Number(0, 1, hint="a confidence lies in [0, 1]; 1 never leaves early")),
             decay_temperature=Number(0, hint="CALM uses 4"),
-            min_layer=Whole(0, hint="it is the first layer to leave after; 0 is no bound"),
+            min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"),
             max_deferred=Whole(1, hint="it counts tokens of a row that wait for their K/V; 8 is usual"),
         )
-        if isinstance(self.threshold, tuple) and len(self.threshold) != len(self.layers):
-            raise SettingError(f"EarlyExit.threshold has {len(self.threshold)} numbers for {len(self.layers)} exits; "
-                               "give one number for all, or one per exit")
+        given = len(self.threshold) if isinstance(self.threshold, tuple) else (1, *jnp.shape(self.threshold))[-1]
+        if given not in (1, len(self.layers)):
+            raise SettingError(f"EarlyExit.threshold has {given} numbers for {len(self.layers)} exits; "
+                               "give one number for all, one per exit, or an array (rows, exits)")
         for name, known in (("measure", MEASURES), ("decay", DECAYS), ("kv", ("exact", "propagate"))):
             if getattr(self, name) not in known:
                 raise SettingError(f"EarlyExit.{name} is {getattr(self, name)!r}, which is unknown; "
                                    f"choose one of {', '.join(known)}")
+        if self.classifier is not None:
+            Instance(Classifier, hint="give sled.Classifier(weights, bias)")("EarlyExit.classifier", self.classifier)
         if (self.measure == "classifier") != (self.classifier is not None):
             raise SettingError('EarlyExit: measure="classifier" and a trained `classifier` go together; '
                                "give both or neither")
@@ -108,7 +112,7 @@ def _each(rule: Number):
 
     def check(name: str, value):
         if isinstance(value, (tuple, list)):
-            return tuple(x if is_array(x) else rule(name, x) for x in value)
+            return tuple(x if is_array(x) and not x.ndim else rule(name, x) for x in value)
         return rule(name, value)
 
     return check

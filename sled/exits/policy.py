@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from sled.errors import SettingError
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A frozen dataclass and jax pytree: `FullDepth`, `EarlyExit` or `SelfSpeculation`.
 

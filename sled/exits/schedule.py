@@ -6,12 +6,12 @@ A schedule decides about time alone. What a row says does not depend on it.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from sled.checks import Whole, settle
+from sled.checks import LARGEST, Whole, settle
 from sled.pytree import traced
 
 NEVER = 2**30
@@ -37,6 +37,7 @@ class Timing(NamedTuple):
         return waiting_B.any() & urgent
 
 
+@runtime_checkable
 class Schedule(Protocol):
     def timing(self, verifies: bool) -> Timing:
         """The numbers for the loop; `verifies` as in `Policy`."""
@@ -78,8 +79,8 @@ class Gather:
     patience: int = 16
 
     def __post_init__(self):
-        settle(self, rows=Whole(1, hint="it counts the rows that wait for each other"),
-               patience=Whole(0, hint="it counts the ticks a row waits at most"))
+        settle(self, rows=Whole(1, LARGEST, hint="it counts the rows that wait for each other"),
+               patience=Whole(0, LARGEST, hint="it counts the ticks a row waits at most"))
 
     def timing(self, verifies: bool) -> Timing:
         return Timing(self.rows, self.patience)

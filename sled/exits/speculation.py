@@ -22,7 +22,7 @@ KEEP = 0.95  # how much of the acceptance seen so far is kept at each verificati
 PRIOR = (3.0, 4.0)  # accepted and judged drafts before any was seen
 
 
-@traced("draft", "confidence", "vocabulary")
+@traced("vocabulary", draft="B", confidence="B")
 @dataclasses.dataclass(frozen=True)
 class SelfSpeculation:
     """Tokens are guessed after `layer` and verified by all layers together, as one block.

@@ -12,7 +12,7 @@ from sled.fusion.strategy import explicit_layers
 from sled.pytree import traced
 
 
-@traced("weights")
+@traced(weights="BC")
 @dataclasses.dataclass(frozen=True)
 class LayerAverage:
     """log sum_n w_n P_n over the early layers and the final one, as log-probabilities (B, V).
@@ -30,11 +30,15 @@ class LayerAverage:
 
     def __post_init__(self):
         settle(self, layers=Layers((None, "all")))
-        if not isinstance(self.weights, (list, tuple)):
+        if self.weights is None or is_array(self.weights):
             return
+        if not isinstance(self.weights, (list, tuple)):
+            raise SettingError(f"LayerAverage.weights is {self.weights!r}, but must be a tuple of numbers or an array; "
+                               "give one per early layer and one for the final layer, or None to weigh all alike")
         weight = Number(0, hint="weights are scaled to sum to 1")
         weights = tuple(
-            w if is_array(w) else weight(f"LayerAverage.weights[{i}]", w) for i, w in enumerate(self.weights)
+            w if is_array(w) and not w.ndim else weight(f"LayerAverage.weights[{i}]", w)
+            for i, w in enumerate(self.weights)
         )
         if not any(is_array(w) or w > 0 for w in weights):
             raise SettingError(f"LayerAverage.weights is {self.weights}, but must not be all 0; None weighs all alike")

@@ -15,7 +15,7 @@ from sled.fusion.strategy import explicit_layers, per_row
 from sled.pytree import traced
 
 
-@traced("relative_top", "lower_bound")
+@traced(relative_top="B", lower_bound="B")
 @dataclasses.dataclass(frozen=True)
 class DoLa:
     """log P_N - log P_n for the early layer n with the largest divergence from the final layer N.

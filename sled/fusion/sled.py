@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sled.checks import Layers, Number, Whole, settle, settle_bounded
+from sled.checks import LARGEST, Layers, Number, Whole, settle, settle_bounded
 from sled.errors import SettingError
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import explicit_layers, per_row
@@ -23,7 +23,7 @@ _PRESETS = {
 }
 
 
-@traced("rate", "scale", "steps", "temperature", "lower_bound")
+@traced(rate="B", scale="B", steps="B", temperature="B", lower_bound="B")
 @dataclasses.dataclass(frozen=True)
 class SLED:
     """Evolve the final layer's top tokens; every other token gets `lower_bound`.
@@ -59,7 +59,7 @@ class SLED:
         settle(
             self,
             rate=Number(0, hint="0.5 to 3 is usual"),
-            steps=Whole(1, hint="1 is usual"),
+            steps=Whole(1, LARGEST, hint="1 is usual"),
             temperature=Number(0, open_low=True, hint="1 is usual"),
             layers=Layers((None, "all", "blocks")),
         )
@@ -129,7 +129,7 @@ class SLED:
         return jax.lax.cond(steps == 1, once, many)
 
 
-@traced("scale", "lower_bound")
+@traced(scale="B", lower_bound="B")
 @dataclasses.dataclass(frozen=True)
 class ClampOnly:
     """The final layer's top `scale` tokens with their own logits, every other token at `lower_bound`.

@@ -1,0 +1,32 @@
+"""Files that are written for the user: refused by name before the work whose result they are for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from sled.errors import SettingError
+
+PICTURES = (".png", ".svg", ".pdf")
+
+
+def writable(name: str, path: Path) -> Path:
+    """`path`, whose folder is made; what is there already stays. Raises SettingError where none can be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = not os.path.lexists(path)
+        path.open("ab").close()  # asking for permissions would not tell a full or read-only disk
+        if new:
+            path.unlink()
+    except OSError as reason:
+        raise SettingError(f"{name} is {str(path)!r}, which cannot be written ({reason.strerror}); "
+                           "name a file in a folder of your own") from reason
+    return path
+
+
+def writable_picture(name: str, path: Path) -> Path:
+    """As `writable`, for a picture, whose format is its ending."""
+    if path.suffix.lower() not in PICTURES:
+        raise SettingError(f"{name} is {str(path)!r}, whose ending is none of {', '.join(PICTURES)}; "
+                           "the ending chooses the format, so give one of these")
+    return writable(name, path)

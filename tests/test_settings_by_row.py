@@ -1,0 +1,95 @@
+"""Settings with an entry per row: each follows its prompt, whatever the batches; what is not per row stays whole."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sled
+from sled.checks import check_rows, take_rows
+from sled.errors import SettingError
+from sled.exits import FullDepth
+from sled.lm import LM
+from sled.models import Decoder, DecoderConfig
+
+CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, num_layers=3, num_heads=4,
+                       num_kv_heads=2, head_dim=8, max_positions=64)
+PROMPTS = [[7, 8, 9, 10, 11], [12], [13, 14, 15], [16, 17, 18, 19]]  # not in the order of their lengths
+FIVE = np.arange(1, 6, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return LM(Decoder.init(CONFIG, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(("together", "alone"), [
+    (dict(sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9.0]), top_k=np.array([0, 0, 5, 0])),
+          fusion=sled.SLED(rate=jnp.array([0, 1, 2, 4.0]), scale=np.array([3, 9, 1, 20]), max_scale=32)),
+     lambda i: dict(sampling=sled.Sampling(temperature=[0, 9, 3, 9][i], top_k=[0, 0, 5, 0][i]),
+                    fusion=sled.SLED(rate=[0, 1, 2, 4][i], scale=[3, 9, 1, 20][i], max_scale=32))),
+    # As many weights and exits as prompts: nothing tells them from rows but the settings themselves.
+    (dict(fusion=sled.LayerAverage(np.eye(4, dtype=np.float32)[[3, 0, 1, 2]])),
+     lambda i: dict(fusion=sled.LayerAverage(np.eye(4, dtype=np.float32)[[3, 0, 1, 2][i]]))),
+    (dict(fusion=sled.LayerAverage(np.array([0, 0, 1, 0.0]))), lambda i: dict(fusion=sled.LayerAverage((0, 0, 1, 0)))),
+    (dict(exits=sled.EarlyExit((1, 2), threshold=np.array([[1, 0], [0, 1], [1, 1], [0, 0.0]]))),
+     lambda i: dict(exits=sled.EarlyExit((1, 2), threshold=[(1, 0), (0, 1), (1, 1), (0, 0)][i]))),
+    (dict(exits=sled.SelfSpeculation(1, draft=np.array([1, 4, 2, 3]), max_draft=8, vocabulary=jnp.arange(30, 34))),
+     lambda i: dict(exits=sled.SelfSpeculation(1, draft=[1, 4, 2, 3][i], vocabulary=jnp.arange(30, 34)))),
+], ids=["sampling and SLED", "weights by row", "weights of all", "thresholds", "drafts"])
+def test_each_row_keeps_its_own_whatever_the_batches(lm, together, alone):
+    expected = [lm.generate([prompt], max_new_tokens=6, seed=5 + i, **alone(i)) for i, prompt in enumerate(PROMPTS)]
+    out = lm.generate(PROMPTS, max_new_tokens=6, seed=5, batch_size=3, **together)  # two idle rows in the second
+    assert out.tokens == [one.tokens[0] for one in expected]
+    assert out.exit_layers == [one.exit_layers[0] for one in expected]
+
+
+def test_rows_of_one_batch_keep_their_own(lm):
+    settings = dict(max_new_tokens=6, sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9.0])))
+    expected = lm.generate(PROMPTS, batch_size=3, **settings).tokens
+    assert lm.generate(PROMPTS, **settings).tokens == expected
+    pieces = list(lm.stream(PROMPTS, **settings))
+    assert [[token for piece in pieces for token in piece.tokens[i]] for i in range(len(PROMPTS))] == expected
+
+
+@pytest.mark.parametrize("settings", [
+    dict(sampling=sled.Sampling(temperature=FIVE)),
+    dict(sampling=sled.Sampling(top_p=np.ones((4, 1)))),
+    dict(fusion=sled.SLED(rate=FIVE)),
+    dict(fusion=sled.LayerAverage(np.ones((5, 4)))),
+    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((5, 2)))),
+    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((4, 1, 2)))),
+    dict(exits=sled.SelfSpeculation(1, confidence=FIVE / 9)),
+], ids=str)
+def test_rows_that_are_not_the_prompts_are_refused(lm, settings):
+    for call in (lm.generate, lm.stream):
+        with pytest.raises(SettingError, match=r"B is 1 or 4 here; .* prompts"):
+            call(PROMPTS, **settings)
+
+
+def test_score_and_lens_take_no_rows(lm):
+    for fusion in (sled.SLED(rate=FIVE), sled.LayerAverage(np.ones((2, 4)))):
+        with pytest.raises(SettingError, match=r"B is 1 here; .*score"):
+            lm.score([[1], [2]], [[3], [4]], fusion=fusion)
+        with pytest.raises(SettingError, match=r"B is 1 here; .*lens"):
+            lm.lens([1, 2], fusion=fusion)
+    one = lm.score([1], [[2, 3]], fusion=sled.SLED(rate=np.array([2.0])))
+    assert one.totals == lm.score([1], [[2, 3]], fusion=sled.SLED(rate=2.0)).totals
+
+
+def test_an_array_for_one_exit_after_another_is_no_array_of_rows():
+    with pytest.raises(SettingError, match="4 numbers for 2 exits"):
+        sled.EarlyExit((1, 2), threshold=np.ones(4))
+    for build in (lambda x: sled.EarlyExit((1, 2), threshold=(x, x)), lambda x: sled.LayerAverage((x, x))):
+        build(np.float32(1)), build(np.array(1.0))
+        with pytest.raises(SettingError):
+            build(np.ones(2))
+
+
+def test_rows_are_taken_from_what_has_rows_only():
+    policy = sled.EarlyExit((1, 2), threshold=np.array([[1.0], [0.0]]), min_layer=np.array([1]))
+    check_rows(policy, 2, hint="")
+    taken = take_rows(policy, [1, 1, 0])
+    assert taken.threshold.tolist() == [[0], [0], [1]] and taken.min_layer.tolist() == [1]
+    assert take_rows(sled.SLED(), [1, 0]) == sled.SLED() and take_rows(FullDepth(), [0]) == FullDepth()
+    check_rows(object(), 2, hint="")  # a strategy of one's own may know nothing of rows
