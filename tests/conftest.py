@@ -1,7 +1,9 @@
 """Tiny checkpoints of every family and variant, made of fixed random numbers, for all tests."""
 
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -69,6 +71,16 @@ def tensors(config: dict) -> dict[str, np.ndarray]:
     centre = {name: 1.0 if "norm" in name else 0.0 for name in shapes}
     return {name: (centre[name] + 0.2 * random.standard_normal(shape)).astype(np.float32)
             for name, shape in shapes.items()}
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Compiled programs are dropped when they are many: each holds memory maps, of which Linux allows a process
+    only so many (65,530 by default), and XLA crashes beyond."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
 
 
 @pytest.fixture(params=VARIANTS)
