@@ -26,26 +26,28 @@ LARGEST = 2**31 - 1  # the largest whole number that is traced: they are int32
 class Number:
     """A number from `low` to `high`, as a float. NaN and infinity are refused; minus infinity is, where `low` is more.
 
-    open_low: whether `low` itself is refused.
+    open_low, open_high: whether `low` itself is refused, and `high`.
     """
 
     low: float = -math.inf
     high: float = math.inf
     _: dataclasses.KW_ONLY
     open_low: bool = False
+    open_high: bool = False
     hint: str
 
     def __call__(self, name: str, value) -> float:
         clean = _as_float(value)
         if clean is None or not self._holds(clean):
-            left, right = "(" if self.open_low else "[", ")" if self.high == math.inf else "]"
+            left, right = "(" if self.open_low else "[", ")" if self.open_high or self.high == math.inf else "]"
             interval = f"{left}{self.low:g}, {self.high:g}{right}"
             raise SettingError(f"{name} is {value!r}, but must be a number in {interval}; {self.hint}")
         return clean
 
     def _holds(self, value) -> bool:
         above = self.low < value if self.open_low else self.low <= value
-        return above and value <= self.high and value < math.inf
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and value < math.inf
 
 
 @dataclasses.dataclass(frozen=True)

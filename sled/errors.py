@@ -35,3 +35,7 @@ class CheckpointError(SledError):
 
 class DownloadError(SledError, OSError):
     """A model could not be fetched from the hub."""
+
+
+class CalibrationError(SledError, ValueError):
+    """A calibration cannot be made of these losses, or its record is damaged or made for something else."""

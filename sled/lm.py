@@ -8,13 +8,24 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.checks import Instance, Whole, check_rows, take_rows
+from sled.arguments import (
+    A_POLICY,
+    A_SAMPLING,
+    A_SCHEDULE,
+    A_STRATEGY,
+    FINAL_LAYER,
+    FULL_DEPTH,
+    GREEDY,
+    IMMEDIATE,
+    NEW_TOKENS,
+    stop_strings,
+)
+from sled.checks import Whole, check_rows, take_rows
 from sled.decoding.generation import Generation
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
-from sled.errors import PromptError, SettingError
-from sled.exits import FullDepth, Immediate, Policy, Schedule
-from sled.fusion import FinalLayer, Strategy
+from sled.errors import PromptError
+from sled.exits import Policy, Schedule
 from sled.lens import Lens, look
 from sled.models import Decoder
 from sled.prompts import Prompts, is_one, pair_ids, prompt_ids
@@ -23,14 +34,6 @@ from sled.rows import Row
 from sled.text import Text
 
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
-GREEDY = Sampling()
-FINAL_LAYER = FinalLayer()
-FULL_DEPTH = FullDepth()
-IMMEDIATE = Immediate()
-A_STRATEGY = Instance(Strategy, hint="give a strategy such as sled.SLED(); sled.FinalLayer() is plain decoding")
-A_POLICY = Instance(Policy, hint="give sled.EarlyExit(...) or sled.SelfSpeculation(...), or leave it out")
-A_SCHEDULE = Instance(Schedule, traced=False, hint="give sled.Immediate(), sled.Lockstep() or sled.Gather(...)")
-A_SAMPLING = Instance(Sampling, hint="give sled.Sampling(temperature=...), or leave it out to be greedy")
 
 
 class Merge:
@@ -63,9 +66,10 @@ class LM:
         graph, self.params = nnx.split(model)
         self.build = Merge(graph)
 
-    def generate(self, prompts: Prompts, *, max_new_tokens: int = 128, fusion=FINAL_LAYER, exits: Policy = FULL_DEPTH,
-                 schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, seed: int = 0,
-                 stop: str | Sequence[str] = (), batch_size: int = 32, progress: bool = False) -> Output:
+    def generate(self, prompts: Prompts, *, max_new_tokens: int = NEW_TOKENS, fusion=FINAL_LAYER,
+                 exits: Policy = FULL_DEPTH, schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY,
+                 seed: int = 0, stop: str | Sequence[str] = (), batch_size: int = 32,
+                 progress: bool = False) -> Output:
         """Continues each prompt.
 
         prompts: a string, a list of token ids, or a list of either.
@@ -85,7 +89,7 @@ class LM:
         """
         batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
         ids = prompt_ids(prompts, self.text, self.config)
-        seed, stop = _first_seed(seed, len(ids)), _stop_strings(stop)
+        seed, stop = _first_seed(seed, len(ids)), stop_strings(stop)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
         batches = [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
         rows: dict[int, Row] = {}
@@ -109,7 +113,7 @@ class LM:
             stats=Stats.of(runs, prompt_tokens=sum(map(len, ids)), exit_layers=layers.values(),
                            num_layers=self.config.num_layers))
 
-    def stream(self, prompts: Prompts, *, chunk: int = 8, max_new_tokens: int = 128, fusion=FINAL_LAYER,
+    def stream(self, prompts: Prompts, *, chunk: int = 8, max_new_tokens: int = NEW_TOKENS, fusion=FINAL_LAYER,
                exits: Policy = FULL_DEPTH, schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, seed: int = 0,
                stop: str | Sequence[str] = ()) -> Iterator[Chunk]:
         """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens.
@@ -118,7 +122,7 @@ class LM:
         """
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         ids = prompt_ids(prompts, self.text, self.config)
-        seed, stop = _first_seed(seed, len(ids)), _stop_strings(stop)
+        seed, stop = _first_seed(seed, len(ids)), stop_strings(stop)
         run = self._begin(ids, range(len(ids)), max_new_tokens, height=len(ids), seed=seed, fusion=fusion,
                           exits=exits, schedule=schedule, sampling=sampling)
         return self._chunks(run, ids, stop, chunk)
@@ -225,13 +229,6 @@ class LM:
 
 def _first_seed(seed: int, prompts: int) -> int:
     return Whole(0, 2**32 - prompts, hint="prompt i draws from stream seed + i, one of 2**32")("seed", seed)
-
-
-def _stop_strings(stop: str | Sequence[str]) -> list[str]:
-    strings = [stop] if isinstance(stop, str) else list(stop)
-    if any(not isinstance(s, str) or not s for s in strings):
-        raise SettingError(f"stop is {stop!r}, but each stop string must be a string of at least one character")
-    return strings
 
 
 def _regroup(flat: list, sizes: list[int]) -> list[list]:

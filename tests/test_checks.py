@@ -15,6 +15,7 @@ from sled.errors import SettingError
 from sled.pytree import traced
 
 NAN, INF = float("nan"), float("inf")
+CHANCE = Number(0, 1, open_low=True, open_high=True, hint="h")
 SHARE, RATE, BOUND = Number(0, 1, hint="h"), Number(0, open_low=True, hint="h"), Number(hint="h")
 COUNT, FEW = Whole(1, hint="h"), Whole(0, 4, hint="h")
 WORDS = Layers((None, "all"))
@@ -44,6 +45,8 @@ def test_what_is_no_number_is_refused(rule, value):
     (SHARE, 1.5, "name is 1.5, but must be a number in [0, 1]; h"),
     (SHARE, -INF, "name is -inf, but must be a number in [0, 1]; h"),
     (RATE, 0, "name is 0, but must be a number in (0, inf); h"),
+    (CHANCE, 1, "name is 1, but must be a number in (0, 1); h"),
+    (CHANCE, 0, "name is 0, but must be a number in (0, 1); h"),
     (BOUND, INF, "name is inf, but must be a number in [-inf, inf); h"),
     (COUNT, 0, "name is 0, but must be a whole number of at least 1; h"),
     (SHARE, 10**400, "name is 10000000000"),
