@@ -19,6 +19,7 @@ _HOME = {
     "Output": "sled.lm",
     "Scores": "sled.lm",
     "Lens": "sled.lens",
+    "Calibration": "sled.calibration",
     "Sampling": "sled.decoding.sampling",
     "SLED": "sled.fusion",
     "DoLa": "sled.fusion",

@@ -1,8 +1,9 @@
-"""`LM`: a model and its tokenizer, with the four things one does with them."""
+"""`LM`: a model and its tokenizer, with the five things one does with them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -20,12 +21,14 @@ from sled.arguments import (
     NEW_TOKENS,
     stop_strings,
 )
+from sled.calibrating import calibrate
+from sled.calibration import Calibration
 from sled.checks import Whole, check_rows, take_rows
 from sled.decoding.generation import Generation
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.errors import PromptError
-from sled.exits import Policy, Schedule
+from sled.exits import EarlyExit, Policy, Schedule
 from sled.lens import Lens, look
 from sled.models import Decoder
 from sled.prompts import Prompts, is_one, pair_ids, prompt_ids
@@ -195,6 +198,36 @@ class LM:
             check_rows(A_STRATEGY("fusion", fusion), 1, hint="the lens reads one text, so give one value")
         name = self.text.token if self.text.available else str
         return look(self.build, self.params, ids, fusion=fusion, name_token=name)
+
+    def calibrate(self, prompts: Prompts, *, exits: EarlyExit, delta: float = 0.1, epsilon: float = 0.05,
+                  grid: Iterable[float] | None = None, loss: str | Callable | None = None,
+                  references: Sequence[Any] | None = None, risk: Callable | None = None, fusion=FINAL_LAYER,
+                  schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, max_new_tokens: int = NEW_TOKENS,
+                  seed: int = 0, stop: str | Sequence[str] = (), batch_size: int = 32,
+                  progress: bool = True) -> Calibration:
+        """The lowest threshold of `exits` that can be shown to keep the expected loss at `delta` or below.
+
+        The guarantee (Learn-then-Test, Angelopoulos et al. 2021; for early exit CALM, Schuster et al. 2022): if
+        these prompts are independent draws from the source of those to come, the choice exceeds `delta` with
+        probability `epsilon` at most. Fix the settings before you look at results; see docs/calibration.md.
+
+        prompts: as for `generate`, at least ln(epsilon) / ln(1 - delta) of them; a few hundred are usual.
+        exits: the early exit meant; its own threshold is not read.
+        grid: thresholds, descending; tried one after the other, down to the first that fails.
+        loss: what is bounded, in [0, 1] per prompt. "rouge" (None means it): 1 - ROUGE-L between the token ids of
+            the early and the full model's output; "exact": whether they differ; or a function of both texts
+            (token ids, without a tokenizer).
+        references, risk: instead of a loss, what a right answer is, one per prompt, and risk(text, reference) in
+            [0, 1]; the loss is then max(0, risk of the early text - risk of the full model's).
+        fusion, schedule, sampling, max_new_tokens, stop, batch_size: as you will serve. Prompt i draws from stream
+            seed + i at every threshold.
+        progress: shows a bar over the runs.
+
+        Raises: CalibrationError (too few prompts, a loss outside [0, 1]), PromptError, SettingError, TokenizerError.
+        """
+        return calibrate(self, prompts, exits=exits, delta=delta, epsilon=epsilon, grid=grid, loss=loss,
+                         references=references, risk=risk, fusion=fusion, schedule=schedule, sampling=sampling,
+                         max_new_tokens=max_new_tokens, seed=seed, stop=stop, batch_size=batch_size, progress=progress)
 
     def _begin(self, ids: list[np.ndarray], batch: Sequence[int], max_new_tokens: int, *, height: int, seed: int,
                fusion, exits, schedule, sampling) -> Generation:
