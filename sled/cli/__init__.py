@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from sled.cli.bench import Bench
+from sled.cli.calibrate import Calibrate
 from sled.cli.demo import Demo
 from sled.cli.generate import Generate
 from sled.cli.lens import Lens
@@ -16,7 +17,7 @@ from sled.errors import SledError
 
 sub = tyro.conf.subcommand
 Command = (Annotated[Demo, sub("demo")] | Annotated[Generate, sub("generate")] | Annotated[Score, sub("score")]
-           | Annotated[Lens, sub("lens")] | Annotated[Bench, sub("bench")])
+           | Annotated[Lens, sub("lens")] | Annotated[Calibrate, sub("calibrate")] | Annotated[Bench, sub("bench")])
 
 DESCRIPTION = """Let every layer of a language model speak.
 

@@ -1,0 +1,107 @@
+"""`sled calibrate`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sled.cli.exit_options import ExitOptions
+from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
+from sled.errors import PromptError
+from sled.files import writable
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Find how early tokens may leave, with a guarantee.
+
+    sled calibrate --exit-layers 1 2 4
+
+    sled calibrate -m meta-llama/Llama-3.2-1B --file prompts.txt --exit-layers 4 8 --delta 0.05
+
+    Thresholds are tried from the safest down, on prompts of yours. Each is compared with the full model; the first
+    that cannot be shown to be safe ends the search, and the one before it is chosen. The promise: for further prompts
+    like these, the mean loss is at most DELTA. It is wrong with a probability of at most EPSILON, which is the bad
+    luck of having drawn misleading prompts.
+
+    The promise holds for this model, these exits, this fusion, schedule and sampling, and for prompts from the same
+    source. So calibrate with the settings you will serve with. The file keeps them; in Python,
+    sled.Calibration.load("calibration.json").policy(lm, ...) gives the exits to serve with, and refuses others.
+    """
+
+    exit_layers: tuple[int, ...]
+    """After which layers a token may leave, from 1 to the last but one, such as 1 2 4."""
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("calibration.json")
+    """Write the record to this file."""
+    file: Path | None = None
+    """Read one prompt per line from this file (-: standard input).
+    Take prompts like those that you will serve, that nothing was tuned or trained on."""
+    problems: int | None = None
+    """Without --file: how many of the demo model's own training problems to calibrate on (200)."""
+    delta: float = 0.1
+    """The mean loss to tolerate, between 0 and 1. Smaller is stricter, and leaves later."""
+    epsilon: float = 0.05
+    """The probability that the tolerated loss is exceeded after all, between 0 and 1.
+    It takes ln(epsilon) / ln(1 - delta) prompts or more: 29 at delta 0.1, epsilon 0.05.
+    With a few hundred the choice is not held back by chance."""
+    loss: Literal["rouge", "exact"] = "rouge"
+    """How far a text is from the full model's, 0 to 1.
+    rouge: 1 - ROUGE-L, the share of tokens that differ or moved. exact: 1 where anything differs, else 0."""
+    grid: tuple[float, ...] | None = None
+    """Thresholds to try, descending, 0 to 1. By default 18 of them, from 0.999 to 0.1."""
+    measure: Literal["max_probability", "margin", "entropy", "saturation"] | None = None
+    """What a threshold is compared with. max_probability (the usual): the best token's.
+    margin: its lead over the second. entropy: there is little of it.
+    saturation: the exit's own layer hardly turned the hidden state."""
+    kv: Literal["exact", "propagate"] | None = None
+    """Keys and values of skipped layers. exact (the usual): made up later, in a block.
+    propagate: from the exit's hidden state at once; cheaper, approximate."""
+    decay: Literal["none", "calm-paper", "calm-code"] | None = None
+    """Lower the threshold as the text grows, as CALM's paper or its code."""
+    schedule: Literal["immediate", "lockstep", "gather"] = "immediate"
+    """When deeper layers run for prompts decoded together."""
+    gather_rows: int | None = None
+    """gather: how many rows wait for each other (4)."""
+    patience: int | None = None
+    """gather: how many rounds a row waits at most (16)."""
+    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
+    sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 128
+    """The most tokens to make for a prompt."""
+    stop: tuple[str, ...] = ()
+    """Strings that end a text."""
+    batch_size: int = 32
+    """Prompts decoded together."""
+
+    def run(self) -> None:
+        exits = ExitOptions(exits="early", exit_layers=self.exit_layers, measure=self.measure, kv=self.kv,
+                            decay=self.decay, schedule=self.schedule, gather_rows=self.gather_rows,
+                            patience=self.patience).settings()
+        fusion, sampling = self.fusion_options.strategy(), self.sampling_options.sampling()
+        prompts = self._prompts()
+        output = writable("--output", self.output)
+        lm = self.model_options.load()
+        record = lm.calibrate(prompts, **exits, fusion=fusion, sampling=sampling, delta=self.delta,
+                              epsilon=self.epsilon, grid=self.grid, loss=self.loss, seed=self.sampling_options.seed,
+                              max_new_tokens=self.max_new_tokens, stop=[unescape(s) for s in self.stop],
+                              batch_size=self.batch_size)
+        record.save(output)
+        print(f"{record.table()}\n\n{record.verdict()}")
+        print(f"written to {output}", file=sys.stderr)
+
+    def _prompts(self) -> list[str]:
+        if self.file is not None:
+            if self.problems is not None:
+                raise PromptError("--problems was given beside --file; give one of the two")
+            return read_prompts((), self.file)
+        if self.model_options.model != "demo":
+            raise PromptError(f"no prompts were given for {self.model_options.model}: only the demo model comes with "
+                              "some of its own; name a file of prompts by --file")
+        from sled.demo.problems import problems, prompt
+
+        return [prompt(p.question) for p in problems("train", 200 if self.problems is None else self.problems)]
