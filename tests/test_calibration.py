@@ -1,0 +1,313 @@
+"""Calibrated thresholds: p-values, the walk and its guarantee, losses, and whole calibrations."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binom
+
+import sled
+from sled.consistency import common_subsequence, consistency, rouge
+from sled.decoding import loop
+from sled.demo.problems import problems, prompt
+from sled.errors import CalibrationError, PromptError, SettingError
+from sled.eval.answers import final_answer
+from sled.exits import FullDepth
+from sled.exits.calibration import choose_threshold, fewest_losses, p_value, walk
+from sled.results import Output
+
+DELTA, EPSILON, DRAWS = 0.1, 0.05, 1000
+SLACK = 3 * math.sqrt(EPSILON * (1 - EPSILON) / DRAWS)  # three standard deviations of a rate over the draws
+
+
+def by_the_formula(r, n, delta):
+    def h1(a, b):
+        return (a * math.log(a / b) if a else 0) + (1 - a) * math.log((1 - a) / (1 - b))
+
+    return min(math.e * binom.cdf(math.ceil(round(n * r, 6)), n, delta), math.exp(-n * h1(min(r, delta), delta)))
+
+
+@pytest.mark.parametrize("n", [1, 30, 100, 5000])
+@pytest.mark.parametrize("delta", [0.01, 0.1, 0.5, 0.9])
+def test_p_values_are_the_formula(n, delta):
+    for r in (0, 1e-9, 0.3 * delta, 0.77 * delta, delta, (1 + delta) / 2, 1):
+        assert p_value(r, n, delta) == pytest.approx(by_the_formula(r, n, delta), rel=1e-9, abs=1e-300)
+
+
+def test_p_values_by_hand():
+    assert p_value(0, 29, 0.1) == pytest.approx(0.9**29)  # Hoeffding's side: (1 - delta)^n
+    # Bentkus's side: e times the probability of none, one or two of ten, at a half each
+    assert p_value(0.2, 10, 0.5) == pytest.approx(min(math.e * 56 / 1024, (5 / 2)**2 * (5 / 8)**8))
+    assert p_value(0.3, 1000, 0.5) == pytest.approx(math.e * binom.cdf(300, 1000, 0.5))
+    assert p_value(1, 10, 0.1) == p_value(0.1, 10, 0.1) == 1
+
+
+def test_p_values_at_the_limits():
+    values = [p_value(k / 50, 50, 0.2) for k in range(51)]
+    assert values == sorted(values) and 0 < values[0] and values[-1] == 1
+    assert p_value(0, 10**7, 0.5) == 0  # too small for a float, and no error
+    assert 0 <= p_value(1 - 1e-16, 10, 1 - 1e-16) <= 1 and p_value(0, 10, 5e-324) == 1
+
+
+@pytest.mark.parametrize("n", [10, 100, 1000])
+@pytest.mark.parametrize("delta", [0.02, 0.1, 0.6])
+def test_p_values_are_no_smaller_than_chance_allows(n, delta):
+    """Exactly, for losses of 0 and 1 whose expectation is delta: P(p <= u) <= u, at every value that p can take."""
+    for k in range(n + 1):
+        assert binom.cdf(k, n, delta) <= p_value(k / n, n, delta) * (1 + 1e-9)
+
+
+def test_rounding_of_a_sum_does_not_count_a_loss_more():
+    n, k = 1000, 49
+    noisy = k / n * (1 + 1e-14)
+    assert noisy * n > k and p_value(noisy, n, 0.07) == pytest.approx(p_value(k / n, n, 0.07), rel=1e-9)
+
+
+def test_fewest_losses_is_where_all_zero_begins_to_pass():
+    for delta, epsilon in ((0.1, 0.05), (0.05, 0.05), (0.3, 0.01), (0.9, 0.5)):
+        n = int(fewest_losses(delta, epsilon))
+        assert p_value(0, n, delta) <= epsilon and (n == 1 or p_value(0, n - 1, delta) > epsilon)
+
+
+def table(*means, n=100):
+    """Losses [K, n] of 0 and 1 with these means."""
+    return np.array([[1.0] * round(mean * n) + [0.0] * (n - round(mean * n)) for mean in means])
+
+
+@pytest.mark.parametrize(("means", "chosen"), [
+    ((0.0, 0.0, 0.0), 0.7),  # the whole grid passes
+    ((0.0, 0.0, 0.3), 0.8),  # the LAST that passed, not the one that failed
+    ((0.0, 0.3, 0.3), 0.9),
+    ((0.3, 0.0, 0.0), None),  # the first failure ends it, whatever follows
+    ((0.0, 0.3, 0.0), 0.9),
+    ((0.3, 0.3, 0.3), None),
+])
+def test_the_last_rejected_threshold_is_chosen(means, chosen):
+    assert choose_threshold(table(*means), (0.9, 0.8, 0.7), DELTA, EPSILON) == chosen
+
+
+def test_a_p_value_of_exactly_epsilon_passes():
+    losses = table(0.03)
+    exactly = p_value(0.03, 100, DELTA)
+    assert choose_threshold(losses, (0.5,), DELTA, exactly) == 0.5
+    assert choose_threshold(losses, (0.5,), DELTA, exactly * (1 - 1e-12)) is None
+
+
+def test_the_walk_asks_for_no_losses_after_the_first_failure():
+    asked = []
+    losses = dict(zip((0.9, 0.8, 0.7), table(0.0, 0.3, 0.0), strict=True))
+    walked = list(walk(losses, lambda t: asked.append(t) or losses[t], delta=DELTA, epsilon=EPSILON))
+    assert asked == [t.threshold for t in walked] == [0.9, 0.8] and walked[1].mean_loss == pytest.approx(0.3)
+
+
+SHAPES = {  # true risks along the grid, and how many losses
+    "all just above": ([0.101] * 6, 100),
+    "all just above, many losses": ([0.101] * 6, 1000),
+    "rising through": ([0.01, 0.02, 0.05, 0.101, 0.15, 0.3], 200),
+    "a step": ([0.01, 0.01, 0.01, 0.11, 0.11, 0.11], 400),
+    "up and down": ([0.02, 0.105, 0.02, 0.105, 0.02, 0.4], 150),
+    "one unsafe at the end": ([0.0, 0.0, 0.0, 0.0, 0.0, 0.102], 300),
+}
+FALLING = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+
+
+def draws(risks, n, shared, seed):
+    """1,000 tables of losses [K, n] of 0 and 1 with these expectations; `shared`: prompts hard at one threshold are
+    hard at all."""
+    rng = np.random.default_rng(seed)
+    for _ in range(DRAWS):
+        yield (rng.random((1 if shared else len(risks), n)) < np.array(risks)[:, None]).astype(float)
+
+
+def violations(tables, risks):
+    chosen = [choose_threshold(losses, FALLING, DELTA, EPSILON) for losses in tables]
+    risk = dict(zip(FALLING, risks, strict=True))
+    return np.mean([c is not None and risk[c] > DELTA for c in chosen]), chosen
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_guarantee_is_kept_in_simulation(shape, shared):
+    risks, n = SHAPES[shape]
+    rate, _ = violations(draws(risks, n, shared, seed=0), risks)
+    assert rate <= EPSILON + SLACK
+
+
+def test_the_guarantee_is_kept_for_losses_between_0_and_1():
+    rng = np.random.default_rng(0)
+    risk = DELTA + 0.002
+    for sharpness in (0.3, 5.0, 500.0):  # from nearly 0 or 1, to nearly constant
+        rate, _ = violations((rng.beta(sharpness * risk, sharpness * (1 - risk), (6, 200)) for _ in range(DRAWS)),
+                             [risk] * 6)
+        assert rate <= EPSILON + SLACK
+
+
+def test_the_simulation_notices_the_threshold_that_failed():
+    """Choosing where the walk ended, a known mistake, breaks the guarantee nearly always."""
+    risks, n = SHAPES["a step"]
+    wrong = 0
+    for losses in draws(risks, n, True, seed=1):
+        rows = dict(zip(FALLING, losses, strict=True))
+        ended = list(walk(FALLING, rows.__getitem__, delta=DELTA, epsilon=EPSILON))[-1].threshold
+        wrong += dict(zip(FALLING, risks, strict=True))[ended] > DELTA
+    assert wrong / DRAWS > 0.9
+
+
+@pytest.mark.parametrize(("risks", "n"), [
+    ([0.01] * 6, 100), ([0.02] * 6, 200), ([0.01, 0.02, 0.03, 0.2, 0.3, 0.4], 200)])
+def test_the_guarantee_is_not_vacuous(risks, n):
+    """Small risks: a threshold is chosen nearly always, and nearly always the lowest of the safe ones."""
+    _, chosen = violations(draws(risks, n, True, seed=2), risks)
+    assert np.mean([c is not None for c in chosen]) > 0.95
+    assert np.mean([c == FALLING[sum(r <= DELTA for r in risks) - 1] for c in chosen]) > 0.9
+
+
+@pytest.mark.parametrize(("delta", "epsilon"), [(0, 0.05), (1, 0.05), (0.1, 0), (0.1, 1), (float("nan"), 0.05)])
+def test_delta_and_epsilon_lie_between_0_and_1(delta, epsilon):
+    with pytest.raises(SettingError, match=r"(delta|epsilon) is .* number in \(0, 1\)"):
+        choose_threshold(table(0.0), (0.9,), delta, epsilon)
+
+
+@pytest.mark.parametrize(("grid", "says"), [
+    ((0.8, 0.9), "grid has 0.9 after 0.8, but must descend"), ((0.9, 0.9), "must descend"), ((), "descending tuple"),
+    (0.9, "descending tuple"), ("0.9", "descending tuple"), ((1.5, 0.9), "grid\\[0\\] is 1.5"),
+    ((0.9, -0.1), "grid\\[1\\] is -0.1")])
+def test_grids_descend_within_0_and_1(grid, says):
+    with pytest.raises(SettingError, match=says):
+        choose_threshold(table(0.0, 0.0), grid, DELTA, EPSILON)
+
+
+@pytest.mark.parametrize(("losses", "says"), [
+    ([[0.0, 1.2]], "is 1.2 for prompt 1"), ([[-0.1, 0.0]], "is -0.1 for prompt 0"), ([[0.0, None]], "is nan"),
+    ([["a"]], "not a number"), ([[]], "shape"), ([0.5], "shape"), ([[0.0], [0.0]], "2 rows of losses")])
+def test_losses_lie_in_the_unit_interval(losses, says):
+    with pytest.raises(CalibrationError, match=says):
+        choose_threshold(losses, (0.9,), DELTA, EPSILON)
+
+
+def output(*tokens, texts=None):
+    return Output(texts=texts, tokens=list(tokens), finish_reasons=[], exit_layers=[], stats=None)
+
+
+def test_rouge_by_hand():
+    assert common_subsequence([1, 2, 3, 4, 5], [2, 9, 4, 5, 1]) == 3
+    assert rouge([1, 2, 3], [1, 2, 3]) == rouge([], []) == 0 and rouge([1, 2], [3, 4]) == rouge([], [1]) == 1
+    assert rouge([1, 2, 3, 4], [1, 9, 3, 4]) == pytest.approx(1 - 6 / 8)
+
+
+def test_common_subsequences_against_the_recursion():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        a, b = (rng.integers(0, 5, rng.integers(0, 12)).tolist() for _ in range(2))
+        best = np.zeros((len(a) + 1, len(b) + 1), int)
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                best[i + 1, j + 1] = best[i, j] + 1 if x == y else max(best[i, j + 1], best[i + 1, j])
+        assert common_subsequence(a, b) == best[-1, -1]
+
+
+def test_losses_by_name_and_by_function():
+    early, full = output([1, 2], [3], texts=["ab", "c"]), output([1, 2], [4], texts=["ab", "d"])
+    name, losses = consistency("exact", None, None)
+    assert name == "exact" and losses(early, full).tolist() == [0, 1]
+    assert consistency(None, None, None).name == "rouge"
+    assert consistency(lambda a, b: a != b, None, None).losses(early, full).tolist() == [0, 1]
+    seen = []
+    consistency(lambda a, b: seen.append((a, b)) or 0, None, None).losses(output([1], texts=None), output([2]))
+    assert seen == [([1], [2])]  # without a tokenizer, token ids
+
+
+def test_risks_count_only_what_early_exit_made_worse():
+    early, full = output([1], [1], [1], texts=["r", "w", "w"]), output([1], [1], [1], texts=["w", "r", "w"])
+
+    def wrong(text, reference):
+        return text != reference
+
+    name, losses = consistency(None, ["r"] * 3, wrong)
+    assert name.startswith("risk ") and name.endswith("wrong") and losses(early, full).tolist() == [0, 1, 0]
+    with pytest.raises(CalibrationError, match=r"risk .* full output is 5"):  # a difference would hide it
+        consistency(None, ["r"], lambda text, _: 5 if text == "f" else 0).losses(output([1], texts=["e"]),
+                                                                                output([1], texts=["f"]))
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (("bleu", None, None), "loss is 'bleu'"), ((3, None, None), "loss is 3"),
+    ((None, ["r"], None), "references was given without risk"),
+    ((None, None, len), "risk was given without references"),
+    (("rouge", ["r"], len), "replaces the loss"), ((None, ["r"], "f1"), "risk must be a function")])
+def test_losses_that_do_not_go_together_are_named(arguments, says):
+    with pytest.raises(SettingError, match=says):
+        consistency(*arguments)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sled.load("demo")
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return problems("train", 24, seed=3)
+
+
+QUICK = dict(exits=sled.EarlyExit(1), delta=0.2, epsilon=0.1, max_new_tokens=40, batch_size=12, progress=False)
+
+
+def test_a_whole_calibration_of_the_bundled_model(lm, asked, capsys):
+    prompts = [prompt(p.question) for p in asked]
+    before = loop.decode._cache_size()
+    made = lm.calibrate(prompts, **{**QUICK, "progress": True}, grid=(0.95, 0.9, 0.05, 0.01))
+    assert loop.decode._cache_size() <= before + 2  # with and without exits: no threshold compiles again
+    assert made.threshold in (0.95, 0.9) and made.loss == "rouge" and made.prompts == 24
+    assert [step.threshold for step in made.steps] == [0.95, 0.9, 0.05]  # ended at the first that failed
+    assert made.steps[0].mean_depth >= made.steps[1].mean_depth > made.steps[2].mean_depth >= 1
+    assert made.steps[2].p_value > 0.1 >= made.steps[1].p_value
+    assert "threshold 0.05" in capsys.readouterr().err
+    assert f"{made.threshold:g}" in made.verdict() and "<- chosen" in made.table() and "fails" in made.table()
+
+    exits = made.policy(lm, max_new_tokens=40)
+    assert exits == sled.EarlyExit(1, threshold=made.threshold)
+    served = lm.generate(prompts, exits=exits, max_new_tokens=40, batch_size=12)
+    full = lm.generate(prompts, max_new_tokens=40, batch_size=12)
+    loss = np.mean([rouge(*pair) for pair in zip(served.tokens, full.tokens, strict=True)])
+    chosen = next(step for step in made.steps if step.threshold == made.threshold)
+    assert (loss, served.stats.mean_depth) == pytest.approx((chosen.mean_loss, chosen.mean_depth))
+
+
+def test_risk_and_sampling_are_calibrated_by_the_same_streams(lm, asked):
+    def wrong(text, answer):
+        return final_answer(text) != answer
+
+    prompts = [prompt(p.question) for p in asked]
+    sampling = sled.Sampling(temperature=0.7)
+    made = lm.calibrate(prompts, **QUICK, grid=(1.0, 0.9), references=[p.answer for p in asked], risk=wrong,
+                        sampling=sampling, seed=5)
+    assert made.steps[0].mean_loss == 0 and made.steps[0].mean_depth == 8  # threshold 1: the full model's very draws
+    assert made.loss.startswith("risk") and made.policy(lm, sampling=sampling, max_new_tokens=40).threshold <= 1
+
+
+def test_no_safe_threshold_means_no_early_exit(lm, asked):
+    prompts = [prompt(p.question) for p in asked]
+    made = lm.calibrate(prompts, **QUICK, grid=(0.01,), loss="exact")
+    assert made.threshold is None and made.policy(lm, max_new_tokens=40) == FullDepth()
+    assert "No early exit" in made.verdict() and "fails" in made.table()
+
+
+@pytest.mark.parametrize(("change", "error", "says"), [
+    (dict(delta=0), SettingError, "delta is 0"), (dict(epsilon=1.0), SettingError, "epsilon is 1.0"),
+    (dict(grid=(0.5, 0.9)), SettingError, "must descend"), (dict(prompts=[]), PromptError, "no prompt"),
+    (dict(prompts=["Question:"] * 5), CalibrationError, "give at least 11"),
+    (dict(references=[1], risk=lambda text, reference: 0), SettingError, "1 references were given for 24 prompts"),
+    (dict(loss="bleu"), SettingError, "loss is 'bleu'"),
+    (dict(loss=lambda early, full: 2), CalibrationError, "is 2 for"),
+    (dict(exits=sled.SelfSpeculation(2)), SettingError, "exits is SelfSpeculation"),
+    (dict(exits=sled.EarlyExit(8)), SettingError, "no early exit of a model of 8 layers"),
+    (dict(exits=sled.EarlyExit(1, min_layer=np.zeros(24, int))), SettingError, "one value for all"),
+    (dict(sampling=sled.Sampling(np.ones(24))), SettingError, "one value for all"),
+    (dict(schedule="lockstep"), SettingError, "schedule is 'lockstep'"),
+    (dict(batch_size=0), SettingError, "batch_size is 0"), (dict(stop=""), SettingError, "stop is ''"),
+])
+def test_bad_input_is_named(lm, asked, change, error, says):
+    arguments = {**QUICK, "prompts": [prompt(p.question) for p in asked], **change}
+    with pytest.raises(error, match=says):
+        lm.calibrate(arguments.pop("prompts"), **arguments)

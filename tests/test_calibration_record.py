@@ -1,0 +1,270 @@
+"""The record of a calibration: kept, read again, refused where anything is not as it was; and the command."""
+
+import copy
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import sled
+from sled import cli
+from sled.binding import describe, digest_of_weights
+from sled.demo.problems import problems, prompt
+from sled.errors import CalibrationError, SettingError
+from sled.exits import FullDepth
+from sled.text import Text
+
+EXITS = sled.EarlyExit(1)
+SERVING = dict(max_new_tokens=24)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sled.load("demo")
+
+
+@pytest.fixture(scope="module")
+def record(lm):
+    prompts = [prompt(p.question) for p in problems("train", 12, seed=3)]
+    return lm.calibrate(prompts, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95, 0.9), batch_size=12, progress=False,
+                        **SERVING)
+
+
+@pytest.fixture
+def saved(record, tmp_path):
+    path = tmp_path / "calibration.json"
+    record.save(path)
+    return path
+
+
+def test_a_record_comes_back_whole(lm, record, saved):
+    again = sled.Calibration.load(saved)
+    assert again == record and again.threshold == 0.9
+    assert again.policy(lm, **SERVING) == sled.EarlyExit(1, threshold=0.9)
+    assert again.policy(lm, sled.EarlyExit(1, threshold=0.1), **SERVING) == sled.EarlyExit(1, threshold=0.9)
+
+
+def test_a_record_says_what_where_and_when(record, saved):
+    found = json.loads(saved.read_text())
+    assert found["format"] == 1 and found["threshold"] == 0.9 and found["steps"][1]["mean_loss"] < 0.3
+    assert set(found["versions"]) >= {"sled-jax", "jax", "flax", "python"} and found["date"].endswith("+00:00")
+    assert found["serving"]["exits"]["layers"] == [1] and "threshold" not in found["serving"]["exits"]
+    assert len(found["serving"]["weights"]) == len(found["sha256"]) == 64
+
+
+def test_no_threshold_is_kept_too(lm, record, tmp_path):
+    dataclasses.replace(record, threshold=None).save(tmp_path / "none.json")
+    assert sled.Calibration.load(tmp_path / "none.json").policy(lm, **SERVING) == FullDepth()
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (dict(exits=sled.EarlyExit(2)), r"exits.layers was \[1\] and is \[2\]"),
+    (dict(exits=sled.EarlyExit(1, kv="propagate")), "exits.kv was 'exact' and is 'propagate'"),
+    (dict(exits=sled.EarlyExit(1, measure="margin")), "exits.measure was"),
+    (dict(exits=sled.EarlyExit(1, min_layer=1)), "exits.min_layer was 0 and is 1"),
+    (dict(fusion=sled.SLED()), "fusion was sled.FinalLayer and is sled.SLED"),
+    (dict(schedule=sled.Gather(2)), "schedule was sled.Immediate and is sled.Gather"),
+    (dict(sampling=sled.Sampling(temperature=0.7)), r"sampling.temperature was 0.0 and is 0.7"),
+    (dict(max_new_tokens=25), "max_new_tokens was 24 and is 25"),
+    (dict(stop="\n"), r"stop was \[\] and is"),
+])
+def test_other_settings_are_refused_by_name(lm, record, change, says):
+    with pytest.raises(CalibrationError, match=f"does not hold here: {says}.*calibrate again"):
+        record.policy(lm, **{**SERVING, **change})
+
+
+def test_every_difference_is_named(lm, record):
+    with pytest.raises(CalibrationError, match=r"exits\.kv.*fusion.*max_new_tokens"):
+        record.policy(lm, sled.EarlyExit(1, kv="propagate"), fusion=sled.SLED())
+
+
+def test_one_changed_weight_is_refused(lm, record):
+    other = copy.copy(lm)
+    other.params = nnx.clone(lm.params)
+    norm = other.params["layers"][3]["mlp_norm"]["weight"]
+    norm[...] = norm[...].at[5].set(np.nextafter(norm[...][5], np.float32(9)))
+    with pytest.raises(CalibrationError, match=r"does not hold here: weights was .* and is [^;]*; serve"):
+        record.policy(other, **SERVING)
+
+
+def test_another_model_of_the_same_weights_is_refused(lm, record):
+    other = copy.copy(lm)
+    other.config = dataclasses.replace(lm.config, rope_theta=500.0)
+    with pytest.raises(CalibrationError, match=r"model.rope_theta was 10000.0 and is 500.0; serve"):
+        record.policy(other, **SERVING)
+
+
+def test_only_an_early_exit_is_calibrated(lm, record):
+    with pytest.raises(SettingError, match="exits is FullDepth"):
+        record.policy(lm, FullDepth(), **SERVING)
+
+
+def test_names_types_shapes_and_bytes_of_weights_all_count():
+    params = {"a": nnx.Param(jnp.zeros((2, 3))), "b": nnx.Param(jnp.ones(2))}
+    variants = [params, {"a": params["a"], "c": params["b"]}, {"a": params["b"], "b": params["a"]},
+                {**params, "a": nnx.Param(jnp.zeros((3, 2)))}, {**params, "b": nnx.Param(jnp.ones(2, jnp.int32))},
+                {**params, "b": nnx.Param(jnp.ones(2, jnp.bfloat16))}]
+    digests = [digest_of_weights(nnx.State(v)) for v in variants]
+    assert len(set(digests)) == len(variants)
+    assert digests[0] == digest_of_weights(nnx.State(dict(reversed(params.items()))))  # the order does not
+
+
+def test_a_trained_classifier_is_bound_by_digest(lm, record):
+    def exits(weight):
+        return sled.EarlyExit(1, measure="classifier", classifier=sled.Classifier(
+            jnp.full((1, 128), weight), jnp.zeros(1)))
+
+    serving = {**record.serving, "exits": json.loads(json.dumps(describe(exits(0.5), leave_out=("threshold",))))}
+    of_classifier = dataclasses.replace(record, serving=serving)
+    assert of_classifier.policy(lm, exits(0.5), **SERVING).threshold == 0.9
+    with pytest.raises(CalibrationError, match=r"only a digest of EarlyExit.classifier; give the policy"):
+        of_classifier.policy(lm, **SERVING)
+    with pytest.raises(CalibrationError, match=r"exits.classifier.weight_ED was an array with SHA-256"):
+        of_classifier.policy(lm, exits(0.25), **SERVING)
+    with pytest.raises(CalibrationError, match=r"exits.measure was 'classifier'.*was sled.Classifier and is"):
+        of_classifier.policy(lm, EXITS, **SERVING)
+
+
+def test_settings_of_another_version_are_refused(lm, record):
+    serving = {**record.serving, "exits": {**record.serving["exits"], "hurry": 3}}
+    with pytest.raises(CalibrationError, match=r"settings that this version of sled lacks.*hurry"):
+        dataclasses.replace(record, serving=serving).policy(lm, **SERVING)
+
+
+def test_what_has_no_value_to_compare_is_refused():
+    assert describe(-np.inf) == "-inf" and describe((np.float32(0.5), True, None)) == [0.5, True, None]
+    with pytest.raises(CalibrationError, match="frozen dataclass"):
+        describe(object())
+
+
+def edits(found):
+    """Every field, and every number in a step or setting, changed one at a time."""
+    def other(value):
+        match value:
+            case bool():
+                return not value
+            case int() | float():
+                return value + 1
+            case str():
+                return value + "0"
+            case None:
+                return 0
+            case list():
+                return [*value, 0]
+            case dict():
+                return {**value, "more": 0}
+
+    def paths(value, path=()):
+        if path:
+            yield path
+        if isinstance(value, (dict, list)):
+            for key in value if isinstance(value, dict) else range(len(value)):
+                yield from paths(value[key], (*path, key))
+
+    for path in paths({k: v for k, v in found.items() if k != "format"}):
+        edited = copy.deepcopy(found)
+        *parents, last = path
+        place = edited
+        for key in parents:
+            place = place[key]
+        place[last] = other(place[last])
+        yield path, edited
+
+
+def test_any_edited_field_is_refused(saved):
+    found, tried = json.loads(saved.read_text()), 0
+    for path, edited in edits(found):
+        saved.write_text(json.dumps(edited))
+        with pytest.raises(CalibrationError, match="was changed after it was made"):
+            sled.Calibration.load(saved)
+        tried += bool(path)
+    assert tried > 50
+    for name in found.keys() - {"format"}:
+        saved.write_text(json.dumps({k: v for k, v in found.items() if k != name}))
+        with pytest.raises(CalibrationError, match="was changed"):
+            sled.Calibration.load(saved)
+    saved.write_text(json.dumps({**found, "more": 1}))
+    with pytest.raises(CalibrationError, match="was changed"):
+        sled.Calibration.load(saved)
+
+
+def test_the_layout_of_the_file_does_not_matter(record, saved):
+    saved.write_text(json.dumps(json.loads(saved.read_text()), sort_keys=True))
+    assert sled.Calibration.load(saved) == record
+
+
+@pytest.mark.parametrize(("damage", "says"), [
+    (lambda text: text[:len(text) // 2], "not complete JSON"), (lambda text: "", "not complete JSON"),
+    (lambda text: "[" * 100_000, "not complete JSON"), (lambda text: "[1]", "no calibration"),
+    (lambda text: "{}", "no calibration"),
+    (lambda text: text.replace('"format": 1', '"format": 2'), "format 2, but this version of sled reads format 1"),
+])
+def test_damaged_files_and_unknown_formats_are_refused(saved, damage, says):
+    saved.write_text(damage(saved.read_text()))
+    with pytest.raises(CalibrationError, match=says):
+        sled.Calibration.load(saved)
+
+
+def test_files_that_cannot_be_read_or_written_are_named(record, tmp_path):
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        sled.Calibration.load(tmp_path / "missing.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(CalibrationError, match="not complete JSON"):
+        sled.Calibration.load(tmp_path / "binary.json")
+    with pytest.raises(SettingError, match="cannot be written"):
+        record.save(tmp_path)
+
+
+def test_without_a_tokenizer_token_ids_are_calibrated(lm, record):
+    ids = [lm.text.encode(prompt(p.question)) for p in problems("train", 12, seed=3)]
+    blind = copy.copy(lm)
+    blind.text = Text(None, "blind")
+    seen = []
+    made = blind.calibrate(ids, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95,), batch_size=12, progress=False,
+                           loss=lambda early, full: seen.append(early) or early != full, **SERVING)
+    assert all(isinstance(tokens, list) for tokens in seen) and len(seen) == 12 and made.serving == record.serving
+
+
+ARGUMENTS = ("--exit-layers", "1", "--delta", "0.3", "--epsilon", "0.1", "--grid", "0.95", "0.01", "-n", "24",
+             "--batch-size", "12")
+
+
+def run(capsys, *arguments):
+    code = cli.main(["calibrate", *arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_the_command_writes_a_record_and_says_what_it_chose(lm, tmp_path, capsys):
+    path = tmp_path / "new" / "c.json"
+    code, out, err = run(capsys, *ARGUMENTS, "--problems", "12", "-o", str(path))
+    assert code == 0 and "<- chosen" in out and "With 90% confidence" in out and str(path) in err
+    made = sled.Calibration.load(path)
+    assert made.grid == (0.95, 0.01) and made.prompts == 12 and out.startswith(made.table())
+    assert made.policy(lm, **SERVING).threshold == made.threshold
+
+
+def test_the_command_takes_prompts_from_a_file(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("\n".join(
+        prompt(p.question).replace("\n", "\\n") for p in problems("train", 12, seed=3)))
+    code, _, _ = run(capsys, *ARGUMENTS, "--file", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "c.json"),
+                     "--loss", "exact", "--schedule", "gather", "--gather-rows", "2")
+    made = sled.Calibration.load(tmp_path / "c.json")
+    assert code == 0 and made.loss == "exact" and made.serving["schedule"] == dict(kind="sled.Gather", rows=2,
+                                                                                   patience=16)
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (("-m", "owner/name"), "PromptError: no prompts were given for owner/name"),
+    (("--problems", "3", "--file", "x"), "PromptError: --problems was given beside --file"),
+    (("--problems", "3"), "CalibrationError: 3 prompts show nothing"),
+    (("--patience", "3"), "--patience has no meaning for --schedule immediate"),
+    (("-o", "/proc/none/c.json"), "SettingError: --output is"),
+])
+def test_the_command_names_what_is_wrong(arguments, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *ARGUMENTS, *arguments)
+    assert code == 1 and says in err and not out and not list(tmp_path.iterdir())
