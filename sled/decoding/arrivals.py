@@ -18,6 +18,7 @@ from sled.decoding.sampling import Sampling, choose, processed_logits
 from sled.decoding.state import DecodeState, Plan
 from sled.exits.measures import confidence, max_probability
 from sled.exits.speculation import KEEP, choose_draft
+from sled.fusion.statistics import max_and_index
 
 
 class Run(NamedTuple):
@@ -206,7 +207,7 @@ def _acceptance(run: Run, state: DecodeState, states: dict, judged_BT, kept_B, c
         if len(policy.layer) == 1:
             right_B = jnp.minimum(kept_B, counts_BT.sum(1))
         else:
-            guess = lambda h: jnp.argmax(run.prepared.project(run.network.normalise(h)), axis=-1)  # noqa: E731
+            guess = lambda h: max_and_index(run.prepared.project(run.network.normalise(h)))[1][:, 0]  # noqa: E731
             right_B = (counts_BT & (jax.vmap(guess, 1, 1)(states[layer]) == chosen_BT)).sum(1)
         fade_B = jnp.where(counts_BT.any(1), KEEP, 1.0)
         state = dataclasses.replace(

@@ -117,8 +117,8 @@ def _run_block(run: Run, s: int, size: int, state: DecodeState):
     position_BT = jnp.where(state.active_B[:, None] & (position_BT < end_B[:, None]), position_BT, state.capacity)
     new, caches = network.run_layers(states[below], position_BT, state.caches[below:top], below, top)
     states |= dict(enumerate(new, below + 1))
-    last = s == len(plan.exits) - 1
-    done_B = first_B if run.policy.verifies and last else jnp.where(state.active_B, end_B, first_B)
+    judged = run.policy.verifies and s == len(plan.exits) - 1  # then `verify` says how far the row is done
+    done_B = first_B if judged else jnp.where(state.active_B, end_B, first_B)
     return _ran(run, state, s, states, position_BT, caches, done_B), states, position_BT
 
 
@@ -136,4 +136,6 @@ def _ran(run: Run, state: DecodeState, s: int, states, position_BT, caches, done
     tally = dataclasses.replace(state.tally, runs_E=state.tally.runs_E.at[s].add(1))
     state = dataclasses.replace(state, held_BPCD=held_BPCD, tally=tally,
                                 caches=[*state.caches[:below], *caches, *state.caches[top:]])
-    return settle(state, state.done_BE.at[:, s].set(done_B))
+    done_BE = state.done_BE.at[:, s].set(done_B)
+    complete = s == len(plan.exits) - 1 and not run.policy.verifies
+    return settle(state, done_BE) if complete else dataclasses.replace(state, done_BE=done_BE)
