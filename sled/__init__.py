@@ -19,6 +19,8 @@ _HOME = {
     "Output": "sled.lm",
     "Scores": "sled.lm",
     "Lens": "sled.lens",
+    "Engine": "sled.engine",
+    "Limits": "sled.requests",
     "Calibration": "sled.calibration",
     "Sampling": "sled.decoding.sampling",
     "SLED": "sled.fusion",

@@ -21,6 +21,11 @@ A_SCHEDULE = Instance(Schedule, traced=False, hint="give sled.Immediate(), sled.
 A_SAMPLING = Instance(Sampling, hint="give sled.Sampling(temperature=...), or leave it out to be greedy")
 
 
+def which_schedule(schedule: Schedule | None, exits: Policy) -> Schedule:
+    """The schedule asked for, or the policy's own. Raises SettingError for what is none."""
+    return exits.schedule if schedule is None else A_SCHEDULE("schedule", schedule)
+
+
 def stop_strings(stop: str | Sequence[str]) -> list[str]:
     """One stop string or several, as a list. Raises SettingError for what is no string, or an empty one."""
     strings = [stop] if isinstance(stop, str) else list(stop)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sled.arguments import FINAL_LAYER, FULL_DEPTH, GREEDY, IMMEDIATE, NEW_TOKENS
 from sled.binding import bind, differences
 from sled.errors import CalibrationError
-from sled.exits import EarlyExit, Policy, Schedule
+from sled.exits import EarlyExit, Gather, Immediate, Lockstep, Policy, Schedule
 from sled.files import writable
 
 if TYPE_CHECKING:
@@ -94,6 +94,11 @@ class Calibration:
                                    f"serve what was calibrated, or {AGAIN}")
         return FULL_DEPTH if self.threshold is None else dataclasses.replace(exits, threshold=self.threshold)
 
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule it was calibrated with."""
+        return self._rebuilt("schedule", {cls.__name__: cls for cls in (Immediate, Lockstep, Gather)})
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes the record as JSON, with a digest of itself. Raises SettingError where it cannot be written."""
         written = {"format": FORMAT, **dataclasses.asdict(self)}
@@ -152,16 +157,21 @@ class Calibration:
 
     def _own_exits(self) -> EarlyExit:
         """The policy as it was written down. Its threshold is not: the default stands there."""
-        fields = {name: value for name, value in self.serving["exits"].items() if name != "kind"}
-        arrays = [name for name, value in fields.items() if isinstance(value, dict)]
+        return self._rebuilt("exits", {"EarlyExit": EarlyExit})
+
+    def _rebuilt(self, name: str, classes: dict[str, type]):
+        """Settings of `serving` as an object. Raises CalibrationError where the record does not hold all of them."""
+        fields = dict(self.serving[name])
+        kind = fields.pop("kind").rpartition(".")[2]
+        arrays = [field for field, value in fields.items() if isinstance(value, dict)]
         if arrays:
-            raise CalibrationError(f"the record holds only a digest of EarlyExit.{arrays[0]}; give the policy itself, "
-                                   f"as exits=sled.EarlyExit(..., {arrays[0]}=...)")
+            raise CalibrationError(f"the record holds only a digest of {kind}.{arrays[0]}; give the policy itself, "
+                                   f"as exits=sled.{kind}(..., {arrays[0]}=...)")
         try:
-            return EarlyExit(**fields)
-        except TypeError as reason:
-            raise CalibrationError(f"the calibrated policy has settings that this version of sled lacks ({reason}); "
-                                   f"use the version that made it, or {AGAIN}") from reason
+            return classes[kind](**fields)
+        except (TypeError, KeyError) as reason:
+            raise CalibrationError(f"the calibrated {name} has a class or settings that this version of sled lacks "
+                                   f"({reason}); use the version that made it, or {AGAIN}") from reason
 
 
 def _digest(written: dict[str, Any]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -104,13 +104,13 @@ class Instance:
 
 
 def settle(self, **rules) -> None:
-    """Check fields of a frozen dataclass made a pytree by `traced`, and put the clean values in their place.
+    """Check fields of a frozen dataclass, and put the clean values in their place.
 
-    A traced field may hold an array instead of a number; arrays pass as they are.
+    A field that `traced` made a leaf may hold an array instead of a number; arrays pass as they are.
     """
     for field, rule in rules.items():
         value = getattr(self, field)
-        if not (is_array(value) and field in self.traced_fields):
+        if not (is_array(value) and field in getattr(self, "traced_fields", ())):
             object.__setattr__(self, field, rule(f"{type(self).__name__}.{field}", value))
 
 
@@ -148,6 +148,60 @@ def take_rows(settings, rows: Sequence[int]):
     gathered = {field: value[index] for field, axes, value in _row_fields(settings)
                 if value.ndim == len(axes) and value.shape[0] > 1}
     return dataclasses.replace(settings, **gathered) if gathered else settings
+
+
+def check_alike(name: str, settings, like) -> None:
+    """Refuse settings that cannot share a batch with `like`: of another class, or with other values in a field that
+    is the same for all rows."""
+    if type(settings) is not type(like):
+        raise SettingError(f"{name} is {settings!r}, but must be of class {type(like).__name__}, as for every row; "
+                           "only its numbers may differ")
+    row_axes = getattr(settings, "row_axes", {})
+    for field in (f.name for f in dataclasses.fields(like)):
+        mine, theirs = getattr(settings, field), getattr(like, field)
+        same = (mine is None) == (theirs is None) if field in row_axes else _equal(mine, theirs)
+        if not same:
+            raise SettingError(f"{type(like).__name__}.{field} is {mine!r}, but {theirs!r} for every row; "
+                               f"give {field}={theirs!r}, which cannot differ by row")
+
+
+def stack_rows(rows: Sequence, like, sizes: Mapping[str, int]):
+    """Settings for a batch from settings for each row, that passed `check_alike`: arrays [B, ...] in every field that
+    may differ by row, so that other numbers have the same shapes.
+
+    sizes: of axes other than B, by letter; an axis that is not among them has the size it has in `like`.
+    """
+    stacked = {}
+    for field, axes in getattr(like, "row_axes", {}).items():
+        values = [getattr(settings, field) for settings in rows]
+        if getattr(like, field) is None:
+            continue
+        shape = [sizes.get(axis, size) for axis, size in zip(axes[1:], _shape(getattr(like, field), axes), strict=True)]
+        stacked[field] = np.stack([_of_row(f"{type(like).__name__}.{field}", value, axes, shape) for value in values])
+    return dataclasses.replace(like, **stacked) if stacked else like
+
+
+def _shape(value, axes: str) -> tuple[int, ...]:
+    """The sizes of the axes after B, 1 where the value has none."""
+    shape = np.shape(value)[-(len(axes) - 1):] if len(axes) > 1 else ()
+    return (1,) * (len(axes) - 1 - len(shape)) + shape
+
+
+def _of_row(name: str, value, axes: str, shape: list[int]) -> np.ndarray:
+    """One row's value of a field, in the shape [sizes of the axes after B]."""
+    value = np.asarray(value)
+    value = value[0] if value.ndim == len(axes) else value
+    try:
+        return np.broadcast_to(value, shape)
+    except ValueError:
+        raise SettingError(f"{name} has the shape {value.shape}, but {tuple(shape)} for every row; "
+                           "give as many numbers, or one") from None
+
+
+def _equal(a, b) -> bool:
+    leaves, others = jax.tree.leaves(a), jax.tree.leaves(b)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x is y or np.array_equal(x, y) for x, y in zip(leaves, others, strict=True))
 
 
 def _row_fields(settings):

@@ -39,3 +39,7 @@ class DownloadError(SledError, OSError):
 
 class CalibrationError(SledError, ValueError):
     """A calibration cannot be made of these losses, or its record is damaged or made for something else."""
+
+
+class RequestError(SledError):
+    """A request is beyond what the operator allows, or failed while it was served."""

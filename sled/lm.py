@@ -12,7 +12,6 @@ from tqdm import tqdm
 from sled.arguments import (
     A_POLICY,
     A_SAMPLING,
-    A_SCHEDULE,
     A_STRATEGY,
     FINAL_LAYER,
     FULL_DEPTH,
@@ -20,6 +19,7 @@ from sled.arguments import (
     IMMEDIATE,
     NEW_TOKENS,
     stop_strings,
+    which_schedule,
 )
 from sled.calibrating import calibrate
 from sled.calibration import Calibration
@@ -35,6 +35,7 @@ from sled.prompts import Prompts, is_one, pair_ids, prompt_ids
 from sled.results import Chunk, Output, Scores, Stats
 from sled.rows import Row
 from sled.text import Text
+from sled.tuning import Tuned, tune
 
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
 
@@ -70,7 +71,7 @@ class LM:
         self.build = Merge(graph)
 
     def generate(self, prompts: Prompts, *, max_new_tokens: int = NEW_TOKENS, fusion=FINAL_LAYER,
-                 exits: Policy = FULL_DEPTH, schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY,
+                 exits: Policy = FULL_DEPTH, schedule: Schedule | None = None, sampling: Sampling = GREEDY,
                  seed: int = 0, stop: str | Sequence[str] = (), batch_size: int = 32,
                  progress: bool = False) -> Output:
         """Continues each prompt.
@@ -80,7 +81,7 @@ class LM:
         fusion: how the layers decide together (`sled.SLED()`, `sled.DoLa()`, ...).
         exits: whether a token may leave before the last layer (`sled.EarlyExit(...)`), or be guessed there
             and verified (`sled.SelfSpeculation(...)`); by default it goes through all layers.
-        schedule: when deeper layers run, for the batch; changes the time, never the text.
+        schedule: when deeper layers run, for the batch; changes the time, never the text. None: the exits' own.
         sampling: greedy unless told otherwise.
             Where fusion, exits or sampling take an array with one entry per row, the rows are the prompts.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
@@ -117,7 +118,7 @@ class LM:
                            num_layers=self.config.num_layers))
 
     def stream(self, prompts: Prompts, *, chunk: int = 8, max_new_tokens: int = NEW_TOKENS, fusion=FINAL_LAYER,
-               exits: Policy = FULL_DEPTH, schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, seed: int = 0,
+               exits: Policy = FULL_DEPTH, schedule: Schedule | None = None, sampling: Sampling = GREEDY, seed: int = 0,
                stop: str | Sequence[str] = ()) -> Iterator[Chunk]:
         """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens.
 
@@ -229,6 +230,24 @@ class LM:
                          references=references, risk=risk, fusion=fusion, schedule=schedule, sampling=sampling,
                          max_new_tokens=max_new_tokens, seed=seed, stop=stop, batch_size=batch_size, progress=progress)
 
+    def tune(self, prompts: Prompts, *, exits: Policy | Iterable[Policy], rounds: int = 5, fusion=FINAL_LAYER,
+             sampling: Sampling = GREEDY, max_new_tokens: int = NEW_TOKENS, seed: int = 0,
+             stop: str | Sequence[str] = (), batch_size: int = 32, progress: bool = True) -> Tuned:
+        """The fastest way to leave early here: every policy with every schedule, and no early exit, timed side by side.
+
+        Whether leaving early pays depends on model, machine, batch and prompts; where it does not, the result's
+        `exits` leaves nothing early. Texts under `sled.EarlyExit` are as far from the full model's as its threshold
+        lets them be: `calibrate` that first.
+
+        prompts: like those to come; enough to fill a batch. exits: one policy or several.
+        rounds: how often every way is timed, after one run that compiles; the fastest counts.
+        fusion, sampling, max_new_tokens, seed, stop, batch_size: as you will serve.
+
+        Raises: PromptError, SettingError, TokenizerError.
+        """
+        return tune(self, prompts, exits=exits, rounds=rounds, fusion=fusion, sampling=sampling,
+                    max_new_tokens=max_new_tokens, seed=seed, stop=stop, batch_size=batch_size, progress=progress)
+
     def _begin(self, ids: list[np.ndarray], batch: Sequence[int], max_new_tokens: int, *, height: int, seed: int,
                fusion, exits, schedule, sampling) -> Generation:
         """A run of `height` rows: prompts `batch` of `ids`, and idle rows so that the shape is one compiled before.
@@ -236,7 +255,6 @@ class LM:
         Settings with an entry per prompt follow their prompts; an idle row repeats the first one's.
         """
         new = Whole(1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
-        A_SCHEDULE("schedule", schedule)
         for rule, name, settings in ((A_STRATEGY, "fusion", fusion), (A_POLICY, "exits", exits),
                                      (A_SAMPLING, "sampling", sampling)):
             check_rows(rule(name, settings), len(ids), hint="give one value for all prompts, or an entry for each")
@@ -244,8 +262,9 @@ class LM:
         limits = [min(new, self.config.max_positions - len(ids[i])) for i in batch]
         return Generation(self.build, self.params, [ids[i] for i in rows],
                           limits=[*limits, *[0] * (height - len(batch))], seeds=[seed + i for i in rows],
-                          policy=take_rows(exits, rows), schedule=schedule, fusion=take_rows(fusion, rows),
-                          sampling=take_rows(sampling, rows), stop_ids=self.config.eos_ids)
+                          policy=take_rows(exits, rows), schedule=which_schedule(schedule, exits),
+                          fusion=take_rows(fusion, rows), sampling=take_rows(sampling, rows),
+                          stop_ids=self.config.eos_ids)
 
     def _advance(self, run: Generation, count: int, stop: Sequence[str], chunk: int | None) -> Iterator[list[Row]]:
         """Runs to the end, yielding the first `count` rows after every `chunk` tokens."""

@@ -47,7 +47,7 @@ def test_without_exits_nothing_is_set():
     (dict(exits="early", exit_layers=(2,), threshold=(0.5, 0.9)), "2 numbers for 1 exits"),
     (dict(exits="speculate", exit_layers=(2,), kv="exact"), "--kv has no meaning for --exits speculate"),
     (dict(exits="speculate", exit_layers=(2, 4)), "adaptive"),
-    (dict(exits="early", exit_layers=(2,), gather_rows=2), "--gather-rows has no meaning for --schedule immediate"),
+    (dict(exits="early", exit_layers=(2,), gather_rows=2), "--gather-rows has no meaning without --schedule"),
     (dict(exits="early", exit_layers=(2,), schedule="lockstep", patience=2), "--patience"),
 ])
 def test_a_setting_without_meaning_is_named(options, says):

@@ -50,8 +50,9 @@ class ExitOptions:
     """speculate: stop guessing at a guess less probable than this (0: never)."""
     adaptive: bool = False
     """speculate: each row picks its draft length (up to --draft) and its layer by what was accepted so far."""
-    schedule: Literal["immediate", "lockstep", "gather"] = "immediate"
+    schedule: Literal["immediate", "lockstep", "gather"] | None = None
     """When deeper layers run for prompts decoded together. It changes the time, never the text.
+    Left out: lockstep for speculate, else immediate.
     immediate: as soon as one row waits; lockstep: at the pace of the slowest; gather: when enough rows wait."""
     gather_rows: int | None = None
     """gather: how many rows wait for each other (4); the others go on meanwhile."""
@@ -64,7 +65,7 @@ class ExitOptions:
             refuse_others(self, "exits", ())
             return {}
         policy, of_policy = POLICIES[self.exits]
-        schedule, of_schedule = SCHEDULES[self.schedule]
+        schedule, of_schedule = SCHEDULES[self.schedule] if self.schedule else (None, {})
         refuse_others(self, "exits", {*of_policy, "schedule", "gather_rows", "patience"})
         refuse_others(self, "schedule", {"exits", *of_policy, *of_schedule})
         values = given(self)
@@ -75,4 +76,4 @@ class ExitOptions:
             values["threshold"] = self.threshold[0]
         take = lambda names: {names[name]: value for name, value in values.items() if name in names}  # noqa: E731
         return dict(exits=getattr(sled, policy)(**take(of_policy)),
-                    schedule=getattr(sled, schedule)(**take(of_schedule)))
+                    schedule=schedule and getattr(sled, schedule)(**take(of_schedule)))

@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from sled.calibration import Calibration
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
 from sled.cli.paint import Paint, PaintedRow, has_colours
@@ -29,7 +30,7 @@ class Generate:
     sled generate "Question: A lamp costs 40 euros. Now it is 20% off. What is the price?\\nAnswer:"
     --exits early --exit-layers 1 2 4 --show-exits
 
-    sled generate --file prompts.txt --json > out.jsonl
+    sled generate --calibration calibration.json --file prompts.txt --json > out.jsonl
 
     One prompt is printed as it grows; several are decoded together, under a progress bar.
     """
@@ -52,17 +53,27 @@ class Generate:
     """Print a JSON object per prompt: prompt, text, tokens, exit_layers, finish_reason."""
     show_exits: bool = False
     """Show the layer that said each token: colours on a terminal (NO_COLOR turns them off), or else marks."""
+    calibration: Path | None = None
+    """Leave early as this record of `sled calibrate` says, instead of --exits.
+    It is refused where model, fusion, sampling, --max-new-tokens or --stop are not those it was made for."""
 
     def run(self) -> None:
         prompts = read_prompts(self.prompts, self.file)
         exits = self.exit_options.settings()
-        if self.show_exits and (self.json or not exits):
+        if exits and self.calibration:
+            raise SettingError("--exits and --calibration were both given, but the record says how tokens leave; "
+                               "give one of the two")
+        record = Calibration.load(self.calibration) if self.calibration else None
+        if self.show_exits and (self.json or not (exits or record)):
             raise SettingError("--show-exits shows where tokens left in the text, so it needs --exits early or "
-                               "speculate, and goes without --json, whose exit_layers say the same")
-        settings = dict(max_new_tokens=self.max_new_tokens, fusion=self.fusion_options.strategy(), **exits,
-                        sampling=self.sampling_options.sampling(), seed=self.sampling_options.seed,
-                        stop=[unescape(s) for s in self.stop])
+                               "speculate, or --calibration, and goes without --json, whose exit_layers say the same")
+        settings = dict(max_new_tokens=self.max_new_tokens, fusion=self.fusion_options.strategy(),
+                        sampling=self.sampling_options.sampling(), stop=[unescape(s) for s in self.stop])
         lm = self.model_options.load()
+        if record:
+            exits = dict(schedule=record.schedule)
+            exits["exits"] = record.policy(lm, **settings, **exits)
+        settings |= dict(exits, seed=self.sampling_options.seed)
         paint = None
         if self.show_exits:
             paint = Paint(exits["exits"].exits(lm.config.num_layers), colours=has_colours(sys.stdout))

@@ -93,7 +93,9 @@ def refuse_others(options, choice: str, has: Collection[str]) -> None:
     """Raises SettingError for an option given that what --`choice` chose does not have (`has`)."""
     for name in given(options):
         if name != choice and name not in has:
-            raise SettingError(f"--{name.replace('_', '-')} has no meaning for --{choice} {getattr(options, choice)}; "
+            chosen = getattr(options, choice)
+            where = f"without --{choice}" if chosen is None else f"for --{choice} {chosen}"
+            raise SettingError(f"--{name.replace('_', '-')} has no meaning {where}; "
                                f"leave it out or choose another --{choice}")
 
 

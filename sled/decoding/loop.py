@@ -24,12 +24,14 @@ from sled.exits.schedule import Timing
 
 @functools.partial(jax.jit, static_argnames="build", donate_argnames="state")
 def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fusion, sampling: Sampling, stop_ids,
-           until_B, ticks) -> DecodeState:
-    """Further tokens for every active row, until each has `until_B` known ones, or for `ticks` ticks.
+           until_B, ticks, rows) -> DecodeState:
+    """Further tokens for every active row, until fewer than `rows` of them are left, or for `ticks` ticks.
+
+    A row is left while it is active and has fewer than `until_B` known tokens.
 
     policy and timing are of `sled.exits`, fusion of `sled.fusion`; their numbers, like those of
-    `sampling`, `stop_ids` (token ids that end a row, the token included), `until_B` and `ticks`, are
-    traced: changing them compiles nothing. The caller leaves room: until_B <= capacity.
+    `sampling`, `stop_ids` (token ids that end a row, the token included), `until_B`, `ticks` and `rows`
+    (1 or more) are traced: changing them compiles nothing. The caller leaves room: until_B <= capacity.
     """
     network = build(params)
     plan = Plan.of(policy, fusion, network)
@@ -47,7 +49,7 @@ def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fus
 
     def unfinished(carry):
         state, taken = carry
-        return run.unfinished(state).any() & (taken < ticks)
+        return (run.unfinished(state).sum() >= rows) & (taken < ticks)
 
     state, _ = jax.lax.while_loop(unfinished, tick, (state, 0))
     return state

@@ -3,6 +3,7 @@
     start       put ragged prompts into a fresh state   (host arrays -> DecodeState)
     prefill     K/V of a block of prompt tokens         (jitted, one call per block)
     grow        a larger state, when the caches are full
+    put_row     a row of its own into the place of another
     set_active  rows switched off from outside (stop strings)
 
 Prefill never leaves early, and stops before a prompt's last token: every new token, the first
@@ -182,6 +183,15 @@ def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> D
 def set_active(state: DecodeState, active_B) -> DecodeState:
     """The same state with other rows active."""
     return dataclasses.replace(state, active_B=active_B)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def put_row(state: DecodeState, row: DecodeState, at) -> DecodeState:
+    """The state with row `at` (traced) replaced by the one row of `row`, which has the same plan and capacity."""
+    runs_E = state.tally.runs_E  # of the whole batch
+    put = lambda rows, one: jax.lax.dynamic_update_index_in_dim(rows, one[0], at, axis=0)  # noqa: E731
+    whole = lambda state, runs: dataclasses.replace(state, tally=dataclasses.replace(state.tally, runs_E=runs))  # noqa: E731
+    return whole(jax.tree.map(put, whole(state, None), whole(row, None)), runs_E)
 
 
 @functools.partial(jax.jit, static_argnames="capacity")

@@ -10,11 +10,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sled.checks import LARGEST, Instance, Number, Whole, is_array, settle
 from sled.errors import SettingError
 from sled.exits.measures import MEASURES, Classifier
 from sled.exits.policy import Exits, with_last
+from sled.exits.schedule import Immediate
 from sled.pytree import traced
 
 DECAYS = ("none", "calm-paper", "calm-code")
@@ -58,6 +60,8 @@ class EarlyExit:
     classifier: Classifier | None = None
 
     verifies = False
+    schedule = Immediate()
+    positions_per_token = 1  # a token that left runs the deeper layers once, later
 
     def __post_init__(self):
         settle(
@@ -92,6 +96,13 @@ class EarlyExit:
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         return with_last("EarlyExit.layers", self.layers, num_layers)
+
+    @property
+    def lowest_threshold(self) -> float:
+        """The lowest that `thresholds` comes to, of all exits: where the decay has gone all the way."""
+        lowest = min(float(np.min(limit)) for limit in self.threshold) if isinstance(self.threshold, tuple) else float(
+            np.min(self.threshold))
+        return lowest if self.decay == "none" else 0.9 * lowest
 
     def thresholds(self, made_B, most_B):
         """lambda' [B, exits], after `made_B` new tokens of at most `most_B`."""

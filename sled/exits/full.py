@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from sled.exits.schedule import Immediate
 from sled.pytree import traced
 
 
@@ -15,6 +16,8 @@ class FullDepth:
     verifies = False
     propagates = False
     window = 1
+    positions_per_token = 1
+    schedule = Immediate()
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         return (num_layers,)

@@ -6,6 +6,7 @@ import numbers
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from sled.errors import SettingError
+from sled.exits.schedule import Schedule
 
 
 @runtime_checkable
@@ -28,6 +29,14 @@ class Policy(Protocol):
     @property
     def window(self) -> int:
         """How many tokens of a row may wait for their deeper layers, the newest included."""
+        ...
+
+    schedule: Schedule
+    """The one to use where none is named."""
+
+    @property
+    def positions_per_token(self):
+        """How many positions all layers run, at most, for a token of a row to become known: what it may cost."""
         ...
 
     def prepare(self, network):

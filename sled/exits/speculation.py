@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from sled.checks import Number, settle, settle_bounded
 from sled.errors import SettingError
 from sled.exits.policy import Exits, with_last
+from sled.exits.schedule import Lockstep
 from sled.fusion.head import SharedHead
 from sled.pytree import traced
 
@@ -55,6 +56,7 @@ class SelfSpeculation:
 
     verifies = True
     propagates = False
+    schedule = Lockstep()  # a verification that does not wait for the others' drafts cuts them short
 
     def __post_init__(self):
         settle(self, layer=Exits(), confidence=Number(0, 1, hint="it is a probability; 0 never stops a draft"))
@@ -66,6 +68,11 @@ class SelfSpeculation:
     @property
     def window(self) -> int:
         return self.max_draft + 1
+
+    @property
+    def positions_per_token(self):
+        """Where every guess is wrong: the draft, and the token it began with."""
+        return self.draft + 1
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         return with_last("SelfSpeculation.layer", self.layer, num_layers)

@@ -1,0 +1,259 @@
+"""The engine: every request gets what it would get alone, whatever comes and goes beside it."""
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import sled
+from sled.decoding import loop, slots, state
+from sled.errors import PromptError, RequestError, SettingError, TokenizerError
+from sled.lm import LM
+from sled.models import Decoder, DecoderConfig
+from sled.requests import Limits
+
+EOS = 5
+CAPACITY = 48  # of the engines, and of the batches that say what is right: one compiled program each
+CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, num_layers=3, num_heads=4,
+                       num_kv_heads=2, head_dim=8, max_positions=CAPACITY, eos_ids=(EOS,))
+EXITS = sled.EarlyExit((1, 2), threshold=0.2)
+GUESSES = sled.SelfSpeculation(1, draft=4)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    model = Decoder.init(CONFIG, rngs=nnx.Rngs(1))
+    nnx.update(model, {"embedding": {"weight": 10 * model.embedding.weight[...]}})
+    return LM(model)
+
+
+@pytest.fixture(scope="module")
+def engine(lm):
+    """Empty after every test that uses it."""
+    return sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3))
+
+
+def some_prompt(rng):
+    return rng.integers(6, 61, size=rng.integers(1, 30)).tolist()
+
+
+def alone(lm, prompt, limit, **settings):
+    """The first `limit` tokens for this prompt and the layers that said them: a token does not depend on the limit."""
+    out = lm.generate([prompt], max_new_tokens=CAPACITY, **settings)
+    return out.tokens[0][:limit], out.exit_layers[0][:limit]
+
+
+def test_two_hundred_requests_get_what_each_gets_alone(lm):
+    rng = np.random.default_rng(0)
+    engine = sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3), limits=Limits(show_exits=True))
+    asked = [(some_prompt(rng), int(rng.integers(1, 40)), dict(
+        seed=int(rng.integers(2**32)), exits=dataclasses.replace(EXITS, threshold=tuple(rng.uniform(0, 0.5, size=2))),
+        sampling=sled.Sampling(temperature=rng.choice([0.0, 0.9]), top_k=int(rng.integers(20)),
+                               repetition_penalty=rng.choice([1.0, 1.3])))) for _ in range(200)]
+    requests = [engine.submit(prompt, max_new_tokens=limit, **settings) for prompt, limit, settings in asked[:90]]
+    for _ in range(30):
+        engine.step()
+    compiled = [f._cache_size() for f in (loop.decode, state.put_row)]
+    requests += [engine.submit(prompt, max_new_tokens=limit, **settings) for prompt, limit, settings in asked[90:]]
+    engine.run()
+    assert [f._cache_size() for f in (loop.decode, state.put_row)] == compiled
+    assert (engine.waiting, engine.running) == (0, 0)
+    left_early = 0
+    for request, (prompt, limit, settings) in zip(requests, asked, strict=True):
+        result, (tokens, layers) = request.result(), alone(lm, prompt, limit, **settings)
+        assert (result.tokens, result.exit_layers) == (tokens, layers)
+        assert result.finish_reason == ("eos" if tokens[-1] == EOS else "length")
+        left_early += sum(layer < 3 for layer in layers)
+    assert 200 < left_early < sum(len(r.result().tokens) for r in requests)
+
+
+def test_speculation_says_what_its_fusion_alone_says(lm):
+    rng = np.random.default_rng(1)
+    engine = sled.Engine(lm, slots=8, exits=GUESSES, fusion=sled.SLED(), limits=Limits(show_exits=True))
+    asked = [(some_prompt(rng), int(rng.integers(1, 40)),
+              dict(seed=i, fusion=sled.SLED(rate=rng.uniform(0, 4), scale=int(rng.integers(1, 16))),
+                   sampling=sled.Sampling(temperature=i % 3 / 3))) for i in range(40)]
+    requests = [engine.submit(prompt, max_new_tokens=limit, exits=sled.SelfSpeculation(1, draft=1 + i % 8), **settings)
+                for i, (prompt, limit, settings) in enumerate(asked)]
+    default = engine.submit([7, 8], max_new_tokens=9)
+    for request, (prompt, limit, settings) in zip(requests, asked, strict=True):
+        assert request.result().tokens == alone(lm, prompt, limit, **settings)[0]
+    assert default.result().tokens == alone(lm, [7, 8], 9, fusion=sled.SLED())[0]
+    assert sum(request.result().accepted for request in requests) > 0
+
+
+def test_pieces_add_up(engine, lm):
+    request, other = engine.submit([9, 8, 7], max_new_tokens=30), engine.submit([9, 8], max_new_tokens=30)
+    pieces = list(request.stream())
+    assert len(pieces) > 1 and all(piece.tokens for piece in pieces)
+    assert [token for piece in pieces for token in piece.tokens] == alone(lm, [9, 8, 7], 30, exits=EXITS)[0]
+    assert [piece.tokens for piece in request.stream()] == [request.result().tokens]  # read again, in one piece
+    assert other.result().tokens == alone(lm, [9, 8], 30, exits=EXITS)[0]
+    assert request.status == other.status == "done" and (engine.waiting, engine.running) == (0, 0)
+
+
+def test_statistics_of_exits_are_hidden_unless_shown(engine):
+    request = engine.submit([9, 8, 7], max_new_tokens=5)
+    assert all(piece.exit_layers is None for piece in request.stream())
+    result = request.result()
+    assert result.exit_layers is None and result.drafted is None and result.accepted is None and result.text is None
+
+
+def test_cancelled_requests_harm_no_other(engine, lm):
+    prompts = [[10 + i] * (1 + i) for i in range(20)]
+    requests = [engine.submit(prompt, max_new_tokens=25) for prompt in prompts]
+    requests[15].cancel()  # before it has a slot
+    engine.step()
+    cancelled = {15: 0, **{i: None for i in (0, 3, 7)}}
+    for i in cancelled:
+        requests[i].cancel()
+    engine.run()
+    for i, request in enumerate(requests):
+        result, (tokens, _) = request.result(), alone(lm, prompts[i], 25, exits=EXITS)
+        if i in cancelled:
+            assert result.finish_reason == "cancelled" and result.tokens == tokens[:len(result.tokens)]
+            assert 0 < len(result.tokens) < 25 if i != 15 else not result.tokens
+        else:
+            assert result.tokens == tokens
+    requests[1].cancel()  # too late: nothing changes
+    assert requests[1].result().finish_reason in ("eos", "length")
+
+
+def test_failing_requests_harm_no_other(engine, lm, monkeypatch):
+    start = state.start
+
+    def fails_at_thirteen(build, params, prompts, *rest, **named):
+        if prompts[0][0] == 13:
+            raise MemoryError("out of memory")
+        return start(build, params, prompts, *rest, **named)
+
+    monkeypatch.setattr(slots.state, "start", fails_at_thirteen)
+    requests = [engine.submit([10 + i, 9], max_new_tokens=12) for i in range(10)]
+    broken_text = requests[5]
+    monkeypatch.setattr(broken_text, "take", lambda *_: 1 // 0)
+    engine.run()
+    for i, request in enumerate(requests):
+        if i in (3, 5):
+            assert request.status == "failed"
+            with pytest.raises(RequestError, match="out of memory" if i == 3 else "division"):
+                request.result()
+            with pytest.raises(RequestError):
+                list(request.stream())
+        else:
+            assert request.result().tokens == alone(lm, [10 + i, 9], 12, exits=EXITS)[0]
+
+
+def test_a_failing_device_keeps_those_that_wait(engine, lm, monkeypatch):
+    requests = [engine.submit([10 + i, 9], max_new_tokens=12) for i in range(10)]
+    with monkeypatch.context() as broken:
+        broken.setattr(loop, "decode", lambda **_: 1 // 0)
+        with pytest.raises(ZeroDivisionError):
+            engine.step()
+    assert [request.status for request in requests] == ["failed"] * 8 + ["waiting"] * 2
+    with pytest.raises(RequestError, match="division"):
+        requests[0].result()
+    assert requests[9].result().tokens == alone(lm, [19, 9], 12, exits=EXITS)[0]
+
+
+def test_any_thread_may_submit_and_read(engine, lm):
+    found = {}
+
+    def ask(i):
+        found[i] = [token for piece in engine.submit([20 + i], max_new_tokens=15).stream() for token in piece.tokens]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {i: alone(lm, [20 + i], 15, exits=EXITS)[0] for i in range(12)}
+
+
+def test_the_budget_charges_all_layers(lm):
+    engine = sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3), limits=Limits(budget=3 * 20 + 2))
+    cut, short = engine.submit([9] * 12, max_new_tokens=20), engine.submit([9] * 12, max_new_tokens=8)
+    with pytest.raises(RequestError, match=r"prompt of 20 tokens .* budget of 62 layer-tokens"):
+        engine.submit([9] * 20)
+    engine.submit([9] * 19)
+    tokens, _ = alone(lm, [9] * 12, 20, exits=EXITS)
+    assert EOS not in tokens[:8]
+    assert cut.result().finish_reason == "budget" and cut.result().tokens == tokens[:8]
+    assert short.result().finish_reason == "length" and short.result().tokens == tokens[:8]
+    engine.run()
+    # A guess that is wrong costs as much as one that is right: five positions for a token, with a draft of four.
+    assert Limits(budget=300).affordable(12, GUESSES, 3) == (100 - 12) // 5
+    assert Limits().affordable(10**9, GUESSES, 3) is None
+
+
+def test_constant_depth_goes_through_all_layers(lm):
+    engine = sled.Engine(lm, slots=8, exits=EXITS, limits=Limits(constant_depth=True, show_exits=True))
+    request = engine.submit([9, 8, 7], max_new_tokens=12, exits=dataclasses.replace(EXITS, threshold=0.0))
+    assert request.result().exit_layers == [3] * 12
+    assert request.result().tokens == alone(lm, [9, 8, 7], 12)[0]
+
+
+def test_the_operators_floor_holds_for_every_request(lm):
+    limits = Limits(threshold_floor=0.5, min_layer=2)
+    floor = sled.EarlyExit((1, 2), threshold=0.5, min_layer=2)
+    engine = sled.Engine(lm, exits=floor, limits=limits)
+    for exits, message in (
+            (dataclasses.replace(floor, threshold=(0.9, 0.4)), "0.4.*0.5 at the lowest"),
+            (dataclasses.replace(floor, threshold=np.array([0.9, 0.1])), "0.1.*0.5 at the lowest"),
+            (dataclasses.replace(floor, min_layer=1), "after layer 1.*min_layer=2")):
+        with pytest.raises(SettingError, match=message):
+            engine.submit([7], exits=exits)
+    limits.check(sled.EarlyExit(2, threshold=0.6))  # it has no exit before layer 2
+    limits.check(sled.EarlyExit((1, 2), threshold=0.6, min_layer=3))  # none leaves
+    with pytest.raises(SettingError, match=r"comes down to 0\.45"):  # CALM's decay takes a tenth off
+        limits.check(dataclasses.replace(floor, decay="calm-paper"))
+    with pytest.raises(SettingError, match="at the lowest"):
+        sled.Engine(lm, exits=sled.EarlyExit(2, threshold=0.1), limits=limits)
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (dict(slots=0), "slots is 0"), (dict(capacity=0), "capacity is 0"), (dict(capacity=49), "capacity is 49.*2 to 48"),
+    (dict(exits=sled.EarlyExit(3)), "no early exit of a model of 3"), (dict(exits=sled.EarlyExit), "exits is"),
+    (dict(limits=0.5), "limits is 0.5"), (dict(schedule="gather"), "schedule is 'gather'"),
+    (dict(sampling=sled.Sampling(temperature=np.ones(8))), r"B is 1 here; a request is one row"),
+], ids=str)
+def test_an_engine_that_cannot_be(lm, settings, message):
+    with pytest.raises(SettingError, match=message):
+        sled.Engine(lm, **settings)
+
+
+@pytest.mark.parametrize(("limits", "message"), [
+    (dict(threshold_floor=40.0), "threshold_floor is 40.0"), (dict(threshold_floor=float("nan")), "nan"),
+    (dict(min_layer=-1), "min_layer is -1"), (dict(budget=-5), "budget is -5"), (dict(budget=0), "budget is 0"),
+], ids=str)
+def test_limits_that_cannot_be(limits, message):
+    with pytest.raises(SettingError, match=message):
+        Limits(**limits)
+
+
+@pytest.mark.parametrize(("asked", "error", "message"), [
+    (dict(prompt=[]), PromptError, "empty"), (dict(prompt=[99]), PromptError, "token id 99"),
+    (dict(prompt=[[7], [8]]), PromptError, "2 were given"), (dict(prompt="text"), TokenizerError, "no tokenizer"),
+    (dict(prompt=[7] * 48), PromptError, "48 tokens long"), (dict(prompt=[7], max_new_tokens=0), SettingError, "is 0"),
+    (dict(prompt=[7], seed=-1), SettingError, "seed is -1"), (dict(prompt=[7], stop=""), SettingError, "stop is ''"),
+    (dict(prompt=[7], exits=GUESSES), SettingError, "must be of class EarlyExit"),
+    (dict(prompt=[7], exits=sled.EarlyExit(1)), SettingError, r"EarlyExit.layers is \(1,\), but \(1, 2\) for every"),
+    (dict(prompt=[7], exits=sled.EarlyExit((1, 2), np.ones((2, 2)))), SettingError, "B is 1 here; a request"),
+    (dict(prompt=[7], fusion=sled.SLED()), SettingError, "must be of class FinalLayer"),
+], ids=str)
+def test_a_bad_request_is_refused_at_once(engine, asked, error, message):
+    with pytest.raises(error, match=message):
+        engine.submit(**asked)
+    assert (engine.waiting, engine.running) == (0, 0)
+
+
+def test_text_and_stop_strings():
+    demo = sled.load("demo")
+    engine = sled.Engine(demo, slots=2, capacity=128)
+    prompt = "Question: Ash buys 6 toys at 10 tokens each, 10% off for four or more: how much?\nAnswer:"
+    whole, stopped = engine.submit(prompt, max_new_tokens=40), engine.submit(prompt, max_new_tokens=40, stop="=6")
+    text = demo.generate(prompt, max_new_tokens=40).texts[0]
+    assert "".join(piece.text for piece in stopped.stream()) == text[:text.index("=6")]
+    assert stopped.result().finish_reason == "stop"
+    assert "".join(piece.text for piece in whole.stream()) == whole.result().text == text
