@@ -73,6 +73,17 @@ def tensors(config: dict) -> dict[str, np.ndarray]:
             for name, shape in shapes.items()}
 
 
+def pytest_addoption(parser):
+    parser.addoption("--exhaustive", action="store_true", help="also run the cases that take minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--exhaustive"):
+        for item in items:
+            if item.get_closest_marker("exhaustive"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes: run with --exhaustive"))
+
+
 @pytest.fixture(autouse=True)
 def forget_programs():
     """Compiled programs are dropped when they are many: each holds memory maps, of which Linux allows a process

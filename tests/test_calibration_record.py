@@ -257,6 +257,22 @@ def test_the_command_takes_prompts_from_a_file(tmp_path, capsys):
                                                                                    patience=16)
 
 
+def test_generate_leaves_as_a_record_says(lm, record, tmp_path, capsys):
+    gathering = dict(kind="sled.Gather", rows=2, patience=16)
+    saved = tmp_path / "gather.json"
+    dataclasses.replace(record, serving=dict(record.serving, schedule=gathering)).save(saved)
+    question = prompt(problems("heldout", 1)[0].question)
+    code = cli.main(["generate", question, "--json", "-n", "24", "--calibration", str(saved)])
+    found = json.loads(capsys.readouterr().out)
+    assert code == 0 and found["exit_layers"] == lm.generate(
+        question, exits=sled.EarlyExit(1, record.threshold), **SERVING).exit_layers[0]
+    for more, says in ((["-n", "25"], "max_new_tokens"), (["-n", "24", "--fusion", "sled"], "fusion"),
+                       (["-n", "24", "--exits", "early", "--exit-layers", "1"], "give one of the two")):
+        code = cli.main(["generate", question, "--calibration", str(saved), *more])
+        captured = capsys.readouterr()
+        assert code == 1 and says in captured.err and not captured.out
+
+
 @pytest.mark.parametrize(("arguments", "says"), [
     (("-m", "owner/name"), "PromptError: no prompts were given for owner/name"),
     (("--problems", "3", "--file", "x"), "PromptError: --problems was given beside --file"),

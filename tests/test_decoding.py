@@ -116,7 +116,7 @@ def test_no_transfer_to_the_host_inside_the_loop(lm, prompts):
     plan = state.Plan.of(policy, fusion, lm.build(lm.params))
     begun = state.start(lm.build, lm.params, [np.array(prompts[2], np.int32)], [30], [0], capacity=32, plan=plan)
     arguments = jax.device_put((lm.params, begun, policy, Timing(np.int32(1), np.int32(0)), fusion, sled.Sampling(),
-                                np.array([EOS], np.int32), np.array([30], np.int32), np.int32(8)))
+                                np.array([EOS], np.int32), np.array([30], np.int32), np.int32(8), np.int32(1)))
     with jax.transfer_guard("disallow"):
         after = loop.decode(lm.build, *arguments)
     assert int(after.length_B[0]) > len(prompts[2])

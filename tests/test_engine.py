@@ -233,7 +233,7 @@ def test_limits_that_cannot_be(limits, message):
 
 
 @pytest.mark.parametrize(("asked", "error", "message"), [
-    (dict(prompt=[]), PromptError, "empty"), (dict(prompt=[99]), PromptError, "token id 99"),
+    (dict(prompt=[]), PromptError, "no prompt was given"), (dict(prompt=[99]), PromptError, "token id 99"),
     (dict(prompt=[[7], [8]]), PromptError, "2 were given"), (dict(prompt="text"), TokenizerError, "no tokenizer"),
     (dict(prompt=[7] * 48), PromptError, "48 tokens long"), (dict(prompt=[7], max_new_tokens=0), SettingError, "is 0"),
     (dict(prompt=[7], seed=-1), SettingError, "seed is -1"), (dict(prompt=[7], stop=""), SettingError, "stop is ''"),

@@ -294,10 +294,10 @@ def test_nothing_tuned_compiles_again(lm, prompts):
                          ids=lambda p: type(p).__name__)
 def test_no_transfer_to_the_host_inside_the_loop(lm, prompts, policy):
     run = begin(lm, prompts[2:3], policy=policy, schedule=sled.Gather(), fusion=sled.SLED())
-    arguments = {k: v if k == "build" else jax.device_put(v) for k, v in run._fixed.items()}
-    until_B = jax.device_put(np.array([len(prompts[2]) + COUNT], np.int32))
+    arguments = run.arguments(np.array([len(prompts[2]) + COUNT]))
+    arguments = {k: v if k == "build" else jax.device_put(v) for k, v in arguments.items()}
     with jax.transfer_guard("disallow"):
-        after = loop.decode(state=run._state, until_B=until_B, **arguments)
+        after = loop.decode(**arguments)
     assert int(after.length_B[0]) > len(prompts[2])
 
 

@@ -20,7 +20,7 @@ MARK = re.compile(r"\[\d\]")
 
 
 @pytest.mark.parametrize(("options", "exits", "schedule"), [
-    (ExitOptions(exits="early", exit_layers=(2,)), sled.EarlyExit(2), sled.Immediate()),
+    (ExitOptions(exits="early", exit_layers=(2,)), sled.EarlyExit(2), None),
     (ExitOptions(exits="early", exit_layers=(4, 2), threshold=(0.5,), measure="margin", kv="propagate",
                  decay="calm-code", schedule="lockstep"),
      sled.EarlyExit((2, 4), 0.5, "margin", "calm-code", kv="propagate"), sled.Lockstep()),

@@ -51,10 +51,13 @@ class Batch:
     def tally(self) -> state.Tally:
         return self._state.tally
 
-    def _decode(self, until_B, *, ticks=NO_LIMIT, rows: int = 1) -> None:
-        """The jitted loop on all rows: see `loop.decode`."""
-        self._state = loop.decode(state=self._state, until_B=until_B.astype(np.int32), ticks=np.int32(ticks),
-                                  rows=np.int32(rows), **self._settings, **self._fixed)
+    def arguments(self, until_B, *, ticks=NO_LIMIT, rows: int = 1) -> dict[str, Any]:
+        """What `loop.decode` takes, by name."""
+        return dict(self._fixed, **self._settings, state=self._state, until_B=until_B.astype(np.int32),
+                    ticks=np.int32(ticks), rows=np.int32(rows))
+
+    def _decode(self, until_B, **named) -> None:
+        self._state = loop.decode(**self.arguments(until_B, **named))
         self._fetch()
 
     def _fetch(self) -> None:
