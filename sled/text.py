@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -62,6 +63,11 @@ class Text:
     @property
     def available(self) -> bool:
         return self._tokenizer is not None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer: what was made with another one has another digest."""
+        return hashlib.sha256(self._get().to_str().encode()).hexdigest()
 
     def _get(self) -> Tokenizer:
         if self._tokenizer is None:
