@@ -85,8 +85,8 @@ def tokenise(source: Source, text: Text, config: DecoderConfig, *, cache: str | 
 def _load(folder: Path) -> Documents | None:
     """The documents of a folder; None where it is not there, or not whole."""
     try:
-        with np.load(folder / "documents.npz") as file:
-            starts_N, prompts_N = file["starts"], file["prompts"]
+        with open(folder / "documents.npz", "rb") as file, np.load(file) as arrays:
+            starts_N, prompts_N = arrays["starts"], arrays["prompts"]
         skipped = json.loads((folder / "skipped.json").read_text())
         if (folder / "tokens.bin").stat().st_size != 4 * starts_N[-1]:
             return None

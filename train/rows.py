@@ -124,8 +124,8 @@ class Rows:
 def _kept(path: Path, make) -> Arrangement:
     """The arrangement in the file at `path`; where there is none, or no whole one, it is made and put there."""
     try:
-        with np.load(path) as file:
-            return Arrangement(**file)
+        with open(path, "rb") as file, np.load(file) as arrays:
+            return Arrangement(**arrays)
     except DAMAGED:
         made = make()
     handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
