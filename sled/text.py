@@ -24,9 +24,12 @@ class Text:
         if not path.is_file():
             return cls(None, str(folder))
         try:
-            return cls(Tokenizer.from_file(str(path)), str(folder))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as reason:  # the library raises bare Exception
             raise TokenizerError(f"{path} cannot be read as a tokenizer: {reason}") from reason
+        tokenizer.no_truncation()  # the file may hold what it was last used with
+        tokenizer.no_padding()
+        return cls(tokenizer, str(folder))
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds."""

@@ -347,7 +347,7 @@ def test_a_second_run_tokenises_nothing(load, tmp_path, encoded):
     first = load(path)
     assert len(encoded) == 4
     again = load(path)
-    assert len(encoded) == 4 and again.report == first.report and again.key == first.key
+    assert len(encoded) == 4 and again.report == first.report and again.digest == first.digest
     np.testing.assert_equal(one_epoch(again), one_epoch(first))
     load(path, Layout(32, shape="padded", prompt_weight=1))  # rows are other ones, their documents are not
     assert len(encoded) == 4
@@ -381,8 +381,8 @@ def test_other_data_or_settings_are_tokenised_anew(load, tmp_path, encoded):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda f: (f / "tokens.bin").write_bytes(b"\0" * 8), lambda f: (f / "skipped.json").unlink(),
-    lambda f: (f / "documents.npz").write_bytes(b"PK\x03\x04"), lambda f: (f / "skipped.json").write_text("{"),
+    lambda f: (f / "tokens.bin").write_bytes(b"\0" * 8), lambda f: (f / "about.json").unlink(),
+    lambda f: (f / "documents.npz").write_bytes(b"PK\x03\x04"), lambda f: (f / "about.json").write_text("{"),
     lambda f: [p.write_bytes(b"") for p in f.glob("*.npz")]])
 def test_what_is_damaged_is_made_anew(load, tmp_path, damage):
     expected = tokens_of(load(ROWS))

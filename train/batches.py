@@ -57,7 +57,7 @@ class Batches(Iterator[Batch]):
         batches = epoch.repeat(epochs).map(
             lambda chosen: rows.batch(chosen[0][index * part:(index + 1) * part], part, chosen[1]))
         self.per_epoch = len(epoch)
-        self._made_of = dict(rows=rows.key, lengths=list(rows.buckets), batch_size=size, seed=seed)
+        self._made_of = dict(rows=rows.digest, lengths=list(rows.buckets), batch_size=size, seed=seed)
         self._iterator = iter(batches.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 

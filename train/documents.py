@@ -37,6 +37,7 @@ class Documents(NamedTuple):
     """Tokenised examples on disk, N documents of M tokens in all."""
 
     folder: Path
+    digest: str  # SHA-256 of the documents: the same wherever and with whatever versions they were made
     tokens_M: np.ndarray  # int32, mapped from the file
     starts_N: np.ndarray  # int64 [N + 1]: where each begins, and the end of the last
     prompts_N: np.ndarray  # int64: tokens of each that are its prompt's
@@ -87,18 +88,19 @@ def _load(folder: Path) -> Documents | None:
     try:
         with open(folder / "documents.npz", "rb") as file, np.load(file) as arrays:
             starts_N, prompts_N = arrays["starts"], arrays["prompts"]
-        skipped = json.loads((folder / "skipped.json").read_text())
+        about = json.loads((folder / "about.json").read_text())
+        digest, skipped = about["digest"], about["skipped"]
         if (folder / "tokens.bin").stat().st_size != 4 * starts_N[-1]:
             return None
     except DAMAGED:
         return None
     if starts_N[-1] == 0:  # an empty file cannot be mapped
-        return Documents(folder, np.zeros(0, np.int32), starts_N, prompts_N, skipped)
-    return Documents(folder, np.memmap(folder / "tokens.bin", "<i4", "r"), starts_N, prompts_N, skipped)
+        return Documents(folder, digest, np.zeros(0, np.int32), starts_N, prompts_N, skipped)
+    return Documents(folder, digest, np.memmap(folder / "tokens.bin", "<i4", "r"), starts_N, prompts_N, skipped)
 
 
 def _write(folder: Path, reading: Reading, text: Text, config: DecoderConfig, *, progress: bool) -> None:
-    starts, prompts, skipped = [0], [], Counter()
+    starts, prompts, skipped, total = [0], [], Counter(), hashlib.sha256()
     with (open(folder / "tokens.bin", "wb") as file,
           tqdm(desc="tokenising", total=reading.total, unit="example", disable=not progress) as bar):
         for example, prompt, body in _encode(reading, text):
@@ -113,11 +115,12 @@ def _write(folder: Path, reading: Reading, text: Text, config: DecoderConfig, *,
                 wrong = next(x for x in ids if not 0 <= x < config.vocab_size)
                 raise DataError(f"{example.place} has token id {wrong}, but the model's vocabulary is 0 to "
                                 f"{config.vocab_size - 1}; tokenise it with this model's tokenizer")
-            file.write(np.asarray(ids, "<i4").tobytes())
+            total.update(raw := np.asarray([len(prompt), len(ids), *ids], "<i4").tobytes())
+            file.write(raw[8:])  # the two counts are for the digest alone
             starts.append(starts[-1] + len(ids))
             prompts.append(len(prompt))
     np.savez(folder / "documents.npz", starts=np.asarray(starts, np.int64), prompts=np.asarray(prompts, np.int64))
-    (folder / "skipped.json").write_text(json.dumps(skipped))
+    (folder / "about.json").write_text(json.dumps({"digest": total.hexdigest(), "skipped": skipped}))
 
 
 def _encode(reading: Reading, text: Text) -> Iterator[tuple[Example, list[int], list[int] | str]]:

@@ -71,13 +71,17 @@ def read(source: Source, text: Text, config: DecoderConfig, layout: Layout, *, c
 
 
 class Rows:
-    """R rows of documents; `batch` makes arrays of some. Raises DataError where there is none."""
+    """R rows of documents; `batch` makes arrays of some. Raises DataError where there is none.
+
+    lengths_R: tokens in each. buckets: the lengths to which they are padded, ascending. report: what became of the
+    source. digest: SHA-256 of the documents and which of them make each row.
+    """
 
     def __init__(self, documents: Documents, layout: Layout, pad_id: int):
         self._documents, self._layout, self._pad_id = documents, layout, pad_id
         decisive = [layout.context, layout.shape, layout.too_long]
         name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
-        self.key = f"{documents.folder.name}/{name}"
+        self.digest = hashlib.sha256(f"{documents.digest} {name}".encode()).hexdigest()
         lengths_N = np.diff(documents.starts_N)
         a = self._arrangement = _kept(documents.folder / f"{name}.npz",
                                       lambda: arrange(lengths_N, documents.prompts_N, layout))
