@@ -35,6 +35,10 @@ class Text:
         """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds."""
         return self._get().encode(text).ids
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, for many texts, on all cores."""
+        return [encoding.ids for encoding in self._get().encode_batch_fast(list(texts))]
+
     def encode_continuation(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both parts of one text; a token that straddles the boundary belongs to the continuation.
 
@@ -48,11 +52,13 @@ class Text:
 
         The prompt's part is empty where its first token straddles the boundary, or where it is white space alone.
         """
-        whole = self.encode(prompt + continuation)
-        alone = self.encode(prompt.rstrip())
-        cut = next((n for n, pair in enumerate(zip(whole, alone, strict=False)) if pair[0] != pair[1]),
-                   min(len(whole), len(alone)))
-        return whole[:cut], whole[cut:]
+        return _cut(self.encode(prompt + continuation), self.encode(prompt.rstrip()))
+
+    def encode_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """As `encode_continuation`, for many prompts with their continuations, on all cores."""
+        wholes = self.encode_all([prompt + continuation for prompt, continuation in pairs])
+        alones = self.encode_all([prompt.rstrip() for prompt, _ in pairs])
+        return [_cut(whole, alone) for whole, alone in zip(wholes, alones, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -78,3 +84,10 @@ class Text:
                 f"{self._source} has no tokenizer.json, so text cannot be read or written; "
                 "give prompts as lists of token ids and read `.tokens`, or put a tokenizer.json into the folder")
         return self._tokenizer
+
+
+def _cut(whole: list[int], alone: list[int]) -> tuple[list[int], list[int]]:
+    """`whole` in two, where it first differs from `alone`."""
+    cut = next((n for n, pair in enumerate(zip(whole, alone, strict=False)) if pair[0] != pair[1]),
+               min(len(whole), len(alone)))
+    return whole[:cut], whole[cut:]

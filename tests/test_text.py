@@ -35,7 +35,9 @@ def harness_pair(text, context, continuation):
     ("", "a"),
 ])
 def test_without_a_straddling_token_it_is_the_harness_pair(lm, prompt, continuation):
-    assert lm.text.encode_continuation(prompt, continuation) == harness_pair(lm.text, prompt, continuation)
+    expected = harness_pair(lm.text, prompt, continuation)
+    assert lm.text.encode_continuation(prompt, continuation) == expected
+    assert lm.text.encode_continuations([("a", "b"), (prompt, continuation)])[1] == expected
 
 
 @pytest.mark.parametrize(("prompt", "continuation", "before", "scored"), [

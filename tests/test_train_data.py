@@ -52,8 +52,8 @@ def load(text, tmp_path):
 @pytest.fixture
 def encoded(monkeypatch):
     """A list that grows by every text that is tokenised."""
-    calls, encode = [], Text.encode
-    monkeypatch.setattr(Text, "encode", lambda self, text: calls.append(text) or encode(self, text))
+    calls, encode_all = [], Text.encode_all
+    monkeypatch.setattr(Text, "encode_all", lambda self, texts: calls.extend(texts) or encode_all(self, texts))
     return calls
 
 

@@ -15,7 +15,6 @@ import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +29,7 @@ from sled.train.sources import Example, Reading, Source
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)  # what numpy and json raise
 FORMAT = 1  # of the folders; another one is not found
-TOGETHER = 4096  # examples that are tokenised by the threads at a time: what is in memory stays bounded
+TOGETHER = 1024  # examples that are tokenised at a time, on all cores
 
 
 class Documents(NamedTuple):
@@ -125,16 +124,19 @@ def _write(folder: Path, reading: Reading, text: Text, config: DecoderConfig, *,
 
 def _encode(reading: Reading, text: Text) -> Iterator[tuple[Example, list[int], list[int] | str]]:
     """Each example with the ids of its two parts, in order; or with the reason for skipping it as the second."""
-
-    def encode(example: Example):
-        _, prompt, body = example
-        if isinstance(body, str) and not body.strip():
-            return example, [], "blank text" if reading.source.text else "blank completion"
-        if isinstance(body, str):
-            prompt, body = text.encode_continuation(prompt, body) if prompt else ([], text.encode(body))
-        return example, list(prompt), body or "no tokens"
-
-    examples = iter(reading)
-    with ThreadPoolExecutor() as pool:  # the tokenizer works outside Python's lock
-        while together := list(itertools.islice(examples, TOGETHER)):
-            yield from pool.map(encode, together)
+    source, examples = reading.source, iter(reading)
+    while together := list(itertools.islice(examples, TOGETHER)):
+        if source.tokens is not None:
+            yield from ((example, [], example.body or "no tokens") for example in together)
+            continue
+        written = [example for example in together if example.body.strip()]
+        if source.text is not None:
+            ids = iter([([], body) for body in text.encode_all([example.body for example in written])])
+        else:
+            ids = iter(text.encode_continuations([(example.prompt, example.body) for example in written]))
+        for example in together:
+            if example.body.strip():
+                prompt, body = next(ids)
+                yield example, prompt, body or "no tokens"
+            else:
+                yield example, [], "blank text" if source.text is not None else "blank completion"
