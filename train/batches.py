@@ -1,4 +1,4 @@
-"""Batches of rows, in an order that hangs on the seed alone: not on processes, threads or interruptions."""
+"""Batches of rows, in an order that depends on the seed alone: not on processes, threads or interruptions."""
 
 from __future__ import annotations
 
