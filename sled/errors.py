@@ -34,7 +34,11 @@ class CheckpointError(SledError):
 
 
 class DownloadError(SledError, OSError):
-    """A model could not be fetched from the hub."""
+    """A model or data set could not be fetched from the hub."""
+
+
+class DataError(SledError, ValueError):
+    """Training data is missing, damaged, lacks a column, or leaves nothing to train on."""
 
 
 class CalibrationError(SledError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,13 +24,20 @@ class Text:
         if not path.is_file():
             return cls(None, str(folder))
         try:
-            return cls(Tokenizer.from_file(str(path)), str(folder))
+            tokenizer = Tokenizer.from_file(str(path))
         except Exception as reason:  # the library raises bare Exception
             raise TokenizerError(f"{path} cannot be read as a tokenizer: {reason}") from reason
+        tokenizer.no_truncation()  # the file may hold what it was last used with
+        tokenizer.no_padding()
+        return cls(tokenizer, str(folder))
 
     def encode(self, text: str) -> list[int]:
         """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds."""
         return self._get().encode(text).ids
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode`, for many texts, on all cores."""
+        return [encoding.ids for encoding in self._get().encode_batch_fast(list(texts))]
 
     def encode_continuation(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both parts of one text; a token that straddles the boundary belongs to the continuation.
@@ -44,11 +52,13 @@ class Text:
 
         The prompt's part is empty where its first token straddles the boundary, or where it is white space alone.
         """
-        whole = self.encode(prompt + continuation)
-        alone = self.encode(prompt.rstrip())
-        cut = next((n for n, pair in enumerate(zip(whole, alone, strict=False)) if pair[0] != pair[1]),
-                   min(len(whole), len(alone)))
-        return whole[:cut], whole[cut:]
+        return _cut(self.encode(prompt + continuation), self.encode(prompt.rstrip()))
+
+    def encode_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """As `encode_continuation`, for many prompts with their continuations, on all cores."""
+        wholes = self.encode_all([prompt + continuation for prompt, continuation in pairs])
+        alones = self.encode_all([prompt.rstrip() for prompt, _ in pairs])
+        return [_cut(whole, alone) for whole, alone in zip(wholes, alones, strict=True)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
@@ -63,9 +73,21 @@ class Text:
     def available(self) -> bool:
         return self._tokenizer is not None
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tokenizer: what was made with another one has another digest."""
+        return hashlib.sha256(self._get().to_str().encode()).hexdigest()
+
     def _get(self) -> Tokenizer:
         if self._tokenizer is None:
             raise TokenizerError(
                 f"{self._source} has no tokenizer.json, so text cannot be read or written; "
                 "give prompts as lists of token ids and read `.tokens`, or put a tokenizer.json into the folder")
         return self._tokenizer
+
+
+def _cut(whole: list[int], alone: list[int]) -> tuple[list[int], list[int]]:
+    """`whole` in two, where it first differs from `alone`."""
+    cut = next((n for n, pair in enumerate(zip(whole, alone, strict=False)) if pair[0] != pair[1]),
+               min(len(whole), len(alone)))
+    return whole[:cut], whole[cut:]

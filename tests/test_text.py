@@ -1,11 +1,15 @@
 """Where a prompt ends and its continuation begins, by the bundled tokenizer and by ones made for the purpose."""
 
+from pathlib import Path
+
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import sled
 from sled.errors import PromptError
 from sled.text import Text
+
+DEMO = Path(sled.__file__).parent / "demo" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,9 @@ def harness_pair(text, context, continuation):
     ("", "a"),
 ])
 def test_without_a_straddling_token_it_is_the_harness_pair(lm, prompt, continuation):
-    assert lm.text.encode_continuation(prompt, continuation) == harness_pair(lm.text, prompt, continuation)
+    expected = harness_pair(lm.text, prompt, continuation)
+    assert lm.text.encode_continuation(prompt, continuation) == expected
+    assert lm.text.encode_continuations([("a", "b"), (prompt, continuation)])[1] == expected
 
 
 @pytest.mark.parametrize(("prompt", "continuation", "before", "scored"), [
@@ -65,3 +71,14 @@ def test_special_tokens_stay_where_the_whole_text_has_them():
 def test_a_part_without_tokens_is_named(lm, prompt, continuation, says):
     with pytest.raises(PromptError, match=says):
         lm.score(prompt, continuation)
+
+
+def test_truncation_and_padding_left_in_the_file_change_nothing(lm, tmp_path):
+    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Text.from_folder(tmp_path)
+    for words in ("Ash", "Ash buys 6 toys at 10 euros each"):
+        assert text.encode(words) == lm.text.encode(words)
+    assert text.digest == lm.text.digest
