@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import shutil
 import tempfile
@@ -97,10 +98,15 @@ class _Weight:
 
     def gather(self, name: str, dtype) -> np.ndarray:
         """The tensor on this host. All processes that hold a part of it have to call this."""
-        own = self.array if self.layer is None else self.array[self.layer]
-        own = own.T if self.order < 0 else own
+        own = _take(self.array, self.layer, self.order)
         whole = np.asarray(own) if own.is_fully_addressable else multihost_utils.process_allgather(own, tiled=True)
         return np.ascontiguousarray(finite("the model", name, whole, dtype))
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _take(array, layer: int | None, order: int):
+    own = array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+    return own.T if order < 0 else own
 
 
 def _named_weights(decoder: Decoder) -> dict[str, _Weight]:
