@@ -38,13 +38,13 @@ def load_folder(path: str | Path, *, dtype=None) -> Decoder:
     Raises ConfigError for the configuration and CheckpointError for the weights: missing, surplus,
     misshaped, of an unsupported type, damaged, or not finite.
     """
-    with open_weights(path) as stored, progress("Loading", stored.total_bytes) as bar:
+    with open_weights(path) as stored, progress("Loading", sum(stored.sizes.values())) as bar:
         graph, state = nnx.split(abstract(stored.config))
         slots = dict(nnx.to_flat_state(state))
-        for at in stored.names:
+        for at, name in stored.names.items():
             own = jnp.asarray(stored.read(at, dtype))
             slots[at] = slots[at].replace(own.T if stored_order(at) < 0 else own)
-            bar.update(own.nbytes)
+            bar.update(stored.sizes[name])
     return nnx.merge(graph, nnx.from_flat_state(slots))
 
 

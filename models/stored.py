@@ -34,13 +34,13 @@ class StoredWeights:
     """An open folder whose headers fit its configuration.
 
     names: of every parameter's path (separate form), the stored tensor's name.
-    total_bytes: what all of them take as stored.
+    sizes: of every stored tensor's name, its bytes as it is stored.
     """
 
     folder: Path
     config: DecoderConfig
     names: Mapping[tuple, str]
-    total_bytes: int
+    sizes: Mapping[str, int]
     _files: Mapping
     _twin: str | None
 
@@ -76,8 +76,7 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
         twin = head if config.tied_head and head in stored else None
         if twin:
             shapes[twin] = (config.vocab_size, config.width)
-        total = _check_headers(folder, stored, shapes)
-        yield StoredWeights(folder, config, names, total, stored, twin)
+        yield StoredWeights(folder, config, names, _check_headers(folder, stored, shapes), stored, twin)
 
 
 def stored_order(path: tuple) -> int:
@@ -144,8 +143,8 @@ def _open(files: list[Path], stack: contextlib.ExitStack) -> dict:
     return stored
 
 
-def _check_headers(folder: Path, stored: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Raises CheckpointError unless exactly these tensors are stored; returns their size in bytes."""
+def _check_headers(folder: Path, stored: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Raises CheckpointError unless exactly these tensors are stored; returns the bytes of each."""
     def some(names):
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -155,7 +154,7 @@ def _check_headers(folder: Path, stored: Mapping, shapes: Mapping[str, tuple[int
     if surplus := sorted(set(stored) - set(shapes)):
         raise CheckpointError(f"{folder} holds {len(surplus)} tensors that config.json does not account for: "
                               f"{some(surplus)}; correct config.json or remove them")
-    total = 0
+    sizes = {}
     for name, shape in shapes.items():
         header = stored[name].get_slice(name)
         found, kind = tuple(header.get_shape()), header.get_dtype()
@@ -165,8 +164,8 @@ def _check_headers(folder: Path, stored: Mapping, shapes: Mapping[str, tuple[int
         if kind not in STORED_TYPES:
             raise CheckpointError(f"{folder}: {name} is stored as {kind}, but only {', '.join(STORED_TYPES)} "
                                   "are read; use the checkpoint before quantisation")
-        total += math.prod(shape) * STORED_TYPES[kind]
-    return total
+        sizes[name] = math.prod(shape) * STORED_TYPES[kind]
+    return sizes
 
 
 def finite(source, name: str, weight: np.ndarray, dtype) -> np.ndarray:
@@ -185,4 +184,6 @@ def finite(source, name: str, weight: np.ndarray, dtype) -> np.ndarray:
 
 
 def progress(what: str, total_bytes: int) -> tqdm:
-    return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True, disable=total_bytes < PROGRESS_FROM)
+    """A bar in bytes; of several processes that load or save together, only the first shows one."""
+    return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True,
+                disable=total_bytes < PROGRESS_FROM or jax.process_index() > 0)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -152,6 +153,10 @@ def test_slices_are_crossed_by_the_outer_axes_alone():
     assert across_slices((4, 2, 4), 2) == (2, 1, 1)
     assert across_slices((2, 8, 1), 4) == (2, 2, 1)
     assert across_slices((1, 16, 4), 8) == (1, 8, 1)
+    hosts = [Mock(id=i, slice_index=i // 4, process_index=i // 4, platform="gpu", device_kind="gpu")
+             for i in (7, 0, 3, 5, 1, 2, 4, 6)]
+    devices = Mesh(fsdp=2, tensor=4).build(hosts).devices
+    assert [{device.slice_index for device in group} for group in devices.reshape(2, 4)] == [{0}, {1}]
 
 
 # What lies where.

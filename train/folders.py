@@ -27,13 +27,11 @@ def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None) -> Decod
         placing = Placing(stored.config, mesh)
         graph, state = nnx.split(abstract_stacked(stored.config))
         slots = dict(nnx.to_flat_state(state))
-        own_bytes = stored.total_bytes * len(mesh.local_devices) // mesh.size
-        with progress("Loading", own_bytes) as bar:
+        with progress("Loading", sum(stored.sizes.values())) as bar:
             for at, slot in slots.items():
                 shape, spec = placing.parameters[".".join(at)]
-                array = _read_onto(stored, at, shape, jax.sharding.NamedSharding(mesh, spec), dtype)
-                slots[at] = slot.replace(array)
-                bar.update(array.nbytes * len(mesh.local_devices) // mesh.size)
+                slots[at] = slot.replace(_read_onto(stored, at, shape, jax.sharding.NamedSharding(mesh, spec), dtype))
+                bar.update(sum(stored.sizes[stored.names[one]] for one in _separate(at, stored.config.num_layers)))
     return nnx.merge(graph, nnx.from_flat_state(slots))
 
 
@@ -55,5 +53,10 @@ def _read_part(stored: StoredWeights, at: tuple, index: tuple[slice, ...], dtype
         return stored.read(at, dtype, index)
     layers, *inside = index
     order = stored_order(at)
-    read = [stored.read((at[0], layer, *at[1:]), dtype, tuple(inside[::order])) for layer in range(layers.stop)[layers]]
+    read = [stored.read(one, dtype, tuple(inside[::order])) for one in _separate(at, stored.config.num_layers)[layers]]
     return np.stack([weight.T if order < 0 else weight for weight in read])
+
+
+def _separate(at: tuple, layers: int) -> list[tuple]:
+    """The paths in the separate form of what lies at `at` in the stacked one."""
+    return [(at[0], i, *at[1:]) for i in range(layers)] if at[0] == "layers" else [at]
