@@ -8,18 +8,19 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from mesh_training import CountedFile, train
+from mesh_training import OPTIMIZER, CountedFile, train
 
 import sled.models.stored
 from sled.models import load_folder, save_folder
 from sled.train.folders import load_onto
+from sled.train.memory import plan
 from sled.train.mesh import Mesh
 from sled.train.placing import Placing
 
 MESHES = {"data": Mesh(data=8, fsdp=1), "fsdp": Mesh(), "tensor": Mesh(data=2, fsdp=1, tensor=4),
           "all": Mesh(data=2, fsdp=2, tensor=2)}
 folder, out = map(Path, sys.argv[1:])
-notes = {"devices": jax.device_count(), "losses": {}, "gathered": {}, "asked": {}, "parts": {}}
+notes = {"devices": jax.device_count(), "losses": {}, "gathered": {}, "asked": {}, "parts": {}, "bytes": {}}
 
 alone = load_folder(folder).stack()
 save_folder(alone, out / "alone", max_shard_bytes=20_000)
@@ -43,4 +44,6 @@ for name, settings in MESHES.items():
     assert jax.tree.all(jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim),
                                      nnx.state(trained), placing.shardings(weights)))
     notes["gathered"][name] = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", step.as_text())
+    planned = plan(placing, OPTIMIZER)
+    notes["bytes"][name] = planned.weights + planned.optimizer, step.memory_analysis().argument_size_in_bytes
 (out / "notes.json").write_text(json.dumps(notes))

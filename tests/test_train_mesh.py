@@ -279,6 +279,12 @@ def test_nothing_large_is_replicated(config, mesh, devices, parameters):
     assert 1 <= made.optimizer / (8 * parameters / devices) < 1.01
 
 
+def test_the_plan_is_what_the_compiled_step_takes(runs):
+    for mesh, groups in (("data", 8), ("fsdp", 8), ("tensor", 2), ("all", 4)):
+        planned, taken = runs[1][0]["bytes"][mesh]
+        assert taken == planned + 4 * 13 * 8 // groups, mesh  # the tokens of its rows
+
+
 def test_what_stays_whole_is_reported():
     placing = Placing(LLAMA3_70B, Mesh(data=2, fsdp=8, tensor=16).abstract(256))
     assert placing.undivided == {"kv_heads": "8 key/value heads do not divide over tensor 16"}
