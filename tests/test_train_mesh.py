@@ -244,13 +244,14 @@ def test_a_mesh_holds_what_plain_loading_gives(name, dtype, tiny_folder):
     plain = load_folder(tiny_folder(name), dtype=dtype)
     placed = load_onto(tiny_folder(name), Mesh().build(jax.devices()[:1]), dtype=dtype)
     assert placed.config == plain.config and placed.num_layers == 3
+    expected = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(plain))}
     for path, leaf in nnx.to_flat_state(nnx.state(placed)):
-        layers = [None] if path[0] != "layers" else range(3)
-        for i in layers:
-            expected = dict(nnx.to_flat_state(nnx.state(plain)))[path if i is None else (path[0], i, *path[1:])]
-            own = leaf[...] if i is None else leaf[i]
-            assert own.dtype == expected.dtype
-            np.testing.assert_array_equal(own, expected[...], err_msg=str(path))
+        own = np.asarray(leaf[...])
+        pairs = ([(own, expected[path])] if path[0] != "layers" else
+                 [(own[i], expected["layers", i, *path[1:]]) for i in range(3)])
+        for one, other in pairs:
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other, err_msg=str(path))
 
 
 @pytest.mark.parametrize("name, tensor, value, says", [
