@@ -1,0 +1,189 @@
+"""The weights of a Hugging Face folder, opened: checked by their headers, then read whole or in slices.
+
+Only safetensors are read: a pickle can run code. Everything that headers can tell (names, shapes,
+types) is checked before the first weight is read; what is read is checked to be finite.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from sled.errors import CheckpointError
+from sled.models.config import DecoderConfig
+from sled.models.decoder import Decoder
+from sled.models.registry import family_of, read_config
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+STORED_TYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes each
+PROGRESS_FROM = 1_000_000_000  # bytes: below, a bar would only flicker
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeights:
+    """An open folder whose headers fit its configuration.
+
+    names: of every parameter's path (separate form), the stored tensor's name.
+    sizes: of every stored tensor's name, its bytes as it is stored.
+    """
+
+    folder: Path
+    config: DecoderConfig
+    names: Mapping[tuple, str]
+    sizes: Mapping[str, int]
+    _files: Mapping
+    _twin: str | None
+
+    def read(self, path: tuple, dtype=None, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
+        """The parameter at `path` as it is stored (see `stored_order`), or the part of it that `index` selects.
+
+        Only that part is read. `dtype` None keeps the stored type. Raises CheckpointError where values are not
+        finite, or too large for `dtype`, or a tied checkpoint's second head differs.
+        """
+        name = self.names[path]
+        weight = self._files[name].get_slice(name)[index]
+        if self._twin and path == ("embedding", "weight"):
+            if not np.array_equal(weight, self._files[self._twin].get_slice(self._twin)[index]):
+                raise CheckpointError(
+                    f"{self.folder}: {self._twin} differs from {name}, but config.json ties them; set "
+                    "tie_word_embeddings to false there, or remove the wrong tensor")
+        return finite(self.folder, name, weight, dtype)
+
+
+@contextlib.contextmanager
+def open_weights(path: str | Path) -> Iterator[StoredWeights]:
+    """The folder's weights, open for reading. Raises as `load_folder` does for what headers can tell."""
+    folder = Path(path)
+    files = _weight_files(folder)
+    config = read_config(folder)
+    family = family_of(config)
+    parameters = {at: leaf for at, leaf in nnx.to_flat_state(nnx.state(abstract(config)))}
+    names = {at: family.tensor_name(at) for at in parameters}
+    shapes = {names[at]: leaf.shape[::stored_order(at)] for at, leaf in parameters.items()}
+    with contextlib.ExitStack() as stack:
+        stored = _open(files, stack)
+        head = family.tensor_name(("head", "weight"))
+        twin = head if config.tied_head and head in stored else None
+        if twin:
+            shapes[twin] = (config.vocab_size, config.width)
+        yield StoredWeights(folder, config, names, _check_headers(folder, stored, shapes), stored, twin)
+
+
+def stored_order(path: tuple) -> int:
+    """1, or -1 for a parameter stored the other way round: a layer's matrices are [out, in] in checkpoints."""
+    return -1 if "layers" in path and path[-1] == "weight" else 1
+
+
+def abstract(config: DecoderConfig) -> Decoder:
+    """A decoder of shapes only (float32), separate form; allocates nothing.
+
+    One layer is traced and repeated, since tracing each of 80 takes seconds.
+    """
+    one = dataclasses.replace(config, num_layers=1, windows=())
+    shapes = nnx.eval_shape(lambda: Decoder.init(one, rngs=nnx.Rngs(0)))
+    blocks = [nnx.clone(shapes.layers[0]) for _ in range(config.num_layers)]
+    return Decoder(config, embed=shapes.embedding, layers=nnx.List(blocks), norm=shapes.norm,
+                   head=shapes.head)
+
+
+def abstract_stacked(config: DecoderConfig) -> Decoder:
+    """As `abstract`, in the stacked form."""
+    one = dataclasses.replace(config, num_layers=1, windows=())
+    shapes = nnx.eval_shape(lambda: Decoder.init(one, rngs=nnx.Rngs(0)).stack())
+    graph, state = nnx.split(shapes.layers)
+    lengthen = lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
+    return Decoder(config, embed=shapes.embedding, layers=nnx.merge(graph, jax.tree.map(lengthen, state)),
+                   norm=shapes.norm, head=shapes.head)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder. Raises CheckpointError with what is there instead."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give a folder with config.json and {SINGLE}")
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder} has no config.json; give the folder that holds the model's files")
+    if (folder / SINGLE).exists():
+        return [folder / SINGLE]
+    if (folder / INDEX).exists():
+        try:
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            shards = sorted(set(index["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{folder / INDEX} is damaged ({error!r}); fetch it again") from None
+        for shard in shards:
+            if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).exists():
+                raise CheckpointError(f"{folder}: {INDEX} names the shard {shard!r}, which is not in the "
+                                      "folder; fetch it again")
+        return [folder / shard for shard in shards]
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
+        raise CheckpointError(f"{folder} holds only PyTorch pickles, which can run code and are not loaded; "
+                              "convert it with transformers' save_pretrained, which writes safetensors")
+    raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}; give a folder with the model's weights")
+
+
+def _open(files: list[Path], stack: contextlib.ExitStack) -> dict:
+    """Every stored tensor's name, with the open file that holds it."""
+    stored = {}
+    for file in files:
+        try:
+            opened = stack.enter_context(safe_open(file, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is damaged or cut short ({error}); fetch it again") from None
+        stored |= {name: opened for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")}
+    return stored
+
+
+def _check_headers(folder: Path, stored: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Raises CheckpointError unless exactly these tensors are stored; returns the bytes of each."""
+    def some(names):
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+    if missing := [name for name in shapes if name not in stored]:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {some(missing)}; the "
+                              "files are incomplete or config.json is another model's: fetch them again")
+    if surplus := sorted(set(stored) - set(shapes)):
+        raise CheckpointError(f"{folder} holds {len(surplus)} tensors that config.json does not account for: "
+                              f"{some(surplus)}; correct config.json or remove them")
+    sizes = {}
+    for name, shape in shapes.items():
+        header = stored[name].get_slice(name)
+        found, kind = tuple(header.get_shape()), header.get_dtype()
+        if found != shape:
+            raise CheckpointError(f"{folder}: {name} has shape {found}, but config.json asks for {shape}; "
+                                  "use the config.json that belongs to these weights")
+        if kind not in STORED_TYPES:
+            raise CheckpointError(f"{folder}: {name} is stored as {kind}, but only {', '.join(STORED_TYPES)} "
+                                  "are read; use the checkpoint before quantisation")
+        sizes[name] = math.prod(shape) * STORED_TYPES[kind]
+    return sizes
+
+
+def finite(source, name: str, weight: np.ndarray, dtype) -> np.ndarray:
+    """The weight in the type asked for. Raises CheckpointError where it is not, or no longer, finite."""
+    if not np.isfinite(weight).all():
+        raise CheckpointError(f"{source}: {name} holds values that are not finite; the model is damaged: "
+                              "fetch it again, or take an earlier checkpoint")
+    if dtype is None or weight.dtype == dtype:
+        return weight
+    with np.errstate(over="ignore"):
+        cast = weight.astype(dtype)
+    if not np.isfinite(cast).all():
+        raise CheckpointError(f"{source}: {name} has values up to {np.abs(weight).max():.3g}, too large for "
+                              f"{cast.dtype.name}; use bfloat16 or float32")
+    return cast
+
+
+def progress(what: str, total_bytes: int) -> tqdm:
+    """A bar in bytes; of several processes that load or save together, only the first shows one."""
+    return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True,
+                disable=total_bytes < PROGRESS_FROM or jax.process_index() > 0)

@@ -1,0 +1,358 @@
+"""Meshes and what lies where on them; training and checkpoints over 8 devices, and over two processes."""
+
+import collections
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
+
+from sled.errors import CheckpointError, SettingError
+from sled.models import DecoderConfig, load_folder, read_config
+from sled.models.stored import abstract, abstract_stacked
+from sled.train import distributed
+from sled.train.distributed import SLURM, Processes, initialize
+from sled.train.folders import load_onto
+from sled.train.memory import plan
+from sled.train.mesh import Mesh, across_slices
+from sled.train.placing import LARGE, Placing
+
+LLAMA3 = dict(family="llama", vocab_size=128_256, num_kv_heads=8, head_dim=128, max_positions=8192)
+LLAMA3_8B = DecoderConfig(width=4096, mlp_width=14_336, num_layers=32, num_heads=32, **LLAMA3)
+LLAMA3_70B = DecoderConfig(width=8192, mlp_width=28_672, num_layers=80, num_heads=64, **LLAMA3)
+ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-4))
+
+
+def parameters_of(config: DecoderConfig):
+    return nnx.state(abstract_stacked(config), nnx.Param)
+
+
+# Programs on several devices: all started at once, each with its own jax.
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, tmp_path_factory):
+    """Folder of results and notes: of the 8 devices, and of each of the two processes."""
+    out = tmp_path_factory.mktemp("meshes")
+    folder = str(tiny_folder("llama"))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    programs = [["mesh_of_eight.py", folder, str(out)],
+                *(["mesh_of_two_processes.py", address, str(index), folder, str(out)] for index in range(2))]
+    started = []
+    for devices, (name, *arguments) in zip((8, 1, 1), programs, strict=True):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu",
+                       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        started.append(subprocess.Popen([sys.executable, Path(__file__).parent / name, *arguments], text=True,
+                                        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    try:
+        for one in started:
+            _, errors = one.communicate(timeout=300)
+            assert one.returncode == 0, errors
+    finally:
+        for one in started:
+            one.kill()
+    return out, [json.loads((out / name).read_text()) for name in ("notes.json", "process0.json", "process1.json")]
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
+def test_every_mesh_gives_the_losses_of_one_device(mesh, runs):
+    losses = runs[1][0]["losses"]
+    assert runs[1][0]["devices"] == 8 and len(losses["alone"]) == 20 and losses["alone"][-1] < losses["alone"][0] - 0.2
+    np.testing.assert_allclose(losses[mesh], losses["alone"], rtol=0, atol=1e-4)
+
+
+def test_weights_are_gathered_layer_by_layer_and_activations_never(runs):
+    gathered = runs[1][0]["gathered"]
+    assert gathered["data"] == []
+    for mesh, parts in (("fsdp", 1), ("all", 2)):
+        matrices = {(48, 32), (32, 32), (32, 16), (32, 40), (40, 32)}  # table; q and o; k and v; gate and up; down
+        shapes = {tuple(map(int, dims.split(","))) for dims in gathered[mesh]}
+        assert shapes and shapes <= {(rows // m, columns // n) for rows, columns in matrices
+                                     for m, n in ((1, parts), (parts, 1))}, mesh
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
+def test_loading_asks_for_each_devices_part_once(mesh, runs, tiny_folder):
+    notes = runs[1][0]
+    stored = load_file(tiny_folder("llama") / "model.safetensors")
+    asked = collections.Counter()
+    family_names = {"mlp.down": "layers.mlp.down.weight", "self_attn.k": "layers.attention.k.weight",
+                    "embed_tokens": "embedding.weight", "input_layernorm": "layers.attention_norm.weight"}
+    for name, count in notes["asked"][mesh]:
+        asked[name] += count
+        for part, own in family_names.items():
+            if part in name:
+                shape = notes["parts"][mesh][own]
+                assert count == math.prod(shape[1:] if own.startswith("layers") else shape), name
+    assert asked == {name: array.size for name, array in stored.items()}
+
+
+def test_saving_from_a_mesh_writes_the_same_bytes(runs):
+    files = sorted(path.name for path in (runs[0] / "alone").iterdir())
+    assert len([name for name in files if name.endswith(".safetensors")]) > 2
+    assert files == sorted(path.name for path in (runs[0] / "all").iterdir())
+    for name in files:
+        assert (runs[0] / "alone" / name).read_bytes() == (runs[0] / "all" / name).read_bytes(), name
+
+
+def test_two_processes_train_as_one(runs, tiny_folder):
+    out, (eight, *both) = runs
+    assert [notes["devices"] for notes in both] == [2, 2] and [notes["rows"] for notes in both] == [[0, 4], [4, 8]]
+    assert re.match(r"process 1 of 2, coordinator localhost:\d+", both[1]["said"])
+    np.testing.assert_allclose([notes["losses"] for notes in both], [eight["losses"]["alone"][:3]] * 2, rtol=0,
+                               atol=1e-4)
+    stored = load_file(tiny_folder("llama") / "model.safetensors")
+    vectors = sum(array.size for array in stored.values() if array.ndim == 1)
+    half = (sum(array.size for array in stored.values()) - vectors) // 2 + vectors
+    assert [notes["asked"] for notes in both] == [half, half]
+    assert all(notes["saved"] for notes in both)
+    saved = load_file(out / "model" / "model.safetensors")
+    assert saved.keys() == stored.keys() and all(np.array_equal(saved[name], stored[name]) for name in stored)
+
+
+# Meshes.
+
+@pytest.mark.parametrize("mesh, devices, sizes", [
+    (Mesh(), 8, (1, 8, 1)), (Mesh(data=-1, fsdp=2, tensor=2), 8, (2, 2, 2)), (Mesh(2, 2, 2), 8, (2, 2, 2)),
+    (Mesh(tensor=8), 8, (1, 1, 8)),
+])
+def test_sizes_of_a_mesh(mesh, devices, sizes):
+    assert mesh.sizes(devices) == sizes
+    assert tuple(mesh.abstract(devices).shape.items()) == tuple(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda: Mesh(fsdp=4).sizes(8), r"data 1 x fsdp 4 x tensor 1 \(takes 4\), but there are 8 devices; make"),
+    (lambda: Mesh(tensor=3).sizes(8), r"data 1 x fsdp -1 x tensor 3 \(8 is no multiple of 3\), but there are 8"),
+    (lambda: Mesh(data=16, fsdp=-1).sizes(8), "8 is no multiple of 16"),
+    (lambda: Mesh(data=-1), "Mesh has -1 for data and fsdp, but only one"),
+    (lambda: Mesh(tensor=0), r"Mesh\.tensor is 0, but must be a whole number of at least 1; .*-1 is what is left"),
+    (lambda: Mesh(data=-2, fsdp=1), r"Mesh\.data is -2"),
+    (lambda: across_slices((1, 1, 8), 2), "2 slices, .*data 1, fsdp 1, tensor 8.*; make data x fsdp a multiple of 2"),
+])
+def test_what_does_not_fit_the_devices_is_said(make, says):
+    with pytest.raises(SettingError, match=says):
+        make()
+
+
+def test_slices_are_crossed_by_the_outer_axes_alone():
+    assert across_slices((4, 2, 4), 2) == (2, 1, 1)
+    assert across_slices((2, 8, 1), 4) == (2, 2, 1)
+    assert across_slices((1, 16, 4), 8) == (1, 8, 1)
+    hosts = [Mock(id=i, slice_index=i // 4, process_index=i // 4, platform="gpu", device_kind="gpu")
+             for i in (7, 0, 3, 5, 1, 2, 4, 6)]
+    devices = Mesh(fsdp=2, tensor=4).build(hosts).devices
+    assert [{device.slice_index for device in group} for group in devices.reshape(2, 4)] == [{0}, {1}]
+
+
+# What lies where.
+
+def test_every_variants_parameters_have_their_place(variant, tiny_folder):
+    config = read_config(tiny_folder(variant))
+    weights = parameters_of(config)
+    placing = Placing(config, Mesh(data=2, fsdp=4, tensor=2).abstract(16))
+    assert not placing.undivided
+    for name, (_, spec) in placing.parameters.items():
+        split = [axis for axis in spec if axis]
+        assert len(split) == 2 if name.endswith("weight") and "norm" not in name else len(split) <= 1, name
+    found = [placing.parameter_at(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
+    assert sorted(found) == sorted(placing.parameters)
+    flat = dict(nnx.to_flat_state(nnx.state(abstract(config), nnx.Param)))
+    for name, (shape, _) in placing.parameters.items():  # the stacked shapes are those of the separate layers
+        first, *rest = name.split(".")
+        path = (first, 0, *rest) if first == "layers" else (first, *rest)
+        assert shape == ((config.num_layers,) if first == "layers" else ()) + flat[path].shape
+
+
+@pytest.mark.parametrize("name, specs", [
+    ("qwen3-mha-biases-windows", {
+        "embedding.weight": P("tensor", "fsdp"), "head.weight": P("tensor", "fsdp"), "norm.weight": P(None),
+        "layers.attention.q.weight": P(None, "fsdp", "tensor"), "layers.attention.o.weight": P(None, "tensor", "fsdp"),
+        "layers.attention.k.bias": P(None, "tensor"), "layers.attention.o.bias": P(None, None),
+        "layers.attention.q_norm.weight": P(None, None)}),
+    ("llama-biases", {"layers.mlp.gate.bias": P(None, "tensor"), "layers.mlp.down.bias": P(None, None),
+                      "layers.mlp.down.weight": P(None, "tensor", "fsdp")}),
+])
+def test_specs(name, specs, tiny_folder):
+    placing = Placing(read_config(tiny_folder(name)), Mesh(tensor=2).abstract(8))
+    assert {name: placing.parameters[name][1] for name in specs} == specs
+
+
+@pytest.mark.parametrize("optimizer", [
+    ADAM, optax.inject_hyperparams(optax.adamw)(learning_rate=1e-3), optax.MultiSteps(optax.adamw(1e-3), 4),
+    optax.sgd(0.1, momentum=0.9), optax.contrib.muon(1e-3), optax.adafactor(1e-3)],
+    ids=["adam", "injected", "accumulated", "momentum", "muon", "adafactor"])
+def test_optimizer_state_lies_like_its_parameters(optimizer):
+    placing = Placing(LLAMA3_8B, Mesh(fsdp=2, tensor=4).abstract(8))
+    weights = parameters_of(LLAMA3_8B)
+    state = jax.eval_shape(optimizer.init, weights)
+    shardings = placing.shardings(state)
+    assert jax.tree.structure(shardings) == jax.tree.structure(state)
+    of_shape = dict(placing.parameters.values())
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
+        if leaf.size * leaf.dtype.itemsize > LARGE:
+            same_shape = [P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")]  # q and o are both D x D
+            assert where.spec in ([of_shape[leaf.shape]] if leaf.shape[1:] != (4096, 4096) else same_shape)
+
+
+def test_a_large_leaf_without_a_place_is_refused_not_copied():
+    placing = Placing(LLAMA3_8B, Mesh().abstract(8))
+    with pytest.raises(SettingError, match=r"\['lens'\] of shape \(33, 4096, 4096\) is no parameter of .* all 8 dev"):
+        placing.shardings({"lens": jax.ShapeDtypeStruct((33, 4096, 4096), jnp.float32)})
+    with pytest.raises(SettingError, match=r"stack\(\) the decoder"):
+        placing.shardings(nnx.state(abstract(LLAMA3_8B)))
+    small = placing.shardings({"key": jax.eval_shape(lambda: jax.random.key(0)), "step": np.zeros((), np.int32)})
+    assert {where.spec for where in jax.tree.leaves(small)} == {P()}
+
+
+@pytest.mark.parametrize("mesh, says", [
+    (Mesh(fsdp=3, tensor=1), "4096 columns of width do not divide over fsdp 3; choose a mesh whose fsdp axis divides"),
+    (Mesh(fsdp=1, tensor=64), "32 query heads do not divide over tensor 64"),
+])
+def test_widths_that_do_not_divide_are_refused(mesh, says):
+    with pytest.raises(SettingError, match=says):
+        Placing(LLAMA3_8B, mesh.abstract(mesh.fsdp * mesh.tensor))
+
+
+def test_a_batch_that_does_not_fit_is_refused():
+    placing = Placing(LLAMA3_8B, Mesh(fsdp=1).build(jax.devices()[:1]))
+    assert placing.local_rows(5) == slice(0, 5)
+    np.testing.assert_array_equal(placing.batch({"tokens": np.arange(10).reshape(5, 2)}, 5)["tokens"],
+                                  np.arange(10).reshape(5, 2))
+    with pytest.raises(SettingError, match=r"has shape \(4, 2\), but this process supplies rows 0 to 5 of 5"):
+        placing.batch(np.zeros((4, 2)), 5)
+    with pytest.raises(SettingError, match="a batch of 6 rows does not divide over data x fsdp = 8 groups"):
+        Placing(LLAMA3_8B, Mesh(data=2).abstract(8)).local_rows(6)
+
+
+@pytest.mark.parametrize("name, dtype", [("qwen3-mha-biases-windows", None), ("llama-mha-tied", "bfloat16")])
+def test_a_mesh_holds_what_plain_loading_gives(name, dtype, tiny_folder):
+    plain = load_folder(tiny_folder(name), dtype=dtype)
+    placed = load_onto(tiny_folder(name), Mesh().build(jax.devices()[:1]), dtype=dtype)
+    assert placed.config == plain.config and placed.num_layers == 3
+    expected = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(plain))}
+    for path, leaf in nnx.to_flat_state(nnx.state(placed)):
+        own = np.asarray(leaf[...])
+        pairs = ([(own, expected[path])] if path[0] != "layers" else
+                 [(own[i], expected["layers", i, *path[1:]]) for i in range(3)])
+        for one, other in pairs:
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other, err_msg=str(path))
+
+
+@pytest.mark.parametrize("name, tensor, value, says", [
+    ("llama", "model.layers.1.mlp.up_proj.weight", np.nan, r"layers\.1\.mlp\.up_proj\.weight holds values that are no"),
+    ("llama-mha-tied", "lm_head.weight", 1.0, r"lm_head\.weight differs from model\.embed_tokens\.weight"),
+])
+def test_a_damaged_folder_is_refused_on_a_mesh_too(name, tensor, value, says, tmp_path, write_model, tiny_folder):
+    weights = load_file(tiny_folder(name) / "model.safetensors")
+    weights[tensor] = np.full(weights.get(tensor, weights["model.embed_tokens.weight"]).shape, value, np.float32)
+    with pytest.raises(CheckpointError, match=says):
+        load_onto(write_model(tmp_path / "model", name, weights), Mesh().build(jax.devices()[:1]))
+
+
+# Bytes on each device.
+
+@pytest.mark.parametrize("config, mesh, devices, parameters", [
+    (LLAMA3_8B, Mesh(), 8, 8_030_261_248), (LLAMA3_70B, Mesh(fsdp=16, tensor=4), 64, 70_553_706_496),
+    (LLAMA3_8B, Mesh(tensor=8), 32, 8_030_261_248),
+])
+def test_nothing_large_is_replicated(config, mesh, devices, parameters):
+    made = plan(Placing(config, mesh.abstract(devices)), ADAM)
+    assert sum(math.prod(share.shape) for share in made.shares) == parameters
+    assert made.whole() == [] and not made.undivided and made.other < 1000
+    assert all("norm" in share.name for share in made.whole(0))
+    assert 1 <= made.weights / (4 * parameters / devices) < 1.01
+    assert 1 <= made.optimizer / (8 * parameters / devices) < 1.01
+
+
+def test_the_plan_is_what_the_compiled_step_takes(runs):
+    for mesh, groups in (("data", 8), ("fsdp", 8), ("tensor", 2), ("all", 4)):
+        planned, taken = runs[1][0]["bytes"][mesh]
+        assert taken == planned + 4 * 13 * 8 // groups, mesh  # the tokens of its rows
+
+
+def test_what_stays_whole_is_reported():
+    placing = Placing(LLAMA3_70B, Mesh(data=2, fsdp=8, tensor=16).abstract(256))
+    assert placing.undivided == {"kv_heads": "8 key/value heads do not divide over tensor 16"}
+    made = plan(placing, ADAM)
+    assert [(share.name, share.copies, share.spare) for share in made.whole()] == [
+        ("layers.attention.k.weight", 32, 16), ("layers.attention.v.weight", 32, 16)]
+    lines = made.text().splitlines()
+    assert lines[0] == "On each of 256 devices (data 2 x fsdp 8 x tensor 16):"
+    assert lines[-1] == "Left whole over tensor: 8 key/value heads do not divide over tensor 16."
+    cells = [re.split(r"\s{2,}", line) for line in lines]
+    assert ["layers.attention.k.weight", "80 x 8192 x 1024", "-, fsdp 8, -", "32", "320 MiB", "640 MiB"] in cells
+
+
+def test_a_vocabulary_that_does_not_divide_stays_whole_over_tensor():
+    odd = DecoderConfig(**{**LLAMA3, "vocab_size": 50_257}, width=64, mlp_width=64, num_layers=1, num_heads=8)
+    placing = Placing(odd, Mesh(fsdp=1, tensor=8).abstract(8))
+    assert placing.undivided == {"vocab": "50257 vocabulary entries do not divide over tensor 8"}
+    assert placing.parameters["head.weight"][1] == P(None, "fsdp")
+
+
+# Processes.
+
+@pytest.mark.parametrize("settings, says", [
+    (dict(coordinator="a:1"), "lacks count and index: "), (dict(count=2, index=0), "lacks coordinator: "),
+    (dict(coordinator="a", count=2, index=0), "coordinator is 'a', but must be host:port"),
+    (dict(coordinator="a:1", count=2, index=2), r"Processes\.index is 2, but must be a whole number from 0 to 1"),
+    (dict(cluster="k8s"), "cluster is 'k8s', but must be 'tpu' or 'slurm'"),
+    (dict(cluster="tpu", coordinator="a:1", count=2, index=0), "give one of the two"),
+])
+def test_settings_of_processes_that_do_not_belong_together_are_refused(settings, says):
+    with pytest.raises(SettingError, match=says):
+        Processes(**settings)
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """What jax is asked to join, in an environment without a cluster."""
+    for name in (*SLURM, *distributed.TPU_HOSTS):
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: calls.append(settings))
+    return calls
+
+
+def test_the_environment_tells_the_cluster(joined, monkeypatch):
+    assert initialize() == "one process" and joined == []
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host-0")
+    assert initialize() == "one process"
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "host-0,host-1")
+    assert initialize().endswith(", tpu") and joined.pop() == {"cluster_detection_method": None}
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(SettingError, match=r"lacks SLURM_JOB_ID, SLURM_STEP_NODELIST, SLURM_LOCALID, .*; start .*srun"):
+        initialize()
+    for name in SLURM[:2] + SLURM[4:]:
+        monkeypatch.setenv(name, "1")
+    assert initialize().endswith(", slurm") and joined == [{"cluster_detection_method": "slurm"}]
+
+
+def test_a_cluster_that_is_not_there_is_said(joined, monkeypatch):
+    def absent(**settings):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", absent)
+    with pytest.raises(SettingError, match=r"no tpu cluster was found \(coordinator_address should be defined"):
+        initialize(Processes(cluster="tpu"))
+    monkeypatch.undo()
+    jax.devices()
+    with pytest.raises(SettingError, match="jax has already started its devices; call initialize before"):
+        initialize(Processes(coordinator="localhost:1", count=1, index=0))
