@@ -73,11 +73,34 @@ class BenchExits:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchEngine:
+    """Continuous batching on the bundled model's held-out problems, against batches that wait for their slowest row.
+
+    Without early exit and with self-speculation. About a minute.
+    """
+
+    requests: int = 64
+    """Problems, all waiting from the start."""
+    slots: int = 8
+    """Requests served at a time."""
+    rounds: int = 5
+    """Interleaved rounds; ratios are taken between the fastest."""
+    json: Path | None = None
+    """Also write the report to this file."""
+
+    def run(self) -> None:
+        from sled.bench.engine import run_engine_bench
+
+        _show(run_engine_bench(requests=self.requests, slots=self.slots, rounds=self.rounds), self.json)
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure the fused step, decoding, or exits, against others in the same run."""
+    """Measure the fused step, decoding, exits, or serving, against others in the same run."""
 
     what: Annotated[BenchFusion, tyro.conf.subcommand("fusion")] | Annotated[
-        BenchDecode, tyro.conf.subcommand("decode")] | Annotated[BenchExits, tyro.conf.subcommand("exits")]
+        BenchDecode, tyro.conf.subcommand("decode")] | Annotated[BenchExits, tyro.conf.subcommand("exits")] | Annotated[
+            BenchEngine, tyro.conf.subcommand("engine")]
 
     def run(self) -> None:
         if self.what.json:
