@@ -4,8 +4,8 @@ A way draws, at the start of a step, what each layer drops, and applies it where
 is the layer, h + f(h), on any number of rows; `rows` is a pytree of what else it reads per row (positions, masks),
 each leaf with the rows' axis first, of length 1 where all rows share it.
 
-With s = 0 where a row is dropped, else 1 or 1 / (1 - p), the layer becomes h + s f(h), computed as
-s run(h) + (1 - s) h: exactly h where s = 0, exactly run(h) where s = 1.
+With s = 0 where a row is dropped, else 1 or 1 / (1 - p), the layer becomes h + s f(h): h itself where s = 0, and
+run(h) itself where s = 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.checks import Whole, settle
+from sled.checks import Each, Whole, settle
 from sled.errors import SettingError
 from sled.pytree import traced
 
@@ -127,8 +127,7 @@ class FixedRows:
     shards: int = 1
 
     def __post_init__(self):
-        count = Whole(0, hint="LayerDropout.saving gives the counts that fit a stretch of steps")
-        settle(self, saved=lambda name, given: tuple(count(name, rows) for rows in given),
+        settle(self, saved=Each(Whole(0, hint="LayerDropout.saving gives the counts that fit a stretch of steps")),
                shards=Whole(1, hint="it is the number of parts that the batch is divided into"))
 
     def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
@@ -185,6 +184,8 @@ _SLACK = 1e-3  # rows; what float32 may take from R p
 
 
 def _blend(out_BTD, h_BTD, scale_B):
+    """h + s f(h) of out = h + f(h). By selection, since rounding would show even in the gradients of s = 1."""
     wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
-    scale = scale_B.astype(wide)[:, None, None]
-    return (scale * out_BTD.astype(wide) + (1 - scale) * h_BTD.astype(wide)).astype(h_BTD.dtype)
+    s = scale_B.astype(wide)[:, None, None]
+    h, out = h_BTD.astype(wide), out_BTD.astype(wide)
+    return jnp.where(s == 1, out, jnp.where(s == 0, h, h + s * (out - h))).astype(h_BTD.dtype)

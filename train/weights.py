@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from sled.checks import LARGEST, Instance, Layers, Number, Whole, is_array, settle
+from sled.checks import LARGEST, Each, Instance, Layers, Number, Whole, is_array, settle
 from sled.errors import SettingError
 from sled.pytree import traced
 
@@ -199,14 +199,15 @@ class FixedExits:
     warmup: int = 0
 
     def __post_init__(self):
-        number = Number(0, hint="it is the weight of an exit's loss; 0.1 to 0.5 is usual")
-        settle(self, initial=number, layers=lambda _, layers: tuple(layers),
+        given = self.layers
+        weight = Number(0, hint="it is the weight of an exit's loss; 0.1 to 0.5 is usual")
+        settle(self, layers=Layers(), initial=weight,
                warmup=Whole(0, LARGEST, hint="it counts the steps until the weights are reached"))
-        if Layers()("FixedExits.layers", self.layers) != self.layers:
-            raise SettingError(f"FixedExits.layers is {self.layers}; give them ascending, each once, in the order of "
-                               "their weights")
+        if tuple(given) != self.layers:
+            raise SettingError(f"FixedExits.layers is {given!r}, but must be ascending and name each layer once; give "
+                               "the weights in that order too")
         if not is_array(self.weights):
-            settle(self, weights=lambda name, given: tuple(number(name, weight) for weight in given))
+            settle(self, weights=Each(weight))
         if len(self.weights) != len(self.layers):
             raise SettingError(f"FixedExits.weights has {len(self.weights)} entries for {len(self.layers)} layers; "
                                "give one per layer, none for the last layer of the model")
