@@ -27,9 +27,10 @@ from sled.train.forward import exit_states
 LAYERS, BATCH, STEPS = 4, 6, 3000
 FOREVER = 2**31 - 1  # a schedule that does not move within a test
 KEY = jax.random.key(3)
+FAST = {"xla_backend_optimization_level": 0}  # half the time to compile, where speed is no matter
 
 
-@jax.jit
+@jax.jit(compiler_options=FAST)
 def scales_of(dropout, key, first):
     """What every layer's change is multiplied by at 3,000 steps: [steps, L, B]."""
     draw = lambda step: dropout.draw(key, step, BATCH, LAYERS).scale_LB  # noqa: E731
@@ -103,7 +104,8 @@ def test_expectation_of_a_linear_layer(way):
         top = jax.tree.map(lambda leaf: leaf[-1], drops)
         return way.apply(lambda h, rows: h + 2 * h, h_BTD, {}, top, LAYERS - 1)
 
-    means = jax.jit(jax.vmap(lambda step: (out(step, False), out(step, True))))(jnp.arange(STEPS))
+    both = jax.vmap(lambda step: (out(step, False), out(step, True)))
+    means = jax.jit(both, compiler_options=FAST)(jnp.arange(STEPS))
     for result, scale, spread in zip(means, (1 - p, 1), (1, 1 / (1 - p)), strict=True):
         deviation = 2 * h_BTD * spread * math.sqrt(p * (1 - p) / STEPS)
         assert (abs(result.mean(0) - (h_BTD + 2 * scale * h_BTD)) < 4.5 * deviation).all()
@@ -154,7 +156,7 @@ def test_a_rate_of_zero_changes_no_bit(pass_of, way):
 def test_a_dropped_layer_passes_its_input_on(way):
     h_BTD = jax.random.normal(KEY, (BATCH, 2, 3))
 
-    @jax.jit
+    @jax.jit(compiler_options=FAST)
     def run(step):
         drops = jax.tree.map(lambda leaf: leaf[-1], LayerDropout(0.6, way=way).draw(KEY, step, BATCH, LAYERS))
         out = way.apply(lambda h, rows: h + jnp.sin(h), h_BTD, {}, drops, LAYERS - 1)
@@ -204,7 +206,7 @@ def test_rows_left_out_cost_no_arithmetic(model):
 
         drops = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], LayerDropout(0.0, way=way).draw(
             KEY, 0, BATCH, 1)))
-        return jax.jit(jax.grad(loss)).lower(block, h_BTD, drops).compile().cost_analysis()["flops"]
+        return jax.jit(jax.grad(loss)).lower(block, h_BTD, drops).compile(FAST).cost_analysis()["flops"]
 
     assert flops(3) / flops(0) == pytest.approx(0.5, abs=0.03)
 
