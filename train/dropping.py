@@ -112,8 +112,8 @@ class FixedRows:
     """As many sequences of a layer as p says, chosen at random: R p rows of R, up or down to a whole number at random.
 
     Each row is dropped with probability p exactly, at any step; unlike with `Masked`, how many rows a layer drops
-    varies by less than one. Of these rows `saved` are static and left out of the computation (their rest is gathered,
-    run, and put back); the others, never more than one but where the schedule moves, are computed and masked.
+    varies by less than one. Of these rows `saved` are static and left out of the computation (the rows that stay are
+    gathered, run, and put back); the others, at most one where the counts fit the step's p, are computed and masked.
     So `saved` says what is saved, and never what is dropped: it may follow a schedule in coarse stretches of steps
     (`LayerDropout.saving`), with a compilation for each. A step whose p is too small for `saved` gives NaN: its counts
     were made for other steps.

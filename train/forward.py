@@ -36,13 +36,14 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     model: in the stacked form. Its parameters keep their type; every layer's are cast to `compute_dtype` (None: as
         they are) where the layer runs, and so are the hidden states. Norms and softmax take float32 all the same.
     exits: numbers within 1..L, strictly ascending; E is static, the numbers may be traced.
-    stop: the layers above are not run; by default the last exit, or L where the exits are traced. A traced exit
-        above `stop` gives hidden state `stop`.
+    stop: the layers above are not run; by default the last exit, or L where the exits are traced. Of traced exits
+        above `stop` the first gives hidden state `stop` and the others zeros.
     segments_BT: which document of a packed row each token belongs to. A token sees only the run of equal numbers
         that it lies in, and positions start anew with each run. Padding is a document of its own.
     drops: what layer dropout drops at this step (`LayerDropout.draw`).
     remat: what the backward pass finds stored of each layer, beside its input: "none" everything it needs, "full"
-        nothing, "dots" every matrix product, "projections" the products with weights, not attention's.
+        nothing, "dots" every matrix product, "projections" the products with weights, not attention's. Less stored
+        is more computed again, which where memory is slow (a CPU) may still be the faster.
 
     Raises SettingError for a model in the separate form, and for exits, stop or remat out of their range.
     """
@@ -50,8 +51,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     if not isinstance(model.layers, Block):
         raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
     if remat not in REMAT:
-        raise SettingError(f"remat is {remat!r}, but must be one of {', '.join(REMAT)}; full needs the least memory, "
-                           "none the least time")
+        raise SettingError(f"remat is {remat!r}, but must be one of {', '.join(REMAT)}; full needs the least memory")
     stop = _checked_stop(exits, stop, depth)
     dtype = jnp.dtype(compute_dtype or model.embedding.weight[...].dtype)
     rows = _rows_of(model, tokens_BT, segments_BT)
