@@ -63,6 +63,12 @@ class Decoder(nnx.Module):
         """The shared final projection W [V, D]."""
         return (self.embedding if self.head is None else self.head).weight[...]
 
+    @property
+    def windows_L(self) -> jax.Array:
+        """How many positions back each layer sees, as numbers for a scan over layers: [L]."""
+        unlimited = jnp.iinfo(jnp.int32).max  # not max_positions: a longer sequence would be cut
+        return jnp.array([unlimited if w is None else w for w in self.config.windows])
+
     def embed(self, tokens_BT) -> jax.Array:
         """Hidden state 0 of each token: [B, T, D]."""
         return jnp.take(self.embedding.weight[...], tokens_BT, axis=0)
@@ -110,15 +116,13 @@ class Decoder(nnx.Module):
 
         angles = rotary_angles(self.config, positions)
         graph, weights_L = nnx.split(self.layers)
-        unlimited = jnp.iinfo(jnp.int32).max  # not max_positions: a longer sequence would be cut
-        windows_L = jnp.array([unlimited if w is None else w for w in self.config.windows])
 
         def layer(h, xs):
             weights, window = xs
             h, _ = nnx.merge(graph, weights)(h, positions, angles, None, window)
             return h, h
 
-        _, states = jax.lax.scan(layer, h0, (weights_L, windows_L))
+        _, states = jax.lax.scan(layer, h0, (weights_L, self.windows_L))
         return jnp.concatenate([h0[None], states])
 
     def normalise(self, h) -> jax.Array:

@@ -106,7 +106,8 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
 
-    def __call__(self, x_BTD, positions_BT, angles, cache: KV | None, window) -> tuple[jax.Array, KV]:
+    def __call__(self, x_BTD, positions_BT, angles, cache: KV | None, window,
+                 segments_BT=None) -> tuple[jax.Array, KV]:
         q = self._heads(self.q(x_BTD))
         q = rotate(q if self.q_norm is None else self.q_norm(q), *angles)
         k, v = self.keys_values(x_BTD, positions_BT, angles, cache)
@@ -114,6 +115,8 @@ class Attention(nnx.Module):
         visible = slots_BS[:, None, :] <= positions_BT[:, :, None]
         if window is not None:
             visible &= slots_BS[:, None, :] > positions_BT[:, :, None] - window
+        if segments_BT is not None:
+            visible &= segments_BT[:, None, :] == segments_BT[:, :, None]
         out = rearrange(attend(q, k, v, visible), "b n t h -> b t (n h)")
         return self.o(out), (k, v)
 
@@ -165,14 +168,17 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, h_BTD, positions_BT, angles, cache: KV | None, window) -> tuple[jax.Array, KV]:
+    def __call__(self, h_BTD, positions_BT, angles, cache: KV | None, window,
+                 segments_BT=None) -> tuple[jax.Array, KV]:
         """Returns the layer's output [B, T, D] and its keys and values.
 
         With `cache` None the block attends within itself and returns its own K/V [B, K, T, H];
         otherwise it writes into the cache, attends over it, and returns it.
         `window`: None, a number, or a traced number (layers under `lax.scan`).
+        `segments_BT`: the document of each token in rows packed with several, where there is no cache: a token
+        sees its own document only.
         """
-        mixed, kv = self.attention(self.attention_norm(h_BTD), positions_BT, angles, cache, window)
+        mixed, kv = self.attention(self.attention_norm(h_BTD), positions_BT, angles, cache, window, segments_BT)
         h_BTD = h_BTD + mixed
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), kv
 

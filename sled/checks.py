@@ -86,6 +86,18 @@ class Layers:
 
 
 @dataclasses.dataclass(frozen=True)
+class Each:
+    """A sequence, as a tuple whose entries satisfy `rule`."""
+
+    rule: Number | Whole
+
+    def __call__(self, name: str, value) -> tuple:
+        if not isinstance(value, (list, tuple)):
+            raise SettingError(f"{name} is {value!r}, but must be a tuple of numbers; {self.rule.hint}")
+        return tuple(self.rule(f"{name}[{i}]", entry) for i, entry in enumerate(value))
+
+
+@dataclasses.dataclass(frozen=True)
 class Instance:
     """An object of a class or protocol, as it is; by default one that jax can trace (a pytree)."""
 

@@ -1,0 +1,163 @@
+"""Weights of the exits over time, against the papers' formulas in plain Python."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sled.errors import SettingError
+from sled.train.weights import (
+    AllExits,
+    DoublingWeights,
+    FixedExits,
+    Gradual,
+    LayerSkipWeights,
+    ProportionalWeights,
+    Rotational,
+    UniformWeights,
+    WeightedExits,
+)
+
+STEPS = 1000
+
+
+def layerskip(i, num_layers, scale):
+    """e(i) of the LayerSkip paper, i = 0..L-1."""
+    if i < num_layers - 1:
+        return scale * sum(range(i + 1))
+    return num_layers - 1 + scale * sum(range(num_layers - 1))
+
+
+def rotational(every):
+    return lambda t, i, num_layers: i % every == t % every
+
+
+def gradual(steps):
+    return lambda t, i, num_layers: t >= Fraction(steps, 2 * num_layers) * (num_layers - 1 - i)
+
+
+def always(t, i, num_layers):
+    return True
+
+
+def published(e, curriculum, num_layers, steps):
+    """e~(t, i) as [step, l]; the last layer is always on."""
+    table = []
+    for t in steps:
+        on = [i == num_layers - 1 or curriculum(t, i, num_layers) for i in range(num_layers)]
+        weights = [e(i) if on[i] else 0 for i in range(num_layers)]
+        table.append([float(w / sum(weights)) for w in weights])
+    return np.array(table)
+
+
+SKIP = LayerSkipWeights(0.2)
+CASES = {
+    "rotational": (WeightedExits(SKIP, Rotational(8)), 12, lambda i: layerskip(i, 12, 0.2), rotational(8)),
+    "rotational, last layer's turn": (WeightedExits(SKIP, Rotational(3)), 7, lambda i: layerskip(i, 7, 0.2),
+                                      rotational(3)),
+    "rotational, one early exit": (WeightedExits(SKIP, Rotational(11)), 12, lambda i: layerskip(i, 12, 0.2),
+                                   rotational(11)),
+    "rotational, turns without an early exit": (WeightedExits(SKIP, Rotational(9)), 5,
+                                                lambda i: layerskip(i, 5, 0.2), rotational(9)),
+    "gradual": (WeightedExits(LayerSkipWeights(1.0), Gradual(900)), 7, lambda i: layerskip(i, 7, 1.0), gradual(900)),
+    "all": (WeightedExits(SKIP, AllExits()), 12, lambda i: layerskip(i, 12, 0.2), always),
+    "chosen": (WeightedExits(ProportionalWeights(), AllExits((2, 4))), 6, lambda i: i + 1,
+               lambda t, i, num_layers: i + 1 in (2, 4)),
+    "CALM": (WeightedExits(ProportionalWeights(), AllExits()), 5, lambda i: i + 1, always),
+    "uniform": (WeightedExits(UniformWeights(), Rotational(2)), 5, lambda i: 1, rotational(2)),
+    "doubling": (WeightedExits(DoublingWeights(), AllExits()), 5, lambda i: 2 ** (i + 1), always),
+    "one layer": (WeightedExits(SKIP, Rotational(8)), 1, lambda i: 1, always),
+}
+
+
+@pytest.fixture(scope="module")
+def exits():
+    """Every case's exits and weights at every step."""
+
+    @jax.jit
+    def run(steps):
+        return {case: jax.vmap(lambda step, plan=plan, depth=num_layers: plan.exits_at(step, depth))(steps)
+                for case, (plan, num_layers, *_) in CASES.items()}
+
+    return jax.tree.map(np.asarray, run(jnp.arange(STEPS)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_weights_are_the_papers(exits, case):
+    _, num_layers, e, curriculum = CASES[case]
+    layers, weights = exits[case]
+    assert (np.diff(layers) > 0).all() and (layers[:, 0] >= 1).all() and (layers[:, -1] == num_layers).all()
+    dense = np.zeros((STEPS, num_layers))
+    np.put_along_axis(dense, layers - 1, weights, axis=1)
+    np.testing.assert_allclose(dense, published(e, curriculum, num_layers, range(STEPS)), rtol=1e-5)
+    assert (weights[:, -1] > 0).all()
+
+
+def test_a_restart_goes_on_with_the_same_sequence(exits):
+    plan, num_layers, *_ = CASES["rotational"]
+    whole = exits["rotational"]
+    resumed = jax.jit(lambda step: plan.exits_at(step, num_layers))
+    for step in range(617, 640):
+        for there, here in zip(whole, resumed(step), strict=True):
+            np.testing.assert_array_equal(there[step], here)
+
+
+def test_a_rotation_computes_no_more_exits_than_a_turn_has():
+    for num_layers, every, count in ((32, 8, 5), (32, 31, 2), (40, 39, 2), (12, 1, 12), (7, 3, 3), (1, 4, 1)):
+        plan = WeightedExits(SKIP, Rotational(every))
+        layers, _ = jax.eval_shape(lambda plan=plan, n=num_layers: plan.exits_at(5, n))
+        assert layers.shape == (count,)
+
+
+def test_long_runs_of_deep_models_do_not_overflow():
+    steps, num_layers = 2**31 - 1, 80
+    times = [0, 13_421_772, 13_421_773, 2**30, 2**31 - 2]
+    _, on = jax.jit(jax.vmap(lambda t: Gradual(steps).early_exits(t, num_layers)))(jnp.array(times))
+    assert on.tolist() == [[gradual(steps)(t, i, num_layers) for i in range(num_layers - 1)] for t in times]
+    assert jnp.isfinite(DoublingWeights().weigh(jnp.arange(1, 201), 200)).all()
+
+
+def test_fixed_weights_warm_up_linearly():
+    plan = FixedExits((2, 5), (0.1, 0.4), initial=0.02, warmup=200)
+    layers, weights = map(np.asarray, jax.jit(jax.vmap(lambda step: plan.exits_at(step, 8)))(jnp.arange(STEPS)))
+    assert (layers == [2, 5, 8]).all()
+    want = [[w0 + (w - w0) * min(t / 200, 1) for w0, w in ((0.02, 0.1), (0.02, 0.4), (1, 1))] for t in range(STEPS)]
+    np.testing.assert_allclose(weights, want, rtol=1e-6)
+    np.testing.assert_allclose(FixedExits((2, 5), (0.1, 0.4)).exits_at(0, 8)[1], [0.1, 0.4, 1])
+
+
+def test_what_users_tune_compiles_nothing_anew():
+    traces = []
+
+    @jax.jit
+    def run(plans, step):
+        traces.append(1)
+        return [plan.exits_at(step, 6) for plan in plans]
+
+    for number in (1, 2):
+        run((WeightedExits(LayerSkipWeights(number / 10), Gradual(100 * number)),
+             FixedExits((2,), (number / 10,), initial=0.1 * number, warmup=number)), number)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda: LayerSkipWeights(-1), "scale is -1"),
+    (lambda: Rotational(0), "every is 0"),
+    (lambda: Gradual(0), "steps is 0"),
+    (lambda: AllExits("all"), "layers is 'all'"),
+    (lambda: WeightedExits("layerskip"), "profile is 'layerskip'"),
+    (lambda: WeightedExits(SKIP, Rotational), "curriculum is"),
+    (lambda: WeightedExits(SKIP, AllExits((3, 9))).exits_at(0, 8), "names 9, .* 1 to 8"),
+    (lambda: WeightedExits(SKIP, AllExits((0, 3))).exits_at(0, 8), "names 0"),
+    (lambda: FixedExits((4, 2), (0.1, 0.2)), "ascending"),
+    (lambda: FixedExits((2, 4), (0.1,)), "1 entries for 2 layers"),
+    (lambda: FixedExits((2,), 0.1), "tuple of numbers"),
+    (lambda: FixedExits((2,), (-0.1,)), r"weights\[0\] is -0.1"),
+    (lambda: FixedExits((2, 8), (0.1, 0.1)).exits_at(0, 8), "the last one"),
+    (lambda: FixedExits((2, 9), (0.1, 0.1)).exits_at(0, 8), "names 9"),
+])
+def test_impossible_plans_are_refused(make, says):
+    with pytest.raises(SettingError, match=says):
+        make()
