@@ -98,6 +98,7 @@ def exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, *, z_loss=N
     Raises `SettingError` for shapes that do not fit each other, distillation of a single exit, and a batch that
     `split` cannot divide.
     """
+    targets_BT, mask_BT, weights_E = map(jnp.asarray, (targets_BT, mask_BT, weights_E))
     _check_shapes(h_EBTD, w_VD, targets_BT, mask_BT, weights_E)
     exits, batch, _, width = h_EBTD.shape
     if distill is not None and exits < 2:
@@ -113,8 +114,7 @@ def exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, *, z_loss=N
         w_VD = jnp.pad(w_VD, ((0, -vocabulary % ways), (0, 0)))
     coefficients = Coefficients(_number("z_loss", z_loss, wide), _number("distill", distill, wide),
                                 None if distill is None else _number("temperature", temperature, wide, positive=True))
-    mask_BT, weights_E = jnp.asarray(mask_BT, wide), jnp.asarray(weights_E, wide)
-    return _loss(plan, h_EBTD, w_VD, jnp.asarray(targets_BT), mask_BT, weights_E, coefficients)
+    return _loss(plan, h_EBTD, w_VD, targets_BT, mask_BT.astype(wide), weights_E.astype(wide), coefficients)
 
 
 def _number(name, value, dtype, positive=False):
@@ -131,8 +131,8 @@ def _check_shapes(h_EBTD, w_VD, targets_BT, mask_BT, weights_E):
     exits, *tokens, width = h_EBTD.shape
     for name, array, shape in (("w_VD", w_VD, (w_VD.shape[0], width)), ("targets_BT", targets_BT, tuple(tokens)),
                                ("mask_BT", mask_BT, tuple(tokens)), ("weights_E", weights_E, (exits,))):
-        if jnp.shape(array) != shape:
-            raise SettingError(f"{name} is of shape {jnp.shape(array)}, but must be {shape} beside hidden states "
+        if array.shape != shape:
+            raise SettingError(f"{name} is of shape {array.shape}, but must be {shape} beside hidden states "
                                f"[E, B, T, D] of shape {h_EBTD.shape}; check its axes")
 
 

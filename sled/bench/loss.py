@@ -50,12 +50,11 @@ def run_loss_bench(*, vocabulary: int = 32_000, width: int = 768, exits: int = 1
     targets_N = jax.random.randint(keys[2], (tokens,), 0, vocabulary)
     all_E, few_E = jnp.ones(exits), jnp.float32((exits - 1 - jnp.arange(exits)) % 4 == 0)
 
-    args = {name: (h_END, w_VD, targets_N, few_E if name == FEW else all_E)
-            for name in (PLAIN, OURS, AGAIN, FEW, FLOOR)}
     forms = {PLAIN: _gradient(_plain), OURS: _gradient(_ours), AGAIN: _gradient(_again), FLOOR: _three_products}
-    forms[FEW] = forms[OURS]
-    compiled = {name: jax.jit(forms[name]).lower(*args[name]).compile() for name in args}
-    calls = {name: lambda name=name: jax.block_until_ready(compiled[name](*args[name])) for name in compiled}
+    compiled = {name: jax.jit(form).lower(h_END, w_VD, targets_N, all_E).compile() for name, form in forms.items()}
+    compiled[FEW] = compiled[OURS]
+    calls = {name: lambda run=run, weights_E=few_E if name == FEW else all_E: jax.block_until_ready(
+        run(h_END, w_VD, targets_N, weights_E)) for name, run in compiled.items()}
     with tqdm(total=rounds * len(calls), desc="sled bench loss", disable=not progress) as bar:
         times = interleave(calls, rounds, bar)
     memory = {name: (run.memory_analysis().temp_size_in_bytes + run.memory_analysis().output_size_in_bytes) / 1e6
