@@ -190,10 +190,11 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
 
         def exit_step(j, carry):
             sums_E4, dh_END, dw_VD = carry
-            e = order_E[j]
+            # The barrier keeps XLA from making a [C, V] of the targets once for all exits, and holding it.
+            e, ids_C = jax.lax.optimization_barrier((order_E[j], targets_C))
             h_CD = h_ECD[e]
             logits_CV = plan.vocabulary.logits(h_CD, w_VD)
-            terms_4C, slope_CV = exit_terms(plan.vocabulary, logits_CV, targets_C, coefficients, teacher_CV)
+            terms_4C, slope_CV = exit_terms(plan.vocabulary, logits_CV, ids_C, coefficients, teacher_CV)
             sums_E4 = sums_E4.at[e].add(jnp.where(live_C1.T, share_C * terms_4C, 0).sum(1))
             # Rows that do not count leave every product: 0 times their infinities would be NaN.
             slope_CV = jnp.where(live_C1, weights_E[e] * share_C[:, None] * slope_CV, 0)
