@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sled.checks import Number, Whole, is_array
 from sled.errors import SettingError
-from sled.train.terms import Coefficients, Vocabulary, exit_terms, product, wide_dtype
+from sled.train.terms import Coefficients, Vocabulary, exit_terms, product, psum, wide_dtype
 
 _CHUNK = 512  # the fewest tokens at a time, unless told: fewer make slower products
 
@@ -28,10 +28,12 @@ _CHUNK = 512  # the fewest tokens at a time, unless told: fewer make slower prod
 class Split:
     """How a mesh splits the loss: the batch over the axes `data`, the vocabulary over the axes `tensor`.
 
-    Axes of the mesh that neither names hold copies. Raises `SettingError` for an axis that the mesh lacks.
+    Axes of the mesh that neither names hold copies. Inside a `shard_map` over other axes (pipeline stages) the mesh is
+    `jax.sharding.get_abstract_mesh()`, and a projection that all stages share is cast to vary over them.
+    Raises `SettingError` for an axis that the mesh lacks.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     data: tuple[str, ...] = ("data",)
     tensor: tuple[str, ...] = ("tensor",)
 
@@ -172,7 +174,7 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
     exits, width, count = h_EBTD.shape[0], h_EBTD.shape[-1], targets_BT.size
     h_END, targets_N, mask_N = h_EBTD.reshape(exits, count, width), targets_BT.ravel(), mask_BT.ravel()
     data, tensor = (plan.split.data, plan.split.tensor) if plan.split else ((), ())
-    targets = jax.lax.psum(mask_N.sum(), data)
+    targets = psum(mask_N.sum(), data)
     share_N = jnp.where(mask_N == 0, 0, mask_N / targets)
     chunks = -(-count // plan.chunk)
     size = -(-count // chunks)
@@ -200,7 +202,7 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
             slope_CV = jnp.where(live_C1, weights_E[e] * share_C[:, None] * slope_CV, 0)
             slope_CV = slope_CV.astype(jnp.promote_types(h_CD.dtype, w_VD.dtype))
             if dh_END is not None:
-                dh_CD = jax.lax.psum(product(slope_CV, w_VD), tensor).astype(h_CD.dtype)
+                dh_CD = psum(product(slope_CV, w_VD), tensor).astype(h_CD.dtype)
                 dh_CD = jnp.where(new_C[:, None], dh_CD, cut(dh_END[e]))
                 dh_END = jax.lax.dynamic_update_slice(dh_END, dh_CD[None], (e, start, 0))
             if dw_VD is not None:
@@ -209,18 +211,19 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
 
         return jax.lax.fori_loop(0, computed, exit_step, carry)
 
-    def zeros(shape, dtype, axes):
-        """Each device's own along `axes`."""
-        return jax.lax.pcast(jnp.zeros(shape, dtype), axes, to="varying") if axes else jnp.zeros(shape, dtype)
-
-    wide = wide_dtype(h_EBTD, w_VD)
+    wide, rows = wide_dtype(h_EBTD, w_VD), (h_END, share_N, weights_E)
     sums_E4, dh_END, dw_VD = jax.lax.fori_loop(0, chunks, chunk_step, (
-        zeros((exits, 4), wide, data),
-        zeros(h_END.shape, h_END.dtype, data) if wanted[0] else None,
-        zeros(w_VD.shape, wide, (*data, *tensor)) if wanted[1] else None))
+        _zeros((exits, 4), wide, *rows),
+        _zeros(h_END.shape, h_END.dtype, *rows) if wanted[0] else None,
+        _zeros(w_VD.shape, wide, *rows, w_VD) if wanted[1] else None))
     dh_EBTD = None if dh_END is None else dh_END.reshape(h_EBTD.shape)
-    dw_VD = None if dw_VD is None else jax.lax.psum(dw_VD, data).astype(w_VD.dtype)
-    return _summary(jax.lax.psum(sums_E4, data), weights_E, coefficients, targets), (dh_EBTD, dw_VD)
+    dw_VD = None if dw_VD is None else psum(dw_VD, data).astype(w_VD.dtype)
+    return _summary(psum(sums_E4, data), weights_E, coefficients, targets), (dh_EBTD, dw_VD)
+
+
+def _zeros(shape, dtype, *like):
+    """Zeros that inside a `shard_map` count as varying over every axis that one of `like` varies over."""
+    return jnp.zeros(shape, dtype) + sum(jnp.zeros_like(x[(0,) * x.ndim], dtype) for x in like)
 
 
 def _summary(sums_E4, weights_E, coefficients, targets):

@@ -32,6 +32,11 @@ def product(a, b):
     return jnp.matmul(a, b, preferred_element_type=wide_dtype(a, b))
 
 
+def psum(x, axes: tuple[str, ...]):
+    """The sum over mesh axes, of which there may be none."""
+    return jax.lax.psum(x, axes) if axes else x
+
+
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
     """`size` tokens, their rows of the projection split evenly over the mesh axes `axes`, the last rows padding."""
@@ -53,11 +58,12 @@ class Vocabulary:
 
     def sum(self, x_CV):
         """Over all tokens: [C]."""
-        return jax.lax.psum(x_CV.sum(1), self.axes)
+        return psum(x_CV.sum(1), self.axes)
 
     def log_sum(self, logits_CV):
         """Logarithm of the softmax's denominator, and the largest logit: [C] each."""
-        peak_C = jax.lax.pmax(logits_CV.max(1), self.axes)
+        peak_C = logits_CV.max(1)
+        peak_C = jax.lax.pmax(peak_C, self.axes) if self.axes else peak_C
         return peak_C + jnp.log(self.sum(jnp.exp(logits_CV - peak_C[:, None]))), peak_C
 
     def pick(self, logits_CV, ids_C):
