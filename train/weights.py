@@ -160,6 +160,16 @@ class ExitPlan(Protocol):
         ...
 
 
+@traced()
+@dataclasses.dataclass(frozen=True)
+class LastOnly:
+    """No early exit learns: a model is trained as usual."""
+
+    def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
+        """See `ExitPlan`."""
+        return jnp.array([num_layers], jnp.int32), jnp.ones(1, jnp.float32)
+
+
 @traced("profile", "curriculum")
 @dataclasses.dataclass(frozen=True)
 class WeightedExits:
