@@ -33,12 +33,13 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
         raise SettingError(f"dtype is {dtype!r}, but it must be one of {', '.join(DTYPES)}")
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
-    folder = _folder(source, revision)
+    folder = folder_of(source, revision)
     model = load_folder(folder, dtype=DTYPES.get(dtype))
     return LM(model, Text.from_folder(folder), name=str(source))
 
 
-def _folder(source, revision: str | None) -> Path:
+def folder_of(source, revision: str | None = None) -> Path:
+    """The local folder of a model: "demo", a folder, or a hub id, then downloaded."""
     if source == "demo":
         return Path(str(importlib.resources.files("sled.demo"))) / "model"
     path = Path(source).expanduser()

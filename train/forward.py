@@ -7,7 +7,7 @@ it hands out is E hidden states, however many layers there are.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,8 +29,8 @@ REMAT = {
 
 
 def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, stop: int | None = None,
-                segments_BT=None, drops: Drops | None = None, remat: str = "full",
-                compute_dtype=None) -> jax.Array:
+                segments_BT=None, drops: Drops | None = None, remat: str = "full", compute_dtype=None,
+                place: Callable[[jax.Array], jax.Array] = lambda h_BTD: h_BTD) -> jax.Array:
     """The hidden states number `exits` of whole sequences: [E, B, T, D], none of them normed.
 
     model: in the stacked form. Its parameters keep their type; every layer's are cast to `compute_dtype` (None: as
@@ -44,6 +44,8 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     remat: what the backward pass finds stored of each layer, beside its input: "none" everything it needs, "full"
         nothing, "dots" every matrix product, "projections" the products with weights, not attention's. Less stored
         is more computed again, which where memory is slow (a CPU) may still be the faster.
+    place: is called on the embeddings and on every layer's output, to hold them to their place on a mesh
+        (`Placing.activations`).
 
     Raises SettingError for a model in the separate form, and for exits, stop or remat out of their range.
     """
@@ -67,7 +69,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     exits_E = jnp.asarray(exits, jnp.int32)
     count = exits_E.shape[0]
     slots_L = jnp.searchsorted(exits_E, jnp.arange(1, depth + 1))  # of the first exit that is not below the layer
-    h_BTD = _cast(model.embed(tokens_BT), dtype)
+    h_BTD = place(_cast(model.embed(tokens_BT), dtype))
     carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype)
     begin = 0
     lengths = [depth] if drops is None else drops.way.stretches(depth)
@@ -78,7 +80,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
             run = lambda h, weights: layer(h, weights, window, drop, begin)  # noqa: E731
             if remat != "none":
                 run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
-            h = run(h, weights)
+            h = place(run(h, weights))
             # Every layer writes into the next exit's place, the exit itself last: a layer moves one state, the
             # backward pass needs none of them, and traced exits cost no more than static ones.
             last = states[count - 1]

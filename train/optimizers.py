@@ -1,4 +1,4 @@
-"""Optimisers and learning rates by name, for the parameters of a stacked decoder. Any other of optax's serves as well."""
+"""Optimisers and learning rates by name, for the parameters of a stacked decoder. Others of optax serve as well."""
 
 from __future__ import annotations
 

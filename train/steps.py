@@ -1,133 +1,161 @@
-"""Losses and train step on a stacked decoder: what every training script here is built from.
-
-Besides the last layer, one earlier layer a step is taught to speak through the shared projection
-(LayerSkip's rotating early-exit loss, arXiv 2404.16710), so that leaving early means something.
-"""
+"""The train step and the evaluation: pure functions of the state, compiled, on one device or on a mesh."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from sled.errors import SettingError
 from sled.models.decoder import Decoder
+from sled.train.dropout import LayerDropout
+from sled.train.forward import exit_states
+from sled.train.loss import Split, exit_cross_entropy
+from sled.train.placing import ROWS, Placing
+from sled.train.recipes import Recipe
+from sled.train.rows import Batch
 
 
 class TrainState(NamedTuple):
-    """Everything a step changes: a pytree that a checkpoint can hold whole."""
+    """All that a step changes, a pytree that a checkpoint holds whole. step: how many were taken."""
 
     weights: nnx.State
     optimizer: optax.OptState
     step: jax.Array
 
 
-def cross_entropy(logits_BTV, targets_BT, weights_BT) -> jax.Array:
-    """Mean negative log-likelihood in nats, a scalar; each position counts by its weight."""
-    nll_BT = optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT)
-    return jnp.sum(nll_BT * weights_BT) / jnp.maximum(jnp.sum(weights_BT), 1e-9)
+class StepMetrics(NamedTuple):
+    """What a step tells: the loss it went down; of the exits that learnt, their layers and likelihoods (nats per
+    target, NaN where an exit's weight is 0); the last layer's accuracy; the gradient's norm before it is clipped."""
+
+    loss: jax.Array
+    layers_E: jax.Array
+    nll_E: jax.Array
+    accuracy: jax.Array
+    gradient_norm: jax.Array
 
 
-def next_token_losses(model: Decoder, tokens_BT, weights_BT, layers_E) -> jax.Array:
-    """Loss of each exit: hidden states number `layers_E` (1..L, may be traced) predict the next token.
+class LayerMeans(NamedTuple):
+    """Sums over held-out targets, to be added up and divided: [L] for the layers 1..L, and how many targets."""
 
-    `weights_BT` says how much each token counts as a target (the first is none). Returns [E], in nats.
+    nll_L: jax.Array
+    correct_L: jax.Array
+    targets: jax.Array
+
+
+def init_state(weights: nnx.State, optimizer: optax.GradientTransformation,
+               placing: Placing | None = None) -> TrainState:
+    """The state before the first step; on a mesh the optimiser's part lies like the weights.
+
+    The weights are copied: a step gives up the state that it is given, and the model may outlive that.
     """
-    states = model.hidden_states(tokens_BT[:, :-1])
-    return jnp.stack([cross_entropy(model.logits(states[layer]), tokens_BT[:, 1:], weights_BT[:, 1:])
-                      for layer in layers_E])
+    weights = jax.tree.map(jnp.copy, weights)
+    make = optimizer.init if placing is None else lambda weights: placing.create(optimizer.init, weights)
+    step = jnp.zeros((), jnp.int32)
+    if placing is not None:
+        step = jax.device_put(step, placing.shardings(step))
+    return TrainState(weights, make(weights), step)
 
 
-def schedule(peak: float, steps: int) -> optax.Schedule:
-    """Warm-up over 100 steps (a tenth of a short run), constant, linear to 0 over the last quarter.
+def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTransformation,
+                    placing: Placing | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """A compiled `step(state, batch, dropout) -> (state, metrics)`; the state given is given up.
 
-    The constant part makes it cheap to change one's mind: a run goes on with another number of
-    steps from any checkpoint before its decay.
-    """
-    warmup, decay = min(100, steps // 10), steps // 4
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, warmup), optax.constant_schedule(peak),
-         optax.linear_schedule(peak, 0.0, decay)], [warmup, steps - decay])
-
-
-def muon(peak: float, steps: int, *, decay: float = 0.1, clip: float = 1.0) -> optax.GradientTransformation:
-    """Muon for the layers' matrices, Adam for norms and embeddings, with `schedule` and clipping.
-
-    Stacked matrices are the leaves of three axes [L, in, out]. Their updates are scaled to Adam's
-    usual size (root mean square 0.2), so that one rate serves both.
-    """
-    stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-    return optax.chain(
-        optax.clip_by_global_norm(clip),
-        optax.contrib.muon(
-            schedule(peak, steps), adam_b2=0.98, weight_decay=decay, consistent_rms=0.2,
-            muon_weight_dimension_numbers=lambda weights: jax.tree.map(
-                lambda leaf: stacked if leaf.ndim > 2 else None, weights)))
-
-
-def init_state(model: Decoder, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step, of a model in the stacked form.
-
-    The weights are copied: steps give up the state that they are given, and the model outlives that.
-    """
-    weights = jax.tree.map(jnp.copy, nnx.split(model)[1])
-    return TrainState(weights, optimizer.init(weights), jnp.zeros((), jnp.int32))
-
-
-def make_train_step(model: Decoder, optimizer: optax.GradientTransformation, *,
-                    exit_weight: float) -> Callable:
-    """A compiled `step(state, tokens_BT, weights_BT) -> (state, losses)`; the old state is given up.
-
-    `losses` [2] are those of the last layer and of the earlier one whose turn it was; the second is
-    added with `exit_weight`. Every new shape of the tokens compiles the gradient, not the update.
-    Raises SettingError for a model of a single layer.
+    model: in the stacked form, for its structure alone. batch: of `recipe.batch` rows, on a mesh a global array
+    (`Placing.batch`). dropout: the recipe's, or one that saves work (`LayerDropout.saving`), or None; its counts are
+    static, all else is traced.
     """
     graph, _ = nnx.split(model)
-    depth = model.config.num_layers
-    if depth < 2:
-        raise SettingError("num_layers is 1, so no earlier layer can be taught to speak; take at least 2")
+    seed, parts = recipe.seed, recipe.accumulate
 
-    def loss(weights, tokens_BT, weights_BT, early):
-        losses = next_token_losses(nnx.merge(graph, weights), tokens_BT, weights_BT, (depth, early))
-        return losses[0] + exit_weight * losses[1], losses
+    def part_loss(weights, batch: Batch, dropout: LayerDropout | None, step, part, share):
+        """The loss of one part of the batch, which holds this share of the batch's targets."""
+        model = _placed(graph, weights, placing)
+        layers_E, weights_E = recipe.exits.exits_at(step, model.num_layers)
+        rows = batch.tokens_BT.shape[0]
+        key = jax.random.fold_in(jax.random.key(seed), part)
+        drops = None if dropout is None else dropout.draw(key, step, rows, model.num_layers)
+        loss, metrics = _exit_losses(model, batch, layers_E, weights_E * share, recipe, placing, drops)
+        return loss, (layers_E, jax.tree.map(lambda x: share * x, (metrics.nll_E, metrics.accuracy_E[-1])))
 
-    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    gradient = jax.value_and_grad(part_loss, has_aux=True)
 
-    def update(state: TrainState, gradient: nnx.State) -> TrainState:
-        change, optimizer_state = optimizer.update(gradient, state.optimizer, state.weights)
-        return TrainState(optax.apply_updates(state.weights, change), optimizer_state, state.step + 1)
+    def whole(weights, batch, dropout, step):
+        """Loss, what it tells, and gradient of the whole batch."""
+        targets_A = batch.weights_BT[:, :, 1:].sum((1, 2))
+        parts_A = jnp.arange(parts), batch, targets_A / jnp.maximum(targets_A.sum(), 1e-9)
 
-    update = jax.jit(update, donate_argnums=0)
+        def of_part(part, batch, share):
+            (loss, (layers_E, told)), change = gradient(weights, batch, dropout, step, part, share)
+            return (loss, told, change), layers_E
 
-    def step(state: TrainState, tokens_BT, weights_BT):
-        early = 1 + state.step % (depth - 1)
-        change, losses = gradient(state.weights, tokens_BT, weights_BT, early)
-        return update(state, change), losses
+        if parts == 1:
+            return of_part(*jax.tree.map(lambda x: x[0], parts_A))
+        shapes, _ = jax.eval_shape(lambda: of_part(*jax.tree.map(lambda x: x[0], parts_A)))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    return step
+        def add(total, part):
+            of_this, layers_E = of_part(*part)
+            return jax.tree.map(jnp.add, total, of_this), layers_E
+
+        total, layers_AE = jax.lax.scan(add, zeros, parts_A)
+        return total, layers_AE[0]
+
+    def step(state: TrainState, batch: Batch, dropout: LayerDropout | None):
+        batch = jax.tree.map(lambda x: _in_parts(x, parts, placing), batch)
+        (loss, (nll_E, accuracy), change), layers_E = whole(state.weights, batch, dropout, state.step)
+        moved, optimizer_state = optimizer.update(change, state.optimizer, state.weights)
+        metrics = StepMetrics(loss, layers_E, nll_E, accuracy, optax.global_norm(change))
+        return TrainState(optax.apply_updates(state.weights, moved), optimizer_state, state.step + 1), metrics
+
+    return jax.jit(step, donate_argnums=0)
 
 
-def make_evaluation(model: Decoder) -> Callable:
-    """A jitted `evaluate(weights, tokens_BT, weights_BT) -> (losses, solved)` over every layer.
-
-    `losses` [L] and `solved` [L] count only tokens of full weight (1). `solved` is the share of rows
-    in which each of those is the most likely one: exactly the rows that greedy decoding reproduces.
-    """
+def make_evaluation(model: Decoder, recipe: Recipe, placing: Placing | None = None) -> Callable[..., LayerMeans]:
+    """A compiled `evaluate(weights, batch) -> LayerMeans` of every layer through the shared projection."""
     graph, _ = nnx.split(model)
+    depth = model.num_layers
 
-    def evaluate(weights, tokens_BT, weights_BT):
-        model = nnx.merge(graph, weights)
-        targets_BT, counted_BT = tokens_BT[:, 1:], weights_BT[:, 1:] == 1
-
-        def measure(h_BTD):
-            logits = model.logits(h_BTD)
-            right_BT = (logits.argmax(-1) == targets_BT) | ~counted_BT
-            return cross_entropy(logits, targets_BT, counted_BT), right_BT.all(-1).mean()
-
-        return jax.lax.map(measure, model.hidden_states(tokens_BT[:, :-1])[1:])
+    def evaluate(weights, batch: Batch) -> LayerMeans:
+        model = _placed(graph, weights, placing)
+        _, metrics = _exit_losses(model, batch, tuple(range(1, depth + 1)), jnp.ones(depth), recipe, placing, None)
+        return LayerMeans(metrics.nll_E * metrics.targets, metrics.accuracy_E * metrics.targets, metrics.targets)
 
     return jax.jit(evaluate)
+
+
+def _exit_losses(model: Decoder, batch: Batch, layers_E, weights_E, recipe: Recipe, placing: Placing | None, drops):
+    """The loss of these exits with its metrics; position t is asked for token t + 1."""
+    dtype = jnp.dtype(recipe.compute_dtype)
+    place = {} if placing is None else dict(place=placing.activations)
+    h_EBTD = exit_states(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
+                         remat=recipe.remat, compute_dtype=dtype, **place)
+    following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
+    split = None if placing is None else Split(placing.mesh, data=ROWS)
+    evaluating = isinstance(layers_E, tuple)
+    terms = {} if evaluating else dict(z_loss=recipe.z_loss, distill=recipe.distill, temperature=recipe.temperature)
+    return exit_cross_entropy(model.normalise(h_EBTD).astype(dtype), model.head_weight.astype(dtype),
+                              following(batch.tokens_BT), following(batch.weights_BT), weights_E, split=split, **terms)
+
+
+def _placed(graph, weights, placing: Placing | None) -> Decoder:
+    """The model of these weights, its tables held to their place."""
+    model = nnx.merge(graph, weights)
+    if placing is not None:
+        tables = [model.embedding] if model.head is None else [model.embedding, model.head]
+        for table in tables:
+            table.weight[...] = placing.table(table.weight[...])
+    return model
+
+
+def _in_parts(x: Any, parts: int, placing: Placing | None):
+    """[B, ...] as [parts, B / parts, ...]. A part takes every so-manieth row: on a mesh each device keeps its own."""
+    x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+    if placing is None:
+        return x
+    spec = placing.rows.spec
+    return jax.lax.with_sharding_constraint(
+        x, jax.sharding.NamedSharding(placing.mesh, jax.sharding.PartitionSpec(None, *spec)))
