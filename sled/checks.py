@@ -162,6 +162,21 @@ def take_rows(settings, rows: Sequence[int]):
     return dataclasses.replace(settings, **gathered) if gathered else settings
 
 
+def one_row(settings):
+    """`settings` that passed `check_rows` for one row, with plain numbers in place of arrays.
+
+    So the rules hold for what was in the arrays too, nobody can change it afterwards, and all rows' numbers have the
+    same types. Raises SettingError.
+    """
+    plain = {}
+    for field, axes in getattr(settings, "row_axes", {}).items():
+        value = getattr(settings, field)
+        if is_array(value) or isinstance(value, tuple):
+            value = np.asarray(value)
+            plain[field] = value.tolist()[0] if value.ndim == len(axes) else value.tolist()
+    return dataclasses.replace(settings, **plain) if plain else settings
+
+
 def check_alike(name: str, settings, like) -> None:
     """Refuse settings that cannot share a batch with `like`: of another class, or with other values in a field that
     is the same for all rows."""
@@ -178,8 +193,8 @@ def check_alike(name: str, settings, like) -> None:
 
 
 def stack_rows(rows: Sequence, like, sizes: Mapping[str, int]):
-    """Settings for a batch from settings for each row, that passed `check_alike`: arrays [B, ...] in every field that
-    may differ by row, so that other numbers have the same shapes.
+    """Settings for a batch from settings for each row, that passed `check_alike` and `one_row`: arrays [B, ...] in
+    every field that may differ by row, so that other numbers have the same shapes.
 
     sizes: of axes other than B, by letter; an axis that is not among them has the size it has in `like`.
     """
@@ -189,7 +204,7 @@ def stack_rows(rows: Sequence, like, sizes: Mapping[str, int]):
         if getattr(like, field) is None:
             continue
         shape = [sizes.get(axis, size) for axis, size in zip(axes[1:], _shape(getattr(like, field), axes), strict=True)]
-        stacked[field] = np.stack([_of_row(f"{type(like).__name__}.{field}", value, axes, shape) for value in values])
+        stacked[field] = np.stack([_of_row(f"{type(like).__name__}.{field}", value, shape) for value in values])
     return dataclasses.replace(like, **stacked) if stacked else like
 
 
@@ -199,14 +214,12 @@ def _shape(value, axes: str) -> tuple[int, ...]:
     return (1,) * (len(axes) - 1 - len(shape)) + shape
 
 
-def _of_row(name: str, value, axes: str, shape: list[int]) -> np.ndarray:
+def _of_row(name: str, value, shape: list[int]) -> np.ndarray:
     """One row's value of a field, in the shape [sizes of the axes after B]."""
-    value = np.asarray(value)
-    value = value[0] if value.ndim == len(axes) else value
     try:
         return np.broadcast_to(value, shape)
     except ValueError:
-        raise SettingError(f"{name} has the shape {value.shape}, but {tuple(shape)} for every row; "
+        raise SettingError(f"{name} has the shape {np.shape(value)}, but {tuple(shape)} for every row; "
                            "give as many numbers, or one") from None
 
 

@@ -20,7 +20,7 @@ from sled.arguments import (
     stop_strings,
     which_schedule,
 )
-from sled.checks import Instance, Whole, check_alike, check_rows
+from sled.checks import Instance, Whole, check_alike, check_rows, one_row
 from sled.decoding.sampling import Sampling
 from sled.decoding.slots import Entry, Slots
 from sled.errors import PromptError, RequestError
@@ -37,8 +37,10 @@ ROUNDS = 8  # of the loop, between two looks at what is new
 class Engine:
     """Serves requests of any length through a fixed number of slots.
 
-    A request takes a slot when one is free and gives it back when it ends; the others neither wait nor notice, and
-    nothing is compiled again. What a request gets is what `lm.generate` gives for it alone with the same settings.
+    A request takes a slot when one is free and gives it back when it ends. What a request gets is what `lm.generate`
+    gives for it alone with the same settings, whatever the others do; they wait for it while its prompt is read. One
+    program serves all slots; the first prompt of a new length, rounded up to 16, 24, 32, 48, ... and 512 at most,
+    compiles one more.
 
         engine = sled.Engine(lm, slots=8, exits=sled.SelfSpeculation(2))
         requests = [engine.submit(prompt, max_new_tokens=64) for prompt in prompts]
@@ -72,11 +74,13 @@ class Engine:
         self._lm, self._waiting, self._lock = lm, deque(), threading.Lock()
         self._defaults = dict(policy=A_POLICY("exits", exits), fusion=A_STRATEGY("fusion", fusion),
                               sampling=A_SAMPLING("sampling", sampling))
+        exits.exits(lm.config.num_layers)  # for its error, which constant depth would not raise
+        self._defaults = self._checked(self._defaults)
         self._slots = Slots(lm.build, lm.params, slots=slots, capacity=capacity,
                             schedule=which_schedule(schedule, exits), stop_ids=lm.config.eos_ids,
                             **self._served(self._defaults))
-        self._check(self._defaults)
         self._running: list[Request | None] = [None] * slots
+        self._spoilt = False  # whether a failure has left the slots in no good state
 
     def submit(self, prompt: Prompt, *, max_new_tokens: int = NEW_TOKENS, fusion=None, exits: Policy | None = None,
                sampling=None, seed: int = 0, stop: str | Sequence[str] = ()) -> Request:
@@ -90,22 +94,27 @@ class Engine:
         new = Whole(1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
         seed = Whole(0, 2**32 - 1, hint="it names one of 2**32 random streams")("seed", seed)
         own = dict(policy=exits, fusion=fusion, sampling=sampling)
-        settings = {name: self._defaults[name] if given is None else given for name, given in own.items()}
-        self._check(settings)
+        settings = self._checked({name: self._defaults[name] if given is None else given
+                                  for name, given in own.items()})
+        served = self._served(settings)
+        self._slots.check(served)
         [ids, *more] = prompt_ids(prompt, self._lm.text, self._lm.config)
         if more:
             raise PromptError(f"a request has one prompt, but {1 + len(more)} were given; submit each by itself")
         if len(ids) >= self._slots.capacity:
             raise PromptError(f"the prompt is {len(ids)} tokens long, but a request may have {self._slots.capacity}, "
                               "the new ones included; shorten it, or make the engine with a larger capacity")
-        affordable = self.limits.affordable(len(ids), settings["policy"], self._lm.config.num_layers)
+        affordable = self.limits.affordable(len(ids), served["policy"], self._lm.config.num_layers)
         if affordable is not None and affordable < 1:
             raise RequestError(f"the prompt of {len(ids)} tokens leaves no room for a new one within the budget of "
                                f"{self.limits.budget:,} layer-tokens; shorten it, or ask the operator for more")
         limit = min(new, self._slots.capacity - len(ids))
         budgeted = affordable is not None and affordable < limit
-        entry = Entry(ids, affordable if budgeted else limit, seed, self._served(settings))
-        row = Row(self._lm.text, stop_strings(stop), self._lm.config.eos_ids)
+        entry = Entry(ids, affordable if budgeted else limit, seed, served)
+        stop = stop_strings(stop)
+        if stop:
+            self._lm.text.decode([])  # for its error, where there is no tokenizer
+        row = Row(self._lm.text, stop, self._lm.config.eos_ids)
         request = Request(entry, row, budgeted=budgeted, shown=self.limits.show_exits,
                           text=self._lm.text.available, step=self.step)
         self._waiting.append(request)
@@ -128,6 +137,9 @@ class Engine:
         """
         with self._lock:
             try:
+                if self._spoilt:
+                    self._slots.clear()
+                    self._spoilt = False
                 self._free()
                 self._fill()
                 if self.running:
@@ -138,7 +150,7 @@ class Engine:
                 for request in filter(None, self._running):
                     request.fail(failure)
                 self._running = [None] * len(self._running)
-                self._slots.clear()
+                self._spoilt = True
                 raise
 
     def run(self, *, progress: bool = False) -> None:
@@ -148,13 +160,14 @@ class Engine:
                 self.step()
                 bar.update(left - self.waiting - self.running)
 
-    def _check(self, settings: dict) -> None:
-        """Raises SettingError for settings that a request cannot or may not have."""
+    def _checked(self, settings: dict) -> dict:
+        """Settings of a request, in plain numbers. Raises SettingError for those that it cannot or may not have."""
         for name, field in (("exits", "policy"), ("fusion", "fusion"), ("sampling", "sampling")):
             check_alike(name, settings[field], self._defaults[field])
             check_rows(settings[field], 1, hint="a request is one row, so give one value")
-        self._slots.check(self._served(settings))
+        settings = {name: one_row(of_row) for name, of_row in settings.items()}
         self.limits.check(settings["policy"])
+        return settings
 
     def _served(self, settings: dict) -> dict:
         """Settings as they are served: at constant depth every token goes through all layers."""
@@ -173,19 +186,21 @@ class Engine:
         free = [slot for slot, request in enumerate(self._running) if request is None]
         entering = {}
         while free and self._waiting:
-            request = self._waiting.popleft()
+            request = self._waiting[0]
             if not request.ended:
-                entering[free.pop(0)] = request
+                slot = free.pop(0)
+                # At every moment it is in one place or the other, so that no failure loses it.
+                entering[slot] = self._running[slot] = request
+            self._waiting.popleft()
         if not entering:
             return
         failed = self._slots.enter({slot: request.entry for slot, request in entering.items()})
         for slot, request in entering.items():
             if slot in failed:
                 request.fail(failed[slot])
+                self._running[slot] = None
             else:
-                self._running[slot] = request
-                if not request.ended:
-                    request.status = "running"
+                request.begin()
 
     def _deliver(self) -> None:
         """Hands every running request what is new, and ends those that are through."""
@@ -200,5 +215,5 @@ class Engine:
             except Exception as reason:  # of its text: the others have theirs
                 request.fail(reason)
             if request.status == "running" and (request.stopped or not self._slots.active[slot]):
-                request.status = "done"
+                request.finish()
         self._free()

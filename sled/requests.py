@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -46,7 +47,7 @@ class Limits:
         """Raises SettingError for early exit that leaves earlier than is allowed."""
         if not isinstance(exits, EarlyExit):
             return
-        if exits.lowest_threshold < self.threshold_floor:
+        if np.float32(exits.lowest_threshold) < np.float32(self.threshold_floor):  # as precise as thresholds are
             raise SettingError(f"EarlyExit.threshold comes down to {exits.lowest_threshold:g}, but the operator allows "
                                f"{self.threshold_floor:g} at the lowest; give a higher one")
         first = min((n for n in exits.layers if n >= np.min(exits.min_layer)), default=self.min_layer)
@@ -103,6 +104,7 @@ class Request:
         self._row, self._budgeted, self._shown, self._text, self._step = row, budgeted, shown, text, step
         self._exit_layers: list[int] = []
         self._guesses = (0, 0)
+        self._lock = threading.Lock()  # so that a reader sees tokens and layers of the same moment, none after the end
 
     @property
     def ended(self) -> bool:
@@ -115,32 +117,40 @@ class Request:
 
     def cancel(self) -> None:
         """Ends the request where it is; its slot is free at the engine's next step. Nothing, if it has ended."""
-        if not self.ended:
-            self.status = "cancelled"
+        self._become("cancelled")
+
+    def begin(self) -> None:
+        """It has a slot."""
+        self._become("running")
+
+    def finish(self) -> None:
+        """It has all it asked for."""
+        self._become("done")
 
     def fail(self, reason: Exception) -> None:
         """Ends the request with an error, which `stream` and `result` raise as a RequestError."""
-        if not self.ended:
-            self.status, self.failure = "failed", reason
+        self._become("failed", reason)
 
     def take(self, tokens: list[int], exit_layers: list[int], drafted: int, accepted: int) -> None:
         """All new tokens so far, the layers that said them, and the guesses judged and accepted."""
-        self._row.update(tokens)
-        self._exit_layers = exit_layers[:len(self._row.tokens)]
-        self._guesses = (drafted, accepted)
+        with self._lock:
+            if not self.ended:
+                self._row.update(tokens)
+                self._exit_layers = exit_layers[:len(self._row.tokens)]
+                self._guesses = (drafted, accepted)
 
     def stream(self) -> Iterator[Piece]:
         """What is new, as it is made, from the first token on.
 
-        Raises RequestError where the request failed.
+        Raises RequestError where the request failed; while it waits, what the device fails with for others.
         """
         tokens, text = 0, ""
         while True:
-            ended = self.ended  # before looking: what comes in between is not lost
-            layers, now = self._exit_layers, self._row.tokens
-            said = None
-            if self._text:
-                said = self._row.text() if ended else self._row.settled_text()
+            with self._lock:
+                ended, layers, now = self.ended, self._exit_layers, self._row.tokens
+                said = None
+                if self._text:
+                    said = self._row.text() if ended else self._row.settled_text()
             if len(now) > tokens or (said and said != text):
                 yield Piece(text=None if said is None else said[len(text):], tokens=now[tokens:],
                             exit_layers=layers[tokens:len(now)] if self._shown else None)
@@ -148,7 +158,7 @@ class Request:
             if ended:
                 self._raise()
                 return
-            self._step()
+            self._drive()
 
     def result(self) -> Completion:
         """The whole result, when it is there; of a cancelled request, what there was until then.
@@ -156,12 +166,26 @@ class Request:
         Raises RequestError where the request failed.
         """
         while not self.ended:
-            self._step()
+            self._drive()
         self._raise()
         drafted, accepted = self._guesses if self._shown else (None, None)
         return Completion(
             text=self._row.text() if self._text else None, tokens=self._row.tokens, finish_reason=self._reason(),
             exit_layers=self._exit_layers if self._shown else None, drafted=drafted, accepted=accepted)
+
+    def _drive(self) -> None:
+        """A step of the engine. Where it fails, and this request with it, `_raise` says so."""
+        try:
+            self._step()
+        except Exception:
+            if not self.ended:
+                raise
+
+    def _become(self, status: str, failure: Exception | None = None) -> None:
+        """Takes the status, unless the request has ended: whoever ends it first has the say."""
+        with self._lock:
+            if not self.ended:
+                self.failure, self.status = failure, status
 
     def _reason(self) -> str:
         if self.status == "cancelled":

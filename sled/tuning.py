@@ -102,7 +102,7 @@ def _schedules(policy: Policy, rows: int) -> list[Schedule]:
     """Those that differ for a batch of so many rows."""
     if rows == 1:
         return [policy.schedule]
-    gathers = [Gather(2**n) for n in range(1, rows.bit_length()) if 2**n <= rows]
+    gathers = [Gather(2**n) for n in range(1, rows.bit_length())]
     return list(dict.fromkeys([policy.schedule, Immediate(), *gathers]))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -157,6 +158,38 @@ def test_a_failing_device_keeps_those_that_wait(engine, lm, monkeypatch):
     assert requests[9].result().tokens == alone(lm, [19, 9], 12, exits=EXITS)[0]
 
 
+@pytest.mark.parametrize(("where", "failure"), [
+    ("start", KeyboardInterrupt()), ("put_row", MemoryError("full")), ("set_active", MemoryError("full"))], ids=str)
+def test_no_request_is_lost_where_the_device_fails(lm, monkeypatch, where, failure):
+    engine = sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3))
+    requests = [engine.submit([10 + i, 9], max_new_tokens=3) for i in range(10)]
+
+    def fails(*_, **__):
+        raise failure
+
+    with monkeypatch.context() as broken:
+        broken.setattr(slots.state, where, fails)
+        with pytest.raises(type(failure)):
+            engine.run()
+    assert [request.status for request in requests[8:]] == ["waiting"] * 2
+    engine.run()
+    assert all(request.ended for request in requests)
+    assert requests[9].result().tokens == alone(lm, [19, 9], 3, exits=EXITS)[0]
+
+
+def test_a_reader_beside_the_driver_sees_tokens_with_their_layers(lm, monkeypatch):
+    engine = sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3), limits=Limits(show_exits=True))
+    request = engine.submit([9, 8, 7], max_new_tokens=40)
+    update = request._row.update
+    monkeypatch.setattr(request._row, "update", lambda tokens: (update(tokens), time.sleep(0.02)))
+    monkeypatch.setattr(request, "_step", lambda: time.sleep(0.001))  # the driver is another
+    driver = threading.Thread(target=engine.run)
+    driver.start()
+    pieces = list(request.stream())
+    driver.join()
+    assert [layer for piece in pieces for layer in piece.exit_layers] == request.result().exit_layers
+
+
 def test_any_thread_may_submit_and_read(engine, lm):
     found = {}
 
@@ -204,6 +237,11 @@ def test_the_operators_floor_holds_for_every_request(lm):
             (dataclasses.replace(floor, min_layer=1), "after layer 1.*min_layer=2")):
         with pytest.raises(SettingError, match=message):
             engine.submit([7], exits=exits)
+    for hidden in (dict(threshold=np.array([np.nan, 0.0])), dict(threshold=(np.array(np.nan), 0.0)),
+                   dict(min_layer=np.array([2**32])), dict(min_layer=np.array([2.5])), dict(threshold=np.array(["a"]))):
+        with pytest.raises(SettingError, match="must be a"):  # numbers in arrays have the same rules
+            engine.submit([7], exits=dataclasses.replace(floor, **hidden))
+    sled.Engine(lm, exits=dataclasses.replace(floor, threshold=np.float32([0.9, 0.9])), limits=Limits(0.9))
     limits.check(sled.EarlyExit(2, threshold=0.6))  # it has no exit before layer 2
     limits.check(sled.EarlyExit((1, 2), threshold=0.6, min_layer=3))  # none leaves
     with pytest.raises(SettingError, match=r"comes down to 0\.45"):  # CALM's decay takes a tenth off
@@ -214,7 +252,9 @@ def test_the_operators_floor_holds_for_every_request(lm):
 
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(slots=0), "slots is 0"), (dict(capacity=0), "capacity is 0"), (dict(capacity=49), "capacity is 49.*2 to 48"),
-    (dict(exits=sled.EarlyExit(3)), "no early exit of a model of 3"), (dict(exits=sled.EarlyExit), "exits is"),
+    (dict(exits=sled.EarlyExit(3)), "no early exit of a model of 3"),
+    (dict(exits=sled.EarlyExit(3), limits=Limits(constant_depth=True)), "no early exit of a model of 3"),
+    (dict(exits=sled.EarlyExit), "exits is"),
     (dict(limits=0.5), "limits is 0.5"), (dict(schedule="gather"), "schedule is 'gather'"),
     (dict(sampling=sled.Sampling(temperature=np.ones(8))), r"B is 1 here; a request is one row"),
 ], ids=str)
@@ -237,6 +277,8 @@ def test_limits_that_cannot_be(limits, message):
     (dict(prompt=[[7], [8]]), PromptError, "2 were given"), (dict(prompt="text"), TokenizerError, "no tokenizer"),
     (dict(prompt=[7] * 48), PromptError, "48 tokens long"), (dict(prompt=[7], max_new_tokens=0), SettingError, "is 0"),
     (dict(prompt=[7], seed=-1), SettingError, "seed is -1"), (dict(prompt=[7], stop=""), SettingError, "stop is ''"),
+    (dict(prompt=[7], stop="."), TokenizerError, "no tokenizer"),
+    (dict(prompt=[7], sampling=sled.Sampling(temperature=np.array([0.5j]))), SettingError, "temperature is 0.5j"),
     (dict(prompt=[7], exits=GUESSES), SettingError, "must be of class EarlyExit"),
     (dict(prompt=[7], exits=sled.EarlyExit(1)), SettingError, r"EarlyExit.layers is \(1,\), but \(1, 2\) for every"),
     (dict(prompt=[7], exits=sled.EarlyExit((1, 2), np.ones((2, 2)))), SettingError, "B is 1 here; a request"),

@@ -17,7 +17,8 @@ class Entry(NamedTuple):
     """What comes into a slot.
 
     prompt: token ids [T]; limit: new tokens it may get, such that all fit into the capacity; settings: of this row,
-    by the names "policy", "fusion" and "sampling", alike with the slots' own (see `sled.checks.check_alike`).
+    by the names "policy", "fusion" and "sampling", alike with the slots' own (see `sled.checks.check_alike`) and made
+    of plain numbers (`one_row`).
     """
 
     prompt: np.ndarray
@@ -29,13 +30,13 @@ class Entry(NamedTuple):
 class Slots(Batch):
     """A fixed number of rows of fixed capacity (positions, prompt included); all programs are compiled for these.
 
-    settings: as for `Batch`. What they say by row is replaced by every entry's own.
+    settings: as for `Batch`, for one row. What they say by row is replaced by every entry's own.
     """
 
     def __init__(self, build: Build, params: Any, *, slots: int, capacity: int, **settings):
         super().__init__(build, params, **settings)
         self._like = dict(self._settings)
-        self._of_slot = [self._like] * slots
+        self._of_slot = [self._like] * slots  # an empty slot has the default, so that nobody pays for a past entry
         self._sizes = {"E": len(self.plan.exits) - 1}
         self._place = dict(capacity=capacity, plan=self.plan)
         self.clear()
@@ -49,7 +50,15 @@ class Slots(Batch):
         nothing, slots = np.zeros(1, np.int32), len(self._of_slot)
         self._state = state.start(self._fixed["build"], self._fixed["params"], [nothing] * slots, [0] * slots,
                                   [0] * slots, **self._place)
+        self._of_slot = [self._like] * slots
+        self._stack()
         self._fetch()
+
+    def stop(self, rows: list[int]) -> None:
+        super().stop(rows)
+        for row in rows:
+            self._of_slot[row] = self._like
+        self._stack()
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises SettingError where numbers of one row's settings have another shape than the other rows' have."""
@@ -69,10 +78,13 @@ class Slots(Batch):
             self._state = state.put_row(self._state, row, np.int32(slot))
             self._of_slot[slot] = dict(entry.settings)
         if len(entries) > len(failed):
-            self._settings = {name: stack_rows([of_row[name] for of_row in self._of_slot], like, self._sizes)
-                              for name, like in self._like.items()}
+            self._stack()
             self._fetch()
         return failed
+
+    def _stack(self) -> None:
+        self._settings = {name: stack_rows([of_row[name] for of_row in self._of_slot], like, self._sizes)
+                          for name, like in self._like.items()}
 
     def advance(self, ticks: int, *, rows: int = 1) -> None:
         """All rows go on, for `ticks` ticks of the loop or until fewer than `rows` of them are left."""
