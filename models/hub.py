@@ -1,15 +1,32 @@
-"""Fetching a model's folder from the Hugging Face hub, into huggingface_hub's own cache."""
+"""Where a model's folder is: bundled, here, or on the Hugging Face hub, then fetched into huggingface_hub's cache."""
 
 from __future__ import annotations
 
+import importlib.resources
+import os
 from pathlib import Path
 
-from sled.errors import DownloadError
+from sled.errors import CheckpointError, DownloadError
 
 # Not "*.safetensors": some repositories hold the same weights twice, under other names.
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
           "model-*-of-*.safetensors", "*token*.json", "tokenizer.model", "vocab.json", "merges.txt",
           "chat_template.*")
+
+
+def folder_of(source, revision: str | None = None) -> Path:
+    """The local folder of a model: "demo", a folder, or a hub id, then downloaded."""
+    if source == "demo":
+        return Path(str(importlib.resources.files("sled.demo"))) / "model"
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    text = os.fspath(source)
+    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise CheckpointError(
+            f"{text!r} is not a folder here, nor can it be a hub id (owner/name); "
+            "give a folder with config.json and safetensors, a hub id, or 'demo'")
+    return fetch(text, revision=revision)
 
 
 def fetch(hub_id: str, revision: str | None = None) -> Path:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sled.arguments import FINAL_LAYER, FULL_DEPTH, GREEDY, IMMEDIATE, NEW_TOKENS
-from sled.binding import bind, differences
+from sled.binding import bind
+from sled.describe import differences
 from sled.errors import CalibrationError
 from sled.exits import EarlyExit, Gather, Immediate, Lockstep, Policy, Schedule
 from sled.files import writable
@@ -165,8 +166,8 @@ class Calibration:
         kind = fields.pop("kind").rpartition(".")[2]
         arrays = [field for field, value in fields.items() if isinstance(value, dict)]
         if arrays:
-            raise CalibrationError(f"the record holds only a digest of {kind}.{arrays[0]}; give the policy itself, "
-                                   f"as exits=sled.{kind}(..., {arrays[0]}=...)")
+            raise CalibrationError(f"the record holds only a digest of {kind}.{arrays[0]}; give the very settings, "
+                                   f"as {name}=sled.{kind}(..., {arrays[0]}=...)")
         try:
             return classes[kind](**fields)
         except (TypeError, KeyError) as reason:

@@ -23,7 +23,7 @@ from sled.arguments import (
 from sled.checks import Instance, Whole, check_alike, check_rows, one_row
 from sled.decoding.sampling import Sampling
 from sled.decoding.slots import Entry, Slots
-from sled.errors import PromptError, RequestError
+from sled.errors import PromptError, RequestError, SettingError
 from sled.exits import Policy, Schedule
 from sled.lm import LM
 from sled.prompts import Prompt, prompt_ids
@@ -167,6 +167,10 @@ class Engine:
             check_rows(settings[field], 1, hint="a request is one row, so give one value")
         settings = {name: one_row(of_row) for name, of_row in settings.items()}
         self.limits.check(settings["policy"])
+        asked, most = (getattr(fusion["fusion"], "steps", None) for fusion in (settings, self._defaults))
+        if asked is not None and asked > np.min(most):  # all rows take as many steps as the one that asks for most
+            raise SettingError(f"{type(settings['fusion']).__name__}.steps is {asked}, but this engine allows {most}; "
+                               "give at most that many")
         return settings
 
     def _served(self, settings: dict) -> dict:

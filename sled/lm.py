@@ -1,4 +1,4 @@
-"""`LM`: a model and its tokenizer, with the five things one does with them."""
+"""`LM`: a model and its tokenizer, with what one does with them."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ class LM:
                          references=references, risk=risk, fusion=fusion, schedule=schedule, sampling=sampling,
                          max_new_tokens=max_new_tokens, seed=seed, stop=stop, batch_size=batch_size, progress=progress)
 
-    def tune(self, prompts: Prompts, *, exits: Policy | Iterable[Policy], rounds: int = 5, fusion=FINAL_LAYER,
+    def tune(self, prompts: Prompts, *, exits: Policy | Sequence[Policy], rounds: int = 5, fusion=FINAL_LAYER,
              sampling: Sampling = GREEDY, max_new_tokens: int = NEW_TOKENS, seed: int = 0,
              stop: str | Sequence[str] = (), batch_size: int = 32, progress: bool = True) -> Tuned:
         """The fastest way to leave early here: every policy with every schedule, and no early exit, timed side by side.

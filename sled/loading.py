@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from sled.errors import CheckpointError, SettingError
+from sled.errors import SettingError
 from sled.lm import LM
-from sled.models import fetch, load_folder
+from sled.models import load_folder
+from sled.models.hub import folder_of
 from sled.text import Text
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -36,18 +35,3 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
     folder = folder_of(source, revision)
     model = load_folder(folder, dtype=DTYPES.get(dtype))
     return LM(model, Text.from_folder(folder), name=str(source))
-
-
-def folder_of(source, revision: str | None = None) -> Path:
-    """The local folder of a model: "demo", a folder, or a hub id, then downloaded."""
-    if source == "demo":
-        return Path(str(importlib.resources.files("sled.demo"))) / "model"
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    text = os.fspath(source)
-    if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-        raise CheckpointError(
-            f"{text!r} is not a folder here, nor can it be a hub id (owner/name); "
-            "give a folder with config.json and safetensors, a hub id, or 'demo'")
-    return fetch(text, revision=revision)

@@ -27,6 +27,7 @@ class Limits:
     constant_depth: every token goes through all layers, whatever exits are asked for, so that the time it takes tells
         nothing. With self-speculation the text stays the same; with early exit it is the full model's.
     show_exits: give requesters the layers their tokens left at and counts of guesses, which tell how hard a text is.
+        Time and the sizes of streamed pieces still tell something; only `constant_depth` hides that too.
 
     Raises `SettingError` for a value out of range.
     """
@@ -195,5 +196,5 @@ class Request:
 
     def _raise(self) -> None:
         if self.failure is not None:
-            raise RequestError(f"the request failed while it was served ({self.failure}); the others go on; "
-                               "submit it again, or look at the cause") from self.failure
+            raise RequestError("the request failed while it was served, for the reason that this error carries as its "
+                               "cause; the others go on; submit it again") from self.failure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -68,13 +68,13 @@ class Tuned:
         return "\n".join(lines)
 
 
-def tune(lm: LM, prompts, *, exits: Policy | Iterable[Policy], rounds: int, batch_size: int, progress: bool,
+def tune(lm: LM, prompts, *, exits: Policy | Sequence[Policy], rounds: int, batch_size: int, progress: bool,
          **serving) -> Tuned:
     """See `LM.tune`. serving: fusion, sampling, max_new_tokens, seed, stop."""
     rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
     batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
     ids = prompt_ids(prompts, lm.text, lm.config)
-    policies = [exits] if isinstance(exits, Policy) else list(exits)
+    policies = [exits] if not isinstance(exits, (list, tuple)) else [p for p in exits if p != FULL_DEPTH]
     if not policies:
         raise SettingError("exits is empty, so there is nothing to try; give a policy, or a list of them")
     for policy in policies:
@@ -108,6 +108,9 @@ def _schedules(policy: Policy, rows: int) -> list[Schedule]:
 
 def _short(settings) -> str:
     """A setting as one writes it down, defaults left out."""
-    changed = [f"{f.name}={getattr(settings, f.name)!r}" for f in dataclasses.fields(settings)
-               if f.default is dataclasses.MISSING or getattr(settings, f.name) is not f.default]
+    fields = dataclasses.fields(settings)
+    usual = type(settings)(**{f.name: getattr(settings, f.name) for f in fields if f.default is dataclasses.MISSING})
+    written = {f.name: " ".join(repr(getattr(settings, f.name)).split()) for f in fields}
+    changed = [f"{f.name}={written[f.name]}" for f in fields
+               if f.default is dataclasses.MISSING or written[f.name] != repr(getattr(usual, f.name))]
     return f"{type(settings).__name__}({', '.join(changed)})"

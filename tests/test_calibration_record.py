@@ -11,8 +11,9 @@ from flax import nnx
 
 import sled
 from sled import cli
-from sled.binding import describe, digest_of_weights
+from sled.binding import digest_of_weights
 from sled.demo.problems import problems, prompt
+from sled.describe import describe
 from sled.errors import CalibrationError, SettingError
 from sled.exits import FullDepth
 from sled.text import Text

@@ -120,7 +120,8 @@ def _new_form(model: NewModel, source: Source, context: int, form: Path) -> None
 def _texts(source: Source):
     for example in itertools.islice(source.open(), TOKENIZER_EXAMPLES):
         if not isinstance(example.body, str):
-            raise SettingError("the source holds token ids, from which no tokenizer can be made; give NewModel.tokenizer")
+            raise SettingError("the source holds token ids, from which no tokenizer can be made; give "
+                               "NewModel.tokenizer, the folder of theirs")
         yield example.prompt + example.body
 
 

@@ -12,7 +12,6 @@ What a run leaves in its folder:
 from __future__ import annotations
 
 import dataclasses
-import importlib.resources
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,16 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from sled.binding import describe
 from sled.checks import Instance, Whole, settle
-from sled.errors import DataError, SettingError
-from sled.loading import folder_of
-from sled.models import Decoder, save_folder
+from sled.describe import describe
+from sled.errors import SettingError
+from sled.models import save_folder
+from sled.models.hub import folder_of
 from sled.train.batches import Batches
-from sled.train.begin import Beginning, NewModel, first_decoder, write_form
+from sled.train.begin import NewModel, first_decoder, write_form
 from sled.train.checkpoint import Checkpoints
-from sled.train.metrics import HELD_OUT, Metrics, progress_bar, progress_line
 from sled.train.mesh import Mesh
+from sled.train.metrics import HELD_OUT, Metrics, progress_bar, progress_line
 from sled.train.optimizers import make_optimizer, rate_schedule
 from sled.train.packing import Layout
 from sled.train.picture import draw
@@ -42,7 +41,7 @@ from sled.train.recipes import Recipe
 from sled.train.rows import Batch, Rows, read
 from sled.train.same_run import anything, same_rates
 from sled.train.sources import Source
-from sled.train.steps import TrainState, init_state, make_evaluation, make_train_step
+from sled.train.steps import init_state, make_evaluation, make_train_step
 from sled.train.throughput import Throughput, flops_per_token
 
 
