@@ -37,12 +37,12 @@ def train(folder: str, steps: int, cache: str, pause_at: int = 0) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     folder = Path(folder)
-    step, state, host = 0, jax.jit(begin)(), {"position": 0, "stride": 1}
+    begun, state, host = 0, jax.jit(begin)(), {"position": 0, "stride": 1}
     with Preemption() as preemption, Checkpoints(folder / "steps", {"width": WIDTH}, every=1) as checkpoints:
         if checkpoints.steps:
-            step, state, host, *_ = checkpoints.restore(state)
-        with Metrics(folder / "metrics.jsonl", resumed_from=step) as metrics:
-            for step in range(step + 1, steps + 1):
+            begun, state, host, *_ = checkpoints.restore(state)
+        with Metrics(folder / "metrics.jsonl", resumed_from=begun) as metrics:
+            for step in range(begun + 1, steps + 1):
                 state, loss = update(state, (np.arange(8 * WIDTH, dtype=np.float32) * 31 + host["position"]) % 97)
                 host = {"position": host["position"] + host["stride"], "stride": 1 + step % 3}
                 metrics.write(step, {"loss": loss})
