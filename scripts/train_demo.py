@@ -28,8 +28,9 @@ from sled.eval.answers import exact_match
 from sled.models import save_folder
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
-from sled.train.checkpoint import restore_state, save_state
-from sled.train.steps import init_state, make_evaluation, make_train_step, muon
+from sled.train.checkpoint import Checkpoints
+from sled.train.same_run import anything, same_rates
+from sled.train.steps import init_state, make_evaluation, make_train_step, muon, schedule
 from sled.train.tokenizer import END_OF_TEXT, train_tokenizer, write_tokenizer
 
 POOL = 32  # batches whose problems are drawn together and sorted by length, to waste little on padding
@@ -40,7 +41,7 @@ CONTEXT = 256
 @dataclasses.dataclass
 class Settings:
     out: Path
-    """Folder for the model, log.txt and the checkpoint."""
+    """Folder for the model, log.txt and the checkpoints."""
     layers: int = 8
     """Deep and narrow: leaving early means something."""
     width: int = 128
@@ -100,15 +101,17 @@ def main(s: Settings) -> None:
     s.out.mkdir(parents=True, exist_ok=True)
     optimizer = muon(s.rate, s.steps)
     state = init_state(model, optimizer)
-    checkpoint = s.out / "state.npz"
-    if checkpoint.exists():
-        state = restore_state(state, checkpoint)
+    settings = {name: value for name, value in dataclasses.asdict(s).items() if name != "out"}
+    checkpoints = Checkpoints(s.out / "checkpoints", settings, every=s.every, may_change={
+        "every": anything, "steps": same_rates(lambda steps: schedule(s.rate, steps))})
+    if checkpoints.steps:
+        state = checkpoints.restore(state).state
 
     train, evaluate = make_train_step(model, optimizer, exit_weight=s.exit_weight), make_evaluation(model)
     held_out = pad(encode(problems("heldout", 256), tokenizer))
     start, tokens, began = int(state.step), 0, time.time()
     steps = range(start + 1, s.steps + 1)
-    with open(s.out / "log.txt", "a") as log, tqdm(total=s.steps, initial=start, unit="step") as bar:
+    with checkpoints, open(s.out / "log.txt", "a") as log, tqdm(total=s.steps, initial=start, unit="step") as bar:
 
         def tell(line: str):
             tqdm.write(line)
@@ -123,7 +126,7 @@ def main(s: Settings) -> None:
             if step % s.every == 0 or step == s.steps:
                 last, early = losses
                 held, solved = (np.asarray(x) for x in evaluate(state.weights, *held_out))
-                save_state(state, checkpoint)
+                checkpoints.save(step, state, {}, force=True)
                 tell(f"step {step}: loss {last:.4f} (early {early:.3f}), held out {held[-1]:.4f}, "
                      f"solved {solved[-1]:.1%}, by layer {' '.join(f'{x:.2f}' for x in solved)}, "
                      f"{tokens / (time.time() - began):,.0f} tokens/s")

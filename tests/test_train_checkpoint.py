@@ -1,0 +1,325 @@
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sled.errors import CheckpointError, SettingError
+from sled.train import checkpoint
+from sled.train.checkpoint import Checkpoints, complete_steps, load_checkpoint
+from sled.train.named_arrays import checksums, named
+from sled.train.preemption import EXIT_CODE
+from sled.train.same_run import anything, check_same_run, same_rates
+from sled.train.steps import schedule
+
+SETTINGS = {"steps": 100, "data": {"folder": "a", "mix": [1, 2]}}
+QUICK = "--xla_backend_optimization_level=0"  # compiling costs more than running here
+STEPS = 16  # of a run that is killed
+NOISE = np.random.RandomState(0).standard_normal((30, 40)).astype(np.float32)  # it does not compress
+
+
+class Runs:
+    """Runs of tests/killable.py, one at a time."""
+
+    def __init__(self, errors: Path):
+        self.errors = errors
+        with errors.open("w") as file:
+            self.server = subprocess.Popen(
+                [sys.executable, Path(__file__).parent / "killable.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=file, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK})
+
+    def start(self, call: str, **arguments) -> int:
+        self.server.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def ended(self) -> int:
+        return int(self.server.stdout.readline())
+
+    def stop(self):
+        self.server.stdin.close()
+        self.server.wait()
+        self.server.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    runs = Runs(tmp_path_factory.mktemp("runs") / "errors.txt")
+    yield runs
+    runs.stop()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs, tmp_path_factory):
+    """The folder of a run that nothing befell, and the arguments of another such run in a folder to be named."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    arguments = {"steps": STEPS, "cache": str(tmp_path_factory.mktemp("programs"))}
+    runs.start("train", folder=str(folder), **arguments)
+    assert runs.ended() == 0, runs.errors.read_text()
+    return folder, arguments
+
+
+def half_written(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("steps/*") if not path.name.isdecimal()]
+
+
+def latest(folder: Path) -> int:
+    return max(complete_steps(folder / "steps"), default=0)
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for a minute"
+        time.sleep(0.0005)
+
+
+def check_same_end(folder, other):
+    assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    with np.load(folder / "final.npz") as one, np.load(other / "final.npz") as two:
+        assert sorted(one) == sorted(two) and len(one.files) == 9
+        for name in one:
+            np.testing.assert_array_equal(one[name], two[name], err_msg=name)
+
+
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(runs, uninterrupted, tmp_path):
+    """Ten times by SIGKILL: by turns while a checkpoint is being written, and at random moments."""
+    dice, torn = random.Random(0), 0
+    for kill in range(10):
+        left, reached = set(half_written(tmp_path)), latest(tmp_path)
+        pid = runs.start("train", folder=str(tmp_path), pause_at=STEPS - 1, **uninterrupted[1])
+        if kill % 2:
+            goal = min(reached + dice.randint(0, 2), STEPS - 2)
+            until(lambda: latest(tmp_path) >= goal)  # noqa: B023
+            until(lambda: set(half_written(tmp_path)) - left or latest(tmp_path) > goal + 1)  # noqa: B023
+            time.sleep(dice.uniform(0, 0.01))
+        else:
+            time.sleep(dice.uniform(0, 0.5))
+        os.kill(pid, signal.SIGKILL)
+        assert runs.ended() == -signal.SIGKILL, runs.errors.read_text()
+        assert latest(tmp_path) >= reached
+        torn += bool(set(half_written(tmp_path)) - left)
+    print(f"{torn} of 10 kills left something half-written; the last one found step {latest(tmp_path)} of {STEPS}")
+    assert torn >= 3
+    runs.start("train", folder=str(tmp_path), **uninterrupted[1])
+    assert runs.ended() == 0, runs.errors.read_text()
+    check_same_end(tmp_path, uninterrupted[0])
+    assert not half_written(tmp_path)
+    assert complete_steps(tmp_path / "steps") == [STEPS - 2, STEPS - 1, STEPS]
+
+
+def test_sigterm_saves_and_leaves_with_its_own_exit_code(runs, uninterrupted, tmp_path):
+    pid = runs.start("train", folder=str(tmp_path), **uninterrupted[1])
+    until(lambda: complete_steps(tmp_path / "steps"))
+    os.kill(pid, signal.SIGTERM)
+    assert runs.ended() == EXIT_CODE
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert complete_steps(tmp_path / "steps")[-1] == last < STEPS
+    assert f"stopped by SIGTERM after step {last}" in runs.errors.read_text()
+    whole = (uninterrupted[0] / "metrics.jsonl").read_text()
+    assert whole.startswith((tmp_path / "metrics.jsonl").read_text())
+
+
+def test_a_state_comes_back_on_another_mesh(runs, tmp_path):
+    runs.start("meshes", folder=str(tmp_path))
+    assert runs.ended() == 0, runs.errors.read_text()
+
+
+def state(number):
+    return {"weights": {"up": jnp.asarray(NOISE * number), "half": jnp.full(5, number, jnp.bfloat16)},
+            "key": jax.random.key(number), "step": jnp.int32(number), "mask": jnp.array([True, False])}
+
+
+def check_same(one, other):
+    one, other = named(one), named(other)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name].dtype == other[name].dtype
+        np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]), err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 2 to 13. Do not change it."""
+    folder = tmp_path_factory.mktemp("saved")
+    with Checkpoints(folder, SETTINGS, every=2, keep=2, keep_every=4) as checkpoints:
+        begun = [checkpoints.save(step, state(step), {"position": [step, None]}, force=step == 13)
+                 for step in range(1, 14)]
+    assert begun == [step % 2 == 0 or step == 13 for step in range(1, 14)]
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def test_the_latest_stay_and_every_kth_and_the_last_step_by_force(saved):
+    assert complete_steps(saved) == [4, 8, 12, 13]
+    assert sorted(path.name for path in saved.iterdir()) == ["12", "13", "4", "8"]
+
+
+@pytest.mark.parametrize("step", [None, 8])
+def test_what_was_saved_comes_back(saved, step):
+    for like in (state(0), jax.eval_shape(lambda: state(0))):
+        restored = load_checkpoint(saved, like, step)
+        number = step or 13
+        check_same(restored.state, state(number))
+        assert (restored.step, restored.host, restored.settings) == (number, {"position": [number, None]}, SETTINGS)
+        assert restored.versions["jax"] == jax.__version__
+
+
+def test_a_step_that_is_there_is_not_written_again_and_an_older_one_is_refused(copy):
+    with Checkpoints(copy, SETTINGS, every=1) as checkpoints:
+        written = (copy / "13" / "_CHECKPOINT_METADATA").stat().st_mtime_ns
+        assert checkpoints.save(13, state(13), {})
+        assert (copy / "13" / "_CHECKPOINT_METADATA").stat().st_mtime_ns == written
+        with pytest.raises(CheckpointError, match=r"of step 13, so step 9 .* drop_after"):
+            checkpoints.save(9, state(9), {})
+        checkpoints.drop_after(8)
+        assert checkpoints.steps == [4, 8]
+        assert checkpoints.save(13, state(1), {})
+    check_same(load_checkpoint(copy, state(0)).state, state(1))
+
+
+def test_leftovers_go_at_the_next_start(copy):
+    (copy / "14.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (copy / "dropped-2" / "state").mkdir(parents=True)
+    assert complete_steps(copy) == [4, 8, 12, 13]
+    with Checkpoints(copy, SETTINGS, every=1, keep=9) as checkpoints:
+        checkpoints.save(14, state(14), {})
+    assert sorted(path.name for path in copy.iterdir()) == ["12", "13", "14", "4", "8"]
+
+
+def test_a_folder_without_checkpoints_or_without_this_one(saved, tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CheckpointError, match="holds no checkpoint; give the folder of a run"):
+            load_checkpoint(folder, state(0))
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7; it holds those of 4, 8, 12, 13"):
+        load_checkpoint(saved, state(0), 7)
+
+
+def test_another_models_state_is_refused_by_name(saved):
+    like = state(0)
+    like["weights"]["up"] = jnp.zeros((30, 41))
+    like["mask"] = jnp.zeros(2, jnp.int32)
+    like["new"] = like.pop("step")
+    with pytest.raises(CheckpointError, match=r"another model or optimiser: mask is bool\[2\] there and int32\[2\] "
+                                              r"here, new is only here, weights/up is float32\[30, 40\] there and "
+                                              r"float32\[30, 41\] here, and 1 more; give the settings"):
+        load_checkpoint(saved, like)
+
+
+def test_other_settings_are_refused_by_name(saved):
+    settings = {"steps": 120, "data": {"folder": "b", "mix": [1, 3]}, "seed": 0}
+    with Checkpoints(saved, settings, every=1, keep=9, may_change={"data.folder": anything}) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"steps was 100 and is 120; data\.mix was \[1, 2\] and is \[1, 3\]; "
+                                                  r"seed was None and is 0\. Give the settings it was made with"):
+            checkpoints.restore(state(0))
+    with Checkpoints(saved, {**SETTINGS, "steps": 120}, every=1, keep=9, may_change={"steps": anything}) as checkpoints:
+        assert checkpoints.restore(state(0), 12).step == 12
+
+
+def test_the_number_of_steps_may_change_while_the_past_stays_the_same():
+    rule = same_rates(lambda steps: schedule(0.1, steps))
+
+    def change(now, step):
+        check_same_run("run", {"steps": 2000}, {"steps": now}, step, {"steps": rule})
+
+    change(4000, 1499)
+    change(1800, 1200)
+    for now, step, reason in ((4000, 1700, "learning rate of step 1501"), (1000, 1200, "step 1200 is behind it"),
+                              (500, 60, "learning rate of step 1,")):
+        with pytest.raises(CheckpointError, match=f"steps was 2000 and is {now} .*{reason}"):
+            change(now, step)
+
+
+def test_a_newer_format_is_refused(copy, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", 0)
+    with pytest.raises(CheckpointError, match=r"has format 1, but this sled reads formats up to 0; .* install that"):
+        load_checkpoint(copy, state(0))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "metadata", "manifest", "record"])
+def test_damage_is_told_with_the_older_checkpoint_to_take(copy, harm):
+    [data] = (copy / "13" / "state").glob("ocdbt.process_0/d/*")
+    whole = data.read_bytes()
+    if harm == "flip":  # one bit of a weight, which Orbax does not see
+        at = len(whole) // 2
+        data.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1:])
+    elif harm == "cut":
+        data.write_bytes(whole[:100])
+    elif harm == "remove":
+        data.unlink()
+    else:
+        file = copy / "13" / {"metadata": "state/_METADATA", "manifest": "state/manifest.ocdbt",
+                              "record": "_CHECKPOINT_METADATA"}[harm]
+        file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match=r"13 is damaged \(.*\); restore step 12 instead"):
+        load_checkpoint(copy, state(0))
+    check_same(load_checkpoint(copy, state(0), 12).state, state(12))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning",
+                            "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_full_disk_loses_nothing_older(copy):
+    """The limit on a file's size stands for the disk's."""
+    large = {"noise": jax.random.normal(jax.random.key(0), (200, 200))}
+    checkpoints = Checkpoints(copy, SETTINGS, every=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        checkpoints.save(14, large, {})
+        with pytest.raises(CheckpointError, match=r"step 14 could not be written \(.*File too large.* ones are whole"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoints.steps[-1] == 13
+    checkpoints.save(15, large, {})
+    checkpoints.close()
+    assert complete_steps(copy)[-1] == 15
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*file/run \(Not a directory\); give a folder"):
+        Checkpoints(tmp_path / "file" / "run", SETTINGS, every=1)
+
+
+def test_settings_out_of_range_and_states_that_cannot_be_saved(tmp_path):
+    for wrong in ({"every": 0}, {"every": 1, "keep": 0}, {"every": 1, "keep_every": 1.5}):
+        with pytest.raises(SettingError, match=f"{list(wrong)[-1]} is "):
+            Checkpoints(tmp_path, SETTINGS, **wrong)
+    with pytest.raises(SettingError, match="settings cannot be written as JSON"):
+        Checkpoints(tmp_path, {"rate": float("nan")}, every=1)
+    with Checkpoints(tmp_path, SETTINGS, every=1) as checkpoints:
+        with pytest.raises(SettingError, match="the state's count is 3, but only arrays"):
+            checkpoints.save(1, {"count": 3}, {})
+        with pytest.raises(SettingError, match=r"host is .* but would come back as \{'at': \[1, 2\]\}"):
+            checkpoints.save(1, state(1), {"at": (1, 2)})
+        with pytest.raises(SettingError, match="host cannot be written as JSON"):
+            checkpoints.save(1, state(1), {"at": np.int64(1)})
+        assert checkpoints.steps == []
+
+
+def test_checksums_are_the_sum_of_words_times_odd_numbers():
+    arrays = {"float": jnp.linspace(-3, 3, 35).reshape(5, 7), "half": jnp.arange(6, dtype=jnp.bfloat16),
+              "bytes": jnp.arange(-5, 5, dtype=jnp.int8), "bool": jnp.array([True, False, True]),
+              "scalar": jnp.float32(-0.0), "empty": jnp.zeros((0, 3))}
+
+    def expected(array):
+        words = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+        return sum(int(word) * (2 * place + 1) for place, word in enumerate(words)) % 2**32
+
+    assert checksums(arrays).tolist() == [expected(np.asarray(arrays[name])) for name in sorted(arrays)]

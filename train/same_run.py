@@ -1,0 +1,74 @@
+"""Whether a run may go on with the settings it is given: those that decide what it computes must be those it had.
+
+Some may change within rules, such as the number of steps. A rule is a function of the value then, the value now and
+the step that the run has reached; it returns why they may not differ, or None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sled.errors import CheckpointError
+
+BLOCK = 4096  # steps whose rates are computed at once; always as many, so that nothing compiles twice
+Rule = Callable[[Any, Any, int], str | None]
+
+
+def anything(then, now, step: int) -> None:
+    """The rule for what does not decide what a run computes: folders, logging, how often to save."""
+    return None
+
+
+def same_rates(schedule: Callable[[int], Callable]) -> Rule:
+    """The rule for a run's number of steps: it may change while the steps already taken would have been the same.
+
+    schedule: from the number of steps of the whole run to the learning rate as a function of the step (optax's
+    `Schedule`). So a run with a constant middle part may be made longer or shorter until its decay begins.
+    """
+
+    def rule(then: int, now: int, step: int) -> str | None:
+        if now < step:
+            return f"step {step} is behind it already"
+        for start in range(0, step, BLOCK):
+            past = jnp.arange(start, start + BLOCK)
+            rates = [np.broadcast_to(schedule(total)(past), BLOCK) for total in (then, now)]
+            changed = np.flatnonzero(rates[0] != rates[1])
+            if len(changed) and start + changed[0] < step:
+                return (f"the learning rate of step {start + changed[0]}, which is behind it already, would have been "
+                        "another")
+        return None
+
+    return rule
+
+
+def check_same_run(run: str, then: Mapping[str, Any], now: Mapping[str, Any], step: int,
+                   may_change: Mapping[str, Rule]) -> None:
+    """Raises CheckpointError that names each setting of `run` that differs and may not, with both values.
+
+    may_change: rules by name; a name such as `data` or `data.folder` also holds for all settings below it.
+    """
+    wrong = []
+    for name, before, after in _differences("", then, now):
+        parts = name.split(".")
+        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
+        rule = next((may_change[prefix] for prefix in prefixes if prefix in may_change), None)
+        reason = rule(before, after, step) if rule else ""
+        if reason is not None:
+            wrong.append(f"{name} was {before!r} and is {after!r}" + (f" ({reason})" if reason else ""))
+    if wrong:
+        raise CheckpointError(f"{run} holds a run of other settings: {'; '.join(wrong)}. Give the settings it was made "
+                              "with, or another folder for a new run")
+
+
+def _differences(prefix: str, then: Mapping, now: Mapping) -> Iterator[tuple[str, Any, Any]]:
+    """Each differing setting by its dotted name, with both values; None stands for one that is missing."""
+    for key in dict.fromkeys([*then, *now]):
+        before, after, name = then.get(key), now.get(key), f"{prefix}{key}"
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            yield from _differences(f"{name}.", before, after)
+        elif before != after:
+            yield name, before, after
