@@ -15,6 +15,7 @@ from typing import Any
 from sled.checks import LARGEST, Instance, Number, Whole, settle
 from sled.errors import SettingError
 from sled.train.dropout import LayerDropout, dont_drop_dropout, layerskip
+from sled.train.dropping import FixedRows
 from sled.train.forward import REMAT
 from sled.train.optimizers import OPTIMIZERS, SCHEDULES
 from sled.train.weights import ExitPlan, Gradual, LastOnly, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
@@ -134,6 +135,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "continue": _layerskip(rate=3e-5, p=0.1, scale=0.2, every=8, steps=10_000),
     "finetune": _layerskip(rate=1e-4, p=0.1, scale=1.0, every=16, steps=1000, schedule="linear", weight_decay=0.0),
     "plain": dict(steps=1000),
+    # The bundled model's.
+    "demo": dict(
+        steps=5000, batch=32, context=128, optimizer="muon", rate=3e-3, schedule="warmup-stable-decay", beta2=0.98,
+        exits=WeightedExits(UniformWeights(), Rotational(5)),
+        dropout=OverSteps(lambda steps: layerskip(0.1, steps=steps, way=FixedRows()))),
     # LayerSkip (arXiv 2404.16710), tables of hyper-parameters; rates that it does not give are those of its kind above.
     "layerskip-llama2-7b": _layerskip(rate=3e-5, p=0.1, scale=0.2, every=8, steps=50_000, context=4096),
     "layerskip-llama2-13b": _layerskip(rate=3e-5, p=0.1, scale=0.1, every=39, steps=50_000, context=4096),

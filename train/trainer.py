@@ -12,6 +12,7 @@ What a run leaves in its folder:
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from sled.models.hub import folder_of
 from sled.train.batches import Batches
 from sled.train.begin import NewModel, first_decoder, write_form
 from sled.train.checkpoint import Checkpoints
+from sled.train.memory import Plan, plan
 from sled.train.mesh import Mesh
 from sled.train.metrics import HELD_OUT, Metrics, progress_bar, progress_line
 from sled.train.optimizers import make_optimizer, rate_schedule
@@ -100,6 +102,21 @@ def train(run: Run, *, optimizer: optax.GradientTransformation | None = None) ->
     return _Training(run, optimizer).finish()
 
 
+def plan_of(run: Run) -> Plan:
+    """What each device would hold, from shapes alone. Raises as `train` does."""
+    recipe = run.recipe
+    model = run.model if isinstance(run.model, NewModel) else folder_of(run.model)
+    with tempfile.TemporaryDirectory() as form:
+        config = write_form(model, run.source, recipe.context, Path(form)).config
+    return plan(Placing(config, run.mesh.build()), _optimizer(recipe))
+
+
+def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+    rates = rate_schedule(recipe.schedule, recipe.rate, recipe.warmup)
+    return make_optimizer(recipe.optimizer, rates(recipe.steps), clip=recipe.clip, weight_decay=recipe.weight_decay,
+                          beta2=recipe.beta2)
+
+
 class _Training:
     """A run in flight."""
 
@@ -111,9 +128,7 @@ class _Training:
         self.placing = Placing(self.beginning.config, mesh) if mesh.size > 1 else None
         self.rows = self._read(run.source)
         self.held_out = None if run.held_out is None else self._read(run.held_out)
-        rates = rate_schedule(recipe.schedule, recipe.rate, recipe.warmup)
-        self.optimizer = optimizer or make_optimizer(recipe.optimizer, rates(recipe.steps), clip=recipe.clip,
-                                                     weight_decay=recipe.weight_decay, beta2=recipe.beta2)
+        self.optimizer = optimizer or _optimizer(recipe)
         self.batches = self._batches(self.rows, recipe.batch)
         decoder = first_decoder(self.beginning, recipe.seed, self.placing)
         self.graph, weights = nnx.split(decoder)
@@ -122,7 +137,8 @@ class _Training:
         self.evaluate = make_evaluation(decoder, recipe, self.placing)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
         self.settings = self._settings()
-        self.may_change = {"steps": same_rates(rates), "recipe.steps": same_rates(rates), "every": anything}
+        rates = rate_schedule(recipe.schedule, recipe.rate, recipe.warmup)
+        self.may_change = {"recipe.steps": same_rates(rates), "recipe.remat": anything, "recipe.accumulate": anything}
 
     def finish(self) -> Path:
         run, recipe = self.run, self.run.recipe
@@ -136,7 +152,8 @@ class _Training:
                 for step, told in self._steps(begun, metrics):
                     last = step == recipe.steps
                     if told:
-                        bar.set_postfix_str(progress_line(told))
+                        shown = ("loss", "tokens_per_second", HELD_OUT)
+                        bar.set_postfix_str(progress_line({name: told[name] for name in shown if name in told}))
                     bar.update(step - bar.n)
                     stop = preemption.reached(step)
                     checkpoints.save(step, self.state, {"data": self.batches.get_state()}, force=stop or last)
@@ -228,7 +245,7 @@ class _Training:
         run = self.run
         return dict(recipe=describe(run.recipe), config=describe(self.beginning.config), data=self.rows.digest,
                     shape=run.shape, prompt_weight=run.prompt_weight,
-                    held_out=self.held_out and self.held_out.digest, every=run.every)
+                    held_out=self.held_out and self.held_out.digest)
 
     @staticmethod
     def _say(line: str) -> None:

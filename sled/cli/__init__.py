@@ -13,11 +13,13 @@ from sled.cli.demo import Demo
 from sled.cli.generate import Generate
 from sled.cli.lens import Lens
 from sled.cli.score import Score
+from sled.cli.train import Train
 from sled.errors import SledError
 
 sub = tyro.conf.subcommand
 Command = (Annotated[Demo, sub("demo")] | Annotated[Generate, sub("generate")] | Annotated[Score, sub("score")]
-           | Annotated[Lens, sub("lens")] | Annotated[Calibrate, sub("calibrate")] | Annotated[Bench, sub("bench")])
+           | Annotated[Lens, sub("lens")] | Annotated[Train, sub("train")] | Annotated[Calibrate, sub("calibrate")]
+           | Annotated[Bench, sub("bench")])
 
 DESCRIPTION = """Let every layer of a language model speak.
 

@@ -1,0 +1,218 @@
+"""`sled train`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from sled.cli.options import given
+from sled.errors import SettingError
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """What to train on. --text, or --prompt with --completion, or --tokens names the columns."""
+
+    data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-d"])] = ()
+    """"demo" (endless word problems), files (.jsonl, .json, .parquet, .arrow, .txt), a folder, or a hub data set."""
+    held_out: tuple[str, ...] = ()
+    """The same for data that is only measured on: the loss of every layer. For demo: its held-out problems."""
+    text: str | None = None
+    """Column of plain text; every token is learnt."""
+    prompt: str | None = None
+    """Column of prompts, or a template such as "Question: {question} Answer:"; not learnt."""
+    completion: str | None = None
+    """Column or template of what follows the prompt; learnt."""
+    tokens: str | None = None
+    """Column of token ids."""
+    split: str = "train"
+    """Split of a hub data set."""
+    subset: str | None = None
+    """Subset (configuration) of a hub data set."""
+    limit: int | None = None
+    """Read at most this many examples (demo: 20,000)."""
+    shape: Literal["packed", "padded"] = "packed"
+    """packed: several examples share a row, each seeing only itself. padded: one example a row."""
+    too_long: Literal["skip", "truncate", "error"] = "skip"
+    """What becomes of examples longer than the context."""
+    prompt_weight: float = 0.0
+    """How much a prompt's token counts in the loss, where a completion's counts 1."""
+
+    def sources(self):
+        """The data, and what is measured on or None. Raises SettingError."""
+        from sled.train.sources import Source
+
+        if not self.data:
+            raise SettingError("--data is missing, so there is nothing to learn; name files, a hub data set, or demo")
+        columns = {name: getattr(self, name) for name in ("text", "prompt", "completion", "tokens")}
+        several = lambda names: names[0] if len(names) == 1 else list(names)  # noqa: E731
+        how = dict(columns, subset=self.subset)
+        source = Source(several(self.data), split=self.split, limit=self.limit, **how)
+        if not self.held_out:
+            return source, None
+        demo = self.held_out == ("demo",)
+        return source, Source(several(self.held_out), split="heldout" if demo else self.split,
+                              limit=500 if demo else None, **how)
+
+
+@dataclasses.dataclass(frozen=True)
+class NewModelOptions:
+    """A model that begins at random, for --model new: Llama-shaped."""
+
+    layers: int | None = None
+    """Deep and narrow makes leaving early worth something (8)."""
+    width: int | None = None
+    """Of the hidden states (128)."""
+    heads: int | None = None
+    """Query heads, which share the width (4)."""
+    kv_heads: int | None = None
+    """Key/value heads (as many as query heads)."""
+    mlp_width: int | None = None
+    """Of the feed-forward layers (2.75 times the width)."""
+    vocabulary: int | None = None
+    """Tokens of a tokenizer made from the data (1000)."""
+    tokenizer: Path | None = None
+    """Take this folder's tokenizer instead."""
+    end_of_text: str | None = None
+    """Its token that ends a text (<|endoftext|>)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecipeOptions:
+    """How to train: a recipe by name, and what to do otherwise than it says."""
+
+    recipe: Annotated[str, tyro.conf.arg(aliases=["-r"])] = "finetune"
+    """plain: no early exit learns. finetune, continue, pretrain: LayerSkip's early-exit loss and layer dropout.
+    layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe. demo: of the bundled model."""
+    steps: int | None = None
+    """Steps of the whole run."""
+    batch: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
+    """Rows of a step, over all devices."""
+    context: int | None = None
+    """Tokens of a row."""
+    accumulate: int | None = None
+    """Work off the batch in so many parts: less memory, the same result."""
+    rate: float | None = None
+    """Peak of the learning rate."""
+    optimizer: Literal["adamw", "muon"] | None = None
+    """muon: for the layers' matrices, Adam for the rest."""
+    schedule: Literal["constant", "linear", "cosine", "warmup-stable-decay"] | None = None
+    """Of the learning rate, after the warm-up."""
+    warmup: int | None = None
+    """Steps in which the learning rate rises."""
+    weight_decay: float | None = None
+    """Of matrices; norms and biases do not decay."""
+    clip: float | None = None
+    """Bound of the gradient's global norm."""
+    z_loss: float | None = None
+    """Weight of the squared log of the softmax's denominator (PaLM: 1e-4)."""
+    distill: float | None = None
+    """Weight of each early exit's divergence from the last layer, which teaches it."""
+    temperature: float | None = None
+    """Of that distillation."""
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    """Of the arithmetic; parameters stay float32. Take bfloat16 on accelerators."""
+    remat: Literal["none", "full", "dots", "projections"] | None = None
+    """What the backward pass computes again: full needs the least memory, none the most."""
+    seed: int | None = None
+    """For the data's order, layer dropout and random weights."""
+
+    def made(self):
+        """The recipe. Raises SettingError."""
+        from sled.train.recipes import named
+
+        changes = given(self)
+        changes.pop("recipe", None)
+        return named(self.recipe, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+    """Where to train, where there is more than one device; -1 is what is left of them."""
+
+    data_parallel: int = 1
+    """Groups of devices that hold all weights each."""
+    fsdp: int = -1
+    """Devices over which weights and optimiser are spread."""
+    tensor: int = 1
+    """Devices that share each layer's products."""
+    cluster: Literal["tpu", "slurm"] | None = None
+    """Join the processes of a TPU pod slice or a SLURM step (scripts/launch_*.sh)."""
+    coordinator: str | None = None
+    """Without a cluster manager: host:port of process 0."""
+    processes: int | None = None
+    """Without a cluster manager: how many processes there are."""
+    process: int | None = None
+    """Without a cluster manager: which of them this is, from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model so that its early layers speak too.
+
+    sled train --model demo --data mine.jsonl --prompt question --completion answer --out run
+
+    sled train --recipe layerskip-llama3.2-1b -m meta-llama/Llama-3.2-1B --data text/ --fsdp 8 --out run
+
+    sled train --recipe demo --model new --data demo --held-out demo --out run
+
+    Ends with a Hugging Face folder, RUN/model, for sled.load, transformers and every other subcommand. Interrupted or
+    killed at any moment, the same command goes on from the last checkpoint, as if nothing had happened.
+    """
+
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "demo"
+    """What to begin with: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
+    data_options: DataOptions = dataclasses.field(default_factory=DataOptions)
+    recipe_options: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)
+    new_model_options: NewModelOptions = dataclasses.field(default_factory=NewModelOptions)
+    mesh_options: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    every: int = 500
+    """Steps between two checkpoints; held-out losses are measured as often."""
+    keep: int = 3
+    """How many of the latest checkpoints stay."""
+    tell: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    held_out_rows: int = 256
+    """Rows to measure on, at most."""
+    tensorboard: bool = False
+    """Also write for TensorBoard (needs the extra `tensorboard`)."""
+    dry_run: bool = False
+    """Only say what each device would hold, and stop."""
+
+    def run(self) -> None:
+        from sled.train.distributed import Processes, initialize
+
+        where = self.mesh_options
+        initialize(Processes(where.cluster, where.coordinator, where.processes, where.process))
+        from sled.cli.options import print_devices
+        from sled.train.mesh import Mesh
+        from sled.train.trainer import Run, plan_of, train
+
+        print_devices()
+        source, held_out = self.data_options.sources()
+        run = Run(
+            self.out, self._model(), source, self.recipe_options.made(), held_out, shape=self.data_options.shape,
+            too_long=self.data_options.too_long, prompt_weight=self.data_options.prompt_weight,
+            mesh=Mesh(where.data_parallel, where.fsdp, where.tensor), every=self.every, keep=self.keep,
+            tell=self.tell, held_out_rows=self.held_out_rows, tensorboard=self.tensorboard)
+        if self.dry_run:
+            print(plan_of(run).text())
+            return
+        print(f"the trained model is in {train(run)}", file=sys.stderr)
+
+    def _model(self) -> Any:
+        from sled.train.begin import NewModel
+
+        wanted = given(self.new_model_options)
+        if self.model == "new":
+            return NewModel(**wanted)
+        if wanted:
+            raise SettingError(f"--{next(iter(wanted)).replace('_', '-')} describes a new model, but --model is "
+                               f"{self.model}; leave it out, or give --model new")
+        return self.model
