@@ -30,7 +30,8 @@ class ConfigError(SledError, ValueError):
 
 
 class CheckpointError(SledError):
-    """Weights are missing, surplus, misshaped, damaged or not finite."""
+    """Weights are missing, surplus, misshaped, damaged or not finite; or a training run's files are, or cannot be
+    written, or are of a run with other settings."""
 
 
 class DownloadError(SledError, OSError):

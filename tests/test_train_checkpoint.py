@@ -32,7 +32,7 @@ class Runs:
     """Runs of tests/killable.py, one at a time."""
 
     def __init__(self, errors: Path):
-        self.errors = errors
+        self.errors, self.running = errors, None
         with errors.open("w") as file:
             self.server = subprocess.Popen(
                 [sys.executable, Path(__file__).parent / "killable.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -41,10 +41,17 @@ class Runs:
     def start(self, call: str, **arguments) -> int:
         self.server.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
         self.server.stdin.flush()
-        return int(self.server.stdout.readline())
+        self.running = int(self.server.stdout.readline())
+        return self.running
 
     def ended(self) -> int:
-        return int(self.server.stdout.readline())
+        """The exit status, once it has ended."""
+        status, self.running = int(self.server.stdout.readline()), None
+        return status
+
+    def kill(self) -> int:
+        os.kill(self.running, signal.SIGKILL)
+        return self.ended()
 
     def stop(self):
         self.server.stdin.close()
@@ -53,19 +60,26 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def server(tmp_path_factory):
     runs = Runs(tmp_path_factory.mktemp("runs") / "errors.txt")
     yield runs
     runs.stop()
 
 
+@pytest.fixture
+def runs(server):
+    yield server
+    if server.running:
+        server.kill()
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(runs, tmp_path_factory):
+def uninterrupted(server, tmp_path_factory):
     """The folder of a run that nothing befell, and the arguments of another such run in a folder to be named."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     arguments = {"steps": STEPS, "cache": str(tmp_path_factory.mktemp("programs"))}
-    runs.start("train", folder=str(folder), **arguments)
-    assert runs.ended() == 0, runs.errors.read_text()
+    server.start("train", folder=str(folder), **arguments)
+    assert server.ended() == 0, server.errors.read_text()
     return folder, arguments
 
 
@@ -93,20 +107,19 @@ def check_same_end(folder, other):
 
 
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(runs, uninterrupted, tmp_path):
-    """Ten times by SIGKILL: by turns while a checkpoint is being written, and at random moments."""
-    dice, torn = random.Random(0), 0
+    """Ten times by SIGKILL: five times while a checkpoint is being written, then at random moments."""
+    dice, torn, last = random.Random(0), 0, STEPS - 2  # the last that a run saves before it waits to be killed
     for kill in range(10):
         left, reached = set(half_written(tmp_path)), latest(tmp_path)
-        pid = runs.start("train", folder=str(tmp_path), pause_at=STEPS - 1, **uninterrupted[1])
-        if kill % 2:
-            goal = min(reached + dice.randint(0, 2), STEPS - 2)
-            until(lambda: latest(tmp_path) >= goal)  # noqa: B023
-            until(lambda: set(half_written(tmp_path)) - left or latest(tmp_path) > goal + 1)  # noqa: B023
-            time.sleep(dice.uniform(0, 0.01))
+        runs.start("train", folder=str(tmp_path), pause_at=STEPS - 1, **uninterrupted[1])
+        if kill < 5:
+            goal = reached + dice.randint(0, 1)
+            until(lambda: latest(tmp_path) >= min(goal, last))  # noqa: B023
+            until(lambda: set(half_written(tmp_path)) - left or latest(tmp_path) >= last)  # noqa: B023
+            time.sleep(dice.uniform(0, 0.005))
         else:
-            time.sleep(dice.uniform(0, 0.5))
-        os.kill(pid, signal.SIGKILL)
-        assert runs.ended() == -signal.SIGKILL, runs.errors.read_text()
+            time.sleep(dice.uniform(0, 0.6))
+        assert runs.kill() == -signal.SIGKILL, runs.errors.read_text()
         assert latest(tmp_path) >= reached
         torn += bool(set(half_written(tmp_path)) - left)
     print(f"{torn} of 10 kills left something half-written; the last one found step {latest(tmp_path)} of {STEPS}")
@@ -239,7 +252,7 @@ def test_the_number_of_steps_may_change_while_the_past_stays_the_same():
     change(4000, 1499)
     change(1800, 1200)
     for now, step, reason in ((4000, 1700, "learning rate of step 1501"), (1000, 1200, "step 1200 is behind it"),
-                              (500, 60, "learning rate of step 1,")):
+                              (500, 60, "learning rate of step 1,"), (None, 60, "no number of steps")):
         with pytest.raises(CheckpointError, match=f"steps was 2000 and is {now} .*{reason}"):
             change(now, step)
 
@@ -276,19 +289,19 @@ def test_damage_is_told_with_the_older_checkpoint_to_take(copy, harm):
 def test_a_full_disk_loses_nothing_older(copy):
     """The limit on a file's size stands for the disk's."""
     large = {"noise": jax.random.normal(jax.random.key(0), (200, 200))}
-    checkpoints = Checkpoints(copy, SETTINGS, every=1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
     try:
-        checkpoints.save(14, large, {})
         with pytest.raises(CheckpointError, match=r"step 14 could not be written \(.*File too large.* ones are whole"):
-            checkpoints.wait()
+            with Checkpoints(copy, SETTINGS, every=1) as checkpoints:
+                checkpoints.save(14, large, {})
+                checkpoints.save(15, large, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert checkpoints.steps[-1] == 13
-    checkpoints.save(15, large, {})
-    checkpoints.close()
-    assert complete_steps(copy)[-1] == 15
+    assert complete_steps(copy)[-1] == 13
+    with Checkpoints(copy, SETTINGS, every=1) as checkpoints:
+        checkpoints.save(15, large, {})
+    assert complete_steps(copy)[-1] == 15 and all(path.name.isdecimal() for path in copy.iterdir())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

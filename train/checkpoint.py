@@ -57,8 +57,9 @@ def complete_steps(folder: str | Path) -> list[int]:
 def load_checkpoint(folder: str | Path, like, step: int | None = None) -> Restored:
     """The checkpoint of `step`, or the latest; reads only, so the run that owns the folder may go on meanwhile.
 
-    like: the state's pytree, of arrays or `jax.ShapeDtypeStruct`s. Every array comes back with the sharding of its
-    leaf, on whatever mesh that is (without one: on the default device), bit for bit as it was saved.
+    like: the state's pytree, of arrays or of `jax.ShapeDtypeStruct`s, which take no memory. Every array comes back
+    with the sharding of its leaf, on whatever mesh that is (without one: on the default device), bit for bit as it was
+    saved.
     Raises CheckpointError for a folder without checkpoints or without this one, for one that a newer version wrote,
     for another model's (names, shapes and types are compared before anything is read), and for damage.
     """

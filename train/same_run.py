@@ -30,7 +30,9 @@ def same_rates(schedule: Callable[[int], Callable]) -> Rule:
     `Schedule`). So a run with a constant middle part may be made longer or shorter until its decay begins.
     """
 
-    def rule(then: int, now: int, step: int) -> str | None:
+    def rule(then, now, step: int) -> str | None:
+        if not (isinstance(then, int) and isinstance(now, int)):
+            return "no number of steps"
         if now < step:
             return f"step {step} is behind it already"
         for start in range(0, step, BLOCK):
