@@ -93,7 +93,7 @@ def test_prompt_and_completion_are_those_of_the_demo_model(load, text, weight, s
     rows = load("demo", Layout(128, shape=shape, prompt_weight=weight), limit=30)
     found = [d for batch in one_epoch(rows) for d in documents_of(batch)]
     expected = []
-    for p in problems("train", 30):  # as scripts/train_demo.py has it: both parts apart
+    for p in problems("train", 30):  # both parts apart, as the bundled model was trained
         asked, told = text.encode(prompt(p.question)), [*text.encode(f" {p.solution}"), END]
         weights = [0.0, *np.full(len(asked) - 1, weight, np.float32).tolist()] + [1.0] * len(told)
         expected.append((asked + told, weights, list(range(len(weights)))))

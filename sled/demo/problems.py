@@ -6,7 +6,7 @@ of a few million parameters: positive whole numbers below 1,000, one operation a
 
 Training and held-out problems are disjoint by construction: story and drawn quantities together
 decide the split, so held-out numbers are never met in training, whatever the names around them.
-`scripts/train_demo.py` trains on "train"; the demo and the tests ask from "heldout".
+`sled train --data demo` trains on "train"; the demo and the tests ask from "heldout".
 """
 
 from __future__ import annotations
