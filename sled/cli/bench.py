@@ -95,12 +95,30 @@ class BenchEngine:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchLoss:
+    """The training loss of twelve exits with its gradient, against its plain form: time and memory.
+
+    Holds seven gigabytes for the plain form. About four minutes.
+    """
+
+    rounds: int = 2
+    """Interleaved rounds; ratios are taken between the fastest."""
+    json: Path | None = None
+    """Also write the report to this file."""
+
+    def run(self) -> None:
+        from sled.bench.loss import run_loss_bench
+
+        _show(run_loss_bench(rounds=self.rounds), self.json)
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure the fused step, decoding, exits, or serving, against others in the same run."""
+    """Measure the fused step, decoding, exits, serving, or the training loss, against others in the same run."""
 
     what: Annotated[BenchFusion, tyro.conf.subcommand("fusion")] | Annotated[
         BenchDecode, tyro.conf.subcommand("decode")] | Annotated[BenchExits, tyro.conf.subcommand("exits")] | Annotated[
-            BenchEngine, tyro.conf.subcommand("engine")]
+            BenchEngine, tyro.conf.subcommand("engine")] | Annotated[BenchLoss, tyro.conf.subcommand("loss")]
 
     def run(self) -> None:
         if self.what.json:
