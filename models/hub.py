@@ -8,8 +8,8 @@ from sled.errors import DownloadError
 
 # Not "*.safetensors": some repositories hold the same weights twice, under other names.
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
-          "model-*-of-*.safetensors", "*token*.json", "tokenizer.model", "vocab.json", "merges.txt",
-          "chat_template.*")
+          "model-*-of-*.safetensors", "exit_heads.json", "exit_heads.safetensors", "*token*.json",
+          "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*")
 
 
 def fetch(hub_id: str, revision: str | None = None) -> Path:

@@ -85,6 +85,12 @@ class EarlyExit:
         if (self.measure == "classifier") != (self.classifier is not None):
             raise SettingError('EarlyExit: measure="classifier" and a trained `classifier` go together; '
                                "give both or neither")
+        if self.classifier is not None and self.classifier.layers not in (None, self.layers):
+            raise SettingError(f"EarlyExit.classifier was trained for exits {self.classifier.layers}, but layers is "
+                               f"{self.layers}; give the same, or train one for these")
+        if self.classifier is not None and len(self.classifier.weight_ED) != len(self.layers):
+            raise SettingError(f"EarlyExit.classifier has weights for {len(self.classifier.weight_ED)} exits, but "
+                               f"layers names {len(self.layers)}; give one for each")
 
     @property
     def propagates(self) -> bool:
