@@ -37,7 +37,7 @@ from sled.train.mesh import Mesh
 from sled.train.placing import Placing
 from sled.train.rows import Batch
 
-CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, num_layers=6, num_heads=2,
+CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, num_layers=4, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=32, eos_ids=(5,))
 KINDS = {f"{kind}{'' if tied else ', untied'}": ExitHeads((1, 3), kind, tied) for kind, tied in (
     ("projection", False), ("norm", True), ("affine", True), ("affine", False), ("mlp", True), ("mlp", False))}
@@ -78,7 +78,7 @@ def plain_logits(model, h, layer):
     heads, h = model.config.exit_heads, np.float64(h)
     rms = lambda x, weight: x / np.sqrt((x * x).mean(-1, keepdims=True) + CONFIG.norm_eps) * weight  # noqa: E731
     norm, projection = w["norm", "weight"], w["head", "weight"]
-    if layer in heads.layers:
+    if heads is not None and layer in heads.layers:
         part = lambda *name: w["exit_heads", heads.layers.index(layer), *name]  # noqa: E731
         if heads.kind == "affine":
             h = h + h @ part("affine", "weight") + part("affine", "bias")
@@ -110,7 +110,7 @@ def test_new_heads_change_no_logit_and_trained_ones_follow_their_definition(bare
         np.testing.assert_allclose(logits_at(model, h, layer), plain_logits(model, h, layer), rtol=2e-4, atol=2e-4)
         assert np.allclose(logits_at(model, h, layer), bare.logits(h), atol=1e-3) == (layer == 2)
     stacked = model.stack()
-    for exits in ((1, 3), (3,), (1, 2, 6), (2, 6)):
+    for exits in ((1, 3), (3,), (1, 2, 4), (2, 4)):
         together = read_exits(stacked, h[:len(exits)], exits)
         for e, n in enumerate(exits):
             head = model.exit_head(n)
@@ -128,17 +128,22 @@ def forward(graph):
     return jax.jit(lambda weights, tokens: nnx.merge(graph, weights).hidden_states(tokens)[:, 0], compiler_options=FAST)
 
 
+def states_of(bare, ids):
+    """Hidden states [L + 1, T, D] of these tokens, by a full pass."""
+    graph, weights = nnx.split(bare)
+    padded = np.zeros((1, 32), np.int32)
+    padded[0, :len(ids)] = ids
+    return forward(graph)(weights, padded)[:, :len(ids)]
+
+
 def slow_early_exit(bare, model, prompt, policy):
     """(tokens, layers), every token through as many layers of a full pass as it needs; heads by their definition."""
-    graph, weights = nnx.split(bare)
     ids, layers = list(prompt), []
     while len(layers) < COUNT and (not layers or ids[-1] != 5):
-        padded = np.zeros((1, 32), np.int32)
-        padded[0, :len(ids)] = ids
-        states = forward(graph)(weights, padded)[:, len(ids) - 1]
-        for layer, limit in zip((*policy.layers, 6), (*policy.threshold, -1), strict=True):
+        states = states_of(bare, ids)[:, -1]
+        for layer, limit in zip((*policy.layers, 4), (*policy.threshold, -1), strict=True):
             logits = plain_logits(model, states[layer], layer)
-            if layer == 6 or (p := np.exp(logits - logits.max())).max() / p.sum() > limit:
+            if layer == 4 or (p := np.exp(logits - logits.max())).max() / p.sum() > limit:
                 break
         ids.append(int(logits.argmax()))
         layers.append(layer)
@@ -146,25 +151,25 @@ def slow_early_exit(bare, model, prompt, policy):
 
 
 def test_early_exit_speaks_through_the_heads(bare, headed):
-    policy, model = sled.EarlyExit((1, 3), threshold=(0.2, 0.2)), headed("mlp, untied")
+    policy, model = sled.EarlyExit((1, 3), threshold=(0.07, 0.052)), headed("mlp, untied")
     out = LM(model).generate(PROMPTS, max_new_tokens=COUNT, exits=policy)
     assert list(zip(out.tokens, out.exit_layers, strict=True)) == [
         slow_early_exit(bare, model, prompt, policy) for prompt in PROMPTS]
-    assert {layer for row in out.exit_layers for layer in row} == {1, 3, 6}
+    assert {layer for row in out.exit_layers for layer in row} == {1, 3, 4}
 
 
 def test_self_speculation_guesses_by_the_heads_and_loses_nothing(bare, headed):
     """The text of plain decoding whatever the heads say; how much is right is theirs."""
-    plain = LM(bare).generate(PROMPTS, max_new_tokens=COUNT)
+    plain = [slow_early_exit(bare, bare, prompt, sled.EarlyExit(1, threshold=(1.0,)))[0] for prompt in PROMPTS]
     model = headed("mlp, untied")
     moved, backbone = partition(nnx.state(model))
     fresh = partition(nnx.state(bare.with_exit_heads(KINDS["mlp, untied"])))[0]
-    useless = jax.tree.map(jnp.negative, fresh)
+    useless = jax.tree.map(lambda x: -x if x.ndim == 2 and x.shape[0] == 47 else x, fresh)  # its projection
     accepted = []
     for heads in (fresh, moved, useless):
         lm = LM(nnx.merge(nnx.graphdef(model), merge(heads, backbone)))
-        out = lm.generate(PROMPTS, max_new_tokens=COUNT, exits=sled.SelfSpeculation((1, 3), draft=3, adaptive=True))
-        assert out.tokens == plain.tokens
+        out = lm.generate(PROMPTS, max_new_tokens=COUNT, exits=sled.SelfSpeculation(1, draft=3))
+        assert out.tokens == plain
         accepted.append(out.stats.acceptance)
     assert len(set(accepted)) == 3
 
@@ -179,20 +184,20 @@ def test_guesses_are_made_through_the_exits_own_rows(headed):
         assert np.isneginf(np.delete(logits, [7, 3], axis=1)).all()
 
 
-def test_the_lens_and_fusions_read_by_the_heads(headed):
+def test_the_lens_and_fusions_read_by_the_heads(bare, headed):
     model, ids = headed("affine, untied"), PROMPTS[2]
-    states = model.hidden_states(jnp.array([ids]))[:, 0]
+    states = states_of(bare, ids)
     lens = LM(model).lens(ids)
-    np.testing.assert_array_equal(lens.top, [plain_logits(model, states[n], n).argmax(-1) for n in range(7)])
+    np.testing.assert_array_equal(lens.top, [plain_logits(model, states[n], n).argmax(-1) for n in range(5)])
     # A tied head reads its layer in a fusion too, whether or not the others are normed; an untied one does not.
     tied = headed("affine")
     for norm in (True, False):
         other = model.normalise(states[2]) if norm else states[2]
         found = candidates(tied, states, (1, 2), norm, 3)
         np.testing.assert_array_equal(found, jnp.stack([read(tied, states[1], 1), other, read(tied, states[3], 3)], 1))
-        found = candidates(model, states, (1, 2), norm, 6)
+        found = candidates(model, states, (1, 2), norm, 4)
         plain = model.normalise(states[1]) if norm else states[1]
-        np.testing.assert_array_equal(found, jnp.stack([plain, other, model.normalise(states[6])], 1))
+        np.testing.assert_array_equal(found, jnp.stack([plain, other, model.normalise(states[4])], 1))
 
 
 def test_what_an_untied_head_cannot_do_is_said(headed):
@@ -220,8 +225,8 @@ def test_exits_lie_below_the_last_layer_and_pre_exits_are_their_inputs(bare):
     assert from_pre_exit((7, 13)) == (6, 12)
     with pytest.raises(SettingError, match="pre-exit layer 1 reads the embeddings"):
         from_pre_exit((1, 2))
-    with pytest.raises(ConfigError, match=r"layers \(3, 6\), but a model of 6 layers has early exits 1 to 5"):
-        bare.with_exit_heads(ExitHeads((3, 6)))
+    with pytest.raises(ConfigError, match=r"layers \(3, 4\), but a model of 4 layers has early exits 1 to 3"):
+        bare.with_exit_heads(ExitHeads((3, 4)))
     with pytest.raises(SettingError, match="no exit heads, so there is nothing to tune"):
         partition(nnx.state(bare))
 
@@ -255,7 +260,7 @@ def test_damaged_heads_are_refused(headed, tmp_path):
             (dict(written, layers=[2, 3]), CheckpointError, "lacks 1 of .* tensors: exit_heads.2.norm.weight"),
             (dict(written, depth=2), ConfigError, "field 'depth' .* is not understood"),
             (dict(written, kind="x"), ConfigError, "exit_heads.json: ExitHeads.kind is 'x'"),
-            (dict(written, layers=[1, 9]), ConfigError, "early exits 1 to 5")):
+            (dict(written, layers=[1, 9]), ConfigError, "early exits 1 to 3")):
         settings.write_text(json.dumps(changed))
         with pytest.raises(error, match=says):
             load_folder(tmp_path)
@@ -376,9 +381,9 @@ def test_tuning_lowers_the_loss_and_touches_nothing_else(bare, tuned):
     assert [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim] == 2 * sizes
 
 
-@pytest.mark.parametrize("name", ["affine", "projection, untied", "mlp, untied"])
+@pytest.mark.parametrize("name", ["affine", "mlp, untied"])
 def test_the_loss_of_heads_is_the_plain_one(headed, name):
-    model, exits = headed(name), (1, 3, 6)
+    model, exits = headed(name), (1, 3, 4)
     h_EBTD = jax.random.normal(jax.random.key(1), (3, 2, 4, 16))
     targets, mask, weights = TOKENS_BT[:2, :4], np.array([[1, 1, 0, 1.0], [0, 1, 1, 1]]), np.array([0.5, 0.25, 1.0])
     loss, metrics = exit_head_loss(model.stack(), h_EBTD, exits, targets, mask, weights)
@@ -395,62 +400,73 @@ def test_the_loss_of_heads_is_the_plain_one(headed, name):
             exit_head_loss(model.stack(), h_EBTD, exits, targets, mask, weights, distill=0.5)
 
 
-def test_layers_above_the_last_exit_and_backward_passes_below_cost_nothing(bare, monkeypatch):
+def test_layers_above_the_last_exit_and_backward_passes_below_cost_nothing(monkeypatch):
     """Operations as the lowered program counts them, the loop over layers unrolled so that each is counted."""
     monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
 
+    deep = Decoder.init(dataclasses.replace(CONFIG, num_layers=6, windows=()), rngs=nnx.Rngs(0))
+
     def operations(last):
-        model = with_heads(bare.stack(), ExitHeads((1, last), "norm"))
+        model = with_heads(deep.stack(), ExitHeads((1, last), "norm"))
         graph, weights = nnx.split(model)
         loss = lambda heads, backbone: tuning_loss(  # noqa: E731
             nnx.merge(graph, merge(heads, backbone)), TOKENS_BT, TOKENS_BT, TOKENS_BT > 0)[0]
         return jax.jit(jax.grad(loss)).lower(*partition(weights)).cost_analysis()["flops"]
 
     h = jnp.zeros((4, 9, 16))
-    one = jax.jit(lambda h: bare.run_layers(h, jnp.arange(9)[None], None, 3, 4)[0]).lower(h).cost_analysis()["flops"]
+    one = jax.jit(lambda h: deep.run_layers(h, jnp.arange(9)[None], None, 3, 4)[0]).lower(h).cost_analysis()["flops"]
     assert (operations(5) - operations(2)) / one == pytest.approx(3, rel=0.03)
 
 
 # CALM's classifier.
 
 @pytest.fixture(scope="module")
-def taught(bare):
-    """A model whose exits are right about some tokens, a batch of text, and a classifier for exits 1 and 3."""
-    rows = np.random.RandomState(1).randint(6, 47, (64, 12)).astype(np.int32)
-    weights = np.ones(rows.shape, np.float32)
-    weights[:, -3:] = 0
-    batch = Batch(rows, weights, np.ones(rows.shape, np.int32), np.zeros_like(rows))
-    return batch, train_classifier(LM(bare), itertools.repeat(batch), (1, 3), steps=150, rate=0.05, progress=False)
+def toy(bare):
+    """A model whose layers do nothing. Exit 1 says what the last layer says after an even token, and 0 after an odd."""
+    model = nnx.clone(bare.with_exit_heads(ExitHeads((1,), "projection", tied=False)))
+    for block in model.layers:
+        for weight in (block.attention.o.weight, block.mlp.down.weight):
+            weight[...] = jnp.zeros_like(weight[...])
+    table, own = model.embedding.weight, model.exit_heads[0].projection
+    table[...] = table[...].at[:, 0].set(jnp.where(jnp.arange(47) % 2, 1.0, -1.0))
+    model.head.weight[...] = model.head.weight[...].at[0].set(0)
+    own[...] = model.head.weight[...].at[0, 0].set(100)
+    return model
 
 
-def test_the_classifier_learns_when_an_exit_is_right(bare, taught):
-    batch, classifier = taught
-    states = bare.hidden_states(batch.tokens_BT[:, :8])
-    for e, n in enumerate(classifier.layers):
-        agrees = np.asarray(bare.logits(states[n]).argmax(-1) == bare.logits(states[6]).argmax(-1))
-        sure = np.asarray(jax.vmap(lambda h, e=e: confidence("classifier", None, h, None, classifier, e))(states[n]))
-        common = max(agrees.mean(), 1 - agrees.mean())
-        assert 0.5 <= common < 0.98 and ((sure > 0.5) == agrees).mean() > common + 0.3 * (1 - common)
-        assert sure[agrees].mean() > sure[~agrees].mean() + 0.2
+@pytest.fixture(scope="module")
+def classifier(toy):
+    """For exits 1 and 2 of the toy model."""
+    rows = np.random.RandomState(1).randint(6, 47, (16, 12)).astype(np.int32)
+    batch = Batch(rows, np.ones(rows.shape, np.float32), np.ones(rows.shape, np.int32), np.zeros_like(rows))
+    return train_classifier(LM(toy), itertools.repeat(batch), (1, 2), steps=100, rate=0.1, progress=False)
 
 
-def test_a_classifier_is_kept_for_its_model(bare, headed, taught, tmp_path):
-    _, classifier = taught
-    sled.save_classifier(classifier, tmp_path / "c.safetensors", LM(bare))
-    found = sled.load_classifier(tmp_path / "c.safetensors", LM(bare))
+def test_the_classifier_learns_when_an_exit_is_right(toy, classifier):
+    ids = jnp.arange(6, 47)
+    sure = [confidence("classifier", None, toy.embed(ids), None, classifier, e) for e in range(2)]
+    assert (sure[0][::2] > 0.7).all() and (sure[0][1::2] < 0.3).all()
+    assert (sure[1] > 0.9).all()  # exit 2 is always right
+
+
+def test_a_classifier_is_kept_for_its_model(toy, classifier, tmp_path):
+    sled.save_classifier(classifier, tmp_path / "c.safetensors", LM(toy))
+    found = sled.load_classifier(tmp_path / "c.safetensors", LM(toy))
     jax.tree.map(np.testing.assert_array_equal, found, classifier)
-    assert sled.EarlyExit((1, 3), measure="classifier", classifier=found).classifier.layers == (1, 3)
-    for other in (headed("norm"), bare.with_exit_heads(KINDS["norm"])):
-        with pytest.raises(CheckpointError, match="trained for another model: .*weights was"):
+    for other in (toy.with_exit_heads(None), stirred(toy)):
+        with pytest.raises(CheckpointError, match="trained for another model"):
             sled.load_classifier(tmp_path / "c.safetensors", LM(other))
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "c.safetensors").read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="is no complete classifier"):
-        sled.load_classifier(tmp_path / "cut.safetensors", LM(bare))
-    with pytest.raises(SettingError, match=r"trained for exits \(1, 3\), but layers is \(1, 2\)"):
-        sled.EarlyExit((1, 2), measure="classifier", classifier=found)
+        sled.load_classifier(tmp_path / "cut.safetensors", LM(toy))
+    with pytest.raises(SettingError, match=r"trained for exits \(1, 2\), but layers is \(1, 3\)"):
+        sled.EarlyExit((1, 3), measure="classifier", classifier=found)
     with pytest.raises(SettingError, match="has weights for 2 exits, but layers names 1"):
         sled.EarlyExit(1, measure="classifier", classifier=dataclasses.replace(found, layers=None))
     with pytest.raises(CheckpointError, match="does not say for which exits"):
-        sled.save_classifier(dataclasses.replace(found, layers=None), tmp_path / "c", LM(bare))
+        sled.save_classifier(dataclasses.replace(found, layers=None), tmp_path / "c", LM(toy))
     with pytest.raises(DataError, match="end after 0 of 5 steps"):
-        train_classifier(bare, [], 1, steps=5, progress=False)
+        train_classifier(toy, [], 1, steps=5, progress=False)
+    nothing = Batch(*np.zeros((4, 2, 12), np.int32))
+    with pytest.raises(DataError, match="first batch has no token of weight above 0"):
+        train_classifier(toy, [nothing], 1, steps=1, progress=False)

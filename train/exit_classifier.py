@@ -107,9 +107,9 @@ def _scaling(features_END, counts_N):
 
     A deviation is at least a thousandth of its mean: what varies less drowns in rounding once the scaling is undone.
     """
-    share_N1 = (counts_N / counts_N.sum())[:, None]
-    if not jnp.isfinite(share_N1).all():
+    if not counts_N.any():
         raise DataError("the first batch has no token of weight above 0; give rows with targets")
+    share_N1 = (counts_N / counts_N.sum())[:, None]
     mean_ED = (share_N1 * features_END).sum(1)
     deviation_ED = jnp.sqrt((share_N1 * jnp.square(features_END - mean_ED[:, None])).sum(1))
     deviation_ED = jnp.maximum(deviation_ED, 1e-3 * jnp.abs(mean_ED))

@@ -74,7 +74,8 @@ def merge(heads: nnx.State, backbone: nnx.State) -> nnx.State:
 def read_exits(model: Decoder, h_EBTD, exits: Sequence[int]) -> jax.Array:
     """Hidden states number `exits` (static, 1..L) of `exit_states`, made ready for projection: [E, B, T, D].
 
-    Each by its exit's head, all heads side by side, or by the final norm where there is none. Stacked form.
+    Each by its exit's head, all heads side by side, or by the final norm where there is none. Stacked form. Heads
+    compute in the type of the states, whatever type their parameters have.
     """
     settings = model.config.exit_heads
     own = [] if settings is None else [e for e, n in enumerate(exits) if n in settings.layers]
@@ -84,6 +85,7 @@ def read_exits(model: Decoder, h_EBTD, exits: Sequence[int]) -> jax.Array:
     if tuple(exits[e] for e in own) != settings.layers:
         which = jnp.array([settings.layers.index(exits[e]) for e in own])
         heads = jax.tree.map(lambda leaf: leaf[which], heads)
+    heads = jax.tree.map(lambda leaf: leaf.astype(h_EBTD.dtype), heads)
     h_OBTD = h_EBTD if len(own) == len(exits) else h_EBTD[jnp.array(own)]
     read_OBTD = jax.vmap(lambda head, h: nnx.merge(graph, head)(h, model.norm))(heads, h_OBTD)
     if len(own) == len(exits):

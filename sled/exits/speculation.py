@@ -33,7 +33,8 @@ class SelfSpeculation:
     Daliri et al. 2024, arXiv 2408.07978), so a guess is right when both choose alike, and a wrong one is
     replaced by what plain decoding would have drawn. Rows of a batch keep prefixes of different length.
 
-    layer: where guesses are made, 1 .. L - 1; with `adaptive`, a tuple offers several. Static.
+    layer: where guesses are made, 1 .. L - 1, through the exit's own head where the model has one; with
+        `adaptive`, a tuple offers several. Static.
     draft: how many tokens are guessed before verification, 1 <= draft <= max_draft. Traced; a number or
         one per row (B,).
     confidence: guessing also stops at a guess whose probability is below this, in [0, 1]; 0 never
