@@ -22,6 +22,7 @@ from sled.errors import CheckpointError, ConfigError, DataError, SettingError
 from sled.exits.measures import confidence
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig, ExitHeads, exportable, from_pre_exit, load_folder, save_folder
+from sled.models.stored import abstract_stacked
 from sled.train.exit_classifier import train_classifier
 from sled.train.exit_tuning import (
     exit_head_loss,
@@ -32,7 +33,7 @@ from sled.train.exit_tuning import (
     tuning_loss,
     with_heads,
 )
-from sled.train.memory import plan
+from sled.train.folders import load_onto
 from sled.train.mesh import Mesh
 from sled.train.placing import Placing
 from sled.train.rows import Batch
@@ -101,16 +102,15 @@ def logits_at(model, h, layer):
 @pytest.mark.parametrize("name", KINDS)
 def test_new_heads_change_no_logit_and_trained_ones_follow_their_definition(bare, headed, name):
     h = jax.random.normal(jax.random.key(0), (3, 2, 5, 16))
-    for form in (bare, bare.stack()):
-        new = form.with_exit_heads(KINDS[name])
-        for layer in (1, 2, 3):
-            np.testing.assert_array_equal(logits_at(new, h, layer), bare.logits(h))
+    new = bare.stack().with_exit_heads(KINDS[name])
+    for layer in (1, 2, 3):
+        np.testing.assert_array_equal(logits_at(new, h, layer), bare.logits(h))
     model = headed(name)
     for layer in (1, 2, 3):
         np.testing.assert_allclose(logits_at(model, h, layer), plain_logits(model, h, layer), rtol=2e-4, atol=2e-4)
         assert np.allclose(logits_at(model, h, layer), bare.logits(h), atol=1e-3) == (layer == 2)
     stacked = model.stack()
-    for exits in ((1, 3), (3,), (1, 2, 4), (2, 4)):
+    for exits in ((1, 3), (2, 3, 4)):
         together = read_exits(stacked, h[:len(exits)], exits)
         for e, n in enumerate(exits):
             head = model.exit_head(n)
@@ -151,7 +151,7 @@ def slow_early_exit(bare, model, prompt, policy):
 
 
 def test_early_exit_speaks_through_the_heads(bare, headed):
-    policy, model = sled.EarlyExit((1, 3), threshold=(0.07, 0.052)), headed("mlp, untied")
+    policy, model = sled.EarlyExit((1, 3), threshold=(0.07, 0.052), max_deferred=2), headed("mlp, untied")
     out = LM(model).generate(PROMPTS, max_new_tokens=COUNT, exits=policy)
     assert list(zip(out.tokens, out.exit_layers, strict=True)) == [
         slow_early_exit(bare, model, prompt, policy) for prompt in PROMPTS]
@@ -168,7 +168,7 @@ def test_self_speculation_guesses_by_the_heads_and_loses_nothing(bare, headed):
     accepted = []
     for heads in (fresh, moved, useless):
         lm = LM(nnx.merge(nnx.graphdef(model), merge(heads, backbone)))
-        out = lm.generate(PROMPTS, max_new_tokens=COUNT, exits=sled.SelfSpeculation(1, draft=3))
+        out = lm.generate(PROMPTS, max_new_tokens=COUNT, exits=sled.SelfSpeculation(1, draft=3, max_draft=3))
         assert out.tokens == plain
         accepted.append(out.stats.acceptance)
     assert len(set(accepted)) == 3
@@ -240,6 +240,8 @@ def test_folders_hold_heads_beside_the_model(headed, bare, tmp_path, name):
     lm = sled.load(tmp_path / "model")
     assert lm.config.exit_heads == KINDS[name]
     jax.tree.map(np.testing.assert_array_equal, lm.params, nnx.state(model))
+    spread = load_onto(tmp_path / "model", Mesh().build(jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(spread), nnx.state(model.stack()))
     save_folder(bare, tmp_path / "bare")
     theirs = {file.name: file.read_bytes() for file in (tmp_path / "bare").iterdir()}
     ours = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
@@ -272,7 +274,7 @@ def test_damaged_heads_are_refused(headed, tmp_path):
 
 # On a mesh.
 
-def test_every_head_has_a_place_on_the_mesh(headed):
+def test_every_head_has_a_place_on_the_mesh():
     for name in KINDS:
         config = dataclasses.replace(CONFIG, exit_heads=KINDS[name], mlp_bias=True)
         placing = Placing(config, Mesh(data=2, fsdp=2, tensor=2).abstract(8))
@@ -282,10 +284,9 @@ def test_every_head_has_a_place_on_the_mesh(headed):
         assert specs and all(specs.get(f"exit_heads.{at}", spec) == spec for at, spec in wanted.items())
         if not KINDS[name].tied:
             assert specs["exit_heads.projection"] == P(None, None, "fsdp")  # 47 entries do not divide over tensor
-        weights = nnx.state(with_heads(headed("norm").with_exit_heads(None).stack(), KINDS[name]))
-        heads, _ = partition(weights)
-        state = jax.eval_shape(optax.adam(1e-3).init, heads)
-        assert plan(placing, optax.adam(1e-3)).weights and jax.tree.leaves(placing.shardings(state))
+        heads, _ = partition(nnx.state(abstract_stacked(config)))
+        moments = jax.tree.leaves(placing.shardings(jax.eval_shape(optax.adam(1e-3).init, heads)))
+        assert {where.spec for where in moments} == {*specs.values(), P()}  # the counter's
 
 
 MESH_PROGRAM = """
@@ -295,14 +296,13 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sled.models import ExitHeads, load_folder, save_folder
+from sled.models import ExitHeads, load_folder
 from sled.train.exit_tuning import merge, partition, tuning_loss, with_heads
 from sled.train.folders import load_onto
 from sled.train.mesh import Mesh
 from sled.train.placing import Placing
 
 mesh = Mesh(data=2, fsdp=2, tensor=2).build()
-folder, saved = sys.argv[1:]
 heads = ExitHeads((1, 2), "mlp", tied=False)
 tokens = np.random.RandomState(0).randint(0, 48, (8, 6))
 
@@ -319,8 +319,8 @@ def step(model, placing=None):
     return compiled(trained, frozen, tokens_BT)
 
 
-alone = with_heads(load_folder(folder).stack(), heads)
-spread = with_heads(load_onto(folder, mesh), heads, mesh=mesh)
+alone = with_heads(load_folder(sys.argv[1]).stack(), heads)
+spread = with_heads(load_onto(sys.argv[1], mesh), heads, mesh=mesh)
 placing = Placing(spread.config, mesh)
 weights = nnx.state(spread)
 assert jax.tree.all(jax.tree.map(lambda x, where: x.sharding.is_equivalent_to(where, x.ndim), weights,
@@ -328,15 +328,13 @@ assert jax.tree.all(jax.tree.map(lambda x, where: x.sharding.is_equivalent_to(wh
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), nnx.state(alone), weights)
 for a, b in zip(jax.tree.leaves(step(alone)), jax.tree.leaves(step(spread, placing)), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
-save_folder(spread, saved)
-jax.tree.map(np.testing.assert_array_equal, nnx.state(load_onto(saved, mesh)), weights)
 """
 
 
-def test_heads_are_tuned_saved_and_loaded_on_a_mesh(tiny_folder, tmp_path):
+def test_heads_are_tuned_on_a_mesh(tiny_folder):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", MESH_PROGRAM, str(tiny_folder("llama")), str(tmp_path / "saved")],
-                          env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", MESH_PROGRAM, str(tiny_folder("llama"))], env=environment,
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -381,12 +379,13 @@ def test_tuning_lowers_the_loss_and_touches_nothing_else(bare, tuned):
     assert [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim] == 2 * sizes
 
 
-@pytest.mark.parametrize("name", ["affine", "mlp, untied"])
-def test_the_loss_of_heads_is_the_plain_one(headed, name):
-    model, exits = headed(name), (1, 3, 4)
+def test_the_loss_of_heads_is_the_plain_one(headed):
+    model, exits = headed("mlp, untied"), (1, 3, 4)
     h_EBTD = jax.random.normal(jax.random.key(1), (3, 2, 4, 16))
     targets, mask, weights = TOKENS_BT[:2, :4], np.array([[1, 1, 0, 1.0], [0, 1, 1, 1]]), np.array([0.5, 0.25, 1.0])
-    loss, metrics = exit_head_loss(model.stack(), h_EBTD, exits, targets, mask, weights)
+    graph, state = nnx.split(model.stack())
+    loss, metrics = jax.jit(lambda state, h_EBTD: exit_head_loss(
+        nnx.merge(graph, state), h_EBTD, exits, targets, mask, weights), compiler_options=FAST)(state, h_EBTD)
     nll = []
     for h_BTD, n in zip(h_EBTD, exits, strict=True):
         logits = plain_logits(model, h_BTD, n)
@@ -395,9 +394,8 @@ def test_the_loss_of_heads_is_the_plain_one(headed, name):
     np.testing.assert_allclose(metrics.nll_E, nll, rtol=1e-5)
     np.testing.assert_allclose(loss, weights @ nll, rtol=1e-5)
     assert metrics.targets == 6
-    if not model.config.exit_heads.tied:
-        with pytest.raises(SettingError, match="distill is given, but exits have projections of their own"):
-            exit_head_loss(model.stack(), h_EBTD, exits, targets, mask, weights, distill=0.5)
+    with pytest.raises(SettingError, match="distill is given, but exits have projections of their own"):
+        exit_head_loss(model.stack(), h_EBTD, exits, targets, mask, weights, distill=0.5)
 
 
 def test_layers_above_the_last_exit_and_backward_passes_below_cost_nothing(monkeypatch):
