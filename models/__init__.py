@@ -12,11 +12,14 @@ _HOMES = {
     "DecoderConfig": "config",
     "LinearScaling": "config",
     "Llama3Scaling": "config",
+    "ExitHeads": "config",
+    "from_pre_exit": "config",
     "Decoder": "decoder",
     "FAMILIES": "registry",
     "read_config": "registry",
     "load_folder": "checkpoint",
     "save_folder": "checkpoint",
+    "exportable": "checkpoint",
     "fetch": "hub",
 }
 

@@ -17,10 +17,22 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from sled.errors import CheckpointError, SettingError
+from sled.models.config import ExitHeads
 from sled.models.decoder import Decoder
 from sled.models.layers import Block
-from sled.models.registry import family_of, format_config
-from sled.models.stored import INDEX, SINGLE, abstract, finite, open_weights, progress, stored_order
+from sled.models.registry import HEADS_CONFIG, format_config
+from sled.models.stored import (
+    HEADS,
+    INDEX,
+    SINGLE,
+    STACKED,
+    abstract,
+    finite,
+    open_weights,
+    progress,
+    stored_order,
+    tensor_name,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
@@ -52,6 +64,9 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
                 tokenizer_from: str | Path | None = None) -> Path:
     """Writes a folder that transformers (4.4x and 5) and `load_folder` read; returns its path.
 
+    Exit heads lie beside the model, in `exit_heads.safetensors` and `.json`, which only `load_folder` reads: to
+    transformers it is the model without them (see `exportable`).
+
     Either form of decoder. One that is spread over the devices of several processes is gathered tensor
     by tensor: all of them call this, process 0 writes, and all return once the folder is whole.
     `dtype` None stores every weight as it is. `tokenizer_from` is a folder whose tokenizer files are
@@ -69,16 +84,16 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
         raise CheckpointError(f"{tokenizer_from} is not a folder; give one that holds tokenizer.json")
     config = decoder.config
-    weights = _named_weights(decoder)
+    weights, heads = _named_weights(decoder)
     main_type = jnp.dtype(dtype or decoder.embedding.weight.dtype)
     config_json = format_config(config, main_type.name)
 
     spread = not all(weight.array.is_fully_addressable for weight in weights.values())
     if spread and jax.process_index() > 0:
-        for name, weight in weights.items():
+        for name, weight in (weights | heads).items():
             weight.gather(name, dtype)
     else:
-        _write_folder(folder, weights, config_json, dtype, max_shard_bytes, tokenizer_from)
+        _write_folder(folder, weights, config_json, dtype, max_shard_bytes, tokenizer_from, heads, config.exit_heads)
     if spread:
         multihost_utils.sync_global_devices(f"saved {folder}")
     return folder
@@ -109,22 +124,39 @@ def _take(array, layer: int | None, order: int):
     return own.T if order < 0 else own
 
 
-def _named_weights(decoder: Decoder) -> dict[str, _Weight]:
-    """Hugging Face's name of every weight, in the order of the separate form's paths."""
-    family = family_of(decoder.config)
+def exportable(decoder: Decoder) -> Decoder:
+    """The decoder itself, if `save_folder` writes all of it in the form that other libraries read.
+
+    Raises CheckpointError for exit heads: transformers' early exits (`assistant_early_exit`) share the final norm
+    and projection, so to them the folder would be another model at its exits.
+    """
+    heads = decoder.config.exit_heads
+    if heads is not None:
+        raise CheckpointError(
+            f"the exits after layers {', '.join(map(str, heads.layers))} have heads of their own ({heads.kind}"
+            f"{'' if heads.tied else ', untied'}), which the Hugging Face format cannot carry; save the model for sled "
+            "with save_folder, or leave the heads out: decoder.with_exit_heads(None)")
+    return decoder
+
+
+def _named_weights(decoder: Decoder) -> tuple[dict[str, _Weight], dict[str, _Weight]]:
+    """Stored names of the model's weights and of the exit heads', in the order of the separate form's paths."""
     stacked = isinstance(decoder.layers, Block)
     weights = {}
     for path, param in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
-        if stacked and path[0] == "layers":
-            for i in range(decoder.config.num_layers):
-                weights["layers", i, *path[1:]] = _Weight(param[...], i, stored_order(path))
+        if stacked and path[0] in STACKED:
+            for i in range(param.shape[0]):
+                weights[path[0], i, *path[1:]] = _Weight(param[...], i, stored_order(path))
         else:
             weights[path] = _Weight(param[...], None, stored_order(path))
-    return {family.tensor_name(path): weights[path] for path in sorted(weights)}
+    model, heads = {}, {}
+    for path in sorted(weights):
+        (heads if path[0] == "exit_heads" else model)[tensor_name(decoder.config, path)] = weights[path]
+    return model, heads
 
 
 def _write_folder(folder: Path, weights: dict[str, _Weight], config_json: dict, dtype, max_shard_bytes: int,
-                  tokenizer_from: str | Path | None):
+                  tokenizer_from: str | Path | None, heads: dict[str, _Weight], settings: ExitHeads | None):
     """Everything under a name of its own first, then moved into place, `config.json` last."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
@@ -136,10 +168,15 @@ def _write_folder(folder: Path, weights: dict[str, _Weight], config_json: dict, 
         for name in TOKENIZER_FILES if tokenizer_from else ():
             if (Path(tokenizer_from) / name).exists():
                 shutil.copyfile(Path(tokenizer_from) / name, scratch / name)
+        if settings is not None:
+            arrays = {name: weight.gather(name, dtype) for name, weight in heads.items()}
+            save_file(arrays, scratch / HEADS, metadata={"format": "pt"})
+            _write_json(scratch / HEADS_CONFIG, dataclasses.asdict(settings))
         _write_json(scratch / "config.json", config_json)
 
         shards = folder.glob("model-*-of-*.safetensors")
-        for old in [folder / "config.json", folder / SINGLE, folder / INDEX, *shards]:
+        for old in [folder / "config.json", folder / SINGLE, folder / INDEX, folder / HEADS, folder / HEADS_CONFIG,
+                    *shards]:
             old.unlink(missing_ok=True)
         for new in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
             new.replace(folder / new.name)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from sled.errors import ConfigError
+from sled.errors import ConfigError, SettingError
+
+HEAD_KINDS = ("projection", "norm", "affine", "mlp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,56 @@ class Llama3Scaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExitHeads:
+    """What early exits have of their own on the way from a hidden state to logits. Without, they share everything.
+
+    layers: the hidden states that have a head, n = the output of layer n, within 1 .. L - 1 (EE-LLM's post-exit;
+        see `from_pre_exit`).
+    kind: "projection": nothing before the final norm, which they share. "norm": a norm of their own in its place.
+        "affine": h + h A + b before the final norm (tuned lens, Belrose et al. 2023, arXiv 2303.08112, equation 6).
+        "mlp": h + MLP(norm(h)) of the model's own form, then a norm of their own.
+    tied: whether they end in the model's final projection W, or in one of their own.
+
+    The first three, and their start from the model's own parts, follow EE-LLM (arXiv 2312.04916) and EE-Tuning
+    (2402.00518). Their code runs the MLP beside that of layer n, on what attention left, and starts it as a copy of
+    that; here it follows hidden state n, which every exit reads, and starts as the identity, as all heads do.
+
+    Raises SettingError for a value out of range, and for tied projections, which add nothing.
+    """
+
+    layers: tuple[int, ...]
+    kind: str = "norm"
+    tied: bool = True
+
+    def __post_init__(self):
+        layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else (self.layers,)
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in layers)
+        if not layers or not whole or list(layers) != sorted(set(layers)):
+            raise SettingError(f"ExitHeads.layers is {self.layers!r}, but must be layers of at least 1, ascending, "
+                               "each named once; n is the output of layer n")
+        object.__setattr__(self, "layers", layers)
+        if self.kind not in HEAD_KINDS:
+            raise SettingError(f"ExitHeads.kind is {self.kind!r}, which is unknown; choose one of "
+                               f"{', '.join(HEAD_KINDS)}")
+        if not isinstance(self.tied, bool):
+            raise SettingError(f"ExitHeads.tied is {self.tied!r}, but must be True or False; True shares the model's "
+                               "final projection")
+        if self.tied and self.kind == "projection":
+            raise SettingError("ExitHeads.kind is 'projection' and tied, so the exits have nothing of their own; "
+                               "leave the heads out, or give tied=False")
+
+
+def from_pre_exit(layers: tuple[int, ...]) -> tuple[int, ...]:
+    """EE-LLM's pre-exit layers, whose exits read the layer's input, as hidden states: (7, 13) is (6, 12).
+
+    Raises SettingError for a layer below 2: the embeddings are no exit.
+    """
+    if wrong := [n for n in layers if n < 2]:
+        raise SettingError(f"pre-exit layer {wrong[0]} reads the embeddings, which are no exit; the first is 2")
+    return tuple(n - 1 for n in layers)
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape of a decoder-only transformer with rotary positions, RMS norms and a gated MLP.
 
@@ -40,7 +92,8 @@ class DecoderConfig:
     N `num_heads`, K `num_kv_heads`, H `head_dim`.
 
     `windows` holds one entry per layer: how many positions back (itself included) a token attends
-    to, or None for all of them. `eos_ids` end a generation.
+    to, or None for all of them. `eos_ids` end a generation. `exit_heads`: what early exits have of
+    their own, or None.
     """
 
     family: str
@@ -64,6 +117,7 @@ class DecoderConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    exit_heads: ExitHeads | None = None
 
     def __post_init__(self):
         for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads",
@@ -85,3 +139,6 @@ class DecoderConfig:
         for window in self.windows:
             if window is not None and window < 1:
                 raise ConfigError(f"an attention window is {window!r}, but it must be at least 1 or None")
+        if self.exit_heads is not None and self.exit_heads.layers[-1] >= self.num_layers:
+            raise ConfigError(f"exit heads are given for layers {self.exit_heads.layers}, but a model of "
+                              f"{self.num_layers} layers has early exits 1 to {self.num_layers - 1}")

@@ -2,16 +2,20 @@
 
 Two forms of the same weights. *Separate* (a list of blocks) serves decoding: each layer's weights
 are read where they lie. *Stacked* (one block whose parameters have a leading layer axis) serves
-training: `lax.scan` compiles one layer instead of L. `stack` and `unstack` convert once.
+training: `lax.scan` compiles one layer instead of L. `stack` and `unstack` convert once. Exit heads,
+where there are any, take part in both.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sled.models.config import DecoderConfig
+from sled.models.config import DecoderConfig, ExitHeads
+from sled.models.exit_heads import BoundHead, ExitHead
 from sled.models.layers import KV, Block, RMSNorm, rotary_angles
 
 
@@ -27,27 +31,30 @@ class Decoder(nnx.Module):
 
     `config.num_layers` = L. Hidden state 0 is the embedding output, n is the output of layer n (of
     1..L), none of them normed; `normalise` applies the final norm, `logits` the shared projection.
+    `exit_head` is what an exit has of its own, where `config.exit_heads` names it.
     """
 
     def __init__(self, config: DecoderConfig, *, embed: Embedding, layers: nnx.List | Block, norm: RMSNorm,
-                 head: Embedding | None):
+                 head: Embedding | None, exit_heads: nnx.List | ExitHead | None = None):
         self.config = config
         self.embedding = embed
         self.layers = layers
         self.norm = norm
         self.head = head
+        self.exit_heads = exit_heads
 
     @classmethod
     def init(cls, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32) -> Decoder:
         """Random weights in the separate form. Under `nnx.eval_shape` it allocates nothing."""
         table = lambda: Embedding(config.vocab_size, config.width, dtype=dtype, rngs=rngs)  # noqa: E731
-        return cls(
-            config,
+        decoder = cls(
+            dataclasses.replace(config, exit_heads=None),
             embed=table(),
             layers=nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]),
             norm=RMSNorm(config.width, eps=config.norm_eps, dtype=dtype),
             head=None if config.tied_head else table(),
         )
+        return decoder if config.exit_heads is None else decoder.with_exit_heads(config.exit_heads, rngs=rngs)
 
     @property
     def num_layers(self) -> int:
@@ -138,18 +145,52 @@ class Decoder(nnx.Module):
         wide = jnp.promote_types(h.dtype, jnp.float32)
         return jnp.matmul(h, self.head_weight.T, preferred_element_type=wide)
 
+    def exit_head(self, layer: int) -> BoundHead | None:
+        """What the exit after `layer` has of its own, or None where it shares norm and projection with the last."""
+        heads = self.config.exit_heads
+        if heads is None or layer not in heads.layers:
+            return None
+        index, made = heads.layers.index(layer), self.exit_heads
+        return BoundHead(_one_of(made, index) if isinstance(made, ExitHead) else made[index], self.norm)
+
+    def with_exit_heads(self, heads: ExitHeads | None, *, rngs: nnx.Rngs | None = None) -> Decoder:
+        """The same decoder, its weights shared, with new exit heads that leave every logit as it is; None: without.
+
+        Norms and projections begin as copies of the model's own, affine maps and MLPs as the identity. `rngs` draws
+        the MLP's first matrices (None: seed 0). In either form.
+        """
+        config, rngs = dataclasses.replace(self.config, exit_heads=heads), rngs or nnx.Rngs(0)
+        made = None if heads is None else nnx.List(
+            [ExitHead(config, norm=self.norm, projection=self.head_weight, rngs=rngs) for _ in heads.layers])
+        if made is not None and isinstance(self.layers, Block):
+            made = _stacked(made)
+        return Decoder(config, embed=self.embedding, layers=self.layers, norm=self.norm, head=self.head,
+                       exit_heads=made)
+
     def stack(self) -> Decoder:
-        """The stacked form: each layer parameter gains a leading axis L. Copies the layers once."""
-        graphs, states = zip(*(nnx.split(block) for block in self.layers), strict=True)
-        stacked = nnx.merge(graphs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
-        return self._with_layers(stacked)
+        """The stacked form: each layer parameter gains a leading axis L, each exit head's an axis E. Copies once."""
+        return self._with_parts(_stacked(self.layers), self.exit_heads and _stacked(self.exit_heads))
 
     def unstack(self) -> Decoder:
-        """The separate form of a stacked decoder. Copies the layers once."""
-        graph, state = nnx.split(self.layers)
-        blocks = [nnx.merge(graph, jax.tree.map(lambda leaf, i=i: leaf[i], state))
-                  for i in range(self.config.num_layers)]
-        return self._with_layers(nnx.List(blocks))
+        """The separate form of a stacked decoder. Copies the layers and exit heads once."""
+        heads = self.config.exit_heads
+        return self._with_parts(_separated(self.layers, self.config.num_layers),
+                                heads and _separated(self.exit_heads, len(heads.layers)))
 
-    def _with_layers(self, layers) -> Decoder:
-        return Decoder(self.config, embed=self.embedding, layers=layers, norm=self.norm, head=self.head)
+    def _with_parts(self, layers, exit_heads) -> Decoder:
+        return Decoder(self.config, embed=self.embedding, layers=layers, norm=self.norm, head=self.head,
+                       exit_heads=exit_heads)
+
+
+def _stacked(modules: nnx.List):
+    graphs, states = zip(*(nnx.split(module) for module in modules), strict=True)
+    return nnx.merge(graphs[0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+
+def _separated(module: nnx.Module, count: int) -> nnx.List:
+    return nnx.List([_one_of(module, i) for i in range(count)])
+
+
+def _one_of(module: nnx.Module, index: int):
+    graph, state = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[index], state))

@@ -10,8 +10,8 @@ from sled.errors import CheckpointError, DownloadError
 
 # Not "*.safetensors": some repositories hold the same weights twice, under other names.
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
-          "model-*-of-*.safetensors", "*token*.json", "tokenizer.model", "vocab.json", "merges.txt",
-          "chat_template.*")
+          "model-*-of-*.safetensors", "exit_heads.json", "exit_heads.safetensors", "*token*.json",
+          "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*")
 
 
 def folder_of(source, revision: str | None = None) -> Path:

@@ -6,13 +6,14 @@ import dataclasses
 import json
 from pathlib import Path
 
-from sled.errors import ConfigError
-from sled.models.config import DecoderConfig
+from sled.errors import ConfigError, SettingError
+from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.family import Family, Fields, write_shape
 from sled.models.llama import LLAMA
 from sled.models.mistral import MISTRAL
 from sled.models.qwen import QWEN2, QWEN3
 
+HEADS_CONFIG = "exit_heads.json"  # beside config.json, whose readers need not know of it
 FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
 
@@ -24,10 +25,11 @@ def family_of(config: DecoderConfig) -> Family:
 
 
 def read_config(folder: str | Path) -> DecoderConfig:
-    """The configuration of a Hugging Face folder: `config.json`, then `generation_config.json`.
+    """The configuration of a Hugging Face folder: `config.json`, `generation_config.json`, `exit_heads.json`.
 
     Token ids that end or start a generation come from the second where it has them, as in
-    transformers' `generate`. Raises ConfigError, also for a field that is not understood.
+    transformers' `generate`; early exits have heads where there is the third. Raises ConfigError, also
+    for a field that is not understood.
     """
     folder = Path(folder)
     config = parse_config(_read_json(folder / "config.json"), str(folder / "config.json"))
@@ -41,7 +43,20 @@ def read_config(folder: str | Path) -> DecoderConfig:
             eos_ids=eos or config.eos_ids,
             pad_id=pad[0] if pad else config.pad_id,
         )
+    path = folder / HEADS_CONFIG
+    if path.exists():
+        config = dataclasses.replace(config, exit_heads=_parse_heads(path))
     return config
+
+
+def _parse_heads(path: Path) -> ExitHeads:
+    f = Fields(_read_json(path), str(path))
+    given = dict(layers=f.take("layers", list), kind=f.take("kind", str), tied=f.take("tied", bool))
+    f.finish()
+    try:
+        return ExitHeads(**given)
+    except SettingError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
@@ -67,9 +82,10 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
 def format_config(config: DecoderConfig, dtype: str) -> dict:
     """The fields of a `config.json` that transformers 4.4x and 5 both read as this model.
 
-    `dtype` names the stored weights' type, e.g. "bfloat16". Raises ConfigError where the family's
-    format cannot express the configuration.
+    `dtype` names the stored weights' type, e.g. "bfloat16". Exit heads, which no family has, are left to
+    `exit_heads.json`. Raises ConfigError where the family's format cannot express the configuration.
     """
+    config = dataclasses.replace(config, exit_heads=None)
     family = family_of(config)
     fields = {"architectures": [family.architecture], "model_type": family.name,
               **write_shape(config), **family.write(config)}

@@ -22,9 +22,12 @@ from tqdm import tqdm
 from sled.errors import CheckpointError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
+from sled.models.layers import Block
 from sled.models.registry import family_of, read_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEADS = "exit_heads.safetensors"
+STACKED = ("layers", "exit_heads")  # parts of a decoder whose parameters have a leading axis in the stacked form
 STORED_TYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes each
 PROGRESS_FROM = 1_000_000_000  # bytes: below, a bar would only flicker
 
@@ -67,8 +70,10 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
     files = _weight_files(folder)
     config = read_config(folder)
     family = family_of(config)
+    if config.exit_heads is not None:
+        files = [*files, folder / HEADS]
     parameters = {at: leaf for at, leaf in nnx.to_flat_state(nnx.state(abstract(config)))}
-    names = {at: family.tensor_name(at) for at in parameters}
+    names = {at: tensor_name(config, at) for at in parameters}
     shapes = {names[at]: leaf.shape[::stored_order(at)] for at, leaf in parameters.items()}
     with contextlib.ExitStack() as stack:
         stored = _open(files, stack)
@@ -77,6 +82,13 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
         if twin:
             shapes[twin] = (config.vocab_size, config.width)
         yield StoredWeights(folder, config, names, _check_headers(folder, stored, shapes), stored, twin)
+
+
+def tensor_name(config: DecoderConfig, path: tuple) -> str:
+    """The stored name of the parameter at `path` (separate form): the family's, or an exit head's by its layer."""
+    if path[0] == "exit_heads":
+        return ".".join(("exit_heads", str(config.exit_heads.layers[path[1]]), *path[2:]))
+    return family_of(config).tensor_name(path)
 
 
 def stored_order(path: tuple) -> int:
@@ -89,21 +101,32 @@ def abstract(config: DecoderConfig) -> Decoder:
 
     One layer is traced and repeated, since tracing each of 80 takes seconds.
     """
-    one = dataclasses.replace(config, num_layers=1, windows=())
-    shapes = nnx.eval_shape(lambda: Decoder.init(one, rngs=nnx.Rngs(0)))
-    blocks = [nnx.clone(shapes.layers[0]) for _ in range(config.num_layers)]
-    return Decoder(config, embed=shapes.embedding, layers=nnx.List(blocks), norm=shapes.norm,
-                   head=shapes.head)
+    shapes = _one_layer(config)
+    return _assembled(config, shapes, nnx.List([nnx.clone(shapes.layers[0]) for _ in range(config.num_layers)]))
 
 
 def abstract_stacked(config: DecoderConfig) -> Decoder:
     """As `abstract`, in the stacked form."""
-    one = dataclasses.replace(config, num_layers=1, windows=())
-    shapes = nnx.eval_shape(lambda: Decoder.init(one, rngs=nnx.Rngs(0)).stack())
-    graph, state = nnx.split(shapes.layers)
-    lengthen = lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape[1:]), leaf.dtype)  # noqa: E731
-    return Decoder(config, embed=shapes.embedding, layers=nnx.merge(graph, jax.tree.map(lengthen, state)),
+    shapes = _one_layer(config)
+    graph, state = nnx.split(shapes.layers[0])
+    lengthen = lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype)  # noqa: E731
+    return _assembled(config, shapes, nnx.merge(graph, jax.tree.map(lengthen, state)))
+
+
+def _one_layer(config: DecoderConfig) -> Decoder:
+    one = dataclasses.replace(config, num_layers=1, windows=(), exit_heads=None)
+    return nnx.eval_shape(lambda: Decoder.init(one, rngs=nnx.Rngs(0)))
+
+
+def _assembled(config: DecoderConfig, shapes: Decoder, layers: nnx.List | Block) -> Decoder:
+    """The decoder with these layers and the other parts of `shapes`, and the exit heads of its configuration."""
+    bare = Decoder(dataclasses.replace(config, exit_heads=None), embed=shapes.embedding, layers=layers,
                    norm=shapes.norm, head=shapes.head)
+    if config.exit_heads is None:
+        return bare
+    graph, state = nnx.split(bare)
+    return nnx.eval_shape(lambda state: nnx.merge(graph, state).with_exit_heads(config.exit_heads, rngs=nnx.Rngs(0)),
+                          state)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -32,6 +32,8 @@ _HOME = {
     "EarlyExit": "sled.exits",
     "SelfSpeculation": "sled.exits",
     "Classifier": "sled.exits",
+    "save_classifier": "sled.classifiers",
+    "load_classifier": "sled.classifiers",
     "Immediate": "sled.exits",
     "Lockstep": "sled.exits",
     "Gather": "sled.exits",

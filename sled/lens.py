@@ -1,7 +1,7 @@
 """The lens: what every layer would say after each token of a text, as arrays, a table, a picture.
 
 Each hidden state goes through the final norm and the shared projection ("logit lens",
-nostalgebraist 2020); the last row is the model's own prediction.
+nostalgebraist 2020), or through the exit head that the model has there; the last row is the model's own prediction.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from sled.checks import Whole
 from sled.decoding.buckets import bucket
-from sled.decoding.network import Build, fuse
+from sled.decoding.network import Build, fuse, own_projection, read
 from sled.decoding.scoring import map_places
 from sled.fusion import SharedHead
 
@@ -118,7 +118,7 @@ def _say(build: Build, params, ids_T, fusion):
     states_TCD = jnp.stack([h[0] for h in (h0, *states)], axis=1)
     head = SharedHead(network.head_weight)
 
-    def read(logits_PV, final_top_P):
+    def describe(logits_PV, final_top_P):
         logp_PV = jax.nn.log_softmax(logits_PV, axis=-1)
         p_PV = jnp.exp(logp_PV)
         entropy_P = -jnp.sum(jnp.where(p_PV > 0, p_PV * logp_PV, 0), axis=-1)
@@ -127,11 +127,15 @@ def _say(build: Build, params, ids_T, fusion):
 
     def places(h_PCD):
         """One layer's logits at a time, never those of all; the final layer's first, for its choice."""
-        h_CPD = network.normalise(jnp.moveaxis(h_PCD, 1, 0))
+        h_CPD = jnp.stack([read(network, h_PCD[:, n], n) for n in range(h_PCD.shape[1])])
         final_PV = head.project(h_CPD[-1])
         final_top_P = jnp.argmax(final_PV, axis=-1)
-        final = read(final_PV, final_top_P)
-        early = jax.lax.map(lambda h_PD: read(head.project(h_PD), final_top_P), h_CPD[:-1])
+        final = describe(final_PV, final_top_P)
+        early = jax.lax.map(lambda h_PD: describe(head.project(h_PD), final_top_P), h_CPD[:-1])
+        for n in range(network.num_layers):
+            if (own_VD := own_projection(network, n)) is not None:
+                said = describe(SharedHead(own_VD).project(h_CPD[n]), final_top_P)
+                early = jax.tree.map(lambda rows_EP, row_P, n=n: rows_EP.at[n].set(row_P), early, said)
         return jax.tree.map(lambda early_EP, final_P: jnp.concatenate([early_EP, final_P[None]]).T, early, final)
 
     said = map_places(places, (states_TCD,), head.vocabulary)

@@ -11,7 +11,6 @@ import safetensors
 from flax import nnx
 
 from sled.models.layers import rotary_angles
-from sled.train.steps import cross_entropy
 
 BATCH, LENGTH = 8, 12
 OPTIMIZER = optax.adamw(3e-3)
@@ -75,8 +74,8 @@ def make_step(graph, placing):
 
     def loss_of(weights, tokens_BT):
         targets_BT = tokens_BT[:, 1:]
-        return cross_entropy(logits(nnx.merge(graph, weights), tokens_BT[:, :-1], placing), targets_BT,
-                             jnp.ones(targets_BT.shape))
+        said = logits(nnx.merge(graph, weights), tokens_BT[:, :-1], placing)
+        return optax.softmax_cross_entropy_with_integer_labels(said, targets_BT).mean()
 
     def step(state, tokens_BT):
         weights, optimizer = state

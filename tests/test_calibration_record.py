@@ -121,7 +121,7 @@ def test_a_trained_classifier_is_bound_by_digest(lm, record):
     serving = {**record.serving, "exits": json.loads(json.dumps(describe(exits(0.5), leave_out=("threshold",))))}
     of_classifier = dataclasses.replace(record, serving=serving)
     assert of_classifier.policy(lm, exits(0.5), **SERVING).threshold == 0.9
-    with pytest.raises(CalibrationError, match=r"only a digest of EarlyExit.classifier; give the policy"):
+    with pytest.raises(CalibrationError, match=r"only a digest of EarlyExit.classifier; give the very settings"):
         of_classifier.policy(lm, **SERVING)
     with pytest.raises(CalibrationError, match=r"exits.classifier.weight_ED was an array with SHA-256"):
         of_classifier.policy(lm, exits(0.25), **SERVING)
@@ -137,7 +137,7 @@ def test_settings_of_another_version_are_refused(lm, record):
 
 def test_what_has_no_value_to_compare_is_refused():
     assert describe(-np.inf) == "-inf" and describe((np.float32(0.5), True, None)) == [0.5, True, None]
-    with pytest.raises(CalibrationError, match="frozen dataclass"):
+    with pytest.raises(SettingError, match="frozen dataclass"):
         describe(object())
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from sled.models.decoder import Decoder
-from sled.models.stored import StoredWeights, abstract_stacked, open_weights, progress, stored_order
+from sled.models.stored import STACKED, StoredWeights, abstract_stacked, open_weights, progress, stored_order
 from sled.train.placing import Placing
 
 
@@ -31,7 +31,7 @@ def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None) -> Decod
             for at, slot in slots.items():
                 shape, spec = placing.parameters[".".join(at)]
                 slots[at] = slot.replace(_read_onto(stored, at, shape, jax.sharding.NamedSharding(mesh, spec), dtype))
-                bar.update(sum(stored.sizes[stored.names[one]] for one in _separate(at, stored.config.num_layers)))
+                bar.update(sum(stored.sizes[stored.names[one]] for one in _separate(at, shape)))
     return nnx.merge(graph, nnx.from_flat_state(slots))
 
 
@@ -42,21 +42,22 @@ def _read_onto(stored: StoredWeights, at: tuple, shape: tuple[int, ...], shardin
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = tuple(one.indices(size) for one, size in zip(index, shape, strict=True))
         if bounds not in parts:
-            parts[bounds] = _read_part(stored, at, tuple(slice(*bound) for bound in bounds), dtype)
+            parts[bounds] = _read_part(stored, at, shape, tuple(slice(*bound) for bound in bounds), dtype)
         return parts[bounds]
 
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _read_part(stored: StoredWeights, at: tuple, index: tuple[slice, ...], dtype) -> np.ndarray:
-    if at[0] != "layers":
+def _read_part(stored: StoredWeights, at: tuple, shape: tuple[int, ...], index: tuple[slice, ...],
+               dtype) -> np.ndarray:
+    if at[0] not in STACKED:
         return stored.read(at, dtype, index)
-    layers, *inside = index
+    which, *inside = index
     order = stored_order(at)
-    read = [stored.read(one, dtype, tuple(inside[::order])) for one in _separate(at, stored.config.num_layers)[layers]]
+    read = [stored.read(one, dtype, tuple(inside[::order])) for one in _separate(at, shape)[which]]
     return np.stack([weight.T if order < 0 else weight for weight in read])
 
 
-def _separate(at: tuple, layers: int) -> list[tuple]:
-    """The paths in the separate form of what lies at `at` in the stacked one."""
-    return [(at[0], i, *at[1:]) for i in range(layers)] if at[0] == "layers" else [at]
+def _separate(at: tuple, shape: tuple[int, ...]) -> list[tuple]:
+    """The paths in the separate form of what lies at `at`, with this shape, in the stacked one."""
+    return [(at[0], i, *at[1:]) for i in range(shape[0])] if at[0] in STACKED else [at]

@@ -45,6 +45,17 @@ AXES_OF = {
     "layers.mlp.gate.bias": ("layers", "mlp"),
     "layers.mlp.up.bias": ("layers", "mlp"),
     "layers.mlp.down.bias": ("layers", "vector"),
+    "exit_heads.norm.weight": ("exits", "vector"),
+    "exit_heads.affine.weight": ("exits", "width", "vector"),
+    "exit_heads.affine.bias": ("exits", "vector"),
+    "exit_heads.mlp_norm.weight": ("exits", "vector"),
+    "exit_heads.mlp.gate.weight": ("exits", "width", "mlp"),
+    "exit_heads.mlp.up.weight": ("exits", "width", "mlp"),
+    "exit_heads.mlp.down.weight": ("exits", "mlp", "width"),
+    "exit_heads.mlp.gate.bias": ("exits", "mlp"),
+    "exit_heads.mlp.up.bias": ("exits", "mlp"),
+    "exit_heads.mlp.down.bias": ("exits", "vector"),
+    "exit_heads.projection": ("exits", "vocab", "width"),
 }
 RULES = {
     "vocab": "tensor",
@@ -53,6 +64,7 @@ RULES = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "layers": None,  # scanned over; a pipeline's stages would split it
+    "exits": None,
     "vector": None,  # norms, and biases of what is summed over the tensor axis: too small to split
 }
 MAY_STAY_WHOLE = ("vocab", "kv_heads")  # where they do not divide; for the others that is an error

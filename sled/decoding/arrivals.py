@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sled.decoding.network import Network, fuse
+from sled.decoding.network import Network, fuse, read
 from sled.decoding.sampling import Sampling, choose, processed_logits
 from sled.decoding.state import DecodeState, Plan
 from sled.exits.measures import confidence, max_probability
@@ -124,7 +124,7 @@ def _guess(run: Run, state: DecodeState, s: int, at_B, h: dict) -> DecodeState:
     may_B = here_B & (state.drafted_B < draft_B)
 
     def guess():
-        logits_BV = run.prepared.project(run.network.normalise(h[top]))
+        logits_BV = run.prepared.project(read(run.network, h[top], top), s)
         picky = jnp.any(jnp.asarray(policy.confidence) > 0)
         sure_B = only_if(picky, lambda: max_probability(logits_BV))
         return _next_token(run, state, logits_BV), ~picky | (sure_B >= policy.confidence)
@@ -207,7 +207,8 @@ def _acceptance(run: Run, state: DecodeState, states: dict, judged_BT, kept_B, c
         if len(policy.layer) == 1:
             right_B = jnp.minimum(kept_B, counts_BT.sum(1))
         else:
-            guess = lambda h: max_and_index(run.prepared.project(run.network.normalise(h)))[1][:, 0]  # noqa: E731
+            guess = lambda h, e=e, n=layer: max_and_index(  # noqa: E731
+                run.prepared.project(read(run.network, h, n), e))[1][:, 0]
             right_B = (counts_BT & (jax.vmap(guess, 1, 1)(states[layer]) == chosen_BT)).sum(1)
         fade_B = jnp.where(counts_BT.any(1), KEEP, 1.0)
         state = dataclasses.replace(

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sled.decoding.buckets import bucket
-from sled.decoding.network import KV, Build, Network
+from sled.decoding.network import KV, Build, Network, fused_layers
 
 PREFILL_BLOCK = 512  # tokens per row and call: bounds the attention scores to [B, N, 512, S]
 
@@ -43,13 +43,13 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, policy, fusion, network: Network) -> Plan:
-        """Raises SettingError for a layer that the model does not have."""
+        """Raises SettingError for a layer that the model does not have, and where `fused_layers` does."""
         exits = policy.exits(network.num_layers)
-        fusion.early_layers(exits[-1], tied=network.tied_head)  # for its error, before any work
+        fused = exits[-1:] if policy.verifies else exits  # guesses are not
+        heard = {top: fused_layers(network, fusion, top) for top in fused}
         kept = set(exits[:-1])
         for below, top in itertools.pairwise(exits):
-            if top == exits[-1] or not policy.verifies:  # guesses are not fused
-                kept |= {n for n in fusion.early_layers(top, tied=network.tied_head) if n <= below}
+            kept |= {n for n in heard.get(top, ()) if n <= below}
         return cls(exits, tuple(sorted(kept)), policy.window)
 
 

@@ -27,9 +27,10 @@ DECAYS = ("none", "calm-paper", "calm-code")
 class EarlyExit:
     """A token leaves after the first of `layers` whose confidence is above the threshold.
 
-    The exit speaks with the fusion in use, on the layers up to the exit. Rows decide alone: neither
-    batch-mates nor the schedule change what a row says. A confidence that is not finite, and every
-    token of the prompt, goes on to the last layer.
+    The exit speaks with the fusion in use, on the layers up to the exit, through its own head where the
+    model has one (`sled.models.ExitHeads`). Rows decide alone: neither batch-mates nor the schedule
+    change what a row says. A confidence that is not finite, and every token of the prompt, goes on to the
+    last layer.
 
     layers: the exits, n = after layer n of 1 .. L - 1. Static.
     threshold: in [0, 1]; 1 never leaves. A number, one per exit (a tuple or an array (E,)), or per row
@@ -85,6 +86,12 @@ class EarlyExit:
         if (self.measure == "classifier") != (self.classifier is not None):
             raise SettingError('EarlyExit: measure="classifier" and a trained `classifier` go together; '
                                "give both or neither")
+        if self.classifier is not None and self.classifier.layers not in (None, self.layers):
+            raise SettingError(f"EarlyExit.classifier was trained for exits {self.classifier.layers}, but layers is "
+                               f"{self.layers}; give the same, or train one for these")
+        if self.classifier is not None and len(self.classifier.weight_ED) != len(self.layers):
+            raise SettingError(f"EarlyExit.classifier has weights for {len(self.classifier.weight_ED)} exits, but "
+                               f"layers names {len(self.layers)}; give one for each")
 
     @property
     def propagates(self) -> bool:

@@ -21,11 +21,12 @@ class Classifier:
     """CALM's trained measure, one linear unit per exit: sigmoid(weight . h + bias).
 
     weight_ED: [E, D], bias_E: [E], for E early exits in ascending order; h is the hidden state after
-    the exit's layer, not normed.
+    the exit's layer, not normed. layers: the exits it was trained for, where that is known; static.
     """
 
     weight_ED: jax.Array
     bias_E: jax.Array
+    layers: tuple[int, ...] | None = dataclasses.field(default=None, metadata=dict(static=True))
 
 
 def confidence(measure: str, logits_BV, h_BD, below_BD, classifier: Classifier | None, exit_index: int):

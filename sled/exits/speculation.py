@@ -33,7 +33,8 @@ class SelfSpeculation:
     Daliri et al. 2024, arXiv 2408.07978), so a guess is right when both choose alike, and a wrong one is
     replaced by what plain decoding would have drawn. Rows of a batch keep prefixes of different length.
 
-    layer: where guesses are made, 1 .. L - 1; with `adaptive`, a tuple offers several. Static.
+    layer: where guesses are made, 1 .. L - 1, through the exit's own head where the model has one; with
+        `adaptive`, a tuple offers several. Static.
     draft: how many tokens are guessed before verification, 1 <= draft <= max_draft. Traced; a number or
         one per row (B,).
     confidence: guessing also stops at a guess whose probability is below this, in [0, 1]; 0 never
@@ -79,24 +80,25 @@ class SelfSpeculation:
 
     def prepare(self, network) -> Guesser:
         """What guessing needs of a network, taken from it once, outside the loop."""
-        w_VD, depth = network.head_weight, network.num_layers
-        if self.vocabulary is None:
-            return Guesser(SharedHead(w_VD), None, w_VD.shape[0], depth)
-        return Guesser(SharedHead(w_VD[self.vocabulary]), self.vocabulary, w_VD.shape[0], depth)
+        w_VD = network.head_weight
+        rows = lambda w_VD: SharedHead(w_VD if self.vocabulary is None else w_VD[self.vocabulary])  # noqa: E731
+        shared, exits = rows(w_VD), [network.exit_head(n) for n in self.layer]
+        heads = tuple(shared if exit is None or exit.projection is None else rows(exit.projection) for exit in exits)
+        return Guesser(heads, self.vocabulary, w_VD.shape[0], network.num_layers)
 
 
 @dataclasses.dataclass(frozen=True)
 class Guesser:
-    """The projection for guesses: all rows of the shared one, or those of the draft vocabulary."""
+    """The projection for the guesses of each exit, the shared one or its own: all rows, or the draft vocabulary's."""
 
-    head: SharedHead
+    heads: tuple[SharedHead, ...]
     ids: jax.Array | None
     vocabulary: int
     depth: int
 
-    def project(self, h_BD):
-        """Logits [B, V] of normed hidden states; -inf for tokens outside the draft vocabulary."""
-        logits_BV = self.head.project(h_BD)
+    def project(self, h_BD, exit_index: int):
+        """Logits [B, V] of hidden states made ready by the exit; -inf for tokens outside the draft vocabulary."""
+        logits_BV = self.heads[exit_index].project(h_BD)
         if self.ids is None:
             return logits_BV
         everything = jnp.full((h_BD.shape[0], self.vocabulary), -jnp.inf, logits_BV.dtype)
@@ -105,7 +107,7 @@ class Guesser:
     @property
     def head_layers(self) -> float:
         """What the projection costs, in layers: its weights over the 12 D^2 of a usual layer."""
-        rows, width = self.head.w_VD.shape
+        rows, width = self.heads[0].w_VD.shape
         return rows / (12 * width)
 
 

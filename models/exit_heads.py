@@ -1,0 +1,65 @@
+"""The head of one early exit: from its hidden state to what is projected, and the projection, if it has its own.
+
+Kinds and settings are `ExitHeads` of config.py. Every head starts as the identity: a decoder with new heads says at
+each exit exactly what it said without.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sled.models.config import DecoderConfig
+from sled.models.layers import MLP, Linear, RMSNorm
+
+
+class ExitHead(nnx.Module):
+    """One head, or those of all exits with a leading axis E on every parameter (the stacked form).
+
+    Its parts are None where its kind lacks them: `affine` [D, D] and [D], `mlp` with `mlp_norm`, `norm` [D], and
+    `projection` [V, D] of an untied one.
+    """
+
+    def __init__(self, config: DecoderConfig, *, norm: RMSNorm, projection: jax.Array, rngs: nnx.Rngs):
+        """`norm` and `projection` are the model's own: untied ones start as copies of them."""
+        kind, dtype = config.exit_heads.kind, projection.dtype
+        new_norm = lambda: RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)  # noqa: E731
+        square = dict(bias=True, dtype=dtype, rngs=rngs)
+        self.affine = Linear(config.width, config.width, **square) if kind == "affine" else None
+        self.mlp_norm = new_norm() if kind == "mlp" else None
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs) if kind == "mlp" else None
+        self.norm = new_norm() if kind in ("norm", "mlp") else None
+        self.projection = None if config.exit_heads.tied else nnx.Param(jnp.array(projection))
+        if self.affine is not None:
+            self.affine.weight[...] = jnp.zeros_like(self.affine.weight[...])
+        if self.mlp is not None:
+            self.mlp.down.weight[...] = jnp.zeros_like(self.mlp.down.weight[...])
+        if self.norm is not None:
+            self.norm.weight[...] = jnp.array(norm.weight[...])
+
+    def __call__(self, h, final_norm: RMSNorm) -> jax.Array:
+        """Hidden states [..., D], ready for projection; `final_norm` is the model's, for kinds without one."""
+        if self.affine is not None:
+            h = h + self.affine(h)
+        if self.mlp is not None:
+            h = h + self.mlp(self.mlp_norm(h))
+        return final_norm(h) if self.norm is None else self.norm(h)
+
+
+class BoundHead(NamedTuple):
+    """One exit's head beside the model's final norm: all that reading its hidden state takes."""
+
+    head: ExitHead
+    final_norm: RMSNorm
+
+    @property
+    def projection(self) -> jax.Array | None:
+        """Its own projection [V, D], or None where it ends in the shared one."""
+        return None if self.head.projection is None else self.head.projection[...]
+
+    def read(self, h) -> jax.Array:
+        """The exit's hidden states [..., D] made ready for projection."""
+        return self.head(h, self.final_norm)
