@@ -12,7 +12,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sled.binding import describe, differences, digest_of_weights
+from sled.binding import digest_of_weights
+from sled.describe import describe, differences
 from sled.errors import CheckpointError
 from sled.exits.measures import Classifier
 from sled.files import writable
