@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from flax import nnx
 
-from sled.arguments import A_SAMPLING, A_SCHEDULE, A_STRATEGY, stop_strings
+from sled.arguments import A_SAMPLING, A_STRATEGY, stop_strings, which_schedule
 from sled.checks import Instance, Whole, check_rows
 from sled.describe import add_array, describe
 from sled.exits import EarlyExit
@@ -36,7 +36,7 @@ def bind(lm: LM, *, exits: EarlyExit, fusion, schedule, sampling, max_new_tokens
         "model": describe(lm.config),
         "exits": describe(exits, leave_out=("threshold",)),
         "fusion": describe(fusion),
-        "schedule": describe(A_SCHEDULE("schedule", schedule)),
+        "schedule": describe(which_schedule(schedule, exits)),
         "sampling": describe(sampling),
         "max_new_tokens": Whole(1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens),
         "stop": stop_strings(stop),

@@ -36,6 +36,8 @@ def calibrate(lm: LM, prompts, *, exits: EarlyExit, delta: float, epsilon: float
     batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
     at = lambda threshold: dataclasses.replace(exits, threshold=threshold)  # noqa: E731
     AN_EARLY_EXIT("exits", exits).exits(lm.config.num_layers)  # for its error, before any work
+    if references is not None and not isinstance(references, Iterable):
+        raise SettingError(f"references is {references!r}, but must be a list; give one reference per prompt")
     references = None if references is None else list(references)
     compare = consistency(loss, references, risk)
     ids = prompt_ids(prompts, lm.text, lm.config)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sled.arguments import FINAL_LAYER, FULL_DEPTH, GREEDY, IMMEDIATE, NEW_TOKENS
+from sled.arguments import FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS
 from sled.binding import bind
 from sled.describe import differences
 from sled.errors import CalibrationError
@@ -73,7 +73,7 @@ class Calibration:
     versions: dict[str, str]
     hardware: str
 
-    def policy(self, lm: LM, exits: EarlyExit | None = None, *, fusion=FINAL_LAYER, schedule: Schedule = IMMEDIATE,
+    def policy(self, lm: LM, exits: EarlyExit | None = None, *, fusion=FINAL_LAYER, schedule: Schedule | None = None,
                sampling=GREEDY, max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = ()) -> Policy:
         """The early exit with the calibrated threshold, to be given to `lm.generate` with these very settings.
 

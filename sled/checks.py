@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import reprlib
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -20,6 +21,8 @@ import numpy as np
 from sled.errors import SettingError
 
 LARGEST = 2**31 - 1  # the largest whole number that is traced: they are int32
+_SHORT = reprlib.Repr()  # what is no setting at all may be long
+_SHORT.maxother = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +113,27 @@ class Instance:
         # A class has its instances' attributes, and passes for an instance of a protocol.
         fits = isinstance(value, self.kind) and not isinstance(value, type)
         if not fits or (self.traced and jax.tree_util.all_leaves([value])):
-            untraceable = " that jax can trace" if fits else ", not its class or name"
-            raise SettingError(f"{name} is {value!r}, but must be an instance{untraceable}; {self.hint}")
+            if fits:
+                why = "but must be an instance that jax can trace"
+            elif isinstance(value, (type, str)):
+                why = "but must be an instance, not its class or name"
+            else:
+                why = f"which is no {self.kind.__name__}"
+            raise SettingError(f"{name} is {_SHORT.repr(value)}, {why}; {self.hint}")
         return value
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """True or False, and nothing that merely counts as one: the string "no" would count as True."""
+
+    _: dataclasses.KW_ONLY
+    hint: str
+
+    def __call__(self, name: str, value) -> bool:
+        if not isinstance(value, (bool, np.bool_)):
+            raise SettingError(f"{name} is {value!r}, but must be True or False; {self.hint}")
+        return bool(value)
 
 
 def settle(self, **rules) -> None:
@@ -181,8 +202,9 @@ def check_alike(name: str, settings, like) -> None:
     """Refuse settings that cannot share a batch with `like`: of another class, or with other values in a field that
     is the same for all rows."""
     if type(settings) is not type(like):
-        raise SettingError(f"{name} is {settings!r}, but must be of class {type(like).__name__}, as for every row; "
-                           "only its numbers may differ")
+        raise SettingError(f"{name} is {_SHORT.repr(settings)}, but must be of class {type(like).__name__}, as "
+                           "for every row, for only its numbers may differ; leave it out, or make all rows of the "
+                           "class you need")
     row_axes = getattr(settings, "row_axes", {})
     for field in (f.name for f in dataclasses.fields(like)):
         mine, theirs = getattr(settings, field), getattr(like, field)

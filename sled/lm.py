@@ -16,7 +16,6 @@ from sled.arguments import (
     FINAL_LAYER,
     FULL_DEPTH,
     GREEDY,
-    IMMEDIATE,
     NEW_TOKENS,
     stop_strings,
     which_schedule,
@@ -164,16 +163,17 @@ class LM:
         Raises: PromptError, SettingError, TokenizerError.
         """
         batch_size = Whole(1, hint="continuations are scored in batches")("batch_size", batch_size)
+        single = is_one(continuations, "a continuation")
         if is_one(prompts):
-            nested, groups = False, [[(prompts, c)] for c in ([continuations] if is_one(continuations)
-                                                              else continuations)]
+            nested, groups = False, [[(prompts, c)] for c in ([continuations] if single else continuations)]
         else:
             if len(prompts) != len(continuations):
                 raise PromptError(f"{len(prompts)} prompts but {len(continuations)} continuations; give one "
                                   "continuation, or one list of them, for each prompt")
-            nested = any(not is_one(c) for c in continuations)
-            groups = [[(p, c)] if is_one(c) else [(p, x) for x in c]
-                      for p, c in zip(prompts, continuations, strict=True)]
+            one = [is_one(c, "a continuation") for c in continuations]
+            nested = not all(one)
+            groups = [[(p, c)] if alone else [(p, x) for x in c]
+                      for p, c, alone in zip(prompts, continuations, one, strict=True)]
         pairs = [pair_ids(p, c, self.text, self.config) for group in groups for p, c in group]
         if not pairs:
             raise PromptError("no continuation was given; give at least one for the prompt")
@@ -194,7 +194,9 @@ class LM:
 
         fusion: a strategy whose choice is shown beside the layers', such as `sled.SLED()`.
         """
-        [ids] = prompt_ids(text, self.text, self.config)
+        [ids, *more] = prompt_ids(text, self.text, self.config)
+        if more:
+            raise PromptError(f"the lens reads one text, but {1 + len(more)} were given; look at each by itself")
         if fusion is not None:
             check_rows(A_STRATEGY("fusion", fusion), 1, hint="the lens reads one text, so give one value")
         name = self.text.token if self.text.available else str
@@ -203,7 +205,7 @@ class LM:
     def calibrate(self, prompts: Prompts, *, exits: EarlyExit, delta: float = 0.1, epsilon: float = 0.05,
                   grid: Iterable[float] | None = None, loss: str | Callable | None = None,
                   references: Sequence[Any] | None = None, risk: Callable | None = None, fusion=FINAL_LAYER,
-                  schedule: Schedule = IMMEDIATE, sampling: Sampling = GREEDY, max_new_tokens: int = NEW_TOKENS,
+                  schedule: Schedule | None = None, sampling: Sampling = GREEDY, max_new_tokens: int = NEW_TOKENS,
                   seed: int = 0, stop: str | Sequence[str] = (), batch_size: int = 32,
                   progress: bool = True) -> Calibration:
         """The lowest threshold of `exits` that can be shown to keep the expected loss at `delta` or below.
@@ -220,8 +222,8 @@ class LM:
             (token ids, without a tokenizer).
         references, risk: instead of a loss, what a right answer is, one per prompt, and risk(text, reference) in
             [0, 1]; the loss is then max(0, risk of the early text - risk of the full model's).
-        fusion, schedule, sampling, max_new_tokens, stop, batch_size: as you will serve. Prompt i draws from stream
-            seed + i at every threshold.
+        fusion, schedule, sampling, max_new_tokens, stop, batch_size: as for `generate`, and as you will serve. Prompt
+            i draws from stream seed + i at every threshold.
         progress: shows a bar over the runs.
 
         Raises: CalibrationError (too few prompts, a loss outside [0, 1]), PromptError, SettingError, TokenizerError.

@@ -28,6 +28,8 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
 
     Raises: CheckpointError, ConfigError, DownloadError, SettingError, TokenizerError.
     """
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise SettingError(f"source is {source!r}, but must name a model; give 'demo', a folder or a hub id")
     if dtype is not None and dtype not in DTYPES:
         raise SettingError(f"dtype is {dtype!r}, but it must be one of {', '.join(DTYPES)}")
     if dtype is None and jax.default_backend() == "cpu":

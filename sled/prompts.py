@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 
 import numpy as np
 
@@ -14,11 +14,20 @@ Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]
 
 
-def is_one(prompts: Prompts) -> bool:
-    """Whether this is a single prompt (a string, or one list of token ids)."""
+def is_one(prompts: Prompts, what: str = "a prompt") -> bool:
+    """Whether this is a single prompt (a string, or one list of token ids). Raises PromptError for what is no list."""
     if isinstance(prompts, str):
         return True
-    return len(prompts) > 0 and all(isinstance(x, int | np.integer) for x in prompts)
+    entries = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays of any library
+    if not isinstance(entries, Collection) or isinstance(entries, Mapping | Set):
+        raise PromptError(f"{what} must be a string, a list of token ids, or a list of either, but {_short(prompts)} "
+                          "was given; of a generator give list(...), of what a tokenizer returned its input_ids")
+    return len(entries) > 0 and all(isinstance(x, int | np.integer) for x in entries)
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def prompt_ids(prompts: Prompts, text: Text, config: DecoderConfig) -> list[np.ndarray]:
@@ -57,7 +66,8 @@ def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarra
         raise PromptError(f"{what} is empty: there is no token to start from; give at least one "
                           "(the model's BOS token, if it has one)")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise PromptError(f"{what} is neither a string nor a list of token ids: {str(ids.tolist())[:60]}")
+        raise PromptError(f"{what} is neither a string nor a list of token ids: {_short(ids.tolist())}; "
+                          "give text, or whole numbers")
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if outside.size:
         raise PromptError(f"{what} has token id {outside[0]}, but the model's vocabulary is 0 to "

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sled.checks import LARGEST, Number, Whole, settle
+from sled.checks import LARGEST, Flag, Number, Whole, settle
 from sled.decoding.slots import Entry
 from sled.errors import RequestError, SettingError
 from sled.exits import EarlyExit, Policy
@@ -40,7 +40,9 @@ class Limits:
 
     def __post_init__(self):
         settle(self, threshold_floor=Number(0, 1, hint="a threshold is a confidence; 0 is no bound"),
-               min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"))
+               min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"),
+               constant_depth=Flag(hint="True sends every token through all layers"),
+               show_exits=Flag(hint="True shows requesters the layers their tokens left at"))
         if self.budget is not None:
             settle(self, budget=Whole(1, hint="it counts layer-tokens; None is no bound"))
 

@@ -101,6 +101,17 @@ def test_another_model_of_the_same_weights_is_refused(lm, record):
 def test_only_an_early_exit_is_calibrated(lm, record):
     with pytest.raises(SettingError, match="exits is FullDepth"):
         record.policy(lm, FullDepth(), **SERVING)
+    with pytest.raises(SettingError, match="which is no EarlyExit; only"):
+        lm.calibrate(["a"], exits=sled.SelfSpeculation(2))
+
+
+def test_no_schedule_is_the_exits_own(lm, record):
+    assert record.policy(lm, schedule=None, **SERVING).threshold == record.threshold
+
+
+def test_references_are_a_list(lm):
+    with pytest.raises(SettingError, match="references is 5, but must be a list"):
+        lm.calibrate(["a"], exits=sled.EarlyExit(1), references=5, risk=lambda text, reference: 0.0)
 
 
 def test_names_types_shapes_and_bytes_of_weights_all_count():
@@ -268,7 +279,8 @@ def test_generate_leaves_as_a_record_says(lm, record, tmp_path, capsys):
     assert code == 0 and found["exit_layers"] == lm.generate(
         question, exits=sled.EarlyExit(1, record.threshold), **SERVING).exit_layers[0]
     for more, says in ((["-n", "25"], "max_new_tokens"), (["-n", "24", "--fusion", "sled"], "fusion"),
-                       (["-n", "24", "--exits", "early", "--exit-layers", "1"], "give one of the two")):
+                       (["-n", "24", "--exits", "early", "--exit-layers", "1"], "give one of the two"),
+                       (["-n", "24", "--schedule", "lockstep"], "--schedule and --calibration were both given")):
         code = cli.main(["generate", question, "--calibration", str(saved), *more])
         captured = capsys.readouterr()
         assert code == 1 and says in captured.err and not captured.out
@@ -277,6 +289,7 @@ def test_generate_leaves_as_a_record_says(lm, record, tmp_path, capsys):
 @pytest.mark.parametrize(("arguments", "says"), [
     (("-m", "owner/name"), "PromptError: no prompts were given for owner/name"),
     (("--problems", "3", "--file", "x"), "PromptError: --problems was given beside --file"),
+    (("--problems", "0"), "SettingError: --problems is 0"),
     (("--problems", "3"), "CalibrationError: 3 prompts show nothing"),
     (("--patience", "3"), "--patience has no meaning for --schedule immediate"),
     (("-o", "/proc/none/c.json"), "SettingError: --output is"),

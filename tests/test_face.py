@@ -4,6 +4,8 @@ import json
 import shutil
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import sled
@@ -40,6 +42,14 @@ def test_stop_strings_cut_text_and_tokens(lm):
     assert "".join(chunk.texts[0] for chunk in streamed) == out.texts[0]
 
 
+def test_token_ids_may_be_in_arrays(lm):
+    ids = [[20, 21, 22], [23, 24, 25]]
+    lists = lm.generate(ids, max_new_tokens=3).tokens
+    for array in (np.array(ids), jnp.array(ids)):
+        assert lm.generate(array, max_new_tokens=3).tokens == lists
+        assert lm.generate(array[0], max_new_tokens=3).tokens == lists[:1]
+
+
 def test_the_largest_seed_and_chunk_are_taken(lm):
     settings = dict(max_new_tokens=3, seed=2**32 - 1, sampling=sled.Sampling(temperature=1.0))
     [chunk] = lm.stream("Question:", chunk=2**40, **settings)
@@ -69,6 +79,20 @@ class Unregistered(sled.FinalLayer):
 @pytest.mark.parametrize(("call", "error", "says"), [
     (lambda lm: lm.generate(""), PromptError, "empty"),
     (lambda lm: lm.generate([]), PromptError, "no prompt"),
+    (lambda lm: lm.generate(None), PromptError, "a prompt must be .* but None was given; of a generator"),
+    (lambda lm: lm.stream(text for text in "ab"), PromptError, r"give list\(\.\.\.\)"),
+    (lambda lm: lm.generate({"input_ids": [1]}), PromptError, "a tokenizer returned its input_ids"),
+    (lambda lm: lm.generate({"a", "b"}), PromptError, "must be a string"),
+    (lambda lm: lm.generate([1.5]), PromptError, "whole numbers"),
+    (lambda lm: lm.score("a", None), PromptError, "a continuation must be"),
+    (lambda lm: lm.score(["a"], [3]), PromptError, "a continuation must be .* but 3 was"),
+    (lambda lm: lm.lens(["a", "b"]), PromptError, "one text, but 2"),
+    (lambda lm: lm.generate("a", stop=5), SettingError, "stop is 5"),
+    (lambda lm: lm.generate("a", stop=None), SettingError, "leave it out"),
+    (lambda lm: lm.generate("a", exits=(2, 4)), SettingError, r"exits is \(2, 4\), which is no Policy; give sled"),
+    (lambda lm: sled.load(""), SettingError, "source is ''"),
+    (lambda lm: sled.load(None), SettingError, "source is None"),
+    (lambda lm: sled.Limits(show_exits="no"), SettingError, "show_exits is 'no', but must be True or False"),
     (lambda lm: lm.generate([[1, 2], [3, 10**6]]), PromptError, "1000000"),
     (lambda lm: lm.generate([[1, -1]]), PromptError, "-1"),
     (lambda lm: lm.generate([1] * 256), PromptError, "256"),
@@ -182,6 +206,7 @@ def test_score_and_lens_commands(capsys, tmp_path):
     ("generate", "x", "--seed", "-1"),
     ("generate", "x", "--stop", ""),
     ("generate", "x", "-n", "0"),
+    ("generate", "x", "--batch-size", "0"),
     ("generate", "x", "--fusion", "sled", "--layers", "99"),
     ("score", "x"),
     ("demo", "--problems", "0"),

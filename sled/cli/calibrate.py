@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from sled.checks import Whole
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
 from sled.errors import PromptError
@@ -104,4 +105,6 @@ class Calibrate:
                               "some of its own; name a file of prompts by --file")
         from sled.demo.problems import problems, prompt
 
-        return [prompt(p.question) for p in problems("train", 200 if self.problems is None else self.problems)]
+        count = Whole(1, hint="it counts the problems to calibrate on")(
+            "--problems", 200 if self.problems is None else self.problems)
+        return [prompt(p.question) for p in problems("train", count)]

@@ -12,8 +12,9 @@ from typing import Annotated
 import tyro
 
 from sled.calibration import Calibration
+from sled.checks import Whole
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
+from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, given, read_prompts, unescape
 from sled.cli.paint import Paint, PaintedRow, has_colours
 from sled.errors import SettingError
 from sled.results import Stats
@@ -36,7 +37,9 @@ class Generate:
     """
 
     prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to continue; a backslash and n stands for a line break."""
+    """Texts to continue; a backslash and n stands for a line break.
+    They come first, or last behind --, since an option that takes several values, such as --exit-layers, goes on
+    to the next option."""
     file: Path | None = None
     """Read one prompt per line from this file instead (-: standard input)."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -54,15 +57,16 @@ class Generate:
     show_exits: bool = False
     """Show the layer that said each token: colours on a terminal (NO_COLOR turns them off), or else marks."""
     calibration: Path | None = None
-    """Leave early as this record of `sled calibrate` says, instead of --exits.
+    """Leave early as this record of `sled calibrate` says, instead of --exits and --schedule.
     It is refused where model, fusion, sampling, --max-new-tokens or --stop are not those it was made for."""
 
     def run(self) -> None:
         prompts = read_prompts(self.prompts, self.file)
+        Whole(1, hint="prompts are decoded in batches")("--batch-size", self.batch_size)
+        if self.calibration and (chosen := [f"--{name.replace('_', '-')}" for name in given(self.exit_options)]):
+            raise SettingError(f"{', '.join(chosen)} and --calibration were both given, but the record says how tokens "
+                               "leave, and when; give one of the two")
         exits = self.exit_options.settings()
-        if exits and self.calibration:
-            raise SettingError("--exits and --calibration were both given, but the record says how tokens leave; "
-                               "give one of the two")
         record = Calibration.load(self.calibration) if self.calibration else None
         if self.show_exits and (self.json or not (exits or record)):
             raise SettingError("--show-exits shows where tokens left in the text, so it needs --exits early or "

@@ -11,8 +11,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sled.checks import Number, settle, settle_bounded
+from sled.checks import Flag, Number, is_array, settle, settle_bounded
 from sled.errors import SettingError
 from sled.exits.policy import Exits, with_last
 from sled.exits.schedule import Lockstep
@@ -60,7 +61,14 @@ class SelfSpeculation:
     schedule = Lockstep()  # a verification that does not wait for the others' drafts cuts them short
 
     def __post_init__(self):
-        settle(self, layer=Exits(), confidence=Number(0, 1, hint="it is a probability; 0 never stops a draft"))
+        settle(self, layer=Exits(), confidence=Number(0, 1, hint="it is a probability; 0 never stops a draft"),
+               adaptive=Flag(hint="True lets each row choose its draft length"))
+        if self.vocabulary is not None:
+            ids = self.vocabulary if is_array(self.vocabulary) else np.asarray(self.vocabulary)
+            if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+                raise SettingError(f"SelfSpeculation.vocabulary is {self.vocabulary!r}, but must be a list of token "
+                                   "ids; None guesses from all")
+            object.__setattr__(self, "vocabulary", ids)
         if len(self.layer) > 1 and not self.adaptive:
             raise SettingError(f"SelfSpeculation.layer is {self.layer}, but only adaptive=True chooses among several; "
                                "give one layer, or adaptive=True")
