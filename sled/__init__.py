@@ -37,8 +37,8 @@ _HOME = {
     "Immediate": "sled.exits",
     "Lockstep": "sled.exits",
     "Gather": "sled.exits",
-    "SledError": "sled.errors",
-    "SettingError": "sled.errors",
+    **dict.fromkeys(("SledError", "SettingError", "PromptError", "TokenizerError", "CheckpointError", "ConfigError",
+                     "CalibrationError", "RequestError", "DataError", "DownloadError"), "sled.errors"),
 }
 __all__ = list(_HOME)
 

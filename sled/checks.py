@@ -139,12 +139,16 @@ class Flag:
 def settle(self, **rules) -> None:
     """Check fields of a frozen dataclass, and put the clean values in their place.
 
-    A field that `traced` made a leaf may hold an array instead of a number; arrays pass as they are.
+    A field that `traced` made a leaf may hold an array instead of a number, each of which keeps the rule; an array
+    stays what it is. What a tracer holds is not known, and passes.
     """
     for field, rule in rules.items():
-        value = getattr(self, field)
+        value, name = getattr(self, field), f"{type(self).__name__}.{field}"
         if not (is_array(value) and field in getattr(self, "traced_fields", ())):
-            object.__setattr__(self, field, rule(f"{type(self).__name__}.{field}", value))
+            object.__setattr__(self, field, rule(name, value))
+        elif not isinstance(value, jax.core.Tracer):
+            for number in np.unique(value).tolist():
+                rule(f"{name}, an array,", number)
 
 
 def settle_bounded(self, field: str, bound: str, *, least: int, hint: str) -> None:
@@ -211,7 +215,7 @@ def check_alike(name: str, settings, like) -> None:
         same = (mine is None) == (theirs is None) if field in row_axes else _equal(mine, theirs)
         if not same:
             raise SettingError(f"{type(like).__name__}.{field} is {mine!r}, but {theirs!r} for every row; "
-                               f"give {field}={theirs!r}, which cannot differ by row")
+                               f"it cannot differ by row: give {field}={theirs!r}, or that to all")
 
 
 def stack_rows(rows: Sequence, like, sizes: Mapping[str, int]):

@@ -90,8 +90,11 @@ def test_settle_names_class_and_field_and_cleans():
 
 
 def test_arrays_and_tracers_pass_in_traced_fields_only():
-    threshold_B = np.array([0.5, 7.0])
+    threshold_B = np.array([0.5, 1.0])
     assert Policy(threshold_B).threshold is threshold_B
+    for wrong in ([0.5, 7.0], [NAN, 0.5], ["a"], [0.5j]):
+        with pytest.raises(SettingError, match=r"Policy\.threshold, an array"):
+            Policy(np.array(wrong))
     assert jax.jit(lambda x: Policy(x).threshold)(2.0) == 2.0
     with pytest.raises(SettingError, match=r"Policy\.patience"):
         Policy(0.5, np.array(3))

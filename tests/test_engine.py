@@ -280,7 +280,6 @@ def test_limits_that_cannot_be(limits, message):
     (dict(prompt=[7] * 48), PromptError, "48 tokens long"), (dict(prompt=[7], max_new_tokens=0), SettingError, "is 0"),
     (dict(prompt=[7], seed=-1), SettingError, "seed is -1"), (dict(prompt=[7], stop=""), SettingError, "stop is ''"),
     (dict(prompt=[7], stop="."), TokenizerError, "no tokenizer"),
-    (dict(prompt=[7], sampling=sled.Sampling(temperature=np.array([0.5j]))), SettingError, "temperature is 0.5j"),
     (dict(prompt=[7], exits=GUESSES), SettingError, "must be of class EarlyExit"),
     (dict(prompt=[7], exits=sled.EarlyExit(1)), SettingError, r"EarlyExit.layers is \(1,\), but \(1, 2\) for every"),
     (dict(prompt=[7], exits=sled.EarlyExit((1, 2), np.ones((2, 2)))), SettingError, "B is 1 here; a request"),

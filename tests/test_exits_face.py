@@ -131,9 +131,9 @@ def test_the_end_line_says_what_exits_did():
     assert end_line(plain, 8, exits=False) == "10 tokens, 5.0 tokens/s, compilation included"
     early = Stats(5, 10, 1, 1, 2.5, deferred=9, held=3)
     assert end_line(early, 8, exits=True).endswith(
-        "; mean depth 2.50 of 8 layers; 9 tokens left before the last layer, 3 rounds held")
+        "; mean depth 2.50 of 8 layers, 9 tokens left before the last; 3 rounds spent waiting for deeper layers")
     guessed = Stats(5, 10, 1, 1, 4, drafted=8, accepted=6, verifications=4, deferred=6)
-    assert "; 6 of 8 guesses right (75%), 1.50 per check; 6 tokens left" in end_line(guessed, 8, exits=True)
+    assert "included; 6 of 8 guesses right (75%), 1.50 per check; 0 rounds" in end_line(guessed, 8, exits=True)
 
 
 @pytest.fixture(scope="module")

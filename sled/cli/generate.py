@@ -119,9 +119,11 @@ def end_line(stats: Stats, num_layers: int, *, exits: bool) -> str:
     """What a generation came to, in a line; with what exits did, where they were used."""
     parts = [f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, compilation included"]
     if exits:
-        parts.append(f"mean depth {stats.mean_depth:.2f} of {num_layers} layers")
         if stats.acceptance is not None:
             parts.append(f"{stats.accepted} of {stats.drafted} guesses right ({stats.acceptance:.0%}), "
                          f"{stats.mean_accepted:.2f} per check")
-        parts.append(f"{stats.deferred} tokens left before the last layer, {stats.held} rounds held")
+        else:
+            parts.append(f"mean depth {stats.mean_depth:.2f} of {num_layers} layers, {stats.deferred} tokens left "
+                         "before the last")
+        parts.append(f"{stats.held} rounds spent waiting for deeper layers")
     return "; ".join(parts)
