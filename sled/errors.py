@@ -42,6 +42,10 @@ class DataError(SledError, ValueError):
     """Training data is missing, damaged, lacks a column, or leaves nothing to train on."""
 
 
+class TrainingError(SledError):
+    """A training run cannot go on: its loss or gradient is not finite."""
+
+
 class CalibrationError(SledError, ValueError):
     """A calibration cannot be made of these losses, or its record is damaged or made for something else."""
 

@@ -113,14 +113,14 @@ def same(one, other) -> None:
         np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]), err_msg=name)
 
 
-def serve() -> None:
+def serve(calls) -> None:
     for line in sys.stdin:
         arguments = json.loads(line)
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
-                globals()[arguments.pop("call")](**arguments)
+                calls[arguments.pop("call")](**arguments)
                 code = 0
             except SystemExit as end:
                 code = end.code
@@ -134,4 +134,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(globals())

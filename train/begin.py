@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import itertools
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.experimental.multihost_utils import sync_global_devices
 
 from sled.checks import Whole, settle
-from sled.errors import SettingError
+from sled.describe import describe
+from sled.errors import CheckpointError, SettingError
 from sled.models import Decoder, DecoderConfig, load_folder, read_config
 from sled.models.checkpoint import TOKENIZER_FILES
+from sled.models.layers import Block
 from sled.models.registry import format_config
+from sled.models.stored import abstract_stacked
 from sled.text import Text
 from sled.train.folders import load_onto
 from sled.train.placing import Placing
+from sled.train.recipes import CONTEXT
 from sled.train.sources import Source
 from sled.train.tokenizer import END_OF_TEXT, train_tokenizer, write_tokenizer
 
@@ -69,35 +77,71 @@ class NewModel:
 
 
 class Beginning(NamedTuple):
-    """A run's model before its weights are read or made. folder: of the weights, None where they begin at random."""
+    """A run's model before its weights are read or made.
+
+    folder: of the weights, None where they begin at random. context: tokens of a row. origin: what the weights come
+    from, as JSON has it, for a resumed run to compare.
+    """
 
     config: DecoderConfig
     text: Text
     folder: Path | None
+    context: int
+    origin: Any
 
 
-def write_form(model: Path | NewModel, source: Source, context: int, form: Path) -> Beginning:
-    """Puts config.json and the tokenizer of a run's model into the folder `form`, or finds them there.
+def begin(model: Path | NewModel, source: Source, context: int | None, form: Path, *, begun: bool) -> Beginning:
+    """Puts config.json and the tokenizer of a run's model into the folder `form`; all processes call this together.
 
-    context: the most tokens of a row. Raises SettingError where an existing model's context is shorter.
+    context: the most tokens of a row, None for as many as the model holds, at most `CONTEXT`.
+    begun: whether the run has checkpoints, so that `form` is there already and stays.
+    Raises SettingError where an existing model's context is shorter, CheckpointError for a run without its form.
     """
-    if isinstance(model, NewModel):
-        if not (form / "config.json").is_file():
+    if begun and not (form / "config.json").is_file():
+        raise CheckpointError(f"{form} lacks config.json, which the run of these checkpoints wrote; restore it, or "
+                              "start anew in another folder")
+    new = isinstance(model, NewModel)
+    config = None if new else read_config(model)
+    if config is not None and context is not None and context > config.max_positions:
+        raise SettingError(f"context is {context}, but the model in {model} was made for {config.max_positions} "
+                           "positions; give that or less")
+    limit = CONTEXT if config is None else min(CONTEXT, config.max_positions)
+    context = limit if context is None else context
+    if not begun and jax.process_index() == 0:
+        shutil.rmtree(form, ignore_errors=True)
+        form.mkdir(parents=True)
+        if new:
             _new_form(model, source, context, form)
-        return Beginning(read_config(form), Text.from_folder(form), None)
-    config = read_config(model)
-    if context > config.max_positions:
-        raise SettingError(f"context is {context}, but {model} was made for {config.max_positions} positions; "
-                           "give a smaller one")
-    form.mkdir(parents=True, exist_ok=True)
-    for name in (*TOKENIZER_FILES, "config.json", "generation_config.json"):
-        if (model / name).is_file():
-            shutil.copyfile(model / name, form / name)
-    return Beginning(config, Text.from_folder(form), model)
+        else:
+            _copy(model, form, (*TOKENIZER_FILES, "config.json", "generation_config.json"))
+    if jax.process_count() > 1:
+        sync_global_devices("sled puts down the form of its model")
+    if new:
+        return Beginning(read_config(form), Text.from_folder(form), None, context,
+                         describe(dataclasses.replace(model, tokenizer=None)))
+    return Beginning(config, Text.from_folder(model), model, context, _weights_digest(model))
+
+
+def _weights_digest(folder: Path) -> str:
+    """SHA-256 of the weight files' names, sizes, and first and last MiB: enough to tell models apart, soon read."""
+    total, some = hashlib.sha256(), 2**20
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            total.update(f"{path.name} {size} ".encode())
+            for start in (0, max(size - some, 0)):
+                file.seek(start)
+                total.update(file.read(some))
+    return total.hexdigest()
+
+
+def _copy(source: Path, form: Path, names: Iterable[str]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, form / name)
 
 
 def _new_form(model: NewModel, source: Source, context: int, form: Path) -> None:
-    form.mkdir(parents=True, exist_ok=True)
     if model.tokenizer is None:
         tokenizer = train_tokenizer(_texts(source), model.vocabulary)
         write_tokenizer(tokenizer, form, context)
@@ -108,13 +152,9 @@ def _new_form(model: NewModel, source: Source, context: int, form: Path) -> None
         if end is None:
             raise SettingError(f"the tokenizer in {model.tokenizer} has no token {model.end_of_text!r}; name the one "
                                "that ends its texts as end_of_text")
-        for name in TOKENIZER_FILES:
-            if (Path(model.tokenizer) / name).is_file():
-                shutil.copyfile(Path(model.tokenizer) / name, form / name)
-    # Last: with it the folder counts as whole.
+        _copy(Path(model.tokenizer), form, TOKENIZER_FILES)
     written = json.dumps(format_config(model.config(size, end, context), "float32"), indent=2)
-    (form / "config.json.unfinished").write_text(written + "\n")
-    (form / "config.json.unfinished").replace(form / "config.json")
+    (form / "config.json").write_text(written + "\n")
 
 
 def _texts(source: Source):
@@ -126,11 +166,24 @@ def _texts(source: Source):
 
 
 def first_decoder(beginning: Beginning, seed: int, placing: Placing | None) -> Decoder:
-    """The model in the stacked form, float32, on the mesh where there is one."""
-    if beginning.folder is None:
-        make = lambda: nnx.state(Decoder.init(beginning.config, rngs=nnx.Rngs(seed)).stack())  # noqa: E731
-        graph, _ = nnx.split(nnx.eval_shape(lambda: Decoder.init(beginning.config, rngs=nnx.Rngs(seed)).stack()))
-        return nnx.merge(graph, jax.jit(make)() if placing is None else placing.create(make))
+    """The model in the stacked form, float32, on the mesh where there is one; random weights do not depend on it."""
+    config, folder = beginning.config, beginning.folder
+    if folder is None:
+        graph, _ = nnx.split(abstract_stacked(config))
+        make = functools.partial(_random_weights, config)
+        key = jax.random.key(seed)
+        return nnx.merge(graph, jax.jit(make)(key) if placing is None else placing.create(make, key))
     if placing is None:
-        return load_folder(beginning.folder, dtype="float32").stack()
-    return load_onto(beginning.folder, placing.mesh, dtype="float32")
+        return load_folder(folder, dtype="float32").stack()
+    return load_onto(folder, placing.mesh, dtype="float32")
+
+
+def _random_weights(config: DecoderConfig, key) -> nnx.State:
+    """Those of a stacked decoder. One layer is traced, not L: compiling 10 would take longer than the first step."""
+    of_layers, of_rest = jax.random.split(key)
+    one = dataclasses.replace(config, num_layers=1, windows=())
+    weights = nnx.to_flat_state(nnx.state(Decoder.init(one, rngs=nnx.Rngs(of_rest)).stack(), nnx.Param))
+    layers = jax.vmap(lambda key: nnx.state(Block(config, dtype="float32", rngs=nnx.Rngs(key)), nnx.Param))(
+        jax.random.split(of_layers, config.num_layers))
+    rest = [(path, leaf) for path, leaf in weights if path[0] != "layers"]
+    return nnx.from_flat_state([*rest, *((("layers", *path), leaf) for path, leaf in nnx.to_flat_state(layers))])

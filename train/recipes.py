@@ -15,20 +15,22 @@ from typing import Any
 from sled.checks import LARGEST, Instance, Number, Whole, settle
 from sled.errors import SettingError
 from sled.train.dropout import LayerDropout, dont_drop_dropout, layerskip
-from sled.train.dropping import FixedRows
 from sled.train.forward import REMAT
 from sled.train.optimizers import OPTIMIZERS, SCHEDULES
 from sled.train.weights import ExitPlan, Gradual, LastOnly, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
 
 DTYPES = ("float32", "bfloat16")
+CONTEXT = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How to train.
 
-    steps: of the whole run. batch: rows of a step, over all devices. context: tokens of a row.
-    accumulate: parts in which a batch is worked off, their gradients summed: less memory, the same result.
+    steps: of the whole run. batch: rows of a step, over all devices.
+    context: tokens of a row; None for as many as the model holds, at most `CONTEXT`.
+    accumulate: parts in which a batch is worked off, their gradients summed: less memory, the same result, but that
+        layer dropout draws anew for each part.
     exits: which exits learn at a step, and how much each counts; the last layer always does.
     dropout: layer dropout, or None.
     optimizer: "adamw", or "muon" (for the layers' matrices; Adam for the rest).
@@ -45,7 +47,7 @@ class Recipe:
 
     steps: int = 1000
     batch: int = 32
-    context: int = 512
+    context: int | None = None
     accumulate: int = 1
     exits: ExitPlan = dataclasses.field(default_factory=LastOnly)
     dropout: LayerDropout | None = None
@@ -68,7 +70,6 @@ class Recipe:
             self,
             steps=Whole(1, LARGEST, hint="it counts the steps of the whole run"),
             batch=Whole(1, hint="it counts the rows of a step"),
-            context=Whole(2, hint="it counts the tokens of a row"),
             accumulate=Whole(1, hint="1 works off the batch at once"),
             exits=Instance(ExitPlan, hint="give WeightedExits(...), FixedExits(...) or LastOnly()"),
             rate=Number(0, open_low=True, hint="1e-5 to 1e-3 is usual"),
@@ -78,6 +79,8 @@ class Recipe:
             clip=Number(0, open_low=True, hint="1 is usual"),
             temperature=Number(0, open_low=True, hint="1 is usual"),
             seed=Whole(0, 2**32 - 1, hint="any will do"))
+        if self.context is not None:
+            settle(self, context=Whole(2, hint="it counts the tokens of a row"))
         for field in ("z_loss", "distill"):
             if getattr(self, field) is not None:
                 settle(self, **{field: Number(0, hint="None is off")})
@@ -135,11 +138,11 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "continue": _layerskip(rate=3e-5, p=0.1, scale=0.2, every=8, steps=10_000),
     "finetune": _layerskip(rate=1e-4, p=0.1, scale=1.0, every=16, steps=1000, schedule="linear", weight_decay=0.0),
     "plain": dict(steps=1000),
-    # The bundled model's.
+    # For small models of the demo's problems: packed rows of one length, so that one program compiles.
     "demo": dict(
-        steps=5000, batch=32, context=128, optimizer="muon", rate=3e-3, schedule="warmup-stable-decay", beta2=0.98,
+        steps=5000, batch=16, context=128, optimizer="muon", rate=3e-3, schedule="warmup-stable-decay", beta2=0.98,
         exits=WeightedExits(UniformWeights(), Rotational(5)),
-        dropout=OverSteps(lambda steps: layerskip(0.1, steps=steps, way=FixedRows()))),
+        dropout=OverSteps(lambda steps: layerskip(0.1, steps=steps))),
     # LayerSkip (arXiv 2404.16710), tables of hyper-parameters; rates that it does not give are those of its kind above.
     "layerskip-llama2-7b": _layerskip(rate=3e-5, p=0.1, scale=0.2, every=8, steps=50_000, context=4096),
     "layerskip-llama2-13b": _layerskip(rate=3e-5, p=0.1, scale=0.1, every=39, steps=50_000, context=4096),

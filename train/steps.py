@@ -78,8 +78,9 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         rows = batch.tokens_BT.shape[0]
         key = jax.random.fold_in(jax.random.key(seed), part)
         drops = None if dropout is None else dropout.draw(key, step, rows, model.num_layers)
-        loss, metrics = _exit_losses(model, batch, layers_E, weights_E * share, recipe, placing, drops)
-        return loss, (layers_E, jax.tree.map(lambda x: share * x, (metrics.nll_E, metrics.accuracy_E[-1])))
+        loss, metrics = _exit_losses(model, batch, layers_E, weights_E, recipe, placing, drops=drops,
+                                     z_loss=recipe.z_loss, distill=recipe.distill, temperature=recipe.temperature)
+        return share * loss, (layers_E, (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
 
     gradient = jax.value_and_grad(part_loss, has_aux=True)
 
@@ -109,7 +110,9 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         (loss, (nll_E, accuracy), change), layers_E = whole(state.weights, batch, dropout, state.step)
         moved, optimizer_state = optimizer.update(change, state.optimizer, state.weights)
         metrics = StepMetrics(loss, layers_E, nll_E, accuracy, optax.global_norm(change))
-        return TrainState(optax.apply_updates(state.weights, moved), optimizer_state, state.step + 1), metrics
+        made = TrainState(optax.apply_updates(state.weights, moved), optimizer_state, state.step + 1), metrics
+        # Held to its place: the partitioner might put it elsewhere, and the next step would compile again.
+        return made if placing is None else jax.lax.with_sharding_constraint(made, placing.shardings(made))
 
     return jax.jit(step, donate_argnums=0)
 
@@ -121,13 +124,14 @@ def make_evaluation(model: Decoder, recipe: Recipe, placing: Placing | None = No
 
     def evaluate(weights, batch: Batch) -> LayerMeans:
         model = _placed(graph, weights, placing)
-        _, metrics = _exit_losses(model, batch, tuple(range(1, depth + 1)), jnp.ones(depth), recipe, placing, None)
+        _, metrics = _exit_losses(model, batch, range(1, depth + 1), jnp.ones(depth), recipe, placing)
         return LayerMeans(metrics.nll_E * metrics.targets, metrics.accuracy_E * metrics.targets, metrics.targets)
 
     return jax.jit(evaluate)
 
 
-def _exit_losses(model: Decoder, batch: Batch, layers_E, weights_E, recipe: Recipe, placing: Placing | None, drops):
+def _exit_losses(model: Decoder, batch: Batch, layers_E, weights_E, recipe: Recipe, placing: Placing | None, *,
+                 drops=None, **terms):
     """The loss of these exits with its metrics; position t is asked for token t + 1."""
     dtype = jnp.dtype(recipe.compute_dtype)
     place = {} if placing is None else dict(place=placing.activations)
@@ -135,8 +139,6 @@ def _exit_losses(model: Decoder, batch: Batch, layers_E, weights_E, recipe: Reci
                          remat=recipe.remat, compute_dtype=dtype, **place)
     following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
     split = None if placing is None else Split(placing.mesh, data=ROWS)
-    evaluating = isinstance(layers_E, tuple)
-    terms = {} if evaluating else dict(z_loss=recipe.z_loss, distill=recipe.distill, temperature=recipe.temperature)
     return exit_cross_entropy(model.normalise(h_EBTD).astype(dtype), model.head_weight.astype(dtype),
                               following(batch.tokens_BT), following(batch.weights_BT), weights_E, split=split, **terms)
 

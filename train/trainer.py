@@ -12,6 +12,8 @@ What a run leaves in its folder:
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +27,12 @@ from tqdm import tqdm
 
 from sled.checks import Instance, Whole, settle
 from sled.describe import describe
-from sled.errors import SettingError
+from sled.errors import TrainingError
 from sled.models import save_folder
 from sled.models.hub import folder_of
 from sled.train.batches import Batches
-from sled.train.begin import NewModel, first_decoder, write_form
-from sled.train.checkpoint import Checkpoints
+from sled.train.begin import Beginning, NewModel, begin, first_decoder
+from sled.train.checkpoint import Checkpoints, complete_steps
 from sled.train.memory import Plan, plan
 from sled.train.mesh import Mesh
 from sled.train.metrics import HELD_OUT, Metrics, progress_bar, progress_line
@@ -43,8 +45,11 @@ from sled.train.recipes import Recipe
 from sled.train.rows import Batch, Rows, read
 from sled.train.same_run import anything, same_rates
 from sled.train.sources import Source
-from sled.train.steps import init_state, make_evaluation, make_train_step
+from sled.train.steps import StepMetrics, init_state, make_evaluation, make_train_step
 from sled.train.throughput import Throughput, flops_per_token
+
+FORM, CHECKPOINTS, MODEL = "form", "checkpoints", "model"
+STRETCH = 1000  # steps for which a compilation pays that leaves dropped rows out, at least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +101,8 @@ def train(run: Run, *, optimizer: optax.GradientTransformation | None = None) ->
 
     optimizer: of one's own, in place of the recipe's; it is not among the settings that a resumed run compares.
 
-    Raises SettingError, DataError, CheckpointError and whatever reading the model raises. SIGTERM ends the process in
+    Raises SettingError, DataError, CheckpointError, TrainingError where a loss is not finite, and whatever reading the
+    model raises. SIGTERM ends the process in
     order, with exit code 75, after a checkpoint.
     """
     return _Training(run, optimizer).finish()
@@ -104,11 +110,14 @@ def train(run: Run, *, optimizer: optax.GradientTransformation | None = None) ->
 
 def plan_of(run: Run) -> Plan:
     """What each device would hold, from shapes alone. Raises as `train` does."""
-    recipe = run.recipe
-    model = run.model if isinstance(run.model, NewModel) else folder_of(run.model)
     with tempfile.TemporaryDirectory() as form:
-        config = write_form(model, run.source, recipe.context, Path(form)).config
-    return plan(Placing(config, run.mesh.build()), _optimizer(recipe))
+        config = _begin(run, Path(form), begun=False).config
+    return plan(Placing(config, run.mesh.build()), _optimizer(run.recipe))
+
+
+def _begin(run: Run, form: Path, *, begun: bool) -> Beginning:
+    model = run.model if isinstance(run.model, NewModel) else folder_of(run.model)
+    return begin(model, run.source, run.recipe.context, form, begun=begun)
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
@@ -122,10 +131,12 @@ class _Training:
 
     def __init__(self, run: Run, optimizer: optax.GradientTransformation | None):
         self.run, recipe = run, run.recipe
-        model = run.model if isinstance(run.model, NewModel) else folder_of(run.model)
-        self.beginning = write_form(model, run.source, recipe.context, run.folder / "form")
         mesh = run.mesh.build()
+        self.beginning = _begin(run, run.folder / FORM, begun=bool(complete_steps(run.folder / CHECKPOINTS)))
         self.placing = Placing(self.beginning.config, mesh) if mesh.size > 1 else None
+        self.part = recipe.batch // recipe.accumulate
+        if self.placing is not None:
+            self.placing.local_rows(self.part)  # raises where a part does not divide
         self.rows = self._read(run.source)
         self.held_out = None if run.held_out is None else self._read(run.held_out)
         self.optimizer = optimizer or _optimizer(recipe)
@@ -138,12 +149,14 @@ class _Training:
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
         self.settings = self._settings()
         rates = rate_schedule(recipe.schedule, recipe.rate, recipe.warmup)
-        self.may_change = {"recipe.steps": same_rates(rates), "recipe.remat": anything, "recipe.accumulate": anything}
+        self.may_change = {"recipe.steps": same_rates(rates), "recipe.remat": anything}
+        if recipe.dropout is None:  # which draws for each part on its own
+            self.may_change["recipe.accumulate"] = anything
 
     def finish(self) -> Path:
         run, recipe = self.run, self.run.recipe
         with Preemption() as preemption, Checkpoints(
-                run.folder / "checkpoints", self.settings, every=run.every, keep=run.keep,
+                run.folder / CHECKPOINTS, self.settings, every=run.every, keep=run.keep,
                 may_change=self.may_change) as checkpoints:
             begun = self._resume(checkpoints)
             self._say(f"{self.parameters:,} parameters on {jax.device_count()} {jax.devices()[0].device_kind}; "
@@ -162,52 +175,55 @@ class _Training:
                         leave(step, checkpoints.folder)
         if self.held_out is not None and jax.process_index() == 0:
             draw(run.folder / "metrics.jsonl", run.folder / "layers.png")
-        return save_folder(nnx.merge(self.graph, self.state.weights), run.folder / "model",
-                           tokenizer_from=run.folder / "form")
+        return save_folder(nnx.merge(self.graph, self.state.weights), run.folder / MODEL,
+                           tokenizer_from=run.folder / FORM)
 
     def _steps(self, begun: int, metrics: Metrics) -> Iterator[tuple[int, dict[str, Any]]]:
         """Takes the steps after `begun`; yields each with what was told of it, most often nothing."""
         run, recipe, depth = self.run, self.run.recipe, self.beginning.config.num_layers
         exits = recipe.exits.exits_at(0, depth)[0].size - 1
-        throughput = Throughput(flops_per_token(self.beginning.config, self.parameters, recipe.context, exits))
-        rows = recipe.batch // recipe.accumulate
+        throughput = Throughput(flops_per_token(self.beginning.config, self.parameters, self.beginning.context, exits))
         for step in range(begun + 1, recipe.steps + 1):
-            dropout = None if recipe.dropout is None else self._saving(recipe.dropout, step - 1, rows)
             batch = next(self.batches)
-            self.state, made = self.train_step(self.state, self._global(batch, recipe.batch), dropout)
-            throughput.count(batch.tokens_BT.shape[1] * recipe.batch)
+            self.state, made = self.train_step(self.state, self._global(batch, recipe.batch), self._dropout(step - 1))
+            throughput.count(np.count_nonzero(batch.segments_BT) * (recipe.batch // len(batch.segments_BT)))
+            due = step % run.every == 0 or step == recipe.steps
             told: dict[str, Any] = {}
-            measured = self.held_out is not None and (step % run.every == 0 or step == recipe.steps)
-            if step % run.tell == 0 or step == recipe.steps or measured:
-                told = dict(loss=made.loss, exits=made.layers_E, exit_losses=made.nll_E, accuracy=made.accuracy,
-                            gradient_norm=made.gradient_norm)
-                told = {name: np.asarray(value).tolist() for name, value in told.items()}
-                if not np.isfinite(told["loss"]):
-                    raise SettingError(f"the loss of step {step} is {told['loss']}; the checkpoints before it are "
-                                       f"whole: take a lower rate than {recipe.rate:g}, or look at the data")
-                told |= throughput.read()
-            if measured:
+            if due or step % run.tell == 0:
+                told = self._told(step, made) | throughput.read()
+            if due and self.held_out is not None:
                 with throughput.paused():
                     told |= self._measure()
             if told:
                 metrics.write(step, told)
             yield step, told
 
-    def _saving(self, dropout, step: int, rows: int):
-        """Layer dropout that leaves out work, in stretches of an eighth of the run: each may compile once."""
-        stretch = max(self.run.recipe.steps // 8, 1)
+    def _told(self, step: int, made: StepMetrics) -> dict[str, Any]:
+        """What the metrics file has of a step. Raises TrainingError where its numbers are not finite."""
+        loss, norm = float(made.loss), float(made.gradient_norm)
+        if not np.isfinite([loss, norm]).all():
+            raise TrainingError(f"step {step} has loss {loss:g} and a gradient of norm {norm:g}; the checkpoints "
+                                f"before it are whole: take a lower rate than {self.run.recipe.rate:g}, or look at the "
+                                "data")
+        arrays = dict(exits=made.layers_E, exit_losses=made.nll_E, accuracy=made.accuracy)
+        return dict(loss=loss, **{name: np.asarray(value).tolist() for name, value in arrays.items()},
+                    gradient_norm=norm)
+
+    def _dropout(self, step: int):
+        """Layer dropout that leaves out work, told how much in long stretches: each may compile once."""
+        recipe = self.run.recipe
+        if recipe.dropout is None:
+            return None
+        stretch = max(recipe.steps // 8, STRETCH)
         first = step // stretch * stretch
-        return dropout.saving(rows, self.beginning.config.num_layers, first, first + stretch - 1)
+        return recipe.dropout.saving(self.part, self.beginning.config.num_layers, first, first + stretch - 1)
 
     def _measure(self) -> dict[str, list[float]]:
         """Held-out loss and accuracy of the layers 1..L."""
-        size = self.run.recipe.batch // self.run.recipe.accumulate
-        batches = self._batches(self.held_out, size, epochs=1)
-        sums = None
-        for batch, _ in zip(batches, range(-(-self.run.held_out_rows // size)), strict=False):
-            means = self.evaluate(self.state.weights, self._global(batch, size))
-            sums = means if sums is None else jax.tree.map(np.add, sums, means)
-        nll_L, correct_L, targets = jax.tree.map(np.asarray, sums)
+        batches = self._batches(self.held_out, self.part, epochs=1)
+        some = itertools.islice(batches, -(-self.run.held_out_rows // self.part))
+        sums = [jax.device_get(self.evaluate(self.state.weights, self._global(batch, self.part))) for batch in some]
+        nll_L, correct_L, targets = (np.sum(parts, axis=0, dtype=np.float64) for parts in zip(*sums, strict=True))
         return {HELD_OUT: (nll_L / targets).tolist(), "held_out_accuracy": (correct_L / targets).tolist()}
 
     def _resume(self, checkpoints: Checkpoints) -> int:
@@ -221,7 +237,7 @@ class _Training:
 
     def _read(self, source: Source) -> Rows:
         run = self.run
-        layout = Layout(run.recipe.context, shape=run.shape, too_long=run.too_long, prompt_weight=run.prompt_weight)
+        layout = Layout(self.beginning.context, shape=run.shape, too_long=run.too_long, prompt_weight=run.prompt_weight)
         return read(source, self.beginning.text, self.beginning.config, layout)
 
     def _batches(self, rows: Rows, size: int, epochs: int | None = None) -> Batches:
@@ -243,11 +259,11 @@ class _Training:
     def _settings(self) -> dict[str, Any]:
         """All that decides what the run computes, as JSON has it."""
         run = self.run
-        return dict(recipe=describe(run.recipe), config=describe(self.beginning.config), data=self.rows.digest,
-                    shape=run.shape, prompt_weight=run.prompt_weight,
+        return dict(recipe=describe(run.recipe), config=describe(self.beginning.config), model=self.beginning.origin,
+                    data=self.rows.digest, shape=run.shape, prompt_weight=run.prompt_weight,
                     held_out=self.held_out and self.held_out.digest)
 
     @staticmethod
     def _say(line: str) -> None:
         if jax.process_index() == 0:
-            tqdm.write(line)
+            tqdm.write(line, file=sys.stderr)

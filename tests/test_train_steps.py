@@ -1,0 +1,234 @@
+"""Train step, evaluation, optimisers and schedules against plain formulas, on a model of three layers."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from sled.errors import SettingError
+from sled.models.config import DecoderConfig
+from sled.models.decoder import Decoder
+from sled.train.dropout import LayerDropout
+from sled.train.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, rate_schedule
+from sled.train.recipes import RECIPES, Recipe, named
+from sled.train.rows import Batch
+from sled.train.steps import init_state, make_evaluation, make_train_step
+from sled.train.weights import AllExits, Gradual, LayerSkipWeights, Rotational, WeightedExits
+
+CONFIG = DecoderConfig("llama", vocab_size=20, width=16, mlp_width=24, num_layers=3, num_heads=2,
+                       num_kv_heads=1, head_dim=8, max_positions=16, tied_head=True)
+RECIPE = Recipe(batch=4, context=9, exits=WeightedExits(LayerSkipWeights(1.0), AllExits()), z_loss=1e-2, distill=0.3,
+                temperature=2.0)
+SGD = optax.sgd(1.0)  # a step's change is its gradient
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Decoder.init(CONFIG, rngs=nnx.Rngs(0)).stack()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Four rows of one document each, with 1 to 7 targets that count unequally, and padding."""
+    random = np.random.RandomState(0)
+    lengths_B1 = np.array([[9], [3], [6], [2]])
+    index_1T = np.arange(9)[None]
+    inside = index_1T < lengths_B1
+    weights_BT = np.where(inside & (index_1T > 0), np.where(index_1T < 3, 0.25, 1.0), 0.0)
+    tokens_BT = random.randint(1, 20, (4, 9)) * inside
+    return Batch(tokens_BT.astype(np.int32), weights_BT.astype(np.float32), inside.astype(np.int32),
+                 (index_1T * inside).astype(np.int32))
+
+
+@pytest.fixture(scope="module")
+def step(model):
+    """`step(batch, dropout=None, **changes)`: a step with SGD from the first state; compiled once per recipe."""
+    compiled = {}
+
+    def taken(batch, dropout=None, number=0, **changes):
+        key = tuple(sorted(changes.items()))
+        if key not in compiled:
+            compiled[key] = make_train_step(model, dataclasses.replace(RECIPE, **changes), SGD)
+        state = init_state(nnx.state(model), SGD)._replace(step=jnp.int32(number))
+        state, metrics = compiled[key](state, batch, dropout)
+        gradient = jax.tree.map(lambda before, after: before - after, nnx.state(model), state.weights)
+        return SimpleNamespace(gradient=gradient, state=state, metrics=metrics)
+
+    return taken
+
+
+def log_probabilities(model, batch, layers):
+    """Plain log softmax of layers 1..L for the tokens 1..T-1: [E, B, T - 1, V]."""
+    h_EBTD = model.hidden_states(batch.tokens_BT)[np.array(layers), :, :-1]
+    return jax.nn.log_softmax(model.logits(h_EBTD))
+
+
+def plain_nll(log_p_EBTV, batch):
+    """Weighted mean over targets of each exit: [E]."""
+    targets = batch.tokens_BT[None, :, 1:, None]
+    nll_EBT = -jnp.take_along_axis(log_p_EBTV, jnp.broadcast_to(targets, (*log_p_EBTV.shape[:3], 1)), -1)[..., 0]
+    return (nll_EBT * batch.weights_BT[:, 1:]).sum((1, 2)) / batch.weights_BT[:, 1:].sum()
+
+
+def close(one, other, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), one, other)
+
+
+def test_a_step_goes_down_the_plain_formula(model, step, batch):
+    graph, weights = nnx.split(model)
+    share_BT = batch.weights_BT[:, 1:] / batch.weights_BT[:, 1:].sum()
+    weights_E = np.array([0, 1, 3], np.float32) / 4  # e(1) = 0, e(2) = 1, e(3) = L - 1 + 1
+
+    def plain(weights):
+        model = nnx.merge(graph, weights)
+        log_p = log_probabilities(model, batch, [1, 2, 3])
+        logits = model.logits(model.hidden_states(batch.tokens_BT)[1:, :, :-1])
+        z_E = (jax.nn.logsumexp(logits, -1) ** 2 * share_BT).sum((1, 2))
+        p, q = (jax.nn.log_softmax(x / 2.0) for x in (jax.lax.stop_gradient(logits[-1:]), logits))
+        divergence_E = 4 * ((jnp.exp(p) * (p - q)).sum(-1) * share_BT).sum((1, 2))
+        return (weights_E * (plain_nll(log_p, batch) + 1e-2 * z_E + 0.3 * divergence_E)).sum()
+
+    taken = step(batch)
+    loss, gradient = jax.jit(jax.value_and_grad(plain))(weights)
+    np.testing.assert_allclose(taken.metrics.loss, loss, rtol=1e-5)
+    close(taken.gradient, gradient, rtol=1e-3, atol=2e-6)
+    np.testing.assert_allclose(taken.metrics.gradient_norm, optax.global_norm(gradient), rtol=1e-4)
+    nll_E = plain_nll(log_probabilities(model, batch, [2, 3]), batch)
+    np.testing.assert_allclose(taken.metrics.nll_E, [np.nan, *nll_E], rtol=1e-5)
+    assert taken.metrics.layers_E.tolist() == [1, 2, 3] and taken.state.step == 1
+    best = log_probabilities(model, batch, [3])[0].argmax(-1) == batch.tokens_BT[:, 1:]
+    np.testing.assert_allclose(taken.metrics.accuracy, (best * share_BT).sum(), rtol=1e-5)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole(step, batch):
+    """With parts of 10, 2, ... targets: each counts as many as it holds, also where it holds none."""
+    for rows in (batch, batch._replace(weights_BT=batch.weights_BT * np.array([[1], [0], [1], [0]], np.float32))):
+        whole, halves = step(rows), step(rows, accumulate=2)
+        close(halves.gradient, whole.gradient, rtol=1e-3, atol=2e-6)
+        close(halves.metrics, whole.metrics, rtol=1e-5)
+
+
+def test_dropped_layers_are_those_of_the_draw(step, batch):
+    """At a rate near 1 the last layer is left out of every row, and the first, whose rate is 0, of none."""
+    never = LayerDropout(0.0, rescale=False)
+    for changes in ({}, {"accumulate": 2}):
+        plain, without = step(batch, **changes), step(batch, never, **changes)
+        close(without.gradient, plain.gradient, rtol=1e-6, atol=1e-7)
+        dropped = step(batch, LayerDropout(0.999, rescale=False), **changes)
+        last = jax.tree.map(lambda x: np.abs(x[-1]).max(), dropped.gradient["layers"]["mlp"])
+        assert jax.tree.all(jax.tree.map(lambda x: x == 0, last))  # every row's last layer was left out
+        first = jax.tree.map(lambda x: np.abs(x[0]).max(), dropped.gradient["layers"]["mlp"])
+        assert jax.tree.all(jax.tree.map(lambda x: x > 0, first))
+
+
+def test_dropout_is_drawn_anew_at_each_step_and_alike_when_repeated(step, batch):
+    half = LayerDropout(0.5, rescale=False)
+    losses = {(number, parts): float(step(batch, half, number=number, accumulate=parts).metrics.loss)
+              for number, parts in itertools.product((0, 1, 2), (1, 2))}
+    assert len(set(losses.values())) > 3  # drops of 3 steps, and of other parts
+    assert float(step(batch, half, number=1, accumulate=2).metrics.loss) == losses[1, 2]
+
+
+def test_numbers_of_dropout_and_steps_do_not_compile_again(model, batch):
+    recipe = dataclasses.replace(RECIPE, exits=WeightedExits(LayerSkipWeights(), Rotational(2)))
+    step, state = make_train_step(model, recipe, SGD), init_state(nnx.state(model), SGD)
+    told = []
+    for rate in (0.1, 0.2, 0.3):
+        state, metrics = step(state, batch, LayerDropout(rate))
+        told.append(metrics.layers_E.tolist())
+    assert step._cache_size() == 1
+    assert told == [[1, 3], [2, 3], [1, 3]]
+
+
+def test_evaluation_is_the_plain_formula_of_every_layer(model, batch):
+    means = make_evaluation(model, RECIPE)(nnx.state(model), batch)
+    log_p = log_probabilities(model, batch, [1, 2, 3])
+    np.testing.assert_allclose(means.nll_L / means.targets, plain_nll(log_p, batch), rtol=1e-5)
+    right_LBT = log_p.argmax(-1) == batch.tokens_BT[:, 1:]
+    np.testing.assert_allclose(means.correct_L, (right_LBT * batch.weights_BT[:, 1:]).sum((1, 2)), rtol=1e-5)
+    assert means.targets == batch.weights_BT.sum()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_only_matrices_decay(name, model):
+    biased = dataclasses.replace(CONFIG, qkv_bias=True)
+    weights = nnx.state(Decoder.init(biased, rngs=nnx.Rngs(0)).stack())
+    weights = jax.tree.map(lambda x: x + 1.0, weights)
+    still = jax.tree.map(jnp.zeros_like, weights)
+    optimizer = make_optimizer(name, optax.constant_schedule(0.1), weight_decay=0.5, beta2=0.9, clip=1.0)
+    moved, _ = jax.jit(optimizer.update)(still, optimizer.init(weights), weights)
+    for (path, change), weight in zip(nnx.to_flat_state(moved), jax.tree.leaves(weights), strict=True):
+        decays = not {"bias"} & set(path) and not any("norm" in str(part) for part in path)
+        np.testing.assert_allclose(change[...], -0.05 * weight if decays else 0 * weight, rtol=1e-5, err_msg=str(path))
+
+
+def test_muon_orthogonalises_stacked_matrices_and_nothing_else():
+    random = np.random.RandomState(0)
+    weights = {"matrices": np.ones((2, 6, 4), np.float32), "table": np.ones((6, 4), np.float32),
+               "norm": np.ones((2, 4), np.float32)}
+    gradient = jax.tree.map(lambda leaf: random.standard_normal(leaf.shape).astype(np.float32), weights)
+    optimizer = make_optimizer("muon", optax.constant_schedule(0.5), weight_decay=0.0, beta2=0.9, clip=1e9)
+    change, _ = jax.jit(optimizer.update)(gradient, optimizer.init(weights), weights)
+    singular = np.linalg.svd(np.asarray(change["matrices"]), compute_uv=False)
+    assert singular.max() / singular.min() < 2.5
+    rms = np.sqrt(np.mean(np.square(change["matrices"])))
+    assert 0.5 * 0.2 * 0.6 < rms < 0.5 * 0.2 * 1.4  # of Adam's usual size, so that one rate serves both
+    for name in ("table", "norm"):  # by Adam: its first step moves every number alike
+        moved = np.abs(change[name])
+        np.testing.assert_allclose(moved, moved.flat[0], rtol=1e-3)
+
+
+def test_gradients_are_clipped_to_a_global_norm():
+    weights = {"a": np.zeros(3, np.float32), "b": np.zeros((2, 2), np.float32)}
+    gradient = {"a": np.full(3, 3.0, np.float32), "b": np.full((2, 2), 4.0, np.float32)}
+    optimizer = make_optimizer("adamw", optax.constant_schedule(1.0), weight_decay=0.0, beta2=0.9, clip=1.0)
+    _, state = optimizer.update(gradient, optimizer.init(weights), weights)
+    [mean] = [leaf for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState))
+              if isinstance(leaf, optax.ScaleByAdamState)]
+    np.testing.assert_allclose(optax.global_norm(mean.mu), 0.1, rtol=1e-5)  # 1 - beta1 of a norm of 1
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (1, 100), (8, 0), (8, 1), (8, 8), (1000, 100)])
+def test_schedules_rise_stay_and_fall(name, steps, warmup):
+    rates = np.asarray(jax.vmap(rate_schedule(name, 2.0, warmup)(steps))(jnp.arange(steps)))
+    rising = min(warmup, steps)
+    np.testing.assert_allclose(rates[:rising], 2.0 * np.arange(1, rising + 1) / max(rising, 1), rtol=1e-5)
+    assert (rates > 0).all() and (rates <= 2.0).all()  # the last step learns too
+    after, falling = rates[rising:], steps - rising
+    share = np.arange(falling) / max(falling, 1)
+    quarter = max(steps // 4, 1)
+    want = {"constant": np.ones(falling), "linear": 1 - share, "cosine": (1 + np.cos(np.pi * share)) / 2,
+            "warmup-stable-decay": np.minimum(1, (falling - np.arange(falling)) / quarter)}[name]
+    np.testing.assert_allclose(after, 2.0 * want, rtol=1e-5, atol=1e-6)
+
+
+def test_recipes_by_name():
+    for name in RECIPES:
+        assert named(name, steps=40).steps == 40
+    topv2 = named("layerskip-topv2", steps=400)
+    assert topv2.exits == WeightedExits(LayerSkipWeights(1.0), Gradual(400)) and topv2.dropout.rate == 0.2
+    assert named("layerskip-scratch-7b", steps=400).dropout.schedule.steps == 400
+    assert named("layerskip-llama2-13b").exits.curriculum == Rotational(39)
+    assert named("plain", dropout=None, rate=1.0).rate == 1.0
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: named("nothing"), "recipe is 'nothing'.*plain"),
+    (lambda: named("plain", rates=1), "no rates; it has"),
+    (lambda: named("plain", rate=0), "rate is 0"),
+    (lambda: named("plain", optimizer="sgd"), "optimizer is 'sgd'.*adamw, muon"),
+    (lambda: named("plain", batch=6, accumulate=4), "batch is 6.*accumulate 4"),
+    (lambda: named("plain", exits=3), "exits is 3"),
+    (lambda: named("plain", context=1), "context is 1"),
+    (lambda: named("plain", z_loss=-1.0), "z_loss is -1"),
+])
+def test_recipes_say_what_they_refuse(call, words):
+    with pytest.raises(SettingError, match=words):
+        call()

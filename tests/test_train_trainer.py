@@ -1,0 +1,320 @@
+"""Whole runs: killed, resumed, extended, on meshes, over processes, exported; and what they refuse."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import sled
+from sled.cli import main
+from sled.demo.problems import problems
+from sled.errors import CheckpointError, DataError, SettingError
+from sled.train.begin import NewModel
+from sled.train.checkpoint import complete_steps
+from sled.train.export import export_checkpoint
+from sled.train.metrics import read_metrics
+from sled.train.preemption import EXIT_CODE
+from sled.train.recipes import named
+from sled.train.sources import Source
+from sled.train.trainer import Run, plan_of, train
+
+PROGRAM = Path(__file__).parent / "training_runs.py"
+QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+STEPS = 30
+
+
+class Runs:
+    """Runs of tests/training_runs.py in forked processes, one at a time."""
+
+    def __init__(self, data: Path):
+        self.data, self.log = data, data / "errors.txt"
+        with self.log.open("w") as file:
+            self.server = subprocess.Popen(
+                [sys.executable, PROGRAM, "serve", data], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
+                text=True, env=environment(data, 1))
+
+    def start(self, folder: Path, **changes) -> int:
+        return self.call("train", folder=str(folder), data=str(self.data), **changes)
+
+    def call(self, name: str, **arguments) -> int:
+        line = {"call": name, **arguments}
+        self.server.stdin.write(json.dumps(line) + "\n")
+        self.server.stdin.flush()
+        return int(self.server.stdout.readline())
+
+    def ended(self) -> int:
+        return int(self.server.stdout.readline())
+
+    def whole(self, folder: Path, **changes) -> Path:
+        self.start(folder, **changes)
+        assert self.ended() == 0, self.log.read_text()
+        return folder
+
+    def refused(self, folder: Path, **changes) -> str:
+        before = self.log.stat().st_size
+        self.start(folder, **changes)
+        assert self.ended() == 1
+        return self.log.read_bytes()[before:].decode()
+
+    def stop(self):
+        self.server.stdin.close()
+        self.server.wait()
+        self.server.stdout.close()
+
+
+def environment(data: Path, devices: int) -> dict[str, str]:
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(data / "cache"), "TQDM_DISABLE": "1",
+            "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, split, count in (("train", "train", 200), ("held_out", "heldout", 20)):
+        lines = (json.dumps({"text": p.question}) for p in problems(split, count))
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(data):
+    runs = Runs(data)
+    yield runs
+    runs.stop()
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs, tmp_path_factory) -> Path:
+    return runs.whole(tmp_path_factory.mktemp("uninterrupted"))
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    lines = read_metrics(folder / "metrics.jsonl")
+    for line in lines:
+        assert line.pop("tokens_per_second") > 0
+    return lines
+
+
+def check_same_end(one: Path, other: Path):
+    name = Path("model") / "model.safetensors"
+    assert (one / name).read_bytes() == (other / name).read_bytes()
+    assert metrics_of(one) == metrics_of(other)
+
+
+def latest(folder: Path) -> int:
+    return max(complete_steps(folder / "checkpoints"), default=0)
+
+
+def half_written(folder: Path) -> set[Path]:
+    return {path for path in (folder / "checkpoints").glob("*") if not path.name.isdecimal()}
+
+
+def until(condition):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened for a minute"
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.exhaustive)])
+def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, uninterrupted, tmp_path):
+    """By SIGKILL: by turns while a checkpoint is being written, and at random moments, the first before any."""
+    dice, torn = random.Random(kills), 0
+    for kill in range(kills):
+        left, reached = half_written(tmp_path), latest(tmp_path)
+        pid = runs.start(tmp_path)
+        if kill % 2:
+            until(lambda: latest(tmp_path) > reached)  # noqa: B023
+            until(lambda: half_written(tmp_path) - left)  # noqa: B023
+            time.sleep(dice.uniform(0, 0.01))
+        else:
+            time.sleep(dice.uniform(0, 1.5))
+        os.kill(pid, signal.SIGKILL)
+        assert runs.ended() == -signal.SIGKILL, runs.log.read_text()
+        assert reached <= latest(tmp_path) < STEPS
+        torn += bool(half_written(tmp_path) - left)
+    assert torn >= kills // 3
+    check_same_end(runs.whole(tmp_path), uninterrupted)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):
+    pid = runs.start(tmp_path, every=1000)
+    until(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").stat().st_size)
+    os.kill(pid, signal.SIGTERM)
+    assert runs.ended() == EXIT_CODE
+    stopped = latest(tmp_path)
+    assert 0 < stopped < STEPS and not (tmp_path / "model").exists()
+    export_checkpoint(tmp_path, tmp_path / "early")
+    expected = export_checkpoint(uninterrupted, tmp_path / "expected", stopped)
+    assert (tmp_path / "early" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    runs.whole(tmp_path, every=1000)
+    ours, others = metrics_of(tmp_path), metrics_of(uninterrupted)
+    assert [line["loss"] for line in ours] == [line["loss"] for line in others]
+
+
+def test_a_run_tells_each_step_and_the_held_out_loss_of_every_layer(uninterrupted):
+    lines = metrics_of(uninterrupted)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert all(len(line["held_out"]) == len(line["held_out_accuracy"]) == 3 for line in lines)
+    assert lines[-1]["held_out"][-1] < lines[0]["held_out"][-1] - 0.3 and lines[-1]["loss"] < lines[0]["loss"]
+    assert [line["exits"] for line in lines[:2]] == [[1, 3], [2, 3]]
+    assert (uninterrupted / "layers.png").stat().st_size > 1000
+
+
+def test_what_a_run_ends_with_is_a_model_with_its_tokenizer(uninterrupted, tmp_path, capsys):
+    lm = sled.load(uninterrupted / "model")
+    assert lm.config.num_layers == 3 and lm.text.decode(lm.text.encode("Ash has 7 toys.")) == "Ash has 7 toys."
+    assert main(["export", str(uninterrupted), "--to", str(tmp_path / "model")]) == 0
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (uninterrupted, tmp_path))
+    assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
+    assert sled.load(tmp_path / "model").text.digest == lm.text.digest
+
+
+def test_more_steps_within_the_constant_part_end_as_if_asked_for_at_once(runs, uninterrupted, tmp_path):
+    runs.whole(tmp_path, steps=12)
+    first = (tmp_path / "model" / "model.safetensors").read_bytes()
+    check_same_end(runs.whole(tmp_path), uninterrupted)
+    exported = export_checkpoint(tmp_path, tmp_path / "exported", 12)
+    assert (exported / "model.safetensors").read_bytes() == first
+
+
+def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, uninterrupted):
+    form = {path: path.read_bytes() for path in (uninterrupted / "form").iterdir()}
+    for changes, words in (({"seed": 1}, "recipe.seed was 0 and is 1"), ({"steps": 20}, "step 30 is behind it"),
+                           ({"rate": 0.1}, "recipe.rate was 0.01 and is 0.1"),
+                           ({"width": 16}, "model.width was 32 and is 16"),
+                           ({"accumulate": 2}, "recipe.accumulate was 1 and is 2")):
+        said = runs.refused(uninterrupted, **changes)
+        assert "CheckpointError" in said and words in said, said
+    assert {path: path.read_bytes() for path in (uninterrupted / "form").iterdir()} == form
+
+
+@pytest.fixture(scope="module")
+def spread(data, runs, tmp_path_factory):
+    """Runs on 8 devices, and in two processes, which one process then takes further."""
+    out = tmp_path_factory.mktemp("spread")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    programs = [(8, "meshes", data, out), *((1, "two", address, str(index), data, out) for index in range(2))]
+    started = [subprocess.Popen([sys.executable, PROGRAM, *arguments], env=environment(data, devices), text=True,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+               for devices, *arguments in programs]
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=400)
+            assert process.returncode == 0, errors
+    finally:
+        for process in started:
+            process.kill()
+    runs.whole(out / "two", every=4, steps=12)
+    return out
+
+
+@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
+def test_every_mesh_trains_as_one_device(mesh, spread):
+    """Ten steps without layer dropout, ten with it, its draws the same everywhere."""
+    alone, ours = (read_metrics(spread / name / "metrics.jsonl") for name in ("alone", mesh))
+    losses = [line["loss"] for line in alone]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
+    np.testing.assert_allclose([line["loss"] for line in ours], losses, rtol=0, atol=1e-4)
+    assert [line["exits"] for line in ours] == [line["exits"] for line in alone]
+    if mesh == "all":
+        np.testing.assert_allclose(ours[-1]["held_out"], alone[-1]["held_out"], rtol=0, atol=1e-4)
+
+
+def test_two_processes_train_save_and_resume_and_one_process_goes_on(spread, uninterrupted):
+    ours, others = (metrics_of(folder) for folder in (spread / "two", uninterrupted))
+    assert [line["step"] for line in ours] == list(range(1, 13))
+    np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in others[:12]], atol=1e-4)
+    assert complete_steps(spread / "two" / "checkpoints") == [4, 8, 12]
+
+
+def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
+    lines = [{"question": f"Say {word} backwards.", "answer": f" {word[::-1]}."}
+             for word in ("level", "reward", "lemon")]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines * 8)))
+    runs.call("command", arguments=[
+        "train", "--data", str(file), "--held-out", str(file), "--prompt", "question", "--completion", "answer",
+        "--steps", "12", "--warmup", "2", "--rate", "1e-3", "--batch", "4", "--context", "32", "--every", "4",
+        "--out", str(tmp_path / "run")])
+    assert runs.ended() == 0, runs.log.read_text()
+    held_out = [line["held_out"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
+    assert len(held_out) == 3 and held_out[-1][-1] < held_out[0][-1] / 1.5
+    assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
+
+
+def run_of(tmp_path, data, **changes):
+    recipe = {"steps": 4, "batch": 2, "context": 32} | changes.pop("recipe", {})
+    return Run(**{**dict(folder=tmp_path / "run", model=NewModel(layers=2, width=8, heads=2), source=Source(
+        data / "train.jsonl"), recipe=named("plain", **recipe)), **changes})
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(runs, tmp_path):
+    said = runs.refused(tmp_path, rate=1e38, warmup=0)
+    assert re.search(r"TrainingError: step \d has loss .* norm (nan|inf); .* take a lower rate than 1e\+38", said), said
+    assert not (tmp_path / "model").exists() and latest(tmp_path) < ended_at(said)
+
+
+def ended_at(said: str) -> int:
+    """The step at which a run says that it ended."""
+    return int(re.search(r"step (\d+) has loss", said)[1])
+
+
+def test_what_a_run_would_hold_is_planned_without_it(tmp_path, data):
+    assert plan_of(run_of(tmp_path, data)).weights > 0
+    assert not (tmp_path / "run").exists()
+
+
+def empty(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    return Source(tmp_path / "empty.jsonl")
+
+
+@pytest.mark.parametrize("changes, error, words", [
+    (dict(source=empty), DataError, "empty.jsonl is empty"),
+    (dict(recipe=dict(context=300), model="demo"), SettingError, "context is 300.* made for 256 positions"),
+    (dict(shape="triangular"), SettingError, "shape is 'triangular'.*packed"),
+    (dict(every=0), SettingError, "every is 0"),
+    (dict(recipe=3), SettingError, "recipe is 3"),
+    (dict(model="/nowhere"), CheckpointError, "'/nowhere' is not a folder"),
+])
+def test_bad_input_is_refused_by_name(changes, error, words, tmp_path, data, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
+    changes = {name: value(tmp_path) if callable(value) else value for name, value in changes.items()}
+    if changes.get("recipe") == 3:
+        with pytest.raises(error, match=words):
+            Run(tmp_path, "demo", Source(data / "train.jsonl"), 3)
+        return
+    with pytest.raises(error, match=words):
+        train(run_of(tmp_path, data, **changes))
+
+
+def test_what_is_no_run_is_not_exported(tmp_path, uninterrupted):
+    with pytest.raises(CheckpointError, match="no folder of a training run"):
+        export_checkpoint(tmp_path, tmp_path / "to")
+    with pytest.raises(CheckpointError, match="no checkpoint of step 99; it holds"):
+        export_checkpoint(uninterrupted, tmp_path / "to", 99)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ([], "--data is missing"),
+    (["--data", "demo", "--layers", "3"], "--layers describes a new model, but --model is demo"),
+    (["--data", "demo", "--recipe", "nothing"], "recipe is 'nothing'"),
+    (["--data", "demo", "--tensor", "3"], "Mesh"),
+])
+def test_the_command_says_what_it_refuses(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert main(["train", "--out", str(tmp_path / "run"), *arguments]) == 1
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()

@@ -1,0 +1,107 @@
+"""What test_train_trainer.py runs in processes of its own: `sled.train.trainer.train` on a tiny model and a few texts.
+
+    python training_runs.py serve                       forks a process for every line of input; see killable.py
+    python training_runs.py meshes DATA OUT             on 8 devices
+    python training_runs.py two ADDRESS INDEX DATA OUT  one of two processes
+
+DATA is a folder with train.jsonl and held_out.jsonl.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from sled.cli import main
+from sled.pytree import traced
+from sled.train.begin import NewModel
+from sled.train.distributed import Processes, initialize
+from sled.train.dropout import LayerDropout
+from sled.train.mesh import Mesh
+from sled.train.recipes import Recipe
+from sled.train.sources import Source
+from sled.train.trainer import Run, train
+from sled.train.weights import Rotational, UniformWeights, WeightedExits
+
+MODEL = NewModel(layers=3, width=32, heads=4, mlp_width=64, vocabulary=320)
+RECIPE = Recipe(steps=30, batch=8, context=64, exits=WeightedExits(UniformWeights(), Rotational(2)), warmup=2,
+                dropout=LayerDropout(0.3, rescale=False), schedule="constant", rate=1e-2)
+MESHES = {"alone": Mesh(), "data": Mesh(data=8, fsdp=1), "fsdp": Mesh(), "tensor": Mesh(data=2, fsdp=1, tensor=4),
+          "all": Mesh(data=2, fsdp=2, tensor=2)}
+
+
+def run_of(folder, data, *, model=MODEL, mesh=MESHES["alone"], every=1, **changes) -> Run:
+    """A run into `folder`; `changes` are of the recipe."""
+    data = Path(data)
+    return Run(Path(folder), model, Source(data / "train.jsonl"), dataclasses.replace(RECIPE, **changes),
+               Source(data / "held_out.jsonl"), mesh=mesh, every=every, keep=40, tell=1, held_out_rows=8)
+
+
+def one(folder: str, data: str, width: int = MODEL.width, **changes) -> None:
+    """Trains; changes: `every`, or of the recipe."""
+    train(run_of(folder, data, model=dataclasses.replace(MODEL, width=width), **changes))
+
+
+def command(arguments: list[str]) -> None:
+    """What `sled` does with these arguments."""
+    raise SystemExit(main(arguments))
+
+
+def remember_programs(data) -> None:
+    """Compiled programs are kept in a folder, as compiling takes longer than training here."""
+    jax.config.update("jax_compilation_cache_dir", str(Path(data) / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def on_meshes(data, out) -> None:
+    remember_programs(data)
+    devices = jax.devices()
+    for name, mesh in MESHES.items():
+        if name == "alone":
+            mesh = _OneOf(devices)
+        run = run_of(Path(out) / name, data, mesh=mesh, every=1000, steps=20, rate=3e-3,
+                     dropout=LayerDropout(0.3, schedule=Later(10), rescale=False))
+        train(run if name in ("alone", "all") else dataclasses.replace(run, held_out=None))
+
+
+@traced("begins")
+@dataclasses.dataclass(frozen=True)
+class Later:
+    """Layer dropout that begins at a step."""
+
+    begins: int
+
+    def share(self, step):
+        return jnp.where(step < self.begins, 0.0, 1.0)
+
+
+class _OneOf(Mesh):
+    """A mesh of one device, where there are more."""
+
+    def __init__(self, devices):
+        super().__init__()
+        object.__setattr__(self, "_devices", devices[:1])
+
+    def build(self, devices=None):
+        return super().build(self._devices)
+
+
+def in_two_processes(address, index, data, out) -> None:
+    initialize(Processes(coordinator=address, count=2, index=int(index)))
+    for steps in (4, 8):
+        train(run_of(Path(out) / "two", data, every=4, steps=steps))
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    call, *arguments = sys.argv[1:]
+    if call == "serve":
+        from killable import serve
+
+        remember_programs(arguments[0])
+        serve({"train": one, "command": command})
+    else:
+        {"meshes": on_meshes, "two": in_two_processes}[call](*arguments)
