@@ -1,12 +1,17 @@
 """Tiny checkpoints of every family and variant, made of fixed random numbers, for all tests."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+
+# Tests compile much and compute little: XLA need not optimise. Read when jax starts its devices, which is later.
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
+                                    "--xla_llvm_disable_expensive_passes=true"])
 
 BASE = dict(vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu",

@@ -180,6 +180,7 @@ def test_what_a_run_ends_with_is_a_model_with_its_tokenizer(uninterrupted, tmp_p
     assert sled.load(tmp_path / "model").text.digest == lm.text.digest
 
 
+@pytest.mark.exhaustive
 def test_more_steps_within_the_constant_part_end_as_if_asked_for_at_once(runs, uninterrupted, tmp_path):
     runs.whole(tmp_path, steps=12)
     first = (tmp_path / "model" / "model.safetensors").read_bytes()
@@ -200,13 +201,15 @@ def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, unin
 
 
 @pytest.fixture(scope="module")
-def spread(data, runs, tmp_path_factory):
+def spread(request, data, runs, tmp_path_factory):
     """Runs on 8 devices, and in two processes, which one process then takes further."""
     out = tmp_path_factory.mktemp("spread")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    programs = [(8, "meshes", data, out), *((1, "two", address, str(index), data, out) for index in range(2))]
+    others = ["data", "fsdp", "tensor"] if request.config.getoption("--exhaustive") else []
+    programs = [(8, "meshes", data, out, "alone", "all", *others),
+                *((1, "two", address, str(index), data, out) for index in range(2))]
     started = [subprocess.Popen([sys.executable, PROGRAM, *arguments], env=environment(data, devices), text=True,
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
                for devices, *arguments in programs]
@@ -221,7 +224,8 @@ def spread(data, runs, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
+@pytest.mark.parametrize("mesh", ["all", *(
+    pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ("data", "fsdp", "tensor"))])
 def test_every_mesh_trains_as_one_device(mesh, spread):
     """Ten steps without layer dropout, ten with it, its draws the same everywhere."""
     alone, ours = (read_metrics(spread / name / "metrics.jsonl") for name in ("alone", mesh))

@@ -1,7 +1,7 @@
 """What test_train_trainer.py runs in processes of its own: `sled.train.trainer.train` on a tiny model and a few texts.
 
     python training_runs.py serve                       forks a process for every line of input; see killable.py
-    python training_runs.py meshes DATA OUT             on 8 devices
+    python training_runs.py meshes DATA OUT NAME...     on 8 devices, on each of these `MESHES`
     python training_runs.py two ADDRESS INDEX DATA OUT  one of two processes
 
 DATA is a folder with train.jsonl and held_out.jsonl.
@@ -56,12 +56,11 @@ def remember_programs(data) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def on_meshes(data, out) -> None:
+def on_meshes(data, out, *names) -> None:
     remember_programs(data)
     devices = jax.devices()
-    for name, mesh in MESHES.items():
-        if name == "alone":
-            mesh = _OneOf(devices)
+    for name in names:
+        mesh = _OneOf(devices) if name == "alone" else MESHES[name]
         run = run_of(Path(out) / name, data, mesh=mesh, every=1000, steps=20, rate=3e-3,
                      dropout=LayerDropout(0.3, schedule=Later(10), rescale=False))
         train(run if name in ("alone", "all") else dataclasses.replace(run, held_out=None))
@@ -91,6 +90,7 @@ class _OneOf(Mesh):
 
 def in_two_processes(address, index, data, out) -> None:
     initialize(Processes(coordinator=address, count=2, index=int(index)))
+    remember_programs(data)
     for steps in (4, 8):
         train(run_of(Path(out) / "two", data, every=4, steps=steps))
     jax.distributed.shutdown()

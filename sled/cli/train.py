@@ -93,9 +93,9 @@ class RecipeOptions:
     batch: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
     """Rows of a step, over all devices."""
     context: int | None = None
-    """Tokens of a row."""
+    """Tokens of a row (as many as the model holds, at most 512, unless the recipe says so)."""
     accumulate: int | None = None
-    """Work off the batch in so many parts: less memory, the same result."""
+    """Work off the batch in so many parts: less memory, the same result (but layer dropout draws for each part)."""
     rate: float | None = None
     """Peak of the learning rate."""
     optimizer: Literal["adamw", "muon"] | None = None
