@@ -13,7 +13,7 @@ import dataclasses
 import math
 import numbers
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -98,6 +98,16 @@ class Each:
         if not isinstance(value, (list, tuple)):
             raise SettingError(f"{name} is {value!r}, but must be a tuple of numbers; {self.rule.hint}")
         return tuple(self.rule(f"{name}[{i}]", entry) for i, entry in enumerate(value))
+
+
+@dataclasses.dataclass(frozen=True)
+class OrNone:
+    """None, or what `rule` takes."""
+
+    rule: Callable[[str, object], object]
+
+    def __call__(self, name: str, value):
+        return None if value is None else self.rule(name, value)
 
 
 @dataclasses.dataclass(frozen=True)

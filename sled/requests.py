@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sled.checks import LARGEST, Flag, Number, Whole, settle
+from sled.checks import LARGEST, Flag, Number, OrNone, Whole, settle
 from sled.decoding.slots import Entry
 from sled.errors import RequestError, SettingError
 from sled.exits import EarlyExit, Policy
@@ -42,9 +42,8 @@ class Limits:
         settle(self, threshold_floor=Number(0, 1, hint="a threshold is a confidence; 0 is no bound"),
                min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"),
                constant_depth=Flag(hint="True sends every token through all layers"),
-               show_exits=Flag(hint="True shows requesters the layers their tokens left at"))
-        if self.budget is not None:
-            settle(self, budget=Whole(1, hint="it counts layer-tokens; None is no bound"))
+               show_exits=Flag(hint="True shows requesters the layers their tokens left at"),
+               budget=OrNone(Whole(1, hint="it counts layer-tokens; None is no bound")))
 
     def check(self, exits: Policy) -> None:
         """Raises SettingError for early exit that leaves earlier than is allowed."""

@@ -16,7 +16,7 @@ import jax
 from flax import nnx
 from jax.experimental.multihost_utils import sync_global_devices
 
-from sled.checks import Whole, settle
+from sled.checks import OrNone, Whole, settle
 from sled.describe import describe
 from sled.errors import CheckpointError, SettingError
 from sled.models import Decoder, DecoderConfig, load_folder, read_config
@@ -60,10 +60,9 @@ class NewModel:
         settle(self, layers=Whole(2, hint="early layers are to speak, so there must be some"),
                width=Whole(2, hint="it is the width of the hidden states"),
                heads=Whole(1, hint="they share the width"),
-               vocabulary=Whole(257, hint="256 are the bytes, and one ends a text"))
-        for field, hint in (("kv_heads", "None is as many as heads"), ("mlp_width", "None is 2.75 times the width")):
-            if getattr(self, field) is not None:
-                settle(self, **{field: Whole(1, hint=hint)})
+               vocabulary=Whole(257, hint="256 are the bytes, and one ends a text"),
+               kv_heads=OrNone(Whole(1, hint="None is as many as heads")),
+               mlp_width=OrNone(Whole(1, hint="None is 2.75 times the width")))
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise SettingError(f"NewModel.width is {self.width}, which {self.heads} heads cannot share evenly (each "
                                "takes an even number of channels); choose another number of heads")

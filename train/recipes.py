@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sled.checks import LARGEST, Instance, Number, Whole, settle
+from sled.checks import LARGEST, Instance, Number, OrNone, Whole, settle
 from sled.errors import SettingError
 from sled.train.dropout import LayerDropout, dont_drop_dropout, layerskip
 from sled.train.forward import REMAT
@@ -78,14 +78,11 @@ class Recipe:
             beta2=Number(0, 1, open_high=True, hint="0.95 is usual"),
             clip=Number(0, open_low=True, hint="1 is usual"),
             temperature=Number(0, open_low=True, hint="1 is usual"),
-            seed=Whole(0, 2**32 - 1, hint="any will do"))
-        if self.context is not None:
-            settle(self, context=Whole(2, hint="it counts the tokens of a row"))
-        for field in ("z_loss", "distill"):
-            if getattr(self, field) is not None:
-                settle(self, **{field: Number(0, hint="None is off")})
-        if self.dropout is not None:
-            settle(self, dropout=Instance(LayerDropout, hint="give layerskip(0.1), for example, or None"))
+            seed=Whole(0, 2**32 - 1, hint="any will do"),
+            context=OrNone(Whole(2, hint="it counts the tokens of a row")),
+            z_loss=OrNone(Number(0, hint="None is off")),
+            distill=OrNone(Number(0, hint="None is off")),
+            dropout=OrNone(Instance(LayerDropout, hint="give layerskip(0.1), for example, or None")))
         for field, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("compute_dtype", DTYPES),
                              ("remat", REMAT)):
             if getattr(self, field) not in known:

@@ -15,7 +15,7 @@ import dataclasses
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from sled.checks import Instance, Whole, settle
+from sled.checks import Instance, OrNone, Whole, settle
 from sled.describe import describe
 from sled.errors import TrainingError
 from sled.models import save_folder
@@ -90,9 +90,8 @@ class Run:
                every=Whole(1, hint="it counts the steps between two checkpoints"),
                keep=Whole(1, hint="it counts checkpoints"),
                tell=Whole(1, hint="it counts the steps between two lines of metrics"),
-               held_out_rows=Whole(1, hint="it counts rows"))
-        if self.held_out is not None:
-            settle(self, held_out=Instance(Source, traced=False, hint="give sled.train.sources.Source(...)"))
+               held_out_rows=Whole(1, hint="it counts rows"),
+               held_out=OrNone(Instance(Source, traced=False, hint="give sled.train.sources.Source(...)")))
         object.__setattr__(self, "folder", Path(self.folder))
 
 
@@ -102,8 +101,7 @@ def train(run: Run, *, optimizer: optax.GradientTransformation | None = None) ->
     optimizer: of one's own, in place of the recipe's; it is not among the settings that a resumed run compares.
 
     Raises SettingError, DataError, CheckpointError, TrainingError where a loss is not finite, and whatever reading the
-    model raises. SIGTERM ends the process in
-    order, with exit code 75, after a checkpoint.
+    model raises. SIGTERM ends the process in order, with exit code 75, after a checkpoint.
     """
     return _Training(run, optimizer).finish()
 
@@ -120,10 +118,13 @@ def _begin(run: Run, form: Path, *, begun: bool) -> Beginning:
     return begin(model, run.source, run.recipe.context, form, begun=begun)
 
 
+def _rates(recipe: Recipe) -> Callable[[int], optax.Schedule]:
+    return rate_schedule(recipe.schedule, recipe.rate, recipe.warmup)
+
+
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
-    rates = rate_schedule(recipe.schedule, recipe.rate, recipe.warmup)
-    return make_optimizer(recipe.optimizer, rates(recipe.steps), clip=recipe.clip, weight_decay=recipe.weight_decay,
-                          beta2=recipe.beta2)
+    return make_optimizer(recipe.optimizer, _rates(recipe)(recipe.steps), clip=recipe.clip,
+                          weight_decay=recipe.weight_decay, beta2=recipe.beta2)
 
 
 class _Training:
@@ -148,8 +149,7 @@ class _Training:
         self.evaluate = make_evaluation(decoder, recipe, self.placing)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
         self.settings = self._settings()
-        rates = rate_schedule(recipe.schedule, recipe.rate, recipe.warmup)
-        self.may_change = {"recipe.steps": same_rates(rates), "recipe.remat": anything}
+        self.may_change = {"recipe.steps": same_rates(_rates(recipe)), "recipe.remat": anything}
         if recipe.dropout is None:  # which draws for each part on its own
             self.may_change["recipe.accumulate"] = anything
 

@@ -51,14 +51,12 @@ class Slots(Batch):
         self._state = state.start(self._fixed["build"], self._fixed["params"], [nothing] * slots, [0] * slots,
                                   [0] * slots, **self._place)
         self._of_slot = [self._like] * slots
-        self._stack()
         self._fetch()
 
     def stop(self, rows: list[int]) -> None:
         super().stop(rows)
         for row in rows:
             self._of_slot[row] = self._like
-        self._stack()
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Raises SettingError where numbers of one row's settings have another shape than the other rows' have."""
@@ -78,14 +76,11 @@ class Slots(Batch):
             self._state = state.put_row(self._state, row, np.int32(slot))
             self._of_slot[slot] = dict(entry.settings)
         if len(entries) > len(failed):
-            self._stack()
             self._fetch()
         return failed
 
-    def _stack(self) -> None:
-        self._settings = {name: stack_rows([of_row[name] for of_row in self._of_slot], like, self._sizes)
-                          for name, like in self._like.items()}
-
     def advance(self, ticks: int, *, rows: int = 1) -> None:
         """All rows go on, for `ticks` ticks of the loop or until fewer than `rows` of them are left."""
+        self._settings = {name: stack_rows([of_row[name] for of_row in self._of_slot], like, self._sizes)
+                          for name, like in self._like.items()}
         self._decode(np.full(len(self._of_slot), self.capacity), ticks=ticks, rows=rows)

@@ -107,8 +107,7 @@ class EarlyExit:
     @property
     def lowest_threshold(self) -> float:
         """The lowest that `thresholds` comes to, of all exits: where the decay has gone all the way."""
-        lowest = min(float(np.min(limit)) for limit in self.threshold) if isinstance(self.threshold, tuple) else float(
-            np.min(self.threshold))
+        lowest = float(np.min(np.asarray(self.threshold)))
         return lowest if self.decay == "none" else 0.9 * lowest
 
     def thresholds(self, made_B, most_B):
