@@ -20,7 +20,7 @@ from sled.errors import CheckpointError, SettingError
 from sled.models.config import ExitHeads
 from sled.models.decoder import Decoder
 from sled.models.layers import Block
-from sled.models.registry import HEADS_CONFIG, format_config
+from sled.models.registry import HEADS_CONFIG, format_config, write_heads
 from sled.models.stored import (
     HEADS,
     INDEX,
@@ -171,7 +171,7 @@ def _write_folder(folder: Path, weights: dict[str, _Weight], config_json: dict, 
         if settings is not None:
             arrays = {name: weight.gather(name, dtype) for name, weight in heads.items()}
             save_file(arrays, scratch / HEADS, metadata={"format": "pt"})
-            _write_json(scratch / HEADS_CONFIG, dataclasses.asdict(settings))
+            write_heads(settings, scratch)
         _write_json(scratch / "config.json", config_json)
 
         shards = folder.glob("model-*-of-*.safetensors")

@@ -49,6 +49,11 @@ def read_config(folder: str | Path) -> DecoderConfig:
     return config
 
 
+def write_heads(heads: ExitHeads, folder: Path) -> None:
+    """Puts `exit_heads.json` into a folder."""
+    (folder / HEADS_CONFIG).write_text(json.dumps(dataclasses.asdict(heads), indent=2) + "\n", encoding="utf-8")
+
+
 def _parse_heads(path: Path) -> ExitHeads:
     f = Fields(_read_json(path), str(path))
     given = dict(layers=f.take("layers", list), kind=f.take("kind", str), tied=f.take("tied", bool))

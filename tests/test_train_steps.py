@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 from sled.errors import SettingError
-from sled.models.config import DecoderConfig
+from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.decoder import Decoder
 from sled.train.dropout import LayerDropout
+from sled.train.exit_tuning import partition, with_heads
 from sled.train.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, rate_schedule
 from sled.train.recipes import RECIPES, Recipe, named
 from sled.train.rows import Batch
@@ -155,6 +156,52 @@ def test_evaluation_is_the_plain_formula_of_every_layer(model, batch):
     assert means.targets == batch.weights_BT.sum()
 
 
+@pytest.fixture(scope="module")
+def headed(model):
+    """The model with heads after layers 1 and 2 that have moved from where they start."""
+    made = with_heads(model, ExitHeads((1, 2), "norm"))
+    made.exit_heads.norm.weight[...] = jnp.linspace(0.2, 2.0, 32).reshape(2, 16)
+    return made
+
+
+def likelihoods_by_heads(headed, batch):
+    h_LBTD = headed.hidden_states(batch.tokens_BT)[1:, :, :-1]
+    read = [headed.exit_head(n).read(h_LBTD[n - 1]) for n in (1, 2)] + [headed.normalise(h_LBTD[2])]
+    return plain_nll(jax.nn.log_softmax(headed.logits(jnp.stack(read), norm=False)), batch)
+
+
+def test_tuning_moves_the_exit_heads_alone(headed, batch):
+    recipe, adam = Recipe(batch=4, context=9, learns="exit-heads", accumulate=2), optax.adam(0.1)
+    state = init_state(nnx.state(headed), adam, learns=recipe.learns)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) == 2 * 32 + 1
+    state, metrics = make_train_step(headed, recipe, adam)(state, batch, None)
+    nll_L = likelihoods_by_heads(headed, batch)
+    np.testing.assert_allclose(metrics.nll_E, nll_L[:2], rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss, nll_L[:2].sum(), rtol=1e-5)
+    assert metrics.layers_E.tolist() == [1, 2]
+    (heads, backbone), (heads_before, before) = partition(state.weights), partition(nnx.state(headed))
+    jax.tree.map(np.testing.assert_array_equal, backbone, before)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b), heads, heads_before)
+    assert all((leaf > 0.09).all() for leaf in jax.tree.leaves(moved))
+
+
+def test_a_model_with_exit_heads_learns_through_them(headed, batch):
+    recipe = dataclasses.replace(RECIPE, z_loss=None, distill=None)
+    state, metrics = make_train_step(headed, recipe, SGD)(init_state(nnx.state(headed), SGD), batch, None)
+    nll_L = likelihoods_by_heads(headed, batch)
+    np.testing.assert_allclose(metrics.loss, np.array([0, 0.25, 0.75]) @ nll_L, rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.weights, nnx.state(headed))
+    assert moved["exit_heads"]["norm"]["weight"][...] > 0 and moved["embedding"]["weight"][...] > 0
+    means = make_evaluation(headed, recipe)(nnx.state(headed), batch)
+    np.testing.assert_allclose(means.nll_L / means.targets, nll_L, rtol=1e-5)
+
+
+def test_heads_want_exits_that_stay(headed):
+    turning = dataclasses.replace(RECIPE, exits=WeightedExits(LayerSkipWeights(), Rotational(2)))
+    with pytest.raises(SettingError, match=r"Rotational.*change from step to step.*AllExits"):
+        make_train_step(headed, turning, SGD)
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_only_matrices_decay(name, model):
     biased = dataclasses.replace(CONFIG, qkv_bias=True)
@@ -227,6 +274,9 @@ def test_recipes_by_name():
     (lambda: named("plain", batch=6, accumulate=4), "batch is 6.*accumulate 4"),
     (lambda: named("plain", exits=3), "exits is 3"),
     (lambda: named("plain", context=1), "context is 1"),
+    (lambda: named("plain", learns="heads"), "learns is 'heads'.*all, exit-heads"),
+    (lambda: named("tune-exits", distill=0.5), "distill is 0.5, but the recipe tunes exit heads"),
+    (lambda: named("finetune", learns="exit-heads"), "exits is WeightedExits.*leave it at LastOnly"),
     (lambda: named("plain", z_loss=-1.0), "z_loss is -1"),
 ])
 def test_recipes_say_what_they_refuse(call, words):

@@ -18,7 +18,8 @@ from safetensors.numpy import load_file
 import sled
 from sled.cli import main
 from sled.demo.problems import problems
-from sled.errors import CheckpointError, DataError, SettingError
+from sled.errors import CheckpointError, ConfigError, DataError, SettingError
+from sled.models import ExitHeads
 from sled.train.begin import NewModel
 from sled.train.checkpoint import complete_steps
 from sled.train.export import export_checkpoint
@@ -259,6 +260,28 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
     assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
 
 
+def test_exit_heads_are_tuned_resumed_and_exported_and_nothing_else_moves(runs, uninterrupted, data, tmp_path):
+    model = uninterrupted / "model"
+    for folder, lengths in (("once", [8]), ("twice", [4, 8])):
+        for steps in lengths:
+            runs.call("tune", folder=str(tmp_path / folder), data=str(data), model=str(model), layers=[1, 2],
+                      steps=steps)
+            assert runs.ended() == 0, runs.log.read_text()
+    once, twice = tmp_path / "once", tmp_path / "twice"
+    assert (once / "model" / "exit_heads.safetensors").read_bytes() == (
+        twice / "model" / "exit_heads.safetensors").read_bytes()
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, once / "model"))
+    assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
+    lines = metrics_of(once)
+    assert all(line["exits"] == [1, 2] for line in lines)
+    first, last = (np.array(lines[at]["held_out"]) for at in (0, -1))
+    assert (last[:2] < first[:2]).all() and last[2] == first[2]
+    exported = export_checkpoint(once, tmp_path / "exported")
+    heads = [load_file(folder / "exit_heads.safetensors") for folder in (exported, once / "model")]
+    assert all(np.array_equal(heads[0][name], heads[1][name]) for name in heads[1])
+    assert sled.load(exported).config.exit_heads.layers == (1, 2)
+
+
 def run_of(tmp_path, data, **changes):
     recipe = {"steps": 4, "batch": 2, "context": 32} | changes.pop("recipe", {})
     return Run(**{**dict(folder=tmp_path / "run", model=NewModel(layers=2, width=8, heads=2), source=Source(
@@ -291,6 +314,9 @@ def empty(tmp_path):
     (dict(recipe=dict(context=300), model="demo"), SettingError, "context is 300.* made for 256 positions"),
     (dict(shape="triangular"), SettingError, "shape is 'triangular'.*packed"),
     (dict(every=0), SettingError, "every is 0"),
+    (dict(recipe=dict(learns="exit-heads")), SettingError, "tunes exit heads alone, but the model has none"),
+    (dict(heads=ExitHeads((2,))), ConfigError, "exit heads are given for layers"),
+    (dict(heads=3), SettingError, "heads is 3"),
     (dict(recipe=3), SettingError, "recipe is 3"),
     (dict(model="/nowhere"), CheckpointError, "'/nowhere' is not a folder"),
 ])
@@ -317,6 +343,7 @@ def test_what_is_no_run_is_not_exported(tmp_path, uninterrupted):
     (["--data", "demo", "--layers", "3"], "--layers describes a new model, but --model is demo"),
     (["--data", "demo", "--recipe", "nothing"], "recipe is 'nothing'"),
     (["--data", "demo", "--tensor", "3"], "Mesh"),
+    (["--data", "demo", "--head-kind", "mlp"], "--head-kind was given without --exit-heads"),
 ])
 def test_the_command_says_what_it_refuses(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from sled.cli import main
+from sled.models import ExitHeads
 from sled.pytree import traced
 from sled.train.begin import NewModel
 from sled.train.distributed import Processes, initialize
 from sled.train.dropout import LayerDropout
 from sled.train.mesh import Mesh
-from sled.train.recipes import Recipe
+from sled.train.recipes import Recipe, named
 from sled.train.sources import Source
 from sled.train.trainer import Run, train
 from sled.train.weights import Rotational, UniformWeights, WeightedExits
@@ -42,6 +43,12 @@ def run_of(folder, data, *, model=MODEL, mesh=MESHES["alone"], every=1, **change
 def one(folder: str, data: str, width: int = MODEL.width, **changes) -> None:
     """Trains; changes: `every`, or of the recipe."""
     train(run_of(folder, data, model=dataclasses.replace(MODEL, width=width), **changes))
+
+
+def tune(folder: str, data: str, model: str, layers: list[int], steps: int) -> None:
+    """Tunes new exit heads of the model in a folder."""
+    recipe = named("tune-exits", steps=steps, batch=8, context=64, warmup=2, rate=1e-2, schedule="constant")
+    train(dataclasses.replace(run_of(folder, data, model=model), recipe=recipe, heads=ExitHeads(tuple(layers), "mlp")))
 
 
 def command(arguments: list[str]) -> None:
@@ -102,6 +109,6 @@ if __name__ == "__main__":
         from killable import serve
 
         remember_programs(arguments[0])
-        serve({"train": one, "command": command})
+        serve({"train": one, "tune": tune, "command": command})
     else:
         {"meshes": on_meshes, "two": in_two_processes}[call](*arguments)

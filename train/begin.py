@@ -21,10 +21,12 @@ from sled.describe import describe
 from sled.errors import CheckpointError, SettingError
 from sled.models import Decoder, DecoderConfig, load_folder, read_config
 from sled.models.checkpoint import TOKENIZER_FILES
+from sled.models.config import ExitHeads
 from sled.models.layers import Block
-from sled.models.registry import format_config
+from sled.models.registry import HEADS_CONFIG, format_config, write_heads
 from sled.models.stored import abstract_stacked
 from sled.text import Text
+from sled.train.exit_tuning import with_heads
 from sled.train.folders import load_onto
 from sled.train.placing import Placing
 from sled.train.recipes import CONTEXT
@@ -89,12 +91,15 @@ class Beginning(NamedTuple):
     origin: Any
 
 
-def begin(model: Path | NewModel, source: Source, context: int | None, form: Path, *, begun: bool) -> Beginning:
+def begin(model: Path | NewModel, source: Source, context: int | None, form: Path, *, heads: ExitHeads | None = None,
+          begun: bool) -> Beginning:
     """Puts config.json and the tokenizer of a run's model into the folder `form`; all processes call this together.
 
     context: the most tokens of a row, None for as many as the model holds, at most `CONTEXT`.
+    heads: new ones for its early exits.
     begun: whether the run has checkpoints, so that `form` is there already and stays.
-    Raises SettingError where an existing model's context is shorter, CheckpointError for a run without its form.
+    Raises SettingError where an existing model's context is shorter or it has exit heads already, and CheckpointError
+    for a run without its form.
     """
     if begun and not (form / "config.json").is_file():
         raise CheckpointError(f"{form} lacks config.json, which the run of these checkpoints wrote; restore it, or "
@@ -104,6 +109,11 @@ def begin(model: Path | NewModel, source: Source, context: int | None, form: Pat
     if config is not None and context is not None and context > config.max_positions:
         raise SettingError(f"context is {context}, but the model in {model} was made for {config.max_positions} "
                            "positions; give that or less")
+    if config is not None and heads is not None:
+        if config.exit_heads is not None:
+            raise SettingError(f"new exit heads are given, but the model in {model} has some already, after layers "
+                               f"{', '.join(map(str, config.exit_heads.layers))}; leave yours out to go on with them")
+        config = dataclasses.replace(config, exit_heads=heads)
     limit = CONTEXT if config is None else min(CONTEXT, config.max_positions)
     context = limit if context is None else context
     if not begun and jax.process_index() == 0:
@@ -112,7 +122,10 @@ def begin(model: Path | NewModel, source: Source, context: int | None, form: Pat
         if new:
             _new_form(model, source, context, form)
         else:
-            _copy(model, form, (*TOKENIZER_FILES, "config.json", "generation_config.json"))
+            _copy(model, form, (*TOKENIZER_FILES, "config.json", "generation_config.json", HEADS_CONFIG))
+        if heads is not None:
+            write_heads(heads, form)
+            read_config(form)  # raises where the model has no such layers
     if jax.process_count() > 1:
         sync_global_devices("sled puts down the form of its model")
     if new:
@@ -167,6 +180,10 @@ def _texts(source: Source):
 def first_decoder(beginning: Beginning, seed: int, placing: Placing | None) -> Decoder:
     """The model in the stacked form, float32, on the mesh where there is one; random weights do not depend on it."""
     config, folder = beginning.config, beginning.folder
+    heads = config.exit_heads
+    if heads is not None and (folder is None or read_config(folder).exit_heads is None):  # they are new
+        bare = beginning._replace(config=dataclasses.replace(config, exit_heads=None))
+        return with_heads(first_decoder(bare, seed, placing), heads, mesh=placing and placing.mesh, seed=seed)
     if folder is None:
         graph, _ = nnx.split(abstract_stacked(config))
         make = functools.partial(_random_weights, config)

@@ -12,7 +12,7 @@ optimiser's state, exist only for the heads; layers above the last exit are not 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -102,19 +102,21 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
     Raises SettingError as it does, and for distillation into a projection of its own: the last layer's logits are then
     not at hand.
     """
-    read_EBTD, weights_E = read_exits(model, h_EBTD, exits), jnp.asarray(weights_E)
+    read_EBTD, weights_E = read_exits(model, h_EBTD, exits).astype(h_EBTD.dtype), jnp.asarray(weights_E)
     settings = model.config.exit_heads
     untied = settings is not None and not settings.tied
     own = [e for e, n in enumerate(exits) if untied and n in settings.layers]
+    shared_VD = model.head_weight.astype(h_EBTD.dtype)
     if not own:
-        return exit_cross_entropy(read_EBTD, model.head_weight, targets_BT, mask_BT, weights_E, **options)
+        return exit_cross_entropy(read_EBTD, shared_VD, targets_BT, mask_BT, weights_E, **options)
     if options.get("distill") is not None:
         raise SettingError("distill is given, but exits have projections of their own, which never see the last "
                            "layer's logits; leave it None, or tie the heads")
-    projections = [w_1VD[0] for w_1VD in jax.lax.split(model.exit_heads.projection[...], [1] * len(settings.layers))]
+    projections = [w_1VD[0].astype(h_EBTD.dtype) for w_1VD in
+                   jax.lax.split(model.exit_heads.projection[...], [1] * len(settings.layers))]
     groups = [([e], projections[settings.layers.index(exits[e])]) for e in own]
     if shared := [e for e in range(len(exits)) if e not in own]:
-        groups.append((shared, model.head_weight))
+        groups.append((shared, shared_VD))
     losses, parts = zip(*(exit_cross_entropy(read_EBTD[jnp.array(group)], w_VD, targets_BT, mask_BT,
                                              weights_E[jnp.array(group)], **options) for group, w_VD in groups),
                         strict=True)
@@ -125,15 +127,17 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
 
 
 def tuning_loss(model: Decoder, tokens_BT, targets_BT, mask_BT, weights_E=None, *, segments_BT=None,
-                compute_dtype=None, **options) -> tuple[jax.Array, ExitMetrics]:
+                compute_dtype=None, place: Callable[[jax.Array], jax.Array] = lambda h_BTD: h_BTD,
+                **options) -> tuple[jax.Array, ExitMetrics]:
     """The loss of the model's exit heads alone, in nats, to be differentiated by them; and its parts.
 
     model: in the stacked form, with exit heads. Its layers are run up to the last exit, and no gradient enters them.
     targets_BT, mask_BT: what comes after each token, and how much it counts.
-    weights_E: of the exits, in their order; None: all 1. segments_BT, compute_dtype: as for `exit_states`;
-    options: as for `exit_cross_entropy`.
+    weights_E: of the exits, in their order; None: all 1. segments_BT, compute_dtype, place: as for
+    `exit_states`; options: as for `exit_cross_entropy`.
     """
     exits = model.config.exit_heads.layers
-    states = exit_states(model, tokens_BT, exits, segments_BT=segments_BT, remat="none", compute_dtype=compute_dtype)
+    states = exit_states(model, tokens_BT, exits, segments_BT=segments_BT, remat="none", compute_dtype=compute_dtype,
+                         place=place)
     weights_E = jnp.ones(len(exits)) if weights_E is None else weights_E
     return exit_head_loss(model, jax.lax.stop_gradient(states), exits, targets_BT, mask_BT, weights_E, **options)

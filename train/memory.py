@@ -16,7 +16,9 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sled.models.stored import abstract_stacked
+from sled.train.exit_tuning import partition
 from sled.train.placing import LARGE, RULES, Placing
+from sled.train.recipes import ALL, HEADS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,19 +40,20 @@ class Share:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The share of each parameter, and `other`: bytes of optimiser state that belongs to none.
+    """The share of each parameter. In bytes on each device: `gradients`, and `other`, optimiser state of none of them.
 
     `undivided` are axes that stay whole because they do not divide, with the reason.
     """
 
     mesh: dict[str, int]
     shares: list[Share]
+    gradients: int
     other: int
     undivided: dict[str, str]
 
     @property
     def weights(self) -> int:
-        """Bytes of weights on each device; gradients take as much again during a step."""
+        """Bytes of weights on each device."""
         return sum(share.weights for share in self.shares)
 
     @property
@@ -73,19 +76,23 @@ class Plan:
         lines = [f"On each of {math.prod(self.mesh.values())} devices ({mesh}):"]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                   for row in (head, *body)]
-        lines.append(f"During a step gradients take {_size(self.weights)} more, and activations come besides.")
+        lines.append(f"During a step gradients take {_size(self.gradients)} more, and activations come besides.")
         lines += [f"Left whole over {RULES[axis]}: {reason}." for axis, reason in self.undivided.items()]
         return "\n".join(lines)
 
 
-def plan(placing: Placing, optimizer: optax.GradientTransformation, *, dtype=jnp.float32) -> Plan:
-    """Bytes on each device of the weights in `dtype` and of `optimizer`'s state for them. Allocates nothing."""
+def plan(placing: Placing, optimizer: optax.GradientTransformation, *, dtype=jnp.float32, learns: str = ALL) -> Plan:
+    """Bytes on each device of the weights in `dtype` and of `optimizer`'s state for them. Allocates nothing.
+
+    learns: as in the recipe; for what does not learn there are neither gradients nor optimiser state.
+    """
     shapes = nnx.state(abstract_stacked(placing.config), nnx.Param)
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    state = jax.eval_shape(optimizer.init, weights)
-    taken = {name: [0, 0] for name in placing.parameters}
+    own = partition(weights)[0] if learns == HEADS else weights
+    state = jax.eval_shape(optimizer.init, own)
+    taken = {name: [0, 0, 0] for name in placing.parameters}
     other = 0
-    for kind, tree in enumerate((weights, state)):
+    for kind, tree in enumerate((weights, state, own)):
         shardings = jax.tree.leaves(placing.shardings(tree))
         for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
             size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -94,8 +101,8 @@ def plan(placing: Placing, optimizer: optax.GradientTransformation, *, dtype=jnp
                 taken[name][kind] += size
             else:
                 other += size
-    return Plan(dict(placing.mesh.shape), [_share(placing, name, *taken[name]) for name in taken], other,
-                placing.undivided)
+    return Plan(dict(placing.mesh.shape), [_share(placing, name, *taken[name][:2]) for name in taken],
+                sum(gradients for *_, gradients in taken.values()), other, placing.undivided)
 
 
 def _share(placing: Placing, name: str, weights: int, optimizer: int) -> Share:

@@ -47,9 +47,13 @@ def make_optimizer(name: str, rate: optax.Schedule, *, weight_decay: float, beta
         step = optax.adamw(rate, b2=beta2, weight_decay=weight_decay, mask=_decays)
     else:
         stacked = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+
+        def matrices(path, leaf):  # an exit's own projection is a table too
+            return stacked if leaf.ndim > 2 and "projection" not in jax.tree_util.keystr(path) else None
+
         direction = optax.contrib.muon(
-            1.0, adam_b2=beta2, consistent_rms=0.2, muon_weight_dimension_numbers=lambda weights: jax.tree.map(
-                lambda leaf: stacked if leaf.ndim > 2 else None, weights))
+            1.0, adam_b2=beta2, consistent_rms=0.2,
+            muon_weight_dimension_numbers=lambda weights: jax.tree_util.tree_map_with_path(matrices, weights))
         # Its own weight decay spares what Adam moves, tables among them. What it gives is downhill already.
         step = optax.chain(direction, optax.add_decayed_weights(-weight_decay, _decays), optax.scale_by_schedule(rate))
     return optax.chain(optax.clip_by_global_norm(clip), step)

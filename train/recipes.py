@@ -21,6 +21,7 @@ from sled.train.weights import ExitPlan, Gradual, LastOnly, LayerSkipWeights, Ro
 
 DTYPES = ("float32", "bfloat16")
 CONTEXT = 512
+ALL, HEADS = LEARNERS = ("all", "exit-heads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Recipe:
     z_loss, distill, temperature: see `sled.train.loss.exit_cross_entropy`; None is off.
     compute_dtype: of the forward and backward pass; parameters and optimiser stay float32.
     remat: see `sled.train.forward.exit_states`.
+    learns: "all", or "exit-heads": the heads of early exits alone, each with weight 1, on a frozen backbone
+        (EE-Tuning, arXiv 2402.00518); layers above the last of them are not run, and none has a backward pass. Then
+        exits, dropout and distill are left at their defaults.
     seed: of the data's order, of what layer dropout drops, and of weights that begin at random.
 
     Raises `SettingError` for a value out of range.
@@ -63,6 +67,7 @@ class Recipe:
     temperature: float = 1.0
     compute_dtype: str = "float32"
     remat: str = "full"
+    learns: str = ALL
     seed: int = 0
 
     def __post_init__(self):
@@ -84,13 +89,18 @@ class Recipe:
             distill=OrNone(Number(0, hint="None is off")),
             dropout=OrNone(Instance(LayerDropout, hint="give layerskip(0.1), for example, or None")))
         for field, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("compute_dtype", DTYPES),
-                             ("remat", REMAT)):
+                             ("remat", REMAT), ("learns", LEARNERS)):
             if getattr(self, field) not in known:
                 raise SettingError(f"Recipe.{field} is {getattr(self, field)!r}, but must be one of "
                                    f"{', '.join(known)}")
         if self.batch % self.accumulate:
             raise SettingError(f"Recipe.batch is {self.batch}, which accumulate {self.accumulate} does not divide; "
                                "all parts of a batch are of one size")
+        if self.learns == HEADS:
+            for field, off in (("exits", LastOnly()), ("dropout", None), ("distill", None)):
+                if getattr(self, field) != off:
+                    raise SettingError(f"Recipe.{field} is {getattr(self, field)!r}, but the recipe tunes exit heads "
+                                       f"alone, which has no use for it; leave it at {off}")
 
 
 def named(name: str, **changes) -> Recipe:
@@ -128,6 +138,8 @@ def _layerskip(*, rate: float, p: float, scale: float, every: int | None, scratc
         dropout=OverSteps(lambda steps: layerskip(p, steps=steps if scratch else None)), **rest)
 
 
+_DEMO = dict(steps=5000, batch=16, context=128, optimizer="muon", rate=3e-3, schedule="warmup-stable-decay", beta2=0.98)
+
 RECIPES: Mapping[str, Mapping[str, Any]] = {
     # Of general use. Their rates and lengths are this library's, their exits and dropout LayerSkip's of its kind.
     "pretrain": _layerskip(rate=8e-4, p=0.1, scale=0.2, every=8, scratch=True, steps=10_000,
@@ -137,9 +149,12 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "plain": dict(steps=1000),
     # For small models of the demo's problems: packed rows of one length, so that one program compiles.
     "demo": dict(
-        steps=5000, batch=16, context=128, optimizer="muon", rate=3e-3, schedule="warmup-stable-decay", beta2=0.98,
-        exits=WeightedExits(UniformWeights(), Rotational(5)),
+        _DEMO, exits=WeightedExits(UniformWeights(), Rotational(5)),
         dropout=OverSteps(lambda steps: layerskip(0.1, steps=steps))),
+    # The same without early exits and layer dropout, to compare with.
+    "demo-plain": dict(_DEMO),
+    # EE-Tuning (arXiv 2402.00518); the rate and the number of steps are this library's.
+    "tune-exits": dict(learns=HEADS, steps=1000, rate=1e-3, schedule="linear", weight_decay=0.0),
     # LayerSkip (arXiv 2404.16710), tables of hyper-parameters; rates that it does not give are those of its kind above.
     "layerskip-llama2-7b": _layerskip(rate=3e-5, p=0.1, scale=0.2, every=8, steps=50_000, context=4096),
     "layerskip-llama2-13b": _layerskip(rate=3e-5, p=0.1, scale=0.1, every=39, steps=50_000, context=4096),

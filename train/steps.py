@@ -12,11 +12,13 @@ from flax import nnx
 
 from sled.models.decoder import Decoder
 from sled.train.dropout import LayerDropout
+from sled.train.exit_tuning import exit_head_loss, merge, partition, tuning_loss
 from sled.train.forward import exit_states
 from sled.train.loss import Split, exit_cross_entropy
 from sled.train.placing import ROWS, Placing
-from sled.train.recipes import Recipe
+from sled.train.recipes import HEADS, Recipe
 from sled.train.rows import Batch
+from sled.train.weights import fixed_layers
 
 
 class TrainState(NamedTuple):
@@ -29,7 +31,7 @@ class TrainState(NamedTuple):
 
 class StepMetrics(NamedTuple):
     """What a step tells: the loss it went down; of the exits that learnt, their layers and likelihoods (nats per
-    target, NaN where an exit's weight is 0); the last layer's accuracy; the gradient's norm before it is clipped."""
+    target, NaN where an exit's weight is 0); the last one's accuracy; the gradient's norm before it is clipped."""
 
     loss: jax.Array
     layers_E: jax.Array
@@ -46,14 +48,19 @@ class LayerMeans(NamedTuple):
     targets: jax.Array
 
 
-def init_state(weights: nnx.State, optimizer: optax.GradientTransformation,
-               placing: Placing | None = None) -> TrainState:
+def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, placing: Placing | None = None, *,
+               learns: str = "all") -> TrainState:
     """The state before the first step; on a mesh the optimiser's part lies like the weights.
 
     The weights are copied: a step gives up the state that it is given, and the model may outlive that.
+    learns: as in the recipe; the optimiser keeps nothing for what does not learn.
     """
     weights = jax.tree.map(jnp.copy, weights)
-    make = optimizer.init if placing is None else lambda weights: placing.create(optimizer.init, weights)
+
+    def make(weights):
+        own, _ = _parted(weights, learns)
+        return optimizer.init(own) if placing is None else placing.create(optimizer.init, own)
+
     step = jnp.zeros((), jnp.int32)
     if placing is not None:
         step = jax.device_put(step, placing.shardings(step))
@@ -70,27 +77,35 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
     """
     graph, _ = nnx.split(model)
     seed, parts = recipe.seed, recipe.accumulate
+    heads, depth = model.config.exit_heads, model.num_layers
+    if recipe.learns == HEADS:
+        partition(nnx.state(model))  # raises where there are none
+    exits = None if heads is None or recipe.learns == HEADS else fixed_layers(recipe.exits, depth, recipe.steps)
 
-    def part_loss(weights, batch: Batch, dropout: LayerDropout | None, step, part, share):
+    def part_loss(own, rest, batch: Batch, dropout: LayerDropout | None, step, part, share):
         """The loss of one part of the batch, which holds this share of the batch's targets."""
-        model = _placed(graph, weights, placing)
-        layers_E, weights_E = recipe.exits.exits_at(step, model.num_layers)
+        model = _placed(graph, _joined(own, rest), placing)
+        if recipe.learns == HEADS:
+            loss, metrics = _tuning_loss(model, batch, recipe, placing)
+            return share * loss, (jnp.array(heads.layers), (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
+        layers_E, weights_E = recipe.exits.exits_at(step, depth)
         rows = batch.tokens_BT.shape[0]
         key = jax.random.fold_in(jax.random.key(seed), part)
-        drops = None if dropout is None else dropout.draw(key, step, rows, model.num_layers)
-        loss, metrics = _exit_losses(model, batch, layers_E, weights_E, recipe, placing, drops=drops,
-                                     z_loss=recipe.z_loss, distill=recipe.distill, temperature=recipe.temperature)
+        drops = None if dropout is None else dropout.draw(key, step, rows, depth)
+        loss, metrics = _exit_losses(model, batch, layers_E if exits is None else exits, weights_E, recipe, placing,
+                                     drops=drops, z_loss=recipe.z_loss, distill=recipe.distill,
+                                     temperature=recipe.temperature)
         return share * loss, (layers_E, (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
 
     gradient = jax.value_and_grad(part_loss, has_aux=True)
 
-    def whole(weights, batch, dropout, step):
+    def whole(own, rest, batch, dropout, step):
         """Loss, what it tells, and gradient of the whole batch."""
         targets_A = batch.weights_BT[:, :, 1:].sum((1, 2))
         parts_A = jnp.arange(parts), batch, targets_A / jnp.maximum(targets_A.sum(), 1e-9)
 
         def of_part(part, batch, share):
-            (loss, (layers_E, told)), change = gradient(weights, batch, dropout, step, part, share)
+            (loss, (layers_E, told)), change = gradient(own, rest, batch, dropout, step, part, share)
             return (loss, told, change), layers_E
 
         if parts == 1:
@@ -107,10 +122,12 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
 
     def step(state: TrainState, batch: Batch, dropout: LayerDropout | None):
         batch = jax.tree.map(lambda x: _in_parts(x, parts, placing), batch)
-        (loss, (nll_E, accuracy), change), layers_E = whole(state.weights, batch, dropout, state.step)
-        moved, optimizer_state = optimizer.update(change, state.optimizer, state.weights)
+        own, rest = _parted(state.weights, recipe.learns)
+        (loss, (nll_E, accuracy), change), layers_E = whole(own, rest, batch, dropout, state.step)
+        moved, optimizer_state = optimizer.update(change, state.optimizer, own)
         metrics = StepMetrics(loss, layers_E, nll_E, accuracy, optax.global_norm(change))
-        made = TrainState(optax.apply_updates(state.weights, moved), optimizer_state, state.step + 1), metrics
+        weights = _joined(optax.apply_updates(own, moved), rest)
+        made = TrainState(weights, optimizer_state, state.step + 1), metrics
         # Held to its place: the partitioner might put it elsewhere, and the next step would compile again.
         return made if placing is None else jax.lax.with_sharding_constraint(made, placing.shardings(made))
 
@@ -118,7 +135,7 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
 
 
 def make_evaluation(model: Decoder, recipe: Recipe, placing: Placing | None = None) -> Callable[..., LayerMeans]:
-    """A compiled `evaluate(weights, batch) -> LayerMeans` of every layer through the shared projection."""
+    """A compiled `evaluate(weights, batch) -> LayerMeans` of every layer, by its exit's head or what all share."""
     graph, _ = nnx.split(model)
     depth = model.num_layers
 
@@ -132,15 +149,44 @@ def make_evaluation(model: Decoder, recipe: Recipe, placing: Placing | None = No
 
 def _exit_losses(model: Decoder, batch: Batch, layers_E, weights_E, recipe: Recipe, placing: Placing | None, *,
                  drops=None, **terms):
-    """The loss of these exits with its metrics; position t is asked for token t + 1."""
+    """The loss of these exits with its metrics. A model with exit heads takes static exits."""
     dtype = jnp.dtype(recipe.compute_dtype)
-    place = {} if placing is None else dict(place=placing.activations)
     h_EBTD = exit_states(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
-                         remat=recipe.remat, compute_dtype=dtype, **place)
-    following = lambda x: jnp.pad(x[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
-    split = None if placing is None else Split(placing.mesh, data=ROWS)
-    return exit_cross_entropy(model.normalise(h_EBTD).astype(dtype), model.head_weight.astype(dtype),
-                              following(batch.tokens_BT), following(batch.weights_BT), weights_E, split=split, **terms)
+                         remat=recipe.remat, compute_dtype=dtype, **_place(placing))
+    asked = dict(targets_BT=_following(batch.tokens_BT), mask_BT=_following(batch.weights_BT), weights_E=weights_E,
+                 split=_split(placing), **terms)
+    if model.config.exit_heads is not None:
+        return exit_head_loss(model, h_EBTD, layers_E, **asked)
+    return exit_cross_entropy(model.normalise(h_EBTD).astype(dtype), model.head_weight.astype(dtype), **asked)
+
+
+def _tuning_loss(model: Decoder, batch: Batch, recipe: Recipe, placing: Placing | None):
+    """The loss of the exit heads alone, with its metrics."""
+    return tuning_loss(model, batch.tokens_BT, _following(batch.tokens_BT), _following(batch.weights_BT),
+                       segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
+                       split=_split(placing), z_loss=recipe.z_loss, **_place(placing))
+
+
+def _following(x_BT):
+    """What position t is asked for: the entry of token t + 1."""
+    return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+
+
+def _split(placing: Placing | None) -> Split | None:
+    return None if placing is None else Split(placing.mesh, data=ROWS)
+
+
+def _place(placing: Placing | None) -> dict[str, Callable]:
+    return {} if placing is None else dict(place=placing.activations)
+
+
+def _parted(weights: nnx.State, learns: str) -> tuple[nnx.State, nnx.State | None]:
+    """What learns, and what stays as it is."""
+    return partition(weights) if learns == HEADS else (weights, None)
+
+
+def _joined(own: nnx.State, rest: nnx.State | None) -> nnx.State:
+    return own if rest is None else merge(own, rest)
 
 
 def _placed(graph, weights, placing: Placing | None) -> Decoder:

@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from sled.checks import Instance, OrNone, Whole, settle
 from sled.describe import describe
-from sled.errors import TrainingError
+from sled.errors import SettingError, TrainingError
 from sled.models import save_folder
+from sled.models.config import ExitHeads
 from sled.models.hub import folder_of
 from sled.train.batches import Batches
 from sled.train.begin import Beginning, NewModel, begin, first_decoder
@@ -41,7 +42,7 @@ from sled.train.packing import Layout
 from sled.train.picture import draw
 from sled.train.placing import Placing
 from sled.train.preemption import Preemption, leave
-from sled.train.recipes import Recipe
+from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.rows import Batch, Rows, read
 from sled.train.same_run import anything, same_rates
 from sled.train.sources import Source
@@ -60,6 +61,7 @@ class Run:
     model: "demo", a Hugging Face folder or a hub id; or `NewModel(...)`.
     source, held_out: the data, and what the layers' held-out losses are measured on (None: not measured).
     shape, too_long, prompt_weight: see `sled.train.packing.Layout`.
+    heads: new exit heads for the model, which it then has; None: those it has, if any.
     mesh: how many ways to split, where there is more than one device.
     every: steps between two checkpoints, and two measurements. keep: checkpoints that stay. tell: steps between two
         lines of metrics. held_out_rows: rows measured, at most.
@@ -76,6 +78,7 @@ class Run:
     shape: str = "packed"
     too_long: str = "skip"
     prompt_weight: float = 0.0
+    heads: ExitHeads | None = None
     mesh: Mesh = dataclasses.field(default_factory=Mesh)
     every: int = 500
     keep: int = 3
@@ -86,6 +89,7 @@ class Run:
     def __post_init__(self):
         settle(self, recipe=Instance(Recipe, traced=False, hint="give sled.train.recipes.named(...)"),
                source=Instance(Source, traced=False, hint="give sled.train.sources.Source(...)"),
+               heads=OrNone(Instance(ExitHeads, traced=False, hint="give sled.models.ExitHeads(...)")),
                mesh=Instance(Mesh, traced=False, hint="give sled.train.mesh.Mesh(...)"),
                every=Whole(1, hint="it counts the steps between two checkpoints"),
                keep=Whole(1, hint="it counts checkpoints"),
@@ -110,12 +114,16 @@ def plan_of(run: Run) -> Plan:
     """What each device would hold, from shapes alone. Raises as `train` does."""
     with tempfile.TemporaryDirectory() as form:
         config = _begin(run, Path(form), begun=False).config
-    return plan(Placing(config, run.mesh.build()), _optimizer(run.recipe))
+    return plan(Placing(config, run.mesh.build()), _optimizer(run.recipe), learns=run.recipe.learns)
 
 
 def _begin(run: Run, form: Path, *, begun: bool) -> Beginning:
     model = run.model if isinstance(run.model, NewModel) else folder_of(run.model)
-    return begin(model, run.source, run.recipe.context, form, begun=begun)
+    beginning = begin(model, run.source, run.recipe.context, form, heads=run.heads, begun=begun)
+    if run.recipe.learns == HEADS and beginning.config.exit_heads is None:
+        raise SettingError("the recipe tunes exit heads alone, but the model has none; give it some as heads "
+                           "(--exit-heads 2 4), or take another recipe")
+    return beginning
 
 
 def _rates(recipe: Recipe) -> Callable[[int], optax.Schedule]:
@@ -144,7 +152,7 @@ class _Training:
         self.batches = self._batches(self.rows, recipe.batch)
         decoder = first_decoder(self.beginning, recipe.seed, self.placing)
         self.graph, weights = nnx.split(decoder)
-        self.state = init_state(weights, self.optimizer, self.placing)
+        self.state = init_state(weights, self.optimizer, self.placing, learns=recipe.learns)
         self.train_step = make_train_step(decoder, recipe, self.optimizer, self.placing)
         self.evaluate = make_evaluation(decoder, recipe, self.placing)
         self.parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
@@ -182,7 +190,8 @@ class _Training:
         """Takes the steps after `begun`; yields each with what was told of it, most often nothing."""
         run, recipe, depth = self.run, self.run.recipe, self.beginning.config.num_layers
         exits = recipe.exits.exits_at(0, depth)[0].size - 1
-        throughput = Throughput(flops_per_token(self.beginning.config, self.parameters, self.beginning.context, exits))
+        flops = flops_per_token(self.beginning.config, self.parameters, self.beginning.context, exits)
+        throughput = Throughput(flops if recipe.learns == ALL else None)  # the count is of a whole model's training
         for step in range(begun + 1, recipe.steps + 1):
             batch = next(self.batches)
             self.state, made = self.train_step(self.state, self._global(batch, recipe.batch), self._dropout(step - 1))

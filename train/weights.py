@@ -233,6 +233,21 @@ class FixedExits:
         return jnp.array([*self.layers, num_layers], jnp.int32), jnp.append(weights_E, 1.0)
 
 
+def fixed_layers(plan: ExitPlan, num_layers: int, steps: int) -> tuple[int, ...]:
+    """The exits of a plan that names the same ones at each of the steps 0..steps - 1.
+
+    Raises SettingError where they change: heads of their own need exits that are known before a step is compiled.
+    """
+    layers_E = plan.exits_at(0, num_layers)[0]
+    same = jax.jit(lambda: jax.lax.fori_loop(
+        1, steps, lambda step, same: same & (plan.exits_at(step, num_layers)[0] == layers_E).all(), True))
+    if not same():
+        raise SettingError(f"the exits of {plan} change from step to step, but the model has exit heads, whose exits "
+                           "must stay; give FixedExits(layers, weights), WeightedExits with AllExits(layers), or "
+                           "LastOnly()")
+    return tuple(layers_E.tolist())
+
+
 def _check_range(self, layers, num_layers: int) -> None:
     if wrong := [n for n in layers if not 1 <= n <= num_layers]:
         raise SettingError(f"{type(self).__name__}.layers names {wrong[0]}, but the exits of this model are "

@@ -87,7 +87,8 @@ class RecipeOptions:
 
     recipe: Annotated[str, tyro.conf.arg(aliases=["-r"])] = "finetune"
     """plain: no early exit learns. finetune, continue, pretrain: LayerSkip's early-exit loss and layer dropout.
-    layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe. demo: of the bundled model."""
+    layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe. tune-exits: the heads of
+    --exit-heads alone, on a frozen model. demo: of the bundled model; demo-plain: of its twin without early exits."""
     steps: int | None = None
     """Steps of the whole run."""
     batch: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
@@ -131,6 +132,31 @@ class RecipeOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeadOptions:
+    """Heads of their own for early exits, which read their hidden states better than the last layer's alone."""
+
+    exit_heads: tuple[int, ...] = ()
+    """After which layers: new heads, that begin by changing nothing. With --recipe tune-exits they alone learn.
+    A model that has heads keeps them without this."""
+    head_kind: Literal["norm", "affine", "mlp", "projection"] = "norm"
+    """norm: a final norm of their own. affine: a linear map before it (tuned lens). mlp: a small network before it.
+    projection: nothing but a projection of their own."""
+    untied_heads: bool = False
+    """Each ends in a projection of its own, a whole vocabulary wide."""
+
+    def heads(self):
+        """The new heads, or None. Raises SettingError."""
+        from sled.models.config import ExitHeads
+
+        if not self.exit_heads:
+            if wanted := given(self):
+                raise SettingError(f"--{next(iter(wanted)).replace('_', '-')} was given without --exit-heads; say "
+                                   "after which layers, such as --exit-heads 2 4")
+            return None
+        return ExitHeads(self.exit_heads, self.head_kind, tied=not self.untied_heads)
+
+
+@dataclasses.dataclass(frozen=True)
 class MeshOptions:
     """Where to train, where there is more than one device; -1 is what is left of them."""
 
@@ -158,6 +184,8 @@ class Train:
 
     sled train --recipe layerskip-llama3.2-1b -m meta-llama/Llama-3.2-1B --data text/ --fsdp 8 --out run
 
+    sled train --recipe tune-exits --exit-heads 2 4 --head-kind mlp --data mine.jsonl --text text --out run
+
     sled train --recipe demo --model new --data demo --held-out demo --out run
 
     Ends with a Hugging Face folder, RUN/model, for sled.load, transformers and every other subcommand. Interrupted or
@@ -171,6 +199,7 @@ class Train:
     data_options: DataOptions = dataclasses.field(default_factory=DataOptions)
     recipe_options: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)
     new_model_options: NewModelOptions = dataclasses.field(default_factory=NewModelOptions)
+    head_options: HeadOptions = dataclasses.field(default_factory=HeadOptions)
     mesh_options: MeshOptions = dataclasses.field(default_factory=MeshOptions)
     every: int = 500
     """Steps between two checkpoints; held-out losses are measured as often."""
@@ -199,6 +228,7 @@ class Train:
         run = Run(
             self.out, self._model(), source, self.recipe_options.made(), held_out, shape=self.data_options.shape,
             too_long=self.data_options.too_long, prompt_weight=self.data_options.prompt_weight,
+            heads=self.head_options.heads(),
             mesh=Mesh(where.data_parallel, where.fsdp, where.tensor), every=self.every, keep=self.keep,
             tell=self.tell, held_out_rows=self.held_out_rows, tensorboard=self.tensorboard)
         if self.dry_run:
