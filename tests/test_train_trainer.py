@@ -17,11 +17,14 @@ from safetensors.numpy import load_file
 
 import sled
 from sled.cli import main
+from sled.cli.train import RecipeOptions
 from sled.demo.problems import problems
 from sled.errors import CheckpointError, ConfigError, DataError, SettingError
 from sled.models import ExitHeads
 from sled.train.begin import NewModel
 from sled.train.checkpoint import complete_steps
+from sled.train.dropout import layerskip
+from sled.train.dropping import FixedRows
 from sled.train.export import export_checkpoint
 from sled.train.metrics import read_metrics
 from sled.train.preemption import EXIT_CODE
@@ -282,6 +285,13 @@ def test_exit_heads_are_tuned_resumed_and_exported_and_nothing_else_moves(runs, 
     assert sled.load(exported).config.exit_heads.layers == (1, 2)
 
 
+def test_options_of_layer_dropout():
+    recipe = RecipeOptions("finetune", layer_dropout=0.2, drop="fixed").made()
+    assert recipe.dropout == layerskip(0.2, way=FixedRows())
+    assert RecipeOptions("plain", layer_dropout=0.3).made().dropout == layerskip(0.3)
+    assert RecipeOptions("finetune", layer_dropout=0.0).made().dropout is None
+
+
 def run_of(tmp_path, data, **changes):
     recipe = {"steps": 4, "batch": 2, "context": 32} | changes.pop("recipe", {})
     return Run(**{**dict(folder=tmp_path / "run", model=NewModel(layers=2, width=8, heads=2), source=Source(
@@ -343,6 +353,7 @@ def test_what_is_no_run_is_not_exported(tmp_path, uninterrupted):
     (["--data", "demo", "--layers", "3"], "--layers describes a new model, but --model is demo"),
     (["--data", "demo", "--recipe", "nothing"], "recipe is 'nothing'"),
     (["--data", "demo", "--tensor", "3"], "Mesh"),
+    (["--data", "demo", "--recipe", "plain", "--drop", "fixed"], "--drop fixed was given, but no layer is dropped"),
     (["--data", "demo", "--head-kind", "mlp"], "--head-kind was given without --exit-heads"),
 ])
 def test_the_command_says_what_it_refuses(arguments, words, tmp_path, capsys, monkeypatch):

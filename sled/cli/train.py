@@ -119,6 +119,12 @@ class RecipeOptions:
     """Of the arithmetic; parameters stay float32. Take bfloat16 on accelerators."""
     remat: Literal["none", "full", "dots", "projections"] | None = None
     """What the backward pass computes again: full needs the least memory, none the most."""
+    layer_dropout: float | None = None
+    """Largest probability of dropping a layer, in place of the recipe's; LayerSkip's dropout where it has none.
+    0 drops none."""
+    drop: Literal["masked", "fixed", "batch"] | None = None
+    """masked: each sequence on its own; saves no work. fixed: as many sequences of a batch as the probability says,
+    left out of the computation. batch: a layer for the whole batch at once."""
     seed: int | None = None
     """For the data's order, layer dropout and random weights."""
 
@@ -127,8 +133,27 @@ class RecipeOptions:
         from sled.train.recipes import named
 
         changes = given(self)
-        changes.pop("recipe", None)
-        return named(self.recipe, **changes)
+        for own in ("recipe", "layer_dropout", "drop"):
+            changes.pop(own, None)
+        recipe = named(self.recipe, **changes)
+        return dataclasses.replace(recipe, dropout=self._dropout(recipe.dropout))
+
+    def _dropout(self, dropout):
+        from sled.train.dropout import layerskip
+        from sled.train.dropping import FixedRows, Masked, WholeBatch
+
+        if self.layer_dropout == 0:
+            dropout = None
+        elif self.layer_dropout is not None:
+            dropout = (layerskip(self.layer_dropout) if dropout is None else
+                       dataclasses.replace(dropout, rate=self.layer_dropout))
+        if self.drop is None:
+            return dropout
+        if dropout is None:
+            raise SettingError(f"--drop {self.drop} was given, but no layer is dropped; give --layer-dropout too, such "
+                               "as 0.1")
+        way = {"masked": Masked, "fixed": FixedRows, "batch": WholeBatch}[self.drop]
+        return dataclasses.replace(dropout, way=way())
 
 
 @dataclasses.dataclass(frozen=True)
