@@ -1,0 +1,63 @@
+"""The harness's task, with checked rows, demonstrations from a file, and errors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import datasets
+from lm_eval.api.task import ConfigurableTask
+
+from sled.errors import DataError, DownloadError
+from sled.eval.protocols.primers import read_primer
+
+
+class ProtocolTask(ConfigurableTask):
+    """A task of this folder. Its YAML file has three keys of its own:
+
+    class: this one.
+    row: the function that turns a row of the data into the task's document, or raises DataError.
+    primer: where the authors publish their demonstrations, for the tasks that take them from the file named as
+        `primer_file` in their metadata; the results' metadata then has a record of it under `primer`.
+
+    Raises SettingError, DataError and DownloadError on construction.
+    """
+
+    def __init__(self, config: Mapping):
+        own = {key: config.get(key) for key in ("row", "primer")}
+        config = {key: value for key, value in config.items() if key not in ("class", *own)}
+        self._row, self._primer = own["row"], ""
+        if own["primer"]:
+            metadata = dict(config.get("metadata") or {})
+            self._primer, metadata["primer"] = read_primer(config["task"], metadata.get("primer_file"), own["primer"])
+            config["metadata"] = metadata
+        super().__init__(config=config)
+
+    def download(self, dataset_kwargs: dict | None = None) -> None:
+        """Get the data, and make documents of the splits that the task uses."""
+        name = f"the data of the task {self.config.task} ({self.DATASET_PATH})"
+        remedy = "go online, or give the data as a local file"
+        try:
+            super().download(dataset_kwargs)
+        except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as reason:
+            raise DownloadError(f"{name} are not there ({_why(reason)}); check the name, or {remedy}") from reason
+        except OSError as reason:  # ConnectionError among them
+            raise DownloadError(f"{name} could not be fetched ({_why(reason)}); {remedy}") from reason
+        except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as reason:
+            raise DataError(f"{name} cannot be read ({_why(reason)}); mend or replace the file") from reason
+        for split in {self.config.test_split, self.config.fewshot_split} - {None}:
+            if split not in self.dataset:
+                raise DataError(f"{name} have no split {split!r}, but {', '.join(map(repr, self.dataset))}; give a "
+                                f"file for it: data_files={{{split!r}: FILE}}")
+            rows = [self._row(row, f"row {at} of the split {split!r} of {name}")
+                    for at, row in enumerate(self.dataset[split], 1)]
+            if not rows:
+                raise DataError(f"{name} have no rows in the split {split!r}; give some")
+            self.dataset[split] = datasets.Dataset.from_list(rows)
+
+    def doc_to_text(self, doc, doc_to_text=None) -> str:
+        return self._primer + super().doc_to_text(doc, doc_to_text)
+
+
+def _why(error: BaseException) -> str:
+    """What other libraries say in many lines, in one."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
