@@ -59,12 +59,13 @@ def _of_source(source: str, name: str) -> str:
             case ast.Call(ast.Attribute(ast.Name(column), "append"), [value]) if column in columns:
                 columns[column].append(_string(value))
     questions, chains, answers = columns.values()
-    if chains:
-        trigger = constants.get("ANSWER_TRIGGER", "The answer is")
-        answers = [f"{chain} {trigger} {answer}." for chain, answer in zip(chains, answers, strict=False)]
-    if not questions or len(questions) != len(answers) or None in (*questions, *chains, *columns["answer"]):
+    if not answers or len(questions) != len(answers) or len(chains) not in (0, len(answers)) or any(
+            None in column for column in columns.values()):
         raise DataError(f"{name!r} has no function create_demo_text that appends as many strings to answer as to "
                         "question, as DoLa's evaluation scripts have; give demonstrations as text in a .txt file")
+    if chains:
+        trigger = constants.get("ANSWER_TRIGGER", "The answer is")
+        answers = [f"{chain} {trigger} {answer}." for chain, answer in zip(chains, answers, strict=True)]
     return opening + "".join(f"Q: {q}\nA: {a}\n\n" for q, a in zip(questions, answers, strict=True))
 
 

@@ -48,6 +48,8 @@ class FusionOptions:
     """sled: evolution steps."""
     relative_top: float | None = None
     """dola: tokens below this fraction of the highest probability are left out."""
+    lower_bound: float | None = None
+    """sled, clamp, dola: the logit of tokens that are left out. Scores need a finite one (-1000; dola's is -inf)."""
     layers: tuple[int, ...] | None = None
     """Early layers to use (0 = embeddings), for the methods that take them."""
     norm_early: bool | None = None
