@@ -22,7 +22,7 @@ from sled.arguments import (
 )
 from sled.calibrating import calibrate
 from sled.calibration import Calibration
-from sled.checks import Whole, check_rows, take_rows
+from sled.checks import Flag, Whole, check_rows, take_rows
 from sled.decoding.generation import Generation
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
@@ -148,7 +148,7 @@ class LM:
                                        num_layers=self.config.num_layers))
 
     def score(self, prompts: Prompts, continuations: Prompts | Sequence[Prompts], *, fusion=FINAL_LAYER,
-              batch_size: int = 16, progress: bool = False) -> Scores:
+              normalise: bool = True, batch_size: int = 16, progress: bool = False) -> Scores:
         """Log-probabilities of given continuations; each distinct prompt is run once.
 
         Give one prompt with one continuation or a list of them, or a list of prompts with, for
@@ -159,9 +159,12 @@ class LM:
         of the clamp shows as a very low log-probability of the tokens outside the top-k.
 
         fusion: its settings are the same for all; an array with an entry per row is refused.
+        normalise: False leaves the log-softmax out and gives the fusion's own values, logits for `sled.FinalLayer()`;
+            SLED's and DoLa's published TruthfulQA scores are sums of such.
 
         Raises: PromptError, SettingError, TokenizerError.
         """
+        normalise = Flag(hint="True gives log-probabilities, False the fusion's own values")("normalise", normalise)
         batch_size = Whole(1, hint="continuations are scored in batches")("batch_size", batch_size)
         single = is_one(continuations, "a continuation")
         if is_one(prompts):
@@ -179,7 +182,8 @@ class LM:
             raise PromptError("no continuation was given; give at least one for the prompt")
         check_rows(A_STRATEGY("fusion", fusion), 1,
                    hint="a continuation's score is the same in any company, so give one value for all")
-        scored = score_pairs(self.build, self.params, pairs, fusion=fusion, batch_size=batch_size)
+        scored = score_pairs(self.build, self.params, pairs, fusion=fusion, batch_size=batch_size,
+                             normalise=normalise)
         results = {}
         for index, logp_T, best_T in tqdm(scored, total=len(pairs), unit="text", disable=not progress):
             tokens_T = pairs[index][1]

@@ -92,8 +92,8 @@ class Chunk:
 class Scores:
     """What `score` returns: lists in the shape of the continuations given.
 
-    tokens: the continuation's token ids; logprobs: natural-log probability of each of them;
-    totals: their sum; greedy: whether every token is the most likely one at its place.
+    tokens: the continuation's token ids; logprobs: natural-log probability of each of them, or what the fusion gives,
+    where that is not normalised; totals: their sum; greedy: whether every token is the most likely one at its place.
     """
 
     tokens: list

@@ -152,6 +152,9 @@ def test_truncation_and_penalty_by_hand():
 def test_scores_equal_a_full_forward_pass(lm, model, prompts):
     continuations = [[7, 8, 9], [10], [11, 12, 13, 14, 15, 16]]
     scores = lm.score([prompts[2], prompts[3]], [continuations, [[20, 21]]], batch_size=2)
+    [raw] = lm.score(prompts[3], [20, 21], normalise=False).logprobs
+    logits_TV = model.logits(model.hidden_states(jnp.array([prompts[3] + [20, 21]]))[-1, 0])
+    np.testing.assert_allclose(raw, logits_TV[[len(prompts[3]) - 1, len(prompts[3])], [20, 21]], atol=1e-4)
     for prompt, texts, rows in ((prompts[2], continuations, scores.logprobs[0]),
                                 (prompts[3], [[20, 21]], scores.logprobs[1])):
         for text, logprobs in zip(texts, rows, strict=True):

@@ -24,12 +24,12 @@ LOGITS_AT_ONCE = 2**25  # places x candidates x vocabulary of one pass: 128 MiB 
 Pair = tuple[np.ndarray, np.ndarray]
 
 
-def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion,
-                batch_size: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_size: int,
+                normalise: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Scores (prompt ids, continuation ids) pairs, neither of them empty.
 
     Yields (index of the pair, log-probability of each continuation token [m], most likely token at
-    each place [m]) in an order of its own.
+    each place [m]) in an order of its own. Without `normalise` what the fusion gives takes the log-probability's place.
     """
     plan = Plan.of(FullDepth(), fusion, build(params))
     of_prompt: dict[tuple[int, ...], list[int]] = {}
@@ -49,7 +49,7 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion,
         height = min(batch_size, len(rows))
         for at in range(0, len(rows), height):
             block = _block([(row, *pairs[index]) for row, index in rows[at:at + height]], height, longest, capacity)
-            logp_BT, best_BT = jax.device_get(_score_block(build, params, state.caches, *block, fusion))
+            logp_BT, best_BT = jax.device_get(_score_block(build, params, state.caches, *block, fusion, normalise))
             for (_, index), logp_T, best_T in zip(rows[at:at + height], logp_BT, best_BT, strict=False):
                 m = len(pairs[index][1])
                 yield index, logp_T[:m], best_T[:m]
@@ -69,8 +69,8 @@ def _block(rows, height: int, longest: int, capacity: int):
     return which_B, inputs_BT, targets_BT, positions_BT
 
 
-@functools.partial(jax.jit, static_argnames="build")
-def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, fusion):
+@functools.partial(jax.jit, static_argnames=("build", "normalise"))
+def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, fusion, normalise: bool):
     network = build(params)
     caches = jax.tree.map(lambda x: x[which_B], caches)
     h0 = network.embed(inputs_BT)
@@ -79,8 +79,8 @@ def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, p
 
     def judge(states_PD, target_P):
         logits_PV = fuse(network, fusion, states_PD, network.num_layers)
-        logp_PV = jax.nn.log_softmax(logits_PV, axis=-1)
-        return jnp.take_along_axis(logp_PV, target_P[:, None], axis=-1)[:, 0], jnp.argmax(logits_PV, axis=-1)
+        scores_PV = jax.nn.log_softmax(logits_PV, axis=-1) if normalise else logits_PV
+        return jnp.take_along_axis(scores_PV, target_P[:, None], axis=-1)[:, 0], jnp.argmax(logits_PV, axis=-1)
 
     inputs = ([flat(h) for h in (h0, *states)], flat(targets_BT))
     layers = 1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))
