@@ -327,6 +327,7 @@ def empty(tmp_path):
     (dict(recipe=dict(learns="exit-heads")), SettingError, "tunes exit heads alone, but the model has none"),
     (dict(heads=ExitHeads((2,))), ConfigError, "exit heads are given for layers"),
     (dict(heads=3), SettingError, "heads is 3"),
+    (dict(model=NewModel(positions=16)), SettingError, "positions is 16, but rows of training have 32"),
     (dict(recipe=3), SettingError, "recipe is 3"),
     (dict(model="/nowhere"), CheckpointError, "'/nowhere' is not a folder"),
 ])

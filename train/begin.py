@@ -41,7 +41,8 @@ class NewModel:
     """A Llama-shaped model whose weights begin at random.
 
     layers, width: L and D. heads: query heads, each width / heads wide; kv_heads: None for as many. mlp_width: None
-    for 2.75 times the width.
+    for 2.75 times the width. positions: tokens of the longest text that it is made for; None for as many as a row of
+    training has. More than that is never seen in training.
     tokenizer: a folder with tokenizer.json, whose token for the end of text is `end_of_text`; None makes a byte-level
         BPE of `vocabulary` tokens from the data. tied_head: whether the embedding table is the projection too.
 
@@ -53,6 +54,7 @@ class NewModel:
     heads: int = 4
     kv_heads: int | None = None
     mlp_width: int | None = None
+    positions: int | None = None
     vocabulary: int = 1000
     tokenizer: Path | None = None
     end_of_text: str = END_OF_TEXT
@@ -64,16 +66,17 @@ class NewModel:
                heads=Whole(1, hint="they share the width"),
                vocabulary=Whole(257, hint="256 are the bytes, and one ends a text"),
                kv_heads=OrNone(Whole(1, hint="None is as many as heads")),
-               mlp_width=OrNone(Whole(1, hint="None is 2.75 times the width")))
+               mlp_width=OrNone(Whole(1, hint="None is 2.75 times the width")),
+               positions=OrNone(Whole(2, hint="None is as many as a row of training has")))
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise SettingError(f"NewModel.width is {self.width}, which {self.heads} heads cannot share evenly (each "
                                "takes an even number of channels); choose another number of heads")
 
-    def config(self, vocabulary: int, end_id: int, context: int) -> DecoderConfig:
+    def config(self, vocabulary: int, end_id: int, positions: int) -> DecoderConfig:
         return DecoderConfig(
             "llama", vocab_size=vocabulary, width=self.width, mlp_width=self.mlp_width or self.width * 11 // 4,
             num_layers=self.layers, num_heads=self.heads, num_kv_heads=self.kv_heads or self.heads,
-            head_dim=self.width // self.heads, max_positions=context, tied_head=self.tied_head, eos_ids=(end_id,),
+            head_dim=self.width // self.heads, max_positions=positions, tied_head=self.tied_head, eos_ids=(end_id,),
             pad_id=end_id)
 
 
@@ -114,13 +117,17 @@ def begin(model: Path | NewModel, source: Source, context: int | None, form: Pat
             raise SettingError(f"new exit heads are given, but the model in {model} has some already, after layers "
                                f"{', '.join(map(str, config.exit_heads.layers))}; leave yours out to go on with them")
         config = dataclasses.replace(config, exit_heads=heads)
-    limit = CONTEXT if config is None else min(CONTEXT, config.max_positions)
+    if new and model.positions is not None and model.positions < (context or 0):
+        raise SettingError(f"NewModel.positions is {model.positions}, but rows of training have {context} tokens; give "
+                           "that or more, or a shorter context")
+    most = model.positions if new else config.max_positions
+    limit = min(CONTEXT, most or CONTEXT)
     context = limit if context is None else context
     if not begun and jax.process_index() == 0:
         shutil.rmtree(form, ignore_errors=True)
         form.mkdir(parents=True)
         if new:
-            _new_form(model, source, context, form)
+            _new_form(model, source, model.positions or context, form)
         else:
             _copy(model, form, (*TOKENIZER_FILES, "config.json", "generation_config.json", HEADS_CONFIG))
         if heads is not None:
@@ -153,10 +160,10 @@ def _copy(source: Path, form: Path, names: Iterable[str]) -> None:
             shutil.copyfile(source / name, form / name)
 
 
-def _new_form(model: NewModel, source: Source, context: int, form: Path) -> None:
+def _new_form(model: NewModel, source: Source, positions: int, form: Path) -> None:
     if model.tokenizer is None:
         tokenizer = train_tokenizer(_texts(source), model.vocabulary)
-        write_tokenizer(tokenizer, form, context)
+        write_tokenizer(tokenizer, form, positions)
         end, size = tokenizer.token_to_id(END_OF_TEXT), tokenizer.get_vocab_size()
     else:
         text = Text.from_folder(Path(model.tokenizer))
@@ -165,7 +172,7 @@ def _new_form(model: NewModel, source: Source, context: int, form: Path) -> None
             raise SettingError(f"the tokenizer in {model.tokenizer} has no token {model.end_of_text!r}; name the one "
                                "that ends its texts as end_of_text")
         _copy(Path(model.tokenizer), form, TOKENIZER_FILES)
-    written = json.dumps(format_config(model.config(size, end, context), "float32"), indent=2)
+    written = json.dumps(format_config(model.config(size, end, positions), "float32"), indent=2)
     (form / "config.json").write_text(written + "\n")
 
 

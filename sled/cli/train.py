@@ -73,6 +73,8 @@ class NewModelOptions:
     """Key/value heads (as many as query heads)."""
     mlp_width: int | None = None
     """Of the feed-forward layers (2.75 times the width)."""
+    positions: int | None = None
+    """Tokens of the longest text that it is made for (as many as a row of training has)."""
     vocabulary: int | None = None
     """Tokens of a tokenizer made from the data (1000)."""
     tokenizer: Path | None = None
@@ -211,7 +213,7 @@ class Train:
 
     sled train --recipe tune-exits --exit-heads 2 4 --head-kind mlp --data mine.jsonl --text text --out run
 
-    sled train --recipe demo --model new --data demo --held-out demo --out run
+    sled train --recipe demo --model new --positions 256 --data demo --held-out demo --out run
 
     Ends with a Hugging Face folder, RUN/model, for sled.load, transformers and every other subcommand. Interrupted or
     killed at any moment, the same command goes on from the last checkpoint, as if nothing had happened.
