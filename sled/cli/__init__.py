@@ -14,13 +14,14 @@ from sled.cli.export import Export
 from sled.cli.generate import Generate
 from sled.cli.lens import Lens
 from sled.cli.score import Score
+from sled.cli.sweep import Sweep
 from sled.cli.train import Train
 from sled.errors import SledError
 
 sub = tyro.conf.subcommand
 Command = (Annotated[Demo, sub("demo")] | Annotated[Generate, sub("generate")] | Annotated[Score, sub("score")]
            | Annotated[Lens, sub("lens")] | Annotated[Train, sub("train")] | Annotated[Export, sub("export")]
-           | Annotated[Calibrate, sub("calibrate")] | Annotated[Bench, sub("bench")])
+           | Annotated[Calibrate, sub("calibrate")] | Annotated[Sweep, sub("sweep")] | Annotated[Bench, sub("bench")])
 
 DESCRIPTION = """Let every layer of a language model speak.
 

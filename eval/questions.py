@@ -1,0 +1,59 @@
+"""Questions with one right number each: what a sweep asks."""
+
+from __future__ import annotations
+
+import dataclasses
+from fractions import Fraction
+from pathlib import Path
+
+from sled.checks import Whole
+from sled.demo.problems import problems, prompt
+from sled.errors import DataError, SettingError
+from sled.eval.answers import final_answer
+from sled.train.sources import Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """Prompts, the right answer to each, and where they are from, in words. Raises SettingError for none, or unequal
+    numbers of them."""
+
+    prompts: tuple[str, ...]
+    answers: tuple[int | Fraction, ...]
+    source: str
+
+    def __post_init__(self):
+        if len(self.prompts) != len(self.answers) or not self.prompts:
+            raise SettingError(f"{len(self.prompts)} prompts and {len(self.answers)} answers were given; give as many "
+                               "of one as of the other, at least one")
+
+    def right(self, texts: list[str]) -> list[bool]:
+        """Whether each text ends with the right answer, after its last `####`."""
+        return [final_answer(text) == answer for text, answer in zip(texts, self.answers, strict=True)]
+
+
+def demo_questions(count: int) -> Questions:
+    """The first `count` held-out problems that come with the bundled model. Raises SettingError."""
+    asked = problems("heldout", Whole(1, hint="it counts the problems to ask")("count", count))
+    return Questions(tuple(prompt(p.question) for p in asked), tuple(p.answer for p in asked), "held-out word problems")
+
+
+def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | None = None) -> Questions:
+    """Questions from a file (.jsonl, .json, .parquet, ...), as `sled.train.sources.Source` reads it.
+
+    prompt: a column, or a template such as "Question: {question}\\nAnswer:". answer: the column with the right
+    answer: a number, or a solution that ends with `#### number`, as GSM8K's do. limit: the first so many.
+    Raises DataError for a file or row that cannot be used, naming it, and SettingError.
+    """
+    prompts, answers = [], []
+    for example in Source(data, prompt=prompt, completion=answer, limit=limit).open():
+        said = example.body
+        right = final_answer(said if "####" in said else f"#### {said}")
+        if right is None:
+            raise DataError(f"{example.place} has the answer {said[:60]!r}, in which no number is found; "
+                            "give a number, or a solution that ends with #### and a number")
+        prompts.append(example.prompt)
+        answers.append(right)
+    if not prompts:
+        raise DataError(f"{data} holds no questions; give one per line")
+    return Questions(tuple(prompts), tuple(answers), Path(data).name)

@@ -1,0 +1,120 @@
+"""`sled sweep`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from sled.cli.options import FusionOptions, ModelOptions, unescape
+from sled.errors import PromptError, SettingError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What leaving early costs and gains here, over a grid of settings: a table, a CSV file and a picture.
+
+    sled sweep
+
+    sled sweep --exit-layers 2 4 2,4 --thresholds 0.7 0.9 0.99 --measures max_probability margin --drafts
+
+    sled sweep --fusion sled --rate 2 --scale 10 -o sweep-sled
+
+    sled sweep --thresholds --drafts --rates 0.5 1 2 --scales 5 10 20 -o sweep-of-sled
+
+    sled sweep -m meta-llama/Llama-3.2-1B --data gsm8k.jsonl --prompt "Question: {question}\\nAnswer:"
+    --answer answer --problems 200
+
+    Every setting is compared with the same fusion without exits, answer by answer and text by text, and timed beside
+    it in the same rounds. The fastest setting whose loss can be shown to be small is named, or none. Started again
+    after an interruption with the same options, it goes on where it was.
+    """
+
+    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sweep")
+    """Folder for sweep.csv, sweep.md and sweep.png."""
+    problems: int | None = None
+    """How many questions to ask: of the demo model's held-out problems 160, of --data all, unless given."""
+    data: str | None = None
+    """Questions of your own: a file of JSON lines, or what else sled train reads."""
+    prompt: str | None = None
+    """--data: the prompt, a column or a template such as "Question: {question}\\nAnswer:"."""
+    answer: str | None = None
+    """--data: the column with the right answer, a number, or a solution that ends with #### and a number.
+    What the model writes is scored by the number behind its last ####."""
+    exit_layers: tuple[str, ...] | None = None
+    """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4.
+    Left out: an eighth, a quarter, half and three quarters of the layers."""
+    thresholds: tuple[float, ...] = (0.98, 0.9, 0.8, 0.7, 0.5)
+    """Early exit: how sure an exit must be. None behind the option: no early exit in the sweep."""
+    measures: tuple[Literal["max_probability", "margin", "entropy", "saturation"], ...] = ("max_probability",)
+    """Early exit: what sure means."""
+    kv: Literal["exact", "propagate"] = "exact"
+    """Early exit: keys and values of skipped layers. exact: made up later, in a block.
+    propagate: from the exit's hidden state at once; cheaper, approximate."""
+    guess_layers: tuple[int, ...] | None = None
+    """Self-speculation: after which layers to guess. Left out: as for --exit-layers."""
+    drafts: tuple[int, ...] = (2, 4, 6, 8)
+    """Self-speculation: how many tokens to guess. None behind the option: no self-speculation in the sweep."""
+    rates: tuple[float, ...] = ()
+    """SLED without exits, against plain greedy decoding: evolution rates."""
+    scales: tuple[int, ...] = ()
+    """SLED without exits: evolution scales."""
+    rounds: int = 3
+    """How often everything is timed; the fastest round counts."""
+    delta: float = 0.05
+    """The expected loss to tolerate: the share of questions solved without exits and lost with them."""
+    epsilon: float = 0.05
+    """The probability that a setting called certified loses more all the same."""
+    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 96
+    """The most tokens of an answer."""
+    batch_size: int = 8
+    """Questions answered together. Speeds are those of this batch size; texts do not depend on it."""
+
+    def run(self) -> None:
+        from sled.eval import grid
+        from sled.eval.sweep import sweep
+
+        fusion, layer_sets = self.fusion_options.strategy(), self._layer_sets()
+        if bool(self.rates) != bool(self.scales):
+            raise SettingError("--rates and --scales go together: SLED is swept over both; give both, or neither")
+        questions = self._questions()
+        lm = self.model_options.load()
+        usual = grid.usual_layers(lm.config.num_layers)
+        methods = [*grid.early_exits(layer_sets or usual, self.thresholds, measures=self.measures, kv=self.kv,
+                                     fusion=fusion),
+                   *grid.self_speculation(self.guess_layers or usual, self.drafts, fusion=fusion),
+                   *grid.sled_settings(self.rates, self.scales)]
+        if not methods:
+            raise SettingError("nothing is left to sweep: give --thresholds, --drafts, or --rates with --scales")
+        swept = sweep(lm, methods, questions, self.output, rounds=self.rounds, batch_size=self.batch_size,
+                      max_new_tokens=self.max_new_tokens, delta=self.delta, epsilon=self.epsilon)
+        print(swept.markdown())
+        print(f"written to {self.output}: sweep.csv, sweep.md, sweep.png", file=sys.stderr)
+
+    def _layer_sets(self) -> list[tuple[int, ...]] | None:
+        try:
+            return self.exit_layers and [tuple(map(int, each.split(","))) for each in self.exit_layers]
+        except ValueError:
+            raise SettingError(f"--exit-layers is {' '.join(self.exit_layers)!r}, but must be layers, or layers joined "
+                               "by commas, such as 2 4 2,4") from None
+
+    def _questions(self):
+        from sled.eval.questions import demo_questions, read_questions
+
+        if self.data is None:
+            if self.prompt is not None or self.answer is not None:
+                raise PromptError("--prompt and --answer name columns of --data, which was not given; name a file by "
+                                  "--data")
+            if self.model_options.model != "demo":
+                raise PromptError(f"no questions were given for {self.model_options.model}: only the demo model comes "
+                                  "with some of its own; name a file by --data, with --prompt and --answer")
+            return demo_questions(160 if self.problems is None else self.problems)
+        if self.prompt is None or self.answer is None:
+            raise PromptError("--data was given without --prompt or --answer; say which columns hold the question and "
+                              "the right answer")
+        return read_questions(self.data, prompt=unescape(self.prompt), answer=self.answer, limit=self.problems)
