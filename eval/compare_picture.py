@@ -38,7 +38,7 @@ def draw(comparison: Comparison, path: str | os.PathLike) -> Path:
         axes.annotate(f"+{row.wins} \N{MINUS SIGN}{row.losses}{p}", (1.01, place), xycoords=("axes fraction", "data"),
                       va="center", fontsize=8, color="#495057")
     axes.set_yticks(range(len(others)), [f"{row.method}  ({row.mean:.3f})" for row in others])
-    axes.set_ylim(len(others) - 0.5, -0.5)  # the first on top
+    axes.set_ylim(max(len(others), 1) - 0.5, -0.5)  # the first on top
     axes.set_xlabel(f"difference of the mean score from {comparison.against}  ({base.mean:.3f}, n = {base.n}), with "
                     "95% intervals", fontsize=9)
     axes.grid(axis="x", color="#dee2e6", linewidth=0.6)

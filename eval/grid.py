@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 
 import sled
 from sled.arguments import FINAL_LAYER
-from sled.checks import is_array
 from sled.eval.methods import Method
 from sled.fusion import Strategy
 
@@ -23,14 +22,15 @@ def early_exits(exits: Sequence[Layers], thresholds: Iterable[float], *, measure
                 kv: str = "exact", fusion: Strategy = FINAL_LAYER) -> list[Method]:
     """Every threshold, from the highest down, of every measure at every layer or set of layers in `exits`.
 
-    measures, kv: as of `sled.EarlyExit`. A measure other than the usual one stands in the name. Raises SettingError.
+    measures, kv: as of `sled.EarlyExit`; what is not usual stands in the name. Raises SettingError.
     """
     methods = []
     for layers, measure in itertools.product(exits, measures):
         for threshold in sorted(set(thresholds), reverse=True):
             policy = sled.EarlyExit(layers, threshold, measure=measure, kv=kv)
             by = "" if measure == "max_probability" else f" {measure}"
-            name = f"exit after {_listed(policy.layers)},{by} threshold {threshold:g}"
+            how = "" if kv == "exact" else f" {kv},"
+            name = f"exit after {_listed(policy.layers)},{how}{by} threshold {threshold:g}"
             methods.append(Method(_under(fusion, name), fusion=fusion, exits=policy))
     return methods
 
@@ -58,7 +58,7 @@ def _under(fusion: Strategy, name: str) -> str:
     if fusion == FINAL_LAYER:
         return name
     numbers = {field: getattr(fusion, field, None) for field in ("rate", "scale")}
-    said = "".join(f" {field} {value:g}" for field, value in numbers.items() if value is not None and not is_array(value))
+    said = "".join(f" {field} {value:g}" for field, value in numbers.items() if isinstance(value, int | float))
     return f"{type(fusion).__name__}{said}, {name}"
 
 

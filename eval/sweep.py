@@ -190,7 +190,8 @@ def _row(point: Point, outs: dict[str, Output], times: dict[str, Times], questio
         same_texts=sum(map(list.__eq__, out.tokens, full.tokens)) / n, same_tokens=same_tokens(out.tokens, full.tokens),
         mean_depth=out.stats.mean_depth, acceptance=out.stats.acceptance, tokens=out.stats.new_tokens,
         seconds=mine.best, median_seconds=mine.median, against_seconds=base.best,
-        tokens_per_second=out.stats.new_tokens / mine.best, relative_speed=base.best / mine.best,
+        against_median_seconds=base.median, tokens_per_second=out.stats.new_tokens / mine.best,
+        relative_speed=base.best / mine.best,
         right="".join("01"[hit] for hit in right))
 
 

@@ -59,10 +59,10 @@ class Swept:
         cells = [(row.method, f"{row.accuracy:.3f}", f"[{row.low:.3f}, {row.high:.3f}]", f"{row.lost:.3f}",
                   f"{row.same_texts:.3f}", f"{row.same_tokens:.3f}", f"{row.mean_depth:.2f}",
                   None if row.acceptance is None else f"{row.acceptance:.2f}", f"{row.tokens_per_second:,.0f}",
-                  f"{row.relative_speed:.2f}", f"{_spread(row):.0%}",
+                  f"{row.relative_speed:.2f}", f"{row.against_median_seconds / row.median_seconds:.2f}",
                   None if row.method not in tested else "yes" if row.method in passed else "no") for row in self.rows]
         headings = ("method", "accuracy", "95%", "lost", "same texts", "same tokens", "mean depth", "acceptance",
-                    "tokens/s", "times as fast", "median round", "certified")
+                    "tokens/s", "times as fast", "by medians", "certified")
         return "\n\n".join(["# Sweep", f"{self.what}; {'; '.join(self._machines())}.", table(headings, cells),
                             self.verdict(), *self._fronts(), *self._notes()])
 
@@ -73,13 +73,13 @@ class Swept:
         method, passed = self.choice()
         n, count = self.rows[0].n, sum(map(len, self.sequences))
         said = (f"With {100 * (1 - self.epsilon):.6g}% confidence over the draw of the {n} questions, each of the "
-                f"{len(passed)} certified methods, of {count} tested in {len(self.sequences)} sequences, has an expected "
-                f"loss of at most {self.delta:g}: of further such questions, that share at most is solved without the "
-                "exits and lost with them.")
+                f"{len(passed)} certified methods, of {count} tested in {len(self.sequences)} sequences, has an "
+                f"expected loss of at most {self.delta:g}: of further such questions, that share at most is solved "
+                "without the exits and lost with them.")
         if not passed:
             few = fewest_losses(self.delta, self.epsilon / len(self.sequences))
-            said = (f"No method could be shown to have an expected loss of at most {self.delta:g}. Even without any loss "
-                    f"it takes {few:.0f} questions here, and {n} were asked.")
+            said = (f"No method could be shown to have an expected loss of at most {self.delta:g}. Even without any "
+                    f"loss it takes {few:.0f} questions here, and {n} were asked.")
         if method is None:
             return f"{said} **None of them was faster than no exit**, so leave nothing early here." if passed else said
         [row] = [row for row in self.rows if row.method == method]
@@ -125,18 +125,14 @@ class Swept:
     def _notes(self) -> list[str]:
         against = dict.fromkeys(row.against for row in self.rows)
         notes = [
-            f"lost: share of the questions that {' or '.join(against)} solves and the method does not. same texts, same "
-            "tokens: share of its texts that are the same, and of its tokens at the same place. mean depth: of the layer "
-            f"that said a token, of {self.num_layers}; verified guesses went through all of them. times as fast: its "
-            "seconds over the method's, for all questions, fastest round of each, timed in the same rounds. median "
-            "round: how much slower it was; smaller differences in speed are noise."]
+            f"lost: share of the questions that {' or '.join(against)} solves and the method does not. same texts, "
+            "same tokens: share of its texts that are the same, and of its tokens at the same place. mean depth: of "
+            f"the layer that said a token, of {self.num_layers}; verified guesses went through all of them. times as "
+            "fast: its seconds over the method's, for all questions, fastest round of each, timed in the same rounds. "
+            "by medians: the same of the median rounds; as far as the two differ, speed is noise."]
         runs = dict.fromkeys(row.run for row in self.rows)
         if len(runs) > 1:
             notes.append(f"These rows stem from {len(runs)} runs ({', '.join(runs)}). Seconds and tokens per second of "
                          "different runs do not compare. times as fast compares each method with its baseline in its "
                          "own run; read differences between runs with care, and none between machines.")
         return notes
-
-
-def _spread(row: Row) -> float:
-    return row.median_seconds / row.seconds - 1

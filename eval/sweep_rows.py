@@ -26,7 +26,7 @@ class Row:
         stand at the same place.
     mean_depth: mean of the layer that said a token. acceptance: of guesses.
     tokens: that were made. seconds: for all questions in the fastest of the rounds, and in the median one;
-        against_seconds: the baseline's, in the fastest of the same rounds.
+        against_seconds, against_median_seconds: the baseline's, in the same rounds.
     tokens_per_second: of the fastest round. relative_speed: against_seconds / seconds: above 1, it answers sooner.
     """
 
@@ -53,6 +53,7 @@ class Row:
     seconds: float
     median_seconds: float
     against_seconds: float
+    against_median_seconds: float
     tokens_per_second: float
     relative_speed: float
     right: str
