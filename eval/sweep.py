@@ -22,11 +22,11 @@ import jax
 from scipy.stats import binomtest
 from tqdm import tqdm
 
-from sled.arguments import A_POLICY, A_SAMPLING, A_STRATEGY, FULL_DEPTH, GREEDY, NEW_TOKENS, which_schedule
+from sled.arguments import NEW_TOKENS
 from sled.bench.machine import hardware, versions
 from sled.bench.rounds import Times, interleave
 from sled.binding import digest_of_weights
-from sled.checks import Whole, check_rows
+from sled.checks import Whole
 from sled.describe import describe
 from sled.errors import SettingError
 from sled.eval.grid import no_exit
@@ -54,9 +54,7 @@ class Point:
     @property
     def settings(self) -> dict[str, Any]:
         """Those of `LM.generate`."""
-        exits = FULL_DEPTH if self.method.exits is None else self.method.exits
-        return dict(fusion=self.method.fusion, exits=exits, schedule=self.method.schedule,
-                    sampling=self.method.sampling)
+        return dict(self.method.decoding(), sampling=self.method.sampling)
 
 
 def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str | os.PathLike, *, rounds: int = 3,
@@ -92,7 +90,7 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
             rows.append(row)
     swept = Swept(rows=tuple(rows.by_digest[point.digest] for point in points),
                   sequences=tuple(tuple(p.method.name for p in program) for program in _programs(points)
-                                  if program[0].settings["exits"] != FULL_DEPTH),
+                                  if program[0].method.leaves_early),
                   delta=delta, epsilon=epsilon, num_layers=lm.config.num_layers,
                   what=f"{lm.name}, {len(questions.prompts)} {questions.source}, at most {max_new_tokens} new tokens, "
                        f"batches of {batch_size}, fastest of {rounds} rounds")
@@ -106,23 +104,18 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
         if not isinstance(method, Method):
             raise SettingError(f"methods holds {method!r}, but must hold methods; give sled.eval.methods.Method(name, "
                                "...), or what sled.eval.grid makes")
-        for rule, name in ((A_STRATEGY, "fusion"), (A_SAMPLING, "sampling")):
-            check_rows(rule(f"{name} of {method.name!r}", getattr(method, name)), 1,
-                       hint="a point of a sweep has one value for all questions")
         if method.exits is not None:
-            policy = A_POLICY(f"exits of {method.name!r}", method.exits)
-            check_rows(policy, 1, hint="a point of a sweep has one value for all questions")
-            policy.exits(lm.config.num_layers)  # for its error, before any work
+            method.exits.exits(lm.config.num_layers)  # for its error, before any work
     common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), **given,
               "questions": _sha256([list(questions.prompts), list(map(str, questions.answers))])}
     points: dict[str, Point] = {}
     for method in [*itertools.chain(*map(_baselines, methods)), *methods]:
-        point = Point(method, _baselines(method)[-1], _sha256({**common, "method": _described(method)}))
+        point = Point(method, _baselines(method)[-1], _sha256({**common, "method": method.settings()}))
         same = points.setdefault(method.name, point)
         if same.digest != point.digest or len(method.name.splitlines()) != 1:
             raise SettingError(f"two methods are called {method.name!r}, or its name is no single line; "
                                "give each a name of its own")
-    if len({p.against.name for p in points.values() if p.settings["exits"] != FULL_DEPTH}) > 1:
+    if len({p.against.name for p in points.values() if p.method.leaves_early}) > 1:
         raise SettingError("the methods with exits have several fusions or samplings, so the fastest of them is that "
                            "of no one baseline; sweep each fusion into a folder of its own")
     return list(points.values())
@@ -131,10 +124,10 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
 def _baselines(method: Method) -> list[Method]:
     """Plain greedy decoding and, of a method with exits, its fusion without them; the last is what it is timed by."""
     plain = no_exit()
-    if method.exits in (None, FULL_DEPTH):
+    if not method.leaves_early:
         return [plain]
     mine = no_exit(method.fusion)
-    if method.sampling != GREEDY:
+    if method.samples:
         mine = dataclasses.replace(mine, name=f"{mine.name}, sampled", sampling=method.sampling)
     return [plain, mine]
 
@@ -205,12 +198,6 @@ def _number(settings, field: str) -> float | int | None:
     """A field that is one plain number; None for several, or none."""
     value = getattr(settings, field, None)
     return value if isinstance(value, int | float) else None
-
-
-def _described(method: Method) -> dict[str, Any]:
-    exits = FULL_DEPTH if method.exits is None else method.exits
-    return {"fusion": describe(method.fusion), "exits": describe(exits), "sampling": describe(method.sampling),
-            "schedule": describe(which_schedule(method.schedule, exits))}
 
 
 def _sha256(value) -> str:

@@ -96,11 +96,11 @@ def _accuracy(axes, swept: Swept, base: Row, x: Callable[[Row], float], front: S
 
 def _stretch(axes, lowest: float) -> None:
     """Accuracy upwards, the way down from 1 being the root of what is missing: most points lie near the top."""
-    height = lambda y: -np.sqrt(np.maximum(1 - y, 0))  # noqa: E731
-    axes.set_yscale("function", functions=(height, lambda h: 1 - h**2))
+    height = lambda y: -np.sign(1 - y) * np.sqrt(np.abs(1 - y))  # noqa: E731
+    axes.set_yscale("function", functions=(height, lambda h: 1 + h * np.abs(h)))
     ticks = [tick for tick in (0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 1) if tick >= lowest - 0.2]
     axes.set_yticks(ticks, [f"{100 * tick:.0f}%" for tick in ticks])
-    axes.set_ylim(max(lowest - 0.05, 0), 1.0005)
+    axes.set_ylim(max(lowest - 0.05, 0), 1 + (1.05 - lowest) / 400)  # room for markers at 1
 
 
 def _guesses(axes, rows: Sequence[Row], styles: dict[str, tuple[str, str]]) -> None:

@@ -284,16 +284,14 @@ def test_tokens_at_the_same_place():
 
 
 @pytest.mark.parametrize(("methods", "how", "says"), [
-    (["no exit"], {}, "methods holds 'no exit'"), ([Method("m", fusion="SLED")], {}, "fusion of 'm' is"),
-    ([Method("m", exits="early")], {}, "exits of 'm' is"), (grid.early_exits([3], [0.5]), {}, "no early exit of a"),
+    (["no exit"], {}, "methods holds 'no exit'"), (grid.early_exits([3], [0.5]), {}, "no early exit of a model"),
     ([Method("m", exits=sled.EarlyExit(1)), Method("m", exits=sled.EarlyExit(2))], {}, "two methods are called 'm'"),
     ([Method("a\nb")], {}, "no single line"),
     ([*EARLY, *grid.early_exits([1], [0.5], fusion=sled.SLED())], {}, "several fusions"),
-    ([Method("m", exits=sled.EarlyExit(1, np.full((3, 1), 0.5)))], {}, "one value for all"),
     (EARLY, dict(rounds=0), "rounds is 0"), (EARLY, dict(batch_size=0), "batch_size is 0"),
     (EARLY, dict(delta=0), "must be a number in"), (EARLY, dict(epsilon=1), "must be a number in"),
     (EARLY, dict(folder="/proc/none"), "cannot be written"),
-], ids=range(13))
+], ids=range(10))
 def test_what_cannot_be_swept(scripted, tmp_path, methods, how, says):
     with pytest.raises(SettingError, match=says):
         run(scripted, **{"folder": tmp_path, "methods": methods, **how})
