@@ -30,3 +30,21 @@ def writable_picture(name: str, path: Path) -> Path:
         raise SettingError(f"{name} is {str(path)!r}, whose ending is none of {', '.join(PICTURES)}; "
                            "the ending chooses the format, so give one of these")
     return writable(name, path)
+
+
+def replace_text(name: str, path: Path, text: str) -> Path:
+    """Writes `text` to `path` whole or not at all: what stands there stays until all of it is written.
+
+    Raises SettingError where it cannot be written.
+    """
+    target = Path(os.path.realpath(writable(name, path)))
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, target)
+    except OSError as reason:
+        raise SettingError(f"{name} is {str(path)!r}, which cannot be written ({reason.strerror}); "
+                           "name a file in a folder of your own") from reason
+    finally:
+        partial.unlink(missing_ok=True)
+    return path

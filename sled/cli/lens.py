@@ -10,15 +10,16 @@ import tyro
 
 from sled.checks import Whole
 from sled.cli.options import FusionOptions, ModelOptions, unescape
-from sled.files import writable_picture
+from sled.files import writable, writable_picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Lens:
-    """What every layer would say after each token of a text, as a table and a picture.
+    """What every layer would say after each token of a text, as a table, a picture, a page to explore.
 
     sled lens "Question: Ash buys 6 toys at 10 dollars each. How much is it?\\nAnswer: 6*10=60"
     sled lens --fusion sled --picture lens.png --last 24 "The capital of France is Paris"
+    sled lens --fusion sled --html lens.html "The capital of France is Paris"
     """
 
     text: tyro.conf.Positional[str]
@@ -27,14 +28,18 @@ class Lens:
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     picture: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
     """Also draw it into this file (.png, .svg or .pdf)."""
-    last: int = 12
-    """Show the last so many positions of the text."""
+    html: Path | None = None
+    """Also write it into this file, as a page for a browser: details of every cell, early exits at any threshold."""
+    last: int | None = None
+    """Show the last so many positions of the text: by default 12, on the page all that it holds."""
 
     def run(self) -> None:
-        last = Whole(1, hint="it counts the positions to show")("--last", self.last)
+        last = 12 if self.last is None else Whole(1, hint="it counts the positions to show")("--last", self.last)
         strategy = self.fusion_options.strategy()
         if self.picture:
             writable_picture("--picture", self.picture)
+        if self.html:
+            writable("--html", self.html)
         lm = self.model_options.load()
         lens = lm.lens(unescape(self.text), fusion=None if self.fusion_options.fusion == "final" else strategy)
         first = max(0, len(lens.tokens) - last)
@@ -42,3 +47,8 @@ class Lens:
         print("cells: a layer's most likely next token and its probability in percent; * = the last layer's choice")
         if self.picture:
             print(f"picture: {lens.picture(self.picture, first=first, count=last)}")
+        if self.html:
+            whole = self.last is None
+            page = lens.page(self.html, title=f"What each layer of {lm.name} would say next",
+                             first=0 if whole else first, count=None if whole else last)
+            print(f"page: {page}")
