@@ -26,6 +26,7 @@ def render(lens: Lens, *, title: str | None, threshold: float, layers, first: in
 
     Raises SettingError for more positions than a page holds.
     """
+    title = (title or "What each layer would say next").encode(errors="replace").decode()  # a path may be no text
     shown, notice = _positions(lens, first, count)
     part = slice(shown.start, shown.stop)
     leaves = lens.exits(threshold, layers)[part]  # checks both
@@ -34,7 +35,7 @@ def render(lens: Lens, *, title: str | None, threshold: float, layers, first: in
     read = lambda name: files(__name__).joinpath(name).read_text(encoding="utf-8")  # noqa: E731
     script, style = read("page.js"), read("page.css")
     return Template(read("template.html")).substitute(
-        title=escape(title or "What each layer would say next"),
+        title=escape(title),
         style=style, style_hash=_hash(style), script=script, script_hash=_hash(script),
         summary=f"{_number(len(lens.ids), 'token')} read by {_number(depth, 'layer')}, "
                 f"which choose from a vocabulary of {lens.vocabulary:,}.",
@@ -46,7 +47,7 @@ def render(lens: Lens, *, title: str | None, threshold: float, layers, first: in
                                           for t in shown),
         decisions="\n".join(_decisions(lens, shown, leaves)),
         layers="\n".join(_layer(lens, n, shown, leaves) for n in reversed(range(depth + 1))),
-        scale="".join(f'<li class="s{step}">{10 * step}%</li>' for step in range(10)),
+        scale="".join(f'<li class="s{step}">{10 * step}–{10 * step + 10}%</li>' for step in range(10)),
         data=_json({**_arrays(lens, shown), "depth": depth, "columns": len(shown), "first": shown.start,
                     "kept": lens.best.shape[-1], "vocabulary": lens.vocabulary, "fusion": lens.fusion,
                     "threshold": threshold, "exits": exits, "leaves": leaves.tolist(),
@@ -62,8 +63,8 @@ def _positions(lens: Lens, first: int, count: int | None) -> tuple[range, str]:
     if count is not None:
         raise SettingError(f"count is {count}, but a page holds {most} positions of a model of {len(lens.top) - 1} "
                            "layers; show fewer, or write several pages with first=...")
-    return shown[-most:], (f"The last {most} positions are shown; positions {shown.start} to {shown[-most] - 1} are left "
-                           "out, for a page holds no more. Lens.page(first=..., count=...) shows any part.")
+    return shown[-most:], (f"The last {most} positions are shown; positions {shown.start} to {shown[-most] - 1} are "
+                           "left out, for a page holds no more. Lens.page(first=..., count=...) shows any part.")
 
 
 def _decisions(lens: Lens, shown: range, leaves: np.ndarray):
@@ -72,7 +73,7 @@ def _decisions(lens: Lens, shown: range, leaves: np.ndarray):
     if lens.fused is not None:
         cells = (f'<td class="changed">{_token(lens.fused_names[t])}<small>≠ last</small></td>'
                  if lens.fused[t] != last[t] else f"<td>{_token(lens.fused_names[t])}</td>" for t in shown)
-        yield _row("fused", f"{escape(lens.fusion)} says", cells)
+        yield _row("fused", escape(lens.fusion), cells)
     depth = len(lens.top) - 1
     agrees = lens.agreement
     yield _row("leaves", "leaves after", (
@@ -106,10 +107,10 @@ def _corrections(lens: Lens, shown: range) -> str:
     changed = [t for t in shown if lens.fused[t] != lens.top[-1, t]]
     name = escape(lens.fusion)
     if not changed:
-        return f"<p>{name} chooses as the last layer everywhere.</p>"
-    links = "".join(f'<li><a href="#at{t}" data-column="{t - shown.start}">{t}: {_token(lens.names[-1][t])} → '
-                    f"{_token(lens.fused_names[t])}</a></li>" for t in changed)
-    return (f"<p>{name} corrects the last layer at {len(changed)} of {_number(len(shown), 'place')}:</p>"
+        return f'<p id="corrected">{name} chooses as the last layer everywhere.</p>'
+    links = "".join(f'<li><a href="#at{t}" data-column="{t - shown.start}">{t}: “{_token(lens.names[-1][t])}” → '
+                    f"“{_token(lens.fused_names[t])}”</a></li>" for t in changed)
+    return (f'<p id="corrected">{name} corrects the last layer at {len(changed)} of {_number(len(shown), "place")}:</p>'
             f'<ul id="corrections">{links}</ul>')
 
 

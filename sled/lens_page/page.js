@@ -24,7 +24,7 @@
   const agrees = (n, c) => top(n, c) === top(depth, c);
   const layerName = (n) => (n === 0 ? "embeddings" : n === depth ? `layer ${n}, the last` : `layer ${n}`);
   const percent = (p, digits = 0) => `${(100 * p).toFixed(digits)}%`;
-  const quoted = (name) => `“${names[name]}”`;
+  const quoted = (name) => `“\u2068${names[name]}\u2069”`; // isolated, should it run from right to left
 
   function element(tag, properties = {}, ...children) {
     const made = Object.assign(document.createElement(tag), properties);
@@ -68,20 +68,21 @@
 
   // What numbers and shading show: how sure it is (0 to 1), its text, and a step of the scale in words.
   const nats = Math.log(data.vocabulary);
+  const tenth = (i) => `${10 * i}–${10 * i + 10}%`;
   const shadings = {
     confidence: {
       about: "Confidence: the probability that a layer gives to its own choice.",
-      sure: probability, text: (n, c) => percent(probability(n, c)), step: (i) => `${10 * i}%`,
+      sure: probability, text: (n, c) => percent(probability(n, c)), step: tenth,
     },
     entropy: {
       about: `Entropy of the layer’s distribution, in nats; ${nats.toFixed(1)} is the most. Little entropy is shaded strongly.`,
-      sure: (n, c) => 1 - entropy[at(n, c)] / nats, text: (n, c) => `${entropy[at(n, c)].toFixed(2)} nat`,
-      step: (i) => `${((1 - i / 10) * nats).toFixed(1)} nat`,
+      sure: (n, c) => 1 - entropy[at(n, c)] / nats, text: (n, c) => entropy[at(n, c)].toFixed(2),
+      step: (i) => `${((1 - i / 10) * nats).toFixed(1)}–${((0.9 - i / 10) * nats).toFixed(1)}`,
     },
     agreement: {
       about: "Agreement: the probability that a layer gives to the last layer’s choice.",
       sure: (n, c) => finalProbability[at(n, c)], text: (n, c) => percent(finalProbability[at(n, c)]),
-      step: (i) => `${10 * i}%`,
+      step: tenth,
     },
   };
 
@@ -142,14 +143,13 @@
           element("td", { textContent: percent(of[i], 2) }))))),
       element("dl", {}, ...facts.map(([term, fact]) => element("div", {},
         element("dt", { textContent: term }), element("dd", { textContent: fact })))));
-    byId("details").hidden = false;
     byId("said").textContent = `${speaker} ${where}: ${ranks.map((i) => `${quoted(from[i])} ${percent(of[i], 2)}`).join(", ")}. `
       + facts.map((pair) => pair.join(": ")).join(". ");
   }
 
   function choose(cell) {
     if (current) {
-      current.tabIndex = -1;
+      current.removeAttribute("tabindex");
       for (const part of [current, ...headers(current)]) part.classList.remove("current", "here");
     }
     current = cell;
@@ -190,7 +190,6 @@
   });
   grid.addEventListener("focusin", (event) => {
     if (event.target !== current && event.target.matches("td")) choose(event.target);
-    else if (byId("details").hidden) describe();
   });
   byId("corrections")?.addEventListener("click", (event) => {
     const c = event.target.closest("a")?.dataset.column;
@@ -225,7 +224,7 @@
   byId("controls").addEventListener("submit", (event) => event.preventDefault());
 
   // On paper a wide table becomes several, one below the other.
-  const SHEET = 10;
+  const SHEET = 9;
   addEventListener("beforeprint", () => {
     const sheets = element("div", { id: "sheets" });
     for (let c = 1; c <= columns; c += SHEET) {
@@ -256,10 +255,11 @@
   grid.setAttribute("role", "grid");
   grid.setAttribute("aria-readonly", "true");
   byId("frame").removeAttribute("tabindex");
-  for (const hidden of [byId("controls"), document.querySelector(".keys")]) hidden.hidden = false;
-  current = layerRows[depth].cells[1];
-  current.tabIndex = 0;
+  document.body.classList.add("explored");
+  for (const hidden of [byId("controls"), byId("details"), document.querySelector(".keys")]) hidden.hidden = false;
   number.value = slider.value = threshold; // a browser may have kept what stood there before a reload
   document.querySelector("input[name=shading]").checked = true;
   leaves = data.leaves;
+  choose(layerRows[depth].cells[1]);
+  byId("said").textContent = ""; // nobody asked yet
 })();
