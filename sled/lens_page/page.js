@@ -23,6 +23,7 @@
   const probability = (n, c) => bestProbability[at(n, c) * kept];
   const agrees = (n, c) => top(n, c) === top(depth, c);
   const layerName = (n) => (n === 0 ? "embeddings" : n === depth ? `layer ${n}, the last` : `layer ${n}`);
+  const capital = (text) => text[0].toUpperCase() + text.slice(1);
   const percent = (p, digits = 0) => `${(100 * p).toFixed(digits)}%`;
   const quoted = (name) => `“\u2068${names[name]}\u2069”`; // isolated, should it run from right to left
 
@@ -33,7 +34,7 @@
   }
 
   // Exits: as sled.Lens.exits, in float32.
-  let exits = data.exits, threshold = data.threshold, leaves = [];
+  let { exits, threshold, leaves } = data;
 
   function markExits() {
     const limit = Math.fround(threshold);
@@ -42,12 +43,10 @@
     leaves = Array.from({ length: columns }, (_, c) => exits.find((n) => probability(n, c) > limit) ?? depth);
     leaves.forEach((n, c) => {
       if (before[c] === n) return;
-      for (const layers of layerRows) {
-        const cell = layers.cells[c + 1];
-        if (cell.classList.contains("exit")) {
-          cell.classList.remove("exit");
-          cell.querySelector("b").remove();
-        }
+      if (before[c] < depth) {
+        const left = layerRows[before[c]].cells[c + 1];
+        left.classList.remove("exit");
+        left.querySelector("b").remove();
       }
       const cell = row.cells[c + 1];
       cell.textContent = n === depth ? "last layer" : `layer ${n} ${agrees(n, c) ? "✓" : "≠"}`;
@@ -61,9 +60,10 @@
     const right = early.filter(([n, c]) => agrees(n, c)).length;
     const mean = leaves.reduce((sum, n) => sum + n, 0) / columns;
     byId("outcome").textContent = `At threshold ${threshold}, ${early.length} of ${columns} tokens leave early, after `
-      + `${mean.toFixed(1)} of ${depth} layers on average; ${right} of these ${early.length} choices are the last layer’s.`;
-    byId("chosen").textContent = exits.length === depth - 1 && exits.length ? "all" : exits.join(", ") || "none";
-    if (current) describe();
+      + `${mean.toFixed(1)} of ${depth} layers on average; ${right} of these ${early.length} choices are the last `
+      + "layer’s.";
+    byId("chosen").textContent = exits.length === depth - 1 ? "all" : exits.join(", ") || "none";
+    describe();
   }
 
   // What numbers and shading show: how sure it is (0 to 1), its text, and a step of the scale in words.
@@ -75,7 +75,7 @@
       sure: probability, text: (n, c) => percent(probability(n, c)), step: tenth,
     },
     entropy: {
-      about: `Entropy of the layer’s distribution, in nats; ${nats.toFixed(1)} is the most. Little entropy is shaded strongly.`,
+      about: `Entropy of the layer’s distribution, in nats; ${nats.toFixed(1)} is the most. Little is shaded strongly.`,
       sure: (n, c) => 1 - entropy[at(n, c)] / nats, text: (n, c) => entropy[at(n, c)].toFixed(2),
       step: (i) => `${((1 - i / 10) * nats).toFixed(1)}–${((0.9 - i / 10) * nats).toFixed(1)}`,
     },
@@ -103,48 +103,56 @@
   // Details of the current cell, seen and said.
   let current = null;
 
+  function factsOf(n, c) {
+    const choice = top(n, c), last = top(depth, c);
+    const facts = [["Entropy", `${entropy[at(n, c)].toFixed(2)} nats of at most ${nats.toFixed(2)}`]];
+    if (n < depth) {
+      facts.push(["Last layer", choice === last ? "makes the same choice"
+        : `says ${quoted(last)}, which has ${percent(finalProbability[at(n, c)], 2)} here`]);
+    }
+    facts.push(["Exit", leaves[c] < n ? `the token has left after layer ${leaves[c]}` : leaves[c] > n ? "not yet"
+      : n === depth ? "the token goes through all layers" : `the token leaves here, at threshold ${threshold}`]);
+    facts.push(["Settled", n >= settled[c] ? `yes, from ${layerName(settled[c])} on` : "not yet"]);
+    return facts;
+  }
+
+  function factsOfFusion(c) {
+    const last = top(depth, c);
+    return [["Last layer", fused.best[c * kept] === last ? "makes the same choice"
+      : `says ${quoted(last)}: ${data.fusion} corrects it`]];
+  }
+
   function describe() {
     const what = current.parentElement.dataset.what, c = current.cellIndex - 1;
-    const n = what === "fused" ? null : what === "leaves" ? leaves[c] : what === "settled" ? settled[c] : Number(what);
-    const from = n === null ? fused.best : best, of = n === null ? fused.probability : bestProbability;
-    const ranks = Array.from({ length: kept }, (_, k) => (n === null ? c : at(n, c)) * kept + k).filter((i, k) => k === 0 || of[i] > 0);
-    const speaker = n === null ? data.fusion : layerName(n);
+    const byFusion = what === "fused";
+    const n = what === "leaves" ? leaves[c] : what === "settled" ? settled[c] : Number(what);
+    const [from, of, start] = byFusion ? [fused.best, fused.probability, c] : [best, bestProbability, at(n, c)];
+    const ranks = Array.from({ length: kept }, (_, k) => start * kept + k).filter((i, k) => k === 0 || of[i] > 0);
+    const speaker = byFusion ? data.fusion : layerName(n);
     const where = `after token ${first + c}, ${quoted(read[c])}`;
-    const choice = from[ranks[0]], last = top(depth, c);
-    const facts = [];
-    if (n === null) {
-      facts.push(["Last layer", choice === last ? "makes the same choice" : `says ${quoted(last)}: ${data.fusion} corrects it`]);
-    } else {
-      facts.push(["Entropy", `${entropy[at(n, c)].toFixed(2)} nats of at most ${nats.toFixed(2)}`]);
-      if (n < depth) {
-        facts.push(["Last layer", choice === last ? "makes the same choice"
-          : `says ${quoted(last)}, which has ${percent(finalProbability[at(n, c)], 2)} here`]);
-      }
-      facts.push(["Exit", leaves[c] === n ? (n === depth ? "the token goes through all layers" : `the token leaves here, at threshold ${threshold}`)
-        : leaves[c] < n ? `the token has left after layer ${leaves[c]}` : "not yet"]);
-      facts.push(["Settled", n >= settled[c] ? `yes, from ${layerName(settled[c])} on` : "not yet"]);
-    }
-    facts.push(["Text goes on", c + 1 < columns ? `with ${quoted(read[c + 1])}` : data.next === null ? "no further" : `with ${quoted(data.next)}`]);
+    const next = c + 1 < columns ? read[c + 1] : data.next;
+    const facts = [...(byFusion ? factsOfFusion(c) : factsOf(n, c)),
+      ["Text goes on", next === null ? "no further" : `with ${quoted(next)}`]];
 
-    byId("where").textContent = `${speaker[0].toUpperCase()}${speaker.slice(1)}`;
+    byId("where").textContent = capital(speaker);
     const bar = (i) => {
       const made = element("span", { className: "bar", ariaHidden: "true" });
       made.style.width = percent(of[i], 1);
       return made;
     };
+    const heads = ["Token", "Probability"].map((textContent) => element("th", { scope: "col", textContent }));
     byId("about").replaceChildren(
-      element("p", {}, `${where[0].toUpperCase()}${where.slice(1)}`),
+      element("p", { textContent: capital(where) }),
       element("table", {},
         element("caption", { textContent: "Most likely next tokens" }),
-        element("thead", {}, element("tr", {}, element("th", { scope: "col", textContent: "Token" }),
-          element("th", { scope: "col", textContent: "Probability" }))),
+        element("thead", {}, element("tr", {}, ...heads)),
         element("tbody", {}, ...ranks.map((i) => element("tr", {},
           element("td", {}, element("bdi", { textContent: names[from[i]] }), bar(i)),
           element("td", { textContent: percent(of[i], 2) }))))),
       element("dl", {}, ...facts.map(([term, fact]) => element("div", {},
         element("dt", { textContent: term }), element("dd", { textContent: fact })))));
-    byId("said").textContent = `${speaker} ${where}: ${ranks.map((i) => `${quoted(from[i])} ${percent(of[i], 2)}`).join(", ")}. `
-      + facts.map((pair) => pair.join(": ")).join(". ");
+    const likeliest = ranks.map((i) => `${quoted(from[i])} ${percent(of[i], 2)}`).join(", ");
+    byId("said").textContent = `${speaker} ${where}: ${likeliest}. ${facts.map((pair) => pair.join(": ")).join(". ")}.`;
   }
 
   function choose(cell) {
@@ -232,7 +240,8 @@
       part.removeAttribute("id");
       part.className = "sheet";
       const shown = Math.min(SHEET, columns + 1 - c);
-      const widths = element("colgroup", {}, element("col", { className: "head" }), element("col", { className: "cell", span: shown }));
+      const widths = element("colgroup", {}, element("col", { className: "head" }),
+        element("col", { className: "cell", span: shown }));
       part.append(widths, ...[grid.tHead, ...grid.tBodies].map((section) => {
         const copy = section.cloneNode(false);
         for (const row of section.rows) {
@@ -259,7 +268,6 @@
   for (const hidden of [byId("controls"), byId("details"), document.querySelector(".keys")]) hidden.hidden = false;
   number.value = slider.value = threshold; // a browser may have kept what stood there before a reload
   document.querySelector("input[name=shading]").checked = true;
-  leaves = data.leaves;
   choose(layerRows[depth].cells[1]);
   byId("said").textContent = ""; // nobody asked yet
 })();
