@@ -40,7 +40,7 @@ def render(lens: Lens, *, title: str | None, threshold: float, layers, first: in
         summary=f"{_number(len(lens.ids), 'token')} read by {_number(depth, 'layer')}, "
                 f"which choose from a vocabulary of {lens.vocabulary:,}.",
         notice=f'<p class="notice">{notice}</p>' if notice else "",
-        threshold=_short(threshold), chosen="all" if layers is None else ", ".join(map(str, exits)),
+        threshold=_short(threshold), chosen="all" if len(exits) == depth - 1 else ", ".join(map(str, exits)),
         shown="Confidence: the probability that a layer gives to its own choice.",
         outcome=_outcome(lens.agreement[:, part], leaves, threshold), corrections=_corrections(lens, shown),
         columns=len(shown), heads="".join(f'<th scope="col" id="at{t}"><small>{t}</small>{_token(lens.tokens[t])}</th>'
@@ -87,10 +87,11 @@ def _layer(lens: Lens, n: int, shown: range, leaves: np.ndarray) -> str:
     depth = len(lens.top) - 1
     agrees, settled = lens.agreement[n], lens.settled
     sure = lens.probability[n].astype(float)
+    level = np.minimum(np.nan_to_num(10 * sure), 9).astype(int)  # half precision may overflow to NaN
     cells = []
     for t, leaves_after in zip(shown, leaves.tolist(), strict=True):
         exits = n == leaves_after < depth
-        classes = [f"s{min(9, int(10 * sure[t]))}", *["same"] * bool(agrees[t]), *["exit"] * exits,
+        classes = [f"s{level[t]}", *["same"] * bool(agrees[t]), *["exit"] * exits,
                    *["settled"] * bool(settled[t] == n)]
         cells.append(f'<td class="{" ".join(classes)}">{_token(lens.names[n][t])}<small>{100 * sure[t]:.0f}%'
                      f"{' ✓' if agrees[t] else ''}</small>{'<b>exit</b>' if exits else ''}</td>")

@@ -93,7 +93,7 @@
     layerRows.forEach((row, n) => {
       for (let c = 0; c < columns; c++) {
         const cell = row.cells[c + 1];
-        const level = Math.max(0, Math.min(9, Math.floor(10 * sure(n, c))));
+        const level = Math.max(0, Math.min(9, Math.floor(10 * sure(n, c)))) || 0;
         cell.className = cell.className.replace(/\bs\d\b/, `s${level}`);
         cell.querySelector("small").textContent = text(n, c) + (agrees(n, c) ? " ✓" : "");
       }
@@ -186,7 +186,8 @@
   }
   grid.addEventListener("keydown", (event) => {
     const cell = event.target.closest("td");
-    const to = cell && !event.altKey && !event.shiftKey && target(event, rows.indexOf(cell.parentElement), cell.cellIndex);
+    if (!cell || event.altKey || event.shiftKey) return;
+    const to = target(event, rows.indexOf(cell.parentElement), cell.cellIndex);
     if (!to) return;
     event.preventDefault();
     const next = to[1] > 0 && rows[to[0]]?.cells[to[1]];
