@@ -82,12 +82,12 @@ class Reader(HTMLParser):
 
 def test_a_lens_keeps_the_best_tokens_and_tokens_leave_where_generation_lets_them(tiny_folder):
     lm, model = sled.load(tiny_folder("llama")), load_folder(tiny_folder("llama"))
-    fusion, exits, asked = sled.SLED(rate=3.0), sled.EarlyExit(1, threshold=0.088), [3, 14, 15, 9]
+    fusion, exits, asked = sled.SLED(rate=3.0), sled.EarlyExit(1, threshold=0.1), [3, 14, 15, 9]
     out = lm.generate(asked, exits=exits, max_new_tokens=12)
     ids = asked + out.tokens[0]
     lens = lm.lens(ids, fusion=fusion)
     # The first new token comes after the prompt's last, and a prompt's tokens leave nowhere.
-    assert lens.exits(0.088, 1)[len(asked):-1].tolist() == out.exit_layers[0][1:]
+    assert lens.exits(0.1, 1)[len(asked):-1].tolist() == out.exit_layers[0][1:]
     assert len(set(out.exit_layers[0][1:])) > 1
 
     early = fusion.early_layers(3, tied=False)
