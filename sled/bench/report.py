@@ -14,9 +14,9 @@ from typing import Any
 from sled.bench.machine import hardware, versions
 
 
-def column(heading: str) -> Any:
-    """A field of a row, under this heading in the table."""
-    return dataclasses.field(metadata={"heading": heading})
+def column(heading: str, *, decimals: int = 2) -> Any:
+    """A field of a row, under this heading in the table, with so many decimals where it is a float."""
+    return dataclasses.field(metadata={"heading": heading, "decimals": decimals})
 
 
 @dataclasses.dataclass
@@ -43,9 +43,9 @@ class Report:
         made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"{self.title}; {self.date}; {self.hardware}; {made_with}"]
         for kind, rows in itertools.groupby(self.rows, type):
-            headings = [field.metadata["heading"] for field in dataclasses.fields(kind)]
-            lines += ["", _line(headings), "|" + "---|" * len(headings),
-                      *(_line(map(_cell, dataclasses.astuple(row))) for row in rows)]
+            columns = [field.metadata for field in dataclasses.fields(kind)]
+            lines += ["", _line(column["heading"] for column in columns), "|" + "---|" * len(columns),
+                      *(_line(map(_cell, dataclasses.astuple(row), columns)) for row in rows)]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
 
     def json(self) -> str:
@@ -59,5 +59,5 @@ def _line(cells) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(value) -> str:
-    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+def _cell(value, column) -> str:
+    return "-" if value is None else f"{value:.{column['decimals']}f}" if isinstance(value, float) else str(value)

@@ -113,13 +113,38 @@ class BenchLoss:
 
 
 @dataclasses.dataclass(frozen=True)
+class BenchLayers:
+    """How well each layer speaks, of one or several models side by side, on held-out word problems.
+
+    sled bench layers --models demo twin/model --picture layers.png
+
+    A table of loss, accuracy, agreement with the last layer and problems solved by each layer. No timing.
+    """
+
+    models: tuple[str, ...] = ("demo",)
+    """Up to four of "demo" (bundled), Hugging Face folders and hub ids, trained on the bundled problems."""
+    problems: int = 200
+    """Held-out problems."""
+    picture: Path | None = None
+    """Also draw the layers into this file (.png, .svg or .pdf)."""
+    json: Path | None = None
+    """Also write the report to this file."""
+
+    def run(self) -> None:
+        from sled.bench.layers import run_layers_bench
+
+        _show(run_layers_bench(self.models, count=self.problems, picture=self.picture), self.json)
+
+
+@dataclasses.dataclass(frozen=True)
 class Bench:
-    """Measure the fused step, decoding, exits, serving, or the training loss, against others in the same run."""
+    """Measure the fused step, decoding, exits, serving, layers, or the training loss, others in the same run."""
 
     what: (Annotated[BenchFusion, tyro.conf.subcommand("fusion")]
            | Annotated[BenchDecode, tyro.conf.subcommand("decode")]
            | Annotated[BenchExits, tyro.conf.subcommand("exits")]
            | Annotated[BenchEngine, tyro.conf.subcommand("engine")]
+           | Annotated[BenchLayers, tyro.conf.subcommand("layers")]
            | Annotated[BenchLoss, tyro.conf.subcommand("loss")])
 
     def run(self) -> None:
