@@ -103,7 +103,7 @@ def _check_metadata(folder: Path, stored: dict, wanted: dict) -> None:
     wrong += [f"{name} is stored as {kind.dtype}" for name, kind in stored.items() if str(kind.dtype) not in TYPES]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{folder}: {', '.join(wrong[:3])}{more}, by its config.json; restore the config.json that "
+        raise CheckpointError(f"{folder}: {', '.join(wrong[:3])}{more}, by its config.json; restore the one that "
                               "belongs to these weights, or export again")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -15,11 +15,13 @@ from sled.train.trainer import CHECKPOINTS, FORM
 
 
 class TrainedModel(NamedTuple):
-    """A checkpoint's decoder, stacked form, float32; the folder of its config.json and tokenizer; the step."""
+    """A checkpoint's decoder, stacked form, float32; the folder of its config.json and tokenizer; its step, and the
+    settings that its run had."""
 
     decoder: Decoder
     form: Path
     step: int
+    settings: dict[str, Any]
 
 
 def is_run(folder: str | Path) -> bool:
@@ -39,10 +41,10 @@ def read_checkpoint(run: str | Path, step: int | None = None) -> TrainedModel:
                               "that sled train has as --out")
     graph, weights = nnx.split(abstract_stacked(read_config(run / FORM)))
     restored = load_checkpoint(run / CHECKPOINTS, {"weights": weights}, step, partial=True)
-    return TrainedModel(nnx.merge(graph, restored.state["weights"]), run / FORM, restored.step)
+    return TrainedModel(nnx.merge(graph, restored.state["weights"]), run / FORM, restored.step, restored.settings)
 
 
 def export_checkpoint(run: str | Path, to: str | Path, step: int | None = None) -> Path:
     """Writes the model of a checkpoint (see `read_checkpoint`) to the folder `to`, with its tokenizer; returns `to`."""
-    decoder, form, _ = read_checkpoint(run, step)
-    return save_folder(decoder, to, tokenizer_from=form)
+    trained = read_checkpoint(run, step)
+    return save_folder(trained.decoder, to, tokenizer_from=trained.form)
