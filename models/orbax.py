@@ -72,7 +72,7 @@ def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
                               "sled export --form orbax wrote")
     graph, state = nnx.split(abstract(read_config(folder)))
     wanted = nnx.to_pure_dict(state)
-    stored = _read(folder, lambda: ocp.metadata(folder / WEIGHTS).metadata)
+    stored = _read(folder, lambda: ocp.metadata(folder / WEIGHTS).metadata or _unreadable())
     _check_metadata(folder, _named(stored), _named(wanted))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kinds = _named(stored)
@@ -117,6 +117,10 @@ def _check_finite(source, weights) -> None:
         if not good:
             raise CheckpointError(f"{source}: {name} holds values that are not finite, or too large for the type asked "
                                   "for; use float32 or bfloat16, or take an earlier checkpoint")
+
+
+def _unreadable():
+    raise ValueError("what its arrays are cannot be read")  # of which Orbax only writes a log line
 
 
 def _read(folder: Path, read):

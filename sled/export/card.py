@@ -139,8 +139,8 @@ def _layers(found: Measured | None, margin: float, given: Given) -> str:
 
 def _use(name: str, recommended: list[int], num_layers: int) -> str:
     exit_layer = recommended[0] if recommended else max(1, num_layers // 4)
-    why = "" if recommended else (f"\n\nLayer {exit_layer} stands here as a quarter of the layers, a usual first try; it "
-                                  "was not measured.")
+    why = "" if recommended else (f"\n\nLayer {exit_layer} stands here as a quarter of the layers, a usual first try; "
+                                  "it was not measured.")
     return f"""## Use{why}
 
 Guesses of an early layer are verified by all layers, so the text stays theirs. With sled:
