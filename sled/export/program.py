@@ -155,7 +155,7 @@ def _export(name: str, run: Callable, arguments: dict[str, Any]) -> Traced:
     """`run` with these abstract arguments, in their order, for all of `PLATFORMS`."""
     exported = export.export(jax.jit(run), platforms=PLATFORMS)(*arguments.values())
     data = bytes(exported.serialize())
-    results = dict(zip(sorted(jax.eval_shape(run, *arguments.values())), exported.out_avals, strict=True))
+    results = jax.tree.unflatten(exported.out_tree, exported.out_avals)
     return Traced(data, {
         "file": f"{name}.jax_export", "sha256": hashlib.sha256(data).hexdigest(), "platforms": list(exported.platforms),
         "calling_convention": exported.calling_convention_version,

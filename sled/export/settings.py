@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sled.checks import check_rows, one_row, stack_rows
@@ -55,7 +56,7 @@ def take_apart(name: str, settings, sizes: Mapping[str, int]) -> Parts:
             default = getattr(of_rows, field)[0]
             numbers[f"{name}.{field}"] = Number(default.astype(NARROW[default.dtype.kind]),
                                                 getattr(whole, f"max_{field}", None))
-    arrays = {_array_name(name, field, path): np.asarray(leaf) for field in _shared(whole)
+    arrays = {_array_name(name, field, path): np.asarray(jnp.asarray(leaf)) for field in _shared(whole)
               for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(whole, field))[0]}
     return Parts(name, whole, numbers, arrays)
 

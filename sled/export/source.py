@@ -46,7 +46,8 @@ def read_source(source: str | os.PathLike, *, step: int | None = None, revision:
     Raises SettingError for a step of what is no run, CheckpointError and what else loading raises.
     """
     path = Path(source).expanduser()
-    if path.is_dir():
+    here = source != "demo" and path.is_dir()  # a folder of that name is ./demo
+    if here:
         from sled.train.export import is_run, read_checkpoint
 
         if is_run(path):
@@ -61,8 +62,8 @@ def read_source(source: str | os.PathLike, *, step: int | None = None, revision:
                            "out")
     folder = folder_of(source, revision)
     decoder = (load_orbax if is_orbax(folder) else load_folder)(folder, dtype=dtype)
-    if path.is_dir() or source == "demo":
-        return Given(decoder, folder, "demo" if source == "demo" else path.resolve().name)
+    if here or source == "demo":
+        return Given(decoder, folder, path.resolve().name if here else "demo")
     return Given(decoder, folder, os.fspath(source), hub_id=os.fspath(source), revision=revision)
 
 
