@@ -1,4 +1,4 @@
-"""Flax transformers of the common families, Hugging Face folders in and out.
+"""Flax transformers of the common families, Hugging Face and Orbax folders in and out.
 
 Shapes are named by suffixes: B batch, T tokens of a call, S cache positions, D width, F feed-forward,
 N query heads, K key/value heads, H head width, V vocabulary, L layers.
@@ -20,6 +20,8 @@ _HOMES = {
     "load_folder": "checkpoint",
     "save_folder": "checkpoint",
     "exportable": "checkpoint",
+    "load_orbax": "orbax",
+    "save_orbax": "orbax",
     "fetch": "hub",
 }
 

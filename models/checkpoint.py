@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.models.config import ExitHeads
+from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
 from sled.models.layers import Block
 from sled.models.registry import HEADS_CONFIG, format_config, write_heads
@@ -86,14 +86,14 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     config = decoder.config
     weights, heads = _named_weights(decoder)
     main_type = jnp.dtype(dtype or decoder.embedding.weight.dtype)
-    config_json = format_config(config, main_type.name)
+    format_config(config, main_type.name)  # raises before anything is written
 
     spread = not all(weight.array.is_fully_addressable for weight in weights.values())
     if spread and jax.process_index() > 0:
         for name, weight in (weights | heads).items():
             weight.gather(name, dtype)
     else:
-        _write_folder(folder, weights, config_json, dtype, max_shard_bytes, tokenizer_from, heads, config.exit_heads)
+        _write_folder(folder, config, weights, heads, dtype, main_type, max_shard_bytes, tokenizer_from)
     if spread:
         multihost_utils.sync_global_devices(f"saved {folder}")
     return folder
@@ -155,24 +155,31 @@ def _named_weights(decoder: Decoder) -> tuple[dict[str, _Weight], dict[str, _Wei
     return model, heads
 
 
-def _write_folder(folder: Path, weights: dict[str, _Weight], config_json: dict, dtype, max_shard_bytes: int,
-                  tokenizer_from: str | Path | None, heads: dict[str, _Weight], settings: ExitHeads | None):
+def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str | Path | None) -> None:
+    """Writes all of a model's folder but its weights: configuration, special tokens, the tokenizer's files."""
+    config_json = format_config(config, jnp.dtype(dtype).name)
+    _write_json(folder / "generation_config.json", {
+        "bos_token_id": config_json["bos_token_id"], "eos_token_id": config_json["eos_token_id"],
+        "pad_token_id": config_json["pad_token_id"]})
+    for name in TOKENIZER_FILES if tokenizer_from else ():
+        if (Path(tokenizer_from) / name).exists():
+            shutil.copyfile(Path(tokenizer_from) / name, folder / name)
+    if config.exit_heads is not None:
+        write_heads(config.exit_heads, folder)
+    _write_json(folder / "config.json", config_json)
+
+
+def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weight], heads: dict[str, _Weight], dtype,
+                  main_type, max_shard_bytes: int, tokenizer_from: str | Path | None):
     """Everything under a name of its own first, then moved into place, `config.json` last."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
         scratch = Path(unfinished)
         _write_weights(weights, scratch, dtype, max_shard_bytes)
-        _write_json(scratch / "generation_config.json", {
-            "bos_token_id": config_json["bos_token_id"], "eos_token_id": config_json["eos_token_id"],
-            "pad_token_id": config_json["pad_token_id"]})
-        for name in TOKENIZER_FILES if tokenizer_from else ():
-            if (Path(tokenizer_from) / name).exists():
-                shutil.copyfile(Path(tokenizer_from) / name, scratch / name)
-        if settings is not None:
+        if heads:
             arrays = {name: weight.gather(name, dtype) for name, weight in heads.items()}
             save_file(arrays, scratch / HEADS, metadata={"format": "pt"})
-            write_heads(settings, scratch)
-        _write_json(scratch / "config.json", config_json)
+        write_form(scratch, config, main_type, tokenizer_from)
 
         shards = folder.glob("model-*-of-*.safetensors")
         for old in [folder / "config.json", folder / SINGLE, folder / INDEX, folder / HEADS, folder / HEADS_CONFIG,

@@ -1,4 +1,4 @@
-"""`sled.load`: the bundled model, a Hugging Face folder or a hub id, ready to decode."""
+"""`sled.load`: the bundled model, a Hugging Face or Orbax folder, or a hub id, ready to decode."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.lm import LM
-from sled.models import load_folder
+from sled.models import load_folder, load_orbax
 from sled.models.hub import folder_of
+from sled.models.orbax import is_orbax
 from sled.text import Text
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -20,8 +21,8 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
     """A language model from `source`.
 
     source: "demo" (bundled), a Hugging Face folder (config.json and safetensors, tokenizer.json if
-        there is to be text), or a hub id such as "meta-llama/Llama-3.2-1B" (downloaded once, then
-        taken from the cache).
+        there is to be text), a folder that `sled export --form orbax` wrote, or a hub id such as
+        "meta-llama/Llama-3.2-1B" (downloaded once, then taken from the cache).
     dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's on an accelerator and
         takes float32 on a CPU, where narrower types are slower.
     revision: branch, tag or commit of a hub id.
@@ -35,5 +36,6 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     folder = folder_of(source, revision)
-    model = load_folder(folder, dtype=DTYPES.get(dtype))
+    read = load_orbax if is_orbax(folder) else load_folder
+    model = read(folder, dtype=DTYPES.get(dtype))
     return LM(model, Text.from_folder(folder), name=str(source))

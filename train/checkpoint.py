@@ -54,12 +54,13 @@ def complete_steps(folder: str | Path) -> list[int]:
     return sorted(int(entry.name) for entry in held if entry.name.isdecimal() and entry.is_dir())
 
 
-def load_checkpoint(folder: str | Path, like, step: int | None = None) -> Restored:
+def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partial: bool = False) -> Restored:
     """The checkpoint of `step`, or the latest; reads only, so the run that owns the folder may go on meanwhile.
 
     like: the state's pytree, of arrays or of `jax.ShapeDtypeStruct`s, which take no memory. Every array comes back
     with the sharding of its leaf, on whatever mesh that is (without one: on the default device), bit for bit as it was
     saved.
+    partial: whether `like` may be a part of the state at its top, such as {"weights": ...}; nothing else is read.
     Raises CheckpointError for a folder without checkpoints or without this one, for one that a newer version wrote,
     for another model's (names, shapes and types are compared before anything is read), and for damage.
     """
@@ -73,15 +74,18 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None) -> Restor
         raise CheckpointError(f"{at} has format {saved['format']}, but this sled reads formats up to {FORMAT}; "
                               "a newer sled wrote it: install that one")
     wanted = named(like)
-    stored = _read(at, lambda: named(about.metadata["state"]["arrays"]))
+    held = _read(at, lambda: named(about.metadata["state"]["arrays"]))
+    parts = {_top(name) for name in (wanted if partial else held)}
+    stored = {name: leaf for name, leaf in held.items() if _top(name) in parts}
     if different := mismatch(stored, wanted):
         raise CheckpointError(f"{at} holds the state of another model or optimiser: {different}; give the settings "
                               "it was made with, or another folder")
     abstract, whole = targets(wanted)
-    sums = jax.ShapeDtypeStruct((len(wanted),), "uint32", sharding=whole)
-    loaded = _read(at, lambda: ocp.load(at, {"arrays": nested(abstract), "checksums": sums}))
+    sums = jax.ShapeDtypeStruct((len(held),), "uint32", sharding=whole)
+    loaded = _read(at, lambda: _load(at, {"arrays": nested(abstract), "checksums": sums}, partial))
     arrays = named(loaded["arrays"])
     found, expected = jax.device_get((checksums(arrays), loaded["checksums"]))
+    expected = [total for name, total in zip(sorted(held), expected, strict=True) if name in arrays]
     if wrong := [name for name, a, b in zip(sorted(arrays), found, expected, strict=True) if a != b]:
         raise _damaged(at, f"{', '.join(wrong[:3])} {'is' if len(wrong) == 1 else 'are'} not what was saved")
     return Restored(int(at.name), rebuilt(like, arrays), saved["host"], saved["settings"], saved["versions"])
@@ -241,6 +245,17 @@ def _choose(folder: Path, step: int | None) -> int:
         raise CheckpointError(f"{folder} holds no checkpoint of step {step}; it holds those of "
                               f"{', '.join(map(str, steps))}")
     return steps[-1] if step is None else step
+
+
+def _top(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _load(at: Path, target, partial: bool):
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    with context:
+        return ocp.load(at, target)
 
 
 def _read(at: Path, read):

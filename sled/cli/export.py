@@ -5,26 +5,84 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
+
+from sled.cli.exit_options import ExitOptions
+from sled.cli.options import FusionOptions, given, refuse_others
+from sled.errors import SettingError
+
+OF_HF = {"heads", "license", "base", "margin", "calibration"}
+OF_ALL = {"source", "to", "step", "revision", "dtype", "fusion_options", "exit_options"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """A model from a training run's checkpoint, as a Hugging Face folder; the run may be unfinished, or still going.
+    """Write a model in a form that runs elsewhere.
 
     sled export run --to model
+
+    sled export run --to model --license apache-2.0 --calibration calibration.json
+
+    sled export meta-llama/Llama-3.2-1B --to llama --form orbax
+
+    sled export demo --to program --form program --fusion sled --exits speculate --exit-layers 2
+
+    Forms: hf is a Hugging Face folder with a model card, for sled and transformers (assistant_early_exit included).
+    orbax is an Orbax checkpoint with configuration and tokenizer, which sled.load reads too. program is the whole
+    generation as a compiled function for CPU, GPU and TPU, its weights beside it, and run.py, which runs it without
+    sled. The folder appears when all of it is written, in place of an earlier export, if there was one.
     """
 
-    run_folder: tyro.conf.Positional[Path]
-    """What sled train has as --out."""
+    source: tyro.conf.Positional[str]
+    """What sled train has as --out (the run may be unfinished, or still going), a Hugging Face folder, a hub id,
+    "demo", or an Orbax export."""
     to: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-    """Folder to write."""
+    """Folder to write: a new one, or an earlier export."""
+    form: Literal["hf", "orbax", "program"] = "hf"
+    """What to write."""
     step: int | None = None
-    """Of which checkpoint; the latest by default."""
+    """Of a run: which checkpoint; the latest by default."""
+    revision: str | None = None
+    """Of a hub id: branch, tag or commit."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the written weights; by default the stored one, and float32 of a run."""
+    heads: Literal["drop", "beside"] | None = None
+    """hf: what becomes of exit heads, which transformers does not have. drop: they are left behind.
+    beside: in files that only sled reads. Without it a model with exit heads is refused."""
+    license: str | None = None
+    """hf: license for the model card, such as apache-2.0; unknown by default."""
+    base: str | None = None
+    """hf: hub id of the model that this one was trained from, for the card."""
+    margin: float = 0.02
+    """hf: a layer is a recommended exit where its held-out accuracy is at most this far below the last's."""
+    calibration: Path | None = None
+    """hf: a record that sled calibrate wrote for this model; it is shown in the card and comes along."""
+    fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
+    exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
 
     def run(self) -> None:
-        from sled.train.export import export_checkpoint
+        refuse_others(self, "form", OF_ALL | OF_HF if self.form == "hf" else OF_ALL)
+        if self.form != "program":
+            refuse_decoding(self.form, self.fusion_options, self.exit_options)
+        from sled.export import forms
+        from sled.export.card import Card
 
-        print(f"the model is in {export_checkpoint(self.run_folder, self.to, self.step)}", file=sys.stderr)
+        reading = dict(step=self.step, revision=self.revision, dtype=self.dtype)
+        if self.form == "hf":
+            forms.export_hf(self.source, self.to, Card(self.license, self.base, self.margin), heads=self.heads,
+                            calibration=self.calibration, **reading)
+        elif self.form == "orbax":
+            forms.export_orbax(self.source, self.to, **reading)
+        else:
+            forms.export_program(self.source, self.to, fusion=self.fusion_options.strategy(),
+                                 **self.exit_options.settings(), **reading)
+        print(f"the {self.form} export is in {self.to}", file=sys.stderr)
+
+
+def refuse_decoding(form: str, *options) -> None:
+    """Raises SettingError for an option that says how to decode, which only a program has in it."""
+    for name in (name for some in options for name in given(some)):
+        raise SettingError(f"--{name.replace('_', '-')} has no meaning for --form {form}, which holds a model and not "
+                           "how to decode with it; leave it out, or choose --form program")

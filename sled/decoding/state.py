@@ -140,7 +140,7 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
     for row, prompt in zip(tokens_BS, prompts, strict=True):
         row[:len(prompt)] = prompt
     length_B = np.array([len(p) for p in prompts], np.int32)
-    state = _empty_state(build, params, tokens_BS, length_B, np.asarray(limits, np.int32),
+    state = empty_state(build, params, tokens_BS, length_B, np.asarray(limits, np.int32),
                          np.asarray(seeds, np.uint32), plan=plan)
     block = bucket(min(longest - 1, PREFILL_BLOCK))
     for begin in range(0, longest - 1, block):
@@ -149,7 +149,8 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
 
 
 @functools.partial(jax.jit, static_argnames=("build", "plan"))
-def _empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, *, plan: Plan) -> DecodeState:
+def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, *, plan: Plan) -> DecodeState:
+    """A state with these tokens and no K/V yet; `start` says what the arguments are."""
     network = build(params)
     batch, slots = tokens_BS.shape
     exits = len(plan.exits)

@@ -103,7 +103,12 @@ def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int
     None, the plain form, while the logits of all candidates are small: XLA then multiplies by the whole
     matrix in place, where a tile is copied first (on a CPU 15 to 20% of a step at batch 1). A tile beyond
     that: it bounds the memory, and on a CPU at batch 8 it is 1.1 to 1.3 times as fast as the plain form.
+
+    Rows that are not a number are the symbolic batch of an exported program, which may come to any and run anywhere:
+    then a tile wherever it is less than the vocabulary.
     """
+    if not isinstance(rows, int):
+        return _TILE_ELSEWHERE if vocabulary > _TILE_ELSEWHERE else None
     platform = platform or jax.default_backend()
     if 4 * rows * vocabulary <= _DENSE_BYTES.get(platform, _DENSE_BYTES_ELSEWHERE):
         return None

@@ -1,0 +1,132 @@
+"""Orbax folders in and out: the weights as an Orbax checkpoint, beside configuration and tokenizer as Hugging Face has.
+
+    weights/          an Orbax (v1) checkpoint of the separate form: embedding, layers/0 .. layers/L-1, norm, head
+    config.json       and generation_config.json, exit_heads.json, tokenizer files
+
+Unlike a Hugging Face folder it holds exit heads as parts of the model. A decoder on a mesh is written by all of its
+processes together, each its own part.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from sled.errors import CheckpointError
+from sled.models.checkpoint import write_form
+from sled.models.decoder import Decoder
+from sled.models.layers import Block
+from sled.models.registry import format_config, read_config
+from sled.models.stored import abstract, progress
+
+WEIGHTS = "weights"
+TYPES = ("float32", "bfloat16", "float16")
+
+
+def is_orbax(folder: Path) -> bool:
+    """Whether `folder` is one that `save_orbax` wrote."""
+    return (folder / "config.json").is_file() and (folder / WEIGHTS).is_dir()
+
+
+def save_orbax(decoder: Decoder, path: str | Path, *, dtype=None, tokenizer_from: str | Path | None = None) -> Path:
+    """Writes the decoder, of either form, with its exit heads, to a new or empty folder; returns its path.
+
+    `dtype` None stores every weight as it is. `tokenizer_from` is a folder whose tokenizer files are copied. Of
+    several processes that hold a decoder together all call this. `config.json` comes last, and without it the folder
+    is no model.
+    Raises ConfigError where the family's format cannot express the model, CheckpointError where weights are not finite
+    or the folder holds something.
+    """
+    folder = Path(path).absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder} is not empty; give a new or empty folder")
+    main_type = jnp.dtype(dtype or decoder.embedding.weight.dtype)
+    format_config(decoder.config, main_type.name)  # raises before anything is written
+    own = decoder.unstack() if isinstance(decoder.layers, Block) else decoder
+    weights = nnx.to_pure_dict(nnx.state(own, nnx.Param))
+    if dtype is not None:
+        weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+    _check_finite("the model", weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    ocp.save(folder / WEIGHTS, weights)
+    if jax.process_index() == 0:
+        write_form(folder, decoder.config, main_type, tokenizer_from)
+    return folder
+
+
+def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
+    """The model in a folder that `save_orbax` wrote, separate form, on the default device.
+
+    `dtype` None keeps every weight as it is stored. Names, shapes and types are checked before anything is read.
+    Raises ConfigError for the configuration and CheckpointError for the weights: missing, surplus, misshaped, of an
+    unsupported type, damaged, or not finite.
+    """
+    folder = Path(path).absolute()
+    if not is_orbax(folder):
+        raise CheckpointError(f"{folder} has no config.json with a folder {WEIGHTS} beside it; give one that "
+                              "sled export --form orbax wrote")
+    graph, state = nnx.split(abstract(read_config(folder)))
+    wanted = nnx.to_pure_dict(state)
+    stored = _read(folder, lambda: ocp.metadata(folder / WEIGHTS).metadata or _unreadable())
+    _check_metadata(folder, _named(stored), _named(wanted))
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    kinds = _named(stored)
+    target = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[_name(path)].dtype, sharding=here), wanted)
+    with progress("Loading", sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in kinds.values())) as bar:
+        weights = _read(folder, lambda: ocp.load(folder / WEIGHTS, target))
+        bar.update(bar.total)
+    _check_finite(folder, weights)
+    nnx.replace_by_pure_dict(state, weights)
+    return nnx.merge(graph, state)
+
+
+def _name(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def _named(tree) -> dict:
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _check_metadata(folder: Path, stored: dict, wanted: dict) -> None:
+    """Raises CheckpointError unless exactly the arrays that config.json asks for are stored."""
+    wrong = [f"{name} is {'missing' if name in wanted else 'not accounted for'}"
+             for name in dict.fromkeys([*wanted, *stored]) if name not in wanted or name not in stored]
+    wrong += [f"{name} has shape {tuple(kind.shape)}, not {wanted[name].shape}" for name, kind in stored.items()
+              if name in wanted and tuple(kind.shape) != wanted[name].shape]
+    wrong += [f"{name} is stored as {kind.dtype}" for name, kind in stored.items() if str(kind.dtype) not in TYPES]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{folder}: {', '.join(wrong[:3])}{more}, by its config.json; restore the one that "
+                              "belongs to these weights, or export again")
+
+
+@jax.jit
+def _finite(weights) -> dict:
+    return jax.tree.map(lambda x: jnp.isfinite(x).all(), weights)
+
+
+def _check_finite(source, weights) -> None:
+    for name, good in _named(jax.device_get(_finite(weights))).items():
+        if not good:
+            raise CheckpointError(f"{source}: {name} holds values that are not finite, or too large for the type asked "
+                                  "for; use float32 or bfloat16, or take an earlier checkpoint")
+
+
+def _unreadable():
+    raise ValueError("what its arrays are cannot be read")  # of which Orbax only writes a log line
+
+
+def _read(folder: Path, read):
+    """Orbax and TensorStore raise many kinds of errors, bare Exception among them, for files that are damaged."""
+    try:
+        return read()
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise CheckpointError(f"{folder / WEIGHTS} is damaged ({reason}); copy it again, or export it anew") from error

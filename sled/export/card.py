@@ -1,0 +1,177 @@
+"""The model card of an exported folder: what was measured and where it came from, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from huggingface_hub import ModelCardData
+
+from sled.binding import digest_of_weights
+from sled.calibration import Calibration
+from sled.checks import Number, settle
+from sled.describe import describe, differences
+from sled.errors import CalibrationError, SettingError
+from sled.export.source import Given
+from sled.models import Decoder
+
+DTYPES = (None, "float32", "bfloat16", "float16")  # in which a model may have been loaded to be calibrated
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What the card says on the word of whoever exports.
+
+    license: such as "apache-2.0"; None: unknown. base: hub id of the model that this one was trained from.
+    margin: how far a recommended exit's held-out accuracy may be below the last layer's, 0 to 1.
+
+    Raises SettingError for a value out of range.
+    """
+
+    license: str | None = None
+    base: str | None = None
+    margin: float = 0.02
+
+    def __post_init__(self):
+        settle(self, margin=Number(0, 1, hint="it is a difference of accuracies; 0.02 is usual"))
+        for field in ("license", "base"):
+            value = getattr(self, field)
+            if value is not None and not value.strip():
+                raise SettingError(f"Card.{field} is empty; leave it out where it is not known")
+
+
+class Measured(NamedTuple):
+    """Held-out figures of the layers 1..L: nats per token, and the share of tokens that are the most likely ones."""
+
+    loss_L: list[float]
+    accuracy_L: list[float]
+
+    def within(self, margin: float) -> list[int]:
+        """Layers before the last whose accuracy is at most `margin` below the last's, ascending."""
+        least = self.accuracy_L[-1] - margin
+        return [n for n, accuracy in enumerate(self.accuracy_L[:-1], 1) if accuracy >= least]
+
+
+def measured(run: Path, step: int) -> Measured | None:
+    """What the run measured at this very step, or None where it did not."""
+    from sled.train.metrics import HELD_OUT, read_metrics
+
+    file = Path(run) / "metrics.jsonl"
+    line = next((line for line in read_metrics(file) if line["step"] == step), {}) if file.is_file() else {}
+    found = Measured(line.get(HELD_OUT, []), line.get("held_out_accuracy", []))
+    numbers = found.loss_L and found.accuracy_L and all(
+        isinstance(value, float) for value in (*found.loss_L, *found.accuracy_L))
+    return found if numbers else None
+
+
+def check_bound(record: Calibration, decoder: Decoder, name: str) -> None:
+    """Raises CalibrationError unless the record is of these weights, in whatever type they were loaded."""
+    changed = list(differences("model", record.serving.get("model"), describe(decoder.config)))
+    weights = nnx.state(decoder)
+    if not changed and not any(record.serving.get("weights") == digest_of_weights(_cast(weights, dtype))
+                               for dtype in DTYPES):
+        changed = ["weights have another digest"]
+    if changed:
+        raise CalibrationError(f"the calibration is of {record.model} and does not belong to {name}: "
+                               f"{'; '.join(changed)}; calibrate this model (sled calibrate), or leave it out")
+
+
+def _cast(weights, dtype: str | None):
+    return weights if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
+
+
+def model_card(card: Card, given: Given, decoder: Decoder, name: str, calibration: Calibration | None) -> str:
+    """The README.md of a folder `name` with this decoder, which is the one given or that without its exit heads."""
+    found = None if given.run is None else measured(given.run, given.step)
+    front = ModelCardData(license=card.license or "unknown", library_name="transformers",
+                          pipeline_tag="text-generation", tags=["sled", "early-exit"],
+                          base_model=card.base or given.hub_id)
+    recommended = found.within(card.margin) if found else []
+    parts = [f"---\n{front.to_yaml()}\n---", f"# {name}", _origin(given, decoder, card.base)]
+    if decoder.config.exit_heads is not None:
+        parts.append("Its early exits have heads of their own, in `exit_heads.safetensors`, which only sled reads: to "
+                     "transformers the exits share the final norm and projection.")
+    elif given.decoder.config.exit_heads is not None:
+        parts.append("The model that this was exported from had heads at its early exits; they were left behind.")
+    parts += [_layers(found, card.margin, given), _use(name, recommended, decoder.config.num_layers)]
+    if calibration is not None:
+        parts.append(_calibration(calibration))
+    return "\n\n".join(parts) + "\n"
+
+
+def _origin(given: Given, decoder: Decoder, base: str | None) -> str:
+    c, count = decoder.config, sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder)))
+    dtype = decoder.embedding.weight.dtype.name
+    shape = f"A {c.family} model of {c.num_layers} layers, {c.width} wide, {count:,} parameters ({dtype})."
+    if given.run is None:
+        of = {"demo": "the model bundled with sled"}.get(given.name, f"`{given.name}`")
+        return f"{shape} Exported from {of}{f' at {given.revision}' if given.revision else ''}."
+    origin: Any = given.settings["model"]
+    if base:
+        begun = f"`{base}`"
+    else:
+        begun = "random weights" if isinstance(origin, dict) else f"a model whose digest was {origin[:16]}"
+    return f"{shape} Trained by `sled train` for {given.step} steps, from {begun}."
+
+
+def _layers(found: Measured | None, margin: float, given: Given) -> str:
+    if found is None:
+        why = ("no training run came with it" if given.run is None else
+               f"its run measured no held-out data at step {given.step}")
+        return f"## Layers\n\nHow well the early layers speak was not measured: {why}. No exit is recommended."
+    good = found.within(margin)
+    rows = [f"| {n} | {loss:.4f} | {accuracy:.4f} |" for n, (loss, accuracy) in
+            enumerate(zip(*found, strict=True), 1)]
+    advice = (f"Here: {', '.join(map(str, good))}; the shallowest, {good[0]}, is the first to try." if good else
+              "Here there is none.")
+    return "\n".join([
+        "## Layers", "", "What each layer says through the final norm and projection, on the run's held-out data "
+        f"(step {given.step}):" if given.decoder.config.exit_heads is None else
+        f"What each layer says, by its exit head where it has one, on the run's held-out data (step {given.step}):", "",
+        "| layer | loss, nats per token | accuracy |", "|---|---|---|", *rows, "",
+        "Accuracy is the share of tokens that the layer finds most likely, given all before them. Recommended as exits "
+        f"are layers whose accuracy is at most {margin:g} below the last layer's. {advice} That is no promise about "
+        "generated text, for which calibrate a threshold."])
+
+
+def _use(name: str, recommended: list[int], num_layers: int) -> str:
+    exit_layer = recommended[0] if recommended else max(1, num_layers // 4)
+    why = "" if recommended else (f"\n\nLayer {exit_layer} stands here as a quarter of the layers, a usual first try; "
+                                  "it was not measured.")
+    return f"""## Use{why}
+
+Guesses of an early layer are verified by all layers, so the text stays theirs. With sled:
+
+```python
+import sled
+
+lm = sled.load("{name}")
+out = lm.generate(prompt, exits=sled.SelfSpeculation({exit_layer}))
+```
+
+With transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModelForCausalLM.from_pretrained("{name}")
+inputs = tokenizer(prompt, return_tensors="pt")
+out = model.generate(**inputs, do_sample=False, assistant_early_exit={exit_layer})
+```"""
+
+
+def _calibration(record: Calibration) -> str:
+    return f"""## Calibrated early exit
+
+{record.verdict()}
+
+```
+{record.table()}
+```
+
+Calibrated on {record.date} on {record.prompts} prompts ({record.hardware}). It holds for these weights (SHA-256
+{record.serving["weights"]}), these settings and prompts from the same source;
+`sled.Calibration.load("calibration.json").policy(lm, ...)` gives the exits, and refuses anything else."""

@@ -1,0 +1,90 @@
+"""The three forms of an export, each a function from a source to a folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+from flax import nnx
+
+from sled.arguments import FINAL_LAYER, FULL_DEPTH
+from sled.binding import digest_of_weights
+from sled.calibration import Calibration
+from sled.errors import CheckpointError
+from sled.exits import Policy, Schedule
+from sled.export.card import Card, check_bound, model_card
+from sled.export.program import PACKAGES, save_program
+from sled.export.source import Given, read_source
+from sled.export.target import RECORDS, replacing
+from sled.lm import LM
+from sled.models import Decoder, save_folder, save_orbax
+from sled.text import Text
+
+NO_WORD = Card()
+
+
+def export_hf(source: str | os.PathLike, to: str | Path, card: Card = NO_WORD, *,
+              heads: Literal["drop", "beside"] | None = None, calibration: str | Path | None = None,
+              **reading) -> None:
+    """Writes a Hugging Face folder that transformers runs, with a model card.
+
+    heads: what becomes of exit heads, which transformers does not have: "drop" leaves them behind; "beside" keeps them
+        in files that only sled reads. None refuses a model that has any.
+    calibration: a record of `LM.calibrate` for these weights; it is shown in the card, and its file comes along.
+    reading: step, revision and dtype of `read_source`.
+
+    Raises CheckpointError for exit heads, CalibrationError for a record of other weights, SettingError; and what
+    `read_source` and `replacing` raise.
+    """
+    with replacing(to) as folder:
+        record = None if calibration is None else Calibration.load(calibration)
+        given = read_source(source, **reading)
+        decoder = _without_or_beside(given, heads)
+        if record is not None:
+            check_bound(record, decoder, given.name)
+        save_folder(decoder, folder, tokenizer_from=given.files)
+        written = model_card(card, given, decoder, Path(to).resolve().name, record)
+        (folder / "README.md").write_text(written, encoding="utf-8")
+        if calibration is not None:
+            shutil.copyfile(calibration, folder / "calibration.json")
+        _write_record(folder, "hf", given, decoder)
+
+
+def export_orbax(source: str | os.PathLike, to: str | Path, **reading) -> None:
+    """Writes an Orbax folder, exit heads included, which `sled.load` reads. Otherwise as `export_hf`."""
+    with replacing(to) as folder:
+        given = read_source(source, **reading)
+        save_orbax(given.decoder, folder, tokenizer_from=given.files)
+        _write_record(folder, "orbax", given, given.decoder)
+
+
+def export_program(source: str | os.PathLike, to: str | Path, *, fusion=FINAL_LAYER, exits: Policy = FULL_DEPTH,
+                   schedule: Schedule | None = None, **reading) -> None:
+    """Writes a portable program (see `sled.export.program`), exit heads included. Otherwise as `export_hf`."""
+    with replacing(to) as folder:
+        given = read_source(source, **reading)
+        lm = LM(given.decoder, Text.from_folder(given.files), name=given.name)
+        save_program(lm, folder, fusion=fusion, exits=exits, schedule=schedule, tokenizer_from=given.files,
+                     source=given.record())
+
+
+def _without_or_beside(given: Given, heads: str | None) -> Decoder:
+    settings = given.decoder.config.exit_heads
+    if settings is not None and heads is None:
+        raise CheckpointError(
+            f"the exits of {given.name} after layers {', '.join(map(str, settings.layers))} have heads of their own "
+            f"({settings.kind}{'' if settings.tied else ', untied'}), which transformers cannot run; leave them behind "
+            "by --heads drop (early exits then share the final norm and projection), keep them in files that only sled "
+            "reads by --heads beside, or choose --form orbax or program, which hold them")
+    return given.decoder.with_exit_heads(None) if settings is not None and heads == "drop" else given.decoder
+
+
+def _write_record(folder: Path, form: str, given: Given, decoder: Decoder) -> None:
+    about: dict[str, Any] = {
+        "form": form, **given.record(), "weights_sha256": digest_of_weights(nnx.state(decoder)),
+        "versions": {package: importlib.metadata.version(package) for package in PACKAGES}}
+    (folder / RECORDS[0]).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

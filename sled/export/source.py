@@ -1,0 +1,74 @@
+"""What is exported: a model read from wherever it is, with the folder of its tokenizer and where it came from."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from sled.errors import CheckpointError, SettingError
+from sled.models import Decoder, load_folder, load_orbax
+from sled.models.hub import folder_of
+from sled.models.orbax import is_orbax
+
+
+class Given(NamedTuple):
+    """A model to export.
+
+    decoder: separate form. files: the folder that holds its tokenizer, if it has one. hub_id: where it is a hub's.
+    run: the folder of the training run whose checkpoint it is, step: the checkpoint's, settings: the run's.
+    """
+
+    decoder: Decoder
+    files: Path
+    name: str
+    hub_id: str | None = None
+    revision: str | None = None
+    run: Path | None = None
+    step: int | None = None
+    settings: dict[str, Any] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Where it came from, as JSON has it."""
+        said = {"source": self.name, "revision": self.revision, "step": self.step}
+        return {name: value for name, value in said.items() if value is not None}
+
+
+def read_source(source: str | os.PathLike, *, step: int | None = None, revision: str | None = None,
+                dtype: str | None = None) -> Given:
+    """The model that `source` names: a training run's folder, a Hugging Face or Orbax folder, a hub id, or "demo".
+
+    step: of a run, which checkpoint (None: the latest). revision: of a hub id. dtype: that the weights are brought to;
+    None keeps the stored ones (a run's are float32).
+    Raises SettingError for a step of what is no run, CheckpointError and what else loading raises.
+    """
+    path = Path(source).expanduser()
+    here = source != "demo" and path.is_dir()  # a folder of that name is ./demo
+    if here:
+        from sled.train.export import is_run, read_checkpoint
+
+        if is_run(path):
+            trained = read_checkpoint(path, step)
+            return Given(_cast(trained.decoder.unstack(), dtype), trained.form, path.resolve().name, run=path,
+                         step=trained.step, settings=trained.settings)
+        if not (path / "config.json").is_file():
+            raise CheckpointError(f"{path} is neither a training run's folder (no form/config.json) nor a model's (no "
+                                  "config.json); give what sled train has as --out, or a Hugging Face or Orbax folder")
+    if step is not None:
+        raise SettingError(f"step is {step}, but {source} is no training run, whose checkpoints have steps; leave it "
+                           "out")
+    folder = folder_of(source, revision)
+    decoder = (load_orbax if is_orbax(folder) else load_folder)(folder, dtype=dtype)
+    if here or source == "demo":
+        return Given(decoder, folder, path.resolve().name if here else "demo")
+    return Given(decoder, folder, os.fspath(source), hub_id=os.fspath(source), revision=revision)
+
+
+def _cast(decoder: Decoder, dtype: str | None) -> Decoder:
+    if dtype is None:
+        return decoder
+    graph, state = nnx.split(decoder)
+    return nnx.merge(graph, jax.tree.map(lambda leaf: leaf.astype(dtype), state))
