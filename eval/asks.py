@@ -87,7 +87,7 @@ def batches(asks: list[Ask], which: Iterable[int], size: int) -> Iterator[list[i
     """
     ordered = sorted(which, key=lambda i: (asks[i].shared, -len(asks[i].ids) if asks[i].seed is None else asks[i].seed))
     begun = [at for at, i in enumerate(ordered) if not at or not _goes_with(asks[ordered[at - 1]], asks[i])]
-    for begin, end in zip(begun, [*begun[1:], len(ordered)], strict=True):
+    for begin, end in itertools.pairwise([*begun, len(ordered)]):
         full = max(1, (end - begin) // size)
         cuts = [*(begin + size * n for n in range(full)), end]
         yield from (ordered[at:until] for at, until in itertools.pairwise(cuts))

@@ -24,27 +24,24 @@ CONTINUE = "<<the message goes on here>> "  # the blank tells whether a template
 class TokenizerSettings:
     """tokens: the special tokens by name (`bos_token`, ...). template: the chat template, or None.
 
-    add_bos, add_eos: whether texts are put between these tokens; None leaves it to `tokenizer.json`.
+    What else these files say is not read: with which tokens texts begin and end is in `tokenizer.json`, and
+    transformers, too, drops `add_bos_token` and `add_eos_token` where there is one.
     """
 
     tokens: Mapping[str, str]
     template: str | None
-    add_bos: bool | None
-    add_eos: bool | None
 
     @classmethod
     def read(cls, folder: Path | None) -> TokenizerSettings:
         """Raises TokenizerError for a file that is no JSON object, EvaluationError for templates without a default."""
         if folder is None:
-            return cls({}, None, None, None)
+            return cls({}, None)
         config = {**_read(folder / "special_tokens_map.json"), **_read(folder / "tokenizer_config.json")}
         tokens = {name: config[name]["content"] if isinstance(config[name], dict) else config[name]
                   for name in NAMED_TOKENS if config.get(name)}
         own = folder / "chat_template.jinja"
         template = own.read_text(encoding="utf-8") if own.is_file() else _one(config.get("chat_template"), folder)
-        given = "add_bos_token" in config or "add_eos_token" in config
-        return cls(tokens, template, *(bool(config.get(name)) if given else None
-                                       for name in ("add_bos_token", "add_eos_token")))
+        return cls(tokens, template)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -103,14 +103,7 @@ class SledLM(TemplateLM):
         """Token ids. None: the tokenizer's special tokens, unless the text begins with the prefix token already."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self.lm.text.spelling(self.prefix_token_id))
-        return self._encode(string, add_special_tokens)
-
-    def _encode(self, string: str, special: bool) -> list[int]:
-        if not special or self.special.add_bos is None:
-            return self.lm.text.encode(string, special=special)
-        ends = [[self._named_id(name, ())] if wanted and name in self.special.tokens else []
-                for name, wanted in (("bos_token", self.special.add_bos), ("eos_token", self.special.add_eos))]
-        return [*ends[0], *self.lm.text.encode(string, special=False), *ends[1]]
+        return self.lm.text.encode(string, special=add_special_tokens)
 
     # Chat.
 
@@ -218,7 +211,7 @@ class SledLM(TemplateLM):
                                   f"{self.lm.name} holds {self.max_length}, the prompt included; allow fewer by "
                                   "max_new_tokens (--max-new-tokens)")
         bos = self.special.tokens.get("bos_token")
-        ids = self._encode(context, bos is None or not context.startswith(bos))
+        ids = self.lm.text.encode(context, special=bos is None or not context.startswith(bos))
         if not ids:
             raise EvaluationError("the task gives an empty prompt, and the tokenizer adds no token of its own, so "
                                   "there is nothing to start from; change the task's doc_to_text")
