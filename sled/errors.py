@@ -39,11 +39,15 @@ class DownloadError(SledError, OSError):
 
 
 class DataError(SledError, ValueError):
-    """Training data is missing, damaged, lacks a column, or leaves nothing to train on."""
+    """Data to train or to evaluate on are missing, damaged, lack a column, or leave nothing to work on."""
 
 
 class TrainingError(SledError):
     """A training run cannot go on: its loss or gradient is not finite."""
+
+
+class EvaluationError(SledError, ValueError):
+    """An evaluation cannot be run as asked: an unknown task, settings a task or model cannot take, no chat template."""
 
 
 class CalibrationError(SledError, ValueError):

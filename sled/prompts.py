@@ -50,17 +50,26 @@ def pair_ids(prompt: Prompt, continuation: Prompt, text: Text, config: DecoderCo
                               f"{continuation[:40]!r}: they share one, or the prompt is white space; "
                               "give a longer prompt")
         prompt, continuation = before, scored
-    prompt = check_ids(prompt, config, "the prompt")
-    continuation = check_ids(continuation, config, "the continuation")
+    prompt = _valid_ids(prompt, config, "the prompt")
+    continuation = _valid_ids(continuation, config, "the continuation")
     both = len(prompt) + len(continuation)
-    if both > config.max_positions:
+    if both > config.max_positions + 1:  # the last token is only predicted: it takes no place
         raise PromptError(f"prompt and continuation are {both} tokens long, but the model's context holds "
-                          f"{config.max_positions}; shorten the prompt")
+                          f"{config.max_positions}, and one more is predicted; shorten the prompt")
     return prompt, continuation
 
 
 def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarray:
     """int32 [T], or PromptError: empty, not whole numbers, outside the vocabulary, no room to go on."""
+    ids = _valid_ids(ids, config, what)
+    if len(ids) >= config.max_positions:
+        raise PromptError(f"{what} is {len(ids)} tokens long, but the model's context holds "
+                          f"{config.max_positions}, the new tokens included; shorten it")
+    return ids
+
+
+def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarray:
+    """As `check_ids`, whatever room there is."""
     ids = np.asarray(ids)
     if ids.size == 0:
         raise PromptError(f"{what} is empty: there is no token to start from; give at least one "
@@ -72,7 +81,4 @@ def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarra
     if outside.size:
         raise PromptError(f"{what} has token id {outside[0]}, but the model's vocabulary is 0 to "
                           f"{config.vocab_size - 1}; is the text tokenised for another model?")
-    if len(ids) >= config.max_positions and what != "the continuation":
-        raise PromptError(f"{what} is {len(ids)} tokens long, but the model's context holds "
-                          f"{config.max_positions}, the new tokens included; shorten it")
     return ids.astype(np.int32)

@@ -14,26 +14,27 @@ from sled.errors import TokenizerError
 class Text:
     """A checkpoint's tokenizer, or the lack of one: every use then raises TokenizerError."""
 
-    def __init__(self, tokenizer: Tokenizer | None, source: str):
+    def __init__(self, tokenizer: Tokenizer | None, source: str, folder: Path | None = None):
         self._tokenizer = tokenizer
         self._source = source
+        self.folder = folder  # where the tokenizer's own settings lie, its chat template among them
 
     @classmethod
     def from_folder(cls, folder: Path) -> Text:
         path = folder / "tokenizer.json"
         if not path.is_file():
-            return cls(None, str(folder))
+            return cls(None, str(folder), folder)
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as reason:  # the library raises bare Exception
             raise TokenizerError(f"{path} cannot be read as a tokenizer: {reason}") from reason
         tokenizer.no_truncation()  # the file may hold what it was last used with
         tokenizer.no_padding()
-        return cls(tokenizer, str(folder))
+        return cls(tokenizer, str(folder), folder)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds."""
-        return self._get().encode(text).ids
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds, or without."""
+        return self._get().encode(text, add_special_tokens=special).ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, for many texts, on all cores."""
@@ -64,9 +65,23 @@ class Text:
         """Text of the ids, special tokens left out."""
         return self._get().decode(list(ids), skip_special_tokens=True)
 
+    def spelling(self, token_id: int) -> str:
+        """How the text of one token reads where special tokens are written out."""
+        return self._get().decode([token_id], skip_special_tokens=False)
+
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token that is written like this, or None."""
+        token_id = self._get().token_to_id(text)
+        added = self._get().get_added_tokens_decoder().get(token_id)
+        return token_id if added is not None and added.special else None
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token of the vocabulary, special or not, or None."""
+        return self._get().token_to_id(token)
+
     def token(self, token_id: int) -> str:
         """One token as a person should see it: its text, or its name if it has none of its own."""
-        alone = self._get().decode([token_id], skip_special_tokens=False)
+        alone = self.spelling(token_id)
         return alone if alone and "\ufffd" not in alone else self._get().id_to_token(token_id) or f"<{token_id}>"
 
     @property

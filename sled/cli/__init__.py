@@ -10,6 +10,7 @@ import tyro
 from sled.cli.bench import Bench
 from sled.cli.calibrate import Calibrate
 from sled.cli.demo import Demo
+from sled.cli.evaluate import Eval
 from sled.cli.export import Export
 from sled.cli.generate import Generate
 from sled.cli.lens import Lens
@@ -20,8 +21,9 @@ from sled.errors import SledError
 
 sub = tyro.conf.subcommand
 Command = (Annotated[Demo, sub("demo")] | Annotated[Generate, sub("generate")] | Annotated[Score, sub("score")]
-           | Annotated[Lens, sub("lens")] | Annotated[Train, sub("train")] | Annotated[Export, sub("export")]
-           | Annotated[Calibrate, sub("calibrate")] | Annotated[Sweep, sub("sweep")] | Annotated[Bench, sub("bench")])
+           | Annotated[Lens, sub("lens")] | Annotated[Eval, sub("eval")] | Annotated[Sweep, sub("sweep")]
+           | Annotated[Train, sub("train")] | Annotated[Export, sub("export")]
+           | Annotated[Calibrate, sub("calibrate")] | Annotated[Bench, sub("bench")])
 
 DESCRIPTION = """Let every layer of a language model speak.
 

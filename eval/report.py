@@ -1,0 +1,122 @@
+"""The report of an evaluation: a table per score, all settings, and the samples; written whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sled.errors import SettingError
+from sled.eval.scores import Task
+
+FORMAT = 1  # of report.json
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found, and all that decided it.
+
+    tasks: by method. scores: by "task: metric, filter" the scores [n] of every method, on the same samples.
+    against: the method that the others are compared with. methods: name, settings and counts (`harness.Counts`).
+    """
+
+    tasks: Mapping[str, list[Task]]
+    scores: Mapping[str, Mapping[str, np.ndarray]]
+    against: str
+    seed: int
+    methods: list[dict[str, Any]]
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    hardware: str
+    date: str
+
+    @functools.cached_property
+    def comparisons(self) -> dict[str, Any]:
+        """A `sled.eval.compare.Comparison` for each of `scores`."""
+        from sled.eval.compare import compare
+
+        return {name: compare(outcomes, self.against, seed=self.seed) for name, outcomes in self.scores.items()}
+
+    def markdown(self) -> str:
+        """The head, a table for each score, other metrics, and what to know of the answers."""
+        made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        first = next(iter(self.tasks.values()))
+        lines = [f"# {', '.join(task.name for task in first)} on {self.model['name']}", "",
+                 f"{self.date}; {self.hardware}; {made_with}; weights {self.model['weights'][:12]}, "
+                 f"{self.model['dtype']}. All settings are in report.json.", "",
+                 *(f"- {task.name}: {task.n} samples, {task.num_fewshot} examples before each, task version "
+                   f"{task.version}" for task in first)]
+        for name, comparison in self.comparisons.items():
+            lines += ["", f"## {name}", "", comparison.markdown(), "", f"![{name}]({_picture(name)})"]
+        others = [(method, f"{task.name}: {key}", value) for method, tasks in self.tasks.items() for task in tasks
+                  for key, value in task.metrics.items() if f"{task.name}: {key}" not in self.scores]
+        if others:
+            lines += ["", "## Other metrics", "", "| method | metric | value |", "|---|---|---|",
+                      *(f"| {method} | {key} | {value:.4g} |" for method, key, value in others)]
+        return "\n".join([*lines, "", "## Answers", "", *self.answers(), ""])
+
+    def answers(self) -> list[str]:
+        """Per method a row: requests, computed now, cut prompts, texts at the token limit, no answer, mean depth."""
+        head = ["method", "requests", "computed now", "prompts cut", "ended at the limit", "unanswered", "mean layer"]
+        rows = []
+        for method in self.methods:
+            counts = method["counts"]
+            none = ", ".join(f"{task.name} ({which}) {n}" for task in self.tasks[method["name"]]
+                             for which, n in task.unanswered.items()) or "-"
+            depth = f"{counts['layers'] / counts['new_tokens']:.2f} of {self.model['layers']}" if counts["new_tokens"] \
+                else "-"
+            rows.append([method["name"], counts["requests"], counts["computed"], counts["truncated"],
+                         counts["unfinished"], none, depth])
+        return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+    def json(self) -> dict[str, Any]:
+        """All of it but the samples."""
+        return {"format": FORMAT, "date": self.date, "hardware": self.hardware, "versions": self.versions,
+                "model": self.model, "settings": self.settings, "against": self.against, "methods": self.methods,
+                "tasks": {method: [{field.name: getattr(task, field.name) for field in dataclasses.fields(task)
+                                    if field.name != "samples"} for task in tasks]
+                          for method, tasks in self.tasks.items()},
+                "comparisons": {name: comparison.json() for name, comparison in self.comparisons.items()}}
+
+    def write(self, folder: Path) -> None:
+        """report.json, report.md, samples.jsonl and a picture per score. Raises SettingError where it cannot.
+
+        Each file is written whole, report.json last; that of an earlier evaluation goes first. So where report.json
+        is, all else belongs to it.
+        """
+        pictures = {_picture(name): comparison.picture for name, comparison in self.comparisons.items()}
+        samples = [json.dumps({"method": method, "task": task.name, **sample}, ensure_ascii=False)
+                   for method, tasks in self.tasks.items() for task in tasks for sample in task.samples]
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "report.json").unlink(missing_ok=True)
+            for name, draw in pictures.items():
+                _whole(folder / name, draw)
+            for name, text in (("samples.jsonl", "".join(f"{line}\n" for line in samples)),
+                               ("report.md", self.markdown()),
+                               ("report.json", json.dumps(self.json(), indent=2, ensure_ascii=False) + "\n")):
+                _whole(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        except OSError as reason:
+            raise SettingError(f"the report cannot be written to {folder} ({reason.strerror}); name a folder of your "
+                               "own") from reason
+
+
+def _whole(path: Path, write: Callable[[Path], Any]) -> None:
+    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _picture(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") + ".png"

@@ -1,0 +1,109 @@
+"""What the harness found, sample by sample, for one task and method; and what of it can be compared."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sled.errors import EvaluationError
+
+UNANSWERED = ("", "[invalid]")  # the second is what the harness's filters give where a text holds no answer
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task under one method.
+
+    n: samples. num_fewshot: examples before each. version: the task's. metrics: means and the like, as the harness
+    has them, by "metric" or "metric, filter". higher_is_better: by metric, as far as the task says.
+    unanswered: by filter, the samples in which it found no answer; only of tasks that generate.
+    samples: for every document and filter its number, hash, texts, answers and scores.
+    """
+
+    name: str
+    n: int
+    num_fewshot: int
+    version: Any
+    metrics: dict[str, float]
+    higher_is_better: dict[str, bool]
+    unanswered: dict[str, int]
+    samples: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, results: Mapping[str, Any], name: str, task: Any) -> Task:
+        """From what `lm_eval.evaluate` returns."""
+        samples = [_sample(sample) for sample in results["samples"][name]]
+        metrics = {_key(*key.split(",", 1)): float(value) for key, value in results["results"][name].items()
+                   if "," in key and "_stderr," not in key and isinstance(value, numbers.Real)}
+        unanswered = {}
+        if task.OUTPUT_TYPE == "generate_until":
+            for sample in samples:
+                nothing = all(str(answer).strip() in UNANSWERED for answer in sample["answers"])
+                unanswered[sample["filter"]] = unanswered.get(sample["filter"], 0) + nothing
+        better = {metric: bool(value) for metric, value in (task.higher_is_better() or {}).items()}
+        return cls(name, len({sample["doc_id"] for sample in samples}), int(task.get_config("num_fewshot") or 0),
+                   results["versions"].get(name), metrics, better, unanswered, samples)
+
+    def scores(self) -> dict[str, np.ndarray]:
+        """Per metric (and filter) the scores [n] of the samples, where they are all in [0, 1] and higher is better."""
+        found = {}
+        for which in dict.fromkeys(sample["filter"] for sample in self.samples):
+            of_filter = sorted((s for s in self.samples if s["filter"] == which), key=lambda s: s["doc_id"])
+            for metric in of_filter[0]["scores"]:
+                values = [sample["scores"].get(metric) for sample in of_filter]
+                if self.higher_is_better.get(metric, True) and all(
+                        isinstance(v, numbers.Real) and 0 <= v <= 1 for v in values):
+                    found[_key(metric, which)] = np.array(values, np.float64)
+        return found
+
+    def documents(self) -> list[tuple[int, str]]:
+        """Which documents were asked, in order."""
+        return sorted({(sample["doc_id"], sample["doc_hash"]) for sample in self.samples})
+
+
+def scores_of(found: Mapping[str, Sequence[Task]]) -> dict[str, dict[str, np.ndarray]]:
+    """By "task: metric, filter" the scores [n] of every method, on the same samples.
+
+    Raises EvaluationError where methods were not asked the same.
+    """
+    first, *others = found
+    together: dict[str, dict[str, np.ndarray]] = {}
+    for at, task in enumerate(found[first]):
+        for name in others:
+            if found[name][at].documents() != task.documents():
+                raise EvaluationError(f"the task {task.name!r} gave other samples to {name!r} than to {first!r}, so "
+                                      "they cannot be compared; its data change from one reading to the next")
+        for key in task.scores():
+            columns = {name: found[name][at].scores().get(key) for name in found}
+            if all(column is not None for column in columns.values()):
+                together[f"{task.name}: {key}"] = columns
+    return together
+
+
+def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """What is kept of a sample: not the document itself, which may be large, and is in the data."""
+    scores = {metric: sample[metric] for metric in sample["metrics"]}
+    return {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "filter": sample["filter"],
+            "target": _plain(sample["target"]), "responses": _plain(sample["resps"]),
+            "answers": _plain(sample["filtered_resps"]), "scores": {name: _plain(v) for name, v in scores.items()}}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(x) for x in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    return value if value is None or isinstance(value, str) else str(value)
+
+
+def _key(metric: str, which: str) -> str:
+    return metric if which == "none" else f"{metric}, {which}"

@@ -1,0 +1,127 @@
+"""`sled eval`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from sled.cli.exit_options import ExitOptions
+from sled.cli.options import FUSIONS, FusionOptions, ModelOptions, SamplingOptions, given
+from sled.errors import EvaluationError
+from sled.files import writable
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+    """Score a way to decode on tasks of lm-evaluation-harness, beside the baselines that it must beat.
+
+    sled eval --tasks sled_demo --limit 50 --fusion sled --rate 2
+
+    sled eval --tasks gsm8k --data gsm8k=test.jsonl -m meta-llama/Llama-3.2-1B --fusion sled --num-fewshot 5
+
+    sled eval --tasks arc_easy hellaswag -m Qwen/Qwen2.5-0.5B --fusion dola --limit 200 --out arc
+
+    sled eval --tasks list
+
+    Every method answers the same samples: the last layer alone, for sled also its clamp alone, and what was chosen.
+    The report has means with 95% intervals, differences from plain decoding with theirs, and an exact test.
+
+    Answers are kept as they are made: after a kill, the same command goes on where it was.
+    """
+
+    tasks: tuple[str, ...]
+    """Names of tasks, groups or tags, or YAML files; list shows what there is."""
+    data: tuple[str, ...] = ()
+    """A task's data from a local file, TASK=PATH, or PATH where there is one task.
+    JSON Lines, JSON, Parquet or CSV with the columns that the task reads, or a folder of such files by split
+    (test.jsonl, train.jsonl)."""
+    include_path: tuple[Path, ...] = ()
+    """Folders with tasks of your own, as YAML files."""
+    metadata: tuple[str, ...] = ()
+    """What tasks may be told, NAME=VALUE, such as problems=200 for sled_demo."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sled-eval")
+    """Folder for report.json, report.md, samples.jsonl and pictures; report.json comes last."""
+    cache: Path | None = None
+    """Keep answers in this file. By default answers.sqlite in the folder of --out.
+    One file may serve many evaluations: answers of other models, methods or settings are never mixed up."""
+    limit: int | None = None
+    """Only so many samples of each task, the first."""
+    num_fewshot: int | None = None
+    """Examples before each question; by default as the task says."""
+    fewshot_seed: int = 1234
+    """Chooses the examples; 1234 is the harness's own."""
+    apply_chat_template: bool = False
+    """Put prompts into the model's chat template."""
+    system_instruction: str | None = None
+    """Say this before all else."""
+    max_new_tokens: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
+    """The most tokens for an answer; by default what the task says, or 256."""
+    batch_size: int = 16
+    """Prompts decoded, and continuations scored, together."""
+    compare: bool = True
+    """Compare with the baselines; --no-compare scores the chosen method alone."""
+    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
+    exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
+    sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+
+    def run(self) -> None:
+        _need_harness()
+        from sled.eval.loading import manager
+
+        if self.tasks == ("list",):
+            print("\n".join(manager(include_path=self.include_path, everything=True).all_tasks))
+            return
+        from sled.eval.methods import Method, baselines
+        from sled.eval.run import evaluate
+
+        method = Method(self._name(), fusion=self.fusion_options.strategy(), **self.exit_options.settings(),
+                        sampling=self.sampling_options.sampling())
+        methods = [*(baselines(method) if self.compare else ()), method]
+        metadata = dict(map(_named, self.metadata))
+        cache = writable("--cache", self.cache or self.out / "answers.sqlite")
+        report = evaluate(self.model_options.load(), self.tasks, methods, data=self.data or None, metadata=metadata,
+                          include_path=self.include_path, limit=self.limit, num_fewshot=self.num_fewshot,
+                          fewshot_seed=self.fewshot_seed, apply_chat_template=self.apply_chat_template,
+                          system_instruction=self.system_instruction, max_new_tokens=self.max_new_tokens,
+                          batch_size=self.batch_size, cache=cache, out=self.out, seed=self.sampling_options.seed)
+        print(report.markdown())
+        print(f"written to {self.out}", file=sys.stderr)
+
+    def _name(self) -> str:
+        """The method by the options that were given for it."""
+        if self.fusion_options.fusion == "final" and not given(self.exit_options):
+            return "chosen" if given(self.sampling_options).keys() - {"seed"} else "greedy"
+        chosen = {**given(self.fusion_options), **given(self.exit_options)}
+        parts = [{"final": "final layer", "clamp": "clamp only"}.get(self.fusion_options.fusion,
+                                                                     FUSIONS[self.fusion_options.fusion])]
+        parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in chosen.items() if name != "fusion"]
+        return ", ".join(parts)
+
+
+def _need_harness() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as reason:
+        raise EvaluationError(f"lm-evaluation-harness is not installed ({reason}); "
+                              "install it by `pip install 'sled-jax[eval]'`") from reason
+
+
+def _named(text: str) -> tuple[str, Any]:
+    name, mark, value = text.partition("=")
+    if not name or not mark:
+        raise EvaluationError(f"--metadata is {text!r}, but must be NAME=VALUE, such as problems=200")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _shown(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(
+        value)

@@ -1,0 +1,145 @@
+"""Kept answers: found again under the very same settings alone, and whole after a kill."""
+
+import copy
+import importlib.metadata
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+
+import jax
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
+
+import sled
+from sled.errors import EvaluationError, SettingError
+from sled.eval import harness
+from sled.eval.asks import Ask, batches
+from sled.eval.cache import Cache, digest_of
+from sled.eval.methods import Method
+
+EARLY = sled.EarlyExit((2,), threshold=0.5)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return sled.load("demo")
+
+
+def other_weights(lm):
+    changed = copy.copy(lm)
+    changed.params = jax.tree.map(lambda w: w + 1e-3, lm.params)
+    return changed
+
+
+def other_tokenizer(lm):
+    from tokenizers import Tokenizer, models
+
+    changed = copy.copy(lm)
+    changed.text = sled.text.Text(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
+    return changed
+
+
+SETTINGS = {
+    "fusion": lambda lm: (lm, Method("m", fusion=sled.SLED())),
+    "rate": lambda lm: (lm, Method("m", fusion=sled.SLED(rate=3.0))),
+    "scale": lambda lm: (lm, Method("m", fusion=sled.SLED(scale=5))),
+    "clamp": lambda lm: (lm, Method("m", fusion=sled.ClampOnly())),
+    "norm_early": lambda lm: (lm, Method("m", fusion=sled.SLED(norm_early=True))),
+    "early exit": lambda lm: (lm, Method("m", exits=EARLY)),
+    "threshold": lambda lm: (lm, Method("m", exits=sled.EarlyExit((2,), threshold=0.6))),
+    "exit layers": lambda lm: (lm, Method("m", exits=sled.EarlyExit((3,), threshold=0.5))),
+    "missing K/V": lambda lm: (lm, Method("m", exits=sled.EarlyExit((2,), threshold=0.5, kv="propagate"))),
+    "speculation": lambda lm: (lm, Method("m", exits=sled.SelfSpeculation(2))),
+    "schedule": lambda lm: (lm, Method("m", exits=EARLY, schedule=sled.Gather(2))),
+    "sampling": lambda lm: (lm, Method("m", sampling=sled.Sampling(temperature=0.7))),
+    "repetition penalty": lambda lm: (lm, Method("m", sampling=sled.Sampling(repetition_penalty=1.1))),
+    "weights": lambda lm: (other_weights(lm), Method("m")),
+    "dtype": lambda lm: (sled.load("demo", dtype="bfloat16"), Method("m")),
+    "tokenizer": lambda lm: (other_tokenizer(lm), Method("m")),
+}
+
+
+def kept(cache, lm, method):
+    return harness.SledLM(lm, method, cache=cache, progress=False)._answers
+
+
+@pytest.mark.parametrize("changed", SETTINGS)
+def test_an_answer_is_not_found_under_another_setting(lm, changed):
+    cache = Cache()
+    kept(cache, lm, Method("plain")).add({"request": "the answer"})
+    assert kept(cache, *SETTINGS[changed](lm)).find(["request"]) == {}
+    assert kept(cache, lm, Method("the same under another name")).find(["request"]) == {"request": "the answer"}
+
+
+def test_every_setting_is_told_apart_from_every_other(lm):
+    digests = {kept(Cache(), *make(lm)).digest for make in SETTINGS.values()}
+    assert len(digests) == len(SETTINGS)
+
+
+@pytest.mark.parametrize("package", harness.DECIDING)
+def test_an_answer_of_another_version_is_not_found(lm, monkeypatch, package):
+    cache = Cache()
+    kept(cache, lm, Method("plain")).add({"request": "the answer"})
+    version = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == package else version(name))
+    assert kept(cache, lm, Method("plain")).find(["request"]) == {}
+
+
+GREEDY = sled.Sampling()
+ASK = dict(ids=(1, 2), until=("\n",), max_new_tokens=8, sampling=GREEDY, seed=None)
+
+
+def test_every_part_of_a_request_is_in_its_key():
+    asks = [ASK, ASK | {"ids": (1, 3)}, ASK | {"until": ()}, ASK | {"max_new_tokens": 9}, ASK | {"seed": 0},
+            ASK | {"seed": 1}, ASK | {"sampling": sled.Sampling(temperature=0.5)}]
+    scored = [{"context": (1, 2), "continuation": (3,)}, {"context": (1,), "continuation": (2, 3)}]
+    assert len({digest_of(Ask(**ask).described()) for ask in asks} | {digest_of(pair) for pair in scored}) == 9
+
+
+def test_requests_are_batched_by_length_or_by_stream():
+    greedy = [Ask(**ASK | {"ids": (1,) * n}) for n in (3, 9, 5, 7, 4)]
+    assert list(batches(greedy, range(5), 2)) == [[1, 3], [2, 4, 0]]  # what is left over goes with the last batch
+    drawn = [Ask(**ASK | {"seed": seed, "sampling": sled.Sampling(temperature=1.0)}) for seed in (7, 0, 1, 2, 8)]
+    assert list(batches(drawn, range(5), 8)) == [[1, 2, 3], [0, 4]]
+    assert list(batches(greedy, [], 2)) == []
+    mixed = [Ask(**ASK), Ask(**ASK | {"max_new_tokens": 9}), Ask(**ASK)]
+    assert sorted(map(sorted, batches(mixed, range(3), 8))) == [[0, 2], [1]]
+
+
+def test_after_a_kill_whole_batches_are_there(tmp_path):
+    """A process writes batch after batch, each of the rows n:0 to n:9, and is killed at any moment."""
+    program = textwrap.dedent("""
+        import itertools, sys
+        from sled.eval.cache import Cache
+        answers = Cache(sys.argv[1]).under({"method": "plain"})
+        for n in itertools.count():
+            answers.add({f"{n}:{i}": "x" * 1000 for i in range(10)})
+            print(n, flush=True)
+    """)
+    path = tmp_path / "answers.sqlite"
+    with subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True) as process:
+        said = [int(process.stdout.readline()) for _ in range(30)][-1]
+        os.kill(process.pid, signal.SIGKILL)
+    answers = Cache(path).under({"method": "plain"})
+    rows = [len(answers.find([f"{n}:{i}" for i in range(10)])) for n in range(said + 100)]
+    assert set(rows) <= {0, 10} and rows[:said + 1] == [10] * (said + 1)
+    assert rows == sorted(rows, reverse=True)
+    answers.add({"after": 1.5})
+    assert answers.find(["after"]) == {"after": 1.5}
+
+
+def test_files_that_are_no_cache_are_named(tmp_path):
+    (tmp_path / "text").write_text("not a database, and long enough to be told from an empty one\n" * 100)
+    with pytest.raises(EvaluationError, match="cannot be used"):
+        Cache(tmp_path / "text")
+    with sqlite3.connect(tmp_path / "other") as db:
+        db.execute("CREATE TABLE mine (x)")
+    db.close()
+    with pytest.raises(EvaluationError, match="has format 0"):
+        Cache(tmp_path / "other")
+    with pytest.raises(SettingError, match="cannot be written"):
+        Cache(tmp_path / "text" / "below")

@@ -1,0 +1,420 @@
+"""The harness's questions, answered as its own Hugging Face backend answers them; and what cannot be asked."""
+
+import copy
+import importlib.util
+import json
+import logging
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM as HarnessModel
+from tokenizers import Tokenizer, decoders, models, processors
+
+import sled
+from sled import cli
+from sled.demo.problems import problems
+from sled.errors import DataError, EvaluationError, SettingError
+from sled.eval import loading
+from sled.eval.asks import Wanted
+from sled.eval.cache import Cache
+from sled.eval.chat import TokenizerSettings, render
+from sled.eval.harness import SledLM
+from sled.eval.loading import load_tasks
+from sled.eval.methods import Method, baselines
+from sled.eval.run import evaluate
+from sled.text import Text
+
+RECORDED = Path(__file__).parent / "fixtures" / "eval_hflm.json"
+NO_TRANSFORMERS = "transformers is not installed: pip install sled-jax[parity]"
+
+# A model so small that it says nothing gets a tokenizer of one token per character, and tasks of its own.
+SPECIAL = ["<unk>", "<s>", "</s>"]
+CHARACTERS = " \n.,?:#=*0123456789abcdefghijklmnopqrstuvwxyz"
+QUESTIONS = ["what is 2 times three", "how many stones are 7", "is it so with stones", "nine less four is",
+             "why are there stones", "x " * 60]  # of like lengths, but for the last, which is beyond the context
+TASKS = {
+    "tiny_text": dict(output_type="generate_until", doc_to_text="q: {{question}}\na:", doc_to_target="answer",
+                      generation_kwargs=dict(until=["\n", "ab", "<unk>"], max_gen_toks=12, do_sample=False),
+                      metric_list=[dict(metric="exact_match", aggregation="mean", higher_is_better=True)]),
+    "tiny_choice": dict(output_type="multiple_choice", doc_to_text="q: {{question}}\na: ", doc_to_target=0,
+                        doc_to_choice="{{[answer, 'no', 'it is so']}}", target_delimiter="",
+                        metric_list=[dict(metric="acc", aggregation="mean", higher_is_better=True)]),
+    "tiny_rolling": dict(output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="question",
+                         metric_list=[dict(metric="byte_perplexity", aggregation="weighted_perplexity",
+                                           higher_is_better=False)]),
+}
+
+
+def write_tokenizer(folder: Path, **config) -> None:
+    """tokenizer.json, which begins texts with <s>, and tokenizer_config.json with these fields besides."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False) | config))
+
+
+def write_tasks(folder: Path) -> Path:
+    """YAML files of `TASKS`, which read rows.jsonl beside them. JSON is YAML too."""
+    rows = [dict(question=question, answer=str(7 * n)) for n, question in enumerate(QUESTIONS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, task in TASKS.items():
+        data = dict(dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(folder / "rows.jsonl"))))
+        (folder / f"{name}.yaml").write_text(json.dumps(dict(task=name, test_split="test", **data, **task)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_folder):
+    path = tmp_path_factory.mktemp("model")
+    for file in tiny_folder("llama").iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def lm(folder):
+    return sled.load(folder)
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def loaded(tasks):
+    return load_tasks(list(TASKS), include_path=[tasks])
+
+
+@pytest.fixture(autouse=True)
+def no_listing(monkeypatch):
+    """The harness's own tasks take seconds to list."""
+    manager = loading.TaskManager
+    monkeypatch.setattr(loading, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "level", logging.ERROR)
+
+
+@pytest.fixture
+def compare():
+    """The comparison, or in its place one of means where it is not there."""
+    if importlib.util.find_spec("sled.eval.compare"):
+        yield
+        return
+
+    class Means:
+        def __init__(self, outcomes):
+            self.means = {name: float(np.mean(scores)) for name, scores in outcomes.items()}
+
+        def markdown(self):
+            return str(self.means)
+
+        def json(self):
+            return {"rows": [{"method": name, "mean": mean} for name, mean in self.means.items()]}
+
+        def picture(self, path):
+            path.write_bytes(b"")
+
+    sys.modules["sled.eval.compare"] = types.SimpleNamespace(compare=lambda outcomes, against, seed: Means(outcomes))
+    yield
+    del sys.modules["sled.eval.compare"]
+
+
+def answers(model, loaded):
+    """By task, what a model answers: per sample a list of answers."""
+    results = lm_eval.evaluate(lm=model, task_dict=loaded, bootstrap_iters=0)
+    return {name: [sample["resps"] for sample in sorted(results["samples"][name], key=lambda s: s["doc_id"])]
+            for name in TASKS}
+
+
+def same(found, expected):
+    assert found["tiny_text"] == expected["tiny_text"]
+    for name in ("tiny_choice", "tiny_rolling"):
+        for of_one, of_other in zip(found[name], expected[name], strict=True):
+            for [one], [other] in zip(of_one, of_other, strict=True):
+                assert np.asarray(one) == pytest.approx(np.asarray(other), abs=1e-3)  # is_greedy too: 0 or 1
+
+
+def hflm(folder, batch_size):
+    """The harness's own backend."""
+    for package in ("torch", "transformers", "accelerate"):
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install sled-jax[parity] accelerate")
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch_size)
+
+
+def record(folder, loaded):
+    """Writes the recorded answers anew. Call it where the tasks were changed."""
+    RECORDED.write_text(json.dumps(answers(hflm(folder, 1), loaded)) + "\n")
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_answers_are_those_recorded_from_hflm(lm, loaded, batch_size):
+    model = SledLM(lm, batch_size=batch_size, progress=False)
+    same(answers(model, loaded), json.loads(RECORDED.read_text()))
+    assert model.counts.truncated == 1 + 3 and model.counts.cut_tokens > 0  # the long question, asked and with choices
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers
+def test_hflm_still_answers_so(folder, loaded):
+    same(answers(hflm(folder, 8), loaded), json.loads(RECORDED.read_text()))
+
+
+def test_tokens_are_those_of_transformers(lm, folder, tmp_path):
+    transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
+    for config in ({}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}):
+        path = tmp_path / str(len(config))
+        path.mkdir()
+        write_tokenizer(path, **config)
+        other = copy.copy(lm)
+        other.text = Text.from_folder(path)
+        model, theirs = SledLM(other, progress=False), transformers.AutoTokenizer.from_pretrained(path)
+        assert model.tok_encode("a b") == theirs.encode("a b")
+        assert model.tok_encode("<s>a b") == theirs.encode("<s>a b", add_special_tokens=False)
+        assert model.tok_encode("a b", add_special_tokens=False) == theirs.encode("a b", add_special_tokens=False)
+        assert (model.eot_token_id, model.prefix_token_id) == (theirs.eos_token_id, theirs.bos_token_id)
+
+
+TEMPLATE = """{{ bos_token }}{%- for m in messages %}
+    {%- if m.role not in ['user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}{% endif %}
+    {%- if m.role == 'assistant' %}{% generation %}a: {{ m.content }}{{ eos_token }}{% endgeneration %}
+    {%- else %}q: {{ m.content | trim | tojson }}
+    {%- endif %}
+{% endfor %}
+{%- if add_generation_prompt %}a: {% endif %}"""
+CHAT = [{"role": "user", "content": "one <b>"}, {"role": "assistant", "content": "two"},
+        {"role": "user", "content": " three "}]
+
+
+@pytest.mark.parametrize("messages, prompt", [(CHAT, True), ([*CHAT, {"role": "assistant", "content": "so "}], False)])
+def test_chat_templates_read_as_in_transformers(tmp_path, messages, prompt):
+    transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
+    write_tokenizer(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    settings = TokenizerSettings.read(tmp_path)
+    expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=prompt, continue_final_message=not prompt)
+    assert render(settings.template, messages, settings.tokens, add_generation_prompt=prompt) == expected
+
+
+def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
+    with pytest.raises(EvaluationError, match="no chat template"):
+        SledLM(lm, progress=False).apply_chat_template(CHAT)
+    write_tokenizer(tmp_path, chat_template=[{"name": "default", "template": TEMPLATE}, {"name": "x", "template": ""}])
+    other = copy.copy(lm)
+    other.text = Text.from_folder(tmp_path)
+    model = SledLM(other, progress=False)
+    system = [{"role": "system", "content": "be brief"}]
+    assert model.apply_chat_template(system + CHAT) == model.apply_chat_template(CHAT)  # which the template refuses
+    with pytest.raises(EvaluationError, match="refuses these messages"):
+        model.apply_chat_template([{"role": "tool", "content": ""}])
+    write_tokenizer(tmp_path, chat_template=[{"name": "x", "template": ""}])
+    with pytest.raises(EvaluationError, match="none of them the default"):
+        TokenizerSettings.read(tmp_path)
+
+
+def text_request(context, doc=0, repeats=1, **given):
+    return Instance("generate_until", {}, (context, dict(until=["\n"], max_gen_toks=12) | given), 0,
+                    ("t", doc, repeats))
+
+
+def test_a_special_stop_string_ends_the_text(lm):
+    [whole] = SledLM(lm, progress=False).generate_until([text_request("q: why\na:")])
+    out = lm.generate([SledLM(lm, progress=False).tok_encode("q: why\na:")], max_new_tokens=12, stop=["\n"])
+    assert whole == out.texts[0]
+    special = next((t for t in out.tokens[0] if t < 2), None)
+    [text] = SledLM(lm, progress=False).generate_until([text_request("q: why\na:", until=["\n", "<unk>", "<s>"])])
+    assert text == (whole if special is None else lm.text.decode(out.tokens[0][:out.tokens[0].index(special)]))
+
+
+def test_what_is_drawn_depends_on_the_document_alone(lm):
+    warm = dict(do_sample=True, temperature=1.5)
+    model = SledLM(lm, batch_size=4, progress=False)
+    twice = [text_request("q: why\na:", doc, 2, **warm) for doc in (0, 1, 2) for _ in range(2)]
+    texts = model.generate_until(twice)
+    assert len(set(texts)) > 3 and model.counts.computed == 6
+    some = SledLM(lm, batch_size=4, progress=False).generate_until([twice[5], twice[4], twice[2], twice[3]])
+    assert some == [*texts[4:6], *texts[2:4]]
+    of_method = SledLM(lm, Method("warm", sampling=sled.Sampling(temperature=1.5)), batch_size=4, progress=False)
+    assert of_method.generate_until([text_request("q: why\na:", 0, 2)]) == texts[:1]
+
+
+@pytest.mark.parametrize("given, says", [
+    ({"num_beams": 4}, "num_beams, which mean nothing here"),
+    ({"do_sample": True}, "no temperature above 0"),
+    ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, "Sampling.top_p is 2.0"),
+])
+def test_what_cannot_be_generated_is_named(given, says):
+    with pytest.raises(EvaluationError, match=says):
+        Wanted.of(dict(until=["\n"], **given))
+
+
+def test_generation_settings_are_read_as_the_harness_means_them():
+    wanted = Wanted.of({"until": "x", "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": None})
+    assert wanted == Wanted(("x",), 7, sled.Sampling(temperature=0.5, top_p=0.9))
+    assert Wanted.of({"do_sample": False, "temperature": 0.5, "top_p": 0.9}) == Wanted((), 256, sled.Sampling())
+    assert Wanted.of({"max_gen_toks": 7}, at_most=5).max_new_tokens == 5
+    assert Wanted.of({}, at_most=500).max_new_tokens == 500
+
+
+def test_an_answer_longer_than_the_context_is_named(lm):
+    with pytest.raises(EvaluationError, match=r"64 tokens long, but the context of .* holds 64"):
+        SledLM(lm, max_new_tokens=64, progress=False).generate_until([text_request("a", max_gen_toks=None)])
+
+
+@pytest.mark.parametrize("method, idle", [
+    (Method("early", exits=sled.EarlyExit((1,), threshold=0.5)), "exits"),
+    (Method("guess", exits=sled.SelfSpeculation(1)), "exits"),
+    (Method("warm", sampling=sled.Sampling(temperature=1.0)), "sampling"),
+])
+def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tasks, method, idle):
+    with pytest.raises(EvaluationError, match=f"'tiny_choice' asks for log-likelihoods, which {idle} of the method"):
+        evaluate(lm, "tiny_choice", [method], include_path=[tasks], progress=False)
+
+
+def test_baselines_are_plain_decoding_and_the_clamp():
+    method = Method("mine", fusion=sled.SLED(rate=3.0, scale=20, lower_bound=-500.0), exits=sled.SelfSpeculation(2))
+    assert [(b.name, b.fusion, b.exits) for b in baselines(method)] == [
+        ("greedy", sled.FinalLayer(), None), ("clamp only", sled.ClampOnly(scale=20, lower_bound=-500.0), None)]
+    assert [b.name for b in baselines(Method("dola", fusion=sled.DoLa()))] == ["greedy"]
+    assert baselines(Method("g")) == ()
+    with pytest.raises(SettingError, match=r"Method\.fusion"):
+        Method("x", fusion="sled")
+
+
+class Solver(HarnessModel):
+    """Answers with the solution, with another number, or with none."""
+
+    def generate_until(self, requests):
+        solution = {p.question: p.solution for p in problems("heldout", 3)}
+        texts = [" " + solution[r.args[0].removeprefix("Question: ").removesuffix("\nAnswer:")] for r in requests]
+        return [texts[0], texts[1] + "9", "I think so. #### none"]
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+def test_the_demo_task_counts_an_answer_without_a_number_wrong():
+    from sled.eval.scores import Task
+
+    loaded = load_tasks(["sled_demo"], metadata={"problems": 3})
+    results = lm_eval.evaluate(lm=Solver(), task_dict=loaded, bootstrap_iters=0)
+    task = Task.of(results, "sled_demo", loaded["tasks"]["sled_demo"])
+    [scores] = task.scores().values()
+    assert scores.tolist() == [1, 0, 0] and task.unanswered == {"answer": 1} and task.n == 3
+
+
+def test_the_command_writes_a_report_and_computes_nothing_twice(folder, tasks, tmp_path, compare, capsys):
+    arguments = ["eval", "--tasks", "tiny_text", "--model", str(folder), "--include-path", str(tasks), "--limit", "4",
+                 "--fusion", "sled", "--scale", "5", "--batch-size", "4", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [m["name"] for m in report["methods"]] == ["greedy", "clamp only", "SLED, scale 5"]
+    assert [m["counts"]["computed"] for m in report["methods"]] == [4, 4, 4]
+    assert report["tasks"]["greedy"][0]["n"] == 4 and report["against"] == "greedy"
+    assert report["model"]["weights"] and report["versions"]["lm_eval"] == lm_eval.__version__
+    assert report["methods"][2]["settings"]["fusion"]["scale"] == 5
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.json", "report.md", "samples.jsonl", "answers.sqlite", "tiny_text-exact_match.png"}
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 12 and "doc" not in samples[0]
+    assert "tiny_text: 4 samples" in capsys.readouterr().out
+    assert cli.main(arguments) == 0
+    again = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [m["counts"]["computed"] for m in again["methods"]] == [0, 0, 0]
+    assert again["comparisons"] == report["comparisons"]
+
+
+def test_what_was_interrupted_goes_on_where_it_was(lm, tmp_path, monkeypatch):
+    requests = [text_request(f"q: {question}\na:", doc) for doc, question in enumerate(QUESTIONS)]
+    cache = Cache(tmp_path / "answers.sqlite")
+    model = SledLM(lm, batch_size=4, cache=cache, progress=False)
+    generate, calls = lm.generate, []
+
+    def once(prompts, **settings):
+        calls.append(len(prompts))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(prompts, **settings)
+
+    monkeypatch.setattr(lm, "generate", once)
+    with pytest.raises(KeyboardInterrupt):
+        model.generate_until(requests)
+    cache.close()
+    resumed = SledLM(lm, batch_size=4, cache=Cache(tmp_path / "answers.sqlite"), progress=False)
+    texts = resumed.generate_until(requests)
+    assert model.counts.computed == resumed.counts.computed == 4 and calls == [4, 4, 4]
+    assert texts == SledLM(lm, batch_size=4, progress=False).generate_until(requests)
+
+
+GOOD = {"question": "why", "answer": "so"}
+
+
+@pytest.mark.parametrize("name, rows, says", [
+    ("rows.jsonl", None, "there is no"),
+    ("rows.jsonl", [], "is empty"),
+    ("rows.txt", [GOOD], "says nothing about its format"),
+    ("rows.jsonl", [{"problem": "why", "answer": "so"}], "the columns problem, answer, but the task tiny_text reads"),
+    ("rows.jsonl", [GOOD, {"question": "how"}], "no 'answer' in row 2"),
+    ("rows.jsonl", ["not JSON"], "cannot be read as data"),
+    ("data/train.jsonl", [GOOD], "the splits train, but the task tiny_text is evaluated on 'test'"),
+])
+def test_data_that_do_not_fit_are_named(tasks, tmp_path, name, rows, says):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if rows is not None:
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    with pytest.raises(DataError, match=says):
+        load_tasks(["tiny_text"], include_path=[tasks], data=path if path.parent == tmp_path else path.parent)
+
+
+def test_local_data_take_the_place_of_a_tasks_own(tasks, tmp_path):
+    rows = [{"question": f"what {n}", "answer": str(n)} for n in range(5)]
+    write = lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
+    write(tmp_path / "rows.jsonl", rows[:3])
+    loaded = load_tasks(["tiny_text", "tiny_rolling"], include_path=[tasks], num_fewshot=2,
+                        data=[f"tiny_text={tmp_path / 'rows.jsonl'}"])
+    task = loaded["tasks"]["tiny_text"]
+    assert [doc["question"] for doc in task.eval_docs] == ["what 0", "what 1", "what 2"]
+    for doc in task.eval_docs:  # examples come from the same file, without the row that is asked
+        shown = task.fewshot_context(doc, 2)
+        assert shown.count(doc["question"]) == 1 and shown.count("q: ") == 3
+    assert len(loaded["tasks"]["tiny_rolling"].eval_docs) == len(QUESTIONS)
+    assert not loaded["groups"]
+    (tmp_path / "splits").mkdir()
+    write(tmp_path / "splits" / "test.jsonl", rows[:2])
+    write(tmp_path / "splits" / "train.jsonl", rows[2:])
+    config = dict(TASKS["tiny_text"], task="with_train", dataset_path="nobody/nothing", test_split="test",
+                  training_split="train", fewshot_split="train", num_fewshot=3)
+    (tmp_path / "with_train.yaml").write_text(json.dumps(config))
+    task = load_tasks(["with_train"], include_path=[tmp_path], data=tmp_path / "splits")["tasks"]["with_train"]
+    assert all(f"what {n}" in task.fewshot_context(task.eval_docs[0], 3) for n in (0, 2, 3, 4))
+
+
+@pytest.mark.parametrize("names, given, says", [
+    (["tiny_texts"], {}, "no task 'tiny_texts'; did you mean tiny_text"),
+    (["tiny_text", "tiny_text"], {}, "named twice"),
+    ([], {}, "no task was given"),
+    (["tiny_text"], {"data": "other=rows.jsonl"}, "data are given for other, but the tasks are tiny_text"),
+    (["tiny_text", "tiny_choice"], {"data": "rows.jsonl"}, "TASK=PATH"),
+    (["tiny_text"], {"include_path": ["nowhere"]}, "no folder nowhere"),
+])
+def test_tasks_that_cannot_be_had_are_named(tasks, names, given, says):
+    with pytest.raises(EvaluationError, match=says):
+        load_tasks(names, **{"include_path": [tasks], **given})
