@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from sled.arguments import A_SAMPLING
 from sled.binding import digest_of_weights
-from sled.checks import Whole
+from sled.checks import Flag, Whole
 from sled.describe import describe
 from sled.errors import EvaluationError
 from sled.eval.answering import Counts, Found, answer_all
@@ -26,6 +26,7 @@ from sled.eval.asks import Ask, Wanted, batches
 from sled.eval.cache import Cache
 from sled.eval.chat import TokenizerSettings, render
 from sled.eval.methods import Method
+from sled.eval.protocols.choices import Scored
 from sled.lm import LM
 
 DECIDING = ("sled-jax", "jax", "flax", "tokenizers")  # packages whose versions may change an answer
@@ -37,6 +38,7 @@ class SledLM(TemplateLM):
 
     batch_size: prompts decoded, and continuations scored, together.
     max_new_tokens: the most tokens for an answer, whatever the task asks for; None: what it asks for, or 256.
+    normalise: whether scores are log-probabilities, or the fusion's own values as they are (`LM.score`).
     seed: of methods and tasks that draw; text r of document d draws from random stream seed + d * repeats + r.
     cache: answers made before; None keeps them in memory.
     weights: the digest of `lm`'s weights, where it is known already.
@@ -47,7 +49,7 @@ class SledLM(TemplateLM):
     """
 
     def __init__(self, lm: LM, method: Method = GREEDY_METHOD, *, batch_size: int = 16,
-                 max_new_tokens: int | None = None, seed: int = 0, cache: Cache | None = None,
+                 max_new_tokens: int | None = None, normalise: bool = True, seed: int = 0, cache: Cache | None = None,
                  weights: str | None = None, progress: bool = True):
         super().__init__()
         self.lm, self.method, self.progress = lm, method, progress
@@ -55,6 +57,7 @@ class SledLM(TemplateLM):
         self.max_new_tokens = None if max_new_tokens is None else Whole(
             1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
         self.seed = Whole(0, 2**31, hint="it begins the random streams")("seed", seed)
+        self.normalise = Flag(hint="True gives log-probabilities")("normalise", normalise)
         self.special = TokenizerSettings.read(lm.text.folder)
         self.weights = weights or digest_of_weights(lm.params)
         self.counts = Counts()
@@ -64,7 +67,7 @@ class SledLM(TemplateLM):
         """All that decides an answer besides the request, as JSON has it."""
         return {"weights": self.weights, "model": describe(self.lm.config), "tokenizer": self.lm.text.digest,
                 "dtype": str(jax.tree.leaves(self.lm.params)[0].dtype), "method": self.method.settings(),
-                "device": jax.devices()[0].device_kind,
+                "normalise": self.normalise, "device": jax.devices()[0].device_kind,
                 "versions": {name: importlib.metadata.version(name) for name in DECIDING}}
 
     def check_scoring(self, what: str) -> None:
@@ -155,7 +158,8 @@ class SledLM(TemplateLM):
         pairs = [self._window(*request) for request in requests]
         answers = self._answer([{"context": context, "continuation": continuation} for context, continuation in pairs],
                                lambda which: self._score(pairs, which))
-        return [(total, greedy) for total, greedy in answers]
+        return [Scored(total, greedy, tokens=len(continuation))
+                for (total, greedy), (_, continuation) in zip(answers, pairs, strict=True)]
 
     def _window(self, texts, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """What fits of a context and its continuation, cut from the left; the last token takes no place."""
@@ -176,7 +180,7 @@ class SledLM(TemplateLM):
         for begin in range(0, len(contexts), self.batch_size):
             some = contexts[begin:begin + self.batch_size]
             scores = self.lm.score(list(some), [[pairs[i][1] for i in of_context[context]] for context in some],
-                                   fusion=self.method.fusion, batch_size=self.batch_size)
+                                   fusion=self.method.fusion, normalise=self.normalise, batch_size=self.batch_size)
             indices = [i for context in some for i in of_context[context]]
             values = [value for of_one in zip(scores.totals, scores.greedy, strict=True)
                       for value in zip(*of_one, strict=True)]

@@ -32,9 +32,9 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
              data: Data | None = None, include_path: Sequence[str | os.PathLike] = (),
              metadata: Mapping[str, Any] | None = None, limit: int | None = None, num_fewshot: int | None = None,
              apply_chat_template: bool = False, system_instruction: str | None = None,
-             max_new_tokens: int | None = None, batch_size: int = 16, cache: str | os.PathLike | None = None,
-             out: str | os.PathLike | None = None, seed: int = 0, fewshot_seed: int = 1234,
-             progress: bool = True) -> Report:
+             max_new_tokens: int | None = None, normalise: bool = True, batch_size: int = 16,
+             cache: str | os.PathLike | None = None, out: str | os.PathLike | None = None, seed: int = 0,
+             fewshot_seed: int = 1234, progress: bool = True) -> Report:
     """Scores of every method on every task, and how sure the differences from a baseline are.
 
     tasks: names of tasks, groups or tags of the harness, of this library (`sled_demo`) or of `include_path`.
@@ -46,6 +46,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     num_fewshot: examples before each question; None: as the task says.
     apply_chat_template: prompts as the model's chat template has them. system_instruction: said before all else.
     max_new_tokens: the most tokens for an answer; None: what the task says, or 256.
+    normalise: whether tasks of log-likelihoods get these, or what the fusion gives as it is (`LM.score`).
     cache: a file that keeps every answer as it is made; the same call, after a kill, goes on from there.
     out: a folder for the report, written at the end; `report.json` comes last, so where it is, all is complete.
     seed: of methods and tasks that draw, of the bootstrap, and of Python's and numpy's random numbers; fewshot_seed: of
@@ -68,8 +69,9 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
         loaded = load_tasks(names, data=data, include_path=include_path, metadata=metadata, num_fewshot=num_fewshot,
                             seed=seed, fewshot_seed=fewshot_seed)
         store, weights = Cache(cache), digest_of_weights(lm.params)
-        models = {method.name: SledLM(lm, method, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed,
-                                      cache=store, weights=weights, progress=progress) for method in methods}
+        models = {method.name: SledLM(lm, method, batch_size=batch_size, max_new_tokens=max_new_tokens,
+                                      normalise=normalise, seed=seed, cache=store, weights=weights, progress=progress)
+                  for method in methods}
         for name, task in loaded["tasks"].items():
             if task.OUTPUT_TYPE != "generate_until":
                 for model in models.values():
@@ -94,7 +96,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
         settings={"tasks": names, "data": {name: str(path) for name, path in paths_by_task(data, names).items()},
                   "metadata": dict(metadata or {}), "limit": limit, "num_fewshot": num_fewshot,
                   "apply_chat_template": apply_chat_template, "system_instruction": system_instruction,
-                  "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
+                  "max_new_tokens": max_new_tokens, "normalise": normalise, "batch_size": batch_size, "seed": seed,
                   "fewshot_seed": fewshot_seed},
         versions={name: importlib.metadata.version(name) for name in ("sled-jax", "lm_eval", "datasets", "tokenizers")}
         | {name: version for name, version in versions().items() if name in ("python", "jax", "flax")},

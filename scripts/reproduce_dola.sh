@@ -20,17 +20,14 @@ esac
 eval=(sled eval --model "huggyllama/llama-$size" --tasks)
 
 for part in wiki news; do
-  "${eval[@]}" factor_$part --fusion final
-  "${eval[@]}" factor_$part --fusion dola --layers $low --lower-bound -1000
+  "${eval[@]}" factor_$part --out "factor_$part" --fusion dola --layers $low --lower-bound -1000
 done
 
 # Their code filters nothing here; the smallest share does the same.
-truthful=(truthfulqa_mc123 --primer "truthfulqa_mc123=$primers/tfqa_mc_eval.py")
-"${eval[@]}" "${truthful[@]}" --fusion final
-"${eval[@]}" "${truthful[@]}" --fusion dola --layers $high --relative-top 1e-30 --lower-bound -1000
+"${eval[@]}" truthfulqa_mc123 --metadata "primer_file=$primers/tfqa_mc_eval.py" --out truthfulqa --fusion dola --layers $high \
+  --relative-top 1e-30 --lower-bound -1000
 
 for task in strategyqa_cot6=strqa_eval gsm8k_cot8=gsm8k_eval; do
-  of_task=("${task%=*}" --primer "${task%=*}=$primers/${task#*=}.py")
-  "${eval[@]}" "${of_task[@]}" --fusion final
-  "${eval[@]}" "${of_task[@]}" --fusion dola --layers $low --repetition-penalty 1.2
+  "${eval[@]}" "${task%=*}" --metadata "primer_file=$primers/${task#*=}.py" --out "${task%=*}" --fusion dola --layers $low \
+    --repetition-penalty 1.2
 done

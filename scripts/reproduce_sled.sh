@@ -9,7 +9,8 @@
 #
 # Rates and scales are those of the authors' scripts/*.sh. Expected: see the result tables of the paper. Independent
 # reruns got, last layer -> SLED, for 7b: StrategyQA 60.7 -> 61.3, GSM8K 14.0 -> 14.6, FACTOR wiki 58.4 -> 67.0.
-# "clamp" keeps SLED's top tokens and leaves out its evolution: compare SLED with it before you credit the layers.
+# Each comparison has the last layer alone and the clamp alone beside it: SLED's top tokens without its evolution. Compare
+# SLED with that before you credit the layers.
 set -euo pipefail
 size=${1:?which model: 7b, 7b-chat, 13b, 13b-chat, 70b or 70b-chat}
 primers=${2:?the folder with tfqa_mc_eval.py, strqa_eval.py and gsm8k_eval.py}
@@ -27,14 +28,12 @@ compare() {   # compare TASK LOWER_BOUND RATE SCALE [more options of sled]
   local task=$1 bound=$2 rate=$3 scale=$4; shift 4
   local eval=(sled eval --model "meta-llama/Llama-2-$size-hf" --tasks "$task")
   case $task in
-    truthfulqa*) eval+=(--primer "$task=$primers/tfqa_mc_eval.py") ;;
-    strategyqa*) eval+=(--primer "$task=$primers/strqa_eval.py") ;;
-    gsm8k*)      eval+=(--primer "$task=$primers/gsm8k_eval.py") ;;
+    truthfulqa*) eval+=(--metadata "primer_file=$primers/tfqa_mc_eval.py" --raw-scores) ;;  # sums of logits
+    strategyqa*) eval+=(--metadata "primer_file=$primers/strqa_eval.py") ;;
+    gsm8k*)      eval+=(--metadata "primer_file=$primers/gsm8k_eval.py") ;;
   esac
-  "${eval[@]}" --fusion final
-  "${eval[@]}" --fusion dola --layers $(seq 0 $((layers - 1))) --lower-bound -1000   # all layers, as in their scripts
-  "${eval[@]}" --fusion clamp --scale "$scale" --lower-bound "$bound"
-  "${eval[@]}" --fusion sled --rate "$rate" --scale "$scale" --lower-bound "$bound" "$@"
+  "${eval[@]}" --out "$task-dola" --fusion dola --layers $(seq 0 $((layers - 1))) --lower-bound -1000   # all layers, as in their scripts
+  "${eval[@]}" --out "$task-sled" --fusion sled --rate "$rate" --scale "$scale" --lower-bound "$bound" "$@"
 }
 
 compare factor_wiki -2500 $factor

@@ -61,6 +61,9 @@ class Eval:
     """Say this before all else."""
     max_new_tokens: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     """The most tokens for an answer; by default what the task says, or 256."""
+    raw_scores: bool = False
+    """Sum what the fusion gives as it is, logits for the last layer alone, in place of log-probabilities.
+    SLED's published TruthfulQA figures are such sums."""
     batch_size: int = 16
     """Prompts decoded, and continuations scored, together."""
     compare: bool = True
@@ -85,11 +88,13 @@ class Eval:
         methods = [*(baselines(method) if self.compare else ()), method]
         metadata = dict(map(_named, self.metadata))
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
-        report = evaluate(self.model_options.load(), self.tasks, methods, data=self.data or None, metadata=metadata,
-                          include_path=self.include_path, limit=self.limit, num_fewshot=self.num_fewshot,
-                          fewshot_seed=self.fewshot_seed, apply_chat_template=self.apply_chat_template,
-                          system_instruction=self.system_instruction, max_new_tokens=self.max_new_tokens,
-                          batch_size=self.batch_size, cache=cache, out=self.out, seed=self.sampling_options.seed)
+        report = evaluate(
+            self.model_options.load(), self.tasks, methods, data=self.data or None, metadata=metadata,
+            include_path=self.include_path, limit=self.limit, num_fewshot=self.num_fewshot,
+            fewshot_seed=self.fewshot_seed, apply_chat_template=self.apply_chat_template,
+            system_instruction=self.system_instruction, max_new_tokens=self.max_new_tokens,
+            normalise=not self.raw_scores, batch_size=self.batch_size, cache=cache, out=self.out,
+            seed=self.sampling_options.seed)
         print(report.markdown())
         print(f"written to {self.out}", file=sys.stderr)
 
