@@ -257,17 +257,19 @@ def test_a_calibration_comes_along_with_its_own_weights_and_no_others(calibratio
 
 
 @pytest.fixture(scope="module")
-def programs(headed_folder, plain_folder, tmp_path_factory):
+def programs(request, headed_folder, plain_folder, tmp_path_factory):
     """Each way as a program's folder, run in a process of its own; what it said, by way and number of the call."""
     root = tmp_path_factory.mktemp("programs")
     calls = {}
     for name, way in WAYS.items():
+        if name == "plain" and not request.config.getoption("--exhaustive"):
+            continue
         export_program(headed_folder if name == "early" else plain_folder, root / name, **way)
         numbers = {f"sampling.{field}": value for field, value in WARM.items()}
         if name == "early":
             numbers["exits.threshold"] = MIXED
         calls[str(root / name)] = [dict(prompts=PROMPTS, max_new_tokens=NEW, seed=3, numbers=numbers),
-                                   dict(prompts=PROMPTS[:1] if name == "plain" else PROMPTS, max_new_tokens=NEW)]
+                                   dict(prompts=PROMPTS[:1] if name == "speculation" else PROMPTS, max_new_tokens=NEW)]
     np.save(root / "hidden.npy", hidden_states())
     done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(calls), root / "hidden.npy"], check=False,
                           capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=root)
@@ -280,7 +282,7 @@ def hidden_states():
     return np.random.default_rng(0).standard_normal((2, 1, CONFIG.width)).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.exhaustive), "early", "speculation"])
 def test_a_program_says_what_the_library_says(name, programs, headed_folder, plain_folder):
     lm = sled.load(headed_folder if name == "early" else plain_folder)
     way = WAYS[name]

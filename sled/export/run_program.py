@@ -34,7 +34,12 @@ class Program:
         if name not in self.calls:
             data = (self.folder / self.about["programs"][name]["file"]).read_bytes()
             self.calls[name] = jax.jit(export.deserialize(bytearray(data)).call)
-        return self.calls[name](*arguments)
+        try:
+            return self.calls[name](*arguments)
+        except jax.errors.JaxRuntimeError as error:  # such as StableHLO that is newer than this jax
+            error.add_note(f"This program was exported with jax {self.about['versions']['jax']} and is run with "
+                           f"{jax.__version__}: an older jax than the exporter's may not read it.")
+            raise
 
     def generate(self, prompts, max_new_tokens=128, seed=0, numbers=None, stop_ids=None):
         """Of each prompt (token ids): its new tokens, and the layer that said each. Row i draws from seed + i."""
