@@ -343,6 +343,32 @@ def test_the_command_writes_a_report_and_computes_nothing_twice(folder, tasks, t
     assert again["comparisons"] == report["comparisons"]
 
 
+def test_a_report_that_could_not_be_written_whole_is_none(lm, tasks, tmp_path, compare):
+    report = evaluate(lm, "tiny_text", [Method("greedy")], include_path=[tasks], batch_size=6, progress=False)
+    report.write(tmp_path)
+    assert (tmp_path / "report.json").exists()
+
+    class Broken:
+        def picture(self, path):
+            path.write_text("half of it")
+            raise OSError(28, "No space left on device")
+
+    report.__dict__["comparisons"] = {"tiny_text: exact_match": Broken()}
+    with pytest.raises(SettingError, match="No space left"):
+        report.write(tmp_path)
+    assert not (tmp_path / "report.json").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_self_speculation_writes_the_same_texts(lm, loaded):
+    method = Method("guess", exits=sled.SelfSpeculation(1, draft=3), schedule=sled.Lockstep())
+    model = SledLM(lm, method, batch_size=8, progress=False)
+    texts = model.generate_until([text_request(f"q: {question}\na:", doc, until=["\n", "ab", "<unk>"])
+                                  for doc, question in enumerate(QUESTIONS)])
+    recorded = json.loads(RECORDED.read_text())["tiny_text"]
+    assert texts == [text for [[text]] in recorded]
+
+
 def test_what_was_interrupted_goes_on_where_it_was(lm, tmp_path, monkeypatch):
     requests = [text_request(f"q: {question}{n}\na:", n) for n in (1, 2) for question in QUESTIONS]
     cache = Cache(tmp_path / "answers.sqlite")
