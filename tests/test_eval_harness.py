@@ -233,24 +233,26 @@ def text_request(context, doc=0, repeats=1, **given):
 
 
 def test_a_special_stop_string_ends_the_text(lm):
-    [whole] = SledLM(lm, progress=False).generate_until([text_request("q: why\na:")])
-    out = lm.generate([SledLM(lm, progress=False).tok_encode("q: why\na:")], max_new_tokens=12, stop=["\n"])
+    prompt = f"q: {QUESTIONS[0]}\na:"
+    [whole] = SledLM(lm, progress=False).generate_until([text_request(prompt)])
+    out = lm.generate([SledLM(lm, progress=False).tok_encode(prompt)], max_new_tokens=12, stop=["\n"])
     assert whole == out.texts[0]
     special = next((t for t in out.tokens[0] if t < 2), None)
-    [text] = SledLM(lm, progress=False).generate_until([text_request("q: why\na:", until=["\n", "<unk>", "<s>"])])
+    [text] = SledLM(lm, progress=False).generate_until([text_request(prompt, until=["\n", "<unk>", "<s>"])])
     assert text == (whole if special is None else lm.text.decode(out.tokens[0][:out.tokens[0].index(special)]))
 
 
 def test_what_is_drawn_depends_on_the_document_alone(lm):
     warm = dict(do_sample=True, temperature=1.5)
-    model = SledLM(lm, batch_size=4, progress=False)
-    twice = [text_request("q: why\na:", doc, 2, **warm) for doc in (0, 1, 2) for _ in range(2)]
-    texts = model.generate_until(twice)
+    prompt = f"q: {QUESTIONS[0]}\na:"
+    twice = lambda *docs: [text_request(prompt, doc, 2, **warm) for doc in docs for _ in range(2)]  # noqa: E731
+    model = SledLM(lm, batch_size=6, progress=False)
+    texts = model.generate_until(twice(0, 1, 2))
     assert len(set(texts)) > 3 and model.counts.computed == 6
-    some = SledLM(lm, batch_size=4, progress=False).generate_until([twice[5], twice[4], twice[2], twice[3]])
-    assert some == [*texts[4:6], *texts[2:4]]
-    of_method = SledLM(lm, Method("warm", sampling=sled.Sampling(temperature=1.5)), batch_size=4, progress=False)
-    assert of_method.generate_until([text_request("q: why\na:", 0, 2)]) == texts[:1]
+    others = SledLM(lm, batch_size=6, progress=False).generate_until(twice(3, 2, 1))
+    assert others[2:] == [*texts[4:6], *texts[2:4]]
+    of_method = SledLM(lm, Method("warm", sampling=sled.Sampling(temperature=1.5)), batch_size=6, progress=False)
+    assert of_method.generate_until([text_request(prompt, 0, 2)]) == texts[:1]
 
 
 @pytest.mark.parametrize("given, says", [
@@ -321,30 +323,56 @@ def test_the_demo_task_counts_an_answer_without_a_number_wrong():
 
 
 def test_the_command_writes_a_report_and_computes_nothing_twice(folder, tasks, tmp_path, compare, capsys):
-    arguments = ["eval", "--tasks", "tiny_text", "--model", str(folder), "--include-path", str(tasks), "--limit", "4",
-                 "--fusion", "sled", "--scale", "5", "--batch-size", "4", "--out", str(tmp_path / "out")]
+    arguments = ["eval", "--tasks", "tiny_text", "--model", str(folder), "--include-path", str(tasks),
+                 "--fusion", "sled", "--scale", "5", "--batch-size", "6", "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [m["name"] for m in report["methods"]] == ["greedy", "clamp only", "SLED, scale 5"]
-    assert [m["counts"]["computed"] for m in report["methods"]] == [4, 4, 4]
-    assert report["tasks"]["greedy"][0]["n"] == 4 and report["against"] == "greedy"
+    assert [m["counts"]["computed"] for m in report["methods"]] == [6, 6, 6]
+    assert report["tasks"]["greedy"][0]["n"] == 6 and report["against"] == "greedy"
     assert report["model"]["weights"] and report["versions"]["lm_eval"] == lm_eval.__version__
     assert report["methods"][2]["settings"]["fusion"]["scale"] == 5
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"report.json", "report.md", "samples.jsonl", "answers.sqlite", "tiny_text-exact_match.png"}
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 12 and "doc" not in samples[0]
-    assert "tiny_text: 4 samples" in capsys.readouterr().out
+    assert len(samples) == 18 and "doc" not in samples[0]
+    assert "tiny_text: 6 samples" in capsys.readouterr().out
     assert cli.main(arguments) == 0
     again = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [m["counts"]["computed"] for m in again["methods"]] == [0, 0, 0]
     assert again["comparisons"] == report["comparisons"]
 
 
+def test_a_report_that_could_not_be_written_whole_is_none(lm, tasks, tmp_path, compare):
+    report = evaluate(lm, "tiny_text", [Method("greedy")], include_path=[tasks], batch_size=6, progress=False)
+    report.write(tmp_path)
+    assert (tmp_path / "report.json").exists()
+
+    class Broken:
+        def picture(self, path):
+            path.write_text("half of it")
+            raise OSError(28, "No space left on device")
+
+    report.__dict__["comparisons"] = {"tiny_text: exact_match": Broken()}
+    with pytest.raises(SettingError, match="No space left"):
+        report.write(tmp_path)
+    assert not (tmp_path / "report.json").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_self_speculation_writes_the_same_texts(lm, loaded):
+    method = Method("guess", exits=sled.SelfSpeculation(1, draft=3), schedule=sled.Lockstep())
+    model = SledLM(lm, method, batch_size=8, progress=False)
+    texts = model.generate_until([text_request(f"q: {question}\na:", doc, until=["\n", "ab", "<unk>"])
+                                  for doc, question in enumerate(QUESTIONS)])
+    recorded = json.loads(RECORDED.read_text())["tiny_text"]
+    assert texts == [text for [[text]] in recorded]
+
+
 def test_what_was_interrupted_goes_on_where_it_was(lm, tmp_path, monkeypatch):
-    requests = [text_request(f"q: {question}\na:", doc) for doc, question in enumerate(QUESTIONS)]
+    requests = [text_request(f"q: {question}{n}\na:", n) for n in (1, 2) for question in QUESTIONS]
     cache = Cache(tmp_path / "answers.sqlite")
-    model = SledLM(lm, batch_size=4, cache=cache, progress=False)
+    model = SledLM(lm, batch_size=6, cache=cache, progress=False)
     generate, calls = lm.generate, []
 
     def once(prompts, **settings):
@@ -357,10 +385,10 @@ def test_what_was_interrupted_goes_on_where_it_was(lm, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         model.generate_until(requests)
     cache.close()
-    resumed = SledLM(lm, batch_size=4, cache=Cache(tmp_path / "answers.sqlite"), progress=False)
+    resumed = SledLM(lm, batch_size=6, cache=Cache(tmp_path / "answers.sqlite"), progress=False)
     texts = resumed.generate_until(requests)
-    assert model.counts.computed == resumed.counts.computed == 4 and calls == [4, 4, 4]
-    assert texts == SledLM(lm, batch_size=4, progress=False).generate_until(requests)
+    assert model.counts.computed == resumed.counts.computed == 6 and calls == [6, 6, 6]
+    assert texts == SledLM(lm, batch_size=6, progress=False).generate_until(requests)
 
 
 GOOD = {"question": "why", "answer": "so"}
