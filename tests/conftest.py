@@ -13,6 +13,10 @@ from safetensors.numpy import save_file
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
                                     "--xla_llvm_disable_expensive_passes=true"])
 
+# Files that take longest begin: one of them at the end would keep one process waiting for the other.
+LONG = ["test_train_trainer.py", "test_exits.py", "test_notebook.py", "test_decoding.py", "test_engine.py",
+        "test_export.py", "test_settings_by_row.py", "test_exits_face.py"]
+
 BASE = dict(vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu",
             tie_word_embeddings=False, bos_token_id=1, eos_token_id=2)
@@ -83,6 +87,7 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if not config.getoption("--exhaustive"):
         for item in items:
             if item.get_closest_marker("exhaustive"):

@@ -1,11 +1,8 @@
 """The harness's questions, answered as its own Hugging Face backend answers them; and what cannot be asked."""
 
 import copy
-import importlib.util
 import json
 import logging
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -106,31 +103,6 @@ def no_listing(monkeypatch):
     manager = loading.TaskManager
     monkeypatch.setattr(loading, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))
     monkeypatch.setattr(logging.getLogger("lm_eval"), "level", logging.ERROR)
-
-
-@pytest.fixture
-def compare():
-    """The comparison, or in its place one of means where it is not there."""
-    if importlib.util.find_spec("sled.eval.compare"):
-        yield
-        return
-
-    class Means:
-        def __init__(self, outcomes):
-            self.means = {name: float(np.mean(scores)) for name, scores in outcomes.items()}
-
-        def markdown(self):
-            return str(self.means)
-
-        def json(self):
-            return {"rows": [{"method": name, "mean": mean} for name, mean in self.means.items()]}
-
-        def picture(self, path):
-            path.write_bytes(b"")
-
-    sys.modules["sled.eval.compare"] = types.SimpleNamespace(compare=lambda outcomes, against, seed: Means(outcomes))
-    yield
-    del sys.modules["sled.eval.compare"]
 
 
 def answers(model, loaded):
@@ -322,7 +294,7 @@ def test_the_demo_task_counts_an_answer_without_a_number_wrong():
     assert scores.tolist() == [1, 0, 0] and task.unanswered == {"answer": 1} and task.n == 3
 
 
-def test_the_command_writes_a_report_and_computes_nothing_twice(folder, tasks, tmp_path, compare, capsys):
+def test_the_command_writes_a_report_and_computes_nothing_twice(folder, tasks, tmp_path, capsys):
     arguments = ["eval", "--tasks", "tiny_text", "--model", str(folder), "--include-path", str(tasks),
                  "--fusion", "sled", "--scale", "5", "--batch-size", "6", "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 0
@@ -343,7 +315,7 @@ def test_the_command_writes_a_report_and_computes_nothing_twice(folder, tasks, t
     assert again["comparisons"] == report["comparisons"]
 
 
-def test_a_report_that_could_not_be_written_whole_is_none(lm, tasks, tmp_path, compare):
+def test_a_report_that_could_not_be_written_whole_is_none(lm, tasks, tmp_path):
     report = evaluate(lm, "tiny_text", [Method("greedy")], include_path=[tasks], batch_size=6, progress=False)
     report.write(tmp_path)
     assert (tmp_path / "report.json").exists()

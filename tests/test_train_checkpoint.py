@@ -106,6 +106,7 @@ def check_same_end(folder, other):
             np.testing.assert_array_equal(one[name], two[name], err_msg=name)
 
 
+@pytest.mark.exhaustive  # whole runs of the trainer are killed in test_train_trainer.py
 def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(runs, uninterrupted, tmp_path):
     """Ten times by SIGKILL: five times while a checkpoint is being written, then at random moments."""
     dice, torn, last = random.Random(0), 0, STEPS - 2  # the last that a run saves before it waits to be killed

@@ -263,16 +263,23 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
     assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
 
 
-def test_exit_heads_are_tuned_resumed_and_exported_and_nothing_else_moves(runs, uninterrupted, data, tmp_path):
-    model = uninterrupted / "model"
-    for folder, lengths in (("once", [8]), ("twice", [4, 8])):
+def tune(runs, folder, data, model, steps):
+    runs.call("tune", folder=str(folder), data=str(data), model=str(model), layers=[1, 2], steps=steps)
+    assert runs.ended() == 0, runs.log.read_text()
+
+
+@pytest.mark.exhaustive
+def test_tuning_in_two_parts_is_tuning_at_once(runs, uninterrupted, data, tmp_path):
+    for folder, lengths in (("once", [6]), ("twice", [3, 6])):
         for steps in lengths:
-            runs.call("tune", folder=str(tmp_path / folder), data=str(data), model=str(model), layers=[1, 2],
-                      steps=steps)
-            assert runs.ended() == 0, runs.log.read_text()
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    assert (once / "model" / "exit_heads.safetensors").read_bytes() == (
-        twice / "model" / "exit_heads.safetensors").read_bytes()
+            tune(runs, tmp_path / folder, data, uninterrupted / "model", steps)
+    once, twice = (tmp_path / name / "model" / "exit_heads.safetensors" for name in ("once", "twice"))
+    assert once.read_bytes() == twice.read_bytes()
+
+
+def test_exit_heads_are_tuned_and_exported_and_nothing_else_moves(runs, uninterrupted, data, tmp_path):
+    model, once = uninterrupted / "model", tmp_path / "once"
+    tune(runs, once, data, model, 5)
     before, after = (load_file(folder / "model.safetensors") for folder in (model, once / "model"))
     assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
     lines = metrics_of(once)
