@@ -1,1 +1,1 @@
-"""Evaluation: answers read from solutions."""
+"""Evaluation: tasks of lm-evaluation-harness, the authors' protocols, comparisons, sweeps, answers read from solutions."""
