@@ -1,1 +1,1 @@
-"""Evaluation: tasks of lm-evaluation-harness, the authors' protocols, comparisons, sweeps, answers read from solutions."""
+"""Evaluation: harness tasks, the authors' protocols, comparisons, sweeps, answers read from solutions."""

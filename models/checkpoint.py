@@ -186,6 +186,7 @@ def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weigh
                     *shards]:
             old.unlink(missing_ok=True)
         for new in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
+            new.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the user alone
             new.replace(folder / new.name)
 
 
