@@ -8,7 +8,6 @@ batch in which it was made.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,11 +24,10 @@ from sled.eval.answering import Counts, Found, answer_all
 from sled.eval.asks import Ask, Wanted, batches
 from sled.eval.cache import Cache
 from sled.eval.chat import TokenizerSettings, render
-from sled.eval.methods import Method
+from sled.eval.methods import Method, deciding_versions
 from sled.eval.protocols.choices import Scored
 from sled.lm import LM
 
-DECIDING = ("sled-jax", "jax", "flax", "tokenizers")  # packages whose versions may change an answer
 GREEDY_METHOD = Method("greedy")
 
 
@@ -68,7 +66,7 @@ class SledLM(TemplateLM):
         return {"weights": self.weights, "model": describe(self.lm.config), "tokenizer": self.lm.text.digest,
                 "dtype": str(jax.tree.leaves(self.lm.params)[0].dtype), "method": self.method.settings(),
                 "normalise": self.normalise, "device": jax.devices()[0].device_kind,
-                "versions": {name: importlib.metadata.version(name) for name in DECIDING}}
+                "versions": deciding_versions()}
 
     def check_scoring(self, what: str) -> None:
         """Raises EvaluationError where the method has settings that no log-likelihood depends on."""

@@ -14,7 +14,7 @@ from lm_eval.tasks import TaskManager
 from sled.errors import DownloadError, EvaluationError, SledError
 from sled.eval.local_data import Data, first_line, overrides, paths_by_task
 
-OWN = tuple(path for path in (Path(__file__).parent / "tasks", Path(__file__).parent / "protocols") if path.is_dir())
+OWN = (Path(__file__).parent / "tasks", Path(__file__).parent / "protocols")
 
 
 def manager(names: Sequence[str] = (), *, include_path: Sequence[str | os.PathLike] = (),

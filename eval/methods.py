@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 from typing import Any
 
 from sled.arguments import A_POLICY, A_SAMPLING, A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, which_schedule
@@ -70,6 +71,11 @@ def baselines(method: Method) -> tuple[Method, ...]:
         same = {name: getattr(method.fusion, name) for name in ("scale", "lower_bound", "log_softmax", "max_scale")}
         found.append(Method("clamp only", fusion=ClampOnly(**same), sampling=method.sampling))
     return tuple(base for base in found if base.settings() != method.settings())
+
+
+def deciding_versions() -> dict[str, str]:
+    """Versions of the packages that may change an answer."""
+    return {name: importlib.metadata.version(name) for name in ("sled-jax", "jax", "jaxlib", "flax", "tokenizers")}
 
 
 def plain(method: Method) -> bool:

@@ -93,7 +93,7 @@ class Report:
         is, all else belongs to it.
         """
         pictures = {_picture(name): comparison.picture for name, comparison in self.comparisons.items()}
-        samples = [json.dumps({"method": method, "task": task.name, **sample}, ensure_ascii=False)
+        samples = [json.dumps({"method": method, "task": task.name, **sample}, ensure_ascii=False, allow_nan=False)
                    for method, tasks in self.tasks.items() for task in tasks for sample in task.samples]
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ import datetime
 import importlib.metadata
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from sled.eval.local_data import Data, paths_by_task
 from sled.eval.methods import Method, plain
 from sled.eval.report import Report
 from sled.eval.scores import Task, scores_of
+from sled.files import writable
 from sled.lm import LM
 
 
@@ -57,6 +59,8 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     """
     import lm_eval
 
+    if out is not None:
+        writable("out", Path(out) / "report.json")
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     methods = _checked(methods)
     against = _baseline(methods, against)
@@ -65,7 +69,6 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     seed = Whole(0, 2**31, hint="it begins the random streams")("seed", seed)
     fewshot_seed = Whole(0, hint="it chooses the examples")("fewshot_seed", fewshot_seed)
     with _quiet():
-        np.random.seed(seed)  # noqa: NPY002  the global one, which tasks of the harness draw from
         loaded = load_tasks(names, data=data, include_path=include_path, metadata=metadata, num_fewshot=num_fewshot,
                             seed=seed, fewshot_seed=fewshot_seed)
         store, weights = Cache(cache), digest_of_weights(lm.params)
@@ -80,6 +83,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
             next(iter(models.values())).chat_template()
         found: dict[str, list[Task]] = {}
         for name, model in models.items():
+            _seed(loaded["tasks"].values(), seed, fewshot_seed)  # every method sees the same examples
             results = lm_eval.evaluate(
                 lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
@@ -104,6 +108,14 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     if out is not None:
         report.write(Path(out))
     return report
+
+
+def _seed(tasks: Iterable[Any], seed: int, fewshot_seed: int) -> None:
+    """Random numbers from their beginning: of the choice of examples, and the global ones that tasks draw from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    for task in tasks:
+        task.set_fewshot_seed(seed=fewshot_seed)
 
 
 def _checked(methods: Sequence[Method]) -> list[Method]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,9 +61,9 @@ class Task:
                     found[_key(metric, which)] = np.array(values, np.float64)
         return found
 
-    def documents(self) -> list[tuple[int, str]]:
-        """Which documents were asked, in order."""
-        return sorted({(sample["doc_id"], sample["doc_hash"]) for sample in self.samples})
+    def documents(self) -> list[tuple[int, str, str]]:
+        """Which documents were asked, in order, and in what words."""
+        return sorted({(sample["doc_id"], sample["doc_hash"], sample["prompt_hash"]) for sample in self.samples})
 
 
 def scores_of(found: Mapping[str, Sequence[Task]]) -> dict[str, dict[str, np.ndarray]]:
@@ -87,7 +88,8 @@ def scores_of(found: Mapping[str, Sequence[Task]]) -> dict[str, dict[str, np.nda
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     """What is kept of a sample: not the document itself, which may be large, and is in the data."""
     scores = {metric: sample[metric] for metric in sample["metrics"]}
-    return {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "filter": sample["filter"],
+    return {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"],
+            "prompt_hash": sample["prompt_hash"], "filter": sample["filter"],
             "target": _plain(sample["target"]), "responses": _plain(sample["resps"]),
             "answers": _plain(sample["filtered_resps"]), "scores": {name: _plain(v) for name, v in scores.items()}}
 
@@ -101,7 +103,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        return float(value)
+        return float(value) if math.isfinite(value) else str(float(value))  # JSON has no infinity
     return value if value is None or isinstance(value, str) else str(value)
 
 

@@ -30,7 +30,7 @@ from sled.checks import Whole
 from sled.describe import describe
 from sled.errors import SettingError
 from sled.eval.grid import no_exit
-from sled.eval.methods import Method
+from sled.eval.methods import Method, deciding_versions
 from sled.eval.questions import Questions
 from sled.eval.sweep_result import Swept
 from sled.eval.sweep_rows import Row, Rows
@@ -88,7 +88,9 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
                                           max_new_tokens=max_new_tokens, **point.settings)
         for row in _measure(programs, {p.method.name: p for p in points}, questions, solve, given["rounds"], progress):
             rows.append(row)
-    swept = Swept(rows=tuple(rows.by_digest[point.digest] for point in points),
+    found = [dataclasses.replace(rows.by_digest[point.digest], method=point.method.name, against=point.against.name)
+             for point in points]  # an earlier sweep may have had other names
+    swept = Swept(rows=tuple(found),
                   sequences=tuple(tuple(p.method.name for p in program) for program in _programs(points)
                                   if program[0].method.leaves_early),
                   delta=delta, epsilon=epsilon, num_layers=lm.config.num_layers,
@@ -106,7 +108,8 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
                                "...), or what sled.eval.grid makes")
         if method.exits is not None:
             method.exits.exits(lm.config.num_layers)  # for its error, before any work
-    common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), **given,
+    common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), "tokenizer": lm.text.digest,
+              "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given,
               "questions": _sha256([list(questions.prompts), list(map(str, questions.answers))])}
     points: dict[str, Point] = {}
     for method in [*itertools.chain(*map(_baselines, methods)), *methods]:
@@ -115,6 +118,8 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
         if same.digest != point.digest or len(method.name.splitlines()) != 1:
             raise SettingError(f"two methods are called {method.name!r}, or its name is no single line; "
                                "give each a name of its own")
+        if other := next((p for p in points.values() if p.digest == point.digest and p is not same), None):
+            raise SettingError(f"the method {method.name!r} is {other.method.name!r} under another name; leave one out")
     if len({p.against.name for p in points.values() if p.method.leaves_early}) > 1:
         raise SettingError("the methods with exits have several fusions or samplings, so the fastest of them is that "
                            "of no one baseline; sweep each fusion into a folder of its own")

@@ -74,14 +74,16 @@ class Rows:
         self.by_digest: dict[str, Row] = {}
         text = path.read_bytes() if path.exists() else b""
         whole, _, torn = text.rpartition(b"\n")
+        first = text.partition(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
+        header = ",".join(COLUMNS)
+        if text and first != header and (whole or not header.startswith(first)):
+            raise SettingError(f"{path} has other columns than this version of sled writes; name another folder, or "
+                               "remove the file")
         if torn:
             os.truncate(path, len(text) - len(torn))
         lines = list(csv.reader(io.StringIO(whole.decode("utf-8", "replace"))))
         if not lines:
             self._write(COLUMNS)
-        elif lines[0] != COLUMNS:
-            raise SettingError(f"{path} has other columns than this version of sled writes; name another folder, or "
-                               "remove the file")
         for number, cells in enumerate(lines[1:], 2):
             row = _parse(cells, f"{path}, line {number},")
             self.by_digest[row.digest] = row

@@ -19,7 +19,7 @@ from sled.errors import EvaluationError, SettingError
 from sled.eval import harness
 from sled.eval.asks import Ask, batches
 from sled.eval.cache import Cache, digest_of
-from sled.eval.methods import Method
+from sled.eval.methods import Method, deciding_versions
 
 EARLY = sled.EarlyExit((2,), threshold=0.5)
 
@@ -80,7 +80,7 @@ def test_every_setting_is_told_apart_from_every_other(lm):
     assert len(digests) == len(SETTINGS)
 
 
-@pytest.mark.parametrize("package", harness.DECIDING)
+@pytest.mark.parametrize("package", deciding_versions())
 def test_an_answer_of_another_version_is_not_found(lm, monkeypatch, package):
     cache = Cache()
     kept(cache, lm, Method("plain")).add({"request": "the answer"})

@@ -407,6 +407,17 @@ def test_local_data_take_the_place_of_a_tasks_own(tasks, tmp_path):
     assert all(f"what {n}" in task.fewshot_context(task.eval_docs[0], 3) for n in (0, 2, 3, 4))
 
 
+def test_every_method_sees_the_same_examples(lm, tasks, tmp_path):
+    """Examples are drawn at random: the second method finds all answers of the first only if its prompts are alike."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": f"w {n}", "answer": str(n)}) + "\n"
+                                                 for n in range(8)))
+    report = evaluate(lm, "tiny_text", [Method("one"), Method("two")], include_path=[tasks], num_fewshot=2,
+                      data=tmp_path / "rows.jsonl", max_new_tokens=4, batch_size=8, progress=False)
+    one, two = (method["counts"] for method in report.methods)
+    assert one["computed"] == 8 and two["computed"] == 0
+    assert report.tasks["one"][0].documents() == report.tasks["two"][0].documents()
+
+
 @pytest.mark.parametrize("names, given, says", [
     (["tiny_texts"], {}, "no task 'tiny_texts'; did you mean tiny_text"),
     (["tiny_text", "tiny_text"], {}, "named twice"),

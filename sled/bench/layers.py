@@ -64,7 +64,7 @@ def run_layers_bench(models: Sequence[str], *, count: int = 200, picture: Path |
         from sled.bench.layers_picture import draw
 
         draw(rows, picture)
-    return Report("Every layer of a model, through the shared projection, on held-out word problems",
+    return Report("Every layer of a model, read as an exit, on held-out word problems",
                   {"problems": count, "max_new_tokens": MAX_NEW_TOKENS}, rows,
                   ["The solutions that loss and accuracy are taken on are the problems' own, the end of the text "
                    "included; agreement is over the tokens that the last layer generates, each read after the ones "

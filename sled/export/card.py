@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,16 +44,20 @@ class Card:
                 raise SettingError(f"Card.{field} is empty; leave it out where it is not known")
 
 
+BY_HEADS = ("Layers with exit heads are not among them: they were measured through these, which transformers does not "
+            "have. ")
+
+
 class Measured(NamedTuple):
     """Held-out figures of the layers 1..L: nats per token, and the share of tokens that are the most likely ones."""
 
     loss_L: list[float]
     accuracy_L: list[float]
 
-    def within(self, margin: float) -> list[int]:
-        """Layers before the last whose accuracy is at most `margin` below the last's, ascending."""
+    def within(self, margin: float, without: Collection[int] = ()) -> list[int]:
+        """Layers before the last, none of `without`, whose accuracy is at most `margin` below the last's, ascending."""
         least = self.accuracy_L[-1] - margin
-        return [n for n, accuracy in enumerate(self.accuracy_L[:-1], 1) if accuracy >= least]
+        return [n for n, accuracy in enumerate(self.accuracy_L[:-1], 1) if accuracy >= least and n not in without]
 
 
 def measured(run: Path, step: int) -> Measured | None:
@@ -89,7 +94,8 @@ def model_card(card: Card, given: Given, decoder: Decoder, name: str, calibratio
     front = ModelCardData(license=card.license or "unknown", library_name="transformers",
                           pipeline_tag="text-generation", tags=["sled", "early-exit"],
                           base_model=card.base or given.hub_id)
-    recommended = found.within(card.margin) if found else []
+    heads = given.decoder.config.exit_heads
+    recommended = found.within(card.margin, without=() if heads is None else heads.layers) if found else []
     parts = [f"---\n{front.to_yaml()}\n---", f"# {name}", _origin(given, decoder, card.base)]
     if decoder.config.exit_heads is not None:
         parts.append("Its early exits have heads of their own, in `exit_heads.safetensors`, which only sled reads: to "
@@ -122,7 +128,8 @@ def _layers(found: Measured | None, margin: float, given: Given) -> str:
         why = ("no training run came with it" if given.run is None else
                f"its run measured no held-out data at step {given.step}")
         return f"## Layers\n\nHow well the early layers speak was not measured: {why}. No exit is recommended."
-    good = found.within(margin)
+    heads = given.decoder.config.exit_heads
+    good = found.within(margin, without=() if heads is None else heads.layers)
     rows = [f"| {n} | {loss:.4f} | {accuracy:.4f} |" for n, (loss, accuracy) in
             enumerate(zip(*found, strict=True), 1)]
     advice = (f"Here: {', '.join(map(str, good))}; the shallowest, {good[0]}, is the first to try." if good else
@@ -133,8 +140,8 @@ def _layers(found: Measured | None, margin: float, given: Given) -> str:
         f"What each layer says, by its exit head where it has one, on the run's held-out data (step {given.step}):", "",
         "| layer | loss, nats per token | accuracy |", "|---|---|---|", *rows, "",
         "Accuracy is the share of tokens that the layer finds most likely, given all before them. Recommended as exits "
-        f"are layers whose accuracy is at most {margin:g} below the last layer's. {advice} That is no promise about "
-        "generated text, for which calibrate a threshold."])
+        f"are layers whose accuracy is at most {margin:g} below the last layer's. {advice} "
+        f"{'' if heads is None else BY_HEADS}That is no promise about generated text; calibrate a threshold for it."])
 
 
 def _use(name: str, recommended: list[int], num_layers: int) -> str:

@@ -5,7 +5,7 @@
     fuse.jax_export      hidden states of the candidate layers, and the projection, to the fusion's logits
     weights.safetensors  arguments of both, not part of them
     tokenizer.json       where the model has one
-    run.py               runs it with jax, numpy and safetensors, without this library
+    run.py               runs it with jax, numpy, safetensors and flatbuffers, without this library
 
 Types, layers and bounds of fusion and exits are fixed; all their numbers stay arguments, one for each row.
 """

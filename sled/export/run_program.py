@@ -1,4 +1,4 @@
-"""Runs this exported model. Needs jax, numpy and safetensors, and for text the tokenizers package; nothing else.
+"""Runs this exported model. Needs jax, numpy, safetensors, flatbuffers, and tokenizers for text; nothing else.
 
     python run.py "Question: ..." --max-new-tokens 64 --set sampling.temperature=0.8 --seed 1
 
