@@ -19,7 +19,7 @@ from sled.exits import Policy, Schedule
 from sled.export.card import Card, check_bound, model_card
 from sled.export.program import PACKAGES, save_program
 from sled.export.source import Given, read_source
-from sled.export.target import RECORDS, replacing
+from sled.export.target import RECORD, replacing
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
 from sled.text import Text
@@ -87,4 +87,4 @@ def _write_record(folder: Path, form: str, given: Given, decoder: Decoder) -> No
     about: dict[str, Any] = {
         "form": form, **given.record(), "weights_sha256": digest_of_weights(nnx.state(decoder)),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES}}
-    (folder / RECORDS[0]).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")

@@ -13,7 +13,8 @@ from pathlib import Path
 from sled.errors import CheckpointError, SettingError
 from sled.models.checkpoint import TOKENIZER_FILES
 
-RECORDS = {"sled_export.json": "form", "program.json": "programs"}  # an export is known by such a file with such a key
+RECORD = "sled_export.json"  # of Hugging Face and Orbax exports
+RECORDS = {RECORD: "form", "program.json": "programs"}  # an export is known by such a file with such a key
 # What exports write. A folder with anything else holds somebody's own files, which must not go with it.
 WRITTEN = (*RECORDS, *TOKENIZER_FILES, "config.json", "generation_config.json", "exit_heads.*", "README.md", "run.py",
            "calibration.json", "*.safetensors", "*.safetensors.index.json", "*.jax_export", "weights", "__pycache__")
