@@ -353,18 +353,22 @@ def test_a_folder_is_written_whole_or_not_at_all_and_over_exports_only(tmp_path)
         (folder / "half").write_text("x")
         raise RuntimeError
     assert not any((tmp_path / "a").iterdir())
-    for content in ("one", "two"):
+    for content in ("one.safetensors", "two.safetensors"):
         with replacing(to) as folder:
-            (folder / "sled_export.json").write_text(content)
+            (folder / "sled_export.json").write_text('{"form": "hf"}')
             (folder / content).touch()
-    assert sorted(path.name for path in to.iterdir()) == ["sled_export.json", "two"]
+    assert sorted(path.name for path in to.iterdir()) == ["sled_export.json", "two.safetensors"]
     with pytest.raises(RuntimeError), replacing(to):
         raise RuntimeError
-    assert (to / "two").exists() and [path.name for path in to.parent.iterdir()] == ["to"]
-    (to / "sled_export.json").unlink()
-    with pytest.raises(CheckpointError, match=r"no earlier export \(it holds two"), replacing(to):
+    assert (to / "two.safetensors").exists() and [path.name for path in to.parent.iterdir()] == ["to"]
+    (to / "mine.txt").touch()
+    with pytest.raises(CheckpointError, match=r"also holds mine\.txt, which would go"), replacing(to):
         pass
-    with pytest.raises(CheckpointError, match="is a file"), replacing(to / "two"):
+    (to / "mine.txt").unlink()
+    (to / "sled_export.json").write_text('{"somebody": "else"}')
+    with pytest.raises(CheckpointError, match=r"no earlier export \(it holds sled_export"), replacing(to):
+        pass
+    with pytest.raises(CheckpointError, match="is a file"), replacing(to / "two.safetensors"):
         pass
     with pytest.raises(SettingError, match="cannot be written"), replacing(Path("/proc/nothing/here")):
         pass

@@ -279,7 +279,7 @@ def test_tuning_in_two_parts_is_tuning_at_once(runs, uninterrupted, data, tmp_pa
 
 def test_exit_heads_are_tuned_and_exported_and_nothing_else_moves(runs, uninterrupted, data, tmp_path):
     model, once = uninterrupted / "model", tmp_path / "once"
-    tune(runs, once, data, model, 5)
+    tune(runs, once, data, model, 8)
     before, after = (load_file(folder / "model.safetensors") for folder in (model, once / "model"))
     assert before.keys() == after.keys() and all(np.array_equal(before[name], after[name]) for name in before)
     lines = metrics_of(once)
