@@ -102,7 +102,7 @@ def model_card(card: Card, given: Given, decoder: Decoder, name: str, calibratio
                      "transformers the exits share the final norm and projection.")
     elif given.decoder.config.exit_heads is not None:
         parts.append("The model that this was exported from had heads at its early exits; they were left behind.")
-    parts += [_layers(found, card.margin, given), _use(name, recommended, decoder.config.num_layers)]
+    parts += [_layers(found, recommended, card.margin, given), _use(name, recommended, decoder.config.num_layers)]
     if calibration is not None:
         parts.append(_calibration(calibration))
     return "\n\n".join(parts) + "\n"
@@ -123,13 +123,12 @@ def _origin(given: Given, decoder: Decoder, base: str | None) -> str:
     return f"{shape} Trained by `sled train` for {given.step} steps, from {begun}."
 
 
-def _layers(found: Measured | None, margin: float, given: Given) -> str:
+def _layers(found: Measured | None, good: list[int], margin: float, given: Given) -> str:
     if found is None:
         why = ("no training run came with it" if given.run is None else
                f"its run measured no held-out data at step {given.step}")
         return f"## Layers\n\nHow well the early layers speak was not measured: {why}. No exit is recommended."
     heads = given.decoder.config.exit_heads
-    good = found.within(margin, without=() if heads is None else heads.layers)
     rows = [f"| {n} | {loss:.4f} | {accuracy:.4f} |" for n, (loss, accuracy) in
             enumerate(zip(*found, strict=True), 1)]
     advice = (f"Here: {', '.join(map(str, good))}; the shallowest, {good[0]}, is the first to try." if good else
