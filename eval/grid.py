@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
-import sled
 from sled.arguments import FINAL_LAYER
 from sled.eval.methods import Method
-from sled.fusion import Strategy
+from sled.exits import EarlyExit, SelfSpeculation
+from sled.fusion import SLED, Strategy
 
 Layers = int | tuple[int, ...]
 
@@ -27,7 +27,7 @@ def early_exits(exits: Sequence[Layers], thresholds: Iterable[float], *, measure
     methods = []
     for layers, measure in itertools.product(exits, measures):
         for threshold in sorted(set(thresholds), reverse=True):
-            policy = sled.EarlyExit(layers, threshold, measure=measure, kv=kv)
+            policy = EarlyExit(layers, threshold, measure=measure, kv=kv)
             by = "" if measure == "max_probability" else f" {measure}"
             how = "" if kv == "exact" else f" {kv},"
             name = f"exit after {_listed(policy.layers)},{how}{by} threshold {threshold:g}"
@@ -38,13 +38,13 @@ def early_exits(exits: Sequence[Layers], thresholds: Iterable[float], *, measure
 def self_speculation(layers: Sequence[int], drafts: Iterable[int], *, fusion: Strategy = FINAL_LAYER) -> list[Method]:
     """Every draft length, shortest first, of guesses after every one of `layers`. Raises SettingError."""
     return [Method(_under(fusion, f"guesses after {layer}, draft {draft}"), fusion=fusion,
-                   exits=sled.SelfSpeculation(layer, draft))
+                   exits=SelfSpeculation(layer, draft))
             for layer in layers for draft in sorted(set(drafts))]
 
 
 def sled_settings(rates: Sequence[float], scales: Sequence[int]) -> list[Method]:
     """SLED without exits, at every evolution rate and scale. Raises SettingError."""
-    return [no_exit(sled.SLED(rate=rate, scale=scale)) for rate in rates for scale in scales]
+    return [no_exit(SLED(rate=rate, scale=scale)) for rate in rates for scale in scales]
 
 
 def usual_layers(num_layers: int) -> tuple[int, ...]:
