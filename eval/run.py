@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from sled.bench.machine import hardware, versions
 from sled.binding import digest_of_weights
 from sled.checks import OrNone, Whole
 from sled.errors import EvaluationError
@@ -28,6 +27,7 @@ from sled.eval.report import Report
 from sled.eval.scores import Task, scores_of
 from sled.files import writable
 from sled.lm import LM
+from sled.machine import hardware, versions
 
 
 def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, against: str | None = None,

@@ -23,8 +23,6 @@ from scipy.stats import binomtest
 from tqdm import tqdm
 
 from sled.arguments import NEW_TOKENS
-from sled.bench.machine import hardware, versions
-from sled.bench.rounds import Times, interleave
 from sled.binding import digest_of_weights
 from sled.checks import Whole
 from sled.describe import describe
@@ -35,7 +33,9 @@ from sled.eval.questions import Questions
 from sled.eval.sweep_result import Swept
 from sled.eval.sweep_rows import Row, Rows
 from sled.exits.calibration import DELTA, EPSILON
+from sled.machine import hardware, versions
 from sled.results import Output
+from sled.rounds import Times, interleave
 
 if TYPE_CHECKING:
     from sled.lm import LM

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from sled.bench.machine import hardware, versions
 from sled.binding import AN_EARLY_EXIT, bind
 from sled.calibration import Calibration, Step
 from sled.checks import Whole
@@ -18,6 +17,7 @@ from sled.consistency import Consistency, consistency
 from sled.errors import CalibrationError, SettingError
 from sled.exits import EarlyExit
 from sled.exits.calibration import DELTA, EPSILON, descending, fewest_losses, last_rejected, walk
+from sled.machine import hardware, versions
 from sled.prompts import prompt_ids
 from sled.results import Output
 

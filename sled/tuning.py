@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from sled.arguments import A_POLICY, FULL_DEPTH
-from sled.bench.rounds import interleave
 from sled.checks import Whole
 from sled.errors import SettingError
 from sled.exits import Gather, Immediate, Policy, Schedule
 from sled.prompts import prompt_ids
+from sled.rounds import interleave
 
 if TYPE_CHECKING:
     from sled.lm import LM

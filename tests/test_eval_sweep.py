@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sled
-from sled.bench.rounds import Times
 from sled.cli import main
 from sled.decoding import loop
 from sled.errors import DataError, SettingError
@@ -33,6 +32,7 @@ from sled.exits.calibration import p_value
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
 from sled.results import Output, Stats
+from sled.rounds import Times
 from sled.text import Text
 
 TWO, THREE = (DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, num_layers=layers, num_heads=2,

@@ -14,8 +14,8 @@ import optax
 from tqdm import tqdm
 
 from sled.bench.report import Report, column
-from sled.bench.rounds import interleave
 from sled.checks import Whole
+from sled.rounds import interleave
 from sled.train.loss import exit_cross_entropy
 
 PLAIN, OURS, FLOOR = "plain", "exit_cross_entropy", "three products"

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from tqdm import tqdm
 
-from sled.bench.rounds import Times, interleave
 from sled.demo.problems import problems, prompt, stream
 from sled.lm import LM
+from sled.rounds import Times, interleave
 
 MAX_NEW_TOKENS = 96
 STEPS = (1, 2, 3, 4)
