@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from sled.errors import SettingError
 from sled.eval.scores import Task
+from sled.files import written_whole
 
 FORMAT = 1  # of report.json
 
@@ -99,23 +99,16 @@ class Report:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "report.json").unlink(missing_ok=True)
             for name, draw in pictures.items():
-                _whole(folder / name, draw)
+                with written_whole(folder / name) as beside:
+                    draw(beside)
             for name, text in (("samples.jsonl", "".join(f"{line}\n" for line in samples)),
                                ("report.md", self.markdown()),
                                ("report.json", json.dumps(self.json(), indent=2, ensure_ascii=False) + "\n")):
-                _whole(folder / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+                with written_whole(folder / name) as beside:
+                    beside.write_text(text, encoding="utf-8")
         except OSError as reason:
             raise SettingError(f"the report cannot be written to {folder} ({reason.strerror}); name a folder of your "
                                "own") from reason
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _picture(name: str) -> str:

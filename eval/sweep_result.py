@@ -12,7 +12,7 @@ from sled.eval.pareto import pareto
 from sled.eval.sweep_rows import Row
 from sled.eval.tables import table
 from sled.exits.calibration import fewest_losses, p_value
-from sled.files import writable_picture
+from sled.files import writable_picture, written_whole
 
 
 class Choice(NamedTuple):
@@ -93,10 +93,10 @@ class Swept:
 
     def write(self, folder: Path) -> None:
         """`sweep.md` and `sweep.png`, each whole or not at all."""
-        part = folder / ".sweep.md"
-        part.write_text(self.markdown() + "\n", encoding="utf-8")
-        os.replace(part, folder / "sweep.md")
-        os.replace(self.picture(folder / ".sweep.png"), folder / "sweep.png")
+        with written_whole(folder / "sweep.md") as beside:
+            beside.write_text(self.markdown() + "\n", encoding="utf-8")
+        with written_whole(folder / "sweep.png") as beside:
+            self.picture(beside)
 
     def by_depth(self) -> list[Row]:
         """Rows whose mean depth says what was computed: not those of verified guesses, whose tokens all layers saw."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from sled.errors import SettingError
@@ -32,19 +35,29 @@ def writable_picture(name: str, path: Path) -> Path:
     return writable(name, path)
 
 
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A path beside `path`, with its ending, to be written; it takes the place of `path` when the block ends, and goes
+    when it raises. Where `path` is a link, the file that it leads to is replaced."""
+    target = Path(os.path.realpath(path))
+    beside = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        yield beside
+        os.replace(beside, target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def replace_text(name: str, path: Path, text: str) -> Path:
     """Writes `text` to `path` whole or not at all: what stands there stays until all of it is written.
 
     Raises SettingError where it cannot be written.
     """
-    target = Path(os.path.realpath(writable(name, path)))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    writable(name, path)
     try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, target)
+        with written_whole(path) as beside:
+            beside.write_text(text, encoding="utf-8", newline="\n")
     except OSError as reason:
         raise SettingError(f"{name} is {str(path)!r}, which cannot be written ({reason.strerror}); "
                            "name a file in a folder of your own") from reason
-    finally:
-        partial.unlink(missing_ok=True)
     return path

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from sled.errors import DataError, SettingError
+from sled.files import written_whole
 from sled.models.config import DecoderConfig
 from sled.text import Text
 from sled.train.documents import DAMAGED, Documents, tokenise
@@ -132,10 +131,8 @@ def _kept(path: Path, make) -> Arrangement:
             return Arrangement(**arrays)
     except DAMAGED:
         made = make()
-    handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    with open(handle, "wb") as file:
+    with written_whole(path) as beside, open(beside, "wb") as file:
         np.savez(file, **made._asdict())
-    os.replace(partial, path)
     return made
 
 
