@@ -66,10 +66,10 @@ def _one(templates: Any, folder: Path) -> str | None:
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str], *,
-           add_generation_prompt: bool) -> str:
+           add_generation_prompt: bool, now: datetime.datetime) -> str:
     """The prompt that a chat template makes of messages.
 
-    tokens: special tokens by name, which templates write.
+    tokens: special tokens by name, which templates write. now: the day that some write, too (`strftime_now`).
     add_generation_prompt: begin the assistant's answer; else the last message is left open, to be gone on with.
 
     Raises EvaluationError where the template refuses the messages, or does not show the last one.
@@ -81,7 +81,8 @@ def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping
         messages[-1]["content"] += CONTINUE
     try:
         text = _compiled(template).render(messages=messages, tools=None, documents=None,
-                                          add_generation_prompt=add_generation_prompt, **tokens)
+                                          add_generation_prompt=add_generation_prompt, strftime_now=now.strftime,
+                                          **tokens)
     except jinja2.exceptions.TemplateError as reason:
         raise EvaluationError(f"the model's chat template refuses these messages ({reason}); leave out what it does "
                               "not take, such as a system instruction, or go without the template") from reason
@@ -120,8 +121,7 @@ def _compiled(template: str):
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = as_json
-    environment.globals |= {"raise_exception": refuse,
-                            "strftime_now": lambda form: datetime.datetime.now().strftime(form)}
+    environment.globals["raise_exception"] = refuse
     try:
         return environment.from_string(template)
     except jinja2.exceptions.TemplateError as reason:

@@ -7,6 +7,7 @@ batch in which it was made.
 
 from __future__ import annotations
 
+import datetime
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +42,7 @@ class SledLM(TemplateLM):
     cache: answers made before; None keeps them in memory.
     weights: the digest of `lm`'s weights, where it is known already.
     progress: shows a bar over the requests.
+    now: the day for chat templates that write one, the same in all prompts; None: when this is made.
 
     Early exit and self-speculation are about making tokens: no log-likelihood depends on them, nor on sampling. A task
     of log-likelihoods is refused under such a method, for the figures would be the baseline's under its name.
@@ -48,7 +50,7 @@ class SledLM(TemplateLM):
 
     def __init__(self, lm: LM, method: Method = GREEDY_METHOD, *, batch_size: int = 16,
                  max_new_tokens: int | None = None, normalise: bool = True, seed: int = 0, cache: Cache | None = None,
-                 weights: str | None = None, progress: bool = True):
+                 weights: str | None = None, progress: bool = True, now: datetime.datetime | None = None):
         super().__init__()
         self.lm, self.method, self.progress = lm, method, progress
         self.batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
@@ -58,6 +60,7 @@ class SledLM(TemplateLM):
         self.normalise = Flag(hint="True gives log-probabilities")("normalise", normalise)
         self.special = TokenizerSettings.read(lm.text.folder)
         self.weights = weights or digest_of_weights(lm.params)
+        self.now = now or datetime.datetime.now().astimezone()
         self.counts = Counts()
         self._answers = (cache or Cache()).under(self.settings())
 
@@ -125,7 +128,7 @@ class SledLM(TemplateLM):
         """The prompt of these messages. Where the template takes no system message, it goes without, as in HFLM."""
         template = self.chat_template()
         show = functools.partial(render, template, tokens=self.special.tokens,
-                                 add_generation_prompt=add_generation_prompt)
+                                 add_generation_prompt=add_generation_prompt, now=self.now)
         try:
             return show(chat_history)
         except EvaluationError:

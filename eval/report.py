@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ class Report:
 
     tasks: by method. scores: by "task: metric, filter" the scores [n] of every method, on the same samples.
     against: the method that the others are compared with. methods: name, settings and counts (`harness.Counts`).
+    date: when it began; the day that chat templates wrote into prompts, where they do.
     """
 
     tasks: Mapping[str, list[Task]]
@@ -45,6 +47,17 @@ class Report:
 
         return {name: compare(outcomes, self.against, seed=self.seed) for name, outcomes in self.scores.items()}
 
+    @functools.cached_property
+    def pictures(self) -> dict[str, str]:
+        """The file name of each comparison's picture; names that differ in signs alone are numbered."""
+        names: dict[str, str] = {}
+        for score in self.comparisons:
+            stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", score).strip("-")
+            numbered = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+            taken = {name.lower() for name in names.values()}  # some file systems do not tell A from a
+            names[score] = next(f"{name}.png" for name in numbered if f"{name}.png".lower() not in taken)
+        return names
+
     def markdown(self) -> str:
         """The head, a table for each score, other metrics, and what to know of the answers."""
         made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
@@ -55,7 +68,7 @@ class Report:
                  *(f"- {task.name}: {task.n} samples, {task.num_fewshot} examples before each, task version "
                    f"{task.version}" for task in first)]
         for name, comparison in self.comparisons.items():
-            lines += ["", f"## {name}", "", comparison.markdown(), "", f"![{name}]({_picture(name)})"]
+            lines += ["", f"## {name}", "", comparison.markdown(), "", f"![{name}]({self.pictures[name]})"]
         others = [(method, f"{task.name}: {key}", value) for method, tasks in self.tasks.items() for task in tasks
                   for key, value in task.metrics.items() if f"{task.name}: {key}" not in self.scores]
         if others:
@@ -84,23 +97,24 @@ class Report:
                 "tasks": {method: [{field.name: getattr(task, field.name) for field in dataclasses.fields(task)
                                     if field.name != "samples"} for task in tasks]
                           for method, tasks in self.tasks.items()},
-                "comparisons": {name: comparison.json() for name, comparison in self.comparisons.items()}}
+                "comparisons": {name: comparison.json() for name, comparison in self.comparisons.items()},
+                "pictures": list(self.pictures.values())}
 
     def write(self, folder: Path) -> None:
         """report.json, report.md, samples.jsonl and a picture per score. Raises SettingError where it cannot.
 
-        Each file is written whole, report.json last; that of an earlier evaluation goes first. So where report.json
-        is, all else belongs to it.
+        Each file is written whole, report.json last; that of an earlier evaluation goes first, with the pictures that
+        it lists. So where report.json is, all else belongs to it.
         """
-        pictures = {_picture(name): comparison.picture for name, comparison in self.comparisons.items()}
         samples = [json.dumps({"method": method, "task": task.name, **sample}, ensure_ascii=False, allow_nan=False)
                    for method, tasks in self.tasks.items() for task in tasks for sample in task.samples]
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "report.json").unlink(missing_ok=True)
-            for name, draw in pictures.items():
-                with written_whole(folder / name) as beside:
-                    draw(beside)
+            for earlier in [*_listed(folder / "report.json"), "report.json"]:
+                (folder / earlier).unlink(missing_ok=True)
+            for name, picture in self.pictures.items():
+                with written_whole(folder / picture) as beside:
+                    self.comparisons[name].picture(beside)
             for name, text in (("samples.jsonl", "".join(f"{line}\n" for line in samples)),
                                ("report.md", self.markdown()),
                                ("report.json", json.dumps(self.json(), indent=2, ensure_ascii=False) + "\n")):
@@ -111,5 +125,10 @@ class Report:
                                "own") from reason
 
 
-def _picture(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip("-") + ".png"
+def _listed(report: Path) -> list[str]:
+    """The pictures of an earlier report in its folder, if it is one."""
+    try:
+        names = json.loads(report.read_text(encoding="utf-8"))["pictures"]
+        return [name for name in names if Path(name).name == name and name.endswith(".png")]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -59,6 +59,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     """
     import lm_eval
 
+    began = datetime.datetime.now().astimezone()
     if out is not None:
         writable("out", Path(out) / "report.json")
     names = [tasks] if isinstance(tasks, str) else list(tasks)
@@ -73,7 +74,8 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                             seed=seed, fewshot_seed=fewshot_seed)
         store, weights = Cache(cache), digest_of_weights(lm.params)
         models = {method.name: SledLM(lm, method, batch_size=batch_size, max_new_tokens=max_new_tokens,
-                                      normalise=normalise, seed=seed, cache=store, weights=weights, progress=progress)
+                                      normalise=normalise, seed=seed, cache=store, weights=weights, progress=progress,
+                                      now=began)
                   for method in methods}
         for name, task in loaded["tasks"].items():
             if task.OUTPUT_TYPE != "generate_until":
@@ -104,7 +106,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                   "fewshot_seed": fewshot_seed},
         versions={name: importlib.metadata.version(name) for name in ("sled-jax", "lm_eval", "datasets", "tokenizers")}
         | {name: version for name, version in versions().items() if name in ("python", "jax", "flax")},
-        hardware=hardware(), date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
+        hardware=hardware(), date=began.isoformat(timespec="seconds"))
     if out is not None:
         report.write(Path(out))
     return report

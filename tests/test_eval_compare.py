@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from sled.errors import SettingError
 from sled.eval.compare import compare, mcnemar
+from sled.eval.report import Report
 
 RNG = np.random.default_rng(5)
 BASE = (RNG.random(80) < 0.6).astype(float)
@@ -92,6 +93,20 @@ def test_the_report_warns_where_numbers_say_less_than_they_seem_to(tmp_path):
     assert compare({"base": [1]}, "base", draws=5).picture(tmp_path / "one.png").exists()
     with pytest.raises(SettingError, match="ending is none of"):
         few.picture(tmp_path / "a.bmp")
+
+
+def test_pictures_have_names_of_their_own_and_earlier_ones_go(tmp_path):
+    def write(*scores):
+        about = dict(methods=[], model=dict(name="m", weights="0" * 64, dtype="float32", layers=2), settings={},
+                     versions={}, hardware="h", date="d", against="base", seed=0)
+        Report(tasks={"base": []}, scores={score: {"base": [1, 0]} for score in scores}, **about).write(tmp_path)
+        return {path.name for path in tmp_path.glob("*.png")}
+
+    (tmp_path / "mine.png").write_bytes(b"")
+    assert write("t: a,b", "t: a b", "T: a b", "t: c") == {"mine.png", "t-a-b.png", "t-a-b-2.png", "T-a-b-3.png",
+                                                          "t-c.png"}
+    assert "(t-a-b-2.png)" in (tmp_path / "report.md").read_text()
+    assert write("t: c") == {"mine.png", "t-c.png"}
 
 
 @pytest.mark.parametrize(("outcomes", "says"), [

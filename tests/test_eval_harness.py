@@ -1,6 +1,7 @@
 """The harness's questions, answered as its own Hugging Face backend answers them; and what cannot be asked."""
 
 import copy
+import datetime
 import json
 import logging
 from pathlib import Path
@@ -168,6 +169,7 @@ TEMPLATE = """{{ bos_token }}{%- for m in messages %}
     {%- endif %}
 {% endfor %}
 {%- if add_generation_prompt %}a: {% endif %}"""
+NOW = datetime.datetime(2025, 1, 2)
 CHAT = [{"role": "user", "content": "one <b>"}, {"role": "assistant", "content": "two"},
         {"role": "user", "content": " three "}]
 
@@ -180,7 +182,14 @@ def test_chat_templates_read_as_in_transformers(tmp_path, messages, prompt):
     settings = TokenizerSettings.read(tmp_path)
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         messages, tokenize=False, add_generation_prompt=prompt, continue_final_message=not prompt)
-    assert render(settings.template, messages, settings.tokens, add_generation_prompt=prompt) == expected
+    assert render(settings.template, messages, settings.tokens, add_generation_prompt=prompt, now=NOW) == expected
+
+
+def test_a_template_writes_the_same_day_throughout(lm, tmp_path):
+    write_tokenizer(tmp_path, chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    other = copy.copy(lm)
+    other.text = Text.from_folder(tmp_path)
+    assert SledLM(other, progress=False, now=NOW).apply_chat_template(CHAT[:1]) == "02 Jan 2025 one <b>"
 
 
 def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
