@@ -32,7 +32,7 @@ from sled.models import Decoder, DecoderConfig, ExitHeads, load_folder, load_orb
 from sled.models.checkpoint import write_form
 from sled.models.hub import folder_of
 from sled.train.checkpoint import Checkpoints
-from sled.train.export import read_checkpoint
+from sled.train.trained import read_checkpoint
 
 CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, num_layers=3, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=96, eos_ids=(5,), tied_head=True)

@@ -4,8 +4,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import Forks, half_written, latest, on_devices, until
 
 from sled.errors import CheckpointError, SettingError
 from sled.train import checkpoint
@@ -23,45 +22,13 @@ from sled.train.preemption import EXIT_CODE
 from sled.train.same_run import anything, check_same_run, same_rates
 
 SETTINGS = {"steps": 100, "data": {"folder": "a", "mix": [1, 2]}}
-QUICK = "--xla_backend_optimization_level=0"  # compiling costs more than running here
 STEPS = 16  # of a run that is killed
 NOISE = np.random.RandomState(0).standard_normal((30, 40)).astype(np.float32)  # it does not compress
 
 
-class Runs:
-    """Runs of tests/killable.py, one at a time."""
-
-    def __init__(self, errors: Path):
-        self.errors, self.running = errors, None
-        with errors.open("w") as file:
-            self.server = subprocess.Popen(
-                [sys.executable, Path(__file__).parent / "killable.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=file, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK})
-
-    def start(self, call: str, **arguments) -> int:
-        self.server.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
-        self.server.stdin.flush()
-        self.running = int(self.server.stdout.readline())
-        return self.running
-
-    def ended(self) -> int:
-        """The exit status, once it has ended."""
-        status, self.running = int(self.server.stdout.readline()), None
-        return status
-
-    def kill(self) -> int:
-        os.kill(self.running, signal.SIGKILL)
-        return self.ended()
-
-    def stop(self):
-        self.server.stdin.close()
-        self.server.wait()
-        self.server.stdout.close()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    runs = Runs(tmp_path_factory.mktemp("runs") / "errors.txt")
+    runs = Forks(tmp_path_factory.mktemp("runs") / "errors.txt", ["killable.py"], on_devices(1))
     yield runs
     runs.stop()
 
@@ -78,24 +45,8 @@ def uninterrupted(server, tmp_path_factory):
     """The folder of a run that nothing befell, and the arguments of another such run in a folder to be named."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     arguments = {"steps": STEPS, "cache": str(tmp_path_factory.mktemp("programs"))}
-    server.start("train", folder=str(folder), **arguments)
-    assert server.ended() == 0, server.errors.read_text()
+    server.whole("train", folder=str(folder), **arguments)
     return folder, arguments
-
-
-def half_written(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("steps/*") if not path.name.isdecimal()]
-
-
-def latest(folder: Path) -> int:
-    return max(complete_steps(folder / "steps"), default=0)
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened for a minute"
-        time.sleep(0.0005)
 
 
 def check_same_end(folder, other):
@@ -111,24 +62,22 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(runs, uninterrupt
     """Ten times by SIGKILL: five times while a checkpoint is being written, then at random moments."""
     dice, torn, last = random.Random(0), 0, STEPS - 2  # the last that a run saves before it waits to be killed
     for kill in range(10):
-        left, reached = set(half_written(tmp_path)), latest(tmp_path)
+        left, reached = half_written(tmp_path / "steps"), latest(tmp_path / "steps")
         runs.start("train", folder=str(tmp_path), pause_at=STEPS - 1, **uninterrupted[1])
         if kill < 5:
             goal = reached + dice.randint(0, 1)
-            until(lambda: latest(tmp_path) >= min(goal, last))  # noqa: B023
-            until(lambda: set(half_written(tmp_path)) - left or latest(tmp_path) >= last)  # noqa: B023
+            until(lambda: latest(tmp_path / "steps") >= min(goal, last))  # noqa: B023
+            until(lambda: half_written(tmp_path / "steps") - left or latest(tmp_path / "steps") >= last)  # noqa: B023
             time.sleep(dice.uniform(0, 0.005))
         else:
             time.sleep(dice.uniform(0, 0.6))
         assert runs.kill() == -signal.SIGKILL, runs.errors.read_text()
-        assert latest(tmp_path) >= reached
-        torn += bool(set(half_written(tmp_path)) - left)
-    print(f"{torn} of 10 kills left something half-written; the last one found step {latest(tmp_path)} of {STEPS}")
+        assert latest(tmp_path / "steps") >= reached
+        torn += bool(half_written(tmp_path / "steps") - left)
     assert torn >= 3
-    runs.start("train", folder=str(tmp_path), **uninterrupted[1])
-    assert runs.ended() == 0, runs.errors.read_text()
+    runs.whole("train", folder=str(tmp_path), **uninterrupted[1])
     check_same_end(tmp_path, uninterrupted[0])
-    assert not half_written(tmp_path)
+    assert not half_written(tmp_path / "steps")
     assert complete_steps(tmp_path / "steps") == [STEPS - 2, STEPS - 1, STEPS]
 
 
@@ -145,8 +94,7 @@ def test_sigterm_saves_and_leaves_with_its_own_exit_code(runs, uninterrupted, tm
 
 
 def test_a_state_comes_back_on_another_mesh(runs, tmp_path):
-    runs.start("meshes", folder=str(tmp_path))
-    assert runs.ended() == 0, runs.errors.read_text()
+    runs.whole("meshes", folder=str(tmp_path))
 
 
 def state(number):

@@ -3,12 +3,7 @@
 import collections
 import json
 import math
-import os
 import re
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import jax
@@ -18,6 +13,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from programs import free_address, on_devices, run_together
 from safetensors.numpy import load_file
 
 from sled.errors import CheckpointError, SettingError
@@ -47,24 +43,10 @@ def runs(tiny_folder, tmp_path_factory):
     """Folder of results and notes: of the 8 devices, and of each of the two processes."""
     out = tmp_path_factory.mktemp("meshes")
     folder = str(tiny_folder("llama"))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    programs = [["mesh_of_eight.py", folder, str(out)],
-                *(["mesh_of_two_processes.py", address, str(index), folder, str(out)] for index in range(2))]
-    started = []
-    for devices, (name, *arguments) in zip((8, 1, 1), programs, strict=True):
-        environment = {**os.environ, "JAX_PLATFORMS": "cpu",
-                       "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        started.append(subprocess.Popen([sys.executable, Path(__file__).parent / name, *arguments], text=True,
-                                        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    try:
-        for one in started:
-            _, errors = one.communicate(timeout=300)
-            assert one.returncode == 0, errors
-    finally:
-        for one in started:
-            one.kill()
+    address = free_address()
+    run_together([(on_devices(8), ["mesh_of_eight.py", folder, out]),
+                  *((on_devices(1), ["mesh_of_two_processes.py", address, str(index), folder, out])
+                    for index in range(2))])
     return out, [json.loads((out / name).read_text()) for name in ("notes.json", "process0.json", "process1.json")]
 
 

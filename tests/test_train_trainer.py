@@ -5,14 +5,12 @@ import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import Forks, free_address, half_written, latest, on_devices, run_together, until
 from safetensors.numpy import load_file
 
 import sled
@@ -20,65 +18,43 @@ from sled.cli import main
 from sled.cli.train import RecipeOptions
 from sled.demo.problems import problems
 from sled.errors import CheckpointError, ConfigError, DataError, SettingError
-from sled.models import ExitHeads
+from sled.models import ExitHeads, save_folder
 from sled.train.begin import NewModel
 from sled.train.checkpoint import complete_steps
 from sled.train.dropout import layerskip
 from sled.train.dropping import FixedRows
-from sled.train.export import export_checkpoint
 from sled.train.metrics import read_metrics
 from sled.train.preemption import EXIT_CODE
 from sled.train.recipes import named
 from sled.train.sources import Source
+from sled.train.trained import read_checkpoint
 from sled.train.trainer import Run, plan_of, train
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 STEPS = 30
 
 
-class Runs:
-    """Runs of tests/training_runs.py in forked processes, one at a time."""
+class Runs(Forks):
+    """Runs of tests/training_runs.py."""
 
     def __init__(self, data: Path):
-        self.data, self.log = data, data / "errors.txt"
-        with self.log.open("w") as file:
-            self.server = subprocess.Popen(
-                [sys.executable, PROGRAM, "serve", data], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file,
-                text=True, env=environment(data, 1))
+        super().__init__(data / "errors.txt", [PROGRAM, "serve", data], environment(data, 1))
+        self.data = str(data)
 
-    def start(self, folder: Path, **changes) -> int:
-        return self.call("train", folder=str(folder), data=str(self.data), **changes)
+    def begin(self, folder: Path, **changes) -> int:
+        return self.start("train", folder=str(folder), data=self.data, **changes)
 
-    def call(self, name: str, **arguments) -> int:
-        line = {"call": name, **arguments}
-        self.server.stdin.write(json.dumps(line) + "\n")
-        self.server.stdin.flush()
-        return int(self.server.stdout.readline())
-
-    def ended(self) -> int:
-        return int(self.server.stdout.readline())
-
-    def whole(self, folder: Path, **changes) -> Path:
-        self.start(folder, **changes)
-        assert self.ended() == 0, self.log.read_text()
+    def train(self, folder: Path, **changes) -> Path:
+        """A run from its beginning, or from its last checkpoint, to its end."""
+        self.whole("train", folder=str(folder), data=self.data, **changes)
         return folder
 
-    def refused(self, folder: Path, **changes) -> str:
-        before = self.log.stat().st_size
-        self.start(folder, **changes)
-        assert self.ended() == 1
-        return self.log.read_bytes()[before:].decode()
-
-    def stop(self):
-        self.server.stdin.close()
-        self.server.wait()
-        self.server.stdout.close()
+    def refuses(self, folder: Path, **changes) -> str:
+        return self.refused("train", folder=str(folder), data=self.data, **changes)
 
 
 def environment(data: Path, devices: int) -> dict[str, str]:
-    return {**os.environ, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(data / "cache"), "TQDM_DISABLE": "1",
-            "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={devices}"}
+    return on_devices(devices, XDG_CACHE_HOME=str(data / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +75,7 @@ def runs(data):
 
 @pytest.fixture(scope="module")
 def uninterrupted(runs, tmp_path_factory) -> Path:
-    return runs.whole(tmp_path_factory.mktemp("uninterrupted"))
+    return runs.train(tmp_path_factory.mktemp("uninterrupted"))
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -115,19 +91,9 @@ def check_same_end(one: Path, other: Path):
     assert metrics_of(one) == metrics_of(other)
 
 
-def latest(folder: Path) -> int:
-    return max(complete_steps(folder / "checkpoints"), default=0)
-
-
-def half_written(folder: Path) -> set[Path]:
-    return {path for path in (folder / "checkpoints").glob("*") if not path.name.isdecimal()}
-
-
-def until(condition):
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened for a minute"
-        time.sleep(0.0005)
+def exported(run: Path, to: Path, step: int | None = None) -> Path:
+    trained = read_checkpoint(run, step)
+    return save_folder(trained.decoder, to, tokenizer_from=trained.form)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.exhaustive)])
@@ -135,33 +101,33 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, unin
     """By SIGKILL: by turns while a checkpoint is being written, and at random moments, the first before any."""
     dice, torn = random.Random(kills), 0
     for kill in range(kills):
-        left, reached = half_written(tmp_path), latest(tmp_path)
-        pid = runs.start(tmp_path)
+        left, reached = half_written(tmp_path / "checkpoints"), latest(tmp_path / "checkpoints")
+        pid = runs.begin(tmp_path)
         if kill % 2:
-            until(lambda: latest(tmp_path) > reached)  # noqa: B023
-            until(lambda: half_written(tmp_path) - left)  # noqa: B023
+            until(lambda: latest(tmp_path / "checkpoints") > reached)  # noqa: B023
+            until(lambda: half_written(tmp_path / "checkpoints") - left)  # noqa: B023
             time.sleep(dice.uniform(0, 0.01))
         else:
             time.sleep(dice.uniform(0, 1.5))
         os.kill(pid, signal.SIGKILL)
-        assert runs.ended() == -signal.SIGKILL, runs.log.read_text()
-        assert reached <= latest(tmp_path) < STEPS
-        torn += bool(half_written(tmp_path) - left)
+        assert runs.ended() == -signal.SIGKILL, runs.errors.read_text()
+        assert reached <= latest(tmp_path / "checkpoints") < STEPS
+        torn += bool(half_written(tmp_path / "checkpoints") - left)
     assert torn >= kills // 3
-    check_same_end(runs.whole(tmp_path), uninterrupted)
+    check_same_end(runs.train(tmp_path), uninterrupted)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):
-    pid = runs.start(tmp_path, every=1000)
+    pid = runs.begin(tmp_path, every=1000)
     until(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").stat().st_size)
     os.kill(pid, signal.SIGTERM)
     assert runs.ended() == EXIT_CODE
-    stopped = latest(tmp_path)
+    stopped = latest(tmp_path / "checkpoints")
     assert 0 < stopped < STEPS and not (tmp_path / "model").exists()
-    export_checkpoint(tmp_path, tmp_path / "early")
-    expected = export_checkpoint(uninterrupted, tmp_path / "expected", stopped)
+    exported(tmp_path, tmp_path / "early")
+    expected = exported(uninterrupted, tmp_path / "expected", stopped)
     assert (tmp_path / "early" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    runs.whole(tmp_path, every=1000)
+    runs.train(tmp_path, every=1000)
     ours, others = metrics_of(tmp_path), metrics_of(uninterrupted)
     assert [line["loss"] for line in ours] == [line["loss"] for line in others]
 
@@ -186,11 +152,11 @@ def test_what_a_run_ends_with_is_a_model_with_its_tokenizer(uninterrupted, tmp_p
 
 @pytest.mark.exhaustive
 def test_more_steps_within_the_constant_part_end_as_if_asked_for_at_once(runs, uninterrupted, tmp_path):
-    runs.whole(tmp_path, steps=12)
+    runs.train(tmp_path, steps=12)
     first = (tmp_path / "model" / "model.safetensors").read_bytes()
-    check_same_end(runs.whole(tmp_path), uninterrupted)
-    exported = export_checkpoint(tmp_path, tmp_path / "exported", 12)
-    assert (exported / "model.safetensors").read_bytes() == first
+    check_same_end(runs.train(tmp_path), uninterrupted)
+    folder = exported(tmp_path, tmp_path / "exported", 12)
+    assert (folder / "model.safetensors").read_bytes() == first
 
 
 def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, uninterrupted):
@@ -199,7 +165,7 @@ def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, unin
                            ({"rate": 0.1}, "recipe.rate was 0.01 and is 0.1"),
                            ({"width": 16}, "model.width was 32 and is 16"),
                            ({"accumulate": 2}, "recipe.accumulate was 1 and is 2")):
-        said = runs.refused(uninterrupted, **changes)
+        said = runs.refuses(uninterrupted, **changes)
         assert "CheckpointError" in said and words in said, said
     assert {path: path.read_bytes() for path in (uninterrupted / "form").iterdir()} == form
 
@@ -208,23 +174,11 @@ def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, unin
 def spread(request, data, runs, tmp_path_factory):
     """Runs on 8 devices, and in two processes, which one process then takes further."""
     out = tmp_path_factory.mktemp("spread")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+    address = free_address()
     others = ["data", "fsdp", "tensor"] if request.config.getoption("--exhaustive") else []
-    programs = [(8, "meshes", data, out, "alone", "all", *others),
-                *((1, "two", address, str(index), data, out) for index in range(2))]
-    started = [subprocess.Popen([sys.executable, PROGRAM, *arguments], env=environment(data, devices), text=True,
-                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-               for devices, *arguments in programs]
-    try:
-        for process in started:
-            _, errors = process.communicate(timeout=400)
-            assert process.returncode == 0, errors
-    finally:
-        for process in started:
-            process.kill()
-    runs.whole(out / "two", every=4, steps=12)
+    run_together([(environment(data, 8), [PROGRAM, "meshes", data, out, "alone", "all", *others]),
+                  *((environment(data, 1), [PROGRAM, "two", address, str(index), data, out]) for index in range(2))])
+    runs.train(out / "two", every=4, steps=12)
     return out
 
 
@@ -253,19 +207,17 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
              for word in ("level", "reward", "lemon")]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, lines * 8)))
-    runs.call("command", arguments=[
+    runs.whole("command", arguments=[
         "train", "--data", str(file), "--held-out", str(file), "--prompt", "question", "--completion", "answer",
         "--steps", "12", "--warmup", "2", "--rate", "1e-3", "--batch", "4", "--context", "32", "--every", "4",
         "--out", str(tmp_path / "run")])
-    assert runs.ended() == 0, runs.log.read_text()
     held_out = [line["held_out"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
     assert len(held_out) == 3 and held_out[-1][-1] < held_out[0][-1] / 1.5
     assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
 
 
 def tune(runs, folder, data, model, steps):
-    runs.call("tune", folder=str(folder), data=str(data), model=str(model), layers=[1, 2], steps=steps)
-    assert runs.ended() == 0, runs.log.read_text()
+    runs.whole("tune", folder=str(folder), data=str(data), model=str(model), layers=[1, 2], steps=steps)
 
 
 @pytest.mark.exhaustive
@@ -286,10 +238,10 @@ def test_exit_heads_are_tuned_and_exported_and_nothing_else_moves(runs, uninterr
     assert all(line["exits"] == [1, 2] for line in lines)
     first, last = (np.array(lines[at]["held_out"]) for at in (0, -1))
     assert (last[:2] < first[:2]).all() and last[2] == first[2]
-    exported = export_checkpoint(once, tmp_path / "exported")
-    heads = [load_file(folder / "exit_heads.safetensors") for folder in (exported, once / "model")]
+    folder = exported(once, tmp_path / "exported")
+    heads = [load_file(path / "exit_heads.safetensors") for path in (folder, once / "model")]
     assert all(np.array_equal(heads[0][name], heads[1][name]) for name in heads[1])
-    assert sled.load(exported).config.exit_heads.layers == (1, 2)
+    assert sled.load(folder).config.exit_heads.layers == (1, 2)
 
 
 def test_options_of_layer_dropout():
@@ -306,9 +258,9 @@ def run_of(tmp_path, data, **changes):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(runs, tmp_path):
-    said = runs.refused(tmp_path, rate=1e38, warmup=0)
+    said = runs.refuses(tmp_path, rate=1e38, warmup=0)
     assert re.search(r"TrainingError: step \d has loss .* norm (nan|inf); .* take a lower rate than 1e\+38", said), said
-    assert not (tmp_path / "model").exists() and latest(tmp_path) < ended_at(said)
+    assert not (tmp_path / "model").exists() and latest(tmp_path / "checkpoints") < ended_at(said)
 
 
 def ended_at(said: str) -> int:
@@ -351,9 +303,9 @@ def test_bad_input_is_refused_by_name(changes, error, words, tmp_path, data, mon
 
 def test_what_is_no_run_is_not_exported(tmp_path, uninterrupted):
     with pytest.raises(CheckpointError, match="no folder of a training run"):
-        export_checkpoint(tmp_path, tmp_path / "to")
+        read_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="no checkpoint of step 99; it holds"):
-        export_checkpoint(uninterrupted, tmp_path / "to", 99)
+        read_checkpoint(uninterrupted, 99)
 
 
 @pytest.mark.parametrize("arguments, words", [

@@ -48,7 +48,7 @@ def read_source(source: str | os.PathLike, *, step: int | None = None, revision:
     path = Path(source).expanduser()
     here = source != "demo" and path.is_dir()  # a folder of that name is ./demo
     if here:
-        from sled.train.export import is_run, read_checkpoint
+        from sled.train.trained import is_run, read_checkpoint
 
         if is_run(path):
             trained = read_checkpoint(path, step)

@@ -1,4 +1,4 @@
-"""The model of a checkpoint, while its run goes on or after it was given up; or a Hugging Face folder of it."""
+"""The model of a checkpoint, while its run goes on or after it was given up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from sled.errors import CheckpointError
-from sled.models import Decoder, read_config, save_folder
+from sled.models import Decoder, read_config
 from sled.models.stored import abstract_stacked
 from sled.train.checkpoint import load_checkpoint
 from sled.train.trainer import CHECKPOINTS, FORM
@@ -42,9 +42,3 @@ def read_checkpoint(run: str | Path, step: int | None = None) -> TrainedModel:
     graph, weights = nnx.split(abstract_stacked(read_config(run / FORM)))
     restored = load_checkpoint(run / CHECKPOINTS, {"weights": weights}, step, partial=True)
     return TrainedModel(nnx.merge(graph, restored.state["weights"]), run / FORM, restored.step, restored.settings)
-
-
-def export_checkpoint(run: str | Path, to: str | Path, step: int | None = None) -> Path:
-    """Writes the model of a checkpoint (see `read_checkpoint`) to the folder `to`, with its tokenizer; returns `to`."""
-    trained = read_checkpoint(run, step)
-    return save_folder(trained.decoder, to, tokenizer_from=trained.form)

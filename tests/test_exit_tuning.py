@@ -1,0 +1,144 @@
+"""Tuning of exit heads on a frozen backbone: alone and on a mesh, what it costs, what it leaves alone."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from headed_models import CONFIG, FAST, bare, headed, plain_logits
+from programs import on_devices, run_together
+
+from sled.errors import SettingError
+from sled.models import Decoder, ExitHeads
+from sled.train.exit_tuning import exit_head_loss, merge, partition, trainable_paths, tuning_loss, with_heads
+
+
+@pytest.fixture(scope="module", name="bare")
+def the_bare_model():
+    return bare()
+
+
+MESH_PROGRAM = """
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sled.models import ExitHeads, load_folder
+from sled.train.exit_tuning import merge, partition, tuning_loss, with_heads
+from sled.train.folders import load_onto
+from sled.train.mesh import Mesh
+from sled.train.placing import Placing
+
+mesh = Mesh(data=2, fsdp=2, tensor=2).build()
+heads = ExitHeads((1, 2), "mlp", tied=False)
+tokens = np.random.RandomState(0).randint(0, 48, (8, 6))
+
+
+def step(model, placing=None):
+    graph, weights = nnx.split(model)
+    trained, frozen = partition(weights)
+    def loss(trained, frozen, tokens):
+        return tuning_loss(nnx.merge(graph, merge(trained, frozen)), tokens, tokens, tokens > 0)[0]
+    tokens_BT = tokens if placing is None else jax.device_put(tokens, placing.rows)
+    where = None if placing is None else (jax.sharding.NamedSharding(mesh, jax.P()), placing.shardings(trained))
+    compiled = jax.jit(jax.value_and_grad(loss), out_shardings=where, compiler_options={
+        "xla_backend_optimization_level": 0})
+    return compiled(trained, frozen, tokens_BT)
+
+
+alone = with_heads(load_folder(sys.argv[1]).stack(), heads)
+spread = with_heads(load_onto(sys.argv[1], mesh), heads, mesh=mesh)
+placing = Placing(spread.config, mesh)
+weights = nnx.state(spread)
+assert jax.tree.all(jax.tree.map(lambda x, where: x.sharding.is_equivalent_to(where, x.ndim), weights,
+                                 placing.shardings(weights)))
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), nnx.state(alone), weights)
+for a, b in zip(jax.tree.leaves(step(alone)), jax.tree.leaves(step(spread, placing)), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+"""
+
+
+def test_heads_are_tuned_on_a_mesh(tiny_folder):
+    run_together([(on_devices(8), ["-c", MESH_PROGRAM, tiny_folder("llama")])])
+
+
+TOKENS_BT = np.random.RandomState(0).randint(6, 47, (4, 9))
+
+
+def tuner(model):
+    """The parts, and a compiled `run(heads, backbone, tokens, weights_E) -> ((loss, metrics), gradient)`."""
+    graph, weights = nnx.split(model)
+
+    def loss(heads, backbone, tokens_BT, weights_E):
+        rows = tokens_BT[:, :-1], tokens_BT[:, 1:], jnp.ones((4, 8))
+        return tuning_loss(nnx.merge(graph, merge(heads, backbone)), *rows, weights_E)
+
+    heads, backbone = partition(weights)
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=FAST)
+    return heads, backbone, run.lower(heads, backbone, TOKENS_BT, jnp.ones(2)).compile()
+
+
+@pytest.fixture(scope="module")
+def tuned(bare):
+    return tuner(with_heads(bare.stack(), ExitHeads((1, 2), "mlp", tied=False)))
+
+
+def test_tuning_lowers_the_loss_and_touches_nothing_else(bare, tuned):
+    heads, backbone, run = tuned
+    adam = optax.adam(0.01)
+    state, frozen = adam.init(heads), jax.tree.map(np.array, backbone)
+    losses = []
+    for _ in range(15):
+        (loss, _), gradient = run(heads, backbone, TOKENS_BT, jnp.array([1.0, 0.5]))
+        change, state = adam.update(gradient, state, heads)
+        heads = optax.apply_updates(heads, change)
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+    jax.tree.map(np.testing.assert_array_equal, backbone, frozen)
+    parameters = trainable_paths(nnx.state(with_heads(bare.stack(), ExitHeads((1, 2), "mlp", tied=False))))
+    assert len(parameters) == 6 and all(name.startswith("exit_heads.") for name in parameters)
+    sizes = [leaf.shape for leaf in jax.tree.leaves(heads)]
+    assert [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim] == 2 * sizes
+
+
+def test_the_loss_of_heads_is_the_plain_one():
+    model, exits = headed("mlp, untied"), (1, 3, 4)
+    h_EBTD = jax.random.normal(jax.random.key(1), (3, 2, 4, 16))
+    targets, mask, weights = TOKENS_BT[:2, :4], np.array([[1, 1, 0, 1.0], [0, 1, 1, 1]]), np.array([0.5, 0.25, 1.0])
+    graph, state = nnx.split(model.stack())
+    loss, metrics = jax.jit(lambda state, h_EBTD: exit_head_loss(
+        nnx.merge(graph, state), h_EBTD, exits, targets, mask, weights), compiler_options=FAST)(state, h_EBTD)
+    nll = []
+    for h_BTD, n in zip(h_EBTD, exits, strict=True):
+        logits = plain_logits(model, h_BTD, n)
+        logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        nll.append(-(np.take_along_axis(logp, targets[..., None], -1)[..., 0] * mask).sum() / mask.sum())
+    np.testing.assert_allclose(metrics.nll_E, nll, rtol=1e-5)
+    np.testing.assert_allclose(loss, weights @ nll, rtol=1e-5)
+    assert metrics.targets == 6
+    with pytest.raises(SettingError, match="distill is given, but exits have projections of their own"):
+        exit_head_loss(model.stack(), h_EBTD, exits, targets, mask, weights, distill=0.5)
+
+
+def test_layers_above_the_last_exit_and_backward_passes_below_cost_nothing(monkeypatch):
+    """Operations as the lowered program counts them, the loop over layers unrolled so that each is counted."""
+    monkeypatch.setattr(jax.lax, "scan", functools.partial(jax.lax.scan, unroll=True))
+
+    deep = Decoder.init(dataclasses.replace(CONFIG, num_layers=6, windows=()), rngs=nnx.Rngs(0))
+
+    def operations(last):
+        model = with_heads(deep.stack(), ExitHeads((1, last), "norm"))
+        graph, weights = nnx.split(model)
+        loss = lambda heads, backbone: tuning_loss(  # noqa: E731
+            nnx.merge(graph, merge(heads, backbone)), TOKENS_BT, TOKENS_BT, TOKENS_BT > 0)[0]
+        return jax.jit(jax.grad(loss)).lower(*partition(weights)).cost_analysis()["flops"]
+
+    h = jnp.zeros((4, 9, 16))
+    one = jax.jit(lambda h: deep.run_layers(h, jnp.arange(9)[None], None, 3, 4)[0]).lower(h).cost_analysis()["flops"]
+    assert (operations(5) - operations(2)) / one == pytest.approx(3, rel=0.03)
