@@ -89,15 +89,42 @@ class Layers:
 
 
 @dataclasses.dataclass(frozen=True)
+class OneOf:
+    """One of a few words."""
+
+    words: tuple[str, ...]
+    _: dataclasses.KW_ONLY
+    hint: str = "choose one of them"
+
+    def __call__(self, name: str, value) -> str:
+        if not isinstance(value, str) or value not in self.words:
+            raise SettingError(f"{name} is {value!r}, but must be one of {', '.join(map(repr, self.words))}; "
+                               f"{self.hint}")
+        return value
+
+
+@dataclasses.dataclass(frozen=True)
 class Each:
-    """A sequence, as a tuple whose entries satisfy `rule`."""
+    """A sequence, as a tuple whose entries satisfy `rule`. What a tracer holds is not known, and passes.
+
+    one: whether a single number will do as well; it stays one.
+    """
 
     rule: Number | Whole
+    _: dataclasses.KW_ONLY
+    one: bool = False
 
-    def __call__(self, name: str, value) -> tuple:
-        if not isinstance(value, (list, tuple)):
-            raise SettingError(f"{name} is {value!r}, but must be a tuple of numbers; {self.rule.hint}")
-        return tuple(self.rule(f"{name}[{i}]", entry) for i, entry in enumerate(value))
+    def __call__(self, name: str, value):
+        if isinstance(value, (list, tuple)):
+            return tuple(self._entry(f"{name}[{i}]", entry) for i, entry in enumerate(value))
+        if self.one:
+            return self.rule(name, value)
+        raise SettingError(f"{name} is {value!r}, but must be a tuple of numbers; {self.rule.hint}")
+
+    def _entry(self, name: str, value):
+        if isinstance(value, jax.core.Tracer):
+            return value
+        return self.rule(name, value.item() if is_array(value) and not value.ndim else value)
 
 
 @dataclasses.dataclass(frozen=True)

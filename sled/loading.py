@@ -7,6 +7,7 @@ import os
 import jax
 import jax.numpy as jnp
 
+from sled.checks import OneOf, OrNone
 from sled.errors import SettingError
 from sled.lm import LM
 from sled.models import load_folder, load_orbax
@@ -31,8 +32,7 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
     """
     if not isinstance(source, (str, os.PathLike)) or not str(source):
         raise SettingError(f"source is {source!r}, but must name a model; give 'demo', a folder or a hub id")
-    if dtype is not None and dtype not in DTYPES:
-        raise SettingError(f"dtype is {dtype!r}, but it must be one of {', '.join(DTYPES)}")
+    dtype = OrNone(OneOf(tuple(DTYPES), hint="None takes the checkpoint's, float32 on a CPU"))("dtype", dtype)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
     folder = folder_of(source, revision)

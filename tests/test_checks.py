@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sled.checks import Each, Layers, Number, Whole, settle
+from sled.checks import Each, Layers, Number, OneOf, Whole, settle
 from sled.errors import SettingError
 from sled.pytree import traced
 
@@ -27,6 +27,8 @@ WORDS = Layers((None, "all"))
     (COUNT, 1, 1), (COUNT, 2.0, 2), (COUNT, np.int8(7), 7), (COUNT, 10**400, 10**400), (FEW, 0, 0), (FEW, 4.0, 4),
     (WORDS, None, None), (WORDS, "all", "all"), (WORDS, [6, 2, 6], (2, 6)), (WORDS, np.array([3, 1]), (1, 3)),
     (WORDS, range(2), (0, 1)), (Each(SHARE), [0, 1], (0.0, 1.0)), (Each(COUNT), (), ()),
+    (Each(SHARE, one=True), 1, 1.0), (Each(SHARE, one=True), [1, 0], (1.0, 0.0)),
+    (Each(COUNT), [np.array(2), jnp.array(3)], (2, 3)), (OneOf(("on", "off")), "off", "off"),
 ])
 def test_what_fits_becomes_one_type(rule, value, clean):
     found = rule("name", value)
@@ -53,7 +55,11 @@ def test_what_is_no_number_is_refused(rule, value):
     (COUNT, 1.5, "name is 1.5, but must be a whole number of at least 1; h"),
     (FEW, 5, "name is 5, but must be a whole number from 0 to 4; h"),
     (Each(COUNT), (1, 0), "name[1] is 0, but must be a whole number of at least 1; h"),
+    (Each(SHARE), (0.5, np.array(7.0)), "name[1] is 7.0, but must be a number in [0, 1]; h"),
     (Each(COUNT), "12", "name is '12', but must be a tuple of numbers; h"),
+    (Each(COUNT, one=True), 0, "name is 0, but must be a whole number of at least 1; h"),
+    (OneOf(("on", "off"), hint="h"), "of", "name is 'of', but must be one of 'on', 'off'; h"),
+    (OneOf(("on", "off"), hint="h"), ["on"], "name is ['on'], but must be one of 'on', 'off'; h"),
     (WORDS, "low", "name is 'low', but must be None or 'all' or a tuple of layer indices such as (0, 8, 16); "),
 ])
 def test_an_error_says_value_reason_and_remedy(rule, value, says):

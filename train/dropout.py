@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.checks import LARGEST, Instance, Number, Whole, settle
+from sled.checks import LARGEST, Flag, Instance, Number, Whole, settle
 from sled.pytree import traced
 from sled.train.dropping import Drops, Masked, Way
 
@@ -127,7 +127,7 @@ class LayerDropout:
         settle(self, rate=Number(0, 1, open_high=True, hint="0.1 or 0.2 is usual"),
                profile=Instance(DropProfile, hint="LinearProfile(), for example"),
                schedule=Instance(DropSchedule, hint="Falling(steps), for example"),
-               rescale=Instance(bool, traced=False, hint="True divides what is kept by 1 - p"),
+               rescale=Flag(hint="True divides what is kept by 1 - p"),
                way=Instance(Way, hint="Masked(), for example"))
 
     def rates(self, step, num_layers: int) -> jax.Array:

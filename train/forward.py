@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from sled.checks import Whole, is_array
+from sled.checks import OneOf, Whole, is_array
 from sled.errors import SettingError
 from sled.models.decoder import Decoder
 from sled.models.layers import Block, rotary_angles
@@ -26,6 +26,7 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_saveable,
     "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+REMAT_RULE = OneOf(tuple(REMAT), hint="full needs the least memory")
 
 
 def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, stop: int | None = None,
@@ -52,8 +53,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     depth = model.num_layers
     if not isinstance(model.layers, Block):
         raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
-    if remat not in REMAT:
-        raise SettingError(f"remat is {remat!r}, but must be one of {', '.join(REMAT)}; full needs the least memory")
+    remat = REMAT_RULE("remat", remat)
     stop = _checked_stop(exits, stop, depth)
     dtype = jnp.dtype(compute_dtype or model.embedding.weight[...].dtype)
     rows = _rows_of(model, tokens_BT, segments_BT)

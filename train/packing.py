@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sled.checks import Number, Whole, settle
-from sled.errors import DataError, SettingError
+from sled.checks import Number, OneOf, Whole, settle
+from sled.errors import DataError
 from sled.pytree import traced
 
 SHAPES = ("packed", "padded")
@@ -45,11 +45,8 @@ class Layout:
     def __post_init__(self):
         settle(self, context=Whole(2, hint="a row holds a token and its target at least"),
                prompt_weight=Number(0, hint="0 trains on completions alone, 1 on prompts as much"),
-               buckets=Whole(1, hint="it counts the lengths of padded rows"))
-        for field, choices in (("shape", SHAPES), ("too_long", TOO_LONG)):
-            if getattr(self, field) not in choices:
-                raise SettingError(f"Layout.{field} is {getattr(self, field)!r}, but must be one of "
-                                   f"{', '.join(map(repr, choices))}; see Layout")
+               buckets=Whole(1, hint="it counts the lengths of padded rows"),
+               shape=OneOf(SHAPES), too_long=OneOf(TOO_LONG))
 
 
 class Arrangement(NamedTuple):

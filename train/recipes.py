@@ -12,10 +12,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sled.checks import LARGEST, Instance, Number, OrNone, Whole, settle
+from sled.checks import LARGEST, Instance, Number, OneOf, OrNone, Whole, settle
 from sled.errors import SettingError
 from sled.train.dropout import LayerDropout, dont_drop_dropout, layerskip
-from sled.train.forward import REMAT
+from sled.train.forward import REMAT_RULE
 from sled.train.optimizers import OPTIMIZERS, SCHEDULES
 from sled.train.weights import ExitPlan, Gradual, LastOnly, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
 
@@ -87,12 +87,9 @@ class Recipe:
             context=OrNone(Whole(2, hint="it counts the tokens of a row")),
             z_loss=OrNone(Number(0, hint="None is off")),
             distill=OrNone(Number(0, hint="None is off")),
-            dropout=OrNone(Instance(LayerDropout, hint="give layerskip(0.1), for example, or None")))
-        for field, known in (("schedule", SCHEDULES), ("optimizer", OPTIMIZERS), ("compute_dtype", DTYPES),
-                             ("remat", REMAT), ("learns", LEARNERS)):
-            if getattr(self, field) not in known:
-                raise SettingError(f"Recipe.{field} is {getattr(self, field)!r}, but must be one of "
-                                   f"{', '.join(known)}")
+            dropout=OrNone(Instance(LayerDropout, hint="give layerskip(0.1), for example, or None")),
+            schedule=OneOf(SCHEDULES), optimizer=OneOf(OPTIMIZERS), compute_dtype=OneOf(DTYPES), remat=REMAT_RULE,
+            learns=OneOf(LEARNERS))
         if self.batch % self.accumulate:
             raise SettingError(f"Recipe.batch is {self.batch}, which accumulate {self.accumulate} does not divide; "
                                "all parts of a batch are of one size")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.checks import LARGEST, Instance, Number, Whole, is_array, settle
+from sled.checks import LARGEST, Each, Instance, Number, OneOf, Whole, settle
 from sled.errors import SettingError
 from sled.exits.measures import MEASURES, Classifier
 from sled.exits.policy import Exits, with_last
@@ -68,7 +68,10 @@ class EarlyExit:
         settle(
             self,
             layers=Exits(),
-            threshold=_each(Number(0, 1, hint="a confidence lies in [0, 1]; 1 never leaves early")),
+            threshold=Each(Number(0, 1, hint="a confidence lies in [0, 1]; 1 never leaves early"), one=True),
+            measure=OneOf(MEASURES),
+            decay=OneOf(DECAYS),
+            kv=OneOf(("exact", "propagate")),
             decay_temperature=Number(0, hint="CALM uses 4"),
             min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"),
             max_deferred=Whole(1, hint="it counts tokens of a row that wait for their K/V; 8 is usual"),
@@ -77,10 +80,6 @@ class EarlyExit:
         if given not in (1, len(self.layers)):
             raise SettingError(f"EarlyExit.threshold has {given} numbers for {len(self.layers)} exits; "
                                "give one number for all, one per exit, or an array (rows, exits)")
-        for name, known in (("measure", MEASURES), ("decay", DECAYS), ("kv", ("exact", "propagate"))):
-            if getattr(self, name) not in known:
-                raise SettingError(f"EarlyExit.{name} is {getattr(self, name)!r}, which is unknown; "
-                                   f"choose one of {', '.join(known)}")
         if self.classifier is not None:
             Instance(Classifier, hint="give sled.Classifier(weights, bias)")("EarlyExit.classifier", self.classifier)
         if (self.measure == "classifier") != (self.classifier is not None):
@@ -122,14 +121,3 @@ class EarlyExit:
 
     def prepare(self, network) -> None:
         """Nothing is taken from the network beforehand."""
-
-
-def _each(rule: Number):
-    """The rule for a number, or for every number of a tuple or list."""
-
-    def check(name: str, value):
-        if isinstance(value, (tuple, list)):
-            return tuple(x if is_array(x) and not x.ndim else rule(name, x) for x in value)
-        return rule(name, value)
-
-    return check

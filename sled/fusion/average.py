@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sled.checks import Layers, Number, is_array, settle
+from sled.checks import Each, Layers, Number, OrNone, is_array, settle
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
 from sled.fusion.strategy import explicit_layers
@@ -29,20 +29,14 @@ class LayerAverage:
     norm_early: bool = True
 
     def __post_init__(self):
+        weight = Number(0, hint="give one per early layer and one for the final layer; they are scaled to sum to 1, "
+                                "and None weighs all alike")
         settle(self, layers=Layers((None, "all")))
-        if self.weights is None or is_array(self.weights):
+        if is_array(self.weights):
             return
-        if not isinstance(self.weights, (list, tuple)):
-            raise SettingError(f"LayerAverage.weights is {self.weights!r}, but must be a tuple of numbers or an array; "
-                               "give one per early layer and one for the final layer, or None to weigh all alike")
-        weight = Number(0, hint="weights are scaled to sum to 1")
-        weights = tuple(
-            w if is_array(w) and not w.ndim else weight(f"LayerAverage.weights[{i}]", w)
-            for i, w in enumerate(self.weights)
-        )
-        if not any(is_array(w) or w > 0 for w in weights):
+        settle(self, weights=OrNone(Each(weight)))
+        if isinstance(self.weights, tuple) and not any(is_array(w) or w > 0 for w in self.weights):
             raise SettingError(f"LayerAverage.weights is {self.weights}, but must not be all 0; None weighs all alike")
-        object.__setattr__(self, "weights", weights)
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         return tuple(range(num_layers)) if self.layers in (None, "all") else explicit_layers(self, num_layers)
