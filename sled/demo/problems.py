@@ -1,6 +1,6 @@
 """Grade-school word problems with worked solutions, for the bundled model: endless, exact, split.
 
-A story (one of `stories.py`) draws quantities, computes its steps from them and tells them in words.
+A story (one of `stories/`) draws quantities, computes its steps from them and tells them in words.
 It looks like GSM8K (steps with their equations, `#### 54` at the end), kept small enough for a model
 of a few million parameters: positive whole numbers below 1,000, one operation a step, at most four steps.
 
