@@ -1,0 +1,120 @@
+"""Batches: the same for any number of processes and after any pause."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from training_data import CONFIG, ROWS, TEXT, documents_of, loader, one_epoch
+
+from sled.errors import DataError, SettingError
+from sled.train.batches import Batches
+from sled.train.packing import Layout
+from sled.train.rows import read
+from sled.train.sources import Source
+
+
+@pytest.fixture
+def load(tmp_path):
+    return loader(tmp_path / "cache")
+
+
+@pytest.fixture(scope="module", params=["packed", "padded"])
+def rows(request, tmp_path_factory):
+    """90 documents: neither they nor the packed rows are a multiple of a batch."""
+    return read(Source("demo", limit=90), TEXT, CONFIG, Layout(96, shape=request.param, buckets=2),
+                cache=tmp_path_factory.mktemp("cache"), progress=False)
+
+
+def draw(rows, count, index=0, processes=1, state=None, threads=0):
+    """The next batches and the state after them."""
+    batches = Batches(rows, 8, seed=3, process_index=index, process_count=processes, threads=threads)
+    if state is not None:
+        batches.set_state(json.loads(json.dumps(state)))
+    return list(itertools.islice(batches, count)), batches.get_state()
+
+
+@pytest.fixture(scope="module")
+def alone(rows):
+    """What one process draws: 2 epochs and some batches."""
+    return draw(rows, 2 * Batches(rows, 8, process_index=0, process_count=1).per_epoch + 3)[0]
+
+
+def joined(parts):
+    return [type(batch[0])(*map(np.concatenate, zip(*batch, strict=True))) for batch in zip(*parts, strict=True)]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_same_batches(rows, alone, processes):
+    parts = [draw(rows, len(alone), i, processes)[0] for i in range(processes)]
+    assert all(batch.tokens_BT.shape[0] == 8 // processes for part in parts for batch in part)
+    np.testing.assert_equal(joined(parts), alone)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("at", [0, 1, 15])
+def test_a_resumed_run_draws_the_following_batches(rows, alone, at, threads):
+    before, state = draw(rows, at, threads=threads)
+    after, _ = draw(rows, len(alone) - at, state=state, threads=threads)
+    np.testing.assert_equal(before + after, alone)
+
+
+def test_the_number_of_processes_may_change_on_the_way(rows, alone):
+    first, state = draw(rows, 7, 1, 4)
+    parts = [draw(rows, 6, i, 2, state) for i in range(2)]
+    then, _ = draw(rows, len(alone) - 13, state=parts[0][1])
+    assert parts[0][1] == parts[1][1]
+    np.testing.assert_equal(joined([p[0] for p in parts]) + then, alone[7:])
+    np.testing.assert_equal([batch.tokens_BT for batch in first], [batch.tokens_BT[2:4] for batch in alone[:7]])
+
+
+def test_every_epoch_has_every_document_in_another_order(rows, alone):
+    size = Batches(rows, 8, process_index=0, process_count=1).per_epoch
+    epochs = [[d for batch in alone[e * size:(e + 1) * size] for d in documents_of(batch)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and len(epochs[0]) == 90 and epochs[0] != epochs[1]
+    together = [{tuple(tokens) for tokens, _, _ in documents_of(batch)} for batch in alone]
+    assert not all(batch in together[size:] for batch in together[:size])  # batch-mates change, too
+
+
+def test_epochs_end_and_the_seed_decides(rows, alone):
+    size = Batches(rows, 8, process_index=0, process_count=1).per_epoch
+    batches = Batches(rows, 8, seed=3, epochs=2, process_index=0, process_count=1, threads=1)
+    np.testing.assert_equal(list(batches), alone[:2 * size])
+    assert next(batches, None) is None
+    other = next(Batches(rows, 8, seed=4, process_index=0, process_count=1))
+    assert other.tokens_BT.shape != alone[0].tokens_BT.shape or (other.tokens_BT != alone[0].tokens_BT).any()
+
+
+def test_padded_rows_go_with_others_of_their_length(load):
+    rows = load("demo", Layout(256, shape="padded", buckets=3), limit=100)
+    shapes = {batch.tokens_BT.shape for batch in one_epoch(rows, 8)}
+    assert shapes == {(8, length) for length in rows.buckets} and len(shapes) == 3
+    assert rows.report.fill > 0.8
+
+
+def test_by_default_jax_says_which_process_this_is(rows, alone):
+    np.testing.assert_equal(next(Batches(rows, 8, seed=3)), alone[0])
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    (dict(seed=4), "saved with seed 3, but seed is 4 now"), (dict(batch_size=16), "saved with batch_size 8"),
+])
+def test_a_state_of_another_run_is_refused(rows, change, says):
+    _, state = draw(rows, 2)
+    with pytest.raises(DataError, match=says):
+        Batches(rows, **dict(batch_size=8, seed=3, process_index=0, process_count=1) | change).set_state(state)
+
+
+def test_a_state_of_other_data_is_refused(rows, load):
+    with pytest.raises(DataError, match=r"saved with rows .* give what the run was started with"):
+        draw(load(ROWS), 1, state=draw(rows, 2)[1])
+
+
+@pytest.mark.parametrize(("wrong", "says"), [
+    (dict(batch_size=0), "batch_size is 0"), (dict(batch_size=9, process_count=2), "which 2 processes cannot share"),
+    (dict(process_index=2), "process_index is 2"), (dict(process_count=0), "process_count is 0"),
+    (dict(seed=-1), "seed is -1"), (dict(epochs=0), "epochs is 0"), (dict(threads=-1), "threads is -1"),
+])
+def test_wrong_numbers_are_refused(rows, wrong, says):
+    with pytest.raises(SettingError, match=says):
+        Batches(rows, **dict(batch_size=8, process_index=0, process_count=2) | wrong)

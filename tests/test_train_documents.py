@@ -1,0 +1,145 @@
+"""Tokenised examples are kept: made once, for the same data and settings alone, and never half."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import normalizers
+from training_data import CONFIG, DEMO, ROWS, loader, one_epoch, tokens_of, write
+
+from sled.errors import DataError
+from sled.text import Text
+from sled.train.documents import default_cache
+from sled.train.packing import Layout
+
+
+@pytest.fixture
+def load(tmp_path):
+    return loader(tmp_path / "cache")
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """A list that grows by every text that is tokenised."""
+    calls, encode_all = [], Text.encode_all
+    monkeypatch.setattr(Text, "encode_all", lambda self, texts: calls.extend(texts) or encode_all(self, texts))
+    return calls
+
+
+def test_a_second_run_tokenises_nothing(load, tmp_path, encoded):
+    path = write(tmp_path, "jsonl")
+    first = load(path)
+    assert len(encoded) == 4
+    again = load(path)
+    assert len(encoded) == 4 and again.report == first.report and again.digest == first.digest
+    np.testing.assert_equal(one_epoch(again), one_epoch(first))
+    load(path, Layout(32, shape="padded", prompt_weight=1))  # rows are other ones, their documents are not
+    assert len(encoded) == 4
+
+
+def test_the_rows_are_kept_too(load, monkeypatch):
+    first = load(ROWS)
+    monkeypatch.setattr("sled.train.rows.arrange", None)
+    np.testing.assert_equal(one_epoch(load(ROWS)), one_epoch(first))
+    with pytest.raises(TypeError):
+        load(ROWS, Layout(63))
+
+
+def test_other_data_or_settings_are_tokenised_anew(load, tmp_path, encoded):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "b": "two"}\n')
+    other = Text.from_folder(DEMO)
+    other._get().normalizer = normalizers.Lowercase()
+    load(path)
+    for change in (dict(text="b"), dict(limit=1), dict(prompt="b", completion="text"), dict(tokenizer=other),
+                   dict(config=dataclasses.replace(CONFIG, eos_ids=(1,)))):
+        before = len(encoded)
+        load(path, **change)
+        assert len(encoded) > before, change
+    before = len(encoded)
+    path.write_text('{"text": "six", "b": "two"}\n')  # of the same size
+    load(path)
+    load([{"text": "six", "b": "two"}])
+    load([{"text": "ten", "b": "two"}])
+    assert encoded[before:] == ["six", "six", "ten"]
+
+
+@pytest.mark.parametrize("damage", [
+    lambda f: (f / "tokens.bin").write_bytes(b"\0" * 8), lambda f: (f / "about.json").unlink(),
+    lambda f: (f / "documents.npz").write_bytes(b"PK\x03\x04"), lambda f: (f / "about.json").write_text("{"),
+    lambda f: [p.write_bytes(b"") for p in f.glob("*.npz")]])
+def test_what_is_damaged_is_made_anew(load, tmp_path, damage):
+    expected = tokens_of(load(ROWS))
+    [folder] = [p for p in (tmp_path / "cache").iterdir() if p.is_dir()]
+    damage(folder)
+    assert tokens_of(load(ROWS)) == expected
+
+
+def test_an_error_leaves_nothing_behind(load, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ids": [3]}\n{"ids": [1000]}\n')
+    with pytest.raises(DataError, match="example 2, has token id 1000"):
+        load(path, tokens="ids")
+    assert [p for p in (tmp_path / "cache").iterdir() if p.is_dir()] == []
+
+
+def test_who_asks_at_once_waits_for_the_first(load, encoded):
+    found, at_once = [], threading.Barrier(4)
+    ask = lambda: (at_once.wait(), found.append(load(ROWS).report))  # noqa: E731
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and len(encoded) == len(ROWS) and len(set(map(str, found))) == 1
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from sled.models.config import DecoderConfig
+from sled.text import Text
+from sled.train import documents
+from sled.train.sources import Source
+
+documents.TOGETHER = 2  # two examples are written, then comes a long wait
+
+def rows():
+    yield {"text": "Ash buys 0 toys."}
+    yield {"text": "Ben buys 1 toys."}
+    print("half", flush=True)
+    time.sleep(60)
+
+class Slow:
+    def __iter__(self):
+        return rows()
+
+source = Source(Slow())
+documents.Reading.digest = lambda self: "same"
+config = DecoderConfig("llama", 1000, 8, 8, 2, 2, 2, 4, 256, eos_ids=(0,))
+documents.tokenise(source, Text.from_folder(Path(sys.argv[1])), config, cache=sys.argv[2], progress=False)
+"""
+
+
+def test_a_killed_run_leaves_nothing_that_counts(load, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(DEMO), str(cache)], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout.readline() == "half\n"
+        process.send_signal(signal.SIGKILL)
+    assert len(list(cache.glob("*.partial"))) == 1
+    monkeypatch.setattr("sled.train.sources.Reading.digest", lambda self: "same")  # so it is the same entry
+    assert load(ROWS).report.examples == 4
+    assert list(cache.glob("*.partial")) == []
+
+
+def test_the_default_cache_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert default_cache() == tmp_path / "sled" / "data"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert default_cache() == Path.home() / ".cache" / "sled" / "data"

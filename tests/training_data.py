@@ -1,0 +1,67 @@
+"""What the tests of training data share: rows of the demo's tokenizer, and what batches hold."""
+
+import json
+from pathlib import Path
+
+import datasets
+
+from sled.models.config import DecoderConfig
+from sled.text import Text
+from sled.train.batches import Batches
+from sled.train.packing import Layout
+from sled.train.rows import read
+from sled.train.sources import Source
+
+DEMO = Path(__file__).parents[1] / "sled" / "demo" / "model"
+END = 0
+CONFIG = DecoderConfig("llama", vocab_size=1000, width=8, mlp_width=8, num_layers=2, num_heads=2, num_kv_heads=2,
+                       head_dim=4, max_positions=256, eos_ids=(END,), pad_id=7)
+LAYOUT = Layout(64)
+TEXT = Text.from_folder(DEMO)
+ROWS = [{"text": f"{name} buys {n} toys.", "n": n} for n, name in enumerate(["Ash", "Ben", "Cleo", "Dan"])]
+
+
+def write(folder, kind):
+    path = folder / f"a[1] {kind}.{kind}"  # brackets: a name is no pattern
+    match kind:
+        case "json":
+            path.write_text(json.dumps(ROWS))
+        case "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n\n" for row in ROWS))
+        case "txt":
+            path.write_text("\n".join(row["text"] for row in ROWS))
+        case "parquet":
+            datasets.Dataset.from_list(ROWS).to_parquet(path)
+        case "arrow":
+            with datasets.arrow_writer.ArrowWriter(path=str(path)) as writer:
+                for row in ROWS:
+                    writer.write(row)
+                writer.finalize()
+    return path
+
+
+def loader(cache):
+    """`load(data, layout, **columns)`: the rows of a source, kept in the folder `cache`."""
+
+    def load(data, layout=LAYOUT, *, config=CONFIG, tokenizer=TEXT, **columns):
+        return read(Source(data, **columns), tokenizer, config, layout, cache=cache, progress=False)
+
+    return load
+
+
+def documents_of(batch):
+    """Tokens, weights and positions of each document of a batch, row after row."""
+    found = []
+    for row in zip(*batch, strict=True):
+        tokens, weights, segments, positions = row
+        found += [(tokens[segments == s].tolist(), weights[segments == s].tolist(), positions[segments == s].tolist())
+                  for s in range(1, segments.max() + 1)]
+    return found
+
+
+def one_epoch(rows, size=4, **options):
+    return list(Batches(rows, size, epochs=1, process_index=0, process_count=1, **options))
+
+
+def tokens_of(rows):
+    return sorted(tokens for batch in one_epoch(rows) for tokens, _, _ in documents_of(batch))
