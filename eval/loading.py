@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lm_eval.tasks import TaskManager
 
 from sled.errors import DownloadError, EvaluationError, SledError
@@ -57,7 +58,7 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
         raise EvaluationError(f"the task {twice[0]!r} is named twice; name it once")
     paths = paths_by_task(data, names)
     found = manager(names, include_path=include_path, metadata=metadata)
-    random.seed(seed)
+    begin_anew([], seed, fewshot_seed)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for name in names:
         spec: Any = name
@@ -75,8 +76,17 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
             loaded["groups"] |= some["groups"]
             loaded["group_map"] |= some["group_map"]
     for task in loaded["tasks"].values():
-        _settle(task, num_fewshot, fewshot_seed)
+        _settle(task, num_fewshot)
+    begin_anew(loaded["tasks"].values(), seed, fewshot_seed)
     return loaded
+
+
+def begin_anew(tasks: Iterable[Any], seed: int, fewshot_seed: int) -> None:
+    """Random numbers from their beginning: the global ones that tasks draw from, and those that choose examples."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    for task in tasks:
+        task.set_fewshot_seed(seed=fewshot_seed)
 
 
 def _load(found: TaskManager, name: str, spec: Any) -> dict[str, Any]:
@@ -94,7 +104,7 @@ def _load(found: TaskManager, name: str, spec: Any) -> dict[str, Any]:
                               "does it fit its data, and is what it imports installed?") from reason
 
 
-def _settle(task: Any, num_fewshot: int | None, fewshot_seed: int) -> None:
+def _settle(task: Any, num_fewshot: int | None) -> None:
     """What `lm_eval.simple_evaluate` does to tasks, without its survey of the machine, which takes seconds a call."""
     name = task.config.task
     if getattr(task, "MULTIMODAL", False):
@@ -108,4 +118,3 @@ def _settle(task: Any, num_fewshot: int | None, fewshot_seed: int) -> None:
         task.set_config(key="num_fewshot", value=num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
-    task.set_fewshot_seed(seed=fewshot_seed)

@@ -7,20 +7,17 @@ import datetime
 import importlib.metadata
 import logging
 import os
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sled.binding import digest_of_weights
 from sled.checks import OrNone, Whole
 from sled.errors import EvaluationError
 from sled.eval.cache import Cache
 from sled.eval.harness import SledLM
-from sled.eval.loading import load_tasks
+from sled.eval.loading import begin_anew, load_tasks
 from sled.eval.local_data import Data, paths_by_task
 from sled.eval.methods import Method, plain
 from sled.eval.report import Report
@@ -85,7 +82,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
             next(iter(models.values())).chat_template()
         found: dict[str, list[Task]] = {}
         for name, model in models.items():
-            _seed(loaded["tasks"].values(), seed, fewshot_seed)  # every method sees the same examples
+            begin_anew(loaded["tasks"].values(), seed, fewshot_seed)  # every method sees the same examples
             results = lm_eval.evaluate(
                 lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
@@ -110,14 +107,6 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     if out is not None:
         report.write(Path(out))
     return report
-
-
-def _seed(tasks: Iterable[Any], seed: int, fewshot_seed: int) -> None:
-    """Random numbers from their beginning: of the choice of examples, and the global ones that tasks draw from."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    for task in tasks:
-        task.set_fewshot_seed(seed=fewshot_seed)
 
 
 def _checked(methods: Sequence[Method]) -> list[Method]:
