@@ -60,11 +60,12 @@ SETTINGS = {
     "weights": lambda lm: (other_weights(lm), Method("m")),
     "dtype": lambda lm: (sled.load("demo", dtype="bfloat16"), Method("m")),
     "tokenizer": lambda lm: (other_tokenizer(lm), Method("m")),
+    "raw scores": lambda lm: (lm, Method("m"), False),
 }
 
 
-def kept(cache, lm, method):
-    return harness.SledLM(lm, method, cache=cache, progress=False)._answers
+def kept(cache, lm, method, normalise=True):
+    return harness.SledLM(lm, method, normalise=normalise, cache=cache, progress=False)._answers
 
 
 @pytest.mark.parametrize("changed", SETTINGS)
