@@ -14,6 +14,7 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.decoder import Decoder
+from sled.train import steps
 from sled.train.dropout import LayerDropout
 from sled.train.exit_tuning import partition, with_heads
 from sled.train.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, rate_schedule
@@ -147,7 +148,9 @@ def test_numbers_of_dropout_and_steps_do_not_compile_again(model, batch):
     assert told == [[1, 3], [2, 3], [1, 3]]
 
 
-def test_evaluation_is_the_plain_formula_of_every_layer(model, batch):
+@pytest.mark.parametrize("at_a_time", [4096, 18])
+def test_evaluation_is_the_plain_formula_of_every_layer(model, batch, at_a_time, monkeypatch):
+    monkeypatch.setattr(steps, "EVALUATED", at_a_time)  # 18: two of the four rows
     means = make_evaluation(model, RECIPE)(nnx.state(model), batch)
     log_p = log_probabilities(model, batch, [1, 2, 3])
     np.testing.assert_allclose(means.nll_L / means.targets, plain_nll(log_p, batch), rtol=1e-5)
@@ -270,11 +273,11 @@ def test_recipes_by_name():
     (lambda: named("nothing"), "recipe is 'nothing'.*plain"),
     (lambda: named("plain", rates=1), "no rates; it has"),
     (lambda: named("plain", rate=0), "rate is 0"),
-    (lambda: named("plain", optimizer="sgd"), "optimizer is 'sgd'.*adamw, muon"),
+    (lambda: named("plain", optimizer="sgd"), "optimizer is 'sgd'.*'adamw', 'muon'"),
     (lambda: named("plain", batch=6, accumulate=4), "batch is 6.*accumulate 4"),
     (lambda: named("plain", exits=3), "exits is 3"),
     (lambda: named("plain", context=1), "context is 1"),
-    (lambda: named("plain", learns="heads"), "learns is 'heads'.*all, exit-heads"),
+    (lambda: named("plain", learns="heads"), "learns is 'heads'.*'all', 'exit-heads'"),
     (lambda: named("tune-exits", distill=0.5), "distill is 0.5, but the recipe tunes exit heads"),
     (lambda: named("finetune", learns="exit-heads"), "exits is WeightedExits.*leave it at LastOnly"),
     (lambda: named("plain", z_loss=-1.0), "z_loss is -1"),

@@ -20,6 +20,8 @@ from sled.train.recipes import HEADS, Recipe
 from sled.train.rows import Batch
 from sled.train.weights import fixed_layers
 
+EVALUATED = 4096  # tokens that are evaluated at a time on each device, if a row is not longer
+
 
 class TrainState(NamedTuple):
     """All that a step changes, a pytree that a checkpoint holds whole. step: how many were taken."""
@@ -135,14 +137,26 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
 
 
 def make_evaluation(model: Decoder, recipe: Recipe, placing: Placing | None = None) -> Callable[..., LayerMeans]:
-    """A compiled `evaluate(weights, batch) -> LayerMeans` of every layer, by its exit's head or what all share."""
+    """A compiled `evaluate(weights, batch) -> LayerMeans` of every layer, by its exit's head or what all share.
+
+    All layers' hidden states are held, but only those of some `EVALUATED` tokens on each device, or of one row.
+    """
     graph, _ = nnx.split(model)
     depth = model.num_layers
 
     def evaluate(weights, batch: Batch) -> LayerMeans:
         model = _placed(graph, weights, placing)
-        _, metrics = _exit_losses(model, batch, range(1, depth + 1), jnp.ones(depth), recipe, placing)
-        return LayerMeans(metrics.nll_E * metrics.targets, metrics.accuracy_E * metrics.targets, metrics.targets)
+
+        def of_part(batch: Batch) -> LayerMeans:
+            _, metrics = _exit_losses(model, batch, range(1, depth + 1), jnp.ones(depth), recipe, placing)
+            return LayerMeans(metrics.nll_E * metrics.targets, metrics.accuracy_E * metrics.targets, metrics.targets)
+
+        rows, length = batch.tokens_BT.shape
+        ways = 1 if placing is None else _split(placing).ways(ROWS)
+        parts = next(n for n in range(1, rows + 1) if rows % (n * ways) == 0
+                     and (rows // (n * ways) * length <= EVALUATED or n * ways == rows))
+        sums = jax.lax.map(of_part, jax.tree.map(lambda x: _in_parts(x, parts, placing), batch))
+        return jax.tree.map(lambda x: x.sum(0), sums)
 
     return jax.jit(evaluate)
 
