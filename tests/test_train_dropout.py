@@ -29,6 +29,9 @@ FOREVER = 2**31 - 1  # a schedule that does not move within a test
 KEY = jax.random.key(3)
 FAST = {"xla_backend_optimization_level": 0}  # half the time to compile, where speed is no matter
 
+# As users compile: without these passes, one product of matrices rounds otherwise within a conditional (jax 0.12).
+USUAL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+
 
 @jax.jit(compiler_options=FAST)
 def scales_of(dropout, key, first):
@@ -134,7 +137,7 @@ def pass_of(model):
     """`pass_of(dropout, step)`: the exits' states, and the gradient of their squares; of packed rows."""
     graph, weights = nnx.split(model)
 
-    @jax.jit
+    @jax.jit(compiler_options=USUAL)
     def run(weights, dropout, step):
         drops = None if dropout is None else dropout.draw(KEY, step, BATCH, LAYERS)
 
