@@ -7,15 +7,21 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
-from mesh_training import OPTIMIZER, CountedFile, train
+from mesh_training import OPTIMIZER, CountedFile, tokens_of, train
 
 import sled.models.stored
 from sled.models import load_folder, save_folder
+from sled.train.dropout import dont_drop_dropout
+from sled.train.dropping import FixedRows
 from sled.train.folders import load_onto
 from sled.train.memory import plan
 from sled.train.mesh import Mesh
 from sled.train.placing import Placing
+from sled.train.recipes import Recipe
+from sled.train.rows import Batch
+from sled.train.steps import init_state, make_train_step
 
 MESHES = {"data": Mesh(data=8, fsdp=1), "fsdp": Mesh(), "tensor": Mesh(data=2, fsdp=1, tensor=4),
           "all": Mesh(data=2, fsdp=2, tensor=2)}
@@ -46,4 +52,26 @@ for name, settings in MESHES.items():
     notes["gathered"][name] = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", step.as_text())
     planned = plan(placing, OPTIMIZER)
     notes["bytes"][name] = planned.weights + planned.optimizer, step.memory_analysis().argument_size_in_bytes
+
+
+def updated(mesh=None):
+    """The weights after one step of descent with layer dropout that leaves rows out of the computation."""
+    recipe = Recipe(batch=8, dropout=dont_drop_dropout(0.6, steps=100, way=FixedRows()))
+    decoder = load_folder(folder).stack()
+    placing = mesh and Placing(decoder.config, mesh)
+    weights = nnx.state(decoder) if mesh is None else jax.device_put(nnx.state(decoder), placing.shardings(
+        nnx.state(decoder)))
+    tokens_BT = tokens_of(0, 48)
+    batch = Batch(tokens_BT, np.ones(tokens_BT.shape, np.float32), np.ones_like(tokens_BT), np.zeros_like(tokens_BT))
+    dropout = recipe.dropout.saving(8, decoder.num_layers, 0, 3)
+    assert max(dropout.way.saved) > 0
+    step = make_train_step(decoder, recipe, optax.sgd(1.0), placing)
+    state, _ = step(init_state(weights, optax.sgd(1.0), placing), batch if mesh is None else placing.batch(batch, 8),
+                    dropout)
+    return jax.device_get(state.weights)
+
+
+expected, found = updated(), updated(Mesh(data=2, fsdp=1, tensor=2).build(jax.devices()[:4]))
+notes["left out"] = max(float(np.abs(a - b).max()) for a, b in
+                        zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True))
 (out / "notes.json").write_text(json.dumps(notes))

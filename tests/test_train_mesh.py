@@ -57,6 +57,10 @@ def test_every_mesh_gives_the_losses_of_one_device(mesh, runs):
     np.testing.assert_allclose(losses[mesh], losses["alone"], rtol=0, atol=1e-4)
 
 
+def test_rows_left_out_across_devices_leave_the_gradient_right(runs):
+    assert runs[1][0]["left out"] < 1e-5
+
+
 def test_weights_are_gathered_layer_by_layer_and_activations_never(runs):
     gathered = runs[1][0]["gathered"]
     assert gathered["data"] == []
