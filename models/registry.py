@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from sled.errors import ConfigError, SettingError
+from sled.errors import CheckpointError, ConfigError, SettingError
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.family import Family, Fields, write_shape
 from sled.models.llama import LLAMA
@@ -29,10 +29,11 @@ def read_config(folder: str | Path) -> DecoderConfig:
 
     Token ids that end or start a generation come from the second where it has them, as in
     transformers' `generate`; early exits have heads where there is the third. Raises ConfigError, also
-    for a field that is not understood.
+    for a field that is not understood, and CheckpointError for a folder that is no model's.
     """
     folder = Path(folder)
-    config = parse_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+    path = config_file(folder)
+    config = parse_config(_read_json(path), str(path))
     path = folder / "generation_config.json"
     if path.exists():
         f = Fields(_read_json(path), str(path))
@@ -47,6 +48,17 @@ def read_config(folder: str | Path) -> DecoderConfig:
     if path.exists():
         config = dataclasses.replace(config, exit_heads=_parse_heads(path))
     return config
+
+
+def config_file(folder: Path) -> Path:
+    """The config.json of a model's folder. Raises CheckpointError, with what to give instead, where it has none."""
+    path = folder / "config.json"
+    if path.exists():
+        return path
+    within = sorted(file.parent for file in folder.glob("*/*.safetensors") if (file.parent / path.name).exists())
+    remedy = (f"give {within[0]}, which is one" if within else
+              "give a Hugging Face folder (sled export makes one of a training run)")
+    raise CheckpointError(f"{folder} has no config.json, so it is no model's folder; {remedy}")
 
 
 def write_heads(heads: ExitHeads, folder: Path) -> None:

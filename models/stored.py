@@ -23,7 +23,7 @@ from sled.errors import CheckpointError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
 from sled.models.layers import Block
-from sled.models.registry import family_of, read_config
+from sled.models.registry import config_file, family_of, read_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "exit_heads.safetensors"
@@ -133,8 +133,7 @@ def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder. Raises CheckpointError with what is there instead."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a folder with config.json and {SINGLE}")
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder} has no config.json; give the folder that holds the model's files")
+    config_file(folder)
     if (folder / SINGLE).exists():
         return [folder / SINGLE]
     if (folder / INDEX).exists():

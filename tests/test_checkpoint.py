@@ -9,7 +9,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.models import Decoder, load_folder, save_folder
+from sled.models import Decoder, load_folder, read_config, save_folder
 
 
 def stored(folder) -> dict:
@@ -245,7 +245,7 @@ EMBED, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weigh
     ("llama", only_pickle, "holds only PyTorch pickles, .* not loaded; convert it"),
     ("llama", lambda folder: (folder / "model.safetensors").unlink(),
      "has no model.safetensors and no .*; give"),
-    ("llama", lambda folder: (folder / "config.json").unlink(), "has no config.json; give the folder"),
+    ("llama", lambda folder: (folder / "config.json").unlink(), "has no config.json, so it is no model's folder; give"),
     ("llama", break_index(lambda folder: next(folder.glob("model-00002*")).unlink()),
      "names the shard 'model-00002-of-.*', which is not in the folder; fetch it again"),
     ("llama", break_index(lambda folder: (folder / "model.safetensors.index.json").write_text("{}")),
@@ -269,6 +269,13 @@ def test_a_weight_too_large_for_the_type_asked_for_is_said(tmp_path, write_model
     put(NORM, lambda a: a * 1e6)(folder)
     with pytest.raises(CheckpointError, match=f"{NORM} has values up to .*, too large for float16"):
         load_folder(folder, dtype="float16")
+
+
+def test_a_model_within_the_folder_given_is_named(tmp_path, write_model):
+    write_model(tmp_path / "run" / "model", "llama")
+    for read in (load_folder, read_config):
+        with pytest.raises(CheckpointError, match=r"run has no config\.json.*; give .*model, which is one"):
+            read(tmp_path / "run")
 
 
 def test_a_path_that_does_not_exist_is_said(tmp_path):
