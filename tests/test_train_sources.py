@@ -159,11 +159,12 @@ def test_an_example_without_a_target_is_skipped(load):
     ("a.csv", "text\nx\n", r"a\.csv ends in '\.csv', but only \.json, .* convert it"),
     ("a", "x", r"a ends in '', but only"),
 ])
-def test_a_file_that_cannot_be_used_is_named(load, tmp_path, name, content, says):
+def test_a_file_that_cannot_be_used_is_named(load, tmp_path, name, content, says, caplog):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(DataError, match=says):
         load(path)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("data", ["no.jsonl", "no/such.jsonl", "./no", "no", "/no/such", "no/*", Path("no/such"),
@@ -176,6 +177,9 @@ def test_a_path_without_a_file_is_named(load, data):
 def test_a_folder_must_hold_one_kind_of_file(load, tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(DataError, match="holds no files"):
+        load(tmp_path / "data")
+    (tmp_path / "data" / "a.csv").touch()
+    with pytest.raises(DataError, match=r"holds \.csv files, .*; convert them"):
         load(tmp_path / "data")
     write(tmp_path / "data", "json")
     write(tmp_path / "data", "txt")
@@ -194,7 +198,8 @@ def test_a_folder_must_hold_one_kind_of_file(load, tmp_path):
     (5, {}, "the source is 5, which holds no rows; give"),
     ([], {}, "no example is left"),
     ([{"text": " "}, {"text": ""}], {}, r"no example is left \(skipped: 2 blank text\)"),
-    ([{"text": "Ben buys toys. " * 40}], {}, r"no example is left \(skipped: 1 too long\); .* larger context"),
+    ([{"text": "Ben buys toys. " * 40}], {},
+     r"no example is left \(skipped: 1 too long\); truncate those .* larger context"),
 ])
 def test_rows_that_cannot_be_used_are_named(load, data, columns, says):
     with pytest.raises(DataError, match=says):
@@ -226,7 +231,7 @@ def test_a_hub_name_without_a_network_is_named(load, monkeypatch):
 
 @pytest.mark.parametrize(("wrong", "says"), [
     (dict(limit=0), "Source.limit is 0"),
-    (dict(prompt="a"), "Source names prompt; name text, or tokens, or prompt with completion"),
+    (dict(prompt="a"), "Source names prompt alone; name text, or tokens, or prompt with completion"),
     (dict(text="a", tokens="b"), "Source names text and tokens"),
     (dict(text=""), "must be the name of a column"),
     (dict(prompt="{a", completion="b"), "is no template"),

@@ -6,6 +6,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -27,8 +28,10 @@ def find(data: str | Path, *, hub: bool) -> list[Path]:
                  and not any(part.startswith(".") for part in p.relative_to(path).parts)]
         kinds = sorted({p.suffix.lower() for p in files})
         if len(kinds) != 1:
-            raise DataError(f"the folder {path} holds {' and '.join(kinds) or 'no'} files, but must hold files of one "
-                            f"kind among {', '.join(READERS)}; give a glob such as {str(path / '*.jsonl')!r}")
+            held = kinds or sorted({p.suffix for p in path.rglob("*") if p.is_file() and p.suffix})
+            raise DataError(f"the folder {path} holds {' and '.join(held) or 'no'} files, but must hold files of one "
+                            f"kind among {', '.join(READERS)}; " +
+                            (f"give a glob such as {str(path / f'*{kinds[0]}')!r}" if kinds else "convert them"))
         return files
     named = [path] if path.is_file() else map(Path, sorted(glob.glob(str(path), recursive=True)))
     files = [p for p in named if p.is_file()]
@@ -73,7 +76,9 @@ def first_line(error: BaseException) -> str:
 def _rows(path: Path) -> Iterator[Mapping]:
     import datasets  # imported where it is needed: it is slow
 
-    reader = READERS[path.suffix.lower()]
+    reader, logger = READERS[path.suffix.lower()], logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it logs what it then raises
     try:
         # Streamed: what is read once needs no second copy in the cache of `datasets`.
         yield from datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", streaming=True)
@@ -81,6 +86,8 @@ def _rows(path: Path) -> Iterator[Mapping]:
         line = _bad_line(path) if reader == "json" else None
         raise DataError(f"{path}{line or ''} cannot be read as {reader} ({first_line(reason)}); mend it, or remove "
                         "it") from reason
+    finally:
+        logger.setLevel(level)
 
 
 def _bad_line(path: Path) -> str:

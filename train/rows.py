@@ -87,8 +87,9 @@ class Rows:
         skipped = documents.skipped | {reason: count for reason, count in (
             ("too long", int(a.too_long)), ("without a target in the context", int(a.no_target))) if count}
         if len(a.order_K) == 0:
-            raise DataError(f"no example is left (skipped: {_reasons(skipped)}); give other examples, or a larger "
-                            "context")
+            longer = ("truncate those that are too long (--too-long truncate), or give a larger context"
+                      if a.too_long or a.no_target else "give other examples")
+            raise DataError(f"no example is left (skipped: {_reasons(skipped)}); {longer}")
         lengths_K = np.minimum(lengths_N[a.order_K], layout.context)
         self.lengths_R = np.add.reduceat(lengths_K, a.starts_R[:-1])
         packed = layout.shape == "packed"
