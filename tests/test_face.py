@@ -1,6 +1,7 @@
 """What a user meets: loading, generating from text, errors that say what to do, the command."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -259,6 +260,11 @@ def test_a_hub_id_without_network_is_named(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(DownloadError):
         sled.load("owner/no-such-model")
+
+
+def test_the_version_is_told(capsys):
+    assert cli.main(["--version"]) == 0
+    assert re.fullmatch(r"sled \d+\.\d+\S*\n", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("command", ["demo", "generate", "score", "lens", "bench"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from typing import Annotated
 
@@ -28,11 +29,14 @@ Command = (Annotated[Demo, sub("demo")] | Annotated[Generate, sub("generate")] |
 DESCRIPTION = """Let every layer of a language model speak.
 
 Start with `sled demo`. A model is "demo" (bundled), a Hugging Face folder, or a hub id. Every
-subcommand explains itself with --help."""
+subcommand explains itself with --help; `sled --version` says which version this is."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; 0 on success, 1 with one line on standard error for a known error."""
+    if (sys.argv[1:] if argv is None else argv) == ["--version"]:
+        print(f"sled {importlib.metadata.version('sled-jax')}")
+        return 0
     command = tyro.cli(Command, prog="sled", description=DESCRIPTION, args=argv,
                        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes))
     try:
