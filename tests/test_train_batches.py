@@ -8,7 +8,7 @@ import pytest
 from training_data import CONFIG, ROWS, TEXT, documents_of, loader, one_epoch
 
 from sled.errors import DataError, SettingError
-from sled.train.batches import Batches
+from sled.train.batches import Batches, some_batches
 from sled.train.packing import Layout
 from sled.train.rows import read
 from sled.train.sources import Source
@@ -49,6 +49,22 @@ def test_processes_share_the_same_batches(rows, alone, processes):
     parts = [draw(rows, len(alone), i, processes)[0] for i in range(processes)]
     assert all(batch.tokens_BT.shape[0] == 8 // processes for part in parts for batch in part)
     np.testing.assert_equal(joined(parts), alone)
+
+
+def held(batches):
+    """The tokens of every row that is not empty, in an order of their own."""
+    return sorted(tuple(tokens[segments > 0]) for batch in batches
+                  for tokens, segments in zip(batch.tokens_BT, batch.segments_BT, strict=True) if segments.any())
+
+
+def test_some_rows_are_the_same_whatever_the_size_of_a_batch(rows):
+    chosen = held(some_batches(rows, 7, 8, seed=3))
+    assert len(chosen) == 7 and chosen != held(some_batches(rows, 7, 8, seed=4))
+    assert all(held(some_batches(rows, 7, size, seed=3)) == chosen for size in (1, 2, 5))
+    whole = list(some_batches(rows, 10_000, 8))
+    assert len(held(whole)) == len(rows) and {batch.tokens_BT.shape[1] for batch in whole} <= set(rows.buckets)
+    parts = [list(some_batches(rows, 10_000, 8, process_index=i, process_count=2)) for i in range(2)]
+    np.testing.assert_equal(joined(parts), whole)
 
 
 @pytest.mark.parametrize("threads", [0, 2])

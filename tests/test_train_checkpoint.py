@@ -192,6 +192,23 @@ def test_other_settings_are_refused_by_name(saved):
         assert checkpoints.restore(state(0), 12).step == 12
 
 
+def test_what_has_a_digest_differs_by_it_and_what_follows_is_left_unsaid():
+    then = {"data": {"name": "a", "digest": "1"}, "model": {"name": "new", "layers": 2}, "config": {"depth": 2}}
+
+    def check(follow=None, **now):
+        check_same_run("run", then, {**then, **now}, 5, {}, follow)
+
+    check(data={"name": "moved", "digest": "1"})
+    for now, words in ((dict(data={"name": "b", "digest": "2"}), "settings: data was 'a' and is 'b'[.]"),
+                       (dict(data={"name": "a", "digest": "2"}), "data is 'a' as before, but holds something else[.]"),
+                       (dict(model={"name": "demo", "digest": "3"}), "settings: model was 'new' and is 'demo'[.]"),
+                       (dict(model={"name": "new", "layers": 3}, config={"depth": 3}),
+                        "settings: model.layers was 2 and is 3[.]"),
+                       (dict(config={"depth": 4}), "config.depth was 2 and is 4")):
+        with pytest.raises(CheckpointError, match=words):
+            check({"model": ["config"]}, **now)
+
+
 def test_the_number_of_steps_may_change_while_the_past_stays_the_same():
     rule = same_rates(rate_schedule("warmup-stable-decay", 0.1, 100))
 
@@ -228,7 +245,7 @@ def test_damage_is_told_with_the_older_checkpoint_to_take(copy, harm):
         file = copy / "13" / {"metadata": "state/_METADATA", "manifest": "state/manifest.ocdbt",
                               "record": "_CHECKPOINT_METADATA"}[harm]
         file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(CheckpointError, match=r"13 is damaged \(.*\); restore step 12 instead"):
+    with pytest.raises(CheckpointError, match=r"13 is damaged \(.*\); remove it, and step 12 is the latest"):
         load_checkpoint(copy, state(0))
     check_same(load_checkpoint(copy, state(0), 12).state, state(12))
 

@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from sled.errors import CheckpointError, SettingError
-from sled.models.config import DecoderConfig
+from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.decoder import Decoder
 from sled.train.metrics import Metrics, progress_bar, progress_line, read_metrics
 from sled.train.picture import draw
@@ -136,7 +136,7 @@ def test_peaks_are_known_by_name(kind, expected):
 
 def test_throughput_counts_tokens_and_what_they_cost_but_no_pauses():
     now = [100.0]
-    flops = flops_per_token(CONFIG, 1000, 16, exits=1)
+    flops = flops_per_token(CONFIG, 1000, 0, 16)
     meter = Throughput(flops, devices=[TPU, TPU], clock=lambda: now[0])
     meter.count(300)
     now[0] += 2
@@ -144,8 +144,9 @@ def test_throughput_counts_tokens_and_what_they_cost_but_no_pauses():
         now[0] += 50
     meter.count(100)
     now[0] += 2
-    assert meter.read() == pytest.approx({"tokens_per_second": 100, "mfu": 100 * flops.model / 394e12,
-                                          "mfu_with_exits": 100 * sum(flops) / 394e12})
+    assert meter.read(lambda: 1.5) == pytest.approx({
+        "tokens_per_second": 100, "mfu": 100 * flops.model / 394e12,
+        "mfu_with_exits": 100 * (flops.model + 1.5 * flops.exit) / 394e12})
     now[0] += 1
     assert meter.read()["tokens_per_second"] == 0
     assert set(Throughput(flops).read()) == {"tokens_per_second"}  # a CPU's peak is not known
@@ -157,18 +158,20 @@ CONFIG = DecoderConfig("llama", vocab_size=20, width=16, mlp_width=24, num_layer
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_flops_are_those_of_the_matrix_products(tied):
+@pytest.mark.parametrize("heads", [None, ExitHeads((1, 2), "affine"), ExitHeads((1, 2), "affine", tied=False)])
+def test_flops_are_those_of_the_matrix_products(tied, heads):
     """Each product of [m, k] and [k, n] is 2 m k n forward, twice that backward; norms are what 6 N counts too much."""
-    config = DecoderConfig(**{**vars(CONFIG), "tied_head": tied})
+    config = DecoderConfig(**{**vars(CONFIG), "tied_head": tied, "exit_heads": heads})
     weights = nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda: Decoder.init(config, rngs=nnx.Rngs(0)))))
-    parameters = sum(weight.size for _, weight in weights)
+    sizes = [sum(weight.size for path, weight in weights if (path[0] == "exit_heads") == of_heads)
+             for of_heads in (False, True)]
     d, f, v, t = 16, 24, 20, 32
     layer = d * 16 + 2 * d * 8 + 16 * d + 3 * d * f  # queries, keys and values, output, MLP
     attention = sum(2 * 16 * reach for reach in (t, 4, t))  # scores and mixing, of each query with those it may see
     norms = 7 * d
-    flops = flops_per_token(config, parameters, t, exits=2)
+    flops = flops_per_token(config, *sizes, t)
     assert flops.model == 3 * 2 * (3 * layer + d * v + norms + attention)
-    assert flops.exits == 2 * 3 * 2 * d * v
+    assert flops.exit == 3 * 2 * (d * v + (d * d + d if heads else 0))  # the bias is what 6 N counts too much
 
 
 def test_the_picture_shows_every_layer(path, tmp_path):

@@ -21,7 +21,7 @@ from sled.train.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, rate_sc
 from sled.train.recipes import RECIPES, Recipe, named
 from sled.train.rows import Batch
 from sled.train.steps import init_state, make_evaluation, make_train_step
-from sled.train.weights import AllExits, Gradual, LayerSkipWeights, Rotational, WeightedExits
+from sled.train.weights import AllExits, FixedExits, Gradual, LayerSkipWeights, Rotational, WeightedExits
 
 CONFIG = DecoderConfig("llama", vocab_size=20, width=16, mlp_width=24, num_layers=3, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=16, tied_head=True)
@@ -203,6 +203,8 @@ def test_heads_want_exits_that_stay(headed):
     turning = dataclasses.replace(RECIPE, exits=WeightedExits(LayerSkipWeights(), Rotational(2)))
     with pytest.raises(SettingError, match=r"Rotational.*change from step to step.*AllExits"):
         make_train_step(headed, turning, SGD)
+    with pytest.raises(SettingError, match=r"after layer 2 has a head, but with .* learns nothing.* \(--exits 1 2\)"):
+        make_train_step(headed, dataclasses.replace(RECIPE, exits=FixedExits((1,), (0.5,))), SGD)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -17,18 +17,19 @@ import sled
 from sled.cli import main
 from sled.cli.train import RecipeOptions
 from sled.demo.problems import problems
-from sled.errors import CheckpointError, ConfigError, DataError, SettingError
+from sled.errors import CheckpointError, ConfigError, DataError, SettingError, TrainingError
 from sled.models import ExitHeads, save_folder
 from sled.train.begin import NewModel
 from sled.train.checkpoint import complete_steps
 from sled.train.dropout import layerskip
 from sled.train.dropping import FixedRows
 from sled.train.metrics import read_metrics
-from sled.train.preemption import EXIT_CODE
+from sled.train.preemption import EXIT_CODE, Preemption
 from sled.train.recipes import named
 from sled.train.sources import Source
 from sled.train.trained import read_checkpoint
 from sled.train.trainer import Run, plan_of, train
+from sled.train.weights import AllExits, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
 STEPS = 30
@@ -163,7 +164,7 @@ def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, unin
     form = {path: path.read_bytes() for path in (uninterrupted / "form").iterdir()}
     for changes, words in (({"seed": 1}, "recipe.seed was 0 and is 1"), ({"steps": 20}, "step 30 is behind it"),
                            ({"rate": 0.1}, "recipe.rate was 0.01 and is 0.1"),
-                           ({"width": 16}, "model.width was 32 and is 16"),
+                           ({"width": 16}, "settings: model.width was 32 and is 16. Give"),
                            ({"accumulate": 2}, "recipe.accumulate was 1 and is 2")):
         said = runs.refuses(uninterrupted, **changes)
         assert "CheckpointError" in said and words in said, said
@@ -257,9 +258,28 @@ def run_of(tmp_path, data, **changes):
         data / "train.jsonl"), recipe=named("plain", **recipe)), **changes})
 
 
+def test_exits_of_ones_own_are_weighted_as_the_recipe_does():
+    assert RecipeOptions("finetune", exits=(2, 4)).made().exits == WeightedExits(LayerSkipWeights(1.0),
+                                                                                 AllExits((2, 4)))
+    assert RecipeOptions("plain", exits=(3,)).made().exits == WeightedExits(UniformWeights(), AllExits((3,)))
+    assert RecipeOptions("finetune").made().exits.curriculum == Rotational(16)
+
+
+def test_a_run_that_is_ended_saves_no_weights_that_are_not_finite(tmp_path, data, monkeypatch, capsys):
+    monkeypatch.setattr(Preemption, "reached", lambda self, step: step == 4)
+    run = run_of(tmp_path, data, recipe=dict(steps=8, rate=1e38, warmup=8), every=1000, tell=1000)
+    with pytest.raises(TrainingError, match=r"step 4 has loss .*nan"):
+        train(run)
+    assert complete_steps(tmp_path / "run" / "checkpoints") == []
+    said = capsys.readouterr().err
+    assert "recipe: Recipe(steps=8, batch=2" in said
+    assert "the learning rate rises over 8 steps, but the run has 8; give a shorter warm-up" in said
+    assert re.search(r"the tokenizer has \d+ tokens, not 1000: the data gives no more", said)
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(runs, tmp_path):
     said = runs.refuses(tmp_path, rate=1e38, warmup=0)
-    assert re.search(r"TrainingError: step \d has loss .* norm (nan|inf); .* take a lower rate than 1e\+38", said), said
+    assert re.search(r"TrainingError: step \d has loss .* norm (nan|inf); .* a lower rate than 1e\+38", said), said
     assert not (tmp_path / "model").exists() and latest(tmp_path / "checkpoints") < ended_at(said)
 
 

@@ -13,11 +13,13 @@ from sled.train.weights import (
     DoublingWeights,
     FixedExits,
     Gradual,
+    LastOnly,
     LayerSkipWeights,
     ProportionalWeights,
     Rotational,
     UniformWeights,
     WeightedExits,
+    exit_counter,
 )
 
 STEPS = 1000
@@ -59,8 +61,8 @@ CASES = {
                                       rotational(3)),
     "rotational, one early exit": (WeightedExits(SKIP, Rotational(11)), 12, lambda i: layerskip(i, 12, 0.2),
                                    rotational(11)),
-    "rotational, turns without an early exit": (WeightedExits(SKIP, Rotational(9)), 5,
-                                                lambda i: layerskip(i, 5, 0.2), rotational(9)),
+    "rotational, further than there are layers": (WeightedExits(SKIP, Rotational(9)), 5,
+                                                  lambda i: layerskip(i, 5, 0.2), rotational(4)),
     "gradual": (WeightedExits(LayerSkipWeights(1.0), Gradual(900)), 7, lambda i: layerskip(i, 7, 1.0), gradual(900)),
     "all": (WeightedExits(SKIP, AllExits()), 12, lambda i: layerskip(i, 12, 0.2), always),
     "chosen": (WeightedExits(ProportionalWeights(), AllExits((2, 4))), 6, lambda i: i + 1,
@@ -109,6 +111,13 @@ def test_a_rotation_computes_no_more_exits_than_a_turn_has():
         plan = WeightedExits(SKIP, Rotational(every))
         layers, _ = jax.eval_shape(lambda plan=plan, n=num_layers: plan.exits_at(5, n))
         assert layers.shape == (count,)
+
+
+def test_exits_are_counted_over_steps():
+    turning = exit_counter(WeightedExits(UniformWeights(), Rotational(3)), 6)  # l = 0, 3 | 1, 4 | 2, and last 5
+    assert (turning(0, 3), turning(2, 3), turning(3, 3)) == (pytest.approx(5 / 3), 1, 0)
+    assert exit_counter(WeightedExits(SKIP, AllExits()), 6)(0, 10) == 4  # the first counts nothing
+    assert exit_counter(LastOnly(), 6)(5, 9) == 0
 
 
 def test_long_runs_of_deep_models_do_not_overflow():

@@ -81,6 +81,19 @@ class Batches(Iterator[Batch]):
         self._iterator.set_state(state["position"])
 
 
+def some_batches(rows: Rows, count: int, batch_size: int, *, seed: int = 0, process_index: int = 0,
+                 process_count: int = 1) -> Iterator[Batch]:
+    """`count` of the rows, or all, chosen at random; they do not depend on the size of a batch. Each once, shortest
+    first; the last batch is filled up as in `Batches`. One process has its part of each."""
+    chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
+    chosen = chosen[np.argsort(rows.lengths_R[chosen], kind="stable")]
+    part = batch_size // process_count
+    for start in range(0, len(chosen), batch_size):
+        together = chosen[start:start + batch_size]
+        length = next(bucket for bucket in rows.buckets if bucket >= rows.lengths_R[together[-1]])
+        yield rows.batch(together[process_index * part:(process_index + 1) * part], part, length)
+
+
 def _groups(rows: Rows, size: int) -> list[tuple[int, np.ndarray]]:
     """Each length of batches, with the numbers of its rows: whole batches of all lengths but the longest."""
     order = np.argsort(rows.lengths_R, kind="stable")

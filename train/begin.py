@@ -22,6 +22,7 @@ from sled.errors import CheckpointError, SettingError
 from sled.models import Decoder, DecoderConfig, load_folder, read_config
 from sled.models.checkpoint import TOKENIZER_FILES
 from sled.models.config import ExitHeads
+from sled.models.hub import folder_of
 from sled.models.layers import Block
 from sled.models.registry import HEADS_CONFIG, format_config, write_heads
 from sled.models.stored import abstract_stacked
@@ -84,7 +85,7 @@ class Beginning(NamedTuple):
     """A run's model before its weights are read or made.
 
     folder: of the weights, None where they begin at random. context: tokens of a row. origin: what the weights come
-    from, as JSON has it, for a resumed run to compare.
+    from, as JSON has it, for a resumed run to compare (`sled.train.same_run`).
     """
 
     config: DecoderConfig
@@ -94,10 +95,12 @@ class Beginning(NamedTuple):
     origin: Any
 
 
-def begin(model: Path | NewModel, source: Source, context: int | None, form: Path, *, heads: ExitHeads | None = None,
-          begun: bool) -> Beginning:
-    """Puts config.json and the tokenizer of a run's model into the folder `form`; all processes call this together.
+def begin(model: str | Path | NewModel, source: Source, context: int | None, form: Path, *,
+          heads: ExitHeads | None = None, begun: bool) -> Beginning:
+    """Puts config.json and the tokenizer of a run's model into the empty folder `form`; all processes call this
+    together.
 
+    model: what to begin with: "demo", a Hugging Face folder or a hub id; or a new one.
     context: the most tokens of a row, None for as many as the model holds, at most `CONTEXT`.
     heads: new ones for its early exits.
     begun: whether the run has checkpoints, so that `form` is there already and stays.
@@ -107,7 +110,8 @@ def begin(model: Path | NewModel, source: Source, context: int | None, form: Pat
     if begun and not (form / "config.json").is_file():
         raise CheckpointError(f"{form} lacks config.json, which the run of these checkpoints wrote; restore it, or "
                               "start anew in another folder")
-    new = isinstance(model, NewModel)
+    new, name = isinstance(model, NewModel), str(model)
+    model = model if new else folder_of(model)
     config = None if new else read_config(model)
     if config is not None and context is not None and context > config.max_positions:
         raise SettingError(f"context is {context}, but the model in {model} was made for {config.max_positions} "
@@ -124,8 +128,6 @@ def begin(model: Path | NewModel, source: Source, context: int | None, form: Pat
     limit = min(CONTEXT, most or CONTEXT)
     context = limit if context is None else context
     if not begun and jax.process_index() == 0:
-        shutil.rmtree(form, ignore_errors=True)
-        form.mkdir(parents=True)
         if new:
             _new_form(model, source, model.positions or context, form)
         else:
@@ -137,8 +139,9 @@ def begin(model: Path | NewModel, source: Source, context: int | None, form: Pat
         sync_global_devices("sled puts down the form of its model")
     if new:
         return Beginning(read_config(form), Text.from_folder(form), None, context,
-                         describe(dataclasses.replace(model, tokenizer=None)))
-    return Beginning(config, Text.from_folder(model), model, context, _weights_digest(model))
+                         dict(describe(dataclasses.replace(model, tokenizer=None)), name="new"))
+    return Beginning(config, Text.from_folder(model), model, context,
+                     dict(name=name, digest=_weights_digest(model)))
 
 
 def _weights_digest(folder: Path) -> str:

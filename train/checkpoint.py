@@ -18,7 +18,7 @@ import importlib.metadata
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,19 +105,21 @@ class Checkpoints:
     settings: all that decides what the run computes, as JSON has it.
     every: steps between two checkpoints. keep: how many of the latest stay.
     keep_every: also stay those of steps divisible by it (None: no others).
-    may_change: which of the settings a resumed run may change, each with its rule (`sled.train.same_run`).
+    may_change, follow: which of the settings a resumed run may change, each with its rule, and which change because
+        others do (`sled.train.same_run`).
     Raises CheckpointError where the folder cannot be written, SettingError for a setting out of range.
     """
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any], *, every: int, keep: int = 3,
-                 keep_every: int | None = None, may_change: Mapping[str, Rule] | None = None):
+                 keep_every: int | None = None, may_change: Mapping[str, Rule] | None = None,
+                 follow: Mapping[str, Sequence[str]] | None = None):
         self.every = Whole(1, hint="it is the steps between two checkpoints")("every", every)
         self.keep = Whole(1, hint="it counts the latest checkpoints, which stay")("keep", keep)
         self.keep_every = None if keep_every is None else Whole(
             1, hint="checkpoints of steps divisible by it stay; None keeps the latest only")("keep_every", keep_every)
         self.folder = Path(folder).absolute()
         self.settings = _as_json("settings", settings)
-        self.may_change = dict(may_change or {})
+        self.may_change, self.follow = dict(may_change or {}), dict(follow or {})
         self._make_folder()
         self._checkpointer = ocp.training.Checkpointer(self.folder, cleanup_tmp_directories=True)
         self._written = complete_steps(self.folder)
@@ -132,7 +134,8 @@ class Checkpoints:
     def restore(self, like, step: int | None = None) -> Restored:
         """As `load_checkpoint`; besides, CheckpointError where the run had settings that may not differ."""
         restored = load_checkpoint(self.folder, like, step)
-        check_same_run(f"{self.folder}", restored.settings, self.settings, restored.step, self.may_change)
+        check_same_run(f"{self.folder}", restored.settings, self.settings, restored.step, self.may_change,
+                       self.follow)
         return restored
 
     def save(self, step: int, state, host: Mapping[str, Any], *, force: bool = False) -> bool:
@@ -268,7 +271,8 @@ def _read(at: Path, read):
 
 def _damaged(at: Path, reason: str) -> CheckpointError:
     older = [step for step in complete_steps(at.parent) if step < int(at.name)]
-    remedy = f"restore step {older[-1]} instead" if older else "there is no older one: start anew in another folder"
+    remedy = (f"remove it, and step {older[-1]} is the latest" if older else
+              "there is no older one: start anew in another folder")
     return CheckpointError(f"{at} is damaged ({reason}); {remedy}")
 
 

@@ -40,7 +40,7 @@ def draw(metrics: str | Path, path: str | Path) -> Path:
     for layer in range(1, layers + 1):
         losses = [float(line[HELD_OUT][layer - 1]) for line in lines]
         axes.plot(steps, losses, color=COLOURS(number(layer)), linewidth=2.4 if layer == layers else 1.2, marker=marker)
-    axes.set_title("Held-out loss of every layer through the shared projection", fontsize=11)
+    axes.set_title("Held-out loss of every layer", fontsize=11)
     axes.set_xlabel("step")
     axes.set_ylabel("loss in nats per token")
     axes.grid(color="#dee2e6", linewidth=0.6)

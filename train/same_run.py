@@ -2,11 +2,14 @@
 
 Some may change within rules, such as the number of steps. A rule is a function of the value then, the value now and
 the step that the run has reached; it returns why they may not differ, or None.
+
+What is too large to be written down, such as data, stands as its name and its digest, {"name": ..., "digest": ...}:
+the digest decides, the name is for messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -48,22 +51,32 @@ def same_rates(schedule: Callable[[int], Callable]) -> Rule:
 
 
 def check_same_run(run: str, then: Mapping[str, Any], now: Mapping[str, Any], step: int,
-                   may_change: Mapping[str, Rule]) -> None:
+                   may_change: Mapping[str, Rule], follow: Mapping[str, Sequence[str]] | None = None) -> None:
     """Raises CheckpointError that names each setting of `run` that differs and may not, with both values.
 
     may_change: rules by name; a name such as `data` or `data.folder` also holds for all settings below it.
+    follow: by the name of a setting those that differ when it does, and are then left unsaid.
     """
-    wrong = []
+    wrong = {}
     for name, before, after in _differences("", then, now):
-        parts = name.split(".")
-        prefixes = (".".join(parts[:n]) for n in range(len(parts), 0, -1))
-        rule = next((may_change[prefix] for prefix in prefixes if prefix in may_change), None)
+        rule = next((may_change[prefix] for prefix in _prefixes(name) if prefix in may_change), None)
         reason = rule(before, after, step) if rule else ""
         if reason is not None:
-            wrong.append(f"{name} was {before!r} and is {after!r}" + (f" ({reason})" if reason else ""))
+            said = (f"{name} is {after!r} as before, but holds something else" if before == after else
+                    f"{name} was {before!r} and is {after!r}")
+            wrong[name] = said + (f" ({reason})" if reason else "")
+    causes = {prefix for name in wrong for prefix in _prefixes(name)}
+    unsaid = {name for cause, names in (follow or {}).items() if cause in causes for name in names}
     if wrong:
-        raise CheckpointError(f"{run} holds a run of other settings: {'; '.join(wrong)}. Give the settings it was made "
+        said = [text for name, text in wrong.items() if not unsaid & set(_prefixes(name))]
+        raise CheckpointError(f"{run} holds a run of other settings: {'; '.join(said)}. Give the settings it was made "
                               "with, or another folder for a new run")
+
+
+def _prefixes(name: str) -> list[str]:
+    """a.b.c, a.b and a."""
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
 
 def _differences(prefix: str, then: Mapping, now: Mapping) -> Iterator[tuple[str, Any, Any]]:
@@ -71,6 +84,9 @@ def _differences(prefix: str, then: Mapping, now: Mapping) -> Iterator[tuple[str
     for key in dict.fromkeys([*then, *now]):
         before, after, name = then.get(key), now.get(key), f"{prefix}{key}"
         if isinstance(before, Mapping) and isinstance(after, Mapping):
-            yield from _differences(f"{name}.", before, after)
+            if "digest" not in before and "digest" not in after:
+                yield from _differences(f"{name}.", before, after)
+            elif before.get("digest") != after.get("digest"):
+                yield name, before["name"], after["name"]
         elif before != after:
             yield name, before, after

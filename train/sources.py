@@ -72,10 +72,19 @@ class Source:
         pair = (self.prompt is not None, self.completion is not None)
         if [self.text is not None, self.tokens is not None, any(pair)].count(True) != 1 or any(pair) != all(pair):
             given = [f for f in ("text", "prompt", "completion", "tokens") if getattr(self, f) is not None]
-            raise SettingError(f"Source names {' and '.join(given)}; name text, or tokens, or prompt with completion")
+            raise SettingError(f"Source names {' and '.join(given)}{' alone' if len(given) == 1 else ''}; name text, "
+                               "or tokens, or prompt with completion")
         for field in ("text", "prompt", "completion", "tokens"):
             if getattr(self, field) is not None:
                 _fields(field, getattr(self, field))
+
+    @property
+    def name(self) -> str:
+        """What it reads, for messages."""
+        if isinstance(self.data, str | Path):
+            return str(self.data)
+        several = isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data)
+        return ", ".join(map(str, self.data)) if several else "rows in memory"
 
     def open(self) -> Reading:
         """Find the data, without reading it. Raises DataError and DownloadError."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from sled.errors import SettingError
 from sled.models.decoder import Decoder
 from sled.train.dropout import LayerDropout
 from sled.train.exit_tuning import exit_head_loss, merge, partition, tuning_loss
@@ -82,7 +83,14 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
     heads, depth = model.config.exit_heads, model.num_layers
     if recipe.learns == HEADS:
         partition(nnx.state(model))  # raises where there are none
-    exits = None if heads is None or recipe.learns == HEADS else fixed_layers(recipe.exits, depth, recipe.steps)
+    exits = None
+    if heads is not None and recipe.learns != HEADS:
+        exits = fixed_layers(recipe.exits, depth, recipe.steps)
+        if idle := [n for n in heads.layers if n not in exits]:
+            layers = " ".join(map(str, heads.layers))
+            raise SettingError(f"the model's exit after layer {idle[0]} has a head, but with {recipe.exits} it learns "
+                               f"nothing, while all below it changes; give WeightedExits with AllExits "
+                               f"(--exits {layers}), or leave the heads out")
 
     def part_loss(own, rest, batch: Batch, dropout: LayerDropout | None, step, part, share):
         """The loss of one part of the batch, which holds this share of the batch's targets."""

@@ -35,23 +35,27 @@ class Flops(NamedTuple):
 
     model: float
     """6 N + 12 L N H T: what PaLM's formula counts for a model with one loss, at its last layer."""
-    exits: float
-    """What the losses of earlier layers add: another projection onto the vocabulary for each, 6 D V."""
+    exit: float
+    """What the loss of one earlier layer adds: another projection onto the vocabulary, 6 D V, after its head if it
+    has one."""
 
 
-def flops_per_token(config: DecoderConfig, parameters: int, length: int, exits: float = 0.0) -> Flops:
+def flops_per_token(config: DecoderConfig, parameters: int, heads: int, length: int) -> Flops:
     """Arithmetic per token of a decoder in training on rows of `length` tokens.
 
-    parameters: all of the model's. An embedding table that is not the head as well is looked up, not multiplied,
-    and is left out. The attention term is PaLM's 12 L N H T, for which a causal mask saves nothing; a layer with a
-    sliding window counts the window where that is shorter.
-    exits: losses of earlier layers per step, on average; each has its own logits over the whole vocabulary.
+    parameters: all of the model's but those of its exit heads, of which there are `heads`. An embedding table that is
+    not the head as well is looked up, not multiplied, and is left out. The attention term is PaLM's 12 L N H T, for
+    which a causal mask saves nothing; a layer with a sliding window counts the window where that is shorter.
     Layers that layer dropout skips are counted as if they ran.
     """
     table = 0 if config.tied_head else config.vocab_size * config.width
     reach = sum(min(length, window or length) for window in config.windows)
+    projection = config.vocab_size * config.width
+    own = 0.0 if config.exit_heads is None else heads / len(config.exit_heads.layers)
+    if own and not config.exit_heads.tied:
+        own -= projection  # it is counted below
     return Flops(model=6.0 * (parameters - table) + 12.0 * config.num_heads * config.head_dim * reach,
-                 exits=6.0 * config.width * config.vocab_size * exits)
+                 exit=6.0 * (projection + own))
 
 
 def peak(device) -> float | None:
@@ -63,11 +67,11 @@ def peak(device) -> float | None:
 class Throughput:
     """A meter of tokens per second.
 
-        throughput = Throughput(flops_per_token(config, parameters, length))
+        throughput = Throughput(flops_per_token(config, parameters, heads, length))
         ...
         throughput.count(tokens)            # after each step
         with throughput.paused(): ...       # evaluation
-        metrics.write(step, throughput.read())
+        metrics.write(step, throughput.read(lambda: early_exits))
 
     flops: arithmetic per token, for the utilisation. devices: those that train (None: all).
     clock: seconds, ascending.
@@ -93,10 +97,11 @@ class Throughput:
         finally:
             self._since += self._clock() - began
 
-    def read(self) -> dict[str, float]:
+    def read(self, exits: Callable[[], float] = lambda: 0.0) -> dict[str, float]:
         """`tokens_per_second` since the last reading and, where the devices' peak is known, utilisations from 0 to 1.
 
-        `mfu` counts the model alone and compares with other trainers; `mfu_with_exits` adds the exits' projections.
+        `mfu` counts the model alone and compares with other trainers; `mfu_with_exits` adds the losses of earlier
+        layers, of which there were `exits()` per step, on average.
         Steps run asynchronously: fetch a result of the last step first. The first reading includes compilation.
         """
         now = self._clock()
@@ -105,5 +110,5 @@ class Throughput:
         values = {"tokens_per_second": rate}
         if self._flops is not None and self._peak is not None:
             values["mfu"] = rate * self._flops.model / self._peak
-            values["mfu_with_exits"] = rate * (self._flops.model + self._flops.exits) / self._peak
+            values["mfu_with_exits"] = rate * (self._flops.model + self._flops.exit * exits()) / self._peak
         return values

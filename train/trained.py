@@ -11,7 +11,7 @@ from sled.errors import CheckpointError
 from sled.models import Decoder, read_config
 from sled.models.stored import abstract_stacked
 from sled.train.checkpoint import load_checkpoint
-from sled.train.trainer import CHECKPOINTS, FORM
+from sled.train.run_folder import RunFolder
 
 
 class TrainedModel(NamedTuple):
@@ -24,21 +24,16 @@ class TrainedModel(NamedTuple):
     settings: dict[str, Any]
 
 
-def is_run(folder: str | Path) -> bool:
-    """Whether `folder` is what `sled train` had as --out."""
-    return (Path(folder) / FORM / "config.json").is_file()
-
-
 def read_checkpoint(run: str | Path, step: int | None = None) -> TrainedModel:
     """The model of a checkpoint of the run in folder `run`, on one device; its optimiser is not read.
 
     step: the checkpoint's; None for the latest.
     Raises CheckpointError for a folder that holds no run, or none of this step, and for a damaged one.
     """
-    run = Path(run)
-    if not is_run(run):
-        raise CheckpointError(f"{run} holds no {FORM}/config.json, so it is no folder of a training run; give the one "
-                              "that sled train has as --out")
-    graph, weights = nnx.split(abstract_stacked(read_config(run / FORM)))
-    restored = load_checkpoint(run / CHECKPOINTS, {"weights": weights}, step, partial=True)
-    return TrainedModel(nnx.merge(graph, restored.state["weights"]), run / FORM, restored.step, restored.settings)
+    run = RunFolder(run)
+    if not run.is_run():
+        raise CheckpointError(f"{run.path} holds no form/config.json, so it is no folder of a training run; give the "
+                              "one that sled train has as --out")
+    graph, weights = nnx.split(abstract_stacked(read_config(run.form)))
+    restored = load_checkpoint(run.checkpoints, {"weights": weights}, step, partial=True)
+    return TrainedModel(nnx.merge(graph, restored.state["weights"]), run.form, restored.step, restored.settings)

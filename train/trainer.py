@@ -1,18 +1,12 @@
 """`train`: a whole run, from model and data to a Hugging Face folder; killed at any moment, it goes on where it was.
 
-What a run leaves in its folder:
-
-    form/          config.json and tokenizer of its model
-    checkpoints/   the latest states, each whole
-    metrics.jsonl  a line for every step that was told, each once
-    layers.png     held-out loss of every layer
-    model/         the trained model, when the run has reached its end
+What it leaves is described in `sled.train.run_folder`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import itertools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -30,10 +24,9 @@ from sled.describe import describe
 from sled.errors import SettingError, TrainingError
 from sled.models import save_folder
 from sled.models.config import ExitHeads
-from sled.models.hub import folder_of
-from sled.train.batches import Batches
+from sled.train.batches import Batches, some_batches
 from sled.train.begin import Beginning, NewModel, begin, first_decoder
-from sled.train.checkpoint import Checkpoints, complete_steps
+from sled.train.checkpoint import Checkpoints
 from sled.train.memory import Plan, plan
 from sled.train.mesh import Mesh
 from sled.train.metrics import HELD_OUT, Metrics, progress_bar, progress_line
@@ -44,20 +37,24 @@ from sled.train.placing import Placing
 from sled.train.preemption import Preemption, leave
 from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.rows import Batch, Rows, read
+from sled.train.run_folder import RunFolder
 from sled.train.same_run import anything, same_rates
 from sled.train.sources import Source
 from sled.train.steps import StepMetrics, init_state, make_evaluation, make_train_step
 from sled.train.throughput import Throughput, flops_per_token
+from sled.train.weights import exit_counter
 
-FORM, CHECKPOINTS, MODEL = "form", "checkpoints", "model"
 STRETCH = 1000  # steps for which a compilation pays that leaves dropped rows out, at least
+# What differs because something else does is not told besides: see `sled.train.same_run`.
+FOLLOW = {"model": ("config", "data", "held_out"), "recipe.steps": ("recipe.exits", "recipe.dropout")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What is trained on what, how, and where it is written.
 
-    folder: for all that the run leaves; given again with the same settings, the run goes on from its last checkpoint.
+    folder: for all that the run leaves, new or empty; given again with the same settings, the run goes on from its
+        last checkpoint.
     model: "demo", a Hugging Face folder or a hub id; or `NewModel(...)`.
     source, held_out: the data, and what the layers' held-out losses are measured on (None: not measured).
     shape, too_long, prompt_weight: see `sled.train.packing.Layout`.
@@ -107,7 +104,8 @@ def train(run: Run, *, optimizer: optax.GradientTransformation | None = None) ->
     Raises SettingError, DataError, CheckpointError, TrainingError where a loss is not finite, and whatever reading the
     model raises. SIGTERM ends the process in order, with exit code 75, after a checkpoint.
     """
-    return _Training(run, optimizer).finish()
+    with RunFolder(run.folder).claimed():
+        return _Training(run, optimizer).finish()
 
 
 def plan_of(run: Run) -> Plan:
@@ -118,8 +116,7 @@ def plan_of(run: Run) -> Plan:
 
 
 def _begin(run: Run, form: Path, *, begun: bool) -> Beginning:
-    model = run.model if isinstance(run.model, NewModel) else folder_of(run.model)
-    beginning = begin(model, run.source, run.recipe.context, form, heads=run.heads, begun=begun)
+    beginning = begin(run.model, run.source, run.recipe.context, form, heads=run.heads, begun=begun)
     if run.recipe.learns == HEADS and beginning.config.exit_heads is None:
         raise SettingError("the recipe tunes exit heads alone, but the model has none; give it some as heads "
                            "(--exit-heads 2 4), or take another recipe")
@@ -135,27 +132,36 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
                           weight_decay=recipe.weight_decay, beta2=recipe.beta2)
 
 
+def _sizes(weights: nnx.State) -> tuple[int, int]:
+    """Parameters of the model without exit heads, and of these."""
+    size = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    heads = size(weights["exit_heads"]) if "exit_heads" in weights else 0
+    return size(weights) - heads, heads
+
+
 class _Training:
     """A run in flight."""
 
     def __init__(self, run: Run, optimizer: optax.GradientTransformation | None):
         self.run, recipe = run, run.recipe
         mesh = run.mesh.build()
-        self.beginning = _begin(run, run.folder / FORM, begun=bool(complete_steps(run.folder / CHECKPOINTS)))
-        self.placing = Placing(self.beginning.config, mesh) if mesh.size > 1 else None
+        self.folder = RunFolder(run.folder)
         self.part = recipe.batch // recipe.accumulate
-        if self.placing is not None:
-            self.placing.local_rows(self.part)  # raises where a part does not divide
-        self.rows = self._read(run.source)
-        self.held_out = None if run.held_out is None else self._read(run.held_out)
+        begun = bool(self.folder.steps)
+        with contextlib.nullcontext(self.folder.form) if begun else self.folder.new_form() as form:
+            self.beginning = _begin(run, form, begun=begun)
+            self.placing = Placing(self.beginning.config, mesh) if mesh.size > 1 else None
+            if self.placing is not None:
+                self.placing.local_rows(self.part)  # raises where a part does not divide
+            self.rows = self._read(run.source)
+            self.held_out = None if run.held_out is None else self._read(run.held_out)
         self.optimizer = optimizer or _optimizer(recipe)
-        self.batches = self._batches(self.rows, recipe.batch)
+        self.batches = Batches(self.rows, recipe.batch, seed=recipe.seed, **self._who(recipe.batch))
         decoder = first_decoder(self.beginning, recipe.seed, self.placing)
         self.graph, weights = nnx.split(decoder)
         self.state = init_state(weights, self.optimizer, self.placing, learns=recipe.learns)
         self.train_step = make_train_step(decoder, recipe, self.optimizer, self.placing)
         self.evaluate = make_evaluation(decoder, recipe, self.placing)
-        self.parameters = sum(leaf.size for leaf in jax.tree.leaves(weights))
         self.settings = self._settings()
         self.may_change = {"recipe.steps": same_rates(_rates(recipe)), "recipe.remat": anything}
         if recipe.dropout is None:  # which draws for each part on its own
@@ -164,34 +170,43 @@ class _Training:
     def finish(self) -> Path:
         run, recipe = self.run, self.run.recipe
         with Preemption() as preemption, Checkpoints(
-                run.folder / CHECKPOINTS, self.settings, every=run.every, keep=run.keep,
-                may_change=self.may_change) as checkpoints:
+                self.folder.checkpoints, self.settings, every=run.every, keep=run.keep, may_change=self.may_change,
+                follow=FOLLOW) as checkpoints:
             begun = self._resume(checkpoints)
-            self._say(f"{self.parameters:,} parameters on {jax.device_count()} {jax.devices()[0].device_kind}; "
-                      f"data: {self.rows.report}")
+            self._say(f"{sum(_sizes(self.state.weights)):,} parameters on {jax.device_count()} "
+                      f"{jax.devices()[0].device_kind}; data: {self.rows.report}")
+            self._say(f"recipe: {recipe}")
+            if isinstance(run.model, NewModel) and self.beginning.config.vocab_size < run.model.vocabulary:
+                self._say(f"warning: the tokenizer has {self.beginning.config.vocab_size} tokens, not "
+                          f"{run.model.vocabulary}: the data gives no more")
+            if recipe.steps <= recipe.warmup:
+                self._say(f"warning: the learning rate rises over {recipe.warmup} steps, but the run has "
+                          f"{recipe.steps}; give a shorter warm-up")
             with self._metrics(begun) as metrics, progress_bar(recipe.steps, begun) as bar:
-                for step, told in self._steps(begun, metrics):
+                for step, told, made in self._steps(begun, metrics):
                     last = step == recipe.steps
                     if told:
                         shown = ("loss", "tokens_per_second", HELD_OUT)
                         bar.set_postfix_str(progress_line({name: told[name] for name in shown if name in told}))
                     bar.update(step - bar.n)
                     stop = preemption.reached(step)
+                    if stop:
+                        self._check(step, made)
                     checkpoints.save(step, self.state, {"data": self.batches.get_state()}, force=stop or last)
                     if stop and not last:
                         checkpoints.wait()
                         leave(step, checkpoints.folder)
         if self.held_out is not None and jax.process_index() == 0:
-            draw(run.folder / "metrics.jsonl", run.folder / "layers.png")
-        return save_folder(nnx.merge(self.graph, self.state.weights), run.folder / MODEL,
-                           tokenizer_from=run.folder / FORM)
+            draw(self.folder.metrics, self.folder.picture)
+        return save_folder(nnx.merge(self.graph, self.state.weights), self.folder.model,
+                           tokenizer_from=self.folder.form)
 
-    def _steps(self, begun: int, metrics: Metrics) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Takes the steps after `begun`; yields each with what was told of it, most often nothing."""
-        run, recipe, depth = self.run, self.run.recipe, self.beginning.config.num_layers
-        exits = recipe.exits.exits_at(0, depth)[0].size - 1
-        flops = flops_per_token(self.beginning.config, self.parameters, self.beginning.context, exits)
+    def _steps(self, begun: int, metrics: Metrics) -> Iterator[tuple[int, dict[str, Any], StepMetrics]]:
+        """Takes the steps after `begun`; yields each with what was told of it, most often nothing, and its metrics."""
+        run, recipe = self.run, self.run.recipe
+        flops = flops_per_token(self.beginning.config, *_sizes(self.state.weights), self.beginning.context)
         throughput = Throughput(flops if recipe.learns == ALL else None)  # the count is of a whole model's training
+        exits, read = exit_counter(recipe.exits, self.beginning.config.num_layers), begun
         for step in range(begun + 1, recipe.steps + 1):
             batch = next(self.batches)
             self.state, made = self.train_step(self.state, self._global(batch, recipe.batch), self._dropout(step - 1))
@@ -199,24 +214,31 @@ class _Training:
             due = step % run.every == 0 or step == recipe.steps
             told: dict[str, Any] = {}
             if due or step % run.tell == 0:
-                told = self._told(step, made) | throughput.read()
+                told = self._told(step, made) | throughput.read(lambda: exits(read, step))  # noqa: B023
+                read = step
             if due and self.held_out is not None:
                 with throughput.paused():
                     told |= self._measure()
             if told:
                 metrics.write(step, told)
-            yield step, told
+            yield step, told, made
 
     def _told(self, step: int, made: StepMetrics) -> dict[str, Any]:
         """What the metrics file has of a step. Raises TrainingError where its numbers are not finite."""
+        self._check(step, made)
+        counts_E = np.isfinite(made.nll_E)  # an exit of weight 0 has none
+        arrays = dict(exits=np.asarray(made.layers_E)[counts_E], exit_losses=np.asarray(made.nll_E)[counts_E],
+                      accuracy=np.asarray(made.accuracy))
+        return dict(loss=float(made.loss), **{name: value.tolist() for name, value in arrays.items()},
+                    gradient_norm=float(made.gradient_norm))
+
+    def _check(self, step: int, made: StepMetrics) -> None:
+        """Before a step is told or saved. Weights that are not finite, of whichever step, give no finite loss."""
         loss, norm = float(made.loss), float(made.gradient_norm)
         if not np.isfinite([loss, norm]).all():
-            raise TrainingError(f"step {step} has loss {loss:g} and a gradient of norm {norm:g}; the checkpoints "
-                                f"before it are whole: take a lower rate than {self.run.recipe.rate:g}, or look at the "
-                                "data")
-        arrays = dict(exits=made.layers_E, exit_losses=made.nll_E, accuracy=made.accuracy)
-        return dict(loss=loss, **{name: np.asarray(value).tolist() for name, value in arrays.items()},
-                    gradient_norm=norm)
+            raise TrainingError(f"step {step} has loss {loss:g} and a gradient of norm {norm:g}; look at the data, or "
+                                f"train in another folder with a lower rate than {self.run.recipe.rate:g} (what is in "
+                                f"{self.folder.checkpoints} is from before, and whole)")
 
     def _dropout(self, step: int):
         """Layer dropout that leaves out work, told how much in long stretches: each may compile once."""
@@ -229,8 +251,8 @@ class _Training:
 
     def _measure(self) -> dict[str, list[float]]:
         """Held-out loss and accuracy of the layers 1..L."""
-        batches = self._batches(self.held_out, self.part, epochs=1)
-        some = itertools.islice(batches, -(-self.run.held_out_rows // self.part))
+        some = some_batches(self.held_out, self.run.held_out_rows, self.part, seed=self.run.recipe.seed,
+                            **self._who(self.part))
         sums = [jax.device_get(self.evaluate(self.state.weights, self._global(batch, self.part))) for batch in some]
         nll_L, correct_L, targets = (np.sum(parts, axis=0, dtype=np.float64) for parts in zip(*sums, strict=True))
         return {HELD_OUT: (nll_L / targets).tolist(), "held_out_accuracy": (correct_L / targets).tolist()}
@@ -249,28 +271,28 @@ class _Training:
         layout = Layout(self.beginning.context, shape=run.shape, too_long=run.too_long, prompt_weight=run.prompt_weight)
         return read(source, self.beginning.text, self.beginning.config, layout)
 
-    def _batches(self, rows: Rows, size: int, epochs: int | None = None) -> Batches:
-        who = {}
-        if self.placing is not None:
-            own = self.placing.local_rows(size)
-            count = own.stop - own.start
-            who = dict(process_index=own.start // count, process_count=size // count)
-        return Batches(rows, size, seed=self.run.recipe.seed, epochs=epochs, **who)
+    def _who(self, size: int) -> dict[str, int]:
+        """Whose part of a batch of `size` rows this process has, and of how many."""
+        if self.placing is None:
+            return dict(process_index=0, process_count=1)
+        own = self.placing.local_rows(size)
+        count = own.stop - own.start
+        return dict(process_index=own.start // count, process_count=size // count)
 
     def _global(self, batch: Batch, rows: int) -> Batch:
         return batch if self.placing is None else self.placing.batch(batch, rows)
 
     def _metrics(self, begun: int) -> Metrics:
-        folder = self.run.folder
-        return Metrics(folder / "metrics.jsonl", resumed_from=begun,
-                       tensorboard=folder / "tensorboard" if self.run.tensorboard else None)
+        return Metrics(self.folder.metrics, resumed_from=begun,
+                       tensorboard=self.folder.tensorboard if self.run.tensorboard else None)
 
     def _settings(self) -> dict[str, Any]:
         """All that decides what the run computes, as JSON has it."""
         run = self.run
+        rows = lambda source, rows: rows and dict(name=source.name, digest=rows.digest)  # noqa: E731
         return dict(recipe=describe(run.recipe), config=describe(self.beginning.config), model=self.beginning.origin,
-                    data=self.rows.digest, shape=run.shape, prompt_weight=run.prompt_weight,
-                    held_out=self.held_out and self.held_out.digest)
+                    data=rows(run.source, self.rows), shape=run.shape, prompt_weight=run.prompt_weight,
+                    held_out=rows(run.held_out, self.held_out))
 
     @staticmethod
     def _say(line: str) -> None:

@@ -14,6 +14,7 @@ whose turn it is not. The last layer is always among them, in the last place.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -112,6 +113,7 @@ class AllExits:
 class Rotational:
     """Every R-th layer, one further at each step (LayerSkip's C_rot,R): those with l = step modulo R.
 
+    R is at most L - 1, what `every` says beyond that being taken for it: else some turns would have no early exit.
     E = ceil((L - 1) / R) + 1. Where a turn has one layer less, layer L - 1 fills its place with weight 0.
     """
 
@@ -121,8 +123,9 @@ class Rotational:
         settle(self, every=Whole(1, hint="it is the distance between the exits of a step; LayerSkip takes 8 to L - 1"))
 
     def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
-        first = 1 + step % self.every
-        layers_E = first + self.every * jnp.arange(-(-(num_layers - 1) // self.every), dtype=jnp.int32)
+        every = max(min(self.every, num_layers - 1), 1)
+        first = 1 + step % every
+        layers_E = first + every * jnp.arange(-(-(num_layers - 1) // every), dtype=jnp.int32)
         return jnp.minimum(layers_E, num_layers - 1), layers_E < num_layers
 
 
@@ -243,9 +246,20 @@ def fixed_layers(plan: ExitPlan, num_layers: int, steps: int) -> tuple[int, ...]
         1, steps, lambda step, same: same & (plan.exits_at(step, num_layers)[0] == layers_E).all(), True))
     if not same():
         raise SettingError(f"the exits of {plan} change from step to step, but the model has exit heads, whose exits "
-                           "must stay; give FixedExits(layers, weights), WeightedExits with AllExits(layers), or "
-                           "LastOnly()")
+                           "must stay; give FixedExits(layers, weights), or WeightedExits with AllExits(layers) "
+                           "(--exits)")
     return tuple(layers_E.tolist())
+
+
+def exit_counter(plan: ExitPlan, num_layers: int) -> Callable[[int, int], float]:
+    """From steps `first` to the last one before `end`: how many early exits learn (weight > 0), on average."""
+
+    def total(first, end):
+        on = lambda step: (plan.exits_at(step, num_layers)[1][:-1] > 0).sum(dtype=jnp.int32)  # noqa: E731
+        return jax.lax.fori_loop(first, end, lambda step, count: count + on(step), jnp.int32(0))
+
+    compiled = jax.jit(total)
+    return lambda first, end: float(compiled(first, end)) / max(end - first, 1)
 
 
 def _check_range(self, layers, num_layers: int) -> None:

@@ -121,6 +121,9 @@ class RecipeOptions:
     """Of the arithmetic; parameters stay float32. Take bfloat16 on accelerators."""
     remat: Literal["none", "full", "dots", "projections"] | None = None
     """What the backward pass computes again: full needs the least memory, none the most."""
+    exits: tuple[int, ...] = ()
+    """Early exits that learn at every step, in place of the recipe's, which take turns. They count as it weighs them,
+    with a recipe that has none as much as the last layer."""
     layer_dropout: float | None = None
     """Largest probability of dropping a layer, in place of the recipe's; LayerSkip's dropout where it has none.
     0 drops none."""
@@ -135,10 +138,17 @@ class RecipeOptions:
         from sled.train.recipes import named
 
         changes = given(self)
-        for own in ("recipe", "layer_dropout", "drop"):
+        for own in ("recipe", "exits", "layer_dropout", "drop"):
             changes.pop(own, None)
         recipe = named(self.recipe, **changes)
-        return dataclasses.replace(recipe, dropout=self._dropout(recipe.dropout))
+        return dataclasses.replace(recipe, exits=self._exits(recipe.exits), dropout=self._dropout(recipe.dropout))
+
+    def _exits(self, plan):
+        from sled.train.weights import AllExits, UniformWeights, WeightedExits
+
+        if not self.exits:
+            return plan
+        return WeightedExits(getattr(plan, "profile", UniformWeights()), AllExits(self.exits))
 
     def _dropout(self, dropout):
         from sled.train.dropout import layerskip
@@ -163,8 +173,8 @@ class HeadOptions:
     """Heads of their own for early exits, which read their hidden states better than the last layer's alone."""
 
     exit_heads: tuple[int, ...] = ()
-    """After which layers: new heads, that begin by changing nothing. With --recipe tune-exits they alone learn.
-    A model that has heads keeps them without this."""
+    """After which layers: new heads, that begin by changing nothing. With --recipe tune-exits they alone learn; with
+    another give --exits too, with the same layers. A model that has heads keeps them without this."""
     head_kind: Literal["norm", "affine", "mlp", "projection"] = "norm"
     """norm: a final norm of their own. affine: a linear map before it (tuned lens). mlp: a small network before it.
     projection: nothing but a projection of their own."""
@@ -239,7 +249,7 @@ class Train:
     tensorboard: bool = False
     """Also write for TensorBoard (needs the extra `tensorboard`)."""
     dry_run: bool = False
-    """Only say what each device would hold, and stop."""
+    """Only say what the recipe is and what each device would hold, and stop."""
 
     def run(self) -> None:
         from sled.train.distributed import Processes, initialize
@@ -259,7 +269,7 @@ class Train:
             mesh=Mesh(where.data_parallel, where.fsdp, where.tensor), every=self.every, keep=self.keep,
             tell=self.tell, held_out_rows=self.held_out_rows, tensorboard=self.tensorboard)
         if self.dry_run:
-            print(plan_of(run).text())
+            print(f"recipe: {run.recipe}\n{plan_of(run).text()}")
             return
         print(f"the trained model is in {train(run)}", file=sys.stderr)
 

@@ -119,7 +119,7 @@ def _origin(given: Given, decoder: Decoder, base: str | None) -> str:
     if base:
         begun = f"`{base}`"
     else:
-        begun = "random weights" if isinstance(origin, dict) else f"a model whose digest was {origin[:16]}"
+        begun = f"a model whose digest was {origin['digest'][:16]}" if "digest" in origin else "random weights"
     return f"{shape} Trained by `sled train` for {given.step} steps, from {begun}."
 
 

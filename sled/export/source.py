@@ -48,9 +48,10 @@ def read_source(source: str | os.PathLike, *, step: int | None = None, revision:
     path = Path(source).expanduser()
     here = source != "demo" and path.is_dir()  # a folder of that name is ./demo
     if here:
-        from sled.train.trained import is_run, read_checkpoint
+        from sled.train.run_folder import RunFolder
+        from sled.train.trained import read_checkpoint
 
-        if is_run(path):
+        if RunFolder(path).is_run():
             trained = read_checkpoint(path, step)
             return Given(_cast(trained.decoder.unstack(), dtype), trained.form, path.resolve().name, run=path,
                          step=trained.step, settings=trained.settings)

@@ -1,0 +1,80 @@
+"""Whose the folder of a run is, and that nothing of the user's is lost in it."""
+
+import pytest
+
+from sled.errors import SettingError
+from sled.train.run_folder import RunFolder
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path / "run")
+
+
+def put_form(folder: RunFolder, text="{}"):
+    with folder.new_form() as form:
+        (form / "config.json").write_text(text)
+
+
+def test_a_folder_is_claimed_by_one_run_at_a_time(folder):
+    with folder.claimed():
+        with pytest.raises(SettingError, match=r"a run is going on in .*run; wait for its end, or give another folder"):
+            with RunFolder(folder.path).claimed():
+                raise AssertionError
+        put_form(folder)
+    with folder.claimed():
+        assert folder.is_run()
+
+
+@pytest.mark.parametrize("held", ["notes.txt", "form", "metrics.jsonl", "model"])
+def test_a_folder_of_something_else_is_refused_and_left_as_it_is(folder, held):
+    own = folder.path / held
+    if "." in held:
+        folder.path.mkdir()
+        own.write_text("mine")
+    else:
+        own.mkdir(parents=True)
+        (own / "mine.txt").write_text("mine")
+    before = sorted(folder.path.rglob("*"))
+    with pytest.raises(SettingError, match=f"holds '{held}' but no run; give a new or empty folder"):
+        with folder.claimed():
+            raise AssertionError
+    assert sorted(folder.path.rglob("*")) == before
+
+
+def test_hidden_files_do_not_make_a_folder_another_ones(folder):
+    folder.path.mkdir()
+    (folder.path / ".gitkeep").touch()
+    with folder.claimed():
+        put_form(folder)
+    assert folder.is_run() and (folder.path / ".gitkeep").exists()
+
+
+def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
+    folder.path.mkdir()
+    (folder.path / ".run.lock").touch()
+    (folder.path / ".unfinished-form").mkdir()
+    (folder.path / ".unfinished-form" / "old.json").touch()
+    with folder.claimed():
+        put_form(folder)
+    assert [entry.name for entry in folder.form.iterdir()] == ["config.json"]
+
+
+def test_what_cannot_be_a_folder_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SettingError, match=r"which cannot be written .*; give a folder of your own"):
+            with RunFolder(path).claimed():
+                raise AssertionError
+
+
+def test_a_form_that_fails_leaves_the_earlier_one_and_a_run_that_fails_at_once_nothing(folder):
+    with pytest.raises(ZeroDivisionError), folder.claimed(), folder.new_form():
+        raise ZeroDivisionError
+    assert not folder.path.exists()
+    with folder.claimed():
+        put_form(folder, "first")
+    with pytest.raises(ZeroDivisionError), folder.claimed(), folder.new_form():
+        raise ZeroDivisionError
+    assert (folder.form / "config.json").read_text() == "first"
+    assert {entry.name for entry in folder.path.iterdir()} <= {"form", ".run.lock"}
