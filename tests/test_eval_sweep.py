@@ -27,6 +27,7 @@ from sled.eval.methods import Method
 from sled.eval.pareto import pareto
 from sled.eval.questions import Questions, demo_questions, read_questions
 from sled.eval.sweep import same_tokens, sweep
+from sled.eval.sweep_result import Swept
 from sled.eval.sweep_rows import Row, Rows
 from sled.exits.calibration import p_value
 from sled.lm import LM
@@ -238,6 +239,43 @@ ROW = Row(digest="d", run="r", machine="an, \"odd\" one", versions="v", method="
           measure=None, threshold=0.1, draft=None, n=3, accuracy=1 / 3, low=0.0, high=1.0, lost=0.0, same_texts=1.0,
           same_tokens=1.0, mean_depth=2.5, acceptance=None, tokens=7, seconds=0.1, median_seconds=0.2,
           against_seconds=0.3, against_median_seconds=0.4, tokens_per_second=70.0, relative_speed=3.0, right="010")
+
+
+def fused():
+    """SLED takes 2 seconds where plain decoding takes 1; an exit 1.25 where SLED takes 2.5; SLED at another rate 4
+    where plain decoding takes 1.6."""
+    row = lambda method, against, took, base, accuracy, **has: dataclasses.replace(  # noqa: E731
+        ROW, digest=method, method=method, against=against, seconds=took, against_seconds=base, accuracy=accuracy,
+        relative_speed=base / took, mean_depth=3, **{"layers": "", "threshold": None, **has})
+    rows = (row("no exit", "no exit", 1.0, 1.0, 0.5), row("SLED, no exit", "no exit", 2.0, 1.0, 0.9),
+            row("SLED, exit", "SLED, no exit", 1.25, 2.5, 0.7, layers="1", threshold=0.5),
+            row("SLED, bad exit", "SLED, no exit", 5.0, 2.5, 0.4, layers="1", threshold=0.4),
+            row("other SLED, no exit", "no exit", 4.0, 1.6, 0.8))
+    return Swept(rows, (("SLED, exit", "SLED, bad exit"),), delta=0.1, epsilon=0.1, num_layers=3, what="q")
+
+
+def test_every_row_of_a_fused_sweep_is_placed_by_the_baseline_of_the_exits():
+    swept = fused()
+    assert swept.baseline().method == "SLED, no exit"
+    assert {row.method: swept.speed(row) for row in swept.rows} == pytest.approx({
+        "no exit": 2, "SLED, no exit": 1, "SLED, exit": 2, "SLED, bad exit": 0.5, "other SLED, no exit": 0.8})
+    depth, speed = ([row.method for row in front] for front in swept.fronts())
+    assert depth == ["SLED, no exit"] and speed == ["SLED, no exit", "SLED, exit"]
+    assert "timed beside SLED, no exit, the others beside no exit" in swept.markdown()
+    plain = dataclasses.replace(swept, rows=(swept.rows[0], swept.rows[1], swept.rows[4]), sequences=())
+    assert plain.baseline().method == "no exit" and plain.speed(plain.rows[2]) == plain.rows[2].relative_speed
+    assert [row.method for row in plain.fronts()[1]] == ["SLED, no exit", "no exit"]
+    assert "timed beside" not in plain.markdown()
+
+
+def test_the_picture_of_a_fused_sweep_has_its_baseline_at_1(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(sweep_picture, "FigureCanvasAgg", figures.append)
+    fused().picture(tmp_path / "fused.svg")
+    time = figures[0].axes[1]
+    assert time.get_xlabel() == "times as fast as SLED, no exit"
+    at = {line.get_marker(): line.get_xydata().tolist() for line in time.lines}
+    assert at["*"] == [[1, 0.9]] and at["p"] == [[pytest.approx(0.8), 0.8]]  # of two such marks the last
 
 
 @settings(max_examples=25, deadline=None)
