@@ -345,8 +345,14 @@ def test_questions_from_a_file(tmp_path):
     assert asked.answers == (2, Fraction(1, 2)) and asked.right(["#### 2.0", "#### 0.5 or so"]) == [True, True]
     first = read_questions(path, prompt="q", answer="s", limit=1)
     assert (first.prompts, first.answers, first.source) == (("1+1?",), (1002,), "asked.jsonl")
-    with pytest.raises(DataError, match=r"asked\.jsonl, example 2, has the answer 'a half\?', in which no number"):
+    with pytest.raises(DataError, match=r"asked\.jsonl, example 1, has the answer '1\+1\?', in which no number"):
         read_questions(path, prompt="s", answer="q")
+    path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": 0.00001}\n')
+    assert read_questions(path, prompt="q", answer="a").answers == (1, Fraction(1, 100_000))
+    for value, said in (("3/4", "3/4"), ("s\n#### 1 or 2", "1 or 2"), ("1 000", "1 000"), ("a half?", r"a half\?")):
+        path.write_text("".join(json.dumps({"q": "q?", "a": each}) + "\n" for each in (1, value)))
+        with pytest.raises(DataError, match=f"example 2, has the answer '{said}', .*give one such as 54, .* 1e-5"):
+            read_questions(path, prompt="q", answer="a")
 
 
 def test_questions_are_checked():
