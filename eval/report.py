@@ -67,8 +67,9 @@ class Report:
                  f"{self.model['dtype']}. All settings are in report.json.", "",
                  *(f"- {task.name}: {task.n} samples, {task.num_fewshot} examples before each, task version "
                    f"{task.version}" for task in first)]
+        tested = sum(comparison.tested for comparison in self.comparisons.values())
         for name, comparison in self.comparisons.items():
-            lines += ["", f"## {name}", "", comparison.markdown(), "", f"![{name}]({self.pictures[name]})"]
+            lines += ["", f"## {name}", "", comparison.markdown(tested=tested), "", f"![{name}]({self.pictures[name]})"]
         others = [(method, f"{task.name}: {key}", value) for method, tasks in self.tasks.items() for task in tasks
                   for key, value in task.metrics.items() if f"{task.name}: {key}" not in self.scores]
         if others:
