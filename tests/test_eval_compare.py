@@ -1,5 +1,6 @@
 """Comparing methods on the same samples: hand-computed tests, coverage of the intervals, what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,8 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sled
 from sled.errors import SettingError
 from sled.eval.compare import compare, mcnemar
+from sled.eval.methods import Method
 from sled.eval.report import Report
 
 RNG = np.random.default_rng(5)
@@ -115,6 +118,14 @@ def test_a_report_counts_the_p_values_of_all_its_tables():
     assert [part.count("Of the 4 in all tables of this report") for part in said] == [0, 1, 1, 0, 0]
     assert [part.count("compare with 0.013 instead") for part in said] == [0, 1, 1, 0, 0]
     assert "Bonferroni" not in report({"a": {"base": BASE, "x": OTHER}}).markdown()
+
+
+def test_verified_guesses_have_no_mean_layer():
+    methods = [Method("exit", exits=sled.EarlyExit(1)), Method("guess", exits=sled.SelfSpeculation(1, draft=3))]
+    counts = dict(requests=2, computed=2, truncated=0, unfinished=0, new_tokens=8, layers=12)
+    about = [{"name": m.name, "verifies": m.verifies, "counts": counts} for m in methods]
+    _, _, exit, guess = dataclasses.replace(report({}, about), tasks={"exit": [], "guess": []}).answers()
+    assert exit == "| exit | 2 | 2 | 0 | 0 | - | 1.50 of 2 |" and guess == "| guess | 2 | 2 | 0 | 0 | - | - |"
 
 
 def test_pictures_have_names_of_their_own_and_earlier_ones_go(tmp_path):
