@@ -11,6 +11,10 @@ from fractions import Fraction
 
 from sled.errors import SettingError
 
+# As it stands alone in data: commas before groups of three only, and an exponent, which JSON's small floats have; of
+# three digits at most, as a longer one would fill the memory.
+_ALONE = re.compile(r"\s*\$?\s*(-?)\s*\$?\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?)"
+                    r"([eE][-+]?[0-9]{1,3})?\s*")
 _NUMBER = re.compile(r"\s*\$?\s*(-?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?)")
 
 
@@ -25,6 +29,16 @@ def final_answer(text: str) -> Fraction | None:
         return None
     sign, digits = found.groups()
     return Fraction(sign + digits.replace(",", ""))
+
+
+def right_answer(text: str) -> Fraction | None:
+    """The number that data give as right: all of the text, or all that stands after its last `####`; else None.
+
+    Stricter than `final_answer`, which reads what a model wrote: a number misread here would judge every method
+    wrongly. No fractions such as 3/4, of which `final_answer` would read the 3.
+    """
+    found = _ALONE.fullmatch(text.rpartition("####")[2])
+    return found and Fraction("".join(found.groups("")).replace(",", ""))
 
 
 def exact_match(texts: Sequence[str], answers: Sequence[int]) -> float:

@@ -54,28 +54,42 @@ class Comparison:
     seed: int
     draws: int
 
-    def markdown(self) -> str:
-        """A table, the baseline marked, and below it what the reader must know of its numbers."""
+    @property
+    def tested(self) -> int:
+        """How many p-values there are."""
+        return sum(row.p_value is not None for row in self.rows)
+
+    def markdown(self, *, tested: int | None = None) -> str:
+        """A table, the baseline marked, and below it what the reader must know of its numbers.
+
+        tested: the p-values of the whole report that this is part of; None: it stands alone.
+        """
         cells = [(f"{row.method} (baseline)" if row.method == self.against else row.method, str(row.n),
                   f"{row.mean:.3f}", _interval(row.interval), f"{row.difference:+.3f}",
                   _interval(row.difference_interval, "+"), str(row.wins), str(row.losses),
                   None if row.p_value is None else f"{row.p_value:.2g}") for row in self.rows]
         headings = ("method", "n", "mean", "95%", "difference", "95%", "wins", "losses", "p")
-        return "\n\n".join([table(headings, cells), *self.notes()])
+        return "\n\n".join([table(headings, cells), *self.notes(tested=tested)])
 
-    def notes(self) -> list[str]:
-        """What is too few, too equal or too many to be read as it stands."""
-        notes, n, tested = [], self.rows[0].n, sum(row.p_value is not None for row in self.rows)
+    def notes(self, *, tested: int | None = None) -> list[str]:
+        """What is too few, too equal or too many to be read as it stands. tested: as of `markdown`."""
+        notes, n, count = [], self.rows[0].n, self.tested if tested is None else tested
         if n < FEW:
             notes.append(f"Few samples ({n}): the intervals are rough, and rather too narrow. Below 6 samples on which "
                          "two methods differ, no test shows anything at p < 0.05.")
-        if even := [row.method for row in self.rows if row.interval[0] == row.interval[1]]:
-            notes.append(f"All scores are equal for {', '.join(even)}: an interval without width says that resampling "
-                         f"cannot tell, not that the mean is certain. What never happened in {n} samples may still "
-                         f"happen with a probability of up to {1 - (1 - LEVEL) ** (1 / n):.3f}.")
-        if tested > 1:
-            notes.append(f"Each p is of its own comparison. Of {tested}, the smallest is below 0.05 by chance more "
-                         f"often than one time in 20: compare with {0.05 / tested:.2g} instead (Bonferroni).")
+        flat = lambda bounds: bounds[0] == bounds[1]  # noqa: E731
+        even = {"All scores": [row.method for row in self.rows if flat(row.interval)],
+                f"All differences from {self.against}": [
+                    row.method for row in self.rows if row.method != self.against and flat(row.difference_interval)]}
+        if said := [f"{what} are equal for {', '.join(methods)}" for what, methods in even.items() if methods]:
+            notes.append(f"{'. '.join(said)}: an interval without width says that resampling cannot tell, not that it "
+                         f"is certain. What never happened in {n} samples may still happen with a probability of up to "
+                         f"{1 - (1 - LEVEL) ** (1 / n):.3f}.")
+        if self.tested and count > 1:
+            where = "of this table" if tested is None else "in all tables of this report"
+            notes.append(f"Each p is of its own comparison. Of the {count} {where}, the smallest is below 0.05 by "
+                         f"chance more often than one time in 20: compare with {0.05 / count:.2g} instead "
+                         "(Bonferroni).")
         return notes
 
     def json(self) -> dict[str, Any]:

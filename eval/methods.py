@@ -58,6 +58,11 @@ class Method:
     def leaves_early(self) -> bool:
         return describe(self.exits or FULL_DEPTH) != describe(FULL_DEPTH)
 
+    @property
+    def verifies(self) -> bool:
+        """Whether tokens that leave early are guesses, so that all of a text went through all layers."""
+        return (self.exits or FULL_DEPTH).verifies
+
 
 def baselines(method: Method) -> tuple[Method, ...]:
     """What `method` must be compared with to be believed: the last layer alone and, where it is SLED, the clamp alone.

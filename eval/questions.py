@@ -9,7 +9,7 @@ from pathlib import Path
 from sled.checks import Whole
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, SettingError
-from sled.eval.answers import final_answer
+from sled.eval.answers import final_answer, right_answer
 from sled.train.sources import Source
 
 
@@ -42,16 +42,17 @@ def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | N
     """Questions from a file (.jsonl, .json, .parquet, ...), as `sled.train.sources.Source` reads it.
 
     prompt: a column, or a template such as "Question: {question}\\nAnswer:". answer: the column with the right
-    answer: a number, or a solution that ends with `#### number`, as GSM8K's do. limit: the first so many.
+    answer: a number (54, -1,234, $0.75, 1e-5), or a solution that ends with `#### number`, as GSM8K's do; anything
+    beside it, such as a unit or 3/4, is refused rather than misread. limit: the first so many.
     Raises DataError for a file or row that cannot be used, naming it, and SettingError.
     """
     prompts, answers = [], []
     for example in Source(data, prompt=prompt, completion=answer, limit=limit).open():
-        said = example.body
-        right = final_answer(said if "####" in said else f"#### {said}")
+        right = right_answer(example.body)
         if right is None:
-            raise DataError(f"{example.place} has the answer {said[:60]!r}, in which no number is found; "
-                            "give a number, or a solution that ends with #### and a number")
+            said = example.body.rpartition("####")[2].strip()
+            raise DataError(f"{example.place} has the answer {said[:60]!r}, in which no number stands alone; give one "
+                            "such as 54, -1,234, 0.75 or 1e-5, by itself or after the #### that ends a solution")
         prompts.append(example.prompt)
         answers.append(right)
     if not prompts:

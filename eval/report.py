@@ -25,7 +25,8 @@ class Report:
     """What was found, and all that decided it.
 
     tasks: by method. scores: by "task: metric, filter" the scores [n] of every method, on the same samples.
-    against: the method that the others are compared with. methods: name, settings and counts (`harness.Counts`).
+    against: the method that the others are compared with. methods: name, settings, whether its exits verify, and
+    counts (`sled.eval.answering.Counts`).
     date: when it began; the day that chat templates wrote into prompts, where they do.
     """
 
@@ -67,8 +68,9 @@ class Report:
                  f"{self.model['dtype']}. All settings are in report.json.", "",
                  *(f"- {task.name}: {task.n} samples, {task.num_fewshot} examples before each, task version "
                    f"{task.version}" for task in first)]
+        tested = sum(comparison.tested for comparison in self.comparisons.values())
         for name, comparison in self.comparisons.items():
-            lines += ["", f"## {name}", "", comparison.markdown(), "", f"![{name}]({self.pictures[name]})"]
+            lines += ["", f"## {name}", "", comparison.markdown(tested=tested), "", f"![{name}]({self.pictures[name]})"]
         others = [(method, f"{task.name}: {key}", value) for method, tasks in self.tasks.items() for task in tasks
                   for key, value in task.metrics.items() if f"{task.name}: {key}" not in self.scores]
         if others:
@@ -77,15 +79,18 @@ class Report:
         return "\n".join([*lines, "", "## Answers", "", *self.answers(), ""])
 
     def answers(self) -> list[str]:
-        """Per method a row: requests, computed now, cut prompts, texts at the token limit, no answer, mean depth."""
+        """Per method a row: requests, computed now, cut prompts, texts at the token limit, no answer, mean layer.
+
+        No mean layer where guesses are verified: the layer that said a token first is not where its way ended.
+        """
         head = ["method", "requests", "computed now", "prompts cut", "ended at the limit", "unanswered", "mean layer"]
         rows = []
         for method in self.methods:
             counts = method["counts"]
             none = ", ".join(f"{task.name} ({which}) {n}" for task in self.tasks[method["name"]]
                              for which, n in task.unanswered.items()) or "-"
-            depth = f"{counts['layers'] / counts['new_tokens']:.2f} of {self.model['layers']}" if counts["new_tokens"] \
-                else "-"
+            depth = "-" if method["verifies"] or not counts["new_tokens"] else \
+                f"{counts['layers'] / counts['new_tokens']:.2f} of {self.model['layers']}"
             rows.append([method["name"], counts["requests"], counts["computed"], counts["truncated"],
                          counts["unfinished"], none, depth])
         return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]

@@ -92,7 +92,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     described = next(iter(models.values())).settings()
     report = Report(
         tasks=found, scores=scores_of(found), against=against, seed=seed,
-        methods=[{"name": method.name, "settings": method.settings(),
+        methods=[{"name": method.name, "settings": method.settings(), "verifies": method.verifies,
                   "counts": dataclasses.asdict(models[method.name].counts)} for method in methods],
         model={"name": lm.name, "layers": lm.config.num_layers,
                **{key: described[key] for key in ("weights", "tokenizer", "dtype")}},

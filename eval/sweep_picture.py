@@ -25,16 +25,16 @@ INK, GREY, BAND = "#212529", "#adb5bd", "#f1f3f5"
 
 
 def draw(swept: Swept, path: Path) -> Path:
-    """Accuracy over mean depth, where there is early exit; accuracy over speed relative to no exit; and speed over the
-    draft length, where there are guesses.
+    """Accuracy over mean depth, where there is early exit; accuracy over speed relative to the exits' baseline;
+    and speed over the draft length, where there are guesses.
 
     A colour and marker for each place to leave: full for early exit, the thresholds of one measure joined by a line;
-    empty for guesses. Stars are the baselines, with the interval of that of the exits as a band; the grey line is the
-    Pareto front, the ring the certified choice.
+    empty for guesses; small pentagons for what is timed beside plain decoding. The star is the exits' baseline, with
+    its interval as a band; the grey line is the Pareto front, the ring the certified choice.
     """
     early = [row for row in swept.rows if row.threshold is not None]
     guesses = [row for row in swept.rows if row.draft is not None]
-    base = _baseline(swept)
+    base = swept.baseline()
     widths = [3] * bool(early) + [3] + [2.4] * bool(guesses)
     figure = Figure(figsize=(1 + 1.5 * sum(widths), 5.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -48,7 +48,7 @@ def draw(swept: Swept, path: Path) -> Path:
         panels[0].set_title("Early exit: depth", fontsize=11, loc="left")
         time.sharey(panels[0])
         time.tick_params(labelleft=False)
-    _accuracy(time, swept, base, lambda row: row.relative_speed, speed_front, swept.rows)
+    _accuracy(time, swept, base, swept.speed, speed_front, swept.rows)
     time.axvline(1, color=INK, linewidth=0.8, zorder=1)
     time.set_xlabel(f"times as fast as {base.method}")
     time.set_title("Everything: time", fontsize=11, loc="left")
@@ -121,12 +121,6 @@ def _plain(axes) -> None:
     axes.grid(color="#dee2e6", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _baseline(swept: Swept) -> Row:
-    """The baseline of the methods with exits; without any, plain decoding."""
-    name = next((row.against for row in swept.rows if row.layers), swept.rows[0].against)
-    return next(row for row in swept.rows if row.method == name)
 
 
 def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:

@@ -98,20 +98,29 @@ class Swept:
         with written_whole(folder / "sweep.png") as beside:
             self.picture(beside)
 
+    def baseline(self) -> Row:
+        """The baseline of the methods with exits, which share one; without any, plain decoding."""
+        rows = {row.method: row for row in self.rows}
+        return rows[rows[self.sequences[0][0]].against if self.sequences else self.rows[0].against]
+
+    def speed(self, row: Row) -> float:
+        """How many times as fast as `baseline()` the row is; 1 for the baseline itself.
+
+        Of a row timed beside that baseline, its relative speed. Fusions are timed beside plain decoding, as the
+        baseline was: their relative speed over its. So seconds are compared within the same rounds only.
+        """
+        base = self.baseline()
+        return row.relative_speed if row.against == base.method else row.relative_speed / base.relative_speed
+
     def by_depth(self) -> list[Row]:
         """Rows whose mean depth says what was computed: not those of verified guesses, whose tokens all layers saw."""
         return [row for row in self.rows if row.draft is None]
 
     def fronts(self) -> tuple[list[Row], list[Row]]:
-        """Rows that no other row beats in accuracy and mean depth, and in accuracy and relative speed.
-
-        Only rows with the same baseline compare: those of the methods with exits, if there are any.
-        """
-        mine = [row for row in self.rows if row.against == self.rows[-1].against] if self.sequences else self.rows
-        shallow = [row for row in self.by_depth() if row in mine]
-        accuracy = lambda rows: [row.accuracy for row in rows]  # noqa: E731
+        """Rows that no other row beats in accuracy and mean depth, and in accuracy and `speed`."""
+        shallow, accuracy = self.by_depth(), lambda rows: [row.accuracy for row in rows]
         return ([shallow[i] for i in pareto([-row.mean_depth for row in shallow], accuracy(shallow))],
-                [mine[i] for i in pareto([row.relative_speed for row in mine], accuracy(mine))])
+                [self.rows[i] for i in pareto([self.speed(row) for row in self.rows], accuracy(self.rows))])
 
     def _fronts(self) -> list[str]:
         listed = lambda rows: "; ".join(row.method for row in rows)  # noqa: E731
@@ -130,6 +139,12 @@ class Swept:
             f"the layer that said a token, of {self.num_layers}; verified guesses went through all of them. times as "
             "fast: its seconds over the method's, for all questions, fastest round of each, timed in the same rounds. "
             "by medians: the same of the median rounds; as far as the two differ, speed is noise."]
+        if len(against) > 1:
+            base = self.baseline()
+            notes.append(f"Methods with exits are timed beside {base.method}, the others beside {base.against}. Where "
+                         f"the picture and the front by speed hold all of them, {base.method} is 1, and what was timed "
+                         f"beside {base.against} has its own times as fast over that of {base.method}: two "
+                         "measurements, so more noise.")
         runs = dict.fromkeys(row.run for row in self.rows)
         if len(runs) > 1:
             notes.append(f"These rows stem from {len(runs)} runs ({', '.join(runs)}). Seconds and tokens per second of "

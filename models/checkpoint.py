@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
 _UNFINISHED = ".unfinished-"
+_SHARDS = "model-*-of-*.safetensors"
 
 
 def load_folder(path: str | Path, *, dtype=None) -> Decoder:
@@ -72,7 +73,8 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     `dtype` None stores every weight as it is. `tokenizer_from` is a folder whose tokenizer files are
     copied. An existing model folder is overwritten: its weights and configuration are replaced, its
     other files stay. Everything is first written under a name that no loader takes for a model, and
-    `config.json` moves last.
+    `config.json` moves last. Killed at any moment, it can be called again; what it left is then removed, so two
+    programs must not save into one folder at once.
 
     Raises ConfigError where the family's format cannot express the model, CheckpointError where
     weights are not finite or the folder holds something else than a model.
@@ -171,23 +173,40 @@ def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str |
 
 def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weight], heads: dict[str, _Weight], dtype,
                   main_type, max_shard_bytes: int, tokenizer_from: str | Path | None):
-    """Everything under a name of its own first, then moved into place, `config.json` last."""
+    """Everything under a name of its own first, then moved into place, `config.json` last.
+
+    Without it no loader takes the folder for a model. Weights move first, those of an earlier model go after that: so
+    wherever this ends, the folder holds weights, or the unfinished folder, by which the next save knows its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
         scratch = Path(unfinished)
+        for killed in folder.glob(f"{_UNFINISHED}*"):
+            if killed != scratch:
+                shutil.rmtree(killed)
         _write_weights(weights, scratch, dtype, max_shard_bytes)
         if heads:
             arrays = {name: weight.gather(name, dtype) for name, weight in heads.items()}
             save_file(arrays, scratch / HEADS, metadata={"format": "pt"})
         write_form(scratch, config, main_type, tokenizer_from)
 
-        shards = folder.glob("model-*-of-*.safetensors")
-        for old in [folder / "config.json", folder / SINGLE, folder / INDEX, folder / HEADS, folder / HEADS_CONFIG,
-                    *shards]:
-            old.unlink(missing_ok=True)
-        for new in sorted(scratch.iterdir(), key=lambda file: file.name == "config.json"):
-            new.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the user alone
-            new.replace(folder / new.name)
+        new = {file.name: file for file in sorted(scratch.iterdir(), key=_turn)}
+        for file in new.values():
+            file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the user alone
+        earlier = [SINGLE, INDEX, HEADS, HEADS_CONFIG, *(file.name for file in folder.glob(_SHARDS))]
+        last = new.pop("config.json")
+        (folder / last.name).unlink(missing_ok=True)
+        for name, file in new.items():
+            file.replace(folder / name)
+        for name in earlier:
+            if name not in new:
+                (folder / name).unlink(missing_ok=True)
+        last.replace(folder / last.name)
+
+
+def _turn(file: Path) -> tuple[bool, bool, str]:
+    """Sorts files by when they move: first what tells a model folder from others, then the other weights."""
+    return file.name not in (SINGLE, INDEX), file.suffix != ".safetensors", file.name
 
 
 def _write_weights(weights: dict[str, _Weight], folder: Path, dtype, max_shard_bytes: int):
@@ -218,9 +237,9 @@ def _refuse_foreign(folder: Path):
     """Raises CheckpointError where saving would mix a model into a folder of something else."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give the name of a folder")
-    held = [] if not folder.exists() else [f for f in folder.iterdir() if not f.name.startswith(_UNFINISHED)]
-    if held and not (folder / SINGLE).exists() and not (folder / INDEX).exists():
-        raise CheckpointError(f"{folder} is not empty and not a model folder (it holds {held[0].name}); give "
+    held = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
+    if held and not any(name in (SINGLE, INDEX) or name.startswith(_UNFINISHED) for name in held):
+        raise CheckpointError(f"{folder} is not empty and not a model folder (it holds {held[0]}); give "
                               "a new or empty folder")
 
 

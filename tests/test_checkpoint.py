@@ -1,6 +1,8 @@
 """Folders in and out: what is written reads back the same, here and in transformers."""
 
 import json
+import tempfile
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -150,6 +152,53 @@ def test_an_interrupted_save_leaves_the_old_model(tiny_folder, tmp_path, monkeyp
         save_folder(load_folder(tiny_folder("qwen3")), folder)
     same(stored(folder), stored(tiny_folder("llama")))
     assert load_folder(folder).config.family == "llama"
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["raised", "killed"])
+@pytest.mark.parametrize("earlier, shards", [(None, None), (None, 20_000), (20_000, None), (10**9, 20_000)],
+                         ids=["new", "new-sharded", "sharded-to-one", "one-to-sharded"])
+def test_a_save_stopped_at_any_move_is_made_good_by_the_next(killed, earlier, shards, tiny_folder, tmp_path,
+                                                             monkeypatch):
+    """Stopped after each number of moves and removals, with what it wrote so far cleared away or, as by a kill, not."""
+    decoder, source = load_folder(tiny_folder("llama")), tmp_path / "source"
+    source.mkdir()
+    (source / "added_tokens.json").write_text("{}")  # sorts before all weights
+    how = dict(max_shard_bytes=shards or 10**9, tokenizer_from=source)
+    clean = save_folder(decoder, tmp_path / "clean", **how)
+
+    for steps in range(100):
+        folder = tmp_path / f"stopped-{steps}"
+        if earlier:
+            save_folder(load_folder(tiny_folder("qwen3")), folder, max_shard_bytes=earlier, tokenizer_from=source)
+            (folder / "notes.txt").write_text("mine")
+        left = iter([True] * steps)
+
+        def counted(real, left=left):
+            def step(path, *args, **kwargs):
+                if not next(left, False):
+                    raise KeyboardInterrupt
+                return real(path, *args, **kwargs)
+            return step
+
+        with monkeypatch.context() as patch:
+            for name in ("replace", "unlink"):
+                patch.setattr(Path, name, counted(getattr(Path, name)))
+            if killed:
+                patch.setattr(tempfile.TemporaryDirectory, "__exit__", lambda self, *_: not self._finalizer.detach())
+            try:
+                save_folder(decoder, folder, **how)
+                break
+            except KeyboardInterrupt:
+                pass
+        if steps:
+            with pytest.raises(CheckpointError, match=r"config\.json"):
+                load_folder(folder)
+        save_folder(decoder, folder, **how)
+        same(stored(folder), stored(clean))
+        assert load_folder(folder).config == decoder.config
+        assert {f.name for f in folder.iterdir()} - {"notes.txt"} == {f.name for f in clean.iterdir()}
+        assert (folder / "notes.txt").exists() == bool(earlier)
+    assert steps > 4
 
 
 @pytest.mark.parametrize("prepare, says", [

@@ -1,5 +1,6 @@
 """Comparing methods on the same samples: hand-computed tests, coverage of the intervals, what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,13 +8,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sled
 from sled.errors import SettingError
 from sled.eval.compare import compare, mcnemar
+from sled.eval.methods import Method
 from sled.eval.report import Report
 
 RNG = np.random.default_rng(5)
 BASE = (RNG.random(80) < 0.6).astype(float)
 OTHER = np.where(RNG.random(80) < 0.3, 1 - BASE, BASE)
+
+
+def report(scores, methods=()):
+    return Report(tasks={"base": []}, scores=scores, methods=list(methods), settings={}, versions={}, hardware="h",
+                  model=dict(name="m", weights="0" * 64, dtype="float32", layers=2), date="d", against="base", seed=0)
 
 
 @pytest.mark.parametrize(("wins", "losses", "p"), [
@@ -84,7 +92,7 @@ def test_the_report_warns_where_numbers_say_less_than_they_seem_to(tmp_path):
     said = few.markdown()
     assert "base (baseline)" in said and "a \\| b" in said and "| -0.333 |" in said
     assert "Few samples (3)" in said and "All scores are equal for base" in said and "0.632" in said
-    assert "compare with 0.025" in said
+    assert "Of the 2 of this table" in said and "compare with 0.025" in said
     assert "Few" not in compare({"base": BASE, "other": OTHER}, "base", draws=50).markdown()
     written = json.loads(json.dumps(few.json()))
     assert written["against"] == "base" and written["rows"][2]["wins"] == 0 and len(written["rows"]) == 3
@@ -95,11 +103,34 @@ def test_the_report_warns_where_numbers_say_less_than_they_seem_to(tmp_path):
         few.picture(tmp_path / "a.bmp")
 
 
+def test_differences_without_width_are_noted_as_means_are():
+    said = compare({"base": BASE, "same": BASE, "flip": OTHER}, "base", draws=50).markdown()
+    assert "All differences from base are equal for same: an interval without width" in said
+    assert "All scores" not in said and "0.037" in said  # 1 - 0.05 ** (1 / 80)
+    assert "without width" not in compare({"base": BASE, "flip": OTHER}, "base", draws=50).markdown()
+    assert "without width" not in compare({"base": BASE}, "base", draws=50).markdown()
+
+
+def test_a_report_counts_the_p_values_of_all_its_tables():
+    scores = {"a": {"base": BASE, "x": OTHER, "y": OTHER}, "b": {"base": BASE, "x": OTHER, "y": OTHER},
+              "c": {"base": BASE, "x": BASE / 2, "y": BASE / 2}}
+    said = report(scores).markdown().split("\n## ")
+    assert [part.count("Of the 4 in all tables of this report") for part in said] == [0, 1, 1, 0, 0]
+    assert [part.count("compare with 0.013 instead") for part in said] == [0, 1, 1, 0, 0]
+    assert "Bonferroni" not in report({"a": {"base": BASE, "x": OTHER}}).markdown()
+
+
+def test_verified_guesses_have_no_mean_layer():
+    methods = [Method("exit", exits=sled.EarlyExit(1)), Method("guess", exits=sled.SelfSpeculation(1, draft=3))]
+    counts = dict(requests=2, computed=2, truncated=0, unfinished=0, new_tokens=8, layers=12)
+    about = [{"name": m.name, "verifies": m.verifies, "counts": counts} for m in methods]
+    _, _, exit, guess = dataclasses.replace(report({}, about), tasks={"exit": [], "guess": []}).answers()
+    assert exit == "| exit | 2 | 2 | 0 | 0 | - | 1.50 of 2 |" and guess == "| guess | 2 | 2 | 0 | 0 | - | - |"
+
+
 def test_pictures_have_names_of_their_own_and_earlier_ones_go(tmp_path):
     def write(*scores):
-        about = dict(methods=[], model=dict(name="m", weights="0" * 64, dtype="float32", layers=2), settings={},
-                     versions={}, hardware="h", date="d", against="base", seed=0)
-        Report(tasks={"base": []}, scores={score: {"base": [1, 0]} for score in scores}, **about).write(tmp_path)
+        report({score: {"base": [1, 0]} for score in scores}).write(tmp_path)
         return {path.name for path in tmp_path.glob("*.png")}
 
     (tmp_path / "mine.png").write_bytes(b"")

@@ -27,6 +27,7 @@ from sled.eval.methods import Method
 from sled.eval.pareto import pareto
 from sled.eval.questions import Questions, demo_questions, read_questions
 from sled.eval.sweep import same_tokens, sweep
+from sled.eval.sweep_result import Swept
 from sled.eval.sweep_rows import Row, Rows
 from sled.exits.calibration import p_value
 from sled.lm import LM
@@ -240,6 +241,43 @@ ROW = Row(digest="d", run="r", machine="an, \"odd\" one", versions="v", method="
           against_seconds=0.3, against_median_seconds=0.4, tokens_per_second=70.0, relative_speed=3.0, right="010")
 
 
+def fused():
+    """SLED takes 2 seconds where plain decoding takes 1; an exit 1.25 where SLED takes 2.5; SLED at another rate 4
+    where plain decoding takes 1.6."""
+    row = lambda method, against, took, base, accuracy, **has: dataclasses.replace(  # noqa: E731
+        ROW, digest=method, method=method, against=against, seconds=took, against_seconds=base, accuracy=accuracy,
+        relative_speed=base / took, mean_depth=3, **{"layers": "", "threshold": None, **has})
+    rows = (row("no exit", "no exit", 1.0, 1.0, 0.5), row("SLED, no exit", "no exit", 2.0, 1.0, 0.9),
+            row("SLED, exit", "SLED, no exit", 1.25, 2.5, 0.7, layers="1", threshold=0.5),
+            row("SLED, bad exit", "SLED, no exit", 5.0, 2.5, 0.4, layers="1", threshold=0.4),
+            row("other SLED, no exit", "no exit", 4.0, 1.6, 0.8))
+    return Swept(rows, (("SLED, exit", "SLED, bad exit"),), delta=0.1, epsilon=0.1, num_layers=3, what="q")
+
+
+def test_every_row_of_a_fused_sweep_is_placed_by_the_baseline_of_the_exits():
+    swept = fused()
+    assert swept.baseline().method == "SLED, no exit"
+    assert {row.method: swept.speed(row) for row in swept.rows} == pytest.approx({
+        "no exit": 2, "SLED, no exit": 1, "SLED, exit": 2, "SLED, bad exit": 0.5, "other SLED, no exit": 0.8})
+    depth, speed = ([row.method for row in front] for front in swept.fronts())
+    assert depth == ["SLED, no exit"] and speed == ["SLED, no exit", "SLED, exit"]
+    assert "timed beside SLED, no exit, the others beside no exit" in swept.markdown()
+    plain = dataclasses.replace(swept, rows=(swept.rows[0], swept.rows[1], swept.rows[4]), sequences=())
+    assert plain.baseline().method == "no exit" and plain.speed(plain.rows[2]) == plain.rows[2].relative_speed
+    assert [row.method for row in plain.fronts()[1]] == ["SLED, no exit", "no exit"]
+    assert "timed beside" not in plain.markdown()
+
+
+def test_the_picture_of_a_fused_sweep_has_its_baseline_at_1(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(sweep_picture, "FigureCanvasAgg", figures.append)
+    fused().picture(tmp_path / "fused.svg")
+    time = figures[0].axes[1]
+    assert time.get_xlabel() == "times as fast as SLED, no exit"
+    at = {line.get_marker(): line.get_xydata().tolist() for line in time.lines}
+    assert at["*"] == [[1, 0.9]] and at["p"] == [[pytest.approx(0.8), 0.8]]  # of two such marks the last
+
+
 @settings(max_examples=25, deadline=None)
 @given(share=st.floats(0, 1))
 def test_a_file_cut_anywhere_gives_its_whole_rows(tmp_path_factory, share):
@@ -307,8 +345,14 @@ def test_questions_from_a_file(tmp_path):
     assert asked.answers == (2, Fraction(1, 2)) and asked.right(["#### 2.0", "#### 0.5 or so"]) == [True, True]
     first = read_questions(path, prompt="q", answer="s", limit=1)
     assert (first.prompts, first.answers, first.source) == (("1+1?",), (1002,), "asked.jsonl")
-    with pytest.raises(DataError, match=r"asked\.jsonl, example 2, has the answer 'a half\?', in which no number"):
+    with pytest.raises(DataError, match=r"asked\.jsonl, example 1, has the answer '1\+1\?', in which no number"):
         read_questions(path, prompt="s", answer="q")
+    path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": 0.00001}\n')
+    assert read_questions(path, prompt="q", answer="a").answers == (1, Fraction(1, 100_000))
+    for value, said in (("3/4", "3/4"), ("s\n#### 1 or 2", "1 or 2"), ("1 000", "1 000"), ("a half?", r"a half\?")):
+        path.write_text("".join(json.dumps({"q": "q?", "a": each}) + "\n" for each in (1, value)))
+        with pytest.raises(DataError, match=f"example 2, has the answer '{said}', .*give one such as 54, .* 1e-5"):
+            read_questions(path, prompt="q", answer="a")
 
 
 def test_questions_are_checked():

@@ -15,22 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from headed_models import stirred
 from safetensors.numpy import load_file
 
 import sled
 from sled.binding import bind, digest_of_weights
 from sled.calibration import Step
 from sled.cli import main
+from sled.decoding.network import fuse
 from sled.errors import CalibrationError, CheckpointError, SettingError
 from sled.export.card import Card, Measured
 from sled.export.forms import export_hf, export_orbax, export_program
-from sled.export.program import _export
+from sled.export.program import _export, trace_step
+from sled.export.settings import take_apart
 from sled.export.target import replacing
 from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig, ExitHeads, load_folder, load_orbax, save_folder, save_orbax
 from sled.models.checkpoint import write_form
 from sled.models.hub import folder_of
+from sled.text import Text
 from sled.train.checkpoint import Checkpoints
 from sled.train.trained import read_checkpoint
 
@@ -307,6 +311,30 @@ def test_the_fused_step_is_the_fusion(programs, decoder):
     assert programs["bound"] == "fusion.scale must be from 1 to 16, its bound at export"
 
 
+@pytest.mark.parametrize(("heads", "norm_early", "states"), [
+    (ExitHeads((1,), "affine"), False, ["head", "raw", "normed"]),
+    (ExitHeads((2,), "mlp"), True, ["normed", "head", "normed"]),
+    (ExitHeads((1, 2), "norm", tied=False), False, ["raw", "raw", "normed"]), (None, True, ["normed"] * 3),
+], ids=["affine", "mlp", "untied", "none"])
+def test_the_fused_step_takes_states_in_the_form_that_it_says(heads, norm_early, states):
+    lm = LM(stirred(random_decoder(heads)) if heads else random_decoder(), Text(None, "m"), name="m")
+    network, fusion = lm.build(lm.params), sled.SLED(layers=(1, 2), scale=5, norm_early=norm_early)
+    parts = take_apart("fusion", fusion, {})
+    traced = trace_step(lm, parts, {})
+    assert traced.about["layers"] == [1, 2, 3] and traced.about["states"] == states
+    hidden = network.hidden_states(jnp.arange(6, 30)[None])[:, 0]
+    forms = {"raw": lambda n: hidden[n], "normed": lambda n: network.normalise(hidden[n]),
+             "head": lambda n: network.exit_head(n).read(hidden[n])}
+    given = jnp.stack([forms[form](n) for n, form in enumerate(states, 1)], axis=1)
+    numbers = {name: np.broadcast_to(number.default, (len(given), *number.default.shape))
+               for name, number in parts.numbers.items()}
+    said = jax.export.deserialize(bytearray(traced.data)).call(network.head_weight, numbers, given)["logits"]
+    np.testing.assert_allclose(said, fuse(network, fusion, dict(enumerate(hidden)), 3), rtol=1e-5, atol=1e-5)
+    other = given.at[:, 0].set(hidden[1] if states[0] != "raw" else network.normalise(hidden[1]))
+    swapped = fusion.logits(other, SharedHead(network.head_weight))
+    assert not np.allclose(said, swapped, rtol=1e-2, atol=1e-2)  # the form matters
+
+
 def test_a_program_describes_itself(programs, decoder):
     about = json.loads((programs["root"] / "speculation" / "program.json").read_text())
     whole = about["programs"]["generate"]
@@ -319,7 +347,10 @@ def test_a_program_describes_itself(programs, decoder):
     assert about["numbers"]["exits.draft"] == {"dtype": "int32", "rows": True, "shape": [], "default": 2, "most": 3}
     assert about["numbers"]["schedule.rows"]["rows"] is False and about["stop_ids"] == [5]
     assert about["weights"]["sha256"] == digest_of_weights(nnx.state(decoder))
-    assert about["programs"]["fuse"]["projection"] == "embedding.weight"
+    assert about["programs"]["fuse"]["projection"] == "embedding.weight" and about["exit_heads"] is None
+    headed = json.loads((programs["root"] / "early" / "program.json").read_text())
+    assert headed["exit_heads"] == {"layers": [1, 2], "kind": "affine", "tied": True}
+    assert headed["programs"]["fuse"]["states"] == ["raw", "head", "head", "normed"]
     weights = load_file(programs["root"] / "speculation" / "weights.safetensors")
     assert {f"weights/{name}" for name in weights} <= arguments.keys()
     assert (programs["root"] / "speculation" / "generate.jax_export").stat().st_size < 400_000  # no weights in it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -73,18 +73,28 @@ Build = Callable[[Any], Network]
 
 def candidates(network: Network, states: Mapping[int, jax.Array], early: tuple[int, ...], norm_early: bool,
                last: int) -> jax.Array:
-    """Hidden states [..., C, D] for a fusion: the early layers asked for, then layer `last`, read by its exit head.
-
-    An early layer with a head is read by it too, whatever `norm_early` says: a head is trained for what it gives. Not
-    if the head has its own projection, which says nothing of how the state looks to the one that a fusion shares.
+    """Hidden states [..., C, D] for a fusion: the early layers asked for, each in its form (`form_of`), then layer
+    `last`, read by its exit head.
     """
     def early_one(n):
-        head = network.exit_head(n)
-        if head is not None and head.projection is None:
-            return head.read(states[n])
-        return network.normalise(states[n]) if norm_early else states[n]
+        form = form_of(network, n, norm_early)
+        if form == "head":
+            return network.exit_head(n).read(states[n])
+        return network.normalise(states[n]) if form == "normed" else states[n]
 
     return jnp.stack([*map(early_one, early), read(network, states[last], last)], axis=-2)
+
+
+def form_of(network: Network, layer: int, norm_early: bool) -> Literal["raw", "normed", "head"]:
+    """How early layer `layer` goes into a fusion: as it is, through the final norm, or read by its exit head.
+
+    A layer with a head is read by it whatever `norm_early` says: a head is trained for what it gives. Not if the head
+    has its own projection, which says nothing of how the state looks to the one that a fusion shares.
+    """
+    head = network.exit_head(layer)
+    if head is not None and head.projection is None:
+        return "head"
+    return "normed" if norm_early else "raw"
 
 
 def read(network: Network, h, layer: int) -> jax.Array:

@@ -12,6 +12,7 @@ Types, layers and bounds of fusion and exits are fixed; all their numbers stay a
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 from sled.arguments import A_POLICY, A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, which_schedule
 from sled.binding import digest_of_weights
-from sled.decoding.network import fused_layers
+from sled.decoding.network import form_of, fused_layers
 from sled.decoding.whole import generate
 from sled.describe import describe
 from sled.exits import Policy, Schedule
@@ -39,7 +40,7 @@ from sled.export.settings import Parts, take_apart
 from sled.fusion import SharedHead, default_tile
 from sled.lm import LM
 
-FORMAT = 1  # of program.json
+FORMAT = 2  # of program.json
 ABOUT, WEIGHTS, RUN = "program.json", "weights.safetensors", "run.py"
 PLATFORMS = ("cpu", "cuda", "tpu")
 PACKAGES = ("sled-jax", "jax", "jaxlib", "flax")
@@ -91,6 +92,7 @@ def save_program(lm: LM, folder: Path, *, fusion=FINAL_LAYER, exits: Policy = FU
         "stop_ids": list(config.eos_ids),
         "vocabulary": config.vocab_size,
         "max_positions": config.max_positions,
+        "exit_heads": config.exit_heads and dataclasses.asdict(config.exit_heads),
         "weights": {"file": WEIGHTS, "sha256": digest_of_weights(lm.params)},
         "tokenizer": tokenizer.name if has_tokenizer else None,
         "source": source,
@@ -129,7 +131,7 @@ def trace_generation(lm: LM, parts: list[Parts], arrays: dict[str, np.ndarray], 
 def trace_step(lm: LM, fusion: Parts, arrays: dict[str, np.ndarray]) -> Traced:
     """The fusion's logits [b, V] of hidden states [b, C, D] as they enter the projection [V, D]; b is symbolic.
 
-    Candidate layers as in program.json, the last one last; those that it calls normed are so before they come here.
+    Candidate layers as in program.json, the last one last; they come in the form that it says (`form_of`).
     """
     network, last = lm.build(lm.params), lm.config.num_layers
     early = fused_layers(network, fusion.whole, last)
@@ -148,7 +150,8 @@ def trace_step(lm: LM, fusion: Parts, arrays: dict[str, np.ndarray]) -> Traced:
                                    "hidden": hidden})
     head = "embedding.weight" if network.tied_head else "head.weight"
     return traced._replace(about=traced.about | {
-        "projection": head, "layers": [*early, last], "normed": [*[bool(fusion.whole.norm_early)] * len(early), True]})
+        "projection": head, "layers": [*early, last],
+        "states": [*(form_of(network, n, fusion.whole.norm_early) for n in early), "normed"]})
 
 
 def _export(name: str, run: Callable, arguments: dict[str, Any]) -> Traced:
