@@ -82,7 +82,7 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     if max_shard_bytes < 1:
         raise SettingError(f"max_shard_bytes is {max_shard_bytes}, but it must be at least 1")
     folder = Path(path)
-    _refuse_foreign(folder)
+    refuse_foreign(folder)
     if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
         raise CheckpointError(f"{tokenizer_from} is not a folder; give one that holds tokenizer.json")
     config = decoder.config
@@ -233,7 +233,7 @@ def _write_weights(weights: dict[str, _Weight], folder: Path, dtype, max_shard_b
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def _refuse_foreign(folder: Path):
+def refuse_foreign(folder: Path) -> None:
     """Raises CheckpointError where saving would mix a model into a folder of something else."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give the name of a folder")

@@ -23,6 +23,7 @@ from sled.checks import Instance, OrNone, Whole, settle
 from sled.describe import describe
 from sled.errors import SettingError, TrainingError
 from sled.models import save_folder
+from sled.models.checkpoint import refuse_foreign
 from sled.models.config import ExitHeads
 from sled.train.batches import Batches, some_batches
 from sled.train.begin import Beginning, NewModel, begin, first_decoder
@@ -146,6 +147,7 @@ class _Training:
         self.run, recipe = run, run.recipe
         mesh = run.mesh.build()
         self.folder = RunFolder(run.folder)
+        refuse_foreign(self.folder.model)
         self.part = recipe.batch // recipe.accumulate
         begun = bool(self.folder.steps)
         with contextlib.nullcontext(self.folder.form) if begun else self.folder.new_form() as form:
