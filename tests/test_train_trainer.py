@@ -203,6 +203,13 @@ def test_two_processes_train_save_and_resume_and_one_process_goes_on(spread, uni
     assert complete_steps(spread / "two" / "checkpoints") == [4, 8, 12]
 
 
+def test_processes_with_different_data_are_refused(spread):
+    for index in range(2):
+        said = (spread / f"data{index}" / "said.txt").read_text()
+        assert said.startswith(f"data is not the same in process {index} and in process {1 - index}; start all")
+    assert complete_steps(spread / "unlike" / "checkpoints") == []
+
+
 def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
     lines = [{"question": f"Say {word} backwards.", "answer": f" {word[::-1]}."}
              for word in ("level", "reward", "lemon")]

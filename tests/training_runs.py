@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.cli import main
+from sled.errors import SettingError
 from sled.models import ExitHeads
 from sled.pytree import traced
 from sled.train.begin import NewModel
@@ -98,6 +99,15 @@ class _OneOf(Mesh):
 def in_two_processes(address, index, data, out) -> None:
     initialize(Processes(coordinator=address, count=2, index=int(index)))
     remember_programs(data)
+    own = Path(out) / f"data{index}"
+    own.mkdir()
+    for name in ("train.jsonl", "held_out.jsonl"):
+        lines = (Path(data) / name).read_text().splitlines()
+        (own / name).write_text("\n".join(lines[int(index) if name == "train.jsonl" else 0:]))
+    try:
+        train(run_of(Path(out) / "unlike", own))
+    except SettingError as error:
+        (own / "said.txt").write_text(str(error))
     for steps in (4, 8):
         train(run_of(Path(out) / "two", data, every=4, steps=steps))
     jax.distributed.shutdown()

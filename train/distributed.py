@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 
 from sled.checks import Whole
 from sled.errors import SettingError
@@ -76,6 +82,29 @@ def initialize(processes: Processes | None = None) -> str:
         raise SettingError(f"no {cluster} cluster was found ({reason}); start the command on every host of it, or "
                            "give coordinator, count and index") from reason
     return f"process {jax.process_index()} of {jax.process_count()}, {cluster}"
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Raises SettingError, in all processes, where one was given other settings than the first: each would compute a
+    part of something else.
+
+    settings: as JSON has them, with the same keys everywhere. Names beside digests (`sled.train.same_run`) may differ,
+    as machines have paths of their own.
+    """
+    if jax.process_count() == 1:
+        return
+    digests_KD = np.stack([_digest(value) for value in settings.values()])
+    differs_PK = (process_allgather(digests_KD) != digests_KD).any(-1)
+    for name, differs_P in zip(settings, differs_PK.T, strict=True):
+        if differs_P.any():
+            raise SettingError(f"{name} is not the same in process {jax.process_index()} and in process "
+                               f"{differs_P.argmax()}; start all of them with the same options and the same data")
+
+
+def _digest(value) -> np.ndarray:
+    if isinstance(value, Mapping) and "digest" in value:
+        value = value["digest"]
+    return np.frombuffer(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest(), np.uint8)
 
 
 def _cluster(environment) -> str | None:

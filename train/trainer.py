@@ -28,6 +28,7 @@ from sled.models.config import ExitHeads
 from sled.train.batches import Batches, some_batches
 from sled.train.begin import Beginning, NewModel, begin, first_decoder
 from sled.train.checkpoint import Checkpoints
+from sled.train.distributed import check_alike
 from sled.train.memory import Plan, plan
 from sled.train.mesh import Mesh
 from sled.train.metrics import HELD_OUT, Metrics, progress_bar, progress_line
@@ -157,6 +158,8 @@ class _Training:
                 self.placing.local_rows(self.part)  # raises where a part does not divide
             self.rows = self._read(run.source)
             self.held_out = None if run.held_out is None else self._read(run.held_out)
+        self.settings = self._settings()
+        check_alike(self.settings)
         self.optimizer = optimizer or _optimizer(recipe)
         self.batches = Batches(self.rows, recipe.batch, seed=recipe.seed, **self._who(recipe.batch))
         decoder = first_decoder(self.beginning, recipe.seed, self.placing)
@@ -164,7 +167,6 @@ class _Training:
         self.state = init_state(weights, self.optimizer, self.placing, learns=recipe.learns)
         self.train_step = make_train_step(decoder, recipe, self.optimizer, self.placing)
         self.evaluate = make_evaluation(decoder, recipe, self.placing)
-        self.settings = self._settings()
         self.may_change = {"recipe.steps": same_rates(_rates(recipe)), "recipe.remat": anything}
         if recipe.dropout is None:  # which draws for each part on its own
             self.may_change["recipe.accumulate"] = anything
