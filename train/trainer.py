@@ -177,15 +177,7 @@ class _Training:
                 self.folder.checkpoints, self.settings, every=run.every, keep=run.keep, may_change=self.may_change,
                 follow=FOLLOW) as checkpoints:
             begun = self._resume(checkpoints)
-            self._say(f"{sum(_sizes(self.state.weights)):,} parameters on {jax.device_count()} "
-                      f"{jax.devices()[0].device_kind}; data: {self.rows.report}")
-            self._say(f"recipe: {recipe}")
-            if isinstance(run.model, NewModel) and self.beginning.config.vocab_size < run.model.vocabulary:
-                self._say(f"warning: the tokenizer has {self.beginning.config.vocab_size} tokens, not "
-                          f"{run.model.vocabulary}: the data gives no more")
-            if recipe.steps <= recipe.warmup:
-                self._say(f"warning: the learning rate rises over {recipe.warmup} steps, but the run has "
-                          f"{recipe.steps}; give a shorter warm-up")
+            self._announce()
             with self._metrics(begun) as metrics, progress_bar(recipe.steps, begun) as bar:
                 for step, told, made in self._steps(begun, metrics):
                     last = step == recipe.steps
@@ -204,6 +196,17 @@ class _Training:
             draw(self.folder.metrics, self.folder.picture)
         return save_folder(nnx.merge(self.graph, self.state.weights), self.folder.model,
                            tokenizer_from=self.folder.form)
+
+    def _announce(self) -> None:
+        model, recipe, vocabulary = self.run.model, self.run.recipe, self.beginning.config.vocab_size
+        self._say(f"{sum(_sizes(self.state.weights)):,} parameters on {jax.device_count()} "
+                  f"{jax.devices()[0].device_kind}; data: {self.rows.report}")
+        self._say(f"recipe: {recipe}")
+        if isinstance(model, NewModel) and model.tokenizer is None and vocabulary < model.vocabulary:
+            self._say(f"warning: the tokenizer has {vocabulary} tokens, not {model.vocabulary}: the data gives no more")
+        if recipe.steps <= recipe.warmup:
+            self._say(f"warning: the learning rate rises over {recipe.warmup} steps, but the run has {recipe.steps}; "
+                      "give a shorter warm-up")
 
     def _steps(self, begun: int, metrics: Metrics) -> Iterator[tuple[int, dict[str, Any], StepMetrics]]:
         """Takes the steps after `begun`; yields each with what was told of it, most often nothing, and its metrics."""
