@@ -15,20 +15,20 @@ from sled.errors import SettingError
 # three digits at most, as a longer one would fill the memory.
 _ALONE = re.compile(r"\s*\$?\s*(-?)\s*\$?\s*((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?)"
                     r"([eE][-+]?[0-9]{1,3})?\s*")
-_NUMBER = re.compile(r"\s*\$?\s*(-?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?)")
+_NUMBER = re.compile(r"\s*\$?\s*(-?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?)([eE][-+]?\d{1,3}(?!\d))?")
 
 
 def final_answer(text: str) -> Fraction | None:
     """The number after the last `####`, or None where there is none: an earlier `####` does not count then.
 
-    Spaces, a dollar sign, thousands separators and trailing text do not matter; a decimal is exact.
+    Spaces, a dollar sign, thousands separators and trailing text do not matter; a decimal is exact, and an exponent
+    counts: what `right_answer` takes is read alike here.
     """
     _, mark, rest = text.rpartition("####")
     found = _NUMBER.match(rest)
     if not mark or not found:
         return None
-    sign, digits = found.groups()
-    return Fraction(sign + digits.replace(",", ""))
+    return Fraction("".join(found.groups("")).replace(",", ""))
 
 
 def right_answer(text: str) -> Fraction | None:

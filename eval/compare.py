@@ -77,7 +77,7 @@ class Comparison:
         if n < FEW:
             notes.append(f"Few samples ({n}): the intervals are rough, and rather too narrow. Below 6 samples on which "
                          "two methods differ, no test shows anything at p < 0.05.")
-        flat = lambda bounds: bounds[0] == bounds[1]  # noqa: E731
+        flat = lambda bounds: bounds[1] - bounds[0] < 1e-12  # noqa: E731
         even = {"All scores": [row.method for row in self.rows if flat(row.interval)],
                 f"All differences from {self.against}": [
                     row.method for row in self.rows if row.method != self.against and flat(row.difference_interval)]}

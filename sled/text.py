@@ -79,6 +79,11 @@ class Text:
         """The id of a token of the vocabulary, special or not, or None."""
         return self._get().token_to_id(token)
 
+    @property
+    def vocabulary(self) -> int:
+        """How many ids a model needs for it: the largest, and one more."""
+        return 1 + max(self._get().get_vocab().values())
+
     def token(self, token_id: int) -> str:
         """One token as a person should see it: its text, or its name if it has none of its own."""
         alone = self.spelling(token_id)

@@ -17,6 +17,8 @@ from sled.eval.answers import exact_match, final_answer, right_answer
     ("#### 5\nQuestion: ...\n#### 7", 7),
     ("#### 54\n#### none", None),
     ("#### 54\n####", None),
+    ("#### 1.5e3 apples", 1500),
+    ("#### 2e12345", 2),
     ("54", None),
     ("the answer is 54", None),
     ("####", None),
@@ -36,6 +38,8 @@ def test_the_number_after_the_last_mark(text, answer):
 ])
 def test_a_right_answer_is_a_number_alone(text, answer):
     assert right_answer(text) == answer
+    if answer is not None:
+        assert final_answer(text if "####" in text else f"#### {text}") == answer
 
 
 def test_every_generated_solution_gives_its_answer():

@@ -108,7 +108,7 @@ def run_folder(decoder, tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     (run / "form").mkdir()
     write_form(run / "form", CONFIG, "float32", folder_of("demo"))
-    with Checkpoints(run / "checkpoints", {"model": {"kind": "sled.NewModel"}}, every=1) as checkpoints:
+    with Checkpoints(run / "checkpoints", {"model": {"kind": "sled.NewModel", "name": "new"}}, every=1) as checkpoints:
         for step in (1, 2):
             weights = jax.tree.map(lambda x: x * step, nnx.state(decoder.stack()))  # noqa: B023
             checkpoints.save(step, {"weights": weights, "optimizer": {"moment": jnp.zeros(3)}}, {})

@@ -199,12 +199,19 @@ def test_what_has_a_digest_differs_by_it_and_what_follows_is_left_unsaid():
         check_same_run("run", then, {**then, **now}, 5, {}, follow)
 
     check(data={"name": "moved", "digest": "1"})
+    with pytest.raises(CheckpointError, match=r"settings: data\.limit was 1 and is 2[.]"):
+        check_same_run("run", {"data": {"name": "a", "digest": "1", "limit": 1}},
+                       {"data": {"name": "a", "digest": "2", "limit": 2}}, 5, {})
     for now, words in ((dict(data={"name": "b", "digest": "2"}), "settings: data was 'a' and is 'b'[.]"),
                        (dict(data={"name": "a", "digest": "2"}), "data is 'a' as before, but holds something else[.]"),
                        (dict(model={"name": "demo", "digest": "3"}), "settings: model was 'new' and is 'demo'[.]"),
                        (dict(model={"name": "new", "layers": 3}, config={"depth": 3}),
                         "settings: model.layers was 2 and is 3[.]"),
-                       (dict(config={"depth": 4}), "config.depth was 2 and is 4")):
+                       (dict(config={"depth": 4}), "config.depth was 2 and is 4"),
+                       (dict(data=None), "data was 'a' and is None"),
+                       (dict(data={"name": "a", "digest": "2", "limit": 3}), "data is 'a' as before, but"),
+                       (dict(model={"name": "b", "digest": "3"}, config={}),
+                        "settings: model was 'new' and is 'b'[.]")):
         with pytest.raises(CheckpointError, match=words):
             check({"model": ["config"]}, **now)
 
@@ -223,9 +230,10 @@ def test_the_number_of_steps_may_change_while_the_past_stays_the_same():
             change(now, step)
 
 
-def test_a_newer_format_is_refused(copy, monkeypatch):
-    monkeypatch.setattr(checkpoint, "FORMAT", 0)
-    with pytest.raises(CheckpointError, match=r"has format 1, but this sled reads formats up to 0; .* install that"):
+@pytest.mark.parametrize("theirs, which", [(1, "a newer"), (3, "an older")])
+def test_another_format_is_refused(theirs, which, copy, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FORMAT", theirs)
+    with pytest.raises(CheckpointError, match=rf"has format 2, but this sled reads format {theirs}; {which} sled"):
         load_checkpoint(copy, state(0))
 
 

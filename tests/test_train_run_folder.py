@@ -1,5 +1,8 @@
 """Whose the folder of a run is, and that nothing of the user's is lost in it."""
 
+import errno
+import os
+
 import pytest
 
 from sled.errors import SettingError
@@ -42,6 +45,30 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(folder, held):
     assert sorted(folder.path.rglob("*")) == before
 
 
+def test_a_trained_model_without_its_checkpoints_is_not_overwritten(folder):
+    with folder.claimed():
+        put_form(folder)
+    folder.model.mkdir()
+    (folder.model / "config.json").touch()
+    with pytest.raises(SettingError, match="holds a trained model, but none of the checkpoints to go on from"):
+        with folder.claimed():
+            raise AssertionError
+    (folder.checkpoints / "5").mkdir(parents=True)
+    with folder.claimed():
+        pass
+
+
+def test_where_locks_are_unknown_a_run_goes_without(folder, monkeypatch):
+    for code in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        def refuse(*_, code=code):
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr("fcntl.flock", refuse)
+        with folder.claimed():
+            put_form(folder)
+        assert not [path for path in folder.path.iterdir() if path.name not in ("form", ".run.lock")]
+
+
 def test_hidden_files_do_not_make_a_folder_another_ones(folder):
     folder.path.mkdir()
     (folder.path / ".gitkeep").touch()
@@ -51,18 +78,32 @@ def test_hidden_files_do_not_make_a_folder_another_ones(folder):
 
 
 def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
+    """Also in the middle of putting another form in the place of an earlier one."""
     folder.path.mkdir()
     (folder.path / ".run.lock").touch()
     (folder.path / ".unfinished-form").mkdir()
     (folder.path / ".unfinished-form" / "old.json").touch()
+    folder.metrics.touch()
     with folder.claimed():
         put_form(folder)
     assert [entry.name for entry in folder.form.iterdir()] == ["config.json"]
 
 
+def test_the_lock_of_a_run_that_failed_vouches_for_nothing(folder):
+    folder.path.mkdir()
+    with pytest.raises(ZeroDivisionError), folder.claimed():
+        raise ZeroDivisionError
+    assert list(folder.path.iterdir()) == []
+    for name in (".run.lock", "notes.txt"):
+        (folder.path / name).touch()
+    with pytest.raises(SettingError, match=r"holds 'notes\.txt' but no run"):
+        with folder.claimed():
+            raise AssertionError
+
+
 def test_what_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+    for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("long" * 100)):
         with pytest.raises(SettingError, match=r"which cannot be written .*; give a folder of your own"):
             with RunFolder(path).claimed():
                 raise AssertionError

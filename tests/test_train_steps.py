@@ -21,7 +21,15 @@ from sled.train.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, rate_sc
 from sled.train.recipes import RECIPES, Recipe, named
 from sled.train.rows import Batch
 from sled.train.steps import init_state, make_evaluation, make_train_step
-from sled.train.weights import AllExits, FixedExits, Gradual, LayerSkipWeights, Rotational, WeightedExits
+from sled.train.weights import (
+    AllExits,
+    FixedExits,
+    Gradual,
+    LayerSkipWeights,
+    Rotational,
+    UniformWeights,
+    WeightedExits,
+)
 
 CONFIG = DecoderConfig("llama", vocab_size=20, width=16, mlp_width=24, num_layers=3, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=16, tied_head=True)
@@ -189,10 +197,10 @@ def test_tuning_moves_the_exit_heads_alone(headed, batch):
 
 
 def test_a_model_with_exit_heads_learns_through_them(headed, batch):
-    recipe = dataclasses.replace(RECIPE, z_loss=None, distill=None)
+    recipe = dataclasses.replace(RECIPE, exits=WeightedExits(UniformWeights(), AllExits()), z_loss=None, distill=None)
     state, metrics = make_train_step(headed, recipe, SGD)(init_state(nnx.state(headed), SGD), batch, None)
     nll_L = likelihoods_by_heads(headed, batch)
-    np.testing.assert_allclose(metrics.loss, np.array([0, 0.25, 0.75]) @ nll_L, rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss, nll_L.mean(), rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.weights, nnx.state(headed))
     assert moved["exit_heads"]["norm"]["weight"][...] > 0 and moved["embedding"]["weight"][...] > 0
     means = make_evaluation(headed, recipe)(nnx.state(headed), batch)
@@ -205,6 +213,8 @@ def test_heads_want_exits_that_stay(headed):
         make_train_step(headed, turning, SGD)
     with pytest.raises(SettingError, match=r"after layer 2 has a head, but with .* learns nothing.* \(--exits 1 2\)"):
         make_train_step(headed, dataclasses.replace(RECIPE, exits=FixedExits((1,), (0.5,))), SGD)
+    with pytest.raises(SettingError, match=r"after layer 1 has a head, but .* learns nothing"):  # it is weighed 0
+        make_train_step(headed, dataclasses.replace(RECIPE, z_loss=None, distill=None), SGD)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

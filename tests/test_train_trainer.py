@@ -165,6 +165,8 @@ def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, unin
     for changes, words in (({"seed": 1}, "recipe.seed was 0 and is 1"), ({"steps": 20}, "step 30 is behind it"),
                            ({"rate": 0.1}, "recipe.rate was 0.01 and is 0.1"),
                            ({"width": 16}, "settings: model.width was 32 and is 16. Give"),
+                           ({"optimizer": "muon"}, "recipe.optimizer was 'adamw' and is 'muon'"),
+                           ({"context": 60}, "settings: recipe.context was 64 and is 60. Give"),
                            ({"accumulate": 2}, "recipe.accumulate was 1 and is 2")):
         said = runs.refuses(uninterrupted, **changes)
         assert "CheckpointError" in said and words in said, said
@@ -203,10 +205,12 @@ def test_two_processes_train_save_and_resume_and_one_process_goes_on(spread, uni
     assert complete_steps(spread / "two" / "checkpoints") == [4, 8, 12]
 
 
-def test_processes_with_different_data_are_refused(spread):
+def test_processes_with_different_data_or_settings_are_refused_and_all_say_why(spread):
     for index in range(2):
-        said = (spread / f"data{index}" / "said.txt").read_text()
-        assert said.startswith(f"data is not the same in process {index} and in process {1 - index}; start all")
+        said = [(spread / f"data{index}" / f"said{number}.txt").read_text() for number in range(3)]
+        assert said[0].startswith(f"data is not the same in process {index} and in process {1 - index}; start all")
+        assert said[1].startswith(f"--every is not the same in process {index} and")
+        assert "but no run; give a new or empty folder" in said[2]
     assert complete_steps(spread / "unlike" / "checkpoints") == []
 
 
@@ -270,6 +274,8 @@ def test_exits_of_ones_own_are_weighted_as_the_recipe_does():
                                                                                  AllExits((2, 4)))
     assert RecipeOptions("plain", exits=(3,)).made().exits == WeightedExits(UniformWeights(), AllExits((3,)))
     assert RecipeOptions("finetune").made().exits.curriculum == Rotational(16)
+    with pytest.raises(SettingError, match="names layer 1, which learns nothing with --recipe finetune"):
+        RecipeOptions("finetune", exits=(1, 2)).made()
 
 
 def test_a_run_that_is_ended_saves_no_weights_that_are_not_finite(tmp_path, data, monkeypatch, capsys):
@@ -293,6 +299,15 @@ def test_a_loss_that_is_not_finite_ends_the_run(runs, tmp_path):
 def ended_at(said: str) -> int:
     """The step at which a run says that it ended."""
     return int(re.search(r"step (\d+) has loss", said)[1])
+
+
+def test_a_new_model_takes_a_tokenizer_that_there_is(tmp_path, data):
+    form = Path(sled.__file__).parent / "demo" / "model"
+    model = NewModel(layers=2, width=8, heads=2, tokenizer=form)
+    folder = train(run_of(tmp_path, data, model=model, recipe=dict(steps=1, warmup=0)))
+    lm = sled.load(folder)
+    assert lm.config.vocab_size == sled.load("demo").config.vocab_size
+    assert lm.text.digest == sled.load("demo").text.digest
 
 
 def test_what_a_run_would_hold_is_planned_without_it(tmp_path, data):

@@ -104,10 +104,13 @@ def in_two_processes(address, index, data, out) -> None:
     for name in ("train.jsonl", "held_out.jsonl"):
         lines = (Path(data) / name).read_text().splitlines()
         (own / name).write_text("\n".join(lines[int(index) if name == "train.jsonl" else 0:]))
-    try:
-        train(run_of(Path(out) / "unlike", own))
-    except SettingError as error:
-        (own / "said.txt").write_text(str(error))
+    unlike = run_of(Path(out) / "unlike", own)
+    for number, run in enumerate((unlike, dataclasses.replace(unlike, every=2 + int(index)),
+                                  dataclasses.replace(unlike, folder=data))):
+        try:
+            train(run)
+        except SettingError as error:
+            (own / f"said{number}.txt").write_text(str(error))
     for steps in (4, 8):
         train(run_of(Path(out) / "two", data, every=4, steps=steps))
     jax.distributed.shutdown()

@@ -32,7 +32,7 @@ from sled.errors import CheckpointError, SettingError
 from sled.train.named_arrays import checksums, mismatch, named, nested, rebuilt, targets
 from sled.train.same_run import Rule, check_same_run
 
-FORMAT = 1  # of what is written here; raised when an older sled could not read it
+FORMAT = 2  # of what is written here; raised when another sled could not read it
 _DROPPED = "dropped-"
 PACKAGES = ("sled-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -61,18 +61,12 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partia
     with the sharding of its leaf, on whatever mesh that is (without one: on the default device), bit for bit as it was
     saved.
     partial: whether `like` may be a part of the state at its top, such as {"weights": ...}; nothing else is read.
-    Raises CheckpointError for a folder without checkpoints or without this one, for one that a newer version wrote,
-    for another model's (names, shapes and types are compared before anything is read), and for damage.
+    Raises CheckpointError for a folder without checkpoints or without this one, for one of another format, for another
+    model's (names, shapes and types are compared before anything is read), and for damage.
     """
     folder = Path(folder).absolute()
     at = folder / str(_choose(folder, step))
-    about = _read(at, lambda: ocp.checkpointables_metadata(at))
-    saved = about.custom_metadata or {}
-    if not isinstance(saved.get("format"), int):
-        raise _damaged(at, "it lacks the record of a training run, unless something else wrote it")
-    if saved["format"] > FORMAT:
-        raise CheckpointError(f"{at} has format {saved['format']}, but this sled reads formats up to {FORMAT}; "
-                              "a newer sled wrote it: install that one")
+    about, saved = _metadata(at)
     wanted = named(like)
     held = _read(at, lambda: named(about.metadata["state"]["arrays"]))
     parts = {_top(name) for name in (wanted if partial else held)}
@@ -132,11 +126,11 @@ class Checkpoints:
         return complete_steps(self.folder)
 
     def restore(self, like, step: int | None = None) -> Restored:
-        """As `load_checkpoint`; besides, CheckpointError where the run had settings that may not differ."""
-        restored = load_checkpoint(self.folder, like, step)
-        check_same_run(f"{self.folder}", restored.settings, self.settings, restored.step, self.may_change,
-                       self.follow)
-        return restored
+        """As `load_checkpoint`; before that, CheckpointError where the run had settings that may not differ."""
+        step = _choose(self.folder, step)
+        _, saved = _metadata(self.folder / str(step))
+        check_same_run(f"{self.folder}", saved["settings"], self.settings, step, self.may_change, self.follow)
+        return load_checkpoint(self.folder, like, step)
 
     def save(self, step: int, state, host: Mapping[str, Any], *, force: bool = False) -> bool:
         """Begin to save step `step` where its turn has come, or by `force`; returns whether it is, or was, saved.
@@ -248,6 +242,19 @@ def _choose(folder: Path, step: int | None) -> int:
         raise CheckpointError(f"{folder} holds no checkpoint of step {step}; it holds those of "
                               f"{', '.join(map(str, steps))}")
     return steps[-1] if step is None else step
+
+
+def _metadata(at: Path) -> tuple[Any, dict[str, Any]]:
+    """Orbax's own and ours."""
+    about = _read(at, lambda: ocp.checkpointables_metadata(at))
+    saved = about.custom_metadata or {}
+    if not isinstance(saved.get("format"), int):
+        raise _damaged(at, "it lacks the record of a training run, unless something else wrote it")
+    if saved["format"] != FORMAT:
+        which = "a newer" if saved["format"] > FORMAT else "an older"
+        raise CheckpointError(f"{at} has format {saved['format']}, but this sled reads format {FORMAT}; {which} sled "
+                              "wrote it: install that one")
+    return about, saved
 
 
 def _top(name: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import process_allgather
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 
 from sled.checks import Whole
 from sled.errors import SettingError
@@ -19,6 +19,7 @@ from sled.errors import SettingError
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 CLUSTERS = ("tpu", "slurm")
+MESSAGE = 4096  # bytes of the longest text that processes tell each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,17 @@ def initialize(processes: Processes | None = None) -> str:
         raise SettingError(f"no {cluster} cluster was found ({reason}); start the command on every host of it, or "
                            "give coordinator, count and index") from reason
     return f"process {jax.process_index()} of {jax.process_count()}, {cluster}"
+
+
+def of_the_first(text: str | None) -> str | None:
+    """What the first process gives, in all of them; they call it together."""
+    if jax.process_count() == 1:
+        return text
+    raw = np.zeros(MESSAGE, np.uint8)
+    if text is not None:
+        encoded = text.encode()[:MESSAGE]
+        raw[:len(encoded)] = np.frombuffer(encoded, np.uint8)
+    return bytes(broadcast_one_to_all(raw)).rstrip(b"\0").decode(errors="replace") or None
 
 
 def check_alike(settings: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,8 +23,10 @@ from jax.experimental.multihost_utils import sync_global_devices
 
 from sled.errors import SettingError
 from sled.train.checkpoint import complete_steps
+from sled.train.distributed import of_the_first
 
 _LOCK, _UNFINISHED = ".run.lock", ".unfinished-form"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what network file systems without locks say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,49 +75,65 @@ class RunFolder:
     def claimed(self) -> Iterator[None]:
         """Within, no other run may write here; of several processes the first one claims it for all.
 
-        Raises SettingError, before anything is written, for a folder that holds something else than a run, for one
-        that cannot be written, and for one that a run is going on in.
+        Raises SettingError in all of them, before anything is written, for a folder that holds something else than a
+        run, or the model of a run whose checkpoints are gone; for one that cannot be written, and for one that a run
+        is going on in.
         """
-        if jax.process_index() > 0:
-            yield
-            return
-        lock, new = FileLock(self.path / _LOCK), not self.path.exists()
+        first, new, reason = jax.process_index() == 0, False, None
+        # Not a lock that stays where this process is killed, which is what filelock would take instead.
+        lock = FileLock(self.path / _LOCK, fallback_to_soft=False)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._refuse_foreign()
-            with contextlib.suppress(NotImplementedError):  # some network file systems know no locks
-                lock.acquire(timeout=0)
+            if first:
+                new = not self.path.exists()
+                self.path.mkdir(parents=True, exist_ok=True)
+                reason = self._foreign()
+                if reason is None:
+                    lock.acquire(timeout=0)
         except Timeout:
-            raise SettingError(f"a run is going on in {self.path}; wait for its end, or give another folder for "
-                               "another run") from None
-        except OSError as reason:
-            raise SettingError(f"the run's folder is {str(self.path)!r}, which cannot be written ({reason.strerror}); "
-                               "give a folder of your own") from reason
+            reason = f"a run is going on in {self.path}; wait for its end, or give another folder for another run"
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                reason = (f"the run's folder is {str(self.path)!r}, which cannot be written ({error.strerror}); give a "
+                          "folder of your own")
+        if reason := of_the_first(reason):
+            raise SettingError(reason)
         try:
             yield
         finally:
-            lock.release()
-            if new and not any(entry.name != _LOCK for entry in self.path.iterdir()):  # nothing came of it
-                shutil.rmtree(self.path, ignore_errors=True)
+            if first:
+                with contextlib.suppress(OSError):
+                    if {entry.name for entry in self.path.iterdir()} <= {_LOCK}:  # nothing came of it
+                        (self.path / _LOCK).unlink(missing_ok=True)
+                        if new:
+                            self.path.rmdir()
+                lock.release()
 
-    def _refuse_foreign(self) -> None:
-        if self.is_run() or self.steps or (self.path / _LOCK).exists():  # which a killed run leaves
-            return
-        if others := sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")):
-            raise SettingError(f"the run's folder is {str(self.path)!r}, which holds {others[0]!r} but no run; give a "
-                               "new or empty folder")
+    def _foreign(self) -> str | None:
+        """Why no run may begin or go on here, or None."""
+        if self.steps:
+            return None
+        if self.is_run() or (self.path / _UNFINISHED).is_dir():
+            if not (self.model / "config.json").exists():
+                return None
+            return (f"the run's folder is {str(self.path)!r}, which holds a trained model, but none of the checkpoints "
+                    "to go on from; give another folder, or move model/ away to begin anew")
+        others = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
+        return (f"the run's folder is {str(self.path)!r}, which holds {others[0]!r} but no run; give a new or empty "
+                "folder") if others else None
 
     @contextlib.contextmanager
     def new_form(self) -> Iterator[Path]:
         """A folder that takes the place of `form` when the block ends, and goes when it raises.
 
-        All processes enter and leave together; the first one writes.
+        All processes enter and leave together; the first one writes. Until `form` is in its place the folder under its
+        other name tells that this is a run.
         """
         first, unfinished = jax.process_index() == 0, self.path / _UNFINISHED
         try:
             if first:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir()
+                unfinished.mkdir(exist_ok=True)
+                for left in unfinished.iterdir():  # by a run that was killed
+                    left.unlink()
             yield unfinished
             _sync("sled has read the form of its model")
             if first:

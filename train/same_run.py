@@ -3,8 +3,8 @@
 Some may change within rules, such as the number of steps. A rule is a function of the value then, the value now and
 the step that the run has reached; it returns why they may not differ, or None.
 
-What is too large to be written down, such as data, stands as its name and its digest, {"name": ..., "digest": ...}:
-the digest decides, the name is for messages.
+What is too large to be written down, such as data, stands as {"name": ..., "digest": ..., ...}: the digest decides,
+and the rest is for messages, how it came to be among it.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def check_same_run(run: str, then: Mapping[str, Any], now: Mapping[str, Any], st
         rule = next((may_change[prefix] for prefix in _prefixes(name) if prefix in may_change), None)
         reason = rule(before, after, step) if rule else ""
         if reason is not None:
-            said = (f"{name} is {after!r} as before, but holds something else" if before == after else
-                    f"{name} was {before!r} and is {after!r}")
+            said = (f"{name} is {_shown(after)} as before, but holds something else" if before == after else
+                    f"{name} was {_shown(before)} and is {_shown(after)}")
             wrong[name] = said + (f" ({reason})" if reason else "")
     causes = {prefix for name in wrong for prefix in _prefixes(name)}
     unsaid = {name for cause, names in (follow or {}).items() if cause in causes for name in names}
@@ -71,6 +71,14 @@ def check_same_run(run: str, then: Mapping[str, Any], now: Mapping[str, Any], st
         said = [text for name, text in wrong.items() if not unsaid & set(_prefixes(name))]
         raise CheckpointError(f"{run} holds a run of other settings: {'; '.join(said)}. Give the settings it was made "
                               "with, or another folder for a new run")
+
+
+def _how(named: Mapping) -> dict[str, Any]:
+    return {key: value for key, value in named.items() if key not in ("name", "digest")}
+
+
+def _shown(value) -> str:
+    return repr(value["name"] if isinstance(value, Mapping) and "name" in value else value)
 
 
 def _prefixes(name: str) -> list[str]:
@@ -87,6 +95,10 @@ def _differences(prefix: str, then: Mapping, now: Mapping) -> Iterator[tuple[str
             if "digest" not in before and "digest" not in after:
                 yield from _differences(f"{name}.", before, after)
             elif before.get("digest") != after.get("digest"):
-                yield name, before["name"], after["name"]
+                alike = before.keys() == after.keys()
+                differing = list(_differences(f"{name}.", _how(before), _how(after))) if alike else []
+                if before["name"] != after["name"] or not differing:
+                    yield name, before["name"], after["name"]
+                yield from differing
         elif before != after:
             yield name, before, after

@@ -86,6 +86,11 @@ class Source:
         several = isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data)
         return ", ".join(map(str, self.data)) if several else "rows in memory"
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """All settings but the data."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "data"}
+
     def open(self) -> Reading:
         """Find the data, without reading it. Raises DataError and DownloadError."""
         if isinstance(self.data, str) and self.data == "demo":

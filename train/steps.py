@@ -85,12 +85,12 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         partition(nnx.state(model))  # raises where there are none
     exits = None
     if heads is not None and recipe.learns != HEADS:
-        exits = fixed_layers(recipe.exits, depth, recipe.steps)
-        if idle := [n for n in heads.layers if n not in exits]:
+        exits, learning = fixed_layers(recipe.exits, depth, recipe.steps)
+        if idle := [n for n in heads.layers if n not in learning]:
             layers = " ".join(map(str, heads.layers))
             raise SettingError(f"the model's exit after layer {idle[0]} has a head, but with {recipe.exits} it learns "
-                               f"nothing, while all below it changes; give WeightedExits with AllExits "
-                               f"(--exits {layers}), or leave the heads out")
+                               "nothing, while all below it changes; give WeightedExits with AllExits (--exits "
+                               f"{layers}) and weights that are not 0 for it, or leave the heads out")
 
     def part_loss(own, rest, batch: Batch, dropout: LayerDropout | None, step, part, share):
         """The loss of one part of the batch, which holds this share of the batch's targets."""

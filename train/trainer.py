@@ -48,7 +48,9 @@ from sled.train.weights import exit_counter
 
 STRETCH = 1000  # steps for which a compilation pays that leaves dropped rows out, at least
 # What differs because something else does is not told besides: see `sled.train.same_run`.
-FOLLOW = {"model": ("config", "data", "held_out"), "recipe.steps": ("recipe.exits", "recipe.dropout")}
+FOLLOW = {"model": ("config", "data", "held_out"), "recipe.context": ("config", "data", "held_out"),
+          "data.shape": ("held_out.shape",), "data.too_long": ("held_out.too_long",),
+          "recipe.steps": ("recipe.exits", "recipe.dropout")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,11 +148,15 @@ class _Training:
 
     def __init__(self, run: Run, optimizer: optax.GradientTransformation | None):
         self.run, recipe = run, run.recipe
-        mesh = run.mesh.build()
         self.folder = RunFolder(run.folder)
+        steps = self.folder.steps
+        check_alike({"--every": run.every, "--keep": run.keep, "--tell": run.tell,
+                     "--held-out-rows": run.held_out_rows, "the mesh": describe(run.mesh),
+                     "the list of checkpoints in --out": steps})
         refuse_foreign(self.folder.model)
+        mesh = run.mesh.build()
         self.part = recipe.batch // recipe.accumulate
-        begun = bool(self.folder.steps)
+        begun = bool(steps)
         with contextlib.nullcontext(self.folder.form) if begun else self.folder.new_form() as form:
             self.beginning = _begin(run, form, begun=begun)
             self.placing = Placing(self.beginning.config, mesh) if mesh.size > 1 else None
@@ -244,8 +250,8 @@ class _Training:
         loss, norm = float(made.loss), float(made.gradient_norm)
         if not np.isfinite([loss, norm]).all():
             raise TrainingError(f"step {step} has loss {loss:g} and a gradient of norm {norm:g}; look at the data, or "
-                                f"train in another folder with a lower rate than {self.run.recipe.rate:g} (what is in "
-                                f"{self.folder.checkpoints} is from before, and whole)")
+                                f"train in another folder with a lower rate than {self.run.recipe.rate:g}; what was "
+                                f"saved before stays in {self.folder.checkpoints}")
 
     def _dropout(self, step: int):
         """Layer dropout that leaves out work, told how much in long stretches: each may compile once."""
@@ -295,11 +301,15 @@ class _Training:
 
     def _settings(self) -> dict[str, Any]:
         """All that decides what the run computes, as JSON has it."""
-        run = self.run
-        rows = lambda source, rows: rows and dict(name=source.name, digest=rows.digest)  # noqa: E731
+        run, context = self.run, self.beginning.context
+
+        def told(source: Source | None, rows: Rows | None):
+            return source and dict(name=source.name, digest=rows.digest, **source.how, context=context, shape=run.shape,
+                                   too_long=run.too_long)
+
         return dict(recipe=describe(run.recipe), config=describe(self.beginning.config), model=self.beginning.origin,
-                    data=rows(run.source, self.rows), shape=run.shape, prompt_weight=run.prompt_weight,
-                    held_out=rows(run.held_out, self.held_out))
+                    data=told(run.source, self.rows), prompt_weight=run.prompt_weight,
+                    held_out=told(run.held_out, self.held_out))
 
     @staticmethod
     def _say(line: str) -> None:

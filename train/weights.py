@@ -236,19 +236,26 @@ class FixedExits:
         return jnp.array([*self.layers, num_layers], jnp.int32), jnp.append(weights_E, 1.0)
 
 
-def fixed_layers(plan: ExitPlan, num_layers: int, steps: int) -> tuple[int, ...]:
-    """The exits of a plan that names the same ones at each of the steps 0..steps - 1.
+def fixed_layers(plan: ExitPlan, num_layers: int, steps: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The exits of a plan that names the same ones at each of the steps 0..steps - 1; and those of them that learn at
+    some step (weight > 0).
 
     Raises SettingError where they change: heads of their own need exits that are known before a step is compiled.
     """
     layers_E = plan.exits_at(0, num_layers)[0]
-    same = jax.jit(lambda: jax.lax.fori_loop(
-        1, steps, lambda step, same: same & (plan.exits_at(step, num_layers)[0] == layers_E).all(), True))
-    if not same():
+
+    def look(step, found):
+        same, learns_E = found
+        now_E, weights_E = plan.exits_at(step, num_layers)
+        return same & (now_E == layers_E).all(), learns_E | (weights_E > 0)
+
+    same, learns_E = jax.jit(lambda: jax.lax.fori_loop(
+        0, steps, look, (jnp.array(True), jnp.zeros(layers_E.shape, bool))))()
+    if not same:
         raise SettingError(f"the exits of {plan} change from step to step, but the model has exit heads, whose exits "
                            "must stay; give FixedExits(layers, weights), or WeightedExits with AllExits(layers) "
                            "(--exits)")
-    return tuple(layers_E.tolist())
+    return tuple(layers_E.tolist()), tuple(layers_E[learns_E].tolist())
 
 
 def exit_counter(plan: ExitPlan, num_layers: int) -> Callable[[int, int], float]:

@@ -148,7 +148,13 @@ class RecipeOptions:
 
         if not self.exits:
             return plan
-        return WeightedExits(getattr(plan, "profile", UniformWeights()), AllExits(self.exits))
+        profile = getattr(plan, "profile", UniformWeights())
+        settled = AllExits(self.exits)
+        if idle := [n for n in settled.layers if profile.weigh(n, n + 1) == 0]:
+            raise SettingError(f"--exits names layer {idle[0]}, which learns nothing with --recipe {self.recipe}: its "
+                               f"{type(profile).__name__} weigh it 0; leave it out, or take plain, where all exits "
+                               "count alike")
+        return WeightedExits(profile, settled)
 
     def _dropout(self, dropout):
         from sled.train.dropout import layerskip

@@ -119,7 +119,8 @@ def _origin(given: Given, decoder: Decoder, base: str | None) -> str:
     if base:
         begun = f"`{base}`"
     else:
-        begun = f"a model whose digest was {origin['digest'][:16]}" if "digest" in origin else "random weights"
+        known = {"new": "random weights", "demo": "the model bundled with sled"}
+        begun = known.get(origin["name"]) or f"a model whose digest was {origin['digest'][:16]}"
     return f"{shape} Trained by `sled train` for {given.step} steps, from {begun}."
 
 
