@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,10 +68,17 @@ for folder, calls in json.loads(sys.argv[1]).items():
     found[folder] = [program.generate(**call) for call in calls]
 hidden = np.load(sys.argv[2])
 found["fuse"] = np.asarray(program.fuse(hidden, {"fusion.scale": [5, 9]})).tolist()
+found["refused"] = []
+for numbers in ({"fusion.scale": 17}, {"fusion.scale": "abc"}, {"nosuch": 1}):
+    try:
+        program.numbers(1, numbers)
+    except ValueError as error:
+        found["refused"].append(str(error))
+sys.argv = ["run.py", "7", "--ids", "--set", "fusion.scale=abc"]
 try:
-    program.numbers(1, {"fusion.scale": 17})
-except ValueError as error:
-    found["bound"] = str(error)
+    run.main()
+except SystemExit as end:
+    found["code"] = end.code
 print(json.dumps(found))
 """
 
@@ -308,7 +316,12 @@ def test_the_fused_step_is_the_fusion(programs, decoder):
     expected = sled.ClampOnly(scale=np.array([5, 9]), max_scale=16).logits(
         hidden_states(), SharedHead(decoder.head_weight))
     np.testing.assert_allclose(programs["fuse"], expected, rtol=1e-6, atol=1e-5)
-    assert programs["bound"] == "fusion.scale must be from 1 to 16, its bound at export"
+
+
+def test_wrong_numbers_are_named_in_python_and_at_the_command(programs):
+    assert programs["refused"][:2] == ["fusion.scale must be from 1 to 16, its bound at export",
+                                       "fusion.scale is 'abc', but must be a number"]
+    assert "no numbers called ['nosuch']; there are " in programs["refused"][2] and programs["code"] == 2
 
 
 @pytest.mark.parametrize(("heads", "norm_early", "states"), [
@@ -396,6 +409,12 @@ def test_a_folder_is_written_whole_or_not_at_all_and_over_exports_only(tmp_path)
     with pytest.raises(CheckpointError, match=r"also holds mine\.txt, which would go"), replacing(to):
         pass
     (to / "mine.txt").unlink()
+    for mine in ("weights/mine/notes.txt", "weights/notes.txt", "own/config.json"):
+        (to / mine).parent.mkdir(parents=True)
+        (to / mine).touch()
+        with pytest.raises(CheckpointError, match=rf"also holds {mine}, which would go"), replacing(to):
+            pass
+        shutil.rmtree(to / mine.partition("/")[0])
     (to / "sled_export.json").write_text('{"somebody": "else"}')
     with pytest.raises(CheckpointError, match=r"no earlier export \(it holds sled_export"), replacing(to):
         pass

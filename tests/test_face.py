@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -265,6 +267,25 @@ def test_a_hub_id_without_network_is_named(monkeypatch):
 def test_the_version_is_told(capsys):
     assert cli.main(["--version"]) == 0
     assert re.fullmatch(r"sled \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def command_that(does: str) -> subprocess.Popen:
+    """`sled generate hi`, which does this instead."""
+    code = f"import sys, sled.cli as c\ndef run(self): {does}\nc.Generate.run = run\nsys.exit(c.main())"
+    return subprocess.Popen([sys.executable, "-c", code, "generate", "hi"], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def test_a_reader_that_has_had_enough_ends_the_command_quietly():
+    with command_that("print('long ' * 10**6)") as command:
+        command.stdout.read(1)
+        command.stdout.close()
+        assert command.wait(60) == 1 and command.stderr.read() == ""
+
+
+def test_an_interrupted_command_says_so_and_ends_at_once():
+    command = command_that("import atexit; atexit.register(print, 'late'); print('early'); raise KeyboardInterrupt")
+    assert command.communicate(timeout=60) == ("early\n", "sled: interrupted\n") and command.returncode == 130
 
 
 @pytest.mark.parametrize("command", ["demo", "generate", "score", "lens", "bench"])

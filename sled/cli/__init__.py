@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from typing import Annotated
 
@@ -41,10 +42,18 @@ def main(argv: list[str] | None = None) -> int:
                        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes))
     try:
         command.run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads the output, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except SledError as error:
         print(f"sled: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("sled: interrupted", file=sys.stderr)
+        if argv is None:  # the process is this command's alone: end it before threads that compile bring it down
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(130)
         return 130
     return 0

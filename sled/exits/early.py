@@ -29,8 +29,8 @@ class EarlyExit:
 
     The exit speaks with the fusion in use, on the layers up to the exit, through its own head where the
     model has one (`sled.models.ExitHeads`). Rows decide alone: neither batch-mates nor the schedule
-    change what a row says. A confidence that is not finite, and every token of the prompt, goes on to the
-    last layer.
+    change what a row says. A confidence that is not finite goes on to the last layer, and so do the tokens of the
+    prompt, but for the last one, after which the first new token may leave as any other.
 
     layers: the exits, n = after layer n of 1 .. L - 1. Static.
     threshold: in [0, 1]; 1 never leaves. A number, one per exit (a tuple or an array (E,)), or per row

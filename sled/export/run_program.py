@@ -75,7 +75,10 @@ class Program:
             raise ValueError(f"no numbers called {sorted(unknown)}; there are {', '.join(known)}")
         made = {}
         for name, number in known.items():
-            value = np.asarray(changed.get(name, number["default"])).astype(number["dtype"])
+            try:
+                value = np.asarray(changed.get(name, number["default"])).astype(number["dtype"])
+            except ValueError:
+                raise ValueError(f"{name} is {changed[name]!r}, but must be a number") from None
             if "most" in number and ((value < 1) | (value > number["most"])).any():
                 raise ValueError(f"{name} must be from 1 to {number['most']}, its bound at export")
             made[name] = np.broadcast_to(value, ([rows] if number["rows"] else []) + number["shape"])
@@ -91,18 +94,26 @@ def main():
     parser.add_argument("--set", action="append", default=[], metavar="NAME=NUMBER")
     options = parser.parse_args()
     program = Program()
-    pairs = (entry.split("=", 1) for entry in options.set)
+    try:
+        run(program, options)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def run(program, options):
+    pairs = [entry.partition("=")[::2] for entry in options.set]
     numbers = {name: value.split(",") if "," in value else value for name, value in pairs}
+    texts = [text.replace("\\n", "\n") for text in options.prompts]  # a backslash and n, as one types it in a shell
     if options.ids or program.about["tokenizer"] is None:
-        prompts, show = [[int(x) for x in text.split(",")] for text in options.prompts], str
+        prompts, show = [[int(x) for x in text.split(",")] for text in texts], str
     else:
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(program.folder / program.about["tokenizer"]))
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        prompts, show = [tokenizer.encode(text).ids for text in options.prompts], tokenizer.decode
-    for prompt, (tokens, _) in zip(options.prompts, program.generate(prompts, options.max_new_tokens, options.seed,
+        prompts, show = [tokenizer.encode(text).ids for text in texts], tokenizer.decode
+    for prompt, (tokens, _) in zip(texts, program.generate(prompts, options.max_new_tokens, options.seed,
                                                                      numbers), strict=True):
         print(f"{prompt}{show(tokens)}")
 

@@ -17,7 +17,9 @@ RECORD = "sled_export.json"  # of Hugging Face and Orbax exports
 RECORDS = {RECORD: "form", "program.json": "programs"}  # an export is known by such a file with such a key
 # What exports write. A folder with anything else holds somebody's own files, which must not go with it.
 WRITTEN = (*RECORDS, *TOKENIZER_FILES, "config.json", "generation_config.json", "exit_heads.*", "README.md", "run.py",
-           "calibration.json", "*.safetensors", "*.safetensors.index.json", "*.jax_export", "weights", "__pycache__")
+           "calibration.json", "*.safetensors", "*.safetensors.index.json", "*.jax_export", "__pycache__/*.pyc",
+           # by Orbax
+           "weights/state/*", "weights/_*", "weights/orbax.checkpoint", "weights/commit_success.txt")
 
 
 @contextlib.contextmanager
@@ -30,10 +32,11 @@ def replacing(to: str | Path) -> Iterator[Path]:
     to = Path(to).expanduser().resolve()
     if to.exists() and not to.is_dir():
         raise CheckpointError(f"{to} is a file; give the name of a folder")
-    held = sorted(path.name for path in to.iterdir()) if to.exists() else []
+    held = sorted(path.relative_to(to).as_posix() for path in to.rglob("*")  # none where there is no folder
+                  if not path.is_dir() or not any(path.iterdir()))
     if held and not any(_has(to / record, key) for record, key in RECORDS.items()):
         raise CheckpointError(f"{to} is not empty and no earlier export (it holds {held[0]}); give a new folder")
-    if others := [name for name in held if not any(fnmatch.fnmatch(name, pattern) for pattern in WRITTEN)]:
+    if others := [name for name in held if not any(_is(name, pattern) for pattern in WRITTEN)]:
         raise CheckpointError(f"{to} is an earlier export, but it also holds {others[0]}, which would go with it; move "
                               "that elsewhere, or give a new folder")
     unfinished = to.with_name(f".{to.name}.unfinished-{secrets.token_hex(4)}")
@@ -56,6 +59,11 @@ def replacing(to: str | Path) -> Iterator[Path]:
             earlier.rename(to)
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _is(name: str, pattern: str) -> bool:
+    """As `fnmatch`, but that what is at the top and what is in a folder are told apart."""
+    return fnmatch.fnmatchcase(name, pattern) and ("/" in name) == ("/" in pattern)
 
 
 def _has(record: Path, key: str) -> bool:
