@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from lm_eval.tasks import TaskManager
 
-from sled.errors import DownloadError, EvaluationError, SledError
+from sled.errors import DataError, DownloadError, EvaluationError, SledError
 from sled.eval.local_data import Data, first_line, overrides, paths_by_task
 
 OWN = (Path(__file__).parent / "tasks", Path(__file__).parent / "protocols")
@@ -50,7 +51,8 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
     num_fewshot: examples before each question; None: what the task says. A task that says 0 keeps it, as in the
         harness. seed: of what tasks draw from Python's random numbers; fewshot_seed: of their choice of examples.
 
-    Raises EvaluationError (unknown, or not for this library), DataError, DownloadError (its data cannot be had).
+    Raises EvaluationError (unknown, or not for this library), DataError (among them: fewer rows than examples),
+    DownloadError (its data cannot be had).
     """
     if not names:
         raise EvaluationError("no task was given; name one, such as sled_demo")
@@ -77,6 +79,7 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
             loaded["group_map"] |= some["group_map"]
     for task in loaded["tasks"].values():
         _settle(task, num_fewshot)
+        _check_examples(task)
     begin_anew(loaded["tasks"].values(), seed, fewshot_seed)
     return loaded
 
@@ -118,3 +121,19 @@ def _settle(task: Any, num_fewshot: int | None) -> None:
         task.set_config(key="num_fewshot", value=num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
+
+
+def _check_examples(task: Any) -> None:
+    """Raises DataError where the rows that examples come from are fewer than the examples before each question."""
+    asked, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if not asked or sampler is None:
+        return
+    rows = free = len(sampler.df)
+    apart = task.fewshot_cfg.split == task.config.test_split  # then the harness never shows the row that is asked
+    if apart and rows:
+        free -= max(Counter(map(repr, sampler.df)).values())  # nor its duplicates
+    if asked > free:
+        beside = f", {free} besides the one that is asked" if apart else ""
+        lower = f"lower num_fewshot (--num-fewshot) to {free}, or give more rows" if free else "give more rows"
+        raise DataError(f"the task {task.config.task!r} shows {asked} examples before each question, but the data they "
+                        f"come from hold {rows} row{'s' * (rows != 1)}{beside}; {lower}")

@@ -416,6 +416,28 @@ def test_local_data_take_the_place_of_a_tasks_own(tasks, tmp_path):
     assert all(f"what {n}" in task.fewshot_context(task.eval_docs[0], 3) for n in (0, 2, 3, 4))
 
 
+@pytest.mark.parametrize("name, asked, questions, says", [
+    ("tiny_text", 3, "abc", "'tiny_text' shows 3 examples .* 3 rows, 2 besides .*--num-fewshot. to 2, or give"),
+    ("tiny_text", 2, "abb", "shows 2 examples .* 3 rows, 1 besides"),  # b is not shown to b
+    ("tiny_text", 1, "a", "hold 1 row, 0 besides the one that is asked; give more rows"),
+    ("gsm8k_cot8_rows", None, "abc", "'gsm8k_cot8_rows' shows 8 examples .* 3 rows, 2 besides"),
+    ("listed", 2, "abc", "'listed' shows 2 examples .* the data they come from hold 1 row; lower"),
+])
+def test_more_examples_than_rows_are_refused_before_any_work(tasks, tmp_path, name, asked, questions, says):
+    listed = dict(TASKS["tiny_text"], task="listed", dataset_path="nobody/nothing", test_split="test",
+                  fewshot_config=dict(sampler="first_n", samples=[{"question": "q", "answer": "a"}]))
+    (tmp_path / "listed.yaml").write_text(json.dumps(listed))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": q, "answer": "#### 1"}) + "\n"
+                                                 for q in questions))
+    load = lambda count: load_tasks([name], include_path=[tasks, tmp_path], num_fewshot=count,  # noqa: E731
+                                    data=tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=says):
+        load(asked)
+    if name == "tiny_text":  # one less is shown to every row
+        task = load(asked - 1)["tasks"][name]
+        assert all(task.fewshot_context(doc, asked - 1).count("q: ") == asked for doc in task.eval_docs)
+
+
 def test_every_method_sees_the_same_examples(lm, tasks, tmp_path):
     """Examples are drawn at random: the second method finds all answers of the first only if its prompts are alike."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": f"w {n}", "answer": str(n)}) + "\n"
