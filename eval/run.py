@@ -20,9 +20,8 @@ from sled.eval.harness import SledLM
 from sled.eval.loading import begin_anew, load_tasks
 from sled.eval.local_data import Data, paths_by_task
 from sled.eval.methods import Method, plain
-from sled.eval.report import Report
+from sled.eval.report import Report, report_folder
 from sled.eval.scores import Task, scores_of
-from sled.files import writable
 from sled.lm import LM
 from sled.machine import hardware, versions
 
@@ -58,7 +57,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
 
     began = datetime.datetime.now().astimezone()
     if out is not None:
-        writable("out", Path(out) / "report.json")
+        report_folder("out", Path(out))
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     methods = _checked(methods)
     against = _baseline(methods, against)

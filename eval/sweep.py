@@ -33,6 +33,7 @@ from sled.eval.questions import Questions
 from sled.eval.sweep_result import Swept
 from sled.eval.sweep_rows import Row, Rows
 from sled.exits.calibration import DELTA, EPSILON
+from sled.files import writable_folder
 from sled.machine import hardware, versions
 from sled.results import Output
 from sled.rounds import Times, interleave
@@ -40,7 +41,7 @@ from sled.rounds import Times, interleave
 if TYPE_CHECKING:
     from sled.lm import LM
 
-FILE = "sweep.csv"
+FILES = ("sweep.csv", "sweep.md", "sweep.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
                  batch_size=Whole(1, hint="questions are answered in batches")("batch_size", batch_size),
                  max_new_tokens=Whole(1, hint="it counts the tokens of an answer")("max_new_tokens", max_new_tokens))
     points = _points(lm, methods, questions, given)
-    rows = Rows(Path(folder) / FILE)
+    rows = Rows(sweep_folder("folder", Path(folder)) / FILES[0])
     programs = _programs([point for point in points if point.digest not in rows.by_digest])
     if programs:
         solve = lambda point: lm.generate(list(questions.prompts), batch_size=batch_size,  # noqa: E731
@@ -98,6 +99,11 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
                        f"batches of {batch_size}, fastest of {rounds} rounds")
     swept.write(Path(folder))
     return swept
+
+
+def sweep_folder(name: str, folder: Path) -> Path:
+    """`folder`, for the files of a sweep. Raises SettingError where none can be written, or would replace others."""
+    return writable_folder(name, folder, FILES, owns=lambda folder: (folder / FILES[0]).exists())  # which `Rows` reads
 
 
 def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict[str, int]) -> list[Point]:

@@ -1,9 +1,11 @@
 """The harness's questions, answered as its own Hugging Face backend answers them; and what cannot be asked."""
 
 import copy
+import dataclasses
 import datetime
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -324,21 +326,51 @@ def test_the_command_writes_a_report_and_computes_nothing_twice(folder, tasks, t
     assert again["comparisons"] == report["comparisons"]
 
 
-def test_a_report_that_could_not_be_written_whole_is_none(lm, tasks, tmp_path):
+def test_a_report_is_replaced_whole_or_not_at_all(lm, tasks, tmp_path):
     report = evaluate(lm, "tiny_text", [Method("greedy")], include_path=[tasks], batch_size=6, progress=False)
     report.write(tmp_path)
-    assert (tmp_path / "report.json").exists()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 4
+    other = dataclasses.replace(report, date="today")
 
     class Broken:
+        def json(self):
+            return {}
+
+        def markdown(self, **_):
+            return ""
+
+        tested = 0
+
         def picture(self, path):
             path.write_text("half of it")
             raise OSError(28, "No space left on device")
 
-    report.__dict__["comparisons"] = {"tiny_text: exact_match": Broken()}
+    other.__dict__["comparisons"] = {"tiny_text: exact_match": Broken()}
     with pytest.raises(SettingError, match="No space left"):
-        report.write(tmp_path)
-    assert not (tmp_path / "report.json").exists()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        other.write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    del other.__dict__["comparisons"]
+    other.pictures["tiny_text: exact_match"] = "renamed.png"
+    other.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "samples.jsonl", "renamed.png"}
+
+
+@pytest.mark.parametrize("held, says", [
+    ({"report.md": "mine"}, "holds report.md that sled did not write"),
+    ({"samples.jsonl": "{}", "report.json": '{"mine": 1}'}, "holds report.json and samples.jsonl that sled did not"),
+    ({"report.json": "[1]"}, "holds report.json"),
+    (None, "'.*out', which is a file; name a folder"),
+])
+def test_a_folder_with_files_of_ones_own_is_refused_before_any_work(tmp_path, monkeypatch, capsys, held, says):
+    monkeypatch.setattr(sled, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    out = tmp_path / "out"
+    out.write_text("mine") if held is None else out.mkdir()
+    for name, text in (held or {}).items():
+        (out / name).write_text(text)
+    assert cli.main(["eval", "--tasks", "sled_demo", "--out", str(out)]) == 1
+    assert re.search(f"SettingError: --out is .*{says}", capsys.readouterr().err)
+    assert held is None or {path.name: path.read_text() for path in out.iterdir()} == held
 
 
 def test_self_speculation_writes_the_same_texts(lm, loaded):

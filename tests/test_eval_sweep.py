@@ -328,12 +328,22 @@ def test_tokens_at_the_same_place():
     ([*EARLY, *grid.early_exits([1], [0.5], fusion=sled.SLED())], {}, "several fusions"),
     (EARLY, dict(rounds=0), "rounds is 0"), (EARLY, dict(batch_size=0), "batch_size is 0"),
     (EARLY, dict(delta=0), "must be a number in"), (EARLY, dict(epsilon=1), "must be a number in"),
-    (EARLY, dict(folder="/proc/none"), "cannot be written"),
+    (EARLY, dict(folder="/proc/none"), "folder is '/proc/none', which cannot be written to"),
 ], ids=range(10))
 def test_what_cannot_be_swept(scripted, tmp_path, methods, how, says):
     with pytest.raises(SettingError, match=says):
         run(scripted, **{"folder": tmp_path, "methods": methods, **how})
     assert not scripted.calls and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sweep.md", "sweep.png"])
+def test_files_of_ones_own_are_not_replaced(command, scripted, tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert command("-o", tmp_path, "--problems", 2) == 1
+    assert f"--output is '{tmp_path}', which holds {name} that sled did not write" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine" and not scripted.calls and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(SettingError, match="folder is"):
+        run(scripted, tmp_path)
 
 
 def test_questions_from_a_file(tmp_path):

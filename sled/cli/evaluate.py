@@ -81,12 +81,14 @@ class Eval:
             print("\n".join(manager(include_path=self.include_path, everything=True).all_tasks))
             return
         from sled.eval.methods import Method, baselines
+        from sled.eval.report import report_folder
         from sled.eval.run import evaluate
 
         method = Method(self._name(), fusion=self.fusion_options.strategy(), **self.exit_options.settings(),
                         sampling=self.sampling_options.sampling())
         methods = [*(baselines(method) if self.compare else ()), method]
         metadata = dict(map(_named, self.metadata))
+        report_folder("--out", self.out)
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
         report = evaluate(
             self.model_options.load(), self.tasks, methods, data=self.data or None, metadata=metadata,

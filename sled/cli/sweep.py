@@ -77,12 +77,13 @@ class Sweep:
 
     def run(self) -> None:
         from sled.eval import grid
-        from sled.eval.sweep import sweep
+        from sled.eval.sweep import sweep, sweep_folder
 
         fusion, layer_sets = self.fusion_options.strategy(), self._layer_sets()
         if bool(self.rates) != bool(self.scales):
             raise SettingError("--rates and --scales go together: SLED is swept over both; give both, or neither")
         questions = self._questions()
+        sweep_folder("--output", self.output)
         lm = self.model_options.load()
         usual = grid.usual_layers(lm.config.num_layers)
         methods = [*grid.early_exits(layer_sets or usual, self.thresholds, measures=self.measures, kv=self.kv,
