@@ -190,6 +190,7 @@ def test_the_fastest_certified_setting(scripted, tmp_path):
     said = swept.markdown()
     assert "each of the 4 certified methods, of 8 tested in 3 sequences" in said and "fastest of them: exit" in said
     assert "| yes |" in said and "| no |" in said and "1.01 times as fast as no exit" in said
+    assert "so their tokens/s do not compare; times as fast does" in said
     assert dataclasses.replace(swept, delta=0.25).choice().method == "exit after 1, threshold 0.9"
     only = run(scripted, tmp_path, GUESSES, many(400))
     assert only.choice().method is None and "None of them was faster" in only.verdict()
@@ -407,6 +408,10 @@ def test_the_command(command, scripted, tmp_path, capsys):
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (["--thresholds", "--drafts"], "nothing is left to sweep"), (["--rates", "1"], "--rates and --scales go together"),
+    (["--thresholds", "--drafts", "--rates", "1", "--scales", "5", "--fusion", "dola"],
+     "--fusion has no meaning without --thresholds or --drafts"),
+    (["--thresholds", "--exit-layers", "1"], "--exit-layers has no meaning without --thresholds"),
+    (["--drafts", "--guess-layers", "1"], "--guess-layers has no meaning without --drafts"),
     (["--exit-layers", "one"], "--exit-layers is 'one'"), (["--problems", "0"], "count is 0"),
     (["--prompt", "q"], "--data, which was not given"), (["--data", "x.jsonl"], "without --prompt or --answer"),
     (["--data", "x.jsonl", "--prompt", "q", "--answer", "a"], "no file at 'x.jsonl'"),
