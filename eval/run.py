@@ -19,7 +19,7 @@ from sled.eval.cache import Cache
 from sled.eval.harness import SledLM
 from sled.eval.loading import begin_anew, load_tasks
 from sled.eval.local_data import Data, paths_by_task
-from sled.eval.methods import Method, plain
+from sled.eval.methods import A_MODEL, Method, plain
 from sled.eval.report import Report, report_folder
 from sled.eval.scores import Task, scores_of
 from sled.lm import LM
@@ -55,6 +55,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     """
     import lm_eval
 
+    A_MODEL("lm", lm)
     began = datetime.datetime.now().astimezone()
     if out is not None:
         report_folder("out", Path(out))

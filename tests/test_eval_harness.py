@@ -271,6 +271,11 @@ def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tasks,
         evaluate(lm, "tiny_choice", [method], include_path=[tasks], progress=False)
 
 
+def test_a_model_is_no_name():
+    with pytest.raises(SettingError, match=r"lm is 'demo', but must be an instance, .* give what sled\.load returns"):
+        evaluate("demo", "sled_demo", [Method("greedy")])
+
+
 def test_baselines_are_plain_decoding_and_the_clamp():
     method = Method("mine", fusion=sled.SLED(rate=3.0, scale=20, lower_bound=-500.0), exits=sled.SelfSpeculation(2))
     assert [(b.name, b.fusion, b.exits) for b in baselines(method)] == [

@@ -37,7 +37,7 @@ from sled.rounds import Times
 from sled.text import Text
 
 TWO, THREE = (DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, num_layers=layers, num_heads=2,
-                            num_kv_heads=2, head_dim=16, max_positions=128, eos_ids=(0,), tied_head=True)
+                            num_kv_heads=2, head_dim=16, max_positions=512, eos_ids=(0,), tied_head=True)
               for layers in (2, 3))
 QUESTIONS = Questions(tuple(f"Question: {n} and {n}?\nAnswer:" for n in range(3)), (0, 2, 4), "sums")
 EARLY = grid.early_exits([1], [0.0, 1.0, 0.5])
@@ -323,17 +323,21 @@ def test_tokens_at_the_same_place():
 
 
 @pytest.mark.parametrize(("methods", "how", "says"), [
-    (["no exit"], {}, "methods holds 'no exit'"), (grid.early_exits([3], [0.5]), {}, "no early exit of a model"),
+    (["no exit"], {}, "methods holds 'no exit'"), ([], {}, "methods holds nothing"),
+    (EARLY, dict(questions=[]), r"questions is \[\], which is no Questions; give what demo_questions"),
+    (EARLY, dict(lm="demo"), "lm is 'demo', but must be an instance, .* give what sled.load returns"),
+    (EARLY, dict(max_new_tokens=1000), "holds 512 tokens, and question 1 of sums takes 11 .* ask for at most 501 "),
+    (grid.early_exits([3], [0.5]), {}, "no early exit of a model"),
     ([Method("m", exits=sled.EarlyExit(1)), Method("m", exits=sled.EarlyExit(2))], {}, "two methods are called 'm'"),
     ([Method("a\nb")], {}, "no single line"),
     ([*EARLY, *grid.early_exits([1], [0.5], fusion=sled.SLED())], {}, "several fusions"),
     (EARLY, dict(rounds=0), "rounds is 0"), (EARLY, dict(batch_size=0), "batch_size is 0"),
     (EARLY, dict(delta=0), "must be a number in"), (EARLY, dict(epsilon=1), "must be a number in"),
     (EARLY, dict(folder="/proc/none"), "folder is '/proc/none', which cannot be written to"),
-], ids=range(10))
+], ids=range(14))
 def test_what_cannot_be_swept(scripted, tmp_path, methods, how, says):
     with pytest.raises(SettingError, match=says):
-        run(scripted, **{"folder": tmp_path, "methods": methods, **how})
+        run(**{"lm": scripted, "folder": tmp_path, "methods": methods, **how})
     assert not scripted.calls and not list(tmp_path.iterdir())
 
 
@@ -355,7 +359,7 @@ def test_questions_from_a_file(tmp_path):
     assert asked.prompts == ("Question: 1+1?\nAnswer:", "Question: a half?\nAnswer:")
     assert asked.answers == (2, Fraction(1, 2)) and asked.right(["#### 2.0", "#### 0.5 or so"]) == [True, True]
     first = read_questions(path, prompt="q", answer="s", limit=1)
-    assert (first.prompts, first.answers, first.source) == (("1+1?",), (1002,), "asked.jsonl")
+    assert (first.prompts, first.answers, first.source) == (("1+1?",), (1002,), "questions of asked.jsonl")
     with pytest.raises(DataError, match=r"asked\.jsonl, example 1, has the answer '1\+1\?', in which no number"):
         read_questions(path, prompt="s", answer="q")
     path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": 0.00001}\n')
@@ -403,7 +407,8 @@ def test_the_command(command, scripted, tmp_path, capsys):
     assert command("-o", tmp_path / "own", "--data", tmp_path / "own.jsonl", "--prompt", "{q}", "--answer", "a",
                    "--thresholds", "--fusion", "sled", "--rate", 2) == 0
     own = (tmp_path / "own" / "sweep.md").read_text()
-    assert "2 own.jsonl" in own and own.count("| SLED rate 2 scale 10, guesses after") == 2 * 4  # layers x drafts
+    assert "scripted, 2 questions of own.jsonl, at most 96 new" in own
+    assert own.count("| SLED rate 2 scale 10, guesses after") == 2 * 4  # layers x drafts
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
