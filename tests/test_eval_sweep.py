@@ -387,6 +387,16 @@ def test_pictures_of_every_kind_of_sweep(scripted, tmp_path):
         swept.picture(tmp_path / "sweep.bmp")
 
 
+def test_the_documentations_python_runs(command, scripted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sled, "load", lambda *_, **__: scripted)
+    scripted.config = dataclasses.replace(THREE, num_layers=8, windows=THREE.windows[:1] * 8)
+    text = (Path(sled.__file__).parents[1] / "docs" / "sweeps.md").read_text()
+    blocks = text.split("```python\n")[1:]
+    exec("\n".join(block.partition("```")[0] for block in blocks), {})
+    assert len(blocks) == 2 and (tmp_path / "sweep" / "sweep.md").exists() and (tmp_path / "comparison.png").exists()
+
+
 @pytest.fixture
 def command(scripted, monkeypatch):
     """`command(*arguments)`: the exit status of `sled sweep`, with the scripted model."""
