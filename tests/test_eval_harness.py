@@ -20,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, processors
 
 import sled
 from sled import cli
+from sled.cli.evaluate import Eval
+from sled.cli.options import FusionOptions, SamplingOptions
 from sled.demo.problems import problems
 from sled.errors import DataError, EvaluationError, SettingError
 from sled.eval import loading
@@ -267,8 +269,19 @@ def test_an_answer_longer_than_the_context_is_named(lm):
     (Method("warm", sampling=sled.Sampling(temperature=1.0)), "sampling"),
 ])
 def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tasks, method, idle):
-    with pytest.raises(EvaluationError, match=f"'tiny_choice' asks for log-likelihoods, which {idle} of the method"):
+    with pytest.raises(EvaluationError, match=f"'tiny_choice' asks for log-likelihoods, which never depend on "
+                                              f"the {idle} of a method: the figures of '{method.name}' would"):
         evaluate(lm, "tiny_choice", [method], include_path=[tasks], progress=False)
+
+
+@pytest.mark.parametrize("given, name", [
+    (dict(), "greedy"), (dict(sampling_options=SamplingOptions(seed=3)), "greedy"),
+    (dict(sampling_options=SamplingOptions(temperature=0.5, top_k=4, seed=3)), "final layer, temperature 0.5, top k 4"),
+    (dict(sampling_options=SamplingOptions(temperature=1), fusion_options=FusionOptions("sled", rate=2.0)),
+     "SLED, rate 2, temperature 1"),
+])
+def test_the_command_calls_a_method_by_its_options(given, name):
+    assert Eval(tasks=("sled_demo",), **given)._name() == name
 
 
 def test_a_model_is_no_name():

@@ -102,9 +102,10 @@ class Eval:
 
     def _name(self) -> str:
         """The method by the options that were given for it."""
-        if self.fusion_options.fusion == "final" and not given(self.exit_options):
-            return "chosen" if given(self.sampling_options).keys() - {"seed"} else "greedy"
-        chosen = {**given(self.fusion_options), **given(self.exit_options)}
+        chosen = {**given(self.fusion_options), **given(self.exit_options), **given(self.sampling_options)}
+        chosen.pop("seed", None)
+        if not chosen:
+            return "greedy"
         parts = [{"final": "final layer", "clamp": "clamp only"}.get(self.fusion_options.fusion,
                                                                      FUSIONS[self.fusion_options.fusion])]
         parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in chosen.items() if name != "fusion"]
