@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import random
 from collections import Counter
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from sled.errors import DataError, DownloadError, EvaluationError, SledError
 from sled.eval.local_data import Data, first_line, overrides, paths_by_task
+from sled.eval.protocols.task import ProtocolTask
 
 OWN = (Path(__file__).parent / "tasks", Path(__file__).parent / "protocols")
 
@@ -80,6 +83,7 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
     for task in loaded["tasks"].values():
         _settle(task, num_fewshot)
         _check_examples(task)
+    _check_metadata(loaded["tasks"].values(), metadata or {})
     begin_anew(loaded["tasks"].values(), seed, fewshot_seed)
     return loaded
 
@@ -121,6 +125,29 @@ def _settle(task: Any, num_fewshot: int | None) -> None:
         task.set_config(key="num_fewshot", value=num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
+
+
+def _check_metadata(tasks: Iterable[Any], metadata: Mapping[str, Any]) -> None:
+    """Raises EvaluationError for a name that certainly none of the tasks reads."""
+    read = [_names_read(task) for task in tasks]
+    if None in read:
+        return
+    known = set().union(*read)
+    if unread := [name for name in metadata if name not in known]:
+        raise EvaluationError(f"metadata (--metadata) has {unread[0]!r}, which no task here reads; leave it out, or "
+                              f"give one of {', '.join(sorted(known))}")
+
+
+def _names_read(task: Any) -> set[str] | None:
+    """The names in its metadata that a task reads; None where its code may read any."""
+    if type(task) not in (ConfigurableTask, ProtocolTask):
+        return None
+    make = task.config.custom_dataset
+    parameters = inspect.signature(make).parameters.values() if callable(make) else ()
+    if any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in parameters):
+        return None
+    primed = {"primer_file"} if "primer" in (task.config.metadata or {}) else set()
+    return {"version", *primed, *(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)}
 
 
 def _check_examples(task: Any) -> None:

@@ -22,7 +22,7 @@ def paths_by_task(data: Data | None, tasks: Sequence[str]) -> dict[str, Path]:
     """Which task's data lie where.
 
     data: a mapping from tasks to paths, or strings "TASK=PATH", or a single path, when there is one task.
-    Raises EvaluationError where it names no task of these, or does not say which is meant.
+    Raises EvaluationError where it names no task of these, or one twice, or does not say which is meant.
     """
     if data is None:
         return {}
@@ -32,13 +32,15 @@ def paths_by_task(data: Data | None, tasks: Sequence[str]) -> dict[str, Path]:
         paths = {}
         for one in [data] if isinstance(data, (str, os.PathLike)) else data:
             name, mark, path = os.fspath(one).partition("=")
-            if mark and (name in tasks or not os.path.exists(one)):
-                paths[name] = Path(path)
-            elif len(tasks) == 1:
-                paths[tasks[0]] = Path(one)
-            else:
+            if not mark or (name not in tasks and os.path.exists(one)):
+                name, path = tasks[0] if len(tasks) == 1 else None, one
+            if name is None:
                 raise EvaluationError(f"the data {os.fspath(one)!r} are for none of {', '.join(tasks)} by name; "
                                       "say which task they are for: TASK=PATH")
+            if name in paths:
+                raise EvaluationError(f"data are given twice for {name!r}, {paths[name]} and {path}; give one of them, "
+                                      "or a folder with a file per split")
+            paths[name] = Path(path)
     if others := sorted(paths.keys() - set(tasks)):
         raise EvaluationError(f"data are given for {', '.join(others)}, but the tasks are {', '.join(tasks)}; "
                               "name one of these")

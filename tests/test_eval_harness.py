@@ -299,6 +299,42 @@ def test_baselines_are_plain_decoding_and_the_clamp():
         Method("x", fusion="sled")
 
 
+def test_metadata_that_a_task_may_read_are_taken(tmp_path):
+    """A function that takes any name, and a class of one's own, may read what cannot be known."""
+    (tmp_path / "own.py").write_text("""import datasets
+from lm_eval.api.task import ConfigurableTask
+
+class Own(ConfigurableTask):
+    def __init__(self, config):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+def rows(**told):
+    return datasets.DatasetDict(test=datasets.Dataset.from_list([dict(question="q", answer=told["word"])]))
+
+def one_row(word, **_):
+    return rows(word=word)
+""")
+    tags = {"made": "custom_dataset: !function own.rows",
+            "classed": "class: !function own.Own\ncustom_dataset: !function own.one_row"}
+    for name, tag in tags.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\ntest_split: test\noutput_type: generate_until\n"
+                                               f"doc_to_text: question\ndoc_to_target: answer\n{tag}\n")
+        loaded = load_tasks([name], include_path=[tmp_path], metadata={"word": "w", "other": 1})
+        assert loaded["tasks"][name].eval_docs[0]["answer"] == "w"
+    with pytest.raises(SettingError, match=r"problems is 'abc', but must be a whole number of at least 1; it counts"):
+        load_tasks(["sled_demo"], metadata={"problems": "abc"})
+
+
+def test_a_task_that_keeps_to_no_examples_says_so(lm, capsys):
+    told = dict(metadata={"problems": 2}, max_new_tokens=4, limit=1)
+    report = evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=3, **told)
+    assert report.tasks["greedy"][0].num_fewshot == 0
+    assert "warning: 3 examples before each question were asked for, but the task 'sled_demo' keeps to the 0 that" in \
+        capsys.readouterr().err
+    evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=0, **told)
+    assert "warning" not in capsys.readouterr().err
+
+
 class Solver(HarnessModel):
     """Answers with the solution, with another number, or with none."""
 
@@ -506,7 +542,15 @@ def test_every_method_sees_the_same_examples(lm, tasks, tmp_path):
     (["tiny_text"], {"data": "other=rows.jsonl"}, "data are given for other, but the tasks are tiny_text"),
     (["tiny_text", "tiny_choice"], {"data": "rows.jsonl"}, "TASK=PATH"),
     (["tiny_text"], {"include_path": ["nowhere"]}, "no folder nowhere"),
+    (["tiny_text"], {"data": ["tiny_text=a.jsonl", "tiny_text=b.jsonl"]}, "twice for 'tiny_text', a.jsonl and b.jsonl"),
+    (["tiny_text"], {"data": ["a.jsonl", "b.jsonl"]}, "twice for 'tiny_text', a.jsonl and b.jsonl"),
+    (["tiny_text", "sled_demo"], {"metadata": {"problems": 2, "nosuch": 1}}, "'nosuch', .* one of problems, seed, ver"),
+    (["factor_news"], {"metadata": {"primer_file": "x"}, "data": "FACTOR"}, "'primer_file', which no task here reads"),
 ])
-def test_tasks_that_cannot_be_had_are_named(tasks, names, given, says):
+def test_tasks_that_cannot_be_had_are_named(tasks, tmp_path, names, given, says):
+    if given.get("data") == "FACTOR":
+        given = {**given, "data": tmp_path / "rows.jsonl"}
+        given["data"].write_text(json.dumps({"full_prefix": "a", "turncated_prefixes": "a", "completion": "b",
+                                             **{f"contradiction_{n}": str(n) for n in range(3)}}) + "\n")
     with pytest.raises(EvaluationError, match=says):
         load_tasks(names, **{"include_path": [tasks], **given})

@@ -52,7 +52,8 @@ class Eval:
     limit: int | None = None
     """Only so many samples of each task, the first."""
     num_fewshot: int | None = None
-    """Examples before each question; by default as the task says."""
+    """Examples before each question; by default as the task says.
+    A task that says 0, such as sled_demo, keeps to it."""
     fewshot_seed: int = 1234
     """Chooses the examples; 1234 is the harness's own."""
     apply_chat_template: bool = False
