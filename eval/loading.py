@@ -16,8 +16,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
 from sled.errors import DataError, DownloadError, EvaluationError, SledError
-from sled.eval.local_data import Data, first_line, overrides, paths_by_task
+from sled.eval.local_data import Data, overrides, paths_by_task
 from sled.eval.protocols.task import ProtocolTask
+from sled.train.files import first_line
 
 OWN = (Path(__file__).parent / "tasks", Path(__file__).parent / "protocols")
 

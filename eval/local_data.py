@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 
 from sled.errors import DataError, EvaluationError
+from sled.train.files import reading
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TEXTS = ("doc_to_text", "doc_to_target", "doc_to_choice")  # what a task's YAML makes of a row
@@ -91,12 +92,11 @@ def read(path: Path) -> datasets.DatasetDict:
                         f"{', '.join(FORMATS)}")
     if path.is_file() and not path.stat().st_size:
         raise DataError(f"{path} is empty; give a file with one row per sample")
-    try:
-        if path.is_dir():
+    if path.is_dir():
+        with reading([path, *sorted(file for file in path.rglob("*") if file.is_file())], "data"):
             return datasets.load_dataset(str(path))
+    with reading([path], FORMATS[path.suffix.lower()]):
         return datasets.load_dataset(FORMATS[path.suffix.lower()], data_files={"test": str(path)})
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as reason:
-        raise DataError(f"{path} cannot be read as data ({first_line(reason)}); mend or replace it") from reason
 
 
 def _check_rows(rows: datasets.Dataset, where: str, name: str, config: Mapping[str, Any]) -> None:
@@ -125,8 +125,3 @@ def _columns(config: Mapping[str, Any]) -> Iterator[str]:
             yield from sorted(meta.find_undeclared_variables(Environment().parse(text)))
         elif text.isidentifier():  # a column's name; where there is none, the harness takes the word itself
             yield text
-
-
-def first_line(error: BaseException) -> str:
-    """What other libraries say in many lines, in one."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

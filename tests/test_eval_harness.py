@@ -467,16 +467,19 @@ GOOD = {"question": "why", "answer": "so"}
     ("rows.txt", [GOOD], "says nothing about its format"),
     ("rows.jsonl", [{"problem": "why", "answer": "so"}], "the columns problem, answer, but the task tiny_text reads"),
     ("rows.jsonl", [GOOD, {"question": "how"}], "no 'answer' in row 2"),
-    ("rows.jsonl", ["not JSON"], "cannot be read as data"),
+    ("rows.jsonl", [GOOD, "not JSON"], r"rows\.jsonl, line 2, cannot be read as json \(JSON parse error: "),
+    ("data/test.jsonl", [GOOD, GOOD, '{"question": 1'], r"test\.jsonl, line 3, cannot be read as data \((?!An error)"),
+    ("rows.parquet", ["no Parquet"], r"rows\.parquet cannot be read as parquet \((?!An error)"),
     ("data/train.jsonl", [GOOD], "the splits train, but the task tiny_text is evaluated on 'test'"),
 ])
-def test_data_that_do_not_fit_are_named(tasks, tmp_path, name, rows, says):
+def test_data_that_do_not_fit_are_named(tasks, tmp_path, capfd, name, rows, says):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     if rows is not None:
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     with pytest.raises(DataError, match=says):
         load_tasks(["tiny_text"], include_path=[tasks], data=path if path.parent == tmp_path else path.parent)
+    assert "rror" not in capfd.readouterr().err  # what is raised is not logged besides
 
 
 def test_local_data_take_the_place_of_a_tasks_own(tasks, tmp_path):
