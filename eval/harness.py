@@ -76,8 +76,8 @@ class SledLM(TemplateLM):
         idle = [name for name, there in (("exits", self.method.leaves_early), ("sampling", self.method.samples))
                 if there]
         if idle:
-            raise EvaluationError(f"{what} asks for log-likelihoods, which {' and '.join(idle)} of the method "
-                                  f"{self.method.name!r} do not change: its figures would be those of the same method "
+            raise EvaluationError(f"{what} asks for log-likelihoods, which never depend on the {' and '.join(idle)} of "
+                                  f"a method: the figures of {self.method.name!r} would be those of the same method "
                                   f"without; leave {' and '.join(idle)} out, or take tasks that generate")
 
     # Tokens.

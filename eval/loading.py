@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks import TaskManager
 
-from sled.errors import DownloadError, EvaluationError, SledError
-from sled.eval.local_data import Data, first_line, overrides, paths_by_task
+from sled.errors import DataError, DownloadError, EvaluationError, SledError
+from sled.eval.local_data import Data, overrides, paths_by_task
+from sled.eval.protocols.task import ProtocolTask
+from sled.train.files import first_line
 
 OWN = (Path(__file__).parent / "tasks", Path(__file__).parent / "protocols")
 
@@ -50,7 +55,8 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
     num_fewshot: examples before each question; None: what the task says. A task that says 0 keeps it, as in the
         harness. seed: of what tasks draw from Python's random numbers; fewshot_seed: of their choice of examples.
 
-    Raises EvaluationError (unknown, or not for this library), DataError, DownloadError (its data cannot be had).
+    Raises EvaluationError (unknown, or not for this library), DataError (among them: fewer rows than examples),
+    DownloadError (its data cannot be had).
     """
     if not names:
         raise EvaluationError("no task was given; name one, such as sled_demo")
@@ -77,6 +83,8 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
             loaded["group_map"] |= some["group_map"]
     for task in loaded["tasks"].values():
         _settle(task, num_fewshot)
+        _check_examples(task)
+    _check_metadata(loaded["tasks"].values(), metadata or {})
     begin_anew(loaded["tasks"].values(), seed, fewshot_seed)
     return loaded
 
@@ -118,3 +126,42 @@ def _settle(task: Any, num_fewshot: int | None) -> None:
         task.set_config(key="num_fewshot", value=num_fewshot)
     elif own is None:
         task.set_config(key="num_fewshot", value=0)
+
+
+def _check_metadata(tasks: Iterable[Any], metadata: Mapping[str, Any]) -> None:
+    """Raises EvaluationError for a name that certainly none of the tasks reads."""
+    read = [_names_read(task) for task in tasks]
+    if None in read:
+        return
+    known = set().union(*read)
+    if unread := [name for name in metadata if name not in known]:
+        raise EvaluationError(f"metadata (--metadata) has {unread[0]!r}, which no task here reads; leave it out, or "
+                              f"give one of {', '.join(sorted(known))}")
+
+
+def _names_read(task: Any) -> set[str] | None:
+    """The names in its metadata that a task reads; None where its code may read any."""
+    if type(task) not in (ConfigurableTask, ProtocolTask):
+        return None
+    make = task.config.custom_dataset
+    parameters = inspect.signature(make).parameters.values() if callable(make) else ()
+    if any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in parameters):
+        return None
+    primed = {"primer_file"} if "primer" in (task.config.metadata or {}) else set()
+    return {"version", *primed, *(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)}
+
+
+def _check_examples(task: Any) -> None:
+    """Raises DataError where the rows that examples come from are fewer than the examples before each question."""
+    asked, sampler = task.get_config("num_fewshot"), getattr(task, "sampler", None)
+    if not asked or sampler is None:
+        return
+    rows = free = len(sampler.df)
+    apart = task.fewshot_cfg.split == task.config.test_split  # then the harness never shows the row that is asked
+    if apart and rows:
+        free -= max(Counter(map(repr, sampler.df)).values())  # nor its duplicates
+    if asked > free:
+        beside = f", {free} besides the one that is asked" if apart else ""
+        lower = f"lower num_fewshot (--num-fewshot) to {free}, or give more rows" if free else "give more rows"
+        raise DataError(f"the task {task.config.task!r} shows {asked} examples before each question, but the data they "
+                        f"come from hold {rows} row{'s' * (rows != 1)}{beside}; {lower}")

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 
 from sled.errors import DataError, EvaluationError
+from sled.train.files import reading
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TEXTS = ("doc_to_text", "doc_to_target", "doc_to_choice")  # what a task's YAML makes of a row
@@ -22,7 +23,7 @@ def paths_by_task(data: Data | None, tasks: Sequence[str]) -> dict[str, Path]:
     """Which task's data lie where.
 
     data: a mapping from tasks to paths, or strings "TASK=PATH", or a single path, when there is one task.
-    Raises EvaluationError where it names no task of these, or does not say which is meant.
+    Raises EvaluationError where it names no task of these, or one twice, or does not say which is meant.
     """
     if data is None:
         return {}
@@ -32,13 +33,15 @@ def paths_by_task(data: Data | None, tasks: Sequence[str]) -> dict[str, Path]:
         paths = {}
         for one in [data] if isinstance(data, (str, os.PathLike)) else data:
             name, mark, path = os.fspath(one).partition("=")
-            if mark and (name in tasks or not os.path.exists(one)):
-                paths[name] = Path(path)
-            elif len(tasks) == 1:
-                paths[tasks[0]] = Path(one)
-            else:
+            if not mark or (name not in tasks and os.path.exists(one)):
+                name, path = tasks[0] if len(tasks) == 1 else None, one
+            if name is None:
                 raise EvaluationError(f"the data {os.fspath(one)!r} are for none of {', '.join(tasks)} by name; "
                                       "say which task they are for: TASK=PATH")
+            if name in paths:
+                raise EvaluationError(f"data are given twice for {name!r}, {paths[name]} and {path}; give one of them, "
+                                      "or a folder with a file per split")
+            paths[name] = Path(path)
     if others := sorted(paths.keys() - set(tasks)):
         raise EvaluationError(f"data are given for {', '.join(others)}, but the tasks are {', '.join(tasks)}; "
                               "name one of these")
@@ -89,12 +92,11 @@ def read(path: Path) -> datasets.DatasetDict:
                         f"{', '.join(FORMATS)}")
     if path.is_file() and not path.stat().st_size:
         raise DataError(f"{path} is empty; give a file with one row per sample")
-    try:
-        if path.is_dir():
+    if path.is_dir():
+        with reading([path, *sorted(file for file in path.rglob("*") if file.is_file())], "data"):
             return datasets.load_dataset(str(path))
+    with reading([path], FORMATS[path.suffix.lower()]):
         return datasets.load_dataset(FORMATS[path.suffix.lower()], data_files={"test": str(path)})
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as reason:
-        raise DataError(f"{path} cannot be read as data ({first_line(reason)}); mend or replace it") from reason
 
 
 def _check_rows(rows: datasets.Dataset, where: str, name: str, config: Mapping[str, Any]) -> None:
@@ -123,8 +125,3 @@ def _columns(config: Mapping[str, Any]) -> Iterator[str]:
             yield from sorted(meta.find_undeclared_variables(Environment().parse(text)))
         elif text.isidentifier():  # a column's name; where there is none, the harness takes the word itself
             yield text
-
-
-def first_line(error: BaseException) -> str:
-    """What other libraries say in many lines, in one."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -57,4 +57,4 @@ def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | N
         answers.append(right)
     if not prompts:
         raise DataError(f"{data} holds no questions; give one per line")
-    return Questions(tuple(prompts), tuple(answers), Path(data).name)
+    return Questions(tuple(prompts), tuple(answers), f"questions of {Path(data).name}")

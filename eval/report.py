@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -15,9 +16,10 @@ import numpy as np
 
 from sled.errors import SettingError
 from sled.eval.scores import Task
-from sled.files import written_whole
+from sled.files import writable_folder, written_whole
 
 FORMAT = 1  # of report.json
+FILES = ("report.json", "report.md", "samples.jsonl")  # besides pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,32 +110,42 @@ class Report:
     def write(self, folder: Path) -> None:
         """report.json, report.md, samples.jsonl and a picture per score. Raises SettingError where it cannot.
 
-        Each file is written whole, report.json last; that of an earlier evaluation goes first, with the pictures that
-        it lists. So where report.json is, all else belongs to it.
+        All files are written whole before the first takes its place; report.json is the last to, and that of an earlier
+        evaluation goes first, with the pictures that it lists. So where report.json is, all else belongs to it.
         """
         samples = [json.dumps({"method": method, "task": task.name, **sample}, ensure_ascii=False, allow_nan=False)
                    for method, tasks in self.tasks.items() for task in tasks for sample in task.samples]
+        texts = (json.dumps(self.json(), indent=2, ensure_ascii=False) + "\n", self.markdown(),
+                 "".join(f"{line}\n" for line in samples))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for earlier in [*_listed(folder / "report.json"), "report.json"]:
-                (folder / earlier).unlink(missing_ok=True)
-            for name, picture in self.pictures.items():
-                with written_whole(folder / picture) as beside:
-                    self.comparisons[name].picture(beside)
-            for name, text in (("samples.jsonl", "".join(f"{line}\n" for line in samples)),
-                               ("report.md", self.markdown()),
-                               ("report.json", json.dumps(self.json(), indent=2, ensure_ascii=False) + "\n")):
-                with written_whole(folder / name) as beside:
-                    beside.write_text(text, encoding="utf-8")
+            with contextlib.ExitStack() as placing:  # what is entered first, takes its place last
+                for file, text in zip(FILES, texts, strict=True):
+                    placing.enter_context(written_whole(folder / file)).write_text(text, encoding="utf-8")
+                for name, picture in self.pictures.items():
+                    self.comparisons[name].picture(placing.enter_context(written_whole(folder / picture)))
+                for earlier in [*_earlier(folder).get("pictures", ()), FILES[0]]:
+                    (folder / earlier).unlink(missing_ok=True)
         except OSError as reason:
             raise SettingError(f"the report cannot be written to {folder} ({reason.strerror}); name a folder of your "
                                "own") from reason
 
 
-def _listed(report: Path) -> list[str]:
-    """The pictures of an earlier report in its folder, if it is one."""
+def report_folder(name: str, folder: Path) -> Path:
+    """`folder`, for `Report.write`. Raises SettingError where that cannot write, or would replace what is no report."""
+    return writable_folder(name, folder, FILES, owns=lambda folder: bool(_earlier(folder)))
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    """The report.json of an earlier evaluation in its folder; {} where there is none."""
     try:
-        names = json.loads(report.read_text(encoding="utf-8"))["pictures"]
-        return [name for name in names if Path(name).name == name and name.endswith(".png")]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        found = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+        if {"format", "methods", "comparisons"} <= found.keys() and all(map(_is_picture, found["pictures"])):
+            return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {}
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).name == name and name.endswith(".png")

@@ -7,6 +7,7 @@ import datetime
 import importlib.metadata
 import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +20,9 @@ from sled.eval.cache import Cache
 from sled.eval.harness import SledLM
 from sled.eval.loading import begin_anew, load_tasks
 from sled.eval.local_data import Data, paths_by_task
-from sled.eval.methods import Method, plain
-from sled.eval.report import Report
+from sled.eval.methods import A_MODEL, Method, plain
+from sled.eval.report import Report, report_folder
 from sled.eval.scores import Task, scores_of
-from sled.files import writable
 from sled.lm import LM
 from sled.machine import hardware, versions
 
@@ -42,23 +42,24 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     data: a task's data from local files: a mapping from tasks to paths, "TASK=PATH", or a path for a single task.
     include_path: folders with more tasks, as YAML files. metadata: what tasks may be told.
     limit: only so many samples of each task, the first; None: all.
-    num_fewshot: examples before each question; None: as the task says.
+    num_fewshot: examples before each question; None: as the task says. A task that says 0 keeps to it.
     apply_chat_template: prompts as the model's chat template has them. system_instruction: said before all else.
     max_new_tokens: the most tokens for an answer; None: what the task says, or 256.
     normalise: whether tasks of log-likelihoods get these, or what the fusion gives as it is (`LM.score`).
     cache: a file that keeps every answer as it is made; the same call, after a kill, goes on from there.
     out: a folder for the report, written at the end; `report.json` comes last, so where it is, all is complete.
     seed: of methods and tasks that draw, of the bootstrap, and of Python's and numpy's random numbers; fewshot_seed: of
-        the choice of examples, by default the harness's own.
+        the choice of examples, by default the harness's own. progress: shows bars and warnings.
 
     Raises EvaluationError, DataError, DownloadError, SettingError: what cannot be run is found before any work, as far
     as it can be known.
     """
     import lm_eval
 
+    A_MODEL("lm", lm)
     began = datetime.datetime.now().astimezone()
     if out is not None:
-        writable("out", Path(out) / "report.json")
+        report_folder("out", Path(out))
     names = [tasks] if isinstance(tasks, str) else list(tasks)
     methods = _checked(methods)
     against = _baseline(methods, against)
@@ -69,6 +70,8 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     with _quiet():
         loaded = load_tasks(names, data=data, include_path=include_path, metadata=metadata, num_fewshot=num_fewshot,
                             seed=seed, fewshot_seed=fewshot_seed)
+        if progress:
+            _say_kept(loaded["tasks"], num_fewshot)
         store, weights = Cache(cache), digest_of_weights(lm.params)
         models = {method.name: SledLM(lm, method, batch_size=batch_size, max_new_tokens=max_new_tokens,
                                       normalise=normalise, seed=seed, cache=store, weights=weights, progress=progress,
@@ -107,6 +110,14 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     if out is not None:
         report.write(Path(out))
     return report
+
+
+def _say_kept(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
+    """A warning for each task that shows other than the examples asked for."""
+    for name, task in tasks.items():
+        if num_fewshot is not None and (kept := task.get_config("num_fewshot")) != num_fewshot:
+            print(f"warning: {num_fewshot} examples before each question were asked for, but the task {name!r} keeps "
+                  f"to the {kept} that it says itself", file=sys.stderr)
 
 
 def _checked(methods: Sequence[Method]) -> list[Method]:

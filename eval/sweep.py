@@ -16,7 +16,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from scipy.stats import binomtest
@@ -24,23 +24,23 @@ from tqdm import tqdm
 
 from sled.arguments import NEW_TOKENS
 from sled.binding import digest_of_weights
-from sled.checks import Whole
+from sled.checks import Instance, Whole
 from sled.describe import describe
 from sled.errors import SettingError
 from sled.eval.grid import no_exit
-from sled.eval.methods import Method, deciding_versions
+from sled.eval.methods import A_MODEL, Method, deciding_versions
 from sled.eval.questions import Questions
 from sled.eval.sweep_result import Swept
 from sled.eval.sweep_rows import Row, Rows
 from sled.exits.calibration import DELTA, EPSILON
+from sled.files import writable_folder
+from sled.lm import LM
 from sled.machine import hardware, versions
+from sled.prompts import prompt_ids
 from sled.results import Output
 from sled.rounds import Times, interleave
 
-if TYPE_CHECKING:
-    from sled.lm import LM
-
-FILE = "sweep.csv"
+FILES = ("sweep.csv", "sweep.md", "sweep.png")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,14 +74,18 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     A row is written as soon as its program is timed. What `folder` holds of an interrupted sweep is not measured
     again, unless weights, questions or settings changed; its rows then stem from several runs, which is noted.
 
-    Raises SettingError, PromptError, TokenizerError.
+    Raises SettingError, PromptError, TokenizerError. Every answer must fit into the model's context at full length:
+    where texts end at the context, max_new_tokens is not what bounded them.
     """
+    A_MODEL("lm", lm)
+    Instance(Questions, traced=False, hint="give what demo_questions or read_questions returns")("questions", questions)
     delta, epsilon = DELTA("delta", delta), EPSILON("epsilon", epsilon)
     given = dict(rounds=Whole(1, hint="every method is timed once a round")("rounds", rounds),
                  batch_size=Whole(1, hint="questions are answered in batches")("batch_size", batch_size),
                  max_new_tokens=Whole(1, hint="it counts the tokens of an answer")("max_new_tokens", max_new_tokens))
     points = _points(lm, methods, questions, given)
-    rows = Rows(Path(folder) / FILE)
+    _check_room(lm, questions, given["max_new_tokens"])
+    rows = Rows(sweep_folder("folder", Path(folder)) / FILES[0])
     programs = _programs([point for point in points if point.digest not in rows.by_digest])
     if programs:
         solve = lambda point: lm.generate(list(questions.prompts), batch_size=batch_size,  # noqa: E731
@@ -100,8 +104,16 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     return swept
 
 
+def sweep_folder(name: str, folder: Path) -> Path:
+    """`folder`, for the files of a sweep. Raises SettingError where none can be written, or would replace others."""
+    return writable_folder(name, folder, FILES, owns=lambda folder: (folder / FILES[0]).exists())  # which `Rows` reads
+
+
 def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict[str, int]) -> list[Point]:
     """The baselines that are needed, then the methods; each once. Raises SettingError for methods that do not fit."""
+    if not methods:
+        raise SettingError("methods holds nothing to measure; give sled.eval.methods.Method(name, ...), or what "
+                           "sled.eval.grid makes")
     for method in methods:
         if not isinstance(method, Method):
             raise SettingError(f"methods holds {method!r}, but must hold methods; give sled.eval.methods.Method(name, "
@@ -124,6 +136,16 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
         raise SettingError("the methods with exits have several fusions or samplings, so the fastest of them is that "
                            "of no one baseline; sweep each fusion into a folder of its own")
     return list(points.values())
+
+
+def _check_room(lm: LM, questions: Questions, max_new_tokens: int) -> None:
+    """Raises SettingError where an answer could end at the model's context before it has `max_new_tokens`."""
+    lengths = list(map(len, prompt_ids(list(questions.prompts), lm.text, lm.config)))
+    longest, context = max(lengths), lm.config.max_positions
+    if longest + max_new_tokens > context:
+        raise SettingError(f"max_new_tokens is {max_new_tokens}, but the context of {lm.name} holds {context} tokens, "
+                           f"and question {lengths.index(longest) + 1} of {questions.source} takes {longest} of them; "
+                           f"ask for at most {context - longest} (--max-new-tokens), or leave long questions out")
 
 
 def _baselines(method: Method) -> list[Method]:

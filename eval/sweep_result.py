@@ -138,7 +138,9 @@ class Swept:
             "same tokens: share of its texts that are the same, and of its tokens at the same place. mean depth: of "
             f"the layer that said a token, of {self.num_layers}; verified guesses went through all of them. times as "
             "fast: its seconds over the method's, for all questions, fastest round of each, timed in the same rounds. "
-            "by medians: the same of the median rounds; as far as the two differ, speed is noise."]
+            "by medians: the same of the median rounds; as far as the two differ, speed is noise. tokens/s: in the "
+            "fastest round. Methods of different programs (exits by threshold, guesses by draft, ...) are timed at "
+            "different times, each beside its baseline anew, so their tokens/s do not compare; times as fast does."]
         if len(against) > 1:
             base = self.baseline()
             notes.append(f"Methods with exits are timed beside {base.method}, the others beside {base.against}. Where "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from sled.errors import SettingError
@@ -16,15 +16,38 @@ PICTURES = (".png", ".svg", ".pdf")
 def writable(name: str, path: Path) -> Path:
     """`path`, whose folder is made; what is there already stays. Raises SettingError where none can be written."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = not os.path.lexists(path)
-        path.open("ab").close()  # asking for permissions would not tell a full or read-only disk
-        if new:
-            path.unlink()
+        _try(path)
     except OSError as reason:
         raise SettingError(f"{name} is {str(path)!r}, which cannot be written ({reason.strerror}); "
                            "name a file in a folder of your own") from reason
     return path
+
+
+def writable_folder(name: str, folder: Path, files: Collection[str], *, owns: Callable[[Path], bool]) -> Path:
+    """`folder`, made where there is none, for `files`, those of an earlier time being replaced.
+
+    owns: whether those in the folder are of an earlier time. Raises SettingError where they are not, so that nobody's
+    own files are replaced, and where none can be written.
+    """
+    there = [file for file in files if os.path.lexists(folder / file)]
+    if there and not owns(folder):
+        raise SettingError(f"{name} is {str(folder)!r}, which holds {' and '.join(there)} that sled did not write or "
+                           "did not finish; name another folder, or move them away")
+    try:
+        _try(folder / next(iter(files)))
+    except OSError as reason:
+        why = "is a file" if folder.is_file() else f"cannot be written to ({reason.strerror})"
+        raise SettingError(f"{name} is {str(folder)!r}, which {why}; name a folder of your own") from reason
+    return folder
+
+
+def _try(path: Path) -> None:
+    """Raises OSError where `path` cannot be written. Asking for permissions would not tell a full or read-only disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not os.path.lexists(path)
+    path.open("ab").close()
+    if new:
+        path.unlink()
 
 
 def writable_picture(name: str, path: Path) -> Path:

@@ -1,9 +1,11 @@
 """The harness's questions, answered as its own Hugging Face backend answers them; and what cannot be asked."""
 
 import copy
+import dataclasses
 import datetime
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from tokenizers import Tokenizer, decoders, models, processors
 
 import sled
 from sled import cli
+from sled.cli.evaluate import Eval
+from sled.cli.options import FusionOptions, SamplingOptions
 from sled.demo.problems import problems
 from sled.errors import DataError, EvaluationError, SettingError
 from sled.eval import loading
@@ -265,8 +269,24 @@ def test_an_answer_longer_than_the_context_is_named(lm):
     (Method("warm", sampling=sled.Sampling(temperature=1.0)), "sampling"),
 ])
 def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tasks, method, idle):
-    with pytest.raises(EvaluationError, match=f"'tiny_choice' asks for log-likelihoods, which {idle} of the method"):
+    with pytest.raises(EvaluationError, match=f"'tiny_choice' asks for log-likelihoods, which never depend on "
+                                              f"the {idle} of a method: the figures of '{method.name}' would"):
         evaluate(lm, "tiny_choice", [method], include_path=[tasks], progress=False)
+
+
+@pytest.mark.parametrize("given, name", [
+    (dict(), "greedy"), (dict(sampling_options=SamplingOptions(seed=3)), "greedy"),
+    (dict(sampling_options=SamplingOptions(temperature=0.5, top_k=4, seed=3)), "final layer, temperature 0.5, top k 4"),
+    (dict(sampling_options=SamplingOptions(temperature=1), fusion_options=FusionOptions("sled", rate=2.0)),
+     "SLED, rate 2, temperature 1"),
+])
+def test_the_command_calls_a_method_by_its_options(given, name):
+    assert Eval(tasks=("sled_demo",), **given)._name() == name
+
+
+def test_a_model_is_no_name():
+    with pytest.raises(SettingError, match=r"lm is 'demo', but must be an instance, .* give what sled\.load returns"):
+        evaluate("demo", "sled_demo", [Method("greedy")])
 
 
 def test_baselines_are_plain_decoding_and_the_clamp():
@@ -277,6 +297,42 @@ def test_baselines_are_plain_decoding_and_the_clamp():
     assert baselines(Method("g")) == ()
     with pytest.raises(SettingError, match=r"Method\.fusion"):
         Method("x", fusion="sled")
+
+
+def test_metadata_that_a_task_may_read_are_taken(tmp_path):
+    """A function that takes any name, and a class of one's own, may read what cannot be known."""
+    (tmp_path / "own.py").write_text("""import datasets
+from lm_eval.api.task import ConfigurableTask
+
+class Own(ConfigurableTask):
+    def __init__(self, config):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+def rows(**told):
+    return datasets.DatasetDict(test=datasets.Dataset.from_list([dict(question="q", answer=told["word"])]))
+
+def one_row(word, **_):
+    return rows(word=word)
+""")
+    tags = {"made": "custom_dataset: !function own.rows",
+            "classed": "class: !function own.Own\ncustom_dataset: !function own.one_row"}
+    for name, tag in tags.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\ntest_split: test\noutput_type: generate_until\n"
+                                               f"doc_to_text: question\ndoc_to_target: answer\n{tag}\n")
+        loaded = load_tasks([name], include_path=[tmp_path], metadata={"word": "w", "other": 1})
+        assert loaded["tasks"][name].eval_docs[0]["answer"] == "w"
+    with pytest.raises(SettingError, match=r"problems is 'abc', but must be a whole number of at least 1; it counts"):
+        load_tasks(["sled_demo"], metadata={"problems": "abc"})
+
+
+def test_a_task_that_keeps_to_no_examples_says_so(lm, capsys):
+    told = dict(metadata={"problems": 2}, max_new_tokens=4, limit=1)
+    report = evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=3, **told)
+    assert report.tasks["greedy"][0].num_fewshot == 0
+    assert "warning: 3 examples before each question were asked for, but the task 'sled_demo' keeps to the 0 that" in \
+        capsys.readouterr().err
+    evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=0, **told)
+    assert "warning" not in capsys.readouterr().err
 
 
 class Solver(HarnessModel):
@@ -324,21 +380,51 @@ def test_the_command_writes_a_report_and_computes_nothing_twice(folder, tasks, t
     assert again["comparisons"] == report["comparisons"]
 
 
-def test_a_report_that_could_not_be_written_whole_is_none(lm, tasks, tmp_path):
+def test_a_report_is_replaced_whole_or_not_at_all(lm, tasks, tmp_path):
     report = evaluate(lm, "tiny_text", [Method("greedy")], include_path=[tasks], batch_size=6, progress=False)
     report.write(tmp_path)
-    assert (tmp_path / "report.json").exists()
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 4
+    other = dataclasses.replace(report, date="today")
 
     class Broken:
+        def json(self):
+            return {}
+
+        def markdown(self, **_):
+            return ""
+
+        tested = 0
+
         def picture(self, path):
             path.write_text("half of it")
             raise OSError(28, "No space left on device")
 
-    report.__dict__["comparisons"] = {"tiny_text: exact_match": Broken()}
+    other.__dict__["comparisons"] = {"tiny_text: exact_match": Broken()}
     with pytest.raises(SettingError, match="No space left"):
-        report.write(tmp_path)
-    assert not (tmp_path / "report.json").exists()
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+        other.write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    del other.__dict__["comparisons"]
+    other.pictures["tiny_text: exact_match"] = "renamed.png"
+    other.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "samples.jsonl", "renamed.png"}
+
+
+@pytest.mark.parametrize("held, says", [
+    ({"report.md": "mine"}, "holds report.md that sled did not write"),
+    ({"samples.jsonl": "{}", "report.json": '{"mine": 1}'}, "holds report.json and samples.jsonl that sled did not"),
+    ({"report.json": "[1]"}, "holds report.json"),
+    (None, "'.*out', which is a file; name a folder"),
+])
+def test_a_folder_with_files_of_ones_own_is_refused_before_any_work(tmp_path, monkeypatch, capsys, held, says):
+    monkeypatch.setattr(sled, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    out = tmp_path / "out"
+    out.write_text("mine") if held is None else out.mkdir()
+    for name, text in (held or {}).items():
+        (out / name).write_text(text)
+    assert cli.main(["eval", "--tasks", "sled_demo", "--out", str(out)]) == 1
+    assert re.search(f"SettingError: --out is .*{says}", capsys.readouterr().err)
+    assert held is None or {path.name: path.read_text() for path in out.iterdir()} == held
 
 
 def test_self_speculation_writes_the_same_texts(lm, loaded):
@@ -381,16 +467,19 @@ GOOD = {"question": "why", "answer": "so"}
     ("rows.txt", [GOOD], "says nothing about its format"),
     ("rows.jsonl", [{"problem": "why", "answer": "so"}], "the columns problem, answer, but the task tiny_text reads"),
     ("rows.jsonl", [GOOD, {"question": "how"}], "no 'answer' in row 2"),
-    ("rows.jsonl", ["not JSON"], "cannot be read as data"),
+    ("rows.jsonl", [GOOD, "not JSON"], r"rows\.jsonl, line 2, cannot be read as json \(JSON parse error: "),
+    ("data/test.jsonl", [GOOD, GOOD, '{"question": 1'], r"test\.jsonl, line 3, cannot be read as data \((?!An error)"),
+    ("rows.parquet", ["no Parquet"], r"rows\.parquet cannot be read as parquet \((?!An error)"),
     ("data/train.jsonl", [GOOD], "the splits train, but the task tiny_text is evaluated on 'test'"),
 ])
-def test_data_that_do_not_fit_are_named(tasks, tmp_path, name, rows, says):
+def test_data_that_do_not_fit_are_named(tasks, tmp_path, capfd, name, rows, says):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     if rows is not None:
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     with pytest.raises(DataError, match=says):
         load_tasks(["tiny_text"], include_path=[tasks], data=path if path.parent == tmp_path else path.parent)
+    assert "rror" not in capfd.readouterr().err  # what is raised is not logged besides
 
 
 def test_local_data_take_the_place_of_a_tasks_own(tasks, tmp_path):
@@ -416,6 +505,28 @@ def test_local_data_take_the_place_of_a_tasks_own(tasks, tmp_path):
     assert all(f"what {n}" in task.fewshot_context(task.eval_docs[0], 3) for n in (0, 2, 3, 4))
 
 
+@pytest.mark.parametrize("name, asked, questions, says", [
+    ("tiny_text", 3, "abc", "'tiny_text' shows 3 examples .* 3 rows, 2 besides .*--num-fewshot. to 2, or give"),
+    ("tiny_text", 2, "abb", "shows 2 examples .* 3 rows, 1 besides"),  # b is not shown to b
+    ("tiny_text", 1, "a", "hold 1 row, 0 besides the one that is asked; give more rows"),
+    ("gsm8k_cot8_rows", None, "abc", "'gsm8k_cot8_rows' shows 8 examples .* 3 rows, 2 besides"),
+    ("listed", 2, "abc", "'listed' shows 2 examples .* the data they come from hold 1 row; lower"),
+])
+def test_more_examples_than_rows_are_refused_before_any_work(tasks, tmp_path, name, asked, questions, says):
+    listed = dict(TASKS["tiny_text"], task="listed", dataset_path="nobody/nothing", test_split="test",
+                  fewshot_config=dict(sampler="first_n", samples=[{"question": "q", "answer": "a"}]))
+    (tmp_path / "listed.yaml").write_text(json.dumps(listed))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": q, "answer": "#### 1"}) + "\n"
+                                                 for q in questions))
+    load = lambda count: load_tasks([name], include_path=[tasks, tmp_path], num_fewshot=count,  # noqa: E731
+                                    data=tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=says):
+        load(asked)
+    if name == "tiny_text":  # one less is shown to every row
+        task = load(asked - 1)["tasks"][name]
+        assert all(task.fewshot_context(doc, asked - 1).count("q: ") == asked for doc in task.eval_docs)
+
+
 def test_every_method_sees_the_same_examples(lm, tasks, tmp_path):
     """Examples are drawn at random: the second method finds all answers of the first only if its prompts are alike."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": f"w {n}", "answer": str(n)}) + "\n"
@@ -434,7 +545,15 @@ def test_every_method_sees_the_same_examples(lm, tasks, tmp_path):
     (["tiny_text"], {"data": "other=rows.jsonl"}, "data are given for other, but the tasks are tiny_text"),
     (["tiny_text", "tiny_choice"], {"data": "rows.jsonl"}, "TASK=PATH"),
     (["tiny_text"], {"include_path": ["nowhere"]}, "no folder nowhere"),
+    (["tiny_text"], {"data": ["tiny_text=a.jsonl", "tiny_text=b.jsonl"]}, "twice for 'tiny_text', a.jsonl and b.jsonl"),
+    (["tiny_text"], {"data": ["a.jsonl", "b.jsonl"]}, "twice for 'tiny_text', a.jsonl and b.jsonl"),
+    (["tiny_text", "sled_demo"], {"metadata": {"problems": 2, "nosuch": 1}}, "'nosuch', .* one of problems, seed, ver"),
+    (["factor_news"], {"metadata": {"primer_file": "x"}, "data": "FACTOR"}, "'primer_file', which no task here reads"),
 ])
-def test_tasks_that_cannot_be_had_are_named(tasks, names, given, says):
+def test_tasks_that_cannot_be_had_are_named(tasks, tmp_path, names, given, says):
+    if given.get("data") == "FACTOR":
+        given = {**given, "data": tmp_path / "rows.jsonl"}
+        given["data"].write_text(json.dumps({"full_prefix": "a", "turncated_prefixes": "a", "completion": "b",
+                                             **{f"contradiction_{n}": str(n) for n in range(3)}}) + "\n")
     with pytest.raises(EvaluationError, match=says):
         load_tasks(names, **{"include_path": [tasks], **given})

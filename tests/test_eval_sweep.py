@@ -37,7 +37,7 @@ from sled.rounds import Times
 from sled.text import Text
 
 TWO, THREE = (DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, num_layers=layers, num_heads=2,
-                            num_kv_heads=2, head_dim=16, max_positions=128, eos_ids=(0,), tied_head=True)
+                            num_kv_heads=2, head_dim=16, max_positions=512, eos_ids=(0,), tied_head=True)
               for layers in (2, 3))
 QUESTIONS = Questions(tuple(f"Question: {n} and {n}?\nAnswer:" for n in range(3)), (0, 2, 4), "sums")
 EARLY = grid.early_exits([1], [0.0, 1.0, 0.5])
@@ -190,6 +190,7 @@ def test_the_fastest_certified_setting(scripted, tmp_path):
     said = swept.markdown()
     assert "each of the 4 certified methods, of 8 tested in 3 sequences" in said and "fastest of them: exit" in said
     assert "| yes |" in said and "| no |" in said and "1.01 times as fast as no exit" in said
+    assert "so their tokens/s do not compare; times as fast does" in said
     assert dataclasses.replace(swept, delta=0.25).choice().method == "exit after 1, threshold 0.9"
     only = run(scripted, tmp_path, GUESSES, many(400))
     assert only.choice().method is None and "None of them was faster" in only.verdict()
@@ -322,18 +323,32 @@ def test_tokens_at_the_same_place():
 
 
 @pytest.mark.parametrize(("methods", "how", "says"), [
-    (["no exit"], {}, "methods holds 'no exit'"), (grid.early_exits([3], [0.5]), {}, "no early exit of a model"),
+    (["no exit"], {}, "methods holds 'no exit'"), ([], {}, "methods holds nothing"),
+    (EARLY, dict(questions=[]), r"questions is \[\], which is no Questions; give what demo_questions"),
+    (EARLY, dict(lm="demo"), "lm is 'demo', but must be an instance, .* give what sled.load returns"),
+    (EARLY, dict(max_new_tokens=1000), "holds 512 tokens, and question 1 of sums takes 11 .* ask for at most 501 "),
+    (grid.early_exits([3], [0.5]), {}, "no early exit of a model"),
     ([Method("m", exits=sled.EarlyExit(1)), Method("m", exits=sled.EarlyExit(2))], {}, "two methods are called 'm'"),
     ([Method("a\nb")], {}, "no single line"),
     ([*EARLY, *grid.early_exits([1], [0.5], fusion=sled.SLED())], {}, "several fusions"),
     (EARLY, dict(rounds=0), "rounds is 0"), (EARLY, dict(batch_size=0), "batch_size is 0"),
     (EARLY, dict(delta=0), "must be a number in"), (EARLY, dict(epsilon=1), "must be a number in"),
-    (EARLY, dict(folder="/proc/none"), "cannot be written"),
-], ids=range(10))
+    (EARLY, dict(folder="/proc/none"), "folder is '/proc/none', which cannot be written to"),
+], ids=range(14))
 def test_what_cannot_be_swept(scripted, tmp_path, methods, how, says):
     with pytest.raises(SettingError, match=says):
-        run(scripted, **{"folder": tmp_path, "methods": methods, **how})
+        run(**{"lm": scripted, "folder": tmp_path, "methods": methods, **how})
     assert not scripted.calls and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["sweep.md", "sweep.png"])
+def test_files_of_ones_own_are_not_replaced(command, scripted, tmp_path, capsys, name):
+    (tmp_path / name).write_text("mine")
+    assert command("-o", tmp_path, "--problems", 2) == 1
+    assert f"--output is '{tmp_path}', which holds {name} that sled did not write" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine" and not scripted.calls and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(SettingError, match="folder is"):
+        run(scripted, tmp_path)
 
 
 def test_questions_from_a_file(tmp_path):
@@ -344,7 +359,7 @@ def test_questions_from_a_file(tmp_path):
     assert asked.prompts == ("Question: 1+1?\nAnswer:", "Question: a half?\nAnswer:")
     assert asked.answers == (2, Fraction(1, 2)) and asked.right(["#### 2.0", "#### 0.5 or so"]) == [True, True]
     first = read_questions(path, prompt="q", answer="s", limit=1)
-    assert (first.prompts, first.answers, first.source) == (("1+1?",), (1002,), "asked.jsonl")
+    assert (first.prompts, first.answers, first.source) == (("1+1?",), (1002,), "questions of asked.jsonl")
     with pytest.raises(DataError, match=r"asked\.jsonl, example 1, has the answer '1\+1\?', in which no number"):
         read_questions(path, prompt="s", answer="q")
     path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": 0.00001}\n')
@@ -372,6 +387,16 @@ def test_pictures_of_every_kind_of_sweep(scripted, tmp_path):
         swept.picture(tmp_path / "sweep.bmp")
 
 
+def test_the_documentations_python_runs(command, scripted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sled, "load", lambda *_, **__: scripted)
+    scripted.config = dataclasses.replace(THREE, num_layers=8, windows=THREE.windows[:1] * 8)
+    text = (Path(sled.__file__).parents[1] / "docs" / "sweeps.md").read_text()
+    blocks = text.split("```python\n")[1:]
+    exec("\n".join(block.partition("```")[0] for block in blocks), {})
+    assert len(blocks) == 2 and (tmp_path / "sweep" / "sweep.md").exists() and (tmp_path / "comparison.png").exists()
+
+
 @pytest.fixture
 def command(scripted, monkeypatch):
     """`command(*arguments)`: the exit status of `sled sweep`, with the scripted model."""
@@ -392,11 +417,16 @@ def test_the_command(command, scripted, tmp_path, capsys):
     assert command("-o", tmp_path / "own", "--data", tmp_path / "own.jsonl", "--prompt", "{q}", "--answer", "a",
                    "--thresholds", "--fusion", "sled", "--rate", 2) == 0
     own = (tmp_path / "own" / "sweep.md").read_text()
-    assert "2 own.jsonl" in own and own.count("| SLED rate 2 scale 10, guesses after") == 2 * 4  # layers x drafts
+    assert "scripted, 2 questions of own.jsonl, at most 96 new" in own
+    assert own.count("| SLED rate 2 scale 10, guesses after") == 2 * 4  # layers x drafts
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (["--thresholds", "--drafts"], "nothing is left to sweep"), (["--rates", "1"], "--rates and --scales go together"),
+    (["--thresholds", "--drafts", "--rates", "1", "--scales", "5", "--fusion", "dola"],
+     "--fusion has no meaning without --thresholds or --drafts"),
+    (["--thresholds", "--exit-layers", "1"], "--exit-layers has no meaning without --thresholds"),
+    (["--drafts", "--guess-layers", "1"], "--guess-layers has no meaning without --drafts"),
     (["--exit-layers", "one"], "--exit-layers is 'one'"), (["--problems", "0"], "count is 0"),
     (["--prompt", "q"], "--data, which was not given"), (["--data", "x.jsonl"], "without --prompt or --answer"),
     (["--data", "x.jsonl", "--prompt", "q", "--answer", "a"], "no file at 'x.jsonl'"),

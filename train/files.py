@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sled.errors import DataError
@@ -76,16 +77,29 @@ def first_line(error: BaseException) -> str:
 def _rows(path: Path) -> Iterator[Mapping]:
     import datasets  # imported where it is needed: it is slow
 
-    reader, logger = READERS[path.suffix.lower()], logging.getLogger("datasets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # it logs what it then raises
-    try:
+    reader = READERS[path.suffix.lower()]
+    with reading([path], reader):
         # Streamed: what is read once needs no second copy in the cache of `datasets`.
         yield from datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", streaming=True)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as reason:  # pyarrow's errors are ValueErrors
-        line = _bad_line(path) if reader == "json" else None
-        raise DataError(f"{path}{line or ''} cannot be read as {reader} ({first_line(reason)}); mend it, or remove "
-                        "it") from reason
+
+
+@contextlib.contextmanager
+def reading(paths: Sequence[Path], what: str) -> Iterator[None]:
+    """While `datasets` reads `paths` as `what`: it does not log what it then raises, and what it raises becomes a
+    DataError that names the file and, of JSON, the line."""
+    import datasets
+
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as reason:
+        # pyarrow's errors are ValueErrors; of what `datasets` made of another error, that is the reason.
+        lines = ((path, _bad_line(path)) for path in paths if READERS.get(path.suffix.lower()) == "json")
+        path, line = next((found for found in lines if found[1]), (paths[0], ""))
+        raise DataError(f"{path}{line} cannot be read as {what} ({first_line(reason.__cause__ or reason)}); mend it, "
+                        "or remove it") from reason
     finally:
         logger.setLevel(level)
 

@@ -2,6 +2,7 @@
 
 import datasets
 
+from sled.checks import Whole
 from sled.demo import problems as demo
 from sled.eval.answers import final_answer
 
@@ -9,7 +10,8 @@ NONE = "[invalid]"  # what the harness's own filters give where a text holds no 
 
 
 def dataset(problems: int, seed: int, **_) -> datasets.DatasetDict:
-    """The first `problems` held-out problems of random stream `seed`, as the split "test"."""
+    """The first `problems` held-out problems of random stream `seed`, as the split "test". Raises SettingError."""
+    problems = Whole(1, hint="it counts the problems to ask (--metadata problems=200)")("problems", problems)
     rows = [{"question": p.question, "solution": p.solution, "answer": str(p.answer)}
             for p in demo.problems("heldout", problems, seed=seed)]
     return datasets.DatasetDict(test=datasets.Dataset.from_list(rows))

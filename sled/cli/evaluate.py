@@ -52,7 +52,8 @@ class Eval:
     limit: int | None = None
     """Only so many samples of each task, the first."""
     num_fewshot: int | None = None
-    """Examples before each question; by default as the task says."""
+    """Examples before each question; by default as the task says.
+    A task that says 0, such as sled_demo, keeps to it."""
     fewshot_seed: int = 1234
     """Chooses the examples; 1234 is the harness's own."""
     apply_chat_template: bool = False
@@ -81,12 +82,14 @@ class Eval:
             print("\n".join(manager(include_path=self.include_path, everything=True).all_tasks))
             return
         from sled.eval.methods import Method, baselines
+        from sled.eval.report import report_folder
         from sled.eval.run import evaluate
 
         method = Method(self._name(), fusion=self.fusion_options.strategy(), **self.exit_options.settings(),
                         sampling=self.sampling_options.sampling())
         methods = [*(baselines(method) if self.compare else ()), method]
         metadata = dict(map(_named, self.metadata))
+        report_folder("--out", self.out)
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
         report = evaluate(
             self.model_options.load(), self.tasks, methods, data=self.data or None, metadata=metadata,
@@ -100,9 +103,10 @@ class Eval:
 
     def _name(self) -> str:
         """The method by the options that were given for it."""
-        if self.fusion_options.fusion == "final" and not given(self.exit_options):
-            return "chosen" if given(self.sampling_options).keys() - {"seed"} else "greedy"
-        chosen = {**given(self.fusion_options), **given(self.exit_options)}
+        chosen = {**given(self.fusion_options), **given(self.exit_options), **given(self.sampling_options)}
+        chosen.pop("seed", None)
+        if not chosen:
+            return "greedy"
         parts = [{"final": "final layer", "clamp": "clamp only"}.get(self.fusion_options.fusion,
                                                                      FUSIONS[self.fusion_options.fusion])]
         parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in chosen.items() if name != "fusion"]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sled.cli.options import FusionOptions, ModelOptions, unescape
+from sled.cli.options import FusionOptions, ModelOptions, given, unescape
 from sled.errors import PromptError, SettingError
 
 
@@ -77,12 +77,14 @@ class Sweep:
 
     def run(self) -> None:
         from sled.eval import grid
-        from sled.eval.sweep import sweep
+        from sled.eval.sweep import sweep, sweep_folder
 
         fusion, layer_sets = self.fusion_options.strategy(), self._layer_sets()
         if bool(self.rates) != bool(self.scales):
             raise SettingError("--rates and --scales go together: SLED is swept over both; give both, or neither")
+        self._refuse_idle()
         questions = self._questions()
+        sweep_folder("--output", self.output)
         lm = self.model_options.load()
         usual = grid.usual_layers(lm.config.num_layers)
         methods = [*grid.early_exits(layer_sets or usual, self.thresholds, measures=self.measures, kv=self.kv,
@@ -95,6 +97,17 @@ class Sweep:
                       max_new_tokens=self.max_new_tokens, delta=self.delta, epsilon=self.epsilon)
         print(swept.markdown())
         print(f"written to {self.output}: sweep.csv, sweep.md, sweep.png", file=sys.stderr)
+
+    def _refuse_idle(self) -> None:
+        """Raises SettingError for an option that decides nothing in this sweep."""
+        early, guesses = bool(self.thresholds), bool(self.drafts)
+        for option, there, used, needs in (("--fusion", given(self.fusion_options), early or guesses,
+                                            "--thresholds or --drafts"),
+                                           ("--exit-layers", self.exit_layers, early, "--thresholds"),
+                                           ("--guess-layers", self.guess_layers, guesses, "--drafts")):
+            if there and not used:
+                raise SettingError(f"{option} has no meaning without {needs}, which were left empty; leave it out, or "
+                                   f"give {needs}")
 
     def _layer_sets(self) -> list[tuple[int, ...]] | None:
         try:
