@@ -16,7 +16,7 @@ import numpy as np
 
 from sled.errors import SettingError
 from sled.eval.scores import Task
-from sled.files import writable_folder, written_whole
+from sled.files import unfinished, writable_folder, written_whole
 
 FORMAT = 1  # of report.json
 FILES = ("report.json", "report.md", "samples.jsonl")  # besides pictures
@@ -132,8 +132,12 @@ class Report:
 
 
 def report_folder(name: str, folder: Path) -> Path:
-    """`folder`, for `Report.write`. Raises SettingError where that cannot write, or would replace what is no report."""
-    return writable_folder(name, folder, FILES, owns=lambda folder: bool(_earlier(folder)))
+    """`folder`, for `Report.write`. Raises SettingError where that cannot write, or would replace what is no report.
+
+    Killed while its files take their places, `Report.write` leaves its report.json under the other name.
+    """
+    return writable_folder(name, folder, FILES, owns=lambda folder: bool(
+        _earlier(folder) or list(folder.glob(unfinished(FILES[0])))))
 
 
 def _earlier(folder: Path) -> dict[str, Any]:

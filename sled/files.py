@@ -71,6 +71,12 @@ def written_whole(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+def unfinished(file: str) -> str:
+    """A pattern of the names under which `written_whole` leaves a file of this name where it is killed."""
+    stem, suffix = os.path.splitext(file)
+    return f".{stem}.????????{suffix}"
+
+
 def replace_text(name: str, path: Path, text: str) -> Path:
     """Writes `text` to `path` whole or not at all: what stands there stays until all of it is written.
 

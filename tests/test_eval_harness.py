@@ -31,7 +31,9 @@ from sled.eval.chat import TokenizerSettings, render
 from sled.eval.harness import SledLM
 from sled.eval.loading import load_tasks
 from sled.eval.methods import Method, baselines
+from sled.eval.report import report_folder
 from sled.eval.run import evaluate
+from sled.files import written_whole
 from sled.text import Text
 
 RECORDED = Path(__file__).parent / "fixtures" / "eval_hflm.json"
@@ -425,6 +427,15 @@ def test_a_folder_with_files_of_ones_own_is_refused_before_any_work(tmp_path, mo
     assert cli.main(["eval", "--tasks", "sled_demo", "--out", str(out)]) == 1
     assert re.search(f"SettingError: --out is .*{says}", capsys.readouterr().err)
     assert held is None or {path.name: path.read_text() for path in out.iterdir()} == held
+
+
+def test_a_report_whose_writing_was_killed_does_not_bar_its_folder(tmp_path):
+    (tmp_path / "report.md").touch()
+    with pytest.raises(SettingError, match=r"report\.md that sled did not write or did not finish"):
+        report_folder("out", tmp_path)
+    with written_whole(tmp_path / "report.json") as beside:
+        beside.touch()
+        report_folder("out", tmp_path)
 
 
 def test_self_speculation_writes_the_same_texts(lm, loaded):
