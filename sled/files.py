@@ -36,7 +36,7 @@ def writable_folder(name: str, folder: Path, files: Collection[str], *, owns: Ca
     try:
         _try(folder / next(iter(files)))
     except OSError as reason:
-        why = "is a file" if folder.is_file() else f"cannot be written to ({reason.strerror})"
+        why = "is a file" if os.path.isfile(folder) else f"cannot be written to ({reason.strerror})"
         raise SettingError(f"{name} is {str(folder)!r}, which {why}; name a folder of your own") from reason
     return folder
 

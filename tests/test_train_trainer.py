@@ -280,12 +280,13 @@ def test_exits_of_ones_own_are_weighted_as_the_recipe_does():
 
 def test_a_run_that_is_ended_saves_no_weights_that_are_not_finite(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setattr(Preemption, "reached", lambda self, step: step == 4)
-    run = run_of(tmp_path, data, recipe=dict(steps=8, rate=1e38, warmup=8), every=1000, tell=1000)
+    exits = WeightedExits(LayerSkipWeights(), AllExits())  # of 2 layers: the first counts nothing
+    run = run_of(tmp_path, data, recipe=dict(steps=8, rate=1e38, warmup=8, exits=exits), every=1000, tell=1000)
     with pytest.raises(TrainingError, match=r"step 4 has loss .*nan"):
         train(run)
     assert complete_steps(tmp_path / "run" / "checkpoints") == []
     said = capsys.readouterr().err
-    assert "recipe: Recipe(steps=8, batch=2" in said
+    assert "recipe: Recipe(steps=8, batch=2" in said and "warning: no early exit learns with this recipe" in said
     assert "the learning rate rises over 8 steps, but the run has 8; give a shorter warm-up" in said
     assert re.search(r"the tokenizer has \d+ tokens, not 1000: the data gives no more", said)
 
@@ -327,6 +328,9 @@ def empty(tmp_path):
     (dict(every=0), SettingError, "every is 0"),
     (dict(recipe=dict(learns="exit-heads")), SettingError, "tunes exit heads alone, but the model has none"),
     (dict(heads=ExitHeads((2,))), ConfigError, "exit heads are given for layers"),
+    (dict(heads=ExitHeads((1,))), SettingError, "after layer 1 has a head, but with LastOnly.* learns nothing"),
+    (dict(recipe=dict(exits=WeightedExits(UniformWeights(), AllExits((9,))))), SettingError,
+     "names 9, but the exits of this model are 1 to 2"),
     (dict(heads=3), SettingError, "heads is 3"),
     (dict(model=NewModel(positions=16)), SettingError, "positions is 16, but rows of training have 32"),
     (dict(recipe=3), SettingError, "recipe is 3"),
@@ -341,6 +345,7 @@ def test_bad_input_is_refused_by_name(changes, error, words, tmp_path, data, mon
         return
     with pytest.raises(error, match=words):
         train(run_of(tmp_path, data, **changes))
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_is_no_run_is_not_exported(tmp_path, uninterrupted):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,8 +94,8 @@ class RunFolder:
             reason = f"a run is going on in {self.path}; wait for its end, or give another folder for another run"
         except (OSError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
-                reason = (f"the run's folder is {str(self.path)!r}, which cannot be written ({error.strerror}); give a "
-                          "folder of your own")
+                why = "is a file" if os.path.isfile(self.path) else f"cannot be written ({error.strerror})"
+                reason = f"the run's folder is {str(self.path)!r}, which {why}; give a folder of your own"
         if reason := of_the_first(reason):
             raise SettingError(reason)
         try:

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from sled.errors import SettingError
+from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
 from sled.train.dropout import LayerDropout
 from sled.train.exit_tuning import exit_head_loss, merge, partition, tuning_loss
@@ -70,6 +71,24 @@ def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, plac
     return TrainState(weights, make(weights), step)
 
 
+def static_exits(config: DecoderConfig, recipe: Recipe) -> tuple[int, ...] | None:
+    """The exits that a model with heads learns through, the same at every step; None where they need not be known.
+
+    Raises SettingError for exits that the model does not have, that change where heads want them to stay, or that leave
+    a head to learn nothing.
+    """
+    recipe.exits.exits_at(0, config.num_layers)
+    if config.exit_heads is None or recipe.learns == HEADS:
+        return None
+    exits, learning = fixed_layers(recipe.exits, config.num_layers, recipe.steps)
+    if idle := [n for n in config.exit_heads.layers if n not in learning]:
+        layers = " ".join(map(str, config.exit_heads.layers))
+        raise SettingError(f"the model's exit after layer {idle[0]} has a head, but with {recipe.exits} it learns "
+                           "nothing, while all below it changes; give WeightedExits with AllExits (--exits "
+                           f"{layers}) and weights that are not 0 for it, or leave the heads out")
+    return exits
+
+
 def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTransformation,
                     placing: Placing | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """A compiled `step(state, batch, dropout) -> (state, metrics)`; the state given is given up.
@@ -83,14 +102,7 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
     heads, depth = model.config.exit_heads, model.num_layers
     if recipe.learns == HEADS:
         partition(nnx.state(model))  # raises where there are none
-    exits = None
-    if heads is not None and recipe.learns != HEADS:
-        exits, learning = fixed_layers(recipe.exits, depth, recipe.steps)
-        if idle := [n for n in heads.layers if n not in learning]:
-            layers = " ".join(map(str, heads.layers))
-            raise SettingError(f"the model's exit after layer {idle[0]} has a head, but with {recipe.exits} it learns "
-                               "nothing, while all below it changes; give WeightedExits with AllExits (--exits "
-                               f"{layers}) and weights that are not 0 for it, or leave the heads out")
+    exits = static_exits(model.config, recipe)
 
     def part_loss(own, rest, batch: Batch, dropout: LayerDropout | None, step, part, share):
         """The loss of one part of the batch, which holds this share of the batch's targets."""

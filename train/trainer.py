@@ -42,9 +42,9 @@ from sled.train.rows import Batch, Rows, read
 from sled.train.run_folder import RunFolder
 from sled.train.same_run import anything, same_rates
 from sled.train.sources import Source
-from sled.train.steps import StepMetrics, init_state, make_evaluation, make_train_step
+from sled.train.steps import StepMetrics, init_state, make_evaluation, make_train_step, static_exits
 from sled.train.throughput import Throughput, flops_per_token
-from sled.train.weights import exit_counter
+from sled.train.weights import LastOnly, exit_counter
 
 STRETCH = 1000  # steps for which a compilation pays that leaves dropped rows out, at least
 # What differs because something else does is not told besides: see `sled.train.same_run`.
@@ -124,6 +124,7 @@ def _begin(run: Run, form: Path, *, begun: bool) -> Beginning:
     if run.recipe.learns == HEADS and beginning.config.exit_heads is None:
         raise SettingError("the recipe tunes exit heads alone, but the model has none; give it some as heads "
                            "(--exit-heads 2 4), or take another recipe")
+    static_exits(beginning.config, run.recipe)  # raises where they do not fit the model
     return beginning
 
 
@@ -208,6 +209,10 @@ class _Training:
         self._say(f"{sum(_sizes(self.state.weights)):,} parameters on {jax.device_count()} "
                   f"{jax.devices()[0].device_kind}; data: {self.rows.report}")
         self._say(f"recipe: {recipe}")
+        if recipe.learns == ALL and recipe.exits != LastOnly():
+            early = exit_counter(recipe.exits, self.beginning.config.num_layers)(0, recipe.steps)
+            self._say(f"early exits that learn at a step, on average: {early:.2f}" if early else
+                      "warning: no early exit learns with this recipe in this model")
         if isinstance(model, NewModel) and model.tokenizer is None and vocabulary < model.vocabulary:
             self._say(f"warning: the tokenizer has {vocabulary} tokens, not {model.vocabulary}: the data gives no more")
         if recipe.steps <= recipe.warmup:

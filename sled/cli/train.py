@@ -150,7 +150,7 @@ class RecipeOptions:
             return plan
         profile = getattr(plan, "profile", UniformWeights())
         settled = AllExits(self.exits)
-        if idle := [n for n in settled.layers if profile.weigh(n, n + 1) == 0]:
+        if idle := [n for n in settled.layers if n > 0 and profile.weigh(n, n + 1) == 0]:
             raise SettingError(f"--exits names layer {idle[0]}, which learns nothing with --recipe {self.recipe}: its "
                                f"{type(profile).__name__} weigh it 0; leave it out, or take plain, where all exits "
                                "count alike")
