@@ -149,9 +149,11 @@ def begin(lm, prompts, **how):
                       seeds=[0] * len(prompts), sampling=sled.Sampling(), stop_ids=(), **how)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-@pytest.mark.parametrize("policy", [sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3),
-                                    sled.SelfSpeculation(2, draft=4)], ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(("policy", "schedule"), [
+    *((sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3), schedule) for schedule in SCHEDULES),
+    (sled.SelfSpeculation(2, draft=4), SCHEDULES[0]),
+    *(pytest.param(sled.SelfSpeculation(2, draft=4), schedule, marks=pytest.mark.exhaustive)
+      for schedule in SCHEDULES[1:])], ids=repr)
 def test_caches_are_those_of_a_full_forward_pass(lm, model, prompts, policy, schedule):
     run = begin(lm, prompts[:3], policy=policy, schedule=schedule, fusion=sled.FinalLayer())
     run.advance()
@@ -214,9 +216,12 @@ def test_a_confidence_that_is_not_finite_goes_on(lm, prompts):
 SAMPLED = sled.Sampling(temperature=0.9, top_p=0.95, top_k=30, repetition_penalty=1.1)
 
 
-@pytest.mark.parametrize("fusion", [sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding()],
-                         ids=lambda f: type(f).__name__)
-@pytest.mark.parametrize("sampling", [sled.Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("fusion", "sampling"), [
+    *itertools.product([sled.FinalLayer(), sled.SLED()], [sled.Sampling(), SAMPLED]),
+    (sled.DoLa(), sled.Sampling()), (sled.ConfidentDecoding(), SAMPLED),
+    pytest.param(sled.DoLa(), SAMPLED, marks=pytest.mark.exhaustive),
+    pytest.param(sled.ConfidentDecoding(), sled.Sampling(), marks=pytest.mark.exhaustive)],
+    ids=lambda value: type(value).__name__ if value != SAMPLED else "sampled")
 def test_speculation_loses_nothing(lm, prompts, fusion, sampling):
     """Ragged acceptance: every row has another draft length; batches of 1, 3 and 8."""
     settings = dict(max_new_tokens=COUNT, fusion=fusion, sampling=sampling, seed=3)
@@ -227,7 +232,7 @@ def test_speculation_loses_nothing(lm, prompts, fusion, sampling):
     assert 0 < many.stats.accepted < many.stats.drafted
 
 
-@pytest.mark.parametrize("layer", [1, 2, 3])
+@pytest.mark.parametrize("layer", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3)), 2])
 def test_speculation_loses_nothing_at_any_exit_length_or_schedule(lm, prompts, layer):
     plain = lm.generate(prompts, max_new_tokens=COUNT)
     for draft, confidence, schedule in ((1, 0.0, sled.Immediate()), (3, 0.4, sled.Lockstep()), (8, 0.0, sled.Gather()),
@@ -238,7 +243,8 @@ def test_speculation_loses_nothing_at_any_exit_length_or_schedule(lm, prompts, l
 
 
 @pytest.mark.parametrize("policy", [
-    sled.SelfSpeculation(2, draft=8, adaptive=True), sled.SelfSpeculation((1, 2, 3), draft=8, adaptive=True),
+    pytest.param(sled.SelfSpeculation(2, draft=8, adaptive=True), marks=pytest.mark.exhaustive),
+    sled.SelfSpeculation((1, 2, 3), draft=8, adaptive=True),
     sled.SelfSpeculation(2, draft=6, vocabulary=jnp.arange(6, 40)),
 ], ids=["length", "length and layer", "vocabulary"])
 def test_speculation_that_adapts_loses_nothing(lm, prompts, policy):
