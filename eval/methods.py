@@ -6,14 +6,14 @@ import dataclasses
 import importlib.metadata
 from typing import Any
 
-from sled.arguments import A_POLICY, A_SAMPLING, A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, which_schedule
-from sled.checks import Instance, check_rows
+from sled.decoding.options import A_POLICY, A_SAMPLING, A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, which_schedule
 from sled.decoding.sampling import Sampling
-from sled.describe import describe
 from sled.errors import SettingError
 from sled.exits import Policy, Schedule
 from sled.fusion import SLED, ClampOnly, FinalLayer, Strategy
 from sled.lm import LM
+from sled.settings.describe import describe
+from sled.settings.rules import Instance, check_rows
 
 A_MODEL = Instance(LM, traced=False, hint="give what sled.load returns")
 

@@ -6,11 +6,11 @@ import dataclasses
 from fractions import Fraction
 from pathlib import Path
 
-from sled.checks import Whole
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, SettingError
-from sled.eval.answers import final_answer, right_answer
-from sled.train.sources import Source
+from sled.eval.numbers import final_answer, right_answer
+from sled.settings.rules import Whole
+from sled.train.data.sources import Source
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def demo_questions(count: int) -> Questions:
 
 
 def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | None = None) -> Questions:
-    """Questions from a file (.jsonl, .json, .parquet, ...), as `sled.train.sources.Source` reads it.
+    """Questions from a file (.jsonl, .json, .parquet, ...), as `sled.train.data.sources.Source` reads it.
 
     prompt: a column, or a template such as "Question: {question}\\nAnswer:". answer: the column with the right
     answer: a number (54, -1,234, $0.75, 1e-5), or a solution that ends with `#### number`, as GSM8K's do; anything

@@ -18,10 +18,10 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError
-from sled.models.checkpoint import write_form
 from sled.models.decoder import Decoder
+from sled.models.families.registry import format_config, read_config
+from sled.models.huggingface import write_form
 from sled.models.layers import Block
-from sled.models.registry import format_config, read_config
 from sled.models.stored import abstract, progress
 
 WEIGHTS = "weights"

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from sled.errors import CheckpointError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
+from sled.models.families.registry import config_file, family_of, read_config
 from sled.models.layers import Block
-from sled.models.registry import config_file, family_of, read_config
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "exit_heads.safetensors"

@@ -9,7 +9,11 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.arguments import (
+from sled.calibration.calibrate import calibrate
+from sled.calibration.record import Calibration
+from sled.calibration.tune import Tuned, tune
+from sled.decoding.generation import Generation
+from sled.decoding.options import (
     A_POLICY,
     A_SAMPLING,
     A_STRATEGY,
@@ -20,21 +24,17 @@ from sled.arguments import (
     stop_strings,
     which_schedule,
 )
-from sled.calibrating import calibrate
-from sled.calibration import Calibration
-from sled.checks import Flag, Whole, check_rows, take_rows
-from sled.decoding.generation import Generation
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.errors import PromptError
 from sled.exits import EarlyExit, Policy, Schedule
-from sled.lens import Lens, look
+from sled.lens.lens import Lens, look
 from sled.models import Decoder
-from sled.prompts import Prompts, is_one, pair_ids, prompt_ids
 from sled.results import Chunk, Output, Scores, Stats
-from sled.rows import Row
-from sled.text import Text
-from sled.tuning import Tuned, tune
+from sled.settings.rules import Flag, Whole, check_rows, take_rows
+from sled.text.prompts import Prompts, is_one, pair_ids, prompt_ids
+from sled.text.stop_strings import Row
+from sled.text.tokenizer import Text
 
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
 

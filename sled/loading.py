@@ -7,13 +7,13 @@ import os
 import jax
 import jax.numpy as jnp
 
-from sled.checks import OneOf, OrNone
 from sled.errors import SettingError
 from sled.lm import LM
 from sled.models import load_folder, load_orbax
 from sled.models.hub import folder_of
 from sled.models.orbax import is_orbax
-from sled.text import Text
+from sled.settings.rules import OneOf, OrNone
+from sled.text.tokenizer import Text
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 

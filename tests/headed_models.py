@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from sled.models import Decoder, DecoderConfig, ExitHeads
-from sled.train.exit_tuning import merge, partition
+from sled.train.objective.exit_heads import merge, partition
 
 CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, num_layers=4, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=32, eos_ids=(5,))

@@ -19,10 +19,10 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from sled.train.checkpoint import Checkpoints, load_checkpoint
-from sled.train.metrics import Metrics
-from sled.train.named_arrays import named
-from sled.train.preemption import Preemption, leave
+from sled.train.run.checkpoint import Checkpoints, load_checkpoint
+from sled.train.run.metrics import Metrics
+from sled.train.run.named_arrays import named
+from sled.train.run.preemption import Preemption, leave
 
 WIDTH = 256  # some 1.6 MB of state: a checkpoint takes long enough to be killed in
 OPTIMIZER = optax.adam(1e-2)

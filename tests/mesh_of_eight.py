@@ -13,15 +13,15 @@ from mesh_training import LENGTH, OPTIMIZER, CountedFile, tokens_of, train
 
 import sled.models.stored
 from sled.models import Decoder, DecoderConfig, load_folder, save_folder
-from sled.train.dropout import dont_drop_dropout
-from sled.train.dropping import FixedRows
-from sled.train.folders import load_onto
-from sled.train.memory import plan
-from sled.train.mesh import Mesh
-from sled.train.placing import Placing
+from sled.models.sharding.load_sharded import load_onto
+from sled.models.sharding.mesh import Mesh
+from sled.models.sharding.sharding import Placing
+from sled.train.data.rows import Batch
+from sled.train.objective.dropping import FixedRows
+from sled.train.objective.layer_dropout import dont_drop_dropout
+from sled.train.objective.train_step import init_state, make_train_step
+from sled.train.parallel.memory_plan import plan
 from sled.train.recipes import Recipe
-from sled.train.rows import Batch
-from sled.train.steps import init_state, make_train_step
 
 MESHES = {"data": Mesh(data=8, fsdp=1), "fsdp": Mesh(), "tensor": Mesh(data=2, fsdp=1, tensor=4),
           "all": Mesh(data=2, fsdp=2, tensor=2)}

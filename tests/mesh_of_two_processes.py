@@ -9,10 +9,10 @@ from mesh_training import CountedFile, train
 
 import sled.models.stored
 from sled.models import save_folder
-from sled.train.distributed import Processes, initialize
-from sled.train.folders import load_onto
-from sled.train.mesh import Mesh
-from sled.train.placing import Placing
+from sled.models.sharding.load_sharded import load_onto
+from sled.models.sharding.mesh import Mesh
+from sled.models.sharding.sharding import Placing
+from sled.train.parallel.distributed import Processes, initialize
 
 address, index, folder, out = sys.argv[1:]
 said = initialize(Processes(coordinator=address, count=2, index=int(index)))

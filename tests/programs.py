@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sled.train.checkpoint import complete_steps
+from sled.train.run.checkpoint import complete_steps
 
 HERE = Path(__file__).parent
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # they compile more than they run

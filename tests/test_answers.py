@@ -4,7 +4,7 @@ import pytest
 
 from sled.demo.problems import problems
 from sled.errors import SettingError
-from sled.eval.answers import exact_match, final_answer, right_answer
+from sled.eval.numbers import exact_match, final_answer, right_answer
 
 
 @pytest.mark.parametrize("text, answer", [

@@ -7,13 +7,13 @@ import pytest
 from scipy.stats import binom
 
 import sled
-from sled.consistency import common_subsequence, consistency, rouge
+from sled.calibration.learn_then_test import choose_threshold, fewest_losses, p_value, walk
+from sled.calibration.losses import common_subsequence, consistency, rouge
 from sled.decoding import loop
 from sled.demo.problems import problems, prompt
 from sled.errors import CalibrationError, PromptError, SettingError
-from sled.eval.answers import final_answer
+from sled.eval.numbers import final_answer
 from sled.exits import FullDepth
-from sled.exits.calibration import choose_threshold, fewest_losses, p_value, walk
 from sled.results import Output
 
 DELTA, EPSILON, DRAWS = 0.1, 0.05, 1000

@@ -11,12 +11,12 @@ from flax import nnx
 
 import sled
 from sled import cli
-from sled.binding import digest_of_weights
+from sled.calibration.fingerprint import digest_of_weights
 from sled.demo.problems import problems, prompt
-from sled.describe import describe
 from sled.errors import CalibrationError, SettingError
 from sled.exits import FullDepth
-from sled.text import Text
+from sled.settings.describe import describe
+from sled.text.tokenizer import Text
 
 EXITS = sled.EarlyExit(1)
 SERVING = dict(max_new_tokens=24)

@@ -136,7 +136,7 @@ def test_an_interrupted_save_leaves_no_model(tiny_folder, tmp_path, monkeypatch)
         raise OSError("no space left on device")
 
     decoder = load_folder(tiny_folder("llama"))
-    monkeypatch.setattr("sled.models.checkpoint.save_file", full_disk)
+    monkeypatch.setattr("sled.models.huggingface.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         save_folder(decoder, tmp_path / "model")
     assert list((tmp_path / "model").iterdir()) == []
@@ -147,7 +147,7 @@ def test_an_interrupted_save_leaves_no_model(tiny_folder, tmp_path, monkeypatch)
 
 def test_an_interrupted_save_leaves_the_old_model(tiny_folder, tmp_path, monkeypatch):
     folder = save_folder(load_folder(tiny_folder("llama")), tmp_path / "model")
-    monkeypatch.setattr("sled.models.checkpoint.save_file", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("sled.models.huggingface.save_file", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_folder(load_folder(tiny_folder("qwen3")), folder)
     same(stored(folder), stored(tiny_folder("llama")))

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sled.checks import Each, Layers, Number, OneOf, Whole, settle
 from sled.errors import SettingError
-from sled.pytree import traced
+from sled.settings.pytree import traced
+from sled.settings.rules import Each, Layers, Number, OneOf, Whole, settle
 
 NAN, INF = float("nan"), float("inf")
 CHANCE = Number(0, 1, open_low=True, open_high=True, hint="h")

@@ -13,7 +13,7 @@ from sled.decoding import loop, slots, state
 from sled.errors import PromptError, RequestError, SettingError, TokenizerError
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
-from sled.requests import Limits
+from sled.serving.request import Limits
 
 EOS = 5
 CAPACITY = 48  # of the engines, and of the batches that say what is right: one compiled program each

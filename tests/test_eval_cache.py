@@ -16,9 +16,9 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 
 import sled
 from sled.errors import EvaluationError, SettingError
-from sled.eval import harness
-from sled.eval.asks import Ask, batches
-from sled.eval.cache import Cache, digest_of
+from sled.eval.harness import adapter as harness
+from sled.eval.harness.cache import Cache, digest_of
+from sled.eval.harness.requests import Ask, batches
 from sled.eval.methods import Method, deciding_versions
 
 EARLY = sled.EarlyExit((2,), threshold=0.5)
@@ -39,7 +39,7 @@ def other_tokenizer(lm):
     from tokenizers import Tokenizer, models
 
     changed = copy.copy(lm)
-    changed.text = sled.text.Text(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
+    changed.text = sled.text.tokenizer.Text(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
     return changed
 
 
@@ -115,7 +115,7 @@ def test_after_a_kill_whole_batches_are_there(tmp_path):
     """A process writes batch after batch, each of the rows n:0 to n:9, and is killed at any moment."""
     program = textwrap.dedent("""
         import itertools, sys
-        from sled.eval.cache import Cache
+        from sled.eval.harness.cache import Cache
         answers = Cache(sys.argv[1]).under({"method": "plain"})
         for n in itertools.count():
             answers.add({f"{n}:{i}": "x" * 1000 for i in range(10)})

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import sled
 from sled.errors import SettingError
-from sled.eval.compare import compare, mcnemar
 from sled.eval.methods import Method
-from sled.eval.report import Report
+from sled.eval.report.compare import compare, mcnemar
+from sled.eval.report.report import Report
 
 RNG = np.random.default_rng(5)
 BASE = (RNG.random(80) < 0.6).astype(float)

@@ -24,17 +24,17 @@ from sled.cli.evaluate import Eval
 from sled.cli.options import FusionOptions, SamplingOptions
 from sled.demo.problems import problems
 from sled.errors import DataError, EvaluationError, SettingError
-from sled.eval import loading
-from sled.eval.asks import Wanted
-from sled.eval.cache import Cache
-from sled.eval.chat import TokenizerSettings, render
-from sled.eval.harness import SledLM
-from sled.eval.loading import load_tasks
+from sled.eval.harness import tasks as loading
+from sled.eval.harness.adapter import SledLM
+from sled.eval.harness.cache import Cache
+from sled.eval.harness.chat import TokenizerSettings, render
+from sled.eval.harness.requests import Wanted
+from sled.eval.harness.tasks import load_tasks
 from sled.eval.methods import Method, baselines
-from sled.eval.report import report_folder
-from sled.eval.run import evaluate
-from sled.files import written_whole
-from sled.text import Text
+from sled.eval.report.report import report_folder
+from sled.eval.report.run import evaluate
+from sled.io import written_whole
+from sled.text.tokenizer import Text
 
 RECORDED = Path(__file__).parent / "fixtures" / "eval_hflm.json"
 NO_TRANSFORMERS = "transformers is not installed: pip install sled-jax[parity]"
@@ -352,7 +352,7 @@ class Solver(HarnessModel):
 
 
 def test_the_demo_task_counts_an_answer_without_a_number_wrong():
-    from sled.eval.scores import Task
+    from sled.eval.report.scores import Task
 
     loaded = load_tasks(["sled_demo"], metadata={"problems": 3})
     results = lm_eval.evaluate(lm=Solver(), task_dict=loaded, bootstrap_iters=0)

@@ -17,24 +17,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sled
+from sled.calibration.learn_then_test import p_value
 from sled.cli import main
 from sled.decoding import loop
 from sled.errors import DataError, SettingError
-from sled.eval import grid, sweep_picture, sweep_rows
-from sled.eval import sweep as sweeping
-from sled.eval.choice import certified
 from sled.eval.methods import Method
-from sled.eval.pareto import pareto
 from sled.eval.questions import Questions, demo_questions, read_questions
-from sled.eval.sweep import same_tokens, sweep
-from sled.eval.sweep_result import Swept
-from sled.eval.sweep_rows import Row, Rows
-from sled.exits.calibration import p_value
+from sled.eval.sweep import grid
+from sled.eval.sweep import plot as sweep_picture
+from sled.eval.sweep import rows as sweep_rows
+from sled.eval.sweep import sweep as sweeping
+from sled.eval.sweep.certified import certified
+from sled.eval.sweep.pareto import pareto
+from sled.eval.sweep.result import Swept
+from sled.eval.sweep.rows import Row, Rows
+from sled.eval.sweep.sweep import same_tokens, sweep
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
 from sled.results import Output, Stats
-from sled.rounds import Times
-from sled.text import Text
+from sled.text.tokenizer import Text
+from sled.timing import Times
 
 TWO, THREE = (DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, num_layers=layers, num_heads=2,
                             num_kv_heads=2, head_dim=16, max_positions=512, eos_ids=(0,), tied_head=True)

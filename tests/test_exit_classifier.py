@@ -12,11 +12,11 @@ from headed_models import bare, stirred
 
 import sled
 from sled.errors import CheckpointError, DataError, SettingError
-from sled.exits.measures import confidence
+from sled.exits.confidence import confidence
 from sled.lm import LM
 from sled.models import ExitHeads
-from sled.train.exit_classifier import train_classifier
-from sled.train.rows import Batch
+from sled.train.data.rows import Batch
+from sled.train.objective.classifier import train_classifier
 
 
 @pytest.fixture(scope="module", name="bare")

@@ -18,15 +18,15 @@ from sled.decoding.network import candidates, read
 from sled.errors import CheckpointError, ConfigError, SettingError
 from sled.lm import LM
 from sled.models import ExitHeads, exportable, from_pre_exit, load_folder, save_folder
+from sled.models.sharding.load_sharded import load_onto
+from sled.models.sharding.mesh import Mesh
+from sled.models.sharding.sharding import Placing
 from sled.models.stored import abstract_stacked
-from sled.train.exit_tuning import (
+from sled.train.objective.exit_heads import (
     merge,
     partition,
     read_exits,
 )
-from sled.train.folders import load_onto
-from sled.train.mesh import Mesh
-from sled.train.placing import Placing
 
 COUNT = 12
 PROMPTS = [np.random.default_rng(7).integers(6, 47, size=n).tolist() for n in (1, 5, 9)]

@@ -14,7 +14,7 @@ from programs import on_devices, run_together
 
 from sled.errors import SettingError
 from sled.models import Decoder, ExitHeads
-from sled.train.exit_tuning import exit_head_loss, merge, partition, trainable_paths, tuning_loss, with_heads
+from sled.train.objective.exit_heads import exit_head_loss, merge, partition, trainable_paths, tuning_loss, with_heads
 
 
 @pytest.fixture(scope="module", name="bare")
@@ -30,10 +30,10 @@ import numpy as np
 from flax import nnx
 
 from sled.models import ExitHeads, load_folder
-from sled.train.exit_tuning import merge, partition, tuning_loss, with_heads
-from sled.train.folders import load_onto
-from sled.train.mesh import Mesh
-from sled.train.placing import Placing
+from sled.train.objective.exit_heads import merge, partition, tuning_loss, with_heads
+from sled.models.sharding.load_sharded import load_onto
+from sled.models.sharding.mesh import Mesh
+from sled.models.sharding.sharding import Placing
 
 mesh = Mesh(data=2, fsdp=2, tensor=2).build()
 heads = ExitHeads((1, 2), "mlp", tied=False)

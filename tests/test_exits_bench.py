@@ -12,7 +12,7 @@ from sled.bench import exits, solving
 from sled.errors import SettingError
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
-from sled.text import Text
+from sled.text.tokenizer import Text
 
 CONFIG = DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, num_layers=2, num_heads=2,
                        num_kv_heads=2, head_dim=16, max_positions=128, eos_ids=(0,), tied_head=True)

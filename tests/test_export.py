@@ -20,8 +20,8 @@ from headed_models import stirred
 from safetensors.numpy import load_file
 
 import sled
-from sled.binding import bind, digest_of_weights
-from sled.calibration import Step
+from sled.calibration.fingerprint import bind, digest_of_weights
+from sled.calibration.record import Step
 from sled.cli import main
 from sled.decoding.network import fuse
 from sled.errors import CalibrationError, CheckpointError, SettingError
@@ -33,11 +33,11 @@ from sled.export.target import replacing
 from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig, ExitHeads, load_folder, load_orbax, save_folder, save_orbax
-from sled.models.checkpoint import write_form
 from sled.models.hub import folder_of
-from sled.text import Text
-from sled.train.checkpoint import Checkpoints
-from sled.train.trained import read_checkpoint
+from sled.models.huggingface import write_form
+from sled.text.tokenizer import Text
+from sled.train.run.checkpoint import Checkpoints
+from sled.train.run.trained import read_checkpoint
 
 CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, num_layers=3, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=96, eos_ids=(5,), tied_head=True)

@@ -15,8 +15,8 @@ import sled
 from sled import _versions, cli
 from sled.demo.problems import problems, prompt
 from sled.errors import CheckpointError, DownloadError, PromptError, SettingError, TokenizerError, VersionError
-from sled.eval.answers import final_answer
-from sled.files import writable, writable_picture
+from sled.eval.numbers import final_answer
+from sled.io import writable, writable_picture
 
 DEMO = Path(__file__).parent.parent / "sled" / "demo" / "model"
 
@@ -244,7 +244,7 @@ def test_a_path_is_tried_without_a_trace(tmp_path):
 
 
 def test_a_picture_too_wide_is_named(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr("sled.lens_picture.CELL_WIDTH", 100)
+    monkeypatch.setattr("sled.lens.plot.CELL_WIDTH", 100)
     with pytest.raises(SettingError, match="5 positions"):
         lm.lens([5, 6, 7, 8, 9]).picture(tmp_path / "x.png")
 

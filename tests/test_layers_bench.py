@@ -13,7 +13,7 @@ from sled.demo.problems import problems, prompt
 from sled.errors import SettingError
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
-from sled.text import Text
+from sled.text.tokenizer import Text
 
 CONFIG = DecoderConfig(family="llama", vocab_size=1000, width=16, mlp_width=24, num_layers=2, num_heads=2,
                        num_kv_heads=2, head_dim=8, max_positions=256, eos_ids=(0,), tied_head=True)

@@ -15,7 +15,7 @@ import sled
 from sled import cli
 from sled.errors import SettingError
 from sled.fusion import SharedHead
-from sled.lens import BEST, Lens, show
+from sled.lens.lens import BEST, Lens, show
 from sled.models import load_folder
 
 ODD = ["plain", "<b>&amp;\"'", "</script><!--<script>", "\n\n", "\t", " a", "", "\x1b[31m\x00", "\u202eevil",
@@ -188,7 +188,7 @@ def test_a_lens_without_fusion_has_no_row_for_it():
 
 
 def test_long_texts_show_their_last_part_and_say_so(lens, monkeypatch):
-    monkeypatch.setattr("sled.lens_page.CELLS", 10 * (LAYERS + 1) + 1)
+    monkeypatch.setattr("sled.lens.html.CELLS", 10 * (LAYERS + 1) + 1)
     page = lens.page()
     assert "The last 10 positions are shown; positions 0 to 19 are left out" in page
     positions = lambda page: [cell[1]["id"] for cell in Reader(page).rows[0][1:]]  # noqa: E731

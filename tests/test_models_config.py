@@ -9,8 +9,8 @@ from flax import nnx
 
 from sled.errors import ConfigError
 from sled.models import DecoderConfig, LinearScaling, Llama3Scaling, read_config
-from sled.models.checkpoint import abstract
-from sled.models.registry import format_config, parse_config
+from sled.models.families.registry import format_config, parse_config
+from sled.models.huggingface import abstract
 
 LLAMA_31_8B = {
     "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,

@@ -6,11 +6,11 @@ import pytest
 from flax import nnx
 
 import sled
-from sled.checks import check_rows, take_rows
 from sled.errors import SettingError
 from sled.exits import FullDepth
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
+from sled.settings.rules import check_rows, take_rows
 
 CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, num_layers=3, num_heads=4,
                        num_kv_heads=2, head_dim=8, max_positions=64)

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import sled
 from sled.errors import PromptError
-from sled.text import Text
+from sled.text.tokenizer import Text
 
 DEMO = Path(sled.__file__).parent / "demo" / "model"
 

@@ -8,10 +8,10 @@ import pytest
 from training_data import CONFIG, ROWS, TEXT, documents_of, loader, one_epoch
 
 from sled.errors import DataError, SettingError
-from sled.train.batches import Batches, some_batches
-from sled.train.packing import Layout
-from sled.train.rows import read
-from sled.train.sources import Source
+from sled.train.data.batches import Batches, some_batches
+from sled.train.data.packing import Layout
+from sled.train.data.rows import read
+from sled.train.data.sources import Source
 
 
 @pytest.fixture

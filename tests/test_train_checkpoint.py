@@ -14,12 +14,12 @@ import pytest
 from programs import Forks, half_written, latest, on_devices, until
 
 from sled.errors import CheckpointError, SettingError
-from sled.train import checkpoint
-from sled.train.checkpoint import Checkpoints, complete_steps, load_checkpoint
-from sled.train.named_arrays import checksums, named
 from sled.train.optimizers import rate_schedule
-from sled.train.preemption import EXIT_CODE
-from sled.train.same_run import anything, check_same_run, same_rates
+from sled.train.run import checkpoint
+from sled.train.run.checkpoint import Checkpoints, complete_steps, load_checkpoint
+from sled.train.run.named_arrays import checksums, named
+from sled.train.run.preemption import EXIT_CODE
+from sled.train.run.resume import anything, check_same_run, same_rates
 
 SETTINGS = {"steps": 100, "data": {"folder": "a", "mix": [1, 2]}}
 STEPS = 16  # of a run that is killed

@@ -13,9 +13,9 @@ from tokenizers import normalizers
 from training_data import CONFIG, DEMO, ROWS, loader, one_epoch, tokens_of, write
 
 from sled.errors import DataError
-from sled.text import Text
-from sled.train.documents import default_cache
-from sled.train.packing import Layout
+from sled.text.tokenizer import Text
+from sled.train.data.documents import default_cache
+from sled.train.data.packing import Layout
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_a_second_run_tokenises_nothing(load, tmp_path, encoded):
 
 def test_the_rows_are_kept_too(load, monkeypatch):
     first = load(ROWS)
-    monkeypatch.setattr("sled.train.rows.arrange", None)
+    monkeypatch.setattr("sled.train.data.rows.arrange", None)
     np.testing.assert_equal(one_epoch(load(ROWS)), one_epoch(first))
     with pytest.raises(TypeError):
         load(ROWS, Layout(63))
@@ -103,9 +103,9 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from sled.models.config import DecoderConfig
-from sled.text import Text
-from sled.train import documents
-from sled.train.sources import Source
+from sled.text.tokenizer import Text
+from sled.train.data import documents
+from sled.train.data.sources import Source
 
 documents.TOGETHER = 2  # two examples are written, then comes a long wait
 
@@ -133,7 +133,7 @@ def test_a_killed_run_leaves_nothing_that_counts(load, tmp_path, monkeypatch):
         assert process.stdout.readline() == "half\n"
         process.send_signal(signal.SIGKILL)
     assert len(list(cache.glob("*.partial"))) == 1
-    monkeypatch.setattr("sled.train.sources.Reading.digest", lambda self: "same")  # so it is the same entry
+    monkeypatch.setattr("sled.train.data.sources.Reading.digest", lambda self: "same")  # so it is the same entry
     assert load(ROWS).report.examples == 4
     assert list(cache.glob("*.partial")) == []
 

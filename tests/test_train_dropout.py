@@ -12,7 +12,9 @@ from scipy import stats
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
-from sled.train.dropout import (
+from sled.train.objective.dropping import FixedRows, Masked, WholeBatch
+from sled.train.objective.forward import exit_states
+from sled.train.objective.layer_dropout import (
     RECIPES,
     ExponentialProfile,
     Falling,
@@ -21,8 +23,6 @@ from sled.train.dropout import (
     dont_drop_dropout,
     layerskip,
 )
-from sled.train.dropping import FixedRows, Masked, WholeBatch
-from sled.train.forward import exit_states
 
 LAYERS, BATCH, STEPS = 4, 6, 3000
 FOREVER = 2**31 - 1  # a schedule that does not move within a test

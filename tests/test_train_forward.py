@@ -11,7 +11,7 @@ from flax import nnx
 
 from sled.errors import SettingError
 from sled.models import Decoder, DecoderConfig
-from sled.train.forward import REMAT, exit_states
+from sled.train.objective.forward import REMAT, exit_states
 
 CONFIG = DecoderConfig("llama", vocab_size=24, width=16, mlp_width=24, num_layers=4, num_heads=2, num_kv_heads=1,
                        head_dim=8, max_positions=8, qk_norm=True, windows=(None, 3, None, 3))

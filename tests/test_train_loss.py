@@ -17,7 +17,7 @@ from jax.sharding import AxisType
 
 from sled.bench.loss import OURS, PLAIN, run_loss_bench
 from sled.errors import SettingError
-from sled.train.loss import Split, exit_cross_entropy
+from sled.train.objective.cross_entropy import Split, exit_cross_entropy
 
 EXITS, BATCH, TOKENS, WIDTH, VOCABULARY = 4, 2, 9, 8, 21
 
@@ -209,7 +209,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from sled.errors import SettingError
-from sled.train.loss import Split, exit_cross_entropy
+from sled.train.objective.cross_entropy import Split, exit_cross_entropy
 
 jax.config.update("jax_enable_x64", True)
 random = np.random.RandomState(0)

@@ -18,13 +18,13 @@ from safetensors.numpy import load_file
 
 from sled.errors import CheckpointError, SettingError
 from sled.models import DecoderConfig, load_folder, read_config
+from sled.models.sharding.load_sharded import load_onto
+from sled.models.sharding.mesh import Mesh, across_slices
+from sled.models.sharding.sharding import LARGE, Placing
 from sled.models.stored import abstract, abstract_stacked
-from sled.train import distributed
-from sled.train.distributed import SLURM, Processes, initialize
-from sled.train.folders import load_onto
-from sled.train.memory import plan
-from sled.train.mesh import Mesh, across_slices
-from sled.train.placing import LARGE, Placing
+from sled.train.parallel import distributed
+from sled.train.parallel.distributed import SLURM, Processes, initialize
+from sled.train.parallel.memory_plan import plan
 
 LLAMA3 = dict(family="llama", vocab_size=128_256, num_kv_heads=8, head_dim=128, max_positions=8192)
 LLAMA3_8B = DecoderConfig(width=4096, mlp_width=14_336, num_layers=32, num_heads=32, **LLAMA3)

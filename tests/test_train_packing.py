@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from training_data import END, LAYOUT, documents_of, loader, one_epoch
 
 from sled.errors import DataError
-from sled.train import packing
-from sled.train.packing import Layout, arrange, best_fit, bucket_lengths
+from sled.train.data import packing
+from sled.train.data.packing import Layout, arrange, best_fit, bucket_lengths
 
 
 @pytest.fixture

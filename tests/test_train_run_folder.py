@@ -6,7 +6,7 @@ import os
 import pytest
 
 from sled.errors import SettingError
-from sled.train.run_folder import RunFolder
+from sled.train.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ from training_data import CONFIG, END, ROWS, TEXT, documents_of, loader, one_epo
 
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, DownloadError, SettingError, TokenizerError
-from sled.text import Text
-from sled.train.documents import tokenise
-from sled.train.packing import Layout
-from sled.train.sources import Source
+from sled.text.tokenizer import Text
+from sled.train.data.documents import tokenise
+from sled.train.data.packing import Layout
+from sled.train.data.sources import Source
 
 
 @pytest.fixture

@@ -14,14 +14,10 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.decoder import Decoder
-from sled.train import steps
-from sled.train.dropout import LayerDropout
-from sled.train.exit_tuning import partition, with_heads
-from sled.train.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, rate_schedule
-from sled.train.recipes import RECIPES, Recipe, named
-from sled.train.rows import Batch
-from sled.train.steps import init_state, make_evaluation, make_train_step
-from sled.train.weights import (
+from sled.train.data.rows import Batch
+from sled.train.objective import train_step as steps
+from sled.train.objective.exit_heads import partition, with_heads
+from sled.train.objective.exit_weights import (
     AllExits,
     FixedExits,
     Gradual,
@@ -30,6 +26,10 @@ from sled.train.weights import (
     UniformWeights,
     WeightedExits,
 )
+from sled.train.objective.layer_dropout import LayerDropout
+from sled.train.objective.train_step import init_state, make_evaluation, make_train_step
+from sled.train.optimizers import OPTIMIZERS, SCHEDULES, make_optimizer, rate_schedule
+from sled.train.recipes import RECIPES, Recipe, named
 
 CONFIG = DecoderConfig("llama", vocab_size=20, width=16, mlp_width=24, num_layers=3, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=16, tied_head=True)

@@ -19,17 +19,17 @@ from sled.cli.train import RecipeOptions
 from sled.demo.problems import problems
 from sled.errors import CheckpointError, ConfigError, DataError, SettingError, TrainingError
 from sled.models import ExitHeads, save_folder
-from sled.train.begin import NewModel
-from sled.train.checkpoint import complete_steps
-from sled.train.dropout import layerskip
-from sled.train.dropping import FixedRows
-from sled.train.metrics import read_metrics
-from sled.train.preemption import EXIT_CODE, Preemption
+from sled.train.data.sources import Source
+from sled.train.initial_model import NewModel
+from sled.train.objective.dropping import FixedRows
+from sled.train.objective.exit_weights import AllExits, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
+from sled.train.objective.layer_dropout import layerskip
 from sled.train.recipes import named
-from sled.train.sources import Source
-from sled.train.trained import read_checkpoint
+from sled.train.run.checkpoint import complete_steps
+from sled.train.run.metrics import read_metrics
+from sled.train.run.preemption import EXIT_CODE, Preemption
+from sled.train.run.trained import read_checkpoint
 from sled.train.trainer import Run, plan_of, train
-from sled.train.weights import AllExits, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
 STEPS = 30

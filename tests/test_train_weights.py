@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sled.errors import SettingError
-from sled.train.weights import (
+from sled.train.objective.exit_weights import (
     AllExits,
     DoublingWeights,
     FixedExits,

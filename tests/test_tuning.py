@@ -4,12 +4,12 @@ import pytest
 from flax import nnx
 
 import sled
-from sled import tuning
+from sled.calibration import tune as tuning
 from sled.errors import PromptError, SettingError
 from sled.exits import FullDepth
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
-from sled.rounds import Times
+from sled.timing import Times
 
 CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, num_layers=3, num_heads=4,
                        num_kv_heads=2, head_dim=8, max_positions=64)

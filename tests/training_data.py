@@ -6,11 +6,11 @@ from pathlib import Path
 import datasets
 
 from sled.models.config import DecoderConfig
-from sled.text import Text
-from sled.train.batches import Batches
-from sled.train.packing import Layout
-from sled.train.rows import read
-from sled.train.sources import Source
+from sled.text.tokenizer import Text
+from sled.train.data.batches import Batches
+from sled.train.data.packing import Layout
+from sled.train.data.rows import read
+from sled.train.data.sources import Source
 
 DEMO = Path(__file__).parents[1] / "sled" / "demo" / "model"
 END = 0

@@ -17,15 +17,15 @@ import jax.numpy as jnp
 from sled.cli import main
 from sled.errors import SettingError
 from sled.models import ExitHeads
-from sled.pytree import traced
-from sled.train.begin import NewModel
-from sled.train.distributed import Processes, initialize
-from sled.train.dropout import LayerDropout
-from sled.train.mesh import Mesh
+from sled.models.sharding.mesh import Mesh
+from sled.settings.pytree import traced
+from sled.train.data.sources import Source
+from sled.train.initial_model import NewModel
+from sled.train.objective.exit_weights import Rotational, UniformWeights, WeightedExits
+from sled.train.objective.layer_dropout import LayerDropout
+from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe, named
-from sled.train.sources import Source
 from sled.train.trainer import Run, train
-from sled.train.weights import Rotational, UniformWeights, WeightedExits
 
 MODEL = NewModel(layers=3, width=32, heads=4, mlp_width=64, vocabulary=320)
 RECIPE = Recipe(steps=30, batch=8, context=64, exits=WeightedExits(UniformWeights(), Rotational(2)), warmup=2,

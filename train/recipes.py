@@ -12,12 +12,20 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sled.checks import LARGEST, Instance, Number, OneOf, OrNone, Whole, settle
 from sled.errors import SettingError
-from sled.train.dropout import LayerDropout, dont_drop_dropout, layerskip
-from sled.train.forward import REMAT_RULE
+from sled.settings.rules import LARGEST, Instance, Number, OneOf, OrNone, Whole, settle
+from sled.train.objective.exit_weights import (
+    ExitPlan,
+    Gradual,
+    LastOnly,
+    LayerSkipWeights,
+    Rotational,
+    UniformWeights,
+    WeightedExits,
+)
+from sled.train.objective.forward import REMAT_RULE
+from sled.train.objective.layer_dropout import LayerDropout, dont_drop_dropout, layerskip
 from sled.train.optimizers import OPTIMIZERS, SCHEDULES
-from sled.train.weights import ExitPlan, Gradual, LastOnly, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
 
 DTYPES = ("float32", "bfloat16")
 CONTEXT = 512
@@ -38,9 +46,9 @@ class Recipe:
     rate: the learning rate's peak. schedule: after a linear `warmup` of so many steps, "constant"; "linear" or
         "cosine" down to 0; or "warmup-stable-decay": constant, and over the run's last quarter linear to 0.
     weight_decay, beta2: of the optimiser; norms and biases do not decay. clip: bounds the gradient's global norm.
-    z_loss, distill, temperature: see `sled.train.loss.exit_cross_entropy`; None is off.
+    z_loss, distill, temperature: see `sled.train.objective.cross_entropy.exit_cross_entropy`; None is off.
     compute_dtype: of the forward and backward pass; parameters and optimiser stay float32.
-    remat: see `sled.train.forward.exit_states`.
+    remat: see `sled.train.objective.forward.exit_states`.
     learns: "all", or "exit-heads": the heads of early exits alone, each with weight 1, on a frozen backbone
         (EE-Tuning, arXiv 2402.00518); layers above the last of them are not run, and none has a backward pass. Then
         exits, dropout and distill are left at their defaults.

@@ -1,6 +1,6 @@
 """`train`: a whole run, from model and data to a Hugging Face folder; killed at any moment, it goes on where it was.
 
-What it leaves is described in `sled.train.run_folder`.
+What it leaves is described in `sled.train.run.folder`.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from sled.checks import Instance, OrNone, Whole, settle
-from sled.describe import describe
 from sled.errors import SettingError, TrainingError
 from sled.models import save_folder
-from sled.models.checkpoint import refuse_foreign
 from sled.models.config import ExitHeads
-from sled.train.batches import Batches, some_batches
-from sled.train.begin import Beginning, NewModel, begin, first_decoder
-from sled.train.checkpoint import Checkpoints
-from sled.train.distributed import check_alike
-from sled.train.memory import Plan, plan
-from sled.train.mesh import Mesh
-from sled.train.metrics import HELD_OUT, Metrics, progress_bar, progress_line
+from sled.models.huggingface import refuse_foreign
+from sled.models.sharding.mesh import Mesh
+from sled.models.sharding.sharding import Placing
+from sled.settings.describe import describe
+from sled.settings.rules import Instance, OrNone, Whole, settle
+from sled.train.data.batches import Batches, some_batches
+from sled.train.data.packing import Layout
+from sled.train.data.rows import Batch, Rows, read
+from sled.train.data.sources import Source
+from sled.train.initial_model import Beginning, NewModel, begin, first_decoder
+from sled.train.objective.exit_weights import LastOnly, exit_counter
+from sled.train.objective.train_step import StepMetrics, init_state, make_evaluation, make_train_step, static_exits
 from sled.train.optimizers import make_optimizer, rate_schedule
-from sled.train.packing import Layout
-from sled.train.picture import draw
-from sled.train.placing import Placing
-from sled.train.preemption import Preemption, leave
+from sled.train.parallel.distributed import check_alike
+from sled.train.parallel.memory_plan import Plan, plan
 from sled.train.recipes import ALL, HEADS, Recipe
-from sled.train.rows import Batch, Rows, read
-from sled.train.run_folder import RunFolder
-from sled.train.same_run import anything, same_rates
-from sled.train.sources import Source
-from sled.train.steps import StepMetrics, init_state, make_evaluation, make_train_step, static_exits
-from sled.train.throughput import Throughput, flops_per_token
-from sled.train.weights import LastOnly, exit_counter
+from sled.train.run.checkpoint import Checkpoints
+from sled.train.run.folder import RunFolder
+from sled.train.run.metrics import HELD_OUT, Metrics, progress_bar, progress_line
+from sled.train.run.picture import draw
+from sled.train.run.preemption import Preemption, leave
+from sled.train.run.resume import anything, same_rates
+from sled.train.run.throughput import Throughput, flops_per_token
 
 STRETCH = 1000  # steps for which a compilation pays that leaves dropped rows out, at least
-# What differs because something else does is not told besides: see `sled.train.same_run`.
+# What differs because something else does is not told besides: see `sled.train.run.resume`.
 FOLLOW = {"model": ("config", "data", "held_out"), "recipe.context": ("config", "data", "held_out"),
           "data.shape": ("held_out.shape",), "data.too_long": ("held_out.too_long",),
           "recipe.steps": ("recipe.exits", "recipe.dropout")}
@@ -61,7 +61,7 @@ class Run:
         last checkpoint.
     model: "demo", a Hugging Face folder or a hub id; or `NewModel(...)`.
     source, held_out: the data, and what the layers' held-out losses are measured on (None: not measured).
-    shape, too_long, prompt_weight: see `sled.train.packing.Layout`.
+    shape, too_long, prompt_weight: see `sled.train.data.packing.Layout`.
     heads: new exit heads for the model, which it then has; None: those it has, if any.
     mesh: how many ways to split, where there is more than one device.
     every: steps between two checkpoints, and two measurements. keep: checkpoints that stay. tell: steps between two
@@ -89,14 +89,14 @@ class Run:
 
     def __post_init__(self):
         settle(self, recipe=Instance(Recipe, traced=False, hint="give sled.train.recipes.named(...)"),
-               source=Instance(Source, traced=False, hint="give sled.train.sources.Source(...)"),
+               source=Instance(Source, traced=False, hint="give sled.train.data.sources.Source(...)"),
                heads=OrNone(Instance(ExitHeads, traced=False, hint="give sled.models.ExitHeads(...)")),
-               mesh=Instance(Mesh, traced=False, hint="give sled.train.mesh.Mesh(...)"),
+               mesh=Instance(Mesh, traced=False, hint="give sled.models.sharding.mesh.Mesh(...)"),
                every=Whole(1, hint="it counts the steps between two checkpoints"),
                keep=Whole(1, hint="it counts checkpoints"),
                tell=Whole(1, hint="it counts the steps between two lines of metrics"),
                held_out_rows=Whole(1, hint="it counts rows"),
-               held_out=OrNone(Instance(Source, traced=False, hint="give sled.train.sources.Source(...)")))
+               held_out=OrNone(Instance(Source, traced=False, hint="give sled.train.data.sources.Source(...)")))
         object.__setattr__(self, "folder", Path(self.folder))
 
 

@@ -2,9 +2,9 @@
 
 import datasets
 
-from sled.checks import Whole
 from sled.demo import problems as demo
-from sled.eval.answers import final_answer
+from sled.eval.numbers import final_answer
+from sled.settings.rules import Whole
 
 NONE = "[invalid]"  # what the harness's own filters give where a text holds no answer
 

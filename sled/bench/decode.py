@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from sled.bench.report import Report, column
 from sled.bench.rival import NOT_INSTALLED, transformers_twin
-from sled.checks import Whole
 from sled.fusion import SLED, FinalLayer
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
-from sled.rounds import interleave
+from sled.settings.rules import Whole
+from sled.timing import interleave
 
 CONFIG = DecoderConfig(family="llama", vocab_size=32_000, width=768, mlp_width=2048, num_layers=12, num_heads=12,
                        num_kv_heads=12, head_dim=64, max_positions=1024)

@@ -11,9 +11,9 @@ from tqdm import tqdm
 import sled
 from sled.bench import solving
 from sled.bench.report import Report, column
-from sled.checks import Whole
 from sled.lm import LM
-from sled.rounds import interleave
+from sled.settings.rules import Whole
+from sled.timing import interleave
 
 POLICIES = {"no early exit": None, "guesses after layer 2": sled.SelfSpeculation(2)}
 

@@ -18,8 +18,8 @@ import sled
 from sled.bench.report import Report, column
 from sled.bench.rival import NOT_INSTALLED, transformers_twin
 from sled.bench.solving import Measured, Way, frequent_tokens, measure, mixed_questions, our_way, their_way
-from sled.checks import Whole
-from sled.eval.answers import final_answer
+from sled.eval.numbers import final_answer
+from sled.settings.rules import Whole
 
 BATCH = 8
 GUESSES = ((2, 3), (2, 6), (4, 3), (4, 6))  # layer and draft

@@ -19,9 +19,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sled.bench.report import Report, column
-from sled.checks import Whole
 from sled.fusion import SLED, SharedHead, default_tile
-from sled.rounds import interleave
+from sled.settings.rules import Whole
+from sled.timing import interleave
 
 SIZES = ((1024, 32_000), (2048, 128_256))
 LAYERS, SCALE = 32, 10

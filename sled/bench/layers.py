@@ -19,14 +19,14 @@ from tqdm import tqdm
 import sled
 from sled.bench.report import Report, column
 from sled.bench.solving import MAX_NEW_TOKENS
-from sled.checks import Whole
 from sled.decoding.buckets import bucket
 from sled.decoding.network import own_projection, read
 from sled.demo.problems import problems, prompt
 from sled.errors import SettingError
-from sled.eval.answers import exact_match
-from sled.files import writable_picture
+from sled.eval.numbers import exact_match
+from sled.io import writable_picture
 from sled.lm import LM
+from sled.settings.rules import Whole
 
 ROWS = 32  # texts read at once
 MODELS = 4  # side by side in a picture

@@ -14,9 +14,9 @@ import optax
 from tqdm import tqdm
 
 from sled.bench.report import Report, column
-from sled.checks import Whole
-from sled.rounds import interleave
-from sled.train.loss import exit_cross_entropy
+from sled.settings.rules import Whole
+from sled.timing import interleave
+from sled.train.objective.cross_entropy import exit_cross_entropy
 
 PLAIN, OURS, FLOOR = "plain", "exit_cross_entropy", "three products"
 AGAIN = "logits again in the backward pass"  # the choice that exit_cross_entropy did not take

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from sled.demo.problems import problems, prompt, stream
 from sled.lm import LM
-from sled.rounds import Times, interleave
+from sled.timing import Times, interleave
 
 MAX_NEW_TOKENS = 96
 STEPS = (1, 2, 3, 4)

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 from sled.cli.options import print_devices
-from sled.files import writable
+from sled.io import writable
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sled.checks import Whole
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
 from sled.errors import PromptError
-from sled.files import writable
+from sled.io import writable
+from sled.settings.rules import Whole
 
 
 @dataclasses.dataclass(frozen=True)

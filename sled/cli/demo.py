@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 from sled.cli.options import ModelOptions
-from sled.files import writable_picture
+from sled.io import writable_picture
 
 MAX_NEW_TOKENS = 96
 
@@ -35,9 +35,9 @@ class Demo:
 
     def run(self) -> None:
         import sled
-        from sled.checks import Whole
         from sled.demo.problems import problems, prompt
-        from sled.eval.answers import final_answer
+        from sled.eval.numbers import final_answer
+        from sled.settings.rules import Whole
 
         Whole(1, hint="it counts the problems to solve")("--problems", self.problems)
         Whole(0, hint="it counts the problems to print")("--show", self.show)

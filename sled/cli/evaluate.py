@@ -13,7 +13,7 @@ import tyro
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FUSIONS, FusionOptions, ModelOptions, SamplingOptions, given
 from sled.errors import EvaluationError
-from sled.files import writable
+from sled.io import writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +76,14 @@ class Eval:
 
     def run(self) -> None:
         _need_harness()
-        from sled.eval.loading import manager
+        from sled.eval.harness.tasks import manager
 
         if self.tasks == ("list",):
             print("\n".join(manager(include_path=self.include_path, everything=True).all_tasks))
             return
         from sled.eval.methods import Method, baselines
-        from sled.eval.report import report_folder
-        from sled.eval.run import evaluate
+        from sled.eval.report.report import report_folder
+        from sled.eval.report.run import evaluate
 
         method = Method(self._name(), fusion=self.fusion_options.strategy(), **self.exit_options.settings(),
                         sampling=self.sampling_options.sampling())

@@ -11,13 +11,13 @@ from typing import Annotated
 
 import tyro
 
-from sled.calibration import Calibration
-from sled.checks import Whole
+from sled.calibration.record import Calibration
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, given, read_prompts, unescape
 from sled.cli.paint import Paint, PaintedRow, has_colours
 from sled.errors import SettingError
 from sled.results import Stats
+from sled.settings.rules import Whole
 
 
 @dataclasses.dataclass(frozen=True)

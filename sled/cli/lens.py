@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from sled.checks import Whole
 from sled.cli.options import FusionOptions, ModelOptions, unescape
-from sled.files import writable, writable_picture
+from sled.io import writable, writable_picture
+from sled.settings.rules import Whole
 
 
 @dataclasses.dataclass(frozen=True)

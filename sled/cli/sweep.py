@@ -76,8 +76,8 @@ class Sweep:
     """Questions answered together. Speeds are those of this batch size; texts do not depend on it."""
 
     def run(self) -> None:
-        from sled.eval import grid
-        from sled.eval.sweep import sweep, sweep_folder
+        from sled.eval.sweep import grid
+        from sled.eval.sweep.sweep import sweep, sweep_folder
 
         fusion, layer_sets = self.fusion_options.strategy(), self._layer_sets()
         if bool(self.rates) != bool(self.scales):

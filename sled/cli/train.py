@@ -44,7 +44,7 @@ class DataOptions:
 
     def sources(self):
         """The data, and what is measured on or None. Raises SettingError."""
-        from sled.train.sources import Source
+        from sled.train.data.sources import Source
 
         if not self.data:
             raise SettingError("--data is missing, so there is nothing to learn; name files, a hub data set, or demo")
@@ -144,7 +144,7 @@ class RecipeOptions:
         return dataclasses.replace(recipe, exits=self._exits(recipe.exits), dropout=self._dropout(recipe.dropout))
 
     def _exits(self, plan):
-        from sled.train.weights import AllExits, UniformWeights, WeightedExits
+        from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
 
         if not self.exits:
             return plan
@@ -157,8 +157,8 @@ class RecipeOptions:
         return WeightedExits(profile, settled)
 
     def _dropout(self, dropout):
-        from sled.train.dropout import layerskip
-        from sled.train.dropping import FixedRows, Masked, WholeBatch
+        from sled.train.objective.dropping import FixedRows, Masked, WholeBatch
+        from sled.train.objective.layer_dropout import layerskip
 
         if self.layer_dropout == 0:
             dropout = None
@@ -258,12 +258,12 @@ class Train:
     """Only say what the recipe is and what each device would hold, and stop."""
 
     def run(self) -> None:
-        from sled.train.distributed import Processes, initialize
+        from sled.train.parallel.distributed import Processes, initialize
 
         where = self.mesh_options
         initialize(Processes(where.cluster, where.coordinator, where.processes, where.process))
         from sled.cli.options import print_devices
-        from sled.train.mesh import Mesh
+        from sled.models.sharding.mesh import Mesh
         from sled.train.trainer import Run, plan_of, train
 
         print_devices()
@@ -280,7 +280,7 @@ class Train:
         print(f"the trained model is in {train(run)}", file=sys.stderr)
 
     def _model(self) -> Any:
-        from sled.train.begin import NewModel
+        from sled.train.initial_model import NewModel
 
         wanted = given(self.new_model_options)
         if self.model == "new":

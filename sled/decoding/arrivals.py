@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from sled.decoding.network import Network, fuse, read
 from sled.decoding.sampling import Sampling, choose, processed_logits
 from sled.decoding.state import DecodeState, Plan
-from sled.exits.measures import confidence, max_probability
+from sled.exits.confidence import confidence, max_probability
 from sled.exits.speculation import KEEP, choose_draft
 from sled.fusion.statistics import max_and_index
 

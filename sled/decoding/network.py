@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
-from sled.fusion.head import SharedHead, default_tile
+from sled.fusion.projection import SharedHead, default_tile
 
 KV = tuple[jax.Array, jax.Array]
 

@@ -13,9 +13,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sled.checks import LARGEST, Number, Whole, settle
 from sled.fusion.statistics import max_and_index
-from sled.pytree import traced
+from sled.settings.pytree import traced
+from sled.settings.rules import LARGEST, Number, Whole, settle
 
 
 @traced(temperature="B", top_k="B", top_p="B", min_p="B", repetition_penalty="B")

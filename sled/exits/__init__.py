@@ -1,8 +1,8 @@
 """Leaving early: how sure is sure enough, what is done about it, and when deeper layers run."""
 
-from sled.exits.early import EarlyExit
-from sled.exits.full import FullDepth
-from sled.exits.measures import Classifier
+from sled.exits.confidence import Classifier
+from sled.exits.early_exit import EarlyExit
+from sled.exits.full_depth import FullDepth
 from sled.exits.policy import Policy
 from sled.exits.schedule import Gather, Immediate, Lockstep, Schedule
 from sled.exits.speculation import SelfSpeculation

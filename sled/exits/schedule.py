@@ -11,8 +11,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from sled.checks import LARGEST, Whole, settle
-from sled.pytree import traced
+from sled.settings.pytree import traced
+from sled.settings.rules import LARGEST, Whole, settle
 
 NEVER = 2**30
 

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.checks import Flag, Number, is_array, settle, settle_bounded
 from sled.errors import SettingError
 from sled.exits.policy import Exits, with_last
 from sled.exits.schedule import Lockstep
-from sled.fusion.head import SharedHead
-from sled.pytree import traced
+from sled.fusion.projection import SharedHead
+from sled.settings.pytree import traced
+from sled.settings.rules import Flag, Number, is_array, settle, settle_bounded
 
 KEEP = 0.95  # how much of the acceptance seen so far is kept at each verification (DEL)
 PRIOR = (3.0, 4.0)  # accepted and judged drafts before any was seen

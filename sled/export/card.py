@@ -11,13 +11,13 @@ import jax
 from flax import nnx
 from huggingface_hub import ModelCardData
 
-from sled.binding import digest_of_weights
-from sled.calibration import Calibration
-from sled.checks import Number, settle
-from sled.describe import describe, differences
+from sled.calibration.fingerprint import digest_of_weights
+from sled.calibration.record import Calibration
 from sled.errors import CalibrationError, SettingError
 from sled.export.source import Given
 from sled.models import Decoder
+from sled.settings.describe import describe, differences
+from sled.settings.rules import Number, settle
 
 DTYPES = (None, "float32", "bfloat16", "float16")  # in which a model may have been loaded to be calibrated
 
@@ -62,7 +62,7 @@ class Measured(NamedTuple):
 
 def measured(run: Path, step: int) -> Measured | None:
     """What the run measured at this very step, or None where it did not."""
-    from sled.train.metrics import HELD_OUT, read_metrics
+    from sled.train.run.metrics import HELD_OUT, read_metrics
 
     file = Path(run) / "metrics.jsonl"
     line = next((line for line in read_metrics(file) if line["step"] == step), {}) if file.is_file() else {}

@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from sled.arguments import FINAL_LAYER, FULL_DEPTH
-from sled.binding import digest_of_weights
-from sled.calibration import Calibration
+from sled.calibration.fingerprint import digest_of_weights
+from sled.calibration.record import Calibration
+from sled.decoding.options import FINAL_LAYER, FULL_DEPTH
 from sled.errors import CheckpointError
 from sled.exits import Policy, Schedule
 from sled.export.card import Card, check_bound, model_card
@@ -22,7 +22,7 @@ from sled.export.source import Given, read_source
 from sled.export.target import RECORD, replacing
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
-from sled.text import Text
+from sled.text.tokenizer import Text
 
 NO_WORD = Card()
 

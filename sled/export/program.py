@@ -29,16 +29,16 @@ from jax import export
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from sled.arguments import A_POLICY, A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, which_schedule
-from sled.binding import digest_of_weights
+from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.network import form_of, fused_layers
+from sled.decoding.options import A_POLICY, A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, which_schedule
 from sled.decoding.whole import generate
-from sled.describe import describe
 from sled.exits import Policy, Schedule
 from sled.exits.schedule import Timing
 from sled.export.settings import Parts, take_apart
 from sled.fusion import SharedHead, default_tile
 from sled.lm import LM
+from sled.settings.describe import describe
 
 FORMAT = 2  # of program.json
 ABOUT, WEIGHTS, RUN = "program.json", "weights.safetensors", "run.py"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sled.errors import CheckpointError, SettingError
-from sled.models.checkpoint import TOKENIZER_FILES
+from sled.models.huggingface import TOKENIZER_FILES
 
 RECORD = "sled_export.json"  # of Hugging Face and Orbax exports
 RECORDS = {RECORD: "form", "program.json": "programs"}  # an export is known by such a file with such a key

@@ -4,7 +4,7 @@ from sled.fusion.average import LayerAverage
 from sled.fusion.confident import ConfidentDecoding
 from sled.fusion.dola import DoLa
 from sled.fusion.final import FinalLayer
-from sled.fusion.head import SharedHead, default_tile
+from sled.fusion.projection import SharedHead, default_tile
 from sled.fusion.sled import SLED, ClampOnly
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import Strategy

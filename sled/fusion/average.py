@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sled.checks import Each, Layers, Number, OrNone, is_array, settle
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
 from sled.fusion.strategy import explicit_layers
-from sled.pytree import traced
+from sled.settings.pytree import traced
+from sled.settings.rules import Each, Layers, Number, OrNone, is_array, settle
 
 
 @traced(weights="BC")

@@ -7,9 +7,9 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from sled.checks import Whole, settle
 from sled.fusion.statistics import layer_statistics
-from sled.pytree import traced
+from sled.settings.pytree import traced
+from sled.settings.rules import Whole, settle
 
 
 @traced()

@@ -8,11 +8,11 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from sled.checks import Layers, Number, settle
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
 from sled.fusion.strategy import explicit_layers, per_row
-from sled.pytree import traced
+from sled.settings.pytree import traced
+from sled.settings.rules import Layers, Number, settle
 
 
 @traced(relative_top="B", lower_bound="B")

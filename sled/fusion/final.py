@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from sled.pytree import traced
+from sled.settings.pytree import traced
 
 
 @traced()

@@ -9,11 +9,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from sled.checks import LARGEST, Layers, Number, Whole, settle, settle_bounded
 from sled.errors import SettingError
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import explicit_layers, per_row
-from sled.pytree import traced
+from sled.settings.pytree import traced
+from sled.settings.rules import LARGEST, Layers, Number, Whole, settle, settle_bounded
 
 _PRESETS = {
     "official-code": {},

@@ -1,0 +1,1 @@
+"""lm-evaluation-harness: the adapter, its requests and tasks, and answers kept on disk."""

@@ -1,0 +1,244 @@
+"""`SledLM`: a model and a method, as lm-evaluation-harness asks models its questions.
+
+Texts become tokens, windows and stop strings as with the harness's own `HFLM` at its defaults, so that plain decoding
+has the scores that `lm_eval --model hf` has. Every answer is looked up in a `Cache` first, and written there in the
+batch in which it was made.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from sled.calibration.fingerprint import digest_of_weights
+from sled.decoding.options import A_SAMPLING
+from sled.errors import EvaluationError
+from sled.eval.harness.answering import Counts, Found, answer_all
+from sled.eval.harness.cache import Cache
+from sled.eval.harness.chat import TokenizerSettings, render
+from sled.eval.harness.requests import Ask, Wanted, batches
+from sled.eval.methods import Method, deciding_versions
+from sled.eval.protocols.choices import Scored
+from sled.lm import LM
+from sled.settings.describe import describe
+from sled.settings.rules import Flag, Whole
+
+GREEDY_METHOD = Method("greedy")
+
+
+class SledLM(TemplateLM):
+    """`lm`, decoding by `method`, for `lm_eval.evaluate` and `lm_eval.simple_evaluate`.
+
+    batch_size: prompts decoded, and continuations scored, together.
+    max_new_tokens: the most tokens for an answer, whatever the task asks for; None: what it asks for, or 256.
+    normalise: whether scores are log-probabilities, or the fusion's own values as they are (`LM.score`).
+    seed: of methods and tasks that draw; text r of document d draws from random stream seed + d * repeats + r.
+    cache: answers made before; None keeps them in memory.
+    weights: the digest of `lm`'s weights, where it is known already.
+    progress: shows a bar over the requests.
+    now: the day for chat templates that write one, the same in all prompts; None: when this is made.
+
+    Early exit and self-speculation are about making tokens: no log-likelihood depends on them, nor on sampling. A task
+    of log-likelihoods is refused under such a method, for the figures would be the baseline's under its name.
+    """
+
+    def __init__(self, lm: LM, method: Method = GREEDY_METHOD, *, batch_size: int = 16,
+                 max_new_tokens: int | None = None, normalise: bool = True, seed: int = 0, cache: Cache | None = None,
+                 weights: str | None = None, progress: bool = True, now: datetime.datetime | None = None):
+        super().__init__()
+        self.lm, self.method, self.progress = lm, method, progress
+        self.batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
+        self.max_new_tokens = None if max_new_tokens is None else Whole(
+            1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
+        self.seed = Whole(0, 2**31, hint="it begins the random streams")("seed", seed)
+        self.normalise = Flag(hint="True gives log-probabilities")("normalise", normalise)
+        self.special = TokenizerSettings.read(lm.text.folder)
+        self.weights = weights or digest_of_weights(lm.params)
+        self.now = now or datetime.datetime.now().astimezone()
+        self.counts = Counts()
+        self._answers = (cache or Cache()).under(self.settings())
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides an answer besides the request, as JSON has it."""
+        return {"weights": self.weights, "model": describe(self.lm.config), "tokenizer": self.lm.text.digest,
+                "dtype": str(jax.tree.leaves(self.lm.params)[0].dtype), "method": self.method.settings(),
+                "normalise": self.normalise, "device": jax.devices()[0].device_kind,
+                "versions": deciding_versions()}
+
+    def check_scoring(self, what: str) -> None:
+        """Raises EvaluationError where the method has settings that no log-likelihood depends on."""
+        idle = [name for name, there in (("exits", self.method.leaves_early), ("sampling", self.method.samples))
+                if there]
+        if idle:
+            raise EvaluationError(f"{what} asks for log-likelihoods, which never depend on the {' and '.join(idle)} of "
+                                  f"a method: the figures of {self.method.name!r} would be those of the same method "
+                                  f"without; leave {' and '.join(idle)} out, or take tasks that generate")
+
+    # Tokens.
+
+    @functools.cached_property
+    def eot_token_id(self) -> int:
+        return self._named_id("eos_token", self.lm.config.eos_ids[:1])
+
+    @functools.cached_property
+    def prefix_token_id(self) -> int:
+        """What an empty context is: the model's BOS token, or else its EOS token."""
+        return self._named_id("bos_token", ()) if "bos_token" in self.special.tokens else self.eot_token_id
+
+    def _named_id(self, name: str, otherwise: Sequence[int]) -> int:
+        token = self.special.tokens.get(name)
+        found = [self.lm.text.id_of(token)] if token else list(otherwise)
+        if not found or found[0] is None:
+            raise EvaluationError(f"{self.lm.name} names no {name}, with which texts begin or end for the harness; put "
+                                  "it into tokenizer_config.json in the model's folder")
+        return found[0]
+
+    @property
+    def max_length(self) -> int:
+        return self.lm.config.max_positions
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
+        """Token ids. None: the tokenizer's special tokens, unless the text begins with the prefix token already."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self.lm.text.spelling(self.prefix_token_id))
+        return self.lm.text.encode(string, special=add_special_tokens)
+
+    # Chat.
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.lm.name.replace("/", "__")
+
+    def chat_template(self, chat_template: bool | str = True) -> str | None:
+        """The model's chat template; None where none is to be used. Raises EvaluationError where it has none."""
+        if chat_template is False or chat_template is None:
+            return None
+        if self.special.template is None:
+            raise EvaluationError(f"{self.lm.name} has no chat template (chat_template.jinja, or chat_template in "
+                                  "tokenizer_config.json); evaluate it without, or take a model tuned for chats")
+        return self.special.template
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of these messages. Where the template takes no system message, it goes without, as in HFLM."""
+        template = self.chat_template()
+        show = functools.partial(render, template, tokens=self.special.tokens,
+                                 add_generation_prompt=add_generation_prompt, now=self.now)
+        try:
+            return show(chat_history)
+        except EvaluationError:
+            rest = [message for message in chat_history if message["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise
+            return show(rest)
+
+    # Log-likelihoods.
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self.check_scoring("this task")
+        for request in requests:
+            if not request.args[1]:
+                raise EvaluationError(f"the task asks for the log-likelihood of an empty text after "
+                                      f"{request.args[0][-40:]!r}; every choice must have at least one token")
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
+        self.check_scoring("this task")
+        windows = [[make_disjoint_window(window) for window in get_rolling_token_windows(
+            token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length, context_len=1)] for request in requests]
+        scored = iter(self._loglikelihood_tokens([(None, *window) for of_text in windows for window in of_text]))
+        return [sum(next(scored)[0] for _ in of_text) for of_text in windows]
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
+        pairs = [self._window(*request) for request in requests]
+        answers = self._answer([{"context": context, "continuation": continuation} for context, continuation in pairs],
+                               lambda which: self._score(pairs, which))
+        return [Scored(total, greedy, tokens=len(continuation))
+                for (total, greedy), (_, continuation) in zip(answers, pairs, strict=True)]
+
+    def _window(self, texts, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What fits of a context and its continuation, cut from the left; the last token takes no place."""
+        if not 1 <= len(continuation) <= self.max_length:
+            why = ("shares its only token with the context" if not continuation else
+                   f"is {len(continuation)} tokens long, but the model's context holds {self.max_length}")
+            raise EvaluationError(f"the text to score, {(texts or ('', ''))[1][:40]!r}, {why}; "
+                                  "change the task, or leave the sample out")
+        cut = max(0, len(context) + len(continuation) - self.max_length - 1)
+        self.counts.cut(cut)
+        return tuple(context[cut:]), tuple(continuation)
+
+    def _score(self, pairs, which: list[int]) -> Found:
+        of_context: dict[tuple[int, ...], list[int]] = {}
+        for index in which:
+            of_context.setdefault(pairs[index][0], []).append(index)
+        contexts = sorted(of_context, key=lambda context: -len(context))
+        for begin in range(0, len(contexts), self.batch_size):
+            some = contexts[begin:begin + self.batch_size]
+            scores = self.lm.score(list(some), [[pairs[i][1] for i in of_context[context]] for context in some],
+                                   fusion=self.method.fusion, normalise=self.normalise, batch_size=self.batch_size)
+            indices = [i for context in some for i in of_context[context]]
+            values = [value for of_one in zip(scores.totals, scores.greedy, strict=True)
+                      for value in zip(*of_one, strict=True)]
+            yield dict(zip(indices, values, strict=True))
+
+    def _answer(self, described: list[dict[str, Any]], compute: Callable[[list[int]], Found]) -> list[Any]:
+        return answer_all(described, compute, kept=self._answers, counts=self.counts, name=self.method.name,
+                          progress=self.progress)
+
+    # Texts.
+
+    def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        seen: dict[tuple, int] = {}
+        asks = []
+        for request in requests:
+            place = (request.task_name, request.doc_id, request.idx)
+            again = seen[place] = seen.get(place, -1) + 1
+            asks.append(self._ask(*request.args, number=(request.doc_id or 0) * (request.repeats or 1) + again))
+        answers = self._answer([ask.described() for ask in asks], lambda which: self._generate(asks, which))
+        for answer in answers:
+            self.counts.unfinished += answer["finish_reason"] == "length"
+            self.counts.new_tokens += answer["tokens"]
+            self.counts.layers += answer["layers"]
+        return [answer["text"] for answer in answers]
+
+    def _ask(self, context: str, gen_kwargs: dict[str, Any], *, number: int) -> Ask:
+        wanted = Wanted.of(gen_kwargs, at_most=self.max_new_tokens,
+                           sampling=self.method.sampling if self.method.samples else None)
+        room = self.max_length - wanted.max_new_tokens
+        if room < 1:
+            raise EvaluationError(f"the task lets an answer be {wanted.max_new_tokens} tokens long, but the context of "
+                                  f"{self.lm.name} holds {self.max_length}, the prompt included; allow fewer by "
+                                  "max_new_tokens (--max-new-tokens)")
+        bos = self.special.tokens.get("bos_token")
+        ids = self.lm.text.encode(context, special=bos is None or not context.startswith(bos))
+        if not ids:
+            raise EvaluationError("the task gives an empty prompt, and the tokenizer adds no token of its own, so "
+                                  "there is nothing to start from; change the task's doc_to_text")
+        self.counts.cut(max(0, len(ids) - room))
+        warm = A_SAMPLING("sampling", wanted.sampling).temperature > 0
+        return Ask(tuple(ids[-room:]), wanted.until, wanted.max_new_tokens, wanted.sampling,
+                   self.seed + number if warm else None)
+
+    def _generate(self, asks: list[Ask], which: list[int]) -> Found:
+        for batch in batches(asks, which, self.batch_size):
+            first = asks[batch[0]]
+            ends = {self.lm.text.special_id(s) for s in first.until} - {None}
+            stop = [s for s in first.until if self.lm.text.special_id(s) is None]
+            out = self.lm.generate([asks[i].ids for i in batch], max_new_tokens=first.max_new_tokens, stop=stop,
+                                   sampling=first.sampling, seed=first.seed or 0, batch_size=self.batch_size,
+                                   **self.method.decoding())
+            found = {}
+            for i, text, tokens, reason, layers in zip(batch, out.texts, out.tokens, out.finish_reasons,
+                                                       out.exit_layers, strict=True):
+                at = next((at for at, token in enumerate(tokens) if token in ends), None)
+                if at is not None:  # a special token that ends the text for this task, though not for the model
+                    text, reason = self.lm.text.decode(tokens[:at]), "stop"
+                    tokens, layers = tokens[:at + 1], layers[:at + 1]
+                found[i] = {"text": text, "tokens": len(tokens), "finish_reason": reason, "layers": sum(layers)}
+            yield found

@@ -1,0 +1,97 @@
+"""Answers kept as they are made, so that an evaluation that was killed goes on where it was.
+
+One SQLite file holds the answers of any number of models and methods. An answer is found again only under everything
+that decides it: a digest of the settings (weights, tokenizer, method, versions: `SledLM.settings`) and one of the
+request (token ids, stop strings, limits, seeds). It is written in one transaction per batch, with SQLite's rollback
+journal: a kill at any moment leaves the file as it was before or after that batch, and the next opening needs nothing
+beside the file. (Its other mode, WAL, writes faster, which does not matter at a batch at a time, but needs shared
+memory that network file systems lack.)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sled.errors import EvaluationError
+from sled.io import writable
+
+FORMAT = 1  # `PRAGMA user_version` of the file; a file of another is refused
+PATIENCE = 60.0  # seconds to wait while another process writes to the same file
+
+
+class Cache:
+    """Answers under settings. path: the file, made where there is none; None keeps them in memory alone.
+
+    Raises SettingError where the file cannot be written, EvaluationError where it is not such a file or damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike | None = None):
+        self.path = None if path is None else writable("cache", Path(path))
+        with self._named_errors():
+            self._db = sqlite3.connect(":memory:" if self.path is None else self.path, timeout=PATIENCE)
+            [found] = self._db.execute("PRAGMA user_version").fetchone()
+            [tables] = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            if found != FORMAT and (found or tables):
+                self._db.close()
+                raise EvaluationError(f"the cache {self.path} has format {found}, but this version of sled reads "
+                                      f"format {FORMAT}; name another file")
+            with self._db:
+                self._db.execute("CREATE TABLE IF NOT EXISTS settings (digest TEXT PRIMARY KEY, described TEXT)")
+                self._db.execute("CREATE TABLE IF NOT EXISTS answers (settings TEXT, request TEXT, answer TEXT, "
+                                 "PRIMARY KEY (settings, request)) WITHOUT ROWID")
+                self._db.execute(f"PRAGMA user_version = {FORMAT}")
+
+    def under(self, settings: Mapping[str, Any]) -> Answers:
+        """The answers made under these settings, given as JSON has them. They are written down in full too."""
+        digest = digest_of(settings)
+        with self._named_errors(), self._db:
+            self._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)",
+                             (digest, json.dumps(settings, sort_keys=True, ensure_ascii=False)))
+        return Answers(self, digest)
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def _named_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as reason:
+            raise EvaluationError(f"the cache {self.path} cannot be used ({reason}); name another file, or delete it "
+                                  "if nothing else keeps data in it") from reason
+
+
+class Answers:
+    """What a `Cache` holds under one set of settings: answers by the digest of their request."""
+
+    def __init__(self, cache: Cache, digest: str):
+        self._cache, self.digest = cache, digest
+
+    def find(self, requests: Iterable[str]) -> dict[str, Any]:
+        """The known answers among these requests."""
+        found = {}
+        with self._cache._named_errors():
+            for request in requests:
+                row = self._cache._db.execute("SELECT answer FROM answers WHERE settings = ? AND request = ?",
+                                              (self.digest, request)).fetchone()
+                if row is not None:
+                    found[request] = json.loads(row[0])
+        return found
+
+    def add(self, answers: Mapping[str, Any]) -> None:
+        """Keep these answers, all or none. One that is there stays."""
+        rows = [(self.digest, request, json.dumps(answer)) for request, answer in answers.items()]
+        with self._cache._named_errors(), self._cache._db:
+            self._cache._db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", rows)
+
+
+def digest_of(described: Any) -> str:
+    """SHA-256, in hexadecimal, of something's JSON in its one canonical spelling."""
+    return hashlib.sha256(json.dumps(described, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,98 @@
+"""What a task asks a model to generate, made of the harness's request."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from sled.decoding.sampling import Sampling
+from sled.errors import EvaluationError, SettingError
+from sled.settings.describe import describe
+
+OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+KNOWN = ("until", "max_gen_toks", "do_sample", *OF_SAMPLING)
+DEFAULT_MAX = 256  # tokens to make where a task does not say, as the harness's own models have it
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """One prompt to continue. ids: its tokens. seed: of its random stream, None where nothing is drawn."""
+
+    ids: tuple[int, ...]
+    until: tuple[str, ...]
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int | None
+
+    @property
+    def shared(self) -> str:
+        """What must be equal for two prompts to be decoded together."""
+        return repr((self.until, self.max_new_tokens, describe(self.sampling)))
+
+    def described(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return {"ids": self.ids, "until": self.until, "max_new_tokens": self.max_new_tokens,
+                "sampling": describe(self.sampling), "seed": self.seed}
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """A task's `generation_kwargs`, understood."""
+
+    until: tuple[str, ...]
+    max_new_tokens: int
+    sampling: Sampling
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], *, at_most: int | None = None, sampling: Sampling | None = None) -> Wanted:
+        """As the harness's own models read them (`lm_eval.models.utils.normalize_gen_kwargs`).
+
+        at_most: the most new tokens, whatever the task asks for; sampling: used in place of the task's.
+        Raises EvaluationError for names that mean nothing here, and for sampling without a temperature.
+        """
+        from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+
+        asked = normalize_gen_kwargs({name: value for name, value in given.items() if value is not None},
+                                     default_max_gen_toks=DEFAULT_MAX if at_most is None else at_most)
+        if unknown := sorted(asked.keys() - set(KNOWN)):
+            raise EvaluationError(f"the task's generation_kwargs have {', '.join(unknown)}, which mean nothing here; "
+                                  f"give only {', '.join(KNOWN)}")
+        if asked["do_sample"] and not asked.get("temperature"):
+            raise EvaluationError("the task's generation_kwargs have do_sample, but no temperature above 0, so nothing "
+                                  "says how to draw; give a temperature, such as 1.0, or leave do_sample out")
+        until = tuple(s for s in handle_stop_sequences(asked["until"], None) if s)
+        if any(not isinstance(s, str) for s in until):
+            raise EvaluationError(f"the task's stop strings are {list(until)!r}; give strings")
+        most = asked["max_gen_toks"] if at_most is None else min(asked["max_gen_toks"], at_most)
+        return cls(until, most, sampling or _sampling(asked))
+
+
+def _sampling(asked: Mapping[str, Any]) -> Sampling:
+    """Of a greedy request only the repetition penalty has a meaning."""
+    names = OF_SAMPLING if asked["do_sample"] else ("repetition_penalty",)
+    try:
+        return Sampling(**{name: asked[name] for name in names if name in asked})
+    except SettingError as reason:
+        raise EvaluationError(f"the task's generation_kwargs cannot be followed: {reason}") from reason
+
+
+def batches(asks: list[Ask], which: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Requests to decode together, `size` at a time: the longest first; those that draw, by their random streams,
+    because prompt i draws from the stream of the first plus i.
+
+    What is left over at the end goes with the batch before it, so that `LM.generate` fills it up to a height that is
+    compiled already.
+    """
+    ordered = sorted(which, key=lambda i: (asks[i].shared, -len(asks[i].ids) if asks[i].seed is None else asks[i].seed))
+    begun = [at for at, i in enumerate(ordered) if not at or not _goes_with(asks[ordered[at - 1]], asks[i])]
+    for begin, end in itertools.pairwise([*begun, len(ordered)]):
+        full = max(1, (end - begin) // size)
+        cuts = [*(begin + size * n for n in range(full)), end]
+        yield from (ordered[at:until] for at, until in itertools.pairwise(cuts))
+
+
+def _goes_with(before: Ask, ask: Ask) -> bool:
+    consecutive = ask.seed is None or before.seed is None or ask.seed == before.seed + 1
+    return ask.shared == before.shared and consecutive

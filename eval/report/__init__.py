@@ -1,0 +1,1 @@
+"""An evaluation from methods to a written report with paired comparisons."""

@@ -1,0 +1,155 @@
+"""The report of an evaluation: a table per score, all settings, and the samples; written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sled.errors import SettingError
+from sled.eval.report.scores import Task
+from sled.io import unfinished, writable_folder, written_whole
+
+FORMAT = 1  # of report.json
+FILES = ("report.json", "report.md", "samples.jsonl")  # besides pictures
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found, and all that decided it.
+
+    tasks: by method. scores: by "task: metric, filter" the scores [n] of every method, on the same samples.
+    against: the method that the others are compared with. methods: name, settings, whether its exits verify, and
+    counts (`sled.eval.harness.answering.Counts`).
+    date: when it began; the day that chat templates wrote into prompts, where they do.
+    """
+
+    tasks: Mapping[str, list[Task]]
+    scores: Mapping[str, Mapping[str, np.ndarray]]
+    against: str
+    seed: int
+    methods: list[dict[str, Any]]
+    model: dict[str, Any]
+    settings: dict[str, Any]
+    versions: dict[str, str]
+    hardware: str
+    date: str
+
+    @functools.cached_property
+    def comparisons(self) -> dict[str, Any]:
+        """A `sled.eval.report.compare.Comparison` for each of `scores`."""
+        from sled.eval.report.compare import compare
+
+        return {name: compare(outcomes, self.against, seed=self.seed) for name, outcomes in self.scores.items()}
+
+    @functools.cached_property
+    def pictures(self) -> dict[str, str]:
+        """The file name of each comparison's picture; names that differ in signs alone are numbered."""
+        names: dict[str, str] = {}
+        for score in self.comparisons:
+            stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", score).strip("-")
+            numbered = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+            taken = {name.lower() for name in names.values()}  # some file systems do not tell A from a
+            names[score] = next(f"{name}.png" for name in numbered if f"{name}.png".lower() not in taken)
+        return names
+
+    def markdown(self) -> str:
+        """The head, a table for each score, other metrics, and what to know of the answers."""
+        made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        first = next(iter(self.tasks.values()))
+        lines = [f"# {', '.join(task.name for task in first)} on {self.model['name']}", "",
+                 f"{self.date}; {self.hardware}; {made_with}; weights {self.model['weights'][:12]}, "
+                 f"{self.model['dtype']}. All settings are in report.json.", "",
+                 *(f"- {task.name}: {task.n} samples, {task.num_fewshot} examples before each, task version "
+                   f"{task.version}" for task in first)]
+        tested = sum(comparison.tested for comparison in self.comparisons.values())
+        for name, comparison in self.comparisons.items():
+            lines += ["", f"## {name}", "", comparison.markdown(tested=tested), "", f"![{name}]({self.pictures[name]})"]
+        others = [(method, f"{task.name}: {key}", value) for method, tasks in self.tasks.items() for task in tasks
+                  for key, value in task.metrics.items() if f"{task.name}: {key}" not in self.scores]
+        if others:
+            lines += ["", "## Other metrics", "", "| method | metric | value |", "|---|---|---|",
+                      *(f"| {method} | {key} | {value:.4g} |" for method, key, value in others)]
+        return "\n".join([*lines, "", "## Answers", "", *self.answers(), ""])
+
+    def answers(self) -> list[str]:
+        """Per method a row: requests, computed now, cut prompts, texts at the token limit, no answer, mean layer.
+
+        No mean layer where guesses are verified: the layer that said a token first is not where its way ended.
+        """
+        head = ["method", "requests", "computed now", "prompts cut", "ended at the limit", "unanswered", "mean layer"]
+        rows = []
+        for method in self.methods:
+            counts = method["counts"]
+            none = ", ".join(f"{task.name} ({which}) {n}" for task in self.tasks[method["name"]]
+                             for which, n in task.unanswered.items()) or "-"
+            depth = "-" if method["verifies"] or not counts["new_tokens"] else \
+                f"{counts['layers'] / counts['new_tokens']:.2f} of {self.model['layers']}"
+            rows.append([method["name"], counts["requests"], counts["computed"], counts["truncated"],
+                         counts["unfinished"], none, depth])
+        return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+
+    def json(self) -> dict[str, Any]:
+        """All of it but the samples."""
+        return {"format": FORMAT, "date": self.date, "hardware": self.hardware, "versions": self.versions,
+                "model": self.model, "settings": self.settings, "against": self.against, "methods": self.methods,
+                "tasks": {method: [{field.name: getattr(task, field.name) for field in dataclasses.fields(task)
+                                    if field.name != "samples"} for task in tasks]
+                          for method, tasks in self.tasks.items()},
+                "comparisons": {name: comparison.json() for name, comparison in self.comparisons.items()},
+                "pictures": list(self.pictures.values())}
+
+    def write(self, folder: Path) -> None:
+        """report.json, report.md, samples.jsonl and a picture per score. Raises SettingError where it cannot.
+
+        All files are written whole before the first takes its place; report.json is the last to, and that of an earlier
+        evaluation goes first, with the pictures that it lists. So where report.json is, all else belongs to it.
+        """
+        samples = [json.dumps({"method": method, "task": task.name, **sample}, ensure_ascii=False, allow_nan=False)
+                   for method, tasks in self.tasks.items() for task in tasks for sample in task.samples]
+        texts = (json.dumps(self.json(), indent=2, ensure_ascii=False) + "\n", self.markdown(),
+                 "".join(f"{line}\n" for line in samples))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.ExitStack() as placing:  # what is entered first, takes its place last
+                for file, text in zip(FILES, texts, strict=True):
+                    placing.enter_context(written_whole(folder / file)).write_text(text, encoding="utf-8")
+                for name, picture in self.pictures.items():
+                    self.comparisons[name].picture(placing.enter_context(written_whole(folder / picture)))
+                for earlier in [*_earlier(folder).get("pictures", ()), FILES[0]]:
+                    (folder / earlier).unlink(missing_ok=True)
+        except OSError as reason:
+            raise SettingError(f"the report cannot be written to {folder} ({reason.strerror}); name a folder of your "
+                               "own") from reason
+
+
+def report_folder(name: str, folder: Path) -> Path:
+    """`folder`, for `Report.write`. Raises SettingError where that cannot write, or would replace what is no report.
+
+    Killed while its files take their places, `Report.write` leaves its report.json under the other name.
+    """
+    return writable_folder(name, folder, FILES, owns=lambda folder: bool(
+        _earlier(folder) or list(folder.glob(unfinished(FILES[0])))))
+
+
+def _earlier(folder: Path) -> dict[str, Any]:
+    """The report.json of an earlier evaluation in its folder; {} where there is none."""
+    try:
+        found = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
+        if {"format", "methods", "comparisons"} <= found.keys() and all(map(_is_picture, found["pictures"])):
+            return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return {}
+
+
+def _is_picture(name: str) -> bool:
+    return Path(name).name == name and name.endswith(".png")

@@ -1,0 +1,151 @@
+"""`evaluate`: methods compared on the tasks of lm-evaluation-harness, on the same samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import importlib.metadata
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sled.calibration.fingerprint import digest_of_weights
+from sled.errors import EvaluationError
+from sled.eval.harness.adapter import SledLM
+from sled.eval.harness.cache import Cache
+from sled.eval.harness.local_data import Data, paths_by_task
+from sled.eval.harness.tasks import begin_anew, load_tasks
+from sled.eval.methods import A_MODEL, Method, plain
+from sled.eval.report.report import Report, report_folder
+from sled.eval.report.scores import Task, scores_of
+from sled.lm import LM
+from sled.machine import hardware, versions
+from sled.settings.rules import OrNone, Whole
+
+
+def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, against: str | None = None,
+             data: Data | None = None, include_path: Sequence[str | os.PathLike] = (),
+             metadata: Mapping[str, Any] | None = None, limit: int | None = None, num_fewshot: int | None = None,
+             apply_chat_template: bool = False, system_instruction: str | None = None,
+             max_new_tokens: int | None = None, normalise: bool = True, batch_size: int = 16,
+             cache: str | os.PathLike | None = None, out: str | os.PathLike | None = None, seed: int = 0,
+             fewshot_seed: int = 1234, progress: bool = True) -> Report:
+    """Scores of every method on every task, and how sure the differences from a baseline are.
+
+    tasks: names of tasks, groups or tags of the harness, of this library (`sled_demo`) or of `include_path`.
+    methods: what is compared; see `sled.eval.methods.baselines` for what belongs beside a method.
+    against: the name of the baseline; None: the first method that is plain decoding, or else the first.
+    data: a task's data from local files: a mapping from tasks to paths, "TASK=PATH", or a path for a single task.
+    include_path: folders with more tasks, as YAML files. metadata: what tasks may be told.
+    limit: only so many samples of each task, the first; None: all.
+    num_fewshot: examples before each question; None: as the task says. A task that says 0 keeps to it.
+    apply_chat_template: prompts as the model's chat template has them. system_instruction: said before all else.
+    max_new_tokens: the most tokens for an answer; None: what the task says, or 256.
+    normalise: whether tasks of log-likelihoods get these, or what the fusion gives as it is (`LM.score`).
+    cache: a file that keeps every answer as it is made; the same call, after a kill, goes on from there.
+    out: a folder for the report, written at the end; `report.json` comes last, so where it is, all is complete.
+    seed: of methods and tasks that draw, of the bootstrap, and of Python's and numpy's random numbers; fewshot_seed: of
+        the choice of examples, by default the harness's own. progress: shows bars and warnings.
+
+    Raises EvaluationError, DataError, DownloadError, SettingError: what cannot be run is found before any work, as far
+    as it can be known.
+    """
+    import lm_eval
+
+    A_MODEL("lm", lm)
+    began = datetime.datetime.now().astimezone()
+    if out is not None:
+        report_folder("out", Path(out))
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    methods = _checked(methods)
+    against = _baseline(methods, against)
+    limit = OrNone(Whole(1, hint="it counts the samples of each task"))("limit", limit)
+    num_fewshot = OrNone(Whole(0, hint="it counts the examples before each question"))("num_fewshot", num_fewshot)
+    seed = Whole(0, 2**31, hint="it begins the random streams")("seed", seed)
+    fewshot_seed = Whole(0, hint="it chooses the examples")("fewshot_seed", fewshot_seed)
+    with _quiet():
+        loaded = load_tasks(names, data=data, include_path=include_path, metadata=metadata, num_fewshot=num_fewshot,
+                            seed=seed, fewshot_seed=fewshot_seed)
+        if progress:
+            _say_kept(loaded["tasks"], num_fewshot)
+        store, weights = Cache(cache), digest_of_weights(lm.params)
+        models = {method.name: SledLM(lm, method, batch_size=batch_size, max_new_tokens=max_new_tokens,
+                                      normalise=normalise, seed=seed, cache=store, weights=weights, progress=progress,
+                                      now=began)
+                  for method in methods}
+        for name, task in loaded["tasks"].items():
+            if task.OUTPUT_TYPE != "generate_until":
+                for model in models.values():
+                    model.check_scoring(f"the task {name!r}")
+        if apply_chat_template:
+            next(iter(models.values())).chat_template()
+        found: dict[str, list[Task]] = {}
+        for name, model in models.items():
+            begin_anew(loaded["tasks"].values(), seed, fewshot_seed)  # every method sees the same examples
+            results = lm_eval.evaluate(
+                lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True,
+                apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
+                system_instruction=system_instruction)
+            found[name] = [Task.of(results, task, loaded["tasks"][task]) for task in loaded["tasks"]]
+        store.close()
+    described = next(iter(models.values())).settings()
+    report = Report(
+        tasks=found, scores=scores_of(found), against=against, seed=seed,
+        methods=[{"name": method.name, "settings": method.settings(), "verifies": method.verifies,
+                  "counts": dataclasses.asdict(models[method.name].counts)} for method in methods],
+        model={"name": lm.name, "layers": lm.config.num_layers,
+               **{key: described[key] for key in ("weights", "tokenizer", "dtype")}},
+        settings={"tasks": names, "data": {name: str(path) for name, path in paths_by_task(data, names).items()},
+                  "metadata": dict(metadata or {}), "limit": limit, "num_fewshot": num_fewshot,
+                  "apply_chat_template": apply_chat_template, "system_instruction": system_instruction,
+                  "max_new_tokens": max_new_tokens, "normalise": normalise, "batch_size": batch_size, "seed": seed,
+                  "fewshot_seed": fewshot_seed},
+        versions={name: importlib.metadata.version(name) for name in ("sled-jax", "lm_eval", "datasets", "tokenizers")}
+        | {name: version for name, version in versions().items() if name in ("python", "jax", "flax")},
+        hardware=hardware(), date=began.isoformat(timespec="seconds"))
+    if out is not None:
+        report.write(Path(out))
+    return report
+
+
+def _say_kept(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
+    """A warning for each task that shows other than the examples asked for."""
+    for name, task in tasks.items():
+        if num_fewshot is not None and (kept := task.get_config("num_fewshot")) != num_fewshot:
+            print(f"warning: {num_fewshot} examples before each question were asked for, but the task {name!r} keeps "
+                  f"to the {kept} that it says itself", file=sys.stderr)
+
+
+def _checked(methods: Sequence[Method]) -> list[Method]:
+    methods = [methods] if isinstance(methods, Method) else list(methods)
+    if not methods or not all(isinstance(method, Method) for method in methods):
+        raise EvaluationError(f"methods is {methods!r}, but must be a list of sled.eval.methods.Method, at least one")
+    names = [method.name for method in methods]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise EvaluationError(f"two methods are called {twice[0]!r}; give each a name of its own")
+    return methods
+
+
+def _baseline(methods: list[Method], against: str | None) -> str:
+    names = [method.name for method in methods]
+    if against is None:
+        return next((method.name for method in methods if plain(method)), names[0])
+    if against not in names:
+        raise EvaluationError(f"against is {against!r}, which is none of the methods {', '.join(names)}; name one")
+    return against
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness says at length what goes well; only its errors are shown."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

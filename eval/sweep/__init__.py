@@ -1,0 +1,1 @@
+"""Sweeps over exits and speculation: accuracy against depth and speed."""

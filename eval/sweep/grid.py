@@ -1,0 +1,66 @@
+"""Grids of methods, in the order in which a sweep tests them: the safest of each sequence first."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+
+from sled.decoding.options import FINAL_LAYER
+from sled.eval.methods import Method
+from sled.exits import EarlyExit, SelfSpeculation
+from sled.fusion import SLED, Strategy
+
+Layers = int | tuple[int, ...]
+
+
+def no_exit(fusion: Strategy = FINAL_LAYER) -> Method:
+    """The baseline of every method with this fusion: each token goes through all layers."""
+    return Method(_under(fusion, "no exit"), fusion=fusion)
+
+
+def early_exits(exits: Sequence[Layers], thresholds: Iterable[float], *, measures: Sequence[str] = ("max_probability",),
+                kv: str = "exact", fusion: Strategy = FINAL_LAYER) -> list[Method]:
+    """Every threshold, from the highest down, of every measure at every layer or set of layers in `exits`.
+
+    measures, kv: as of `sled.EarlyExit`; what is not usual stands in the name. Raises SettingError.
+    """
+    methods = []
+    for layers, measure in itertools.product(exits, measures):
+        for threshold in sorted(set(thresholds), reverse=True):
+            policy = EarlyExit(layers, threshold, measure=measure, kv=kv)
+            by = "" if measure == "max_probability" else f" {measure}"
+            how = "" if kv == "exact" else f" {kv},"
+            name = f"exit after {_listed(policy.layers)},{how}{by} threshold {threshold:g}"
+            methods.append(Method(_under(fusion, name), fusion=fusion, exits=policy))
+    return methods
+
+
+def self_speculation(layers: Sequence[int], drafts: Iterable[int], *, fusion: Strategy = FINAL_LAYER) -> list[Method]:
+    """Every draft length, shortest first, of guesses after every one of `layers`. Raises SettingError."""
+    return [Method(_under(fusion, f"guesses after {layer}, draft {draft}"), fusion=fusion,
+                   exits=SelfSpeculation(layer, draft))
+            for layer in layers for draft in sorted(set(drafts))]
+
+
+def sled_settings(rates: Sequence[float], scales: Sequence[int]) -> list[Method]:
+    """SLED without exits, at every evolution rate and scale. Raises SettingError."""
+    return [no_exit(SLED(rate=rate, scale=scale)) for rate in rates for scale in scales]
+
+
+def usual_layers(num_layers: int) -> tuple[int, ...]:
+    """An eighth, a quarter, half and three quarters of the layers, as far as these are different early exits."""
+    near = {max(1, round(num_layers * share)) for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4)}
+    return tuple(sorted(n for n in near if n < num_layers))
+
+
+def _under(fusion: Strategy, name: str) -> str:
+    """The name with the fusion before it, and those of its numbers that are swept."""
+    if fusion == FINAL_LAYER:
+        return name
+    numbers = {field: getattr(fusion, field, None) for field in ("rate", "scale")}
+    said = "".join(f" {field} {value:g}" for field, value in numbers.items() if isinstance(value, int | float))
+    return f"{type(fusion).__name__}{said}, {name}"
+
+
+def _listed(layers: tuple[int, ...]) -> str:
+    return " ".join(map(str, layers))

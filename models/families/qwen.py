@@ -1,0 +1,62 @@
+"""Qwen2 / Qwen2.5 (biases on queries, keys, values) and Qwen3 (norms on queries and keys instead)."""
+
+from sled.errors import ConfigError
+from sled.models.config import DecoderConfig
+from sled.models.families.family import MODULES, Family, Fields, read_shape
+
+
+def _read_windows(f: Fields, num_layers: int) -> tuple[int | None, ...]:
+    """Which layers slide: `layer_types` where given, otherwise those from `max_window_layers` on.
+
+    `sliding_window` counts only under `use_sliding_window`, as in transformers.
+    """
+    used = f.take("use_sliding_window", bool, False)
+    window = f.take("sliding_window", int, 4096, null=True)
+    first = f.take("max_window_layers", int, 28)
+    kinds = f.take("layer_types", list, None)
+    window = window if used else None
+    if kinds is None:
+        return tuple(window if i >= first else None for i in range(num_layers))
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ConfigError(f"{f.source}: layer type {kind!r} is not supported (supported: full_attention, "
+                              "sliding_attention); use another model")
+        if kind == "sliding_attention" and window is None:
+            raise ConfigError(f"{f.source}: 'layer_types' has a sliding layer, but no sliding window is in "
+                              "use; set 'use_sliding_window' and 'sliding_window', or correct 'layer_types'")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _write_windows(c: DecoderConfig) -> dict:
+    sliding = [window is not None for window in c.windows]
+    return {
+        "use_sliding_window": any(sliding),
+        "sliding_window": max((window for window in c.windows if window is not None), default=None),
+        # Versions of transformers before `layer_types` know only "from this layer on".
+        "max_window_layers": sliding.index(True) if any(sliding) else c.num_layers,
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+    }
+
+
+def _read_qwen2(f: Fields) -> dict:
+    shape = read_shape(f, max_positions=32_768, kv_heads=32)
+    return dict(shape, qkv_bias=True, windows=_read_windows(f, shape["num_layers"]))
+
+
+def _read_qwen3(f: Fields) -> dict:
+    shape = read_shape(f, max_positions=32_768, kv_heads=32, head_dim=128)
+    bias = f.take("attention_bias", bool, False)
+    return dict(shape, qk_norm=True, qkv_bias=bias, out_bias=bias,
+                windows=_read_windows(f, shape["num_layers"]))
+
+
+def _write_qwen3(c: DecoderConfig) -> dict:
+    return {"attention_bias": c.qkv_bias, **_write_windows(c)}
+
+
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_windows)
+QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, {
+    **MODULES,
+    "layers.#.attention.q_norm": "model.layers.#.self_attn.q_norm",
+    "layers.#.attention.k_norm": "model.layers.#.self_attn.k_norm",
+})

@@ -1,0 +1,127 @@
+"""From a folder's `config.json` to a `DecoderConfig` and back, through whichever family it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from sled.errors import CheckpointError, ConfigError, SettingError
+from sled.models.config import DecoderConfig, ExitHeads
+from sled.models.families.family import Family, Fields, write_shape
+from sled.models.families.llama import LLAMA
+from sled.models.families.mistral import MISTRAL
+from sled.models.families.qwen import QWEN2, QWEN3
+
+HEADS_CONFIG = "exit_heads.json"  # beside config.json, whose readers need not know of it
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The family that `config.family` names. Raises ConfigError."""
+    if config.family not in FAMILIES:
+        raise ConfigError(f"model family {config.family!r} is unknown; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[config.family]
+
+
+def read_config(folder: str | Path) -> DecoderConfig:
+    """The configuration of a Hugging Face folder: `config.json`, `generation_config.json`, `exit_heads.json`.
+
+    Token ids that end or start a generation come from the second where it has them, as in
+    transformers' `generate`; early exits have heads where there is the third. Raises ConfigError, also
+    for a field that is not understood, and CheckpointError for a folder that is no model's.
+    """
+    folder = Path(folder)
+    path = config_file(folder)
+    config = parse_config(_read_json(path), str(path))
+    path = folder / "generation_config.json"
+    if path.exists():
+        f = Fields(_read_json(path), str(path))
+        bos, eos, pad = (f.take_ids(f"{name}_token_id") for name in ("bos", "eos", "pad"))
+        config = dataclasses.replace(
+            config,
+            bos_id=bos[0] if bos else config.bos_id,
+            eos_ids=eos or config.eos_ids,
+            pad_id=pad[0] if pad else config.pad_id,
+        )
+    path = folder / HEADS_CONFIG
+    if path.exists():
+        config = dataclasses.replace(config, exit_heads=_parse_heads(path))
+    return config
+
+
+def config_file(folder: Path) -> Path:
+    """The config.json of a model's folder. Raises CheckpointError, with what to give instead, where it has none."""
+    path = folder / "config.json"
+    if path.exists():
+        return path
+    within = sorted(file.parent for file in folder.glob("*/*.safetensors") if (file.parent / path.name).exists())
+    remedy = (f"give {within[0]}, which is one" if within else
+              "give a Hugging Face folder (sled export makes one of a training run)")
+    raise CheckpointError(f"{folder} has no config.json, so it is no model's folder; {remedy}")
+
+
+def write_heads(heads: ExitHeads, folder: Path) -> None:
+    """Puts `exit_heads.json` into a folder."""
+    (folder / HEADS_CONFIG).write_text(json.dumps(dataclasses.asdict(heads), indent=2) + "\n", encoding="utf-8")
+
+
+def _parse_heads(path: Path) -> ExitHeads:
+    f = Fields(_read_json(path), str(path))
+    given = dict(layers=f.take("layers", list), kind=f.take("kind", str), tied=f.take("tied", bool))
+    f.finish()
+    try:
+        return ExitHeads(**given)
+    except SettingError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
+    """The fields of a `config.json` as a `DecoderConfig`; `source` names the file in messages."""
+    f = Fields(values, source)
+    kind = f.take("model_type", str, None)
+    architectures = f.take("architectures", list, None) or []
+    found = [family for family in FAMILIES.values()
+             if kind in (None, family.name) and all(a == family.architecture for a in architectures)]
+    if len(found) != 1:
+        known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES.values())
+        raise ConfigError(f"{source}: model_type {kind!r} with architectures {architectures!r} is not "
+                          f"supported (supported: {known}); use a model of these families")
+    try:
+        config = DecoderConfig(family=found[0].name, **found[0].read(f))
+    except ConfigError as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(source) else f"{source}: {message}") from None
+    f.finish()
+    return config
+
+
+def format_config(config: DecoderConfig, dtype: str) -> dict:
+    """The fields of a `config.json` that transformers 4.4x and 5 both read as this model.
+
+    `dtype` names the stored weights' type, e.g. "bfloat16". Exit heads, which no family has, are left to
+    `exit_heads.json`. Raises ConfigError where the family's format cannot express the configuration.
+    """
+    config = dataclasses.replace(config, exit_heads=None)
+    family = family_of(config)
+    fields = {"architectures": [family.architecture], "model_type": family.name,
+              **write_shape(config), **family.write(config)}
+    read_back = parse_config(fields, f"a {family.name} config.json")
+    lost = [field.name for field in dataclasses.fields(config)
+            if getattr(config, field.name) != getattr(read_back, field.name)]
+    if lost:
+        value, other = getattr(config, lost[0]), getattr(read_back, lost[0])
+        raise ConfigError(f"{lost[0]} = {value!r} cannot be written as a {family.name} config.json (it would "
+                          f"be read as {other!r}); choose a family that has it, of {', '.join(FAMILIES)}")
+    return {**fields, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
+            "dtype": dtype, "torch_dtype": dtype}
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}, not a JSON object; fetch it again")
+    return values

@@ -1,0 +1,247 @@
+"""Hugging Face folders in and out: `load_folder` and `save_folder`; weights pass one tensor at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from safetensors.numpy import save_file
+
+from sled.errors import CheckpointError, SettingError
+from sled.models.config import DecoderConfig
+from sled.models.decoder import Decoder
+from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
+from sled.models.layers import Block
+from sled.models.stored import (
+    HEADS,
+    INDEX,
+    SINGLE,
+    STACKED,
+    abstract,
+    finite,
+    open_weights,
+    progress,
+    stored_order,
+    tensor_name,
+)
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
+_UNFINISHED = ".unfinished-"
+_SHARDS = "model-*-of-*.safetensors"
+
+
+def load_folder(path: str | Path, *, dtype=None) -> Decoder:
+    """The model in a Hugging Face folder, separate form, on the default device.
+
+    `dtype` None keeps every weight as it is stored. Reads `config.json`, `generation_config.json`
+    (token ids only) and safetensors, one file or sharded. A tied checkpoint may also store its
+    head, if equal; rotary buffers of old checkpoints are passed over.
+
+    Raises ConfigError for the configuration and CheckpointError for the weights: missing, surplus,
+    misshaped, of an unsupported type, damaged, or not finite.
+    """
+    with open_weights(path) as stored, progress("Loading", sum(stored.sizes.values())) as bar:
+        graph, state = nnx.split(abstract(stored.config))
+        slots = dict(nnx.to_flat_state(state))
+        for at, name in stored.names.items():
+            own = jnp.asarray(stored.read(at, dtype))
+            slots[at] = slots[at].replace(own.T if stored_order(at) < 0 else own)
+            bar.update(stored.sizes[name])
+    return nnx.merge(graph, nnx.from_flat_state(slots))
+
+
+def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_bytes: int = 5_000_000_000,
+                tokenizer_from: str | Path | None = None) -> Path:
+    """Writes a folder that transformers (4.4x and 5) and `load_folder` read; returns its path.
+
+    Exit heads lie beside the model, in `exit_heads.safetensors` and `.json`, which only `load_folder` reads: to
+    transformers it is the model without them (see `exportable`).
+
+    Either form of decoder. One that is spread over the devices of several processes is gathered tensor
+    by tensor: all of them call this, process 0 writes, and all return once the folder is whole.
+    `dtype` None stores every weight as it is. `tokenizer_from` is a folder whose tokenizer files are
+    copied. An existing model folder is overwritten: its weights and configuration are replaced, its
+    other files stay. Everything is first written under a name that no loader takes for a model, and
+    `config.json` moves last. Killed at any moment, it can be called again; what it left is then removed, so two
+    programs must not save into one folder at once.
+
+    Raises ConfigError where the family's format cannot express the model, CheckpointError where
+    weights are not finite or the folder holds something else than a model.
+    """
+    if max_shard_bytes < 1:
+        raise SettingError(f"max_shard_bytes is {max_shard_bytes}, but it must be at least 1")
+    folder = Path(path)
+    refuse_foreign(folder)
+    if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
+        raise CheckpointError(f"{tokenizer_from} is not a folder; give one that holds tokenizer.json")
+    config = decoder.config
+    weights, heads = _named_weights(decoder)
+    main_type = jnp.dtype(dtype or decoder.embedding.weight.dtype)
+    format_config(config, main_type.name)  # raises before anything is written
+
+    spread = not all(weight.array.is_fully_addressable for weight in weights.values())
+    if spread and jax.process_index() > 0:
+        for name, weight in (weights | heads).items():
+            weight.gather(name, dtype)
+    else:
+        _write_folder(folder, config, weights, heads, dtype, main_type, max_shard_bytes, tokenizer_from)
+    if spread:
+        multihost_utils.sync_global_devices(f"saved {folder}")
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """One tensor to be stored: `array`, or layer `layer` of it, the other way round where `order` is -1."""
+
+    array: jax.Array
+    layer: int | None
+    order: int
+
+    def nbytes(self, dtype) -> int:
+        size = self.array.size // (1 if self.layer is None else self.array.shape[0])
+        return size * jnp.dtype(dtype or self.array.dtype).itemsize
+
+    def gather(self, name: str, dtype) -> np.ndarray:
+        """The tensor on this host. All processes that hold a part of it have to call this."""
+        own = _take(self.array, self.layer, self.order)
+        whole = np.asarray(own) if own.is_fully_addressable else multihost_utils.process_allgather(own, tiled=True)
+        return np.ascontiguousarray(finite("the model", name, whole, dtype))
+
+
+@functools.partial(jax.jit, static_argnames="order")
+def _take(array, layer: int | None, order: int):
+    own = array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+    return own.T if order < 0 else own
+
+
+def exportable(decoder: Decoder) -> Decoder:
+    """The decoder itself, if `save_folder` writes all of it in the form that other libraries read.
+
+    Raises CheckpointError for exit heads: transformers' early exits (`assistant_early_exit`) share the final norm
+    and projection, so to them the folder would be another model at its exits.
+    """
+    heads = decoder.config.exit_heads
+    if heads is not None:
+        raise CheckpointError(
+            f"the exits after layers {', '.join(map(str, heads.layers))} have heads of their own ({heads.kind}"
+            f"{'' if heads.tied else ', untied'}), which the Hugging Face format cannot carry; save the model for sled "
+            "with save_folder, or leave the heads out: decoder.with_exit_heads(None)")
+    return decoder
+
+
+def _named_weights(decoder: Decoder) -> tuple[dict[str, _Weight], dict[str, _Weight]]:
+    """Stored names of the model's weights and of the exit heads', in the order of the separate form's paths."""
+    stacked = isinstance(decoder.layers, Block)
+    weights = {}
+    for path, param in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
+        if stacked and path[0] in STACKED:
+            for i in range(param.shape[0]):
+                weights[path[0], i, *path[1:]] = _Weight(param[...], i, stored_order(path))
+        else:
+            weights[path] = _Weight(param[...], None, stored_order(path))
+    model, heads = {}, {}
+    for path in sorted(weights):
+        (heads if path[0] == "exit_heads" else model)[tensor_name(decoder.config, path)] = weights[path]
+    return model, heads
+
+
+def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str | Path | None) -> None:
+    """Writes all of a model's folder but its weights: configuration, special tokens, the tokenizer's files."""
+    config_json = format_config(config, jnp.dtype(dtype).name)
+    _write_json(folder / "generation_config.json", {
+        "bos_token_id": config_json["bos_token_id"], "eos_token_id": config_json["eos_token_id"],
+        "pad_token_id": config_json["pad_token_id"]})
+    for name in TOKENIZER_FILES if tokenizer_from else ():
+        if (Path(tokenizer_from) / name).exists():
+            shutil.copyfile(Path(tokenizer_from) / name, folder / name)
+    if config.exit_heads is not None:
+        write_heads(config.exit_heads, folder)
+    _write_json(folder / "config.json", config_json)
+
+
+def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weight], heads: dict[str, _Weight], dtype,
+                  main_type, max_shard_bytes: int, tokenizer_from: str | Path | None):
+    """Everything under a name of its own first, then moved into place, `config.json` last.
+
+    Without it no loader takes the folder for a model. Weights move first, those of an earlier model go after that: so
+    wherever this ends, the folder holds weights, or the unfinished folder, by which the next save knows its own.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
+        scratch = Path(unfinished)
+        for killed in folder.glob(f"{_UNFINISHED}*"):
+            if killed != scratch:
+                shutil.rmtree(killed)
+        _write_weights(weights, scratch, dtype, max_shard_bytes)
+        if heads:
+            arrays = {name: weight.gather(name, dtype) for name, weight in heads.items()}
+            save_file(arrays, scratch / HEADS, metadata={"format": "pt"})
+        write_form(scratch, config, main_type, tokenizer_from)
+
+        new = {file.name: file for file in sorted(scratch.iterdir(), key=_turn)}
+        for file in new.values():
+            file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the user alone
+        earlier = [SINGLE, INDEX, HEADS, HEADS_CONFIG, *(file.name for file in folder.glob(_SHARDS))]
+        last = new.pop("config.json")
+        (folder / last.name).unlink(missing_ok=True)
+        for name, file in new.items():
+            file.replace(folder / name)
+        for name in earlier:
+            if name not in new:
+                (folder / name).unlink(missing_ok=True)
+        last.replace(folder / last.name)
+
+
+def _turn(file: Path) -> tuple[bool, bool, str]:
+    """Sorts files by when they move: first what tells a model folder from others, then the other weights."""
+    return file.name not in (SINGLE, INDEX), file.suffix != ".safetensors", file.name
+
+
+def _write_weights(weights: dict[str, _Weight], folder: Path, dtype, max_shard_bytes: int):
+    """One file, or several of at most `max_shard_bytes` (a larger tensor alone) and their index."""
+    total = sum(weight.nbytes(dtype) for weight in weights.values())
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, weight in weights.items():
+        if shards[-1] and weight.nbytes(dtype) > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= weight.nbytes(dtype)
+
+    n = len(shards)
+    names = [SINGLE] if n == 1 else [f"model-{i + 1:05}-of-{n:05}.safetensors" for i in range(n)]
+    with progress("Saving", total) as bar:
+        for file, shard in zip(names, shards, strict=True):
+            arrays = {name: weights[name].gather(name, dtype) for name in shard}
+            save_file(arrays, folder / file, metadata={"format": "pt"})
+            bar.update(sum(array.nbytes for array in arrays.values()))
+    if n > 1:
+        where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raises CheckpointError where saving would mix a model into a folder of something else."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give the name of a folder")
+    held = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
+    if held and not any(name in (SINGLE, INDEX) or name.startswith(_UNFINISHED) for name in held):
+        raise CheckpointError(f"{folder} is not empty and not a model folder (it holds {held[0]}); give "
+                              "a new or empty folder")
+
+
+def _write_json(path: Path, values: dict):
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,63 @@
+"""Hugging Face folders onto a mesh, without any device or process ever holding the whole model.
+
+The way back is `sled.models.save_folder`, which takes a decoder on a mesh as any other.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sled.models.decoder import Decoder
+from sled.models.sharding.sharding import Placing
+from sled.models.stored import STACKED, StoredWeights, abstract_stacked, open_weights, progress, stored_order
+
+
+def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None) -> Decoder:
+    """The model in a Hugging Face folder, stacked form, every parameter where `Placing(config, mesh)` puts it.
+
+    Every process calls this, and reads what its own devices hold: of each tensor the rows and columns that some
+    device of it needs, once. `dtype` None keeps every weight as it is stored.
+    Raises what `sled.models.load_folder` and `Placing` raise; a process checks the values that it reads.
+    """
+    with open_weights(path) as stored:
+        placing = Placing(stored.config, mesh)
+        graph, state = nnx.split(abstract_stacked(stored.config))
+        slots = dict(nnx.to_flat_state(state))
+        with progress("Loading", sum(stored.sizes.values())) as bar:
+            for at, slot in slots.items():
+                shape, spec = placing.parameters[".".join(at)]
+                slots[at] = slot.replace(_read_onto(stored, at, shape, jax.sharding.NamedSharding(mesh, spec), dtype))
+                bar.update(sum(stored.sizes[stored.names[one]] for one in _separate(at, shape)))
+    return nnx.merge(graph, nnx.from_flat_state(slots))
+
+
+def _read_onto(stored: StoredWeights, at: tuple, shape: tuple[int, ...], sharding, dtype) -> jax.Array:
+    """One parameter of the stacked form; parts that several devices hold are read once."""
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = tuple(one.indices(size) for one, size in zip(index, shape, strict=True))
+        if bounds not in parts:
+            parts[bounds] = _read_part(stored, at, shape, tuple(slice(*bound) for bound in bounds), dtype)
+        return parts[bounds]
+
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _read_part(stored: StoredWeights, at: tuple, shape: tuple[int, ...], index: tuple[slice, ...],
+               dtype) -> np.ndarray:
+    if at[0] not in STACKED:
+        return stored.read(at, dtype, index)
+    which, *inside = index
+    order = stored_order(at)
+    read = [stored.read(one, dtype, tuple(inside[::order])) for one in _separate(at, shape)[which]]
+    return np.stack([weight.T if order < 0 else weight for weight in read])
+
+
+def _separate(at: tuple, shape: tuple[int, ...]) -> list[tuple]:
+    """The paths in the separate form of what lies at `at`, with this shape, in the stacked one."""
+    return [(at[0], i, *at[1:]) for i in range(shape[0])] if at[0] in STACKED else [at]

@@ -1,0 +1,97 @@
+"""The mesh: how many ways training is split, and along which axes.
+
+The first axes are the outermost: neighbours along the last lie closest together, which is where
+tensor parallelism, with its exchange in every layer, belongs. A pipeline's `stage` would be one more
+field before `tensor`, and a mesh axis for the logical axis `layers` (placing.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType
+
+from sled.errors import SettingError
+from sled.settings.rules import Whole
+
+AXES = ("data", "fsdp", "tensor")
+REST = -1  # as a size: what is left of the devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """How many ways to split along each axis; the product is the number of devices, -1 is what is left of them.
+
+    data: rows of the batch; every group holds all weights.
+    fsdp: rows of the batch AND weights with their optimiser state (ZeRO-3, arXiv 1910.02054); weights are
+        gathered layer by layer as they are needed.
+    tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
+    """
+
+    data: int = 1
+    fsdp: int = REST
+    tensor: int = 1
+
+    def __post_init__(self):
+        for axis in AXES:
+            size = getattr(self, axis)
+            if size == REST and not isinstance(size, bool):
+                continue
+            size = Whole(1, hint="it counts groups of devices; -1 is what is left of them")(f"Mesh.{axis}", size)
+            object.__setattr__(self, axis, size)
+        if (rest := [axis for axis in AXES if getattr(self, axis) == REST])[1:]:
+            raise SettingError(f"Mesh has -1 for {' and '.join(rest)}, but only one axis can take what is left of the "
+                               "devices; give the others a number")
+
+    def sizes(self, devices: int) -> tuple[int, ...]:
+        """The size of each of `AXES` on so many devices. Raises SettingError where they do not come out even."""
+        sizes = [getattr(self, axis) for axis in AXES]
+        product = math.prod(size for size in sizes if size != REST)
+        spelled = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        if REST in sizes and devices % product == 0:
+            return tuple(devices // product if size == REST else size for size in sizes)
+        if product != devices or REST in sizes:
+            wrong = f"{devices} is no multiple of {product}" if REST in sizes else f"takes {product}"
+            raise SettingError(f"Mesh is {spelled} ({wrong}), but there are {devices} devices; make the product of "
+                               "the axes the number of devices, or give one of them -1")
+        return tuple(sizes)
+
+    def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+        """The mesh over `devices`, by default all of all processes.
+
+        Devices of several slices (TPU pods joined by a network, GPU hosts) are arranged so that `data`, then `fsdp`,
+        cross between slices, and `tensor` never does. Raises SettingError where that, or the sizes, do not fit.
+        """
+        devices = jax.devices() if devices is None else list(devices)
+        sizes = self.sizes(len(devices))
+        kinds = (AxisType.Auto,) * len(AXES)
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        if slices == 1:
+            return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+        outer = across_slices(sizes, slices)
+        inner = tuple(size // crossing for size, crossing in zip(sizes, outer, strict=True))
+        return jax.sharding.Mesh(np.asarray(mesh_utils.create_hybrid_device_mesh(inner, outer, devices)), AXES,
+                                 axis_types=kinds)
+
+    def abstract(self, devices: int) -> AbstractMesh:
+        """The mesh over so many devices that need not exist: enough to plan on (`sled.train.parallel.memory_plan`)."""
+        return AbstractMesh(self.sizes(devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
+    """How many slices each axis spans: the outermost as many as it can, the last (`tensor`) only one."""
+    left, outer = slices, []
+    for size in sizes[:-1]:
+        outer.append(math.gcd(size, left))
+        left //= outer[-1]
+    if left > 1:
+        spelled = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise SettingError(f"the devices lie in {slices} slices, over which data and fsdp cannot be spread evenly "
+                           f"({spelled}); make data x fsdp a multiple of {slices}, so that no tensor group "
+                           "crosses the slow network")
+    return (*outer, 1)

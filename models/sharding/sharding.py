@@ -1,0 +1,211 @@
+"""What lies where: the axes of every parameter, and which axis of the mesh splits each of them.
+
+`AXES_OF` names the axes of the stacked decoder's parameters, `RULES` maps those names to the mesh.
+All shardings follow: of weights, of any optax state (its leaves that are shaped like a parameter lie
+like that parameter), of batches and activations. The products then run under `jax.jit`, whose
+partitioner (GSPMD, arXiv 2105.04663) inserts the exchanges.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from sled.errors import SettingError
+from sled.models.config import DecoderConfig
+from sled.models.stored import abstract_stacked
+
+AXES_OF = {
+    "embedding.weight": ("vocab", "width"),
+    "head.weight": ("vocab", "width"),
+    "norm.weight": ("vector",),
+    "layers.attention_norm.weight": ("layers", "vector"),
+    "layers.mlp_norm.weight": ("layers", "vector"),
+    "layers.attention.q.weight": ("layers", "width", "heads"),
+    "layers.attention.k.weight": ("layers", "width", "kv_heads"),
+    "layers.attention.v.weight": ("layers", "width", "kv_heads"),
+    "layers.attention.o.weight": ("layers", "heads", "width"),
+    "layers.attention.q.bias": ("layers", "heads"),
+    "layers.attention.k.bias": ("layers", "kv_heads"),
+    "layers.attention.v.bias": ("layers", "kv_heads"),
+    "layers.attention.o.bias": ("layers", "vector"),
+    "layers.attention.q_norm.weight": ("layers", "vector"),
+    "layers.attention.k_norm.weight": ("layers", "vector"),
+    "layers.mlp.gate.weight": ("layers", "width", "mlp"),
+    "layers.mlp.up.weight": ("layers", "width", "mlp"),
+    "layers.mlp.down.weight": ("layers", "mlp", "width"),
+    "layers.mlp.gate.bias": ("layers", "mlp"),
+    "layers.mlp.up.bias": ("layers", "mlp"),
+    "layers.mlp.down.bias": ("layers", "vector"),
+    "exit_heads.norm.weight": ("exits", "vector"),
+    "exit_heads.affine.weight": ("exits", "width", "vector"),
+    "exit_heads.affine.bias": ("exits", "vector"),
+    "exit_heads.mlp_norm.weight": ("exits", "vector"),
+    "exit_heads.mlp.gate.weight": ("exits", "width", "mlp"),
+    "exit_heads.mlp.up.weight": ("exits", "width", "mlp"),
+    "exit_heads.mlp.down.weight": ("exits", "mlp", "width"),
+    "exit_heads.mlp.gate.bias": ("exits", "mlp"),
+    "exit_heads.mlp.up.bias": ("exits", "mlp"),
+    "exit_heads.mlp.down.bias": ("exits", "vector"),
+    "exit_heads.projection": ("exits", "vocab", "width"),
+}
+RULES = {
+    "vocab": "tensor",
+    "width": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "layers": None,  # scanned over; a pipeline's stages would split it
+    "exits": None,
+    "vector": None,  # norms, and biases of what is summed over the tensor axis: too small to split
+}
+MAY_STAY_WHOLE = ("vocab", "kv_heads")  # where they do not divide; for the others that is an error
+ROWS = ("data", "fsdp")  # mesh axes that split the batch
+LARGE = 2**24  # bytes: a leaf without a row in AXES_OF may be this large and still lie whole on every device
+
+
+@dataclasses.dataclass(frozen=True)
+class Placing:
+    """Where everything of a model of `config` lies on `mesh`.
+
+    `mesh` has the axes of `sled.models.sharding.mesh.AXES`; an abstract one serves for planning.
+    Raises SettingError where width, heads or feed-forward width do not divide over their mesh axis. Vocabulary and
+    key/value heads that do not divide stay whole on that axis; `undivided` says which, and why.
+    """
+
+    config: DecoderConfig
+    mesh: jax.sharding.Mesh | AbstractMesh
+
+    def __post_init__(self):
+        for axis, reason in self._misfits.items():
+            if axis not in MAY_STAY_WHOLE:
+                raise SettingError(f"{reason}; choose a mesh whose {RULES[axis]} axis divides it")
+
+    @functools.cached_property
+    def _misfits(self) -> dict[str, str]:
+        """Logical axes that cannot be split as the rules say, with the reason."""
+        c = self.config
+        counts = {"vocab": (c.vocab_size, "vocabulary entries"), "width": (c.width, "columns of width"),
+                  "heads": (c.num_heads, "query heads"), "kv_heads": (c.num_kv_heads, "key/value heads"),
+                  "mlp": (c.mlp_width, "columns of feed-forward width")}
+        return {axis: f"{count} {what} do not divide over {RULES[axis]} {self.mesh.shape[RULES[axis]]}"
+                for axis, (count, what) in counts.items() if count % self.mesh.shape[RULES[axis]]}
+
+    @property
+    def undivided(self) -> dict[str, str]:
+        """Axes that the rules would split, but that stay whole on each device: name and reason. To be shown."""
+        return dict(self._misfits)
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, tuple[tuple[int, ...], P]]:
+        """Shape and partition of every parameter, by its dotted name in the stacked decoder."""
+        found = {}
+        for path, leaf in nnx.to_flat_state(nnx.state(abstract_stacked(self.config), nnx.Param)):
+            name = ".".join(path)
+            axes = [None if axis in self._misfits else RULES[axis] for axis in AXES_OF[name]]
+            found[name] = leaf.shape, P(*axes)
+        return found
+
+    def parameter_at(self, path, shape: tuple[int, ...]) -> str | None:
+        """The parameter that the leaf at this key path of some pytree belongs to and is shaped like, or None."""
+        parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        if parts[-1:] == ["value"]:  # inside an nnx.Variable
+            parts.pop()
+        for start in range(len(parts)):  # the longest name first
+            name = ".".join(parts[start:])
+            if name in self.parameters:
+                return name if self.parameters[name][0] == shape else None
+        return None
+
+    def shardings(self, tree):
+        """A sharding for every leaf (array or shape) of weights, of an optimiser's state, or of both in one pytree.
+
+        A leaf is a parameter's if its path ends in the parameter's name and it is shaped like it. All others
+        (counters, keys, factored moments) lie whole on every device. Raises SettingError for one above `LARGE` bytes.
+        """
+        def place(path, leaf):
+            name = self.parameter_at(path, leaf.shape)
+            if name:
+                return NamedSharding(self.mesh, self.parameters[name][1])
+            if leaf.size * leaf.dtype.itemsize > LARGE:
+                raise SettingError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} is no parameter of a stacked "
+                                   f"{self.config.family} decoder, and would lie whole on all {self.mesh.size} "
+                                   "devices; stack() the decoder, or give it a row in AXES_OF")
+            return NamedSharding(self.mesh, P())
+
+        return jax.tree_util.tree_map_with_path(place, tree)
+
+    def create(self, make: Callable, *args):
+        """`make(*args)` with every leaf of the result made where `shardings` wants it, never whole on one device.
+
+        For random weights, `create(lambda: nnx.state(Decoder.init(...).stack()))`; for an optimiser's state,
+        `create(optimizer.init, weights)`.
+        """
+        return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *args)))(*args)
+
+    @property
+    def rows(self) -> NamedSharding:
+        """The sharding of everything whose first axis is the batch."""
+        return NamedSharding(self.mesh, P(ROWS))
+
+    def local_rows(self, batch: int) -> slice:
+        """Which rows of a global batch this process has to supply.
+
+        Raises SettingError where `batch` does not divide over the mesh, or this process' rows are not neighbours.
+        """
+        groups = math.prod(self.mesh.shape[axis] for axis in ROWS)
+        if batch % groups:
+            raise SettingError(f"a batch of {batch} rows does not divide over data x fsdp = {groups} groups of devices;"
+                               f" take a multiple of {groups}")
+        parts = {index[0].indices(batch)[:2] for index in self.rows.addressable_devices_indices_map((batch,)).values()}
+        start, stop = min(start for start, _ in parts), max(stop for _, stop in parts)
+        if sum(last - first for first, last in parts) != stop - start:
+            raise SettingError(f"this process' devices hold rows {sorted(parts)} of the batch, which are not "
+                               "neighbours; order the devices by process")
+        return slice(start, stop)
+
+    def batch(self, tree, rows: int):
+        """Global arrays of `rows` rows from this process' own rows (`local_rows`), split over data and fsdp."""
+        own = self.local_rows(rows)
+
+        def assemble(local):
+            local = np.asarray(local)
+            if local.shape[:1] != (own.stop - own.start,):
+                raise SettingError(f"a batch array has shape {local.shape}, but this process supplies rows "
+                                   f"{own.start} to {own.stop} of {rows}; give it exactly these")
+            return jax.make_array_from_process_local_data(self.rows, local, (rows, *local.shape[1:]))
+
+        return jax.tree.map(assemble, tree)
+
+    @property
+    def _vocab(self) -> str | None:
+        return None if "vocab" in self._misfits else RULES["vocab"]
+
+    def activations(self, h_BTD):
+        """The same hidden states, held to their place: rows over data and fsdp, all else whole.
+
+        For the forward pass to call on the embeddings' and every layer's output. Without it the partitioner might
+        split them as it splits the weights, and gather activations instead.
+        """
+        return jax.lax.with_sharding_constraint(h_BTD, self.rows)
+
+    def table(self, w_VD):
+        """The embedding or the projection, its rows gathered whole over fsdp as both their uses need them.
+
+        For the forward pass to call before looking tokens up or projecting. Without it the partitioner looks up
+        columns of all groups' tokens, and replicates the result to put it right.
+        """
+        return jax.lax.with_sharding_constraint(w_VD, NamedSharding(self.mesh, P(self._vocab, None)))
+
+    def logits(self, logits_BTV):
+        """The same logits, held to their place: rows over data and fsdp, the vocabulary where the head lies."""
+        middle = (None,) * (logits_BTV.ndim - 2)
+        return jax.lax.with_sharding_constraint(logits_BTV, NamedSharding(self.mesh, P(ROWS, *middle, self._vocab)))

@@ -1,0 +1,180 @@
+"""`Calibration`: the record of a calibrated threshold, bound to what it was calibrated for.
+
+It is made by `LM.calibrate`, kept as a JSON file, and gives back the early exit to serve with (`policy`), or says
+what is not as it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sled.calibration.fingerprint import bind
+from sled.decoding.options import FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS
+from sled.errors import CalibrationError
+from sled.exits import EarlyExit, Gather, Immediate, Lockstep, Policy, Schedule
+from sled.io import writable
+from sled.settings.describe import differences
+
+if TYPE_CHECKING:
+    from sled.lm import LM
+
+FORMAT = 1  # of the file; a reader refuses those that it does not know
+AGAIN = "calibrate again (lm.calibrate, or sled calibrate)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One threshold that was tried.
+
+    mean_loss: over the prompts; p_value: of "the expected loss is more than delta"; mean_depth: mean over the new
+    tokens of the layer that said them.
+    """
+
+    threshold: float
+    mean_loss: float
+    p_value: float
+    mean_depth: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A threshold with its guarantee: over the draw of the calibration prompts, with probability 1 - epsilon or more,
+    the expected loss of another prompt from the same source is at most delta.
+
+    threshold: the one to serve with, or None: no threshold of the grid could be shown to be safe enough.
+    delta, epsilon, loss: what was asked for, and the name of the loss.
+    prompts: how many were used. grid: the thresholds that might have been tried, descending; steps: those that were,
+        down to the first that failed.
+    full_depth: the model's layers, with which `mean_depth` of a step compares.
+    serving: what the guarantee holds for, as `sled.calibration.fingerprint.bind` writes it.
+    model: the model's name; seed, batch_size: of the calibration runs; date, versions, hardware: of the calibration.
+        All of these are for the reader, and not compared.
+    """
+
+    threshold: float | None
+    delta: float
+    epsilon: float
+    loss: str
+    prompts: int
+    grid: tuple[float, ...]
+    steps: tuple[Step, ...]
+    full_depth: int
+    serving: dict[str, Any]
+    model: str
+    seed: int
+    batch_size: int
+    date: str
+    versions: dict[str, str]
+    hardware: str
+
+    def policy(self, lm: LM, exits: EarlyExit | None = None, *, fusion=FINAL_LAYER, schedule: Schedule | None = None,
+               sampling=GREEDY, max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = ()) -> Policy:
+        """The early exit with the calibrated threshold, to be given to `lm.generate` with these very settings.
+
+        Where no threshold was safe enough, it is the policy under which no token leaves early.
+
+        lm: the model to serve, all of whose weights are read once to compare them.
+        exits: the early exit meant, its threshold aside; left out, it is the record's own.
+        fusion, schedule, sampling, max_new_tokens, stop: as for `LM.generate`, where the defaults are the same.
+
+        Raises CalibrationError, with every difference, where anything is not as it was calibrated.
+        """
+        exits = self._own_exits() if exits is None else exits
+        now = bind(lm, exits=exits, fusion=fusion, schedule=schedule, sampling=sampling,
+                   max_new_tokens=max_new_tokens, stop=stop)
+        changed = [line for name in dict.fromkeys([*self.serving, *now])
+                   for line in differences(name, self.serving.get(name), now.get(name))]
+        if changed:
+            raise CalibrationError(f"this calibration does not hold here: {'; '.join(changed)}; "
+                                   f"serve what was calibrated, or {AGAIN}")
+        return FULL_DEPTH if self.threshold is None else dataclasses.replace(exits, threshold=self.threshold)
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule it was calibrated with."""
+        return self._rebuilt("schedule", {cls.__name__: cls for cls in (Immediate, Lockstep, Gather)})
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the record as JSON, with a digest of itself. Raises SettingError where it cannot be written."""
+        written = {"format": FORMAT, **dataclasses.asdict(self)}
+        text = json.dumps({**written, "sha256": _digest(written)}, indent=2, ensure_ascii=False)
+        writable("path", Path(path)).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Calibration:
+        """Reads a record that `save` wrote.
+
+        The digest shows damage and edits. It is no signature: who can write the file can write another digest.
+        Raises CalibrationError for a file that is not complete, not a record of this format, or was changed.
+        """
+        try:
+            found = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as reason:
+            raise CalibrationError(f"the calibration {path} cannot be read ({reason.strerror}); "
+                                   "name a file that `Calibration.save` or `sled calibrate` wrote") from reason
+        except (ValueError, RecursionError) as reason:
+            raise CalibrationError(f"the calibration {path} is not complete JSON ({reason}); "
+                                   f"copy it again, or {AGAIN}") from reason
+        if not isinstance(found, dict) or "format" not in found:
+            raise CalibrationError(f"{path} is no calibration, which is a JSON object with a format; "
+                                   "name a file that `Calibration.save` or `sled calibrate` wrote")
+        if found["format"] != FORMAT:
+            raise CalibrationError(f"the calibration {path} has format {found['format']!r}, but this version of sled "
+                                   f"reads format {FORMAT}; read it with the version that wrote it, or {AGAIN}")
+        names = {"format", "sha256", *(f.name for f in dataclasses.fields(cls))}
+        if found.keys() != names or found.pop("sha256") != _digest(found):
+            raise CalibrationError(f"the calibration {path} was changed after it was made: its digest does not fit, "
+                                   f"and its guarantee is void; restore the file, or {AGAIN}")
+        del found["format"]
+        return cls(**{**found, "grid": tuple(found["grid"]), "steps": tuple(Step(**s) for s in found["steps"])})
+
+    def table(self) -> str:
+        """The steps, one a line, the chosen one marked."""
+        lines = ["  threshold  mean loss   p-value  mean depth"]
+        for step in self.steps:
+            mark = "<- chosen" if step.threshold == self.threshold else "" if step.p_value <= self.epsilon else "fails"
+            lines.append(f"{step.threshold:11.4g}  {step.mean_loss:9.4f}  {step.p_value:8.2g}  "
+                         f"{step.mean_depth:10.2f}  {mark}".rstrip())
+        return "\n".join(lines)
+
+    def verdict(self) -> str:
+        """The choice in words."""
+        sure = f"With {100 * (1 - self.epsilon):.6g}% confidence, over the draw of the {self.prompts} prompts,"
+        if self.threshold is None:
+            return (f"No early exit: already at {self.steps[0].threshold:g} it cannot be shown that the expected loss "
+                    f"({self.loss}) is at most {self.delta:g}. A larger delta, more prompts or a grid that begins "
+                    "higher may help.")
+        depth = next(step.mean_depth for step in self.steps if step.threshold == self.threshold)
+        end = ("the whole grid passed, so a lower threshold may pass too" if self.steps[-1].p_value <= self.epsilon
+               else f"{self.steps[-1].threshold:g} is the first that does not pass")
+        return (f"{sure} the expected loss ({self.loss}) at threshold {self.threshold:g} is at most {self.delta:g}; "
+                f"{end}. Tokens left at layer {depth:.2f} of {self.full_depth} on average.")
+
+    def _own_exits(self) -> EarlyExit:
+        """The policy as it was written down. Its threshold is not: the default stands there."""
+        return self._rebuilt("exits", {"EarlyExit": EarlyExit})
+
+    def _rebuilt(self, name: str, classes: dict[str, type]):
+        """Settings of `serving` as an object. Raises CalibrationError where the record does not hold all of them."""
+        fields = dict(self.serving[name])
+        kind = fields.pop("kind").rpartition(".")[2]
+        arrays = [field for field, value in fields.items() if isinstance(value, dict)]
+        if arrays:
+            raise CalibrationError(f"the record holds only a digest of {kind}.{arrays[0]}; give the very settings, "
+                                   f"as {name}=sled.{kind}(..., {arrays[0]}=...)")
+        try:
+            return classes[kind](**fields)
+        except (TypeError, KeyError) as reason:
+            raise CalibrationError(f"the calibrated {name} has a class or settings that this version of sled lacks "
+                                   f"({reason}); use the version that made it, or {AGAIN}") from reason
+
+
+def _digest(written: dict[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of a record's JSON in its one canonical spelling."""
+    return hashlib.sha256(json.dumps(written, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

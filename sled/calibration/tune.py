@@ -1,0 +1,122 @@
+"""What `LM.tune` does: every way to leave early, and not leaving early, timed side by side on prompts of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from sled.decoding.options import A_POLICY, FULL_DEPTH
+from sled.errors import SettingError
+from sled.exits import Gather, Immediate, Policy, Schedule
+from sled.settings.rules import Whole
+from sled.text.prompts import prompt_ids
+from sled.timing import interleave
+
+if TYPE_CHECKING:
+    from sled.lm import LM
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One way to decode the prompts.
+
+    seconds: of the fastest round, compilation not included; median: of the median round.
+    mean_depth: mean over the new tokens of the layer that said them.
+    same_texts: share of the prompts whose tokens are all as without early exit.
+    """
+
+    exits: Policy
+    schedule: Schedule
+    seconds: float
+    median: float
+    new_tokens: int
+    mean_depth: float
+    same_texts: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.new_tokens / self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuned:
+    """The fastest of the ways tried, and all of them, fastest first.
+
+    exits, schedule: to be given to `LM.generate`. They hold for this model and machine, a batch of this size, and
+    prompts like these. Where nothing was faster than not leaving early, `exits` leaves nothing early.
+    """
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def exits(self) -> Policy:
+        return self.trials[0].exits
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.trials[0].schedule
+
+    def table(self) -> str:
+        """The trials, one a line, with their speed as a multiple of that without early exit.
+
+        What differs by less than a way's own rounds do (fastest against median) is noise.
+        """
+        plain = next(trial for trial in self.trials if trial.exits == FULL_DEPTH)
+        lines = ["tokens/s  of no exit  median round  mean depth  same texts  exits"]
+        for trial in self.trials:
+            what = "no early exit" if trial is plain else f"{_short(trial.exits)}, {_short(trial.schedule)}"
+            lines.append(f"{trial.tokens_per_second:8,.0f}  {trial.tokens_per_second / plain.tokens_per_second:10.2f}  "
+                         f"{trial.median / trial.seconds - 1:12.0%}  "
+                         f"{trial.mean_depth:10.2f}  {trial.same_texts:10.0%}  {what}")
+        return "\n".join(lines)
+
+
+def tune(lm: LM, prompts, *, exits: Policy | Sequence[Policy], rounds: int, batch_size: int, progress: bool,
+         **serving) -> Tuned:
+    """See `LM.tune`. serving: fusion, sampling, max_new_tokens, seed, stop."""
+    rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
+    batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
+    ids = prompt_ids(prompts, lm.text, lm.config)
+    policies = [exits] if not isinstance(exits, (list, tuple)) else [p for p in exits if p != FULL_DEPTH]
+    if not policies:
+        raise SettingError("exits is empty, so there is nothing to try; give a policy, or a list of them")
+    for policy in policies:
+        A_POLICY("exits", policy).exits(lm.config.num_layers)  # for its error, before any work
+    ways = [(FULL_DEPTH, FULL_DEPTH.schedule), *((policy, schedule) for policy in policies
+                                                 for schedule in _schedules(policy, min(batch_size, len(ids))))]
+    outs = {}
+
+    def run(way: int):
+        policy, schedule = ways[way]
+        outs[way] = lm.generate(ids, exits=policy, schedule=schedule, batch_size=batch_size, **serving)
+
+    with tqdm(total=len(ways) * (rounds + 1), unit="run", disable=not progress) as bar:
+        for way in range(len(ways)):  # compiles
+            run(way)
+            bar.update()
+        times = interleave({way: lambda way=way: run(way) for way in range(len(ways))}, rounds, bar)
+    trials = [Trial(policy, schedule, times[way].best, times[way].median, outs[way].stats.new_tokens,
+                    outs[way].stats.mean_depth, sum(map(list.__eq__, outs[way].tokens, outs[0].tokens)) / len(ids))
+              for way, (policy, schedule) in enumerate(ways)]
+    return Tuned(tuple(sorted(trials, key=lambda trial: -trial.tokens_per_second)))
+
+
+def _schedules(policy: Policy, rows: int) -> list[Schedule]:
+    """Those that differ for a batch of so many rows."""
+    if rows == 1:
+        return [policy.schedule]
+    gathers = [Gather(2**n) for n in range(1, rows.bit_length())]
+    return list(dict.fromkeys([policy.schedule, Immediate(), *gathers]))
+
+
+def _short(settings) -> str:
+    """A setting as one writes it down, defaults left out."""
+    fields = dataclasses.fields(settings)
+    usual = type(settings)(**{f.name: getattr(settings, f.name) for f in fields if f.default is dataclasses.MISSING})
+    written = {f.name: " ".join(repr(getattr(settings, f.name)).split()) for f in fields}
+    changed = [f"{f.name}={written[f.name]}" for f in fields
+               if f.default is dataclasses.MISSING or written[f.name] != repr(getattr(usual, f.name))]
+    return f"{type(settings).__name__}({', '.join(changed)})"

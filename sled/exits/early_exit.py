@@ -1,0 +1,123 @@
+"""Early exit: a token leaves at the first exit that is sure enough, and is trusted.
+
+Schuster et al. 2022 (CALM, arXiv 2207.07061) for measures and decaying thresholds; Bae et al. 2023
+(FREE, arXiv 2310.05424) for the exact K/V of tokens that left.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sled.errors import SettingError
+from sled.exits.confidence import MEASURES, Classifier
+from sled.exits.policy import Exits, with_last
+from sled.exits.schedule import Immediate
+from sled.settings.pytree import traced
+from sled.settings.rules import LARGEST, Each, Instance, Number, OneOf, Whole, settle
+
+DECAYS = ("none", "calm-paper", "calm-code")
+
+
+@traced("classifier", threshold="BE", decay_temperature="B", min_layer="B")
+@dataclasses.dataclass(frozen=True)
+class EarlyExit:
+    """A token leaves after the first of `layers` whose confidence is above the threshold.
+
+    The exit speaks with the fusion in use, on the layers up to the exit, through its own head where the
+    model has one (`sled.models.ExitHeads`). Rows decide alone: neither batch-mates nor the schedule
+    change what a row says. A confidence that is not finite goes on to the last layer, and so do the tokens of the
+    prompt, but for the last one, after which the first new token may leave as any other.
+
+    layers: the exits, n = after layer n of 1 .. L - 1. Static.
+    threshold: in [0, 1]; 1 never leaves. A number, one per exit (a tuple or an array (E,)), or per row
+        (B, E) or (B, 1). Traced.
+    measure: "max_probability", "margin", "entropy" (1 - entropy / log V), "saturation" (cosine with the
+        layer below, no projection) or "classifier" (then give `classifier`). Static.
+    decay: how the threshold lambda falls with t, the tokens made so far, of at most N. "none";
+        "calm-paper": 0.9 lambda + 0.1 exp(-decay_temperature t / N); "calm-code", as in t5x:
+        0.9 lambda + 0.1 lambda exp(-decay_temperature t / N). Static.
+    decay_temperature, min_layer: traced, each a number or one per row (B,); no token leaves before layer
+        `min_layer`.
+    kv: "exact": a token that left is run through the deeper layers later, in a block, when a token next
+        goes that deep; "propagate": its exit's hidden state stands for those layers' inputs at once
+        (CALM; approximate). Static.
+    max_deferred: how many tokens of a row may wait for their exact K/V; then the row itself waits. Static.
+
+    Raises `SettingError` for a value out of range.
+    """
+
+    layers: int | tuple[int, ...]
+    threshold: float | tuple[float, ...] | jax.Array = 0.9
+    measure: str = "max_probability"
+    decay: str = "none"
+    decay_temperature: float = 4.0
+    min_layer: int = 0
+    kv: str = "exact"
+    max_deferred: int = 8
+    classifier: Classifier | None = None
+
+    verifies = False
+    schedule = Immediate()
+    positions_per_token = 1  # a token that left runs the deeper layers once, later
+
+    def __post_init__(self):
+        settle(
+            self,
+            layers=Exits(),
+            threshold=Each(Number(0, 1, hint="a confidence lies in [0, 1]; 1 never leaves early"), one=True),
+            measure=OneOf(MEASURES),
+            decay=OneOf(DECAYS),
+            kv=OneOf(("exact", "propagate")),
+            decay_temperature=Number(0, hint="CALM uses 4"),
+            min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"),
+            max_deferred=Whole(1, hint="it counts tokens of a row that wait for their K/V; 8 is usual"),
+        )
+        given = len(self.threshold) if isinstance(self.threshold, tuple) else (1, *jnp.shape(self.threshold))[-1]
+        if given not in (1, len(self.layers)):
+            raise SettingError(f"EarlyExit.threshold has {given} numbers for {len(self.layers)} exits; "
+                               "give one number for all, one per exit, or an array (rows, exits)")
+        if self.classifier is not None:
+            Instance(Classifier, hint="give sled.Classifier(weights, bias)")("EarlyExit.classifier", self.classifier)
+        if (self.measure == "classifier") != (self.classifier is not None):
+            raise SettingError('EarlyExit: measure="classifier" and a trained `classifier` go together; '
+                               "give both or neither")
+        if self.classifier is not None and self.classifier.layers not in (None, self.layers):
+            raise SettingError(f"EarlyExit.classifier was trained for exits {self.classifier.layers}, but layers is "
+                               f"{self.layers}; give the same, or train one for these")
+        if self.classifier is not None and len(self.classifier.weight_ED) != len(self.layers):
+            raise SettingError(f"EarlyExit.classifier has weights for {len(self.classifier.weight_ED)} exits, but "
+                               f"layers names {len(self.layers)}; give one for each")
+
+    @property
+    def propagates(self) -> bool:
+        return self.kv == "propagate"
+
+    @property
+    def window(self) -> int:
+        return 1 if self.propagates else self.max_deferred + 1
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        return with_last("EarlyExit.layers", self.layers, num_layers)
+
+    @property
+    def lowest_threshold(self) -> float:
+        """The lowest that `thresholds` comes to, of all exits: where the decay has gone all the way."""
+        lowest = float(np.min(np.asarray(self.threshold)))
+        return lowest if self.decay == "none" else 0.9 * lowest
+
+    def thresholds(self, made_B, most_B):
+        """lambda' [B, exits], after `made_B` new tokens of at most `most_B`."""
+        limit = jnp.stack(self.threshold) if isinstance(self.threshold, tuple) else jnp.asarray(self.threshold)
+        limit = jnp.broadcast_to(limit, (made_B.shape[0], len(self.layers)))
+        if self.decay == "none":
+            return limit
+        fade_B1 = jnp.exp(-self.decay_temperature * made_B / jnp.maximum(most_B, 1))[:, None]
+        late = limit if self.decay == "calm-code" else 1.0
+        return jnp.clip(0.9 * limit + 0.1 * late * fade_B1, 0, 1)
+
+    def prepare(self, network) -> None:
+        """Nothing is taken from the network beforehand."""

@@ -1,0 +1,64 @@
+"""Draws a lens with matplotlib, without touching the user's own figures or backend."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from sled.errors import SettingError
+from sled.io import writable_picture
+from sled.lens.lens import Lens, show
+
+CELL_WIDTH, CELL_HEIGHT = 0.62, 0.3  # inches
+DPI = 150
+
+
+def draw(lens: Lens, path: Path, *, title: str | None, first: int, count: int) -> Path:
+    """Layers upwards, positions to the right; colour = probability of the layer's own choice.
+
+    A bold cell agrees with the final layer; the line marks from where on all layers do. Where a
+    fusion was given, its choice stands on top, red where it differs from the final layer's.
+    """
+    path = writable_picture("the lens picture", path)
+    shown, rows = lens.columns(first, count), len(lens.top)
+    columns, last = len(shown), shown.stop
+    width, height = 1.9 + columns * CELL_WIDTH, 1.9 + rows * CELL_HEIGHT
+    if max(width, height) * DPI >= 2**16 and path.suffix.lower() == ".png":
+        raise SettingError(f"a picture of {columns} positions and {rows} layers has more pixels than matplotlib draws; "
+                           "show fewer positions, or draw a .svg or .pdf")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(lens.probability[:, first:last], origin="lower", aspect="auto", cmap="YlGnBu", vmin=0, vmax=1)
+    for n in range(rows):
+        for x, t in enumerate(shown):
+            axes.text(x, n, _short(lens.names[n][t]), ha="center", va="center", fontsize=7,
+                      color="white" if lens.probability[n, t] > 0.55 else "black",
+                      fontweight="bold" if lens.agreement[n, t] else "normal")
+    for x, settled in enumerate(lens.settled[first:last]):
+        axes.plot([x - 0.5, x + 0.5], [settled - 0.5] * 2, color="#d9480f", linewidth=2)
+    axes.set_yticks(range(rows), ["embed", *(f"layer {n}" for n in range(1, rows))], fontsize=8)
+    axes.set_xticks(range(columns), [_short(lens.tokens[t]) for t in shown], fontsize=8, rotation=45,
+                    ha="right", rotation_mode="anchor")
+    axes.set_xlabel("token read  (the column shows what each layer expects next)")
+    if lens.fused is not None:
+        for x, t in enumerate(shown):
+            changed = lens.fused[t] != lens.top[-1, t]
+            axes.text(x, rows - 0.35, _short(lens.fused_names[t]), ha="center", va="bottom", fontsize=7,
+                      color="#c92a2a" if changed else "#495057", fontweight="bold" if changed else "normal")
+        axes.text(-0.6, rows - 0.35, "fused", ha="right", va="bottom", fontsize=8)
+    axes.add_patch(Rectangle((-0.5, rows - 1.5), columns, 1, fill=False, edgecolor="#212529", linewidth=1.2))
+    axes.set_title(title or "What each layer would say next", fontsize=11, pad=22 if lens.fused is not None else 8)
+    figure.colorbar(image, ax=axes, label="probability of the layer's choice", pad=0.01, fraction=0.02)
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    figure.savefig(path, dpi=DPI)
+    return path
+
+
+def _short(name: str) -> str:
+    text = show(name).replace("$", r"\$")
+    return text if len(text) <= 8 else text[:7] + "…"

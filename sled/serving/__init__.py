@@ -1,0 +1,1 @@
+"""Continuous batching: requests that come and go through fixed slots."""

@@ -1,0 +1,223 @@
+"""`Engine`: continuous batching for whoever serves a model to many."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+from sled.decoding.options import (
+    A_POLICY,
+    A_SAMPLING,
+    A_STRATEGY,
+    FINAL_LAYER,
+    FULL_DEPTH,
+    GREEDY,
+    NEW_TOKENS,
+    stop_strings,
+    which_schedule,
+)
+from sled.decoding.sampling import Sampling
+from sled.decoding.slots import Entry, Slots
+from sled.errors import PromptError, RequestError, SettingError
+from sled.exits import Policy, Schedule
+from sled.lm import LM
+from sled.serving.request import Limits, Request
+from sled.settings.rules import Instance, Whole, check_alike, check_rows, one_row
+from sled.text.prompts import Prompt, prompt_ids
+from sled.text.stop_strings import Row
+
+LIMITS = Limits()
+ROUNDS = 8  # of the loop, between two looks at what is new
+
+
+class Engine:
+    """Serves requests of any length through a fixed number of slots.
+
+    A request takes a slot when one is free and gives it back when it ends. What a request gets is what `lm.generate`
+    gives for it alone with the same settings, whatever the others do; they wait for it while its prompt is read. One
+    program serves all slots; the first prompt of a new length, rounded up to 16, 24, 32, 48, ... and 512 at most,
+    compiles one more.
+
+        engine = sled.Engine(lm, slots=8, exits=sled.SelfSpeculation(2))
+        requests = [engine.submit(prompt, max_new_tokens=64) for prompt in prompts]
+        for piece in requests[0].stream(): ...
+        requests[1].cancel()
+        texts = [request.result().text for request in requests[2:]]
+
+    Whoever reads a request drives the engine, by `step`; any thread may submit, read or cancel.
+
+    lm: the model, whose tokenizer and weights the engine uses.
+    slots: requests served at a time.
+    capacity: tokens a request may have, prompt included; memory and the cost of attention grow with it.
+        None: the model's context, 1024 at most.
+    fusion, exits, sampling: as for `LM.generate`, for requests that do not give their own. A request's own must be
+        of the same class and may differ in its numbers, of one row each.
+    schedule: when deeper layers run. Changes the time, never a text. None: the exits' own.
+    limits: what the operator allows.
+
+    Raises SettingError for a value out of range, and where the engine's own settings are beyond its limits.
+    """
+
+    def __init__(self, lm: LM, *, slots: int = 8, capacity: int | None = None, fusion=FINAL_LAYER,
+                 exits: Policy = FULL_DEPTH, schedule: Schedule | None = None, sampling: Sampling = GREEDY,
+                 limits: Limits = LIMITS):
+        Instance(LM, traced=False, hint="give what sled.load returns")("lm", lm)
+        slots = Whole(1, hint="it counts the requests served at a time")("slots", slots)
+        most = lm.config.max_positions
+        capacity = Whole(2, most, hint="it counts a request's tokens, a new one included, within the model's context")(
+            "capacity", min(most, 1024) if capacity is None else capacity)
+        self.limits = Instance(Limits, traced=False, hint="give sled.Limits(...)")("limits", limits)
+        self._lm, self._waiting, self._lock = lm, deque(), threading.Lock()
+        self._defaults = dict(policy=A_POLICY("exits", exits), fusion=A_STRATEGY("fusion", fusion),
+                              sampling=A_SAMPLING("sampling", sampling))
+        exits.exits(lm.config.num_layers)  # for its error, which constant depth would not raise
+        self._defaults = self._checked(self._defaults)
+        self._slots = Slots(lm.build, lm.params, slots=slots, capacity=capacity,
+                            schedule=which_schedule(schedule, exits), stop_ids=lm.config.eos_ids,
+                            **self._served(self._defaults))
+        self._running: list[Request | None] = [None] * slots
+        self._spoilt = False  # whether a failure has left the slots in no good state
+
+    def submit(self, prompt: Prompt, *, max_new_tokens: int = NEW_TOKENS, fusion=None, exits: Policy | None = None,
+               sampling=None, seed: int = 0, stop: str | Sequence[str] = ()) -> Request:
+        """A request that waits for a slot.
+
+        prompt: a string or a list of token ids. max_new_tokens, seed, stop: as for `LM.generate`.
+        fusion, exits, sampling: this request's own numbers; None takes the engine's.
+
+        Raises PromptError, SettingError, TokenizerError; RequestError where the budget has no room for one new token.
+        """
+        new = Whole(1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
+        seed = Whole(0, 2**32 - 1, hint="it names one of 2**32 random streams")("seed", seed)
+        own = dict(policy=exits, fusion=fusion, sampling=sampling)
+        settings = self._checked({name: self._defaults[name] if given is None else given
+                                  for name, given in own.items()})
+        served = self._served(settings)
+        self._slots.check(served)
+        [ids, *more] = prompt_ids(prompt, self._lm.text, self._lm.config)
+        if more:
+            raise PromptError(f"a request has one prompt, but {1 + len(more)} were given; submit each by itself")
+        if len(ids) >= self._slots.capacity:
+            raise PromptError(f"the prompt is {len(ids)} tokens long, but a request may have {self._slots.capacity}, "
+                              "the new ones included; shorten it, or make the engine with a larger capacity")
+        affordable = self.limits.affordable(len(ids), served["policy"], self._lm.config.num_layers)
+        if affordable is not None and affordable < 1:
+            raise RequestError(f"the prompt of {len(ids)} tokens leaves no room for a new one within the budget of "
+                               f"{self.limits.budget:,} layer-tokens; shorten it, or ask the operator for more")
+        limit = min(new, self._slots.capacity - len(ids))
+        budgeted = affordable is not None and affordable < limit
+        entry = Entry(ids, affordable if budgeted else limit, seed, served)
+        stop = stop_strings(stop)
+        if stop:
+            self._lm.text.decode([])  # for its error, where there is no tokenizer
+        row = Row(self._lm.text, stop, self._lm.config.eos_ids)
+        request = Request(entry, row, budgeted=budgeted, shown=self.limits.show_exits,
+                          text=self._lm.text.available, step=self.step)
+        self._waiting.append(request)
+        return request
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return sum(not request.ended for request in tuple(self._waiting))
+
+    @property
+    def running(self) -> int:
+        """Requests in slots."""
+        return sum(request is not None and not request.ended for request in self._running)
+
+    def step(self) -> None:
+        """One round of work: free slots are filled, then every running request gets some tokens.
+
+        Where the device fails, the running requests fail with it, the waiting ones stay, and the error is raised.
+        """
+        with self._lock:
+            try:
+                if self._spoilt:
+                    self._slots.clear()
+                    self._spoilt = False
+                self._free()
+                self._fill()
+                if self.running:
+                    self._slots.advance(ROUNDS, rows=self.running if self._waiting else 1)
+                    self._deliver()
+            except BaseException as reason:  # also an interrupt: the loop has given up its state
+                failure = reason if isinstance(reason, Exception) else RuntimeError("interrupted")
+                for request in filter(None, self._running):
+                    request.fail(failure)
+                self._running = [None] * len(self._running)
+                self._spoilt = True
+                raise
+
+    def run(self, *, progress: bool = False) -> None:
+        """Works until nothing waits and nothing runs. progress: shows a bar over the requests."""
+        with tqdm(total=self.waiting + self.running, unit="request", disable=not progress) as bar:
+            while left := self.waiting + self.running:
+                self.step()
+                bar.update(left - self.waiting - self.running)
+
+    def _checked(self, settings: dict) -> dict:
+        """Settings of a request, in plain numbers. Raises SettingError for those that it cannot or may not have."""
+        for name, field in (("exits", "policy"), ("fusion", "fusion"), ("sampling", "sampling")):
+            check_alike(name, settings[field], self._defaults[field])
+            check_rows(settings[field], 1, hint="a request is one row, so give one value")
+        settings = {name: one_row(of_row) for name, of_row in settings.items()}
+        self.limits.check(settings["policy"])
+        asked, most = (getattr(fusion["fusion"], "steps", None) for fusion in (settings, self._defaults))
+        if asked is not None and asked > np.min(most):  # all rows take as many steps as the one that asks for most
+            raise SettingError(f"{type(settings['fusion']).__name__}.steps is {asked}, but this engine allows {most}; "
+                               "give at most that many")
+        return settings
+
+    def _served(self, settings: dict) -> dict:
+        """Settings as they are served: at constant depth every token goes through all layers."""
+        return settings | dict(policy=FULL_DEPTH) if self.limits.constant_depth else settings
+
+    def _free(self) -> None:
+        """Takes requests that have ended out of their slots."""
+        ended = [slot for slot, request in enumerate(self._running) if request is not None and request.ended]
+        if ended:
+            self._slots.stop(ended)
+            for slot in ended:
+                self._running[slot] = None
+
+    def _fill(self) -> None:
+        """Gives free slots to waiting requests, in their order."""
+        free = [slot for slot, request in enumerate(self._running) if request is None]
+        entering = {}
+        while free and self._waiting:
+            request = self._waiting[0]
+            if not request.ended:
+                slot = free.pop(0)
+                # At every moment it is in one place or the other, so that no failure loses it.
+                entering[slot] = self._running[slot] = request
+            self._waiting.popleft()
+        if not entering:
+            return
+        failed = self._slots.enter({slot: request.entry for slot, request in entering.items()})
+        for slot, request in entering.items():
+            if slot in failed:
+                request.fail(failed[slot])
+                self._running[slot] = None
+            else:
+                request.begin()
+
+    def _deliver(self) -> None:
+        """Hands every running request what is new, and ends those that are through."""
+        tally = self._slots.tally
+        drafted_B, accepted_B = np.asarray(tally.drafted_B), np.asarray(tally.accepted_B)
+        for slot, request in enumerate(self._running):
+            if request is None or request.ended:
+                continue
+            try:
+                request.take(self._slots.new_tokens(slot), self._slots.exit_layers(slot),
+                             int(drafted_B[slot]), int(accepted_B[slot]))
+            except Exception as reason:  # of its text: the others have theirs
+                request.fail(reason)
+            if request.status == "running" and (request.stopped or not self._slots.active[slot]):
+                request.finish()
+        self._free()

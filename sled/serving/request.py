@@ -1,0 +1,201 @@
+"""A request to the engine: what is asked, how far it is, and what the operator allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from sled.decoding.slots import Entry
+from sled.errors import RequestError, SettingError
+from sled.exits import EarlyExit, Policy
+from sled.settings.rules import LARGEST, Flag, Number, OrNone, Whole, settle
+from sled.text.stop_strings import Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What the operator of an engine allows each request, whatever it asks for.
+
+    threshold_floor: in [0, 1]; no token may leave early at a lower threshold, decay included.
+    min_layer: no token may leave before this layer.
+    budget: layer-tokens (one token through one layer) that a request may cost at worst, its prompt included; None: no
+        bound. Every token is charged for all layers, so that no text costs more by leaving late; with self-speculation
+        every token is charged for a whole draft of wrong guesses. What is cut off ends for the reason "budget".
+    constant_depth: every token goes through all layers, whatever exits are asked for, so that the time it takes tells
+        nothing. With self-speculation the text stays the same; with early exit it is the full model's.
+    show_exits: give requesters the layers their tokens left at and counts of guesses, which tell how hard a text is.
+        Time and the sizes of streamed pieces still tell something; only `constant_depth` hides that too.
+
+    Raises `SettingError` for a value out of range.
+    """
+
+    threshold_floor: float = 0.0
+    min_layer: int = 0
+    budget: int | None = None
+    constant_depth: bool = False
+    show_exits: bool = False
+
+    def __post_init__(self):
+        settle(self, threshold_floor=Number(0, 1, hint="a threshold is a confidence; 0 is no bound"),
+               min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"),
+               constant_depth=Flag(hint="True sends every token through all layers"),
+               show_exits=Flag(hint="True shows requesters the layers their tokens left at"),
+               budget=OrNone(Whole(1, hint="it counts layer-tokens; None is no bound")))
+
+    def check(self, exits: Policy) -> None:
+        """Raises SettingError for early exit that leaves earlier than is allowed."""
+        if not isinstance(exits, EarlyExit):
+            return
+        if np.float32(exits.lowest_threshold) < np.float32(self.threshold_floor):  # as precise as thresholds are
+            raise SettingError(f"EarlyExit.threshold comes down to {exits.lowest_threshold:g}, but the operator allows "
+                               f"{self.threshold_floor:g} at the lowest; give a higher one")
+        first = min((n for n in exits.layers if n >= np.min(exits.min_layer)), default=self.min_layer)
+        if first < self.min_layer:
+            raise SettingError(f"EarlyExit leaves after layer {first}, but the operator allows {self.min_layer} at the "
+                               f"earliest; give min_layer={self.min_layer}")
+
+    def affordable(self, prompt: int, exits: Policy, num_layers: int) -> int | None:
+        """New tokens that the budget has room for after a prompt of so many tokens; None: no bound."""
+        if self.budget is None:
+            return None
+        return (self.budget // num_layers - prompt) // int(np.max(exits.positions_per_token))
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """What `Request.stream` yields: what is new of a request.
+
+    text: held back while it may still be the beginning of a stop string or half a character; None without a tokenizer.
+    exit_layers: the layer that said each token; None unless the operator shows it.
+    """
+
+    text: str | None
+    tokens: list[int]
+    exit_layers: list[int] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A request's result, as `sled.Output` has it for each prompt.
+
+    finish_reason: "eos", "stop" (a stop string), "length", "budget" or "cancelled".
+    exit_layers, drafted, accepted: None unless the operator shows them.
+    """
+
+    text: str | None
+    tokens: list[int]
+    finish_reason: str
+    exit_layers: list[int] | None
+    drafted: int | None
+    accepted: int | None
+
+
+class Request:
+    """One request, made by `Engine.submit`. Reading it drives the engine, for all its requests.
+
+    status: "waiting", "running", "done", "cancelled" or "failed".
+    """
+
+    def __init__(self, entry: Entry, row: Row, *, budgeted: bool, shown: bool, text: bool, step: Callable[[], object]):
+        self.status = "waiting"
+        self.entry = entry
+        self.failure: Exception | None = None
+        self._row, self._budgeted, self._shown, self._text, self._step = row, budgeted, shown, text, step
+        self._exit_layers: list[int] = []
+        self._guesses = (0, 0)
+        self._lock = threading.Lock()  # so that a reader sees tokens and layers of the same moment, none after the end
+
+    @property
+    def ended(self) -> bool:
+        return self.status in ("done", "cancelled", "failed")
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self._row.stopped
+
+    def cancel(self) -> None:
+        """Ends the request where it is; its slot is free at the engine's next step. Nothing, if it has ended."""
+        self._become("cancelled")
+
+    def begin(self) -> None:
+        """It has a slot."""
+        self._become("running")
+
+    def finish(self) -> None:
+        """It has all it asked for."""
+        self._become("done")
+
+    def fail(self, reason: Exception) -> None:
+        """Ends the request with an error, which `stream` and `result` raise as a RequestError."""
+        self._become("failed", reason)
+
+    def take(self, tokens: list[int], exit_layers: list[int], drafted: int, accepted: int) -> None:
+        """All new tokens so far, the layers that said them, and the guesses judged and accepted."""
+        with self._lock:
+            if not self.ended:
+                self._row.update(tokens)
+                self._exit_layers = exit_layers[:len(self._row.tokens)]
+                self._guesses = (drafted, accepted)
+
+    def stream(self) -> Iterator[Piece]:
+        """What is new, as it is made, from the first token on.
+
+        Raises RequestError where the request failed; while it waits, what the device fails with for others.
+        """
+        tokens, text = 0, ""
+        while True:
+            with self._lock:
+                ended, layers, now = self.ended, self._exit_layers, self._row.tokens
+                said = None
+                if self._text:
+                    said = self._row.text() if ended else self._row.settled_text()
+            if len(now) > tokens or (said and said != text):
+                yield Piece(text=None if said is None else said[len(text):], tokens=now[tokens:],
+                            exit_layers=layers[tokens:len(now)] if self._shown else None)
+                tokens, text = len(now), said or ""
+            if ended:
+                self._raise()
+                return
+            self._drive()
+
+    def result(self) -> Completion:
+        """The whole result, when it is there; of a cancelled request, what there was until then.
+
+        Raises RequestError where the request failed.
+        """
+        while not self.ended:
+            self._drive()
+        self._raise()
+        drafted, accepted = self._guesses if self._shown else (None, None)
+        return Completion(
+            text=self._row.text() if self._text else None, tokens=self._row.tokens, finish_reason=self._reason(),
+            exit_layers=self._exit_layers if self._shown else None, drafted=drafted, accepted=accepted)
+
+    def _drive(self) -> None:
+        """A step of the engine. Where it fails, and this request with it, `_raise` says so."""
+        try:
+            self._step()
+        except Exception:
+            if not self.ended:
+                raise
+
+    def _become(self, status: str, failure: Exception | None = None) -> None:
+        """Takes the status, unless the request has ended: whoever ends it first has the say."""
+        with self._lock:
+            if not self.ended:
+                self.failure, self.status = failure, status
+
+    def _reason(self) -> str:
+        if self.status == "cancelled":
+            return "cancelled"
+        reason = self._row.finish_reason()
+        return "budget" if reason == "length" and self._budgeted else reason
+
+    def _raise(self) -> None:
+        if self.failure is not None:
+            raise RequestError("the request failed while it was served, for the reason that this error carries as its "
+                               "cause; the others go on; submit it again") from self.failure

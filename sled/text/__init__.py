@@ -1,0 +1,1 @@
+"""Text and token ids: prompts in, texts out, stop strings."""

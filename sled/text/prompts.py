@@ -1,0 +1,84 @@
+"""Prompts as users give them, to checked arrays of token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence, Set
+
+import numpy as np
+
+from sled.errors import PromptError
+from sled.models import DecoderConfig
+from sled.text.tokenizer import Text
+
+Prompt = str | Sequence[int]
+Prompts = Prompt | Sequence[Prompt]
+
+
+def is_one(prompts: Prompts, what: str = "a prompt") -> bool:
+    """Whether this is a single prompt (a string, or one list of token ids). Raises PromptError for what is no list."""
+    if isinstance(prompts, str):
+        return True
+    entries = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays of any library
+    if not isinstance(entries, Collection) or isinstance(entries, Mapping | Set):
+        raise PromptError(f"{what} must be a string, a list of token ids, or a list of either, but {_short(prompts)} "
+                          "was given; of a generator give list(...), of what a tokenizer returned its input_ids")
+    return len(entries) > 0 and all(isinstance(x, int | np.integer) for x in entries)
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def prompt_ids(prompts: Prompts, text: Text, config: DecoderConfig) -> list[np.ndarray]:
+    """Token ids [T] of each prompt. Raises PromptError for one that cannot be continued."""
+    several = [prompts] if is_one(prompts) else prompts
+    if len(several) == 0:
+        raise PromptError("no prompt was given; give a string, a list of token ids, or a list of either")
+    ids = [text.encode(p) if isinstance(p, str) else p for p in several]
+    return [check_ids(x, config, f"prompt {i}" if len(ids) > 1 else "the prompt") for i, x in enumerate(ids)]
+
+
+def pair_ids(prompt: Prompt, continuation: Prompt, text: Text, config: DecoderConfig):
+    """Token ids of a prompt and its continuation, for scoring."""
+    if isinstance(prompt, str) != isinstance(continuation, str):
+        raise PromptError("a prompt and its continuation must both be strings or both lists of token ids")
+    if isinstance(prompt, str):
+        before, scored = text.encode_continuation(prompt, continuation)
+        if prompt and not before:
+            raise PromptError(f"no token of the prompt {prompt[-40:]!r} stands before the continuation "
+                              f"{continuation[:40]!r}: they share one, or the prompt is white space; "
+                              "give a longer prompt")
+        prompt, continuation = before, scored
+    prompt = _valid_ids(prompt, config, "the prompt")
+    continuation = _valid_ids(continuation, config, "the continuation")
+    both = len(prompt) + len(continuation)
+    if both > config.max_positions + 1:  # the last token is only predicted: it takes no place
+        raise PromptError(f"prompt and continuation are {both} tokens long, but the model's context holds "
+                          f"{config.max_positions}, and one more is predicted; shorten the prompt")
+    return prompt, continuation
+
+
+def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarray:
+    """int32 [T], or PromptError: empty, not whole numbers, outside the vocabulary, no room to go on."""
+    ids = _valid_ids(ids, config, what)
+    if len(ids) >= config.max_positions:
+        raise PromptError(f"{what} is {len(ids)} tokens long, but the model's context holds "
+                          f"{config.max_positions}, the new tokens included; shorten it")
+    return ids
+
+
+def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarray:
+    """As `check_ids`, whatever room there is."""
+    ids = np.asarray(ids)
+    if ids.size == 0:
+        raise PromptError(f"{what} is empty: there is no token to start from; give at least one "
+                          "(the model's BOS token, if it has one)")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise PromptError(f"{what} is neither a string nor a list of token ids: {_short(ids.tolist())}; "
+                          "give text, or whole numbers")
+    outside = ids[(ids < 0) | (ids >= config.vocab_size)]
+    if outside.size:
+        raise PromptError(f"{what} has token id {outside[0]}, but the model's vocabulary is 0 to "
+                          f"{config.vocab_size - 1}; is the text tokenised for another model?")
+    return ids.astype(np.int32)

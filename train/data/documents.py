@@ -1,0 +1,142 @@
+"""Examples to token ids, once: tokenised documents on disk, found again by what they were made of.
+
+A document is an example's tokens with an end of text. A folder of the cache holds one source's documents under the
+digest of data, columns, tokenizer and end of text; it appears there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock
+from tqdm import tqdm
+
+from sled.errors import DataError
+from sled.models.config import DecoderConfig
+from sled.text.tokenizer import Text
+from sled.train.data.sources import Example, Reading, Source
+
+DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)  # what numpy and json raise
+FORMAT = 1  # of the folders; another one is not found
+TOGETHER = 1024  # examples that are tokenised at a time, on all cores
+
+
+class Documents(NamedTuple):
+    """Tokenised examples on disk, N documents of M tokens in all."""
+
+    folder: Path
+    digest: str  # SHA-256 of the documents: the same wherever and with whatever versions they were made
+    tokens_M: np.ndarray  # int32, mapped from the file
+    starts_N: np.ndarray  # int64 [N + 1]: where each begins, and the end of the last
+    prompts_N: np.ndarray  # int64: tokens of each that are its prompt's
+    skipped: dict[str, int]  # examples that made no document, by reason
+
+
+def default_cache() -> Path:
+    """Where documents are kept if no folder is named: sled/data in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sled" / "data"
+
+
+def tokenise(source: Source, text: Text, config: DecoderConfig, *, cache: str | Path | None = None,
+             progress: bool = True) -> Documents:
+    """The documents of `source`, from the cache where it has them.
+
+    Prompt and completion are tokenised as one text; a token that straddles them belongs to the completion
+    (`Text.encode_continuation`). `config.eos_ids[0]` ends every document that ends in none of `eos_ids` yet.
+    Examples without text, completion or tokens are skipped and counted. Processes that ask for the same documents at
+    once wait for the first. Raises DataError, DownloadError, TokenizerError.
+    """
+    if not config.eos_ids:
+        raise DataError("the model's configuration names no end-of-text token, which must end every example; put "
+                        "eos_token_id into its config.json")
+    reading = source.open()
+    made_of = dict(format=FORMAT, data=reading.digest(), text=source.text, prompt=source.prompt,
+                   completion=source.completion, tokens=source.tokens, limit=source.limit,
+                   tokenizer=None if source.tokens else text.digest, eos=config.eos_ids, vocabulary=config.vocab_size)
+    root = default_cache() if cache is None else Path(cache).expanduser()
+    folder = root / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if (found := _load(folder)) is None:
+            shutil.rmtree(folder, ignore_errors=True)  # if it is there, it is damaged
+            for left in root.glob(f"{folder.name}.*.partial"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=root))
+            try:
+                _write(partial, reading, text, config, progress=progress)
+                partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+            found = _load(folder)
+    return found
+
+
+def _load(folder: Path) -> Documents | None:
+    """The documents of a folder; None where it is not there, or not whole."""
+    try:
+        with open(folder / "documents.npz", "rb") as file, np.load(file) as arrays:
+            starts_N, prompts_N = arrays["starts"], arrays["prompts"]
+        about = json.loads((folder / "about.json").read_text())
+        digest, skipped = about["digest"], about["skipped"]
+        if (folder / "tokens.bin").stat().st_size != 4 * starts_N[-1]:
+            return None
+    except DAMAGED:
+        return None
+    if starts_N[-1] == 0:  # an empty file cannot be mapped
+        return Documents(folder, digest, np.zeros(0, np.int32), starts_N, prompts_N, skipped)
+    return Documents(folder, digest, np.memmap(folder / "tokens.bin", "<i4", "r"), starts_N, prompts_N, skipped)
+
+
+def _write(folder: Path, reading: Reading, text: Text, config: DecoderConfig, *, progress: bool) -> None:
+    starts, prompts, skipped, total = [0], [], Counter(), hashlib.sha256()
+    with (open(folder / "tokens.bin", "wb") as file,
+          tqdm(desc="tokenising", total=reading.total, unit="example", disable=not progress) as bar):
+        for example, prompt, body in _encode(reading, text):
+            bar.update()
+            if isinstance(body, str):
+                skipped[body] += 1
+                continue
+            ids = prompt + body
+            if ids[-1] not in config.eos_ids:
+                ids.append(config.eos_ids[0])
+            if not 0 <= min(ids) <= max(ids) < config.vocab_size:
+                wrong = next(x for x in ids if not 0 <= x < config.vocab_size)
+                raise DataError(f"{example.place} has token id {wrong}, but the model's vocabulary is 0 to "
+                                f"{config.vocab_size - 1}; tokenise it with this model's tokenizer")
+            total.update(raw := np.asarray([len(prompt), len(ids), *ids], "<i4").tobytes())
+            file.write(raw[8:])  # the two counts are for the digest alone
+            starts.append(starts[-1] + len(ids))
+            prompts.append(len(prompt))
+    np.savez(folder / "documents.npz", starts=np.asarray(starts, np.int64), prompts=np.asarray(prompts, np.int64))
+    (folder / "about.json").write_text(json.dumps({"digest": total.hexdigest(), "skipped": skipped}))
+
+
+def _encode(reading: Reading, text: Text) -> Iterator[tuple[Example, list[int], list[int] | str]]:
+    """Each example with the ids of its two parts, in order; or with the reason for skipping it as the second."""
+    source, examples = reading.source, iter(reading)
+    while together := list(itertools.islice(examples, TOGETHER)):
+        if source.tokens is not None:
+            yield from ((example, [], example.body or "no tokens") for example in together)
+            continue
+        written = [example for example in together if example.body.strip()]
+        if source.text is not None:
+            ids = iter([([], body) for body in text.encode_all([example.body for example in written])])
+        else:
+            ids = iter(text.encode_continuations([(example.prompt, example.body) for example in written]))
+        for example in together:
+            if example.body.strip():
+                prompt, body = next(ids)
+                yield example, prompt, body or "no tokens"
+            else:
+                yield example, [], "blank text" if source.text is not None else "blank completion"

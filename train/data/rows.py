@@ -1,0 +1,141 @@
+"""Rows of training data: from a source to arrays, with a report of what became of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from sled.errors import DataError, SettingError
+from sled.io import written_whole
+from sled.models.config import DecoderConfig
+from sled.text.tokenizer import Text
+from sled.train.data.documents import DAMAGED, Documents, tokenise
+from sled.train.data.packing import Arrangement, Layout, arrange, bucket_lengths
+from sled.train.data.sources import Source
+
+
+class Batch(NamedTuple):
+    """Rows of tokens, all arrays [B, T]; beyond a row's documents everything is 0, but tokens are padding.
+
+    weights: how much a token counts as a target, predicted from those before it. The first of a document never
+        does.
+    segments: 1 for the row's first document, 2 for the second, ...; attention stays within one.
+    positions: from 0 within each document.
+    """
+
+    tokens_BT: np.ndarray  # int32
+    weights_BT: np.ndarray  # float32
+    segments_BT: np.ndarray  # int32
+    positions_BT: np.ndarray  # int32
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What became of a source's examples.
+
+    examples: those in the rows, of which `truncated` are not whole. skipped: the others, by reason.
+    tokens: in the rows, with the ends of text.
+    fill: the share of the rows' positions that hold a token (padded: each row in its own bucket).
+    """
+
+    examples: int
+    tokens: int
+    rows: int
+    fill: float
+    truncated: int
+    skipped: dict[str, int]
+
+    def __str__(self) -> str:
+        return (f"{self.examples:,} examples of {self.tokens:,} tokens in {self.rows:,} rows, {self.fill:.1%} full; "
+                f"truncated: {self.truncated:,}; skipped: {_reasons(self.skipped)}")
+
+
+def read(source: Source, text: Text, config: DecoderConfig, layout: Layout, *, cache: str | Path | None = None,
+         progress: bool = True) -> Rows:
+    """The rows of `source` for a model: tokenised and arranged once, then taken from the folder `cache`.
+
+    cache: by default `sled.train.data.documents.default_cache()`. Raises DataError, DownloadError, SettingError,
+    TokenizerError.
+    """
+    if layout.context > config.max_positions:
+        raise SettingError(f"Layout.context is {layout.context}, but the model's context holds {config.max_positions}; "
+                           "give that or less")
+    documents = tokenise(source, text, config, cache=cache, progress=progress)
+    return Rows(documents, layout, config.pad_id or 0)
+
+
+class Rows:
+    """R rows of documents; `batch` makes arrays of some. Raises DataError where there is none.
+
+    lengths_R: tokens in each. buckets: the lengths to which they are padded, ascending. report: what became of the
+    source. digest: SHA-256 of the documents and which of them make each row.
+    """
+
+    def __init__(self, documents: Documents, layout: Layout, pad_id: int):
+        self._documents, self._layout, self._pad_id = documents, layout, pad_id
+        decisive = [layout.context, layout.shape, layout.too_long]
+        name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
+        self.digest = hashlib.sha256(f"{documents.digest} {name}".encode()).hexdigest()
+        lengths_N = np.diff(documents.starts_N)
+        a = self._arrangement = _kept(documents.folder / f"{name}.npz",
+                                      lambda: arrange(lengths_N, documents.prompts_N, layout))
+        skipped = documents.skipped | {reason: count for reason, count in (
+            ("too long", int(a.too_long)), ("without a target in the context", int(a.no_target))) if count}
+        if len(a.order_K) == 0:
+            longer = ("truncate those that are too long (--too-long truncate), or give a larger context"
+                      if a.too_long or a.no_target else "give other examples")
+            raise DataError(f"no example is left (skipped: {_reasons(skipped)}); {longer}")
+        lengths_K = np.minimum(lengths_N[a.order_K], layout.context)
+        self.lengths_R = np.add.reduceat(lengths_K, a.starts_R[:-1])
+        packed = layout.shape == "packed"
+        self.buckets = (layout.context,) if packed else bucket_lengths(self.lengths_R, layout.context, layout.buckets)
+        buckets_R = np.asarray(self.buckets)[np.searchsorted(self.buckets, self.lengths_R)]
+        tokens = int(self.lengths_R.sum())
+        self.report = Report(examples=len(a.order_K), tokens=tokens, rows=len(self), fill=tokens / int(buckets_R.sum()),
+                             truncated=int(a.truncated), skipped=skipped)
+
+    def __len__(self) -> int:
+        return len(self._arrangement.starts_R) - 1
+
+    def batch(self, numbers, size: int, length: int) -> Batch:
+        """The rows of these numbers, padded to `length` tokens, and empty ones up to `size` rows."""
+        batch = Batch(*(np.full((size, length), value, dtype) for value, dtype in (
+            (self._pad_id, np.int32), (0, np.float32), (0, np.int32), (0, np.int32))))
+        for b, number in enumerate(numbers):
+            self._write(number, *(array[b] for array in batch))
+        return batch
+
+    def _write(self, number: int, tokens_T, weights_T, segments_T, positions_T) -> None:
+        documents, starts_R, at = self._documents, self._arrangement.starts_R, 0
+        for segment, n in enumerate(self._arrangement.order_K[starts_R[number]:starts_R[number + 1]], 1):
+            start = documents.starts_N[n]
+            length = min(documents.starts_N[n + 1] - start, self._layout.context)
+            here = slice(at, at + length)
+            tokens_T[here] = documents.tokens_M[start:start + length]
+            weights_T[here] = 1
+            weights_T[at:at + documents.prompts_N[n]] = self._layout.prompt_weight
+            weights_T[at] = 0
+            segments_T[here] = segment
+            positions_T[here] = np.arange(length)
+            at += length
+
+
+def _kept(path: Path, make) -> Arrangement:
+    """The arrangement in the file at `path`; where there is none, or no whole one, it is made and put there."""
+    try:
+        with open(path, "rb") as file, np.load(file) as arrays:
+            return Arrangement(**arrays)
+    except DAMAGED:
+        made = make()
+    with written_whole(path) as beside, open(beside, "wb") as file:
+        np.savez(file, **made._asdict())
+    return made
+
+
+def _reasons(skipped: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "none"

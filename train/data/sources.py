@@ -1,0 +1,226 @@
+"""Where training examples come from: the hub, local files, rows in memory, or the bundled problem generator.
+
+The first station of the data's way: `Source` says what to read and which columns mean what; `documents.py`
+tokenises its examples once, `packing.py` lays them out in rows, `batches.py` draws batches of those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import string
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sled.demo.problems import problems, prompt
+from sled.errors import DataError, DownloadError, SettingError
+from sled.settings.rules import Whole
+from sled.train.data.files import REMEDY, Files, find, first_line
+
+DEMO_EXAMPLES = 20_000  # of the endless problems, where no limit is given
+
+
+class Example(NamedTuple):
+    """One example before tokenising. `body` is text or token ids; only text has a `prompt`, which may be empty."""
+
+    place: str  # for messages: the file or source, and the number of the example in it, from 1
+    prompt: str
+    body: str | list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """What to read, and which columns are the example.
+
+    data: "demo" (the problems of sled.demo), a file, folder or glob, a list of files, a hub id (owner/name), or
+        rows: any iterable of mappings, a `datasets.Dataset` among them. Files end in .json, .jsonl, .parquet, .arrow
+        or .txt, whose every line is an example in the column "text". A folder is searched with all its folders, for
+        one kind of file; what is hidden or has another ending is passed over.
+    text: the column of plain text; every token counts in the loss. The default where no column is named.
+    prompt, completion: columns of text, or templates such as "Question: {question}\\nAnswer:", whose fields are
+        columns. They are joined as they are: a blank between them must stand in one of them. "demo" has both.
+    tokens: the column of token ids.
+    split, subset, revision: of a hub data set; "demo" has the splits "train" and "heldout".
+    limit: examples that are read at most; None for all (20,000 of "demo").
+
+    Columns that lack a value (None) are taken for empty. Raises SettingError.
+    """
+
+    data: str | Path | Sequence[str | Path] | Iterable[Mapping[str, Any]]
+    _: dataclasses.KW_ONLY
+    text: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    tokens: str | None = None
+    split: str = "train"
+    subset: str | None = None
+    revision: str | None = None
+    limit: int | None = None
+
+    def __post_init__(self):
+        put = lambda field, value: object.__setattr__(self, field, value)  # noqa: E731
+        if self.limit is not None:
+            put("limit", Whole(1, hint="it counts examples, or is None for all of them")("Source.limit", self.limit))
+        if isinstance(self.data, Iterator):  # else a second reading would find it used up
+            put("data", tuple(itertools.islice(self.data, self.limit)))
+        if (self.text, self.prompt, self.completion, self.tokens) == (None,) * 4:
+            for field in ("prompt", "completion") if self.data == "demo" else ("text",):
+                put(field, field)
+        pair = (self.prompt is not None, self.completion is not None)
+        if [self.text is not None, self.tokens is not None, any(pair)].count(True) != 1 or any(pair) != all(pair):
+            given = [f for f in ("text", "prompt", "completion", "tokens") if getattr(self, f) is not None]
+            raise SettingError(f"Source names {' and '.join(given)}{' alone' if len(given) == 1 else ''}; name text, "
+                               "or tokens, or prompt with completion")
+        for field in ("text", "prompt", "completion", "tokens"):
+            if getattr(self, field) is not None:
+                _fields(field, getattr(self, field))
+
+    @property
+    def name(self) -> str:
+        """What it reads, for messages."""
+        if isinstance(self.data, str | Path):
+            return str(self.data)
+        several = isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data)
+        return ", ".join(map(str, self.data)) if several else "rows in memory"
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """All settings but the data."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "data"}
+
+    def open(self) -> Reading:
+        """Find the data, without reading it. Raises DataError and DownloadError."""
+        if isinstance(self.data, str) and self.data == "demo":
+            return Reading(self, _Demo(self.split, self.limit or DEMO_EXAMPLES))
+        if isinstance(self.data, str | Path):
+            files = find(self.data, hub=True)
+            return Reading(self, Files(files) if files else self._fetch())
+        if isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data):
+            return Reading(self, Files([file for x in self.data for file in find(x, hub=False)]))
+        if not isinstance(self.data, Iterable):
+            raise DataError(f"the source is {self.data!r}, which holds no rows; {REMEDY}")
+        return Reading(self, self.data)
+
+    def _fetch(self):
+        """The hub's data set, downloaded once; without a network the cache of `datasets` alone serves."""
+        import datasets  # imported where it is needed: it is slow
+
+        what = f"the data set {self.data!r}"
+        try:
+            return datasets.load_dataset(str(self.data), self.subset, split=self.split, revision=self.revision)
+        except datasets.exceptions.DatasetNotFoundError:
+            raise DownloadError(f"{what} is neither a file or folder here nor on the hub, or it is private or gated; "
+                                "check the spelling, or log in with `hf auth login`") from None
+        except ConnectionError as reason:
+            raise DownloadError(f"{what} is neither a file or folder here nor in the local cache, and the hub is out "
+                                f"of reach or HF_HUB_OFFLINE is set ({first_line(reason)}); go online, or give "
+                                "local files") from reason
+        except OSError as reason:
+            raise DownloadError(f"{what} could not be fetched ({first_line(reason)}); try again, or give local "
+                                "files") from reason
+        except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as reason:  # unknown split or subset
+            raise DataError(f"{what} cannot be read with split {self.split!r} and subset {self.subset!r}: "
+                            f"{first_line(reason)}") from reason
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """An opened source: its examples in order, as often as one asks."""
+
+    source: Source
+    rows: Iterable[Mapping] | Files
+
+    @property
+    def total(self) -> int | None:
+        """How many examples there are, where that is known before reading."""
+        known = len(self.rows) if hasattr(self.rows, "__len__") else None
+        return known if known is None or self.source.limit is None else min(known, self.source.limit)
+
+    def digest(self) -> str:
+        """SHA-256 of what the examples are made of: the files' bytes, or rows; `datasets` keeps its own fingerprint."""
+        if isinstance(self.rows, Files):
+            return self.rows.digest()
+        if hasattr(self.rows, "_fingerprint"):  # the guide of `datasets` calls it so, too
+            return hashlib.sha256(self.rows._fingerprint.encode()).hexdigest()
+        total = hashlib.sha256()
+        for example in self:
+            total.update(repr(example[1:]).encode())
+        return total.hexdigest()
+
+    def __iter__(self) -> Iterator[Example]:
+        s = self.source
+        parts = self.rows.parts() if isinstance(self.rows, Files) else [("the source", self.rows)]
+        numbered = ((f"{part}, example {i},", row) for part, rows in parts for i, row in enumerate(rows, 1))
+        for place, row in itertools.islice(numbered, s.limit):
+            if not isinstance(row, Mapping):
+                raise DataError(f"{place} is {str(row)[:60]!r}, but must be a mapping from columns to values, such as "
+                                "{'text': ...}")
+            if s.tokens is not None:
+                yield Example(place, "", _ids(_value(row, s.tokens, place, "tokens"), place, s.tokens))
+            elif s.text is not None:
+                yield Example(place, "", _text(row, "text", s.text, place))
+            else:
+                yield Example(place, _text(row, "prompt", s.prompt, place),
+                              _text(row, "completion", s.completion, place))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Demo:
+    """The bundled problems as rows, in the form in which the bundled model is asked."""
+
+    split: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for p in problems(self.split, self.count):
+            yield {"prompt": prompt(p.question), "completion": f" {p.solution}"}
+
+
+@functools.lru_cache
+def _fields(setting: str, template: str) -> list[tuple[str, str | None]]:
+    """Pieces of a column's name or of a template: literal text, then the column that follows it, if any."""
+    if not isinstance(template, str) or not template:
+        raise SettingError(f"Source.{setting} is {template!r}, but must be the name of a column")
+    if setting not in ("prompt", "completion") or not {"{", "}"} & set(template):
+        return [("", template)]
+    try:
+        pieces = list(string.Formatter().parse(template))
+    except ValueError as reason:
+        raise SettingError(f"Source.{setting} is {template!r}, which is no template ({reason}); write {{column}} for a "
+                           "column, and { or } twice for a brace") from None
+    if any(field == "" or spec or conversion for _, field, spec, conversion in pieces):
+        raise SettingError(f"Source.{setting} is {template!r}, but each field must be just the name of a column, such "
+                           "as {question}")
+    return [(literal, field) for literal, field, _, _ in pieces]
+
+
+def _text(row: Mapping, setting: str, template: str, place: str) -> str:
+    parts = []
+    for literal, column in _fields(setting, template):
+        value = None if column is None else _value(row, column, place, setting)
+        if value is not None and not isinstance(value, str | int | float):
+            raise DataError(f"{place} holds {type(value).__name__} in its column {column!r}, but {setting} must be "
+                            "text; name a column of text, or tokens=... for token ids")
+        parts += [literal, "" if value is None else str(value)]
+    return "".join(parts)
+
+
+def _value(row: Mapping, column: str, place: str, setting: str):
+    if column not in row:
+        raise DataError(f"{place} has no column {column!r}, which {setting} needs; it has "
+                        f"{', '.join(map(repr, row)) or 'none'}")
+    return row[column]
+
+
+def _ids(value, place: str, column: str) -> list[int]:
+    ids = [] if value is None else value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(ids, list | tuple) or not all(type(x) is int for x in ids):
+        raise DataError(f"{place} holds {str(value)[:60]!r} in its column {column!r}, but tokens must be a list of "
+                        "token ids; name text=... for text")
+    return list(ids)

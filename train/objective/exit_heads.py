@@ -1,0 +1,143 @@
+"""Exit heads in training: read and judged beside each other, and tuned alone on a frozen backbone.
+
+EE-Tuning (arXiv 2402.00518): the backbone of a trained model stays as it is, its exits learn. Gradients, and an
+optimiser's state, exist only for the heads; layers above the last exit are not run, those below have no backward pass.
+
+    model = with_heads(model, ExitHeads((6, 12), "mlp"))
+    graph, weights = nnx.split(model)
+    heads, backbone = partition(weights)           # the optimiser takes `heads`
+    loss, metrics = tuning_loss(nnx.merge(graph, merge(heads, backbone)), ...)    # differentiated by `heads`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sled.errors import SettingError
+from sled.models.config import ExitHeads
+from sled.models.decoder import Decoder
+from sled.models.layers import Block
+from sled.models.sharding.sharding import Placing
+from sled.models.stored import abstract_stacked
+from sled.train.objective.cross_entropy import ExitMetrics, exit_cross_entropy
+from sled.train.objective.forward import exit_states
+
+EXIT_HEADS = nnx.PathContains("exit_heads")
+
+
+def with_heads(model: Decoder, heads: ExitHeads, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> Decoder:
+    """The stacked decoder with new exit heads (`Decoder.with_exit_heads`), its other weights shared.
+
+    mesh: where the model lies on one, the heads are made where `Placing` puts them, never whole on one device.
+    """
+    if not isinstance(model.layers, Block):
+        raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
+    if mesh is None:
+        return model.with_exit_heads(heads, rngs=nnx.Rngs(seed))
+    bare, weights = nnx.split(model.with_exit_heads(None))
+    config = dataclasses.replace(model.config, exit_heads=heads)
+
+    def make(weights):
+        return partition(nnx.state(nnx.merge(bare, weights).with_exit_heads(heads, rngs=nnx.Rngs(seed))))[0]
+
+    made = Placing(config, mesh).create(make, weights)
+    return nnx.merge(nnx.graphdef(abstract_stacked(config)), merge(made, weights))
+
+
+def trainable_paths(weights: nnx.State) -> tuple[str, ...]:
+    """Dotted names of the parameters that exit tuning changes. None where the decoder has no exit heads."""
+    return tuple(".".join(map(str, path)) for path, _ in nnx.to_flat_state(weights) if "exit_heads" in path)
+
+
+def partition(weights: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """A decoder's weights as (exit heads, backbone); no array is copied. `merge` puts them together again.
+
+    Raises SettingError where there are no exit heads.
+    """
+    heads, backbone = nnx.split_state(weights, EXIT_HEADS, ...)
+    if not jax.tree.leaves(heads):
+        raise SettingError("the model has no exit heads, so there is nothing to tune; give it some with "
+                           "model.with_exit_heads(ExitHeads(layers))")
+    return heads, backbone
+
+
+def merge(heads: nnx.State, backbone: nnx.State) -> nnx.State:
+    """All weights of the decoder, from the two parts that `partition` makes."""
+    return nnx.merge_state(heads, backbone)
+
+
+def read_exits(model: Decoder, h_EBTD, exits: Sequence[int]) -> jax.Array:
+    """Hidden states number `exits` (static, 1..L) of `exit_states`, made ready for projection: [E, B, T, D].
+
+    Each by its exit's head, all heads side by side, or by the final norm where there is none. Stacked form. Heads
+    compute in the type of the states, whatever type their parameters have.
+    """
+    settings = model.config.exit_heads
+    own = [] if settings is None else [e for e, n in enumerate(exits) if n in settings.layers]
+    if not own:
+        return model.normalise(h_EBTD)
+    graph, heads = nnx.split(model.exit_heads)
+    if tuple(exits[e] for e in own) != settings.layers:
+        which = jnp.array([settings.layers.index(exits[e]) for e in own])
+        heads = jax.tree.map(lambda leaf: leaf[which], heads)
+    heads = jax.tree.map(lambda leaf: leaf.astype(h_EBTD.dtype), heads)
+    h_OBTD = h_EBTD if len(own) == len(exits) else h_EBTD[jnp.array(own)]
+    read_OBTD = jax.vmap(lambda head, h: nnx.merge(graph, head)(h, model.norm))(heads, h_OBTD)
+    if len(own) == len(exits):
+        return read_OBTD
+    return model.normalise(h_EBTD).at[jnp.array(own)].set(read_OBTD)
+
+
+def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mask_BT, weights_E,
+                   **options) -> tuple[jax.Array, ExitMetrics]:
+    """`exit_cross_entropy` of hidden states number `exits`, every exit by its own head. Stacked form.
+
+    h_EBTD: as `exit_states` gives them, not normed; exits: their numbers, static. The rest, `options` too, is as for
+    `exit_cross_entropy`. Exits with a projection of their own are summed one by one after those that share it.
+    Raises SettingError as it does, and for distillation into a projection of its own: the last layer's logits are then
+    not at hand.
+    """
+    read_EBTD, weights_E = read_exits(model, h_EBTD, exits).astype(h_EBTD.dtype), jnp.asarray(weights_E)
+    settings = model.config.exit_heads
+    untied = settings is not None and not settings.tied
+    own = [e for e, n in enumerate(exits) if untied and n in settings.layers]
+    shared_VD = model.head_weight.astype(h_EBTD.dtype)
+    if not own:
+        return exit_cross_entropy(read_EBTD, shared_VD, targets_BT, mask_BT, weights_E, **options)
+    if options.get("distill") is not None:
+        raise SettingError("distill is given, but exits have projections of their own, which never see the last "
+                           "layer's logits; leave it None, or tie the heads")
+    projections = [w_1VD[0].astype(h_EBTD.dtype) for w_1VD in
+                   jax.lax.split(model.exit_heads.projection[...], [1] * len(settings.layers))]
+    groups = [([e], projections[settings.layers.index(exits[e])]) for e in own]
+    if shared := [e for e in range(len(exits)) if e not in own]:
+        groups.append((shared, shared_VD))
+    losses, parts = zip(*(exit_cross_entropy(read_EBTD[jnp.array(group)], w_VD, targets_BT, mask_BT,
+                                             weights_E[jnp.array(group)], **options) for group, w_VD in groups),
+                        strict=True)
+    order = jnp.argsort(jnp.array([e for group, _ in groups for e in group]))
+    per_exit = {name: jnp.concatenate([getattr(part, name) for part in parts])[order]
+                for name in ("nll_E", "accuracy_E", "z_E")}
+    return sum(losses), ExitMetrics(**per_exit, distillation_E=None, targets=parts[0].targets)
+
+
+def tuning_loss(model: Decoder, tokens_BT, targets_BT, mask_BT, weights_E=None, *, segments_BT=None,
+                compute_dtype=None, place: Callable[[jax.Array], jax.Array] = lambda h_BTD: h_BTD,
+                **options) -> tuple[jax.Array, ExitMetrics]:
+    """The loss of the model's exit heads alone, in nats, to be differentiated by them; and its parts.
+
+    model: in the stacked form, with exit heads. Its layers are run up to the last exit, and no gradient enters them.
+    targets_BT, mask_BT: what comes after each token, and how much it counts.
+    weights_E: of the exits, in their order; None: all 1. segments_BT, compute_dtype, place: as for
+    `exit_states`; options: as for `exit_cross_entropy`.
+    """
+    exits = model.config.exit_heads.layers
+    states = exit_states(model, tokens_BT, exits, segments_BT=segments_BT, remat="none", compute_dtype=compute_dtype,
+                         place=place)
+    weights_E = jnp.ones(len(exits)) if weights_E is None else weights_E
+    return exit_head_loss(model, jax.lax.stop_gradient(states), exits, targets_BT, mask_BT, weights_E, **options)

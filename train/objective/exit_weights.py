@@ -1,0 +1,275 @@
+"""How much each exit's loss counts at a step: which exits learn (curricula), and their weights (profiles).
+
+An exit is a hidden state by its number n = 1..L, as everywhere in this library; the papers count layers
+l = n - 1 = 0..L-1, whose loss is taken on the hidden state after the layer. Everything is a function of the step
+alone, which may be traced: a run that resumes at a step goes on exactly as it would have.
+
+    plan = WeightedExits(LayerSkipWeights(0.2), Rotational(8))
+    layers_E, weights_E = plan.exits_at(step, num_layers)   # for `exit_states` and for the loss
+
+How many exits there are (E) is static, which ones is traced: no step recompiles, and none computes the exits
+whose turn it is not. The last layer is always among them, in the last place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from sled.errors import SettingError
+from sled.settings.pytree import traced
+from sled.settings.rules import LARGEST, Each, Instance, Layers, Number, Whole, is_array, settle
+
+
+@runtime_checkable
+class Profile(Protocol):
+    """How much an exit counts beside the others, whatever the step."""
+
+    def weigh(self, layers_E, num_layers: int) -> jax.Array:
+        """Positive numbers [E], float32, of hidden states `layers_E`; 0 for an exit that never counts."""
+        ...
+
+
+@runtime_checkable
+class Curriculum(Protocol):
+    """Which exits learn at a step."""
+
+    def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
+        """`layers_E`, ascending within 1..L-1, and whether each is on [E]. The last layer is none of them."""
+        ...
+
+
+@traced("scale")
+@dataclasses.dataclass(frozen=True)
+class LayerSkipWeights:
+    """LayerSkip's e(l) (arXiv 2404.16710, section 4.1.2): scale * sum_{i<=l} i, and for the last layer
+    L - 1 + scale * sum_{i<=L-2} i.
+
+    The first layer counts nothing (its sum is 0). A model of one layer has e = 1, where the formula says 0.
+    """
+
+    scale: float = 0.2
+
+    def __post_init__(self):
+        settle(self, scale=Number(0, hint="0.1 or 0.2 to pre-train or continue, 1 to fine-tune"))
+
+    def weigh(self, layers_E, num_layers: int) -> jax.Array:
+        n = jnp.asarray(layers_E, jnp.float32)
+        below = jnp.where(n < num_layers, n, n - 1)  # the last layer's sum ends where its predecessor's does
+        bonus = jnp.where(n < num_layers, 0.0, max(num_layers - 1, 1))
+        return bonus + self.scale * below * (below - 1) / 2
+
+
+@traced()
+@dataclasses.dataclass(frozen=True)
+class ProportionalWeights:
+    """Each exit in proportion to its number (CALM, arXiv 2207.07061, equation 6)."""
+
+    def weigh(self, layers_E, num_layers: int) -> jax.Array:
+        return jnp.asarray(layers_E, jnp.float32)
+
+
+@traced()
+@dataclasses.dataclass(frozen=True)
+class UniformWeights:
+    """Every exit alike."""
+
+    def weigh(self, layers_E, num_layers: int) -> jax.Array:
+        return jnp.ones(jnp.shape(layers_E), jnp.float32)
+
+
+@traced()
+@dataclasses.dataclass(frozen=True)
+class DoublingWeights:
+    """Each layer counts twice as much as the one below it: 2^n, as 2^(n - L)."""
+
+    def weigh(self, layers_E, num_layers: int) -> jax.Array:
+        return jnp.exp2(jnp.asarray(layers_E, jnp.float32) - num_layers)
+
+
+@traced()
+@dataclasses.dataclass(frozen=True)
+class AllExits:
+    """The same exits at every step: `layers` and the last one, or every layer. E = their number."""
+
+    layers: tuple[int, ...] | None = None
+
+    def __post_init__(self):
+        settle(self, layers=Layers((None,)))
+
+    def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
+        chosen = range(1, num_layers + 1) if self.layers is None else self.layers
+        _check_range(self, chosen, num_layers)
+        early_E = jnp.array([n for n in chosen if n < num_layers], jnp.int32)
+        return early_E, jnp.ones(early_E.shape, bool)
+
+
+@traced()
+@dataclasses.dataclass(frozen=True)
+class Rotational:
+    """Every R-th layer, one further at each step (LayerSkip's C_rot,R): those with l = step modulo R.
+
+    R is at most L - 1, what `every` says beyond that being taken for it: else some turns would have no early exit.
+    E = ceil((L - 1) / R) + 1. Where a turn has one layer less, layer L - 1 fills its place with weight 0.
+    """
+
+    every: int
+
+    def __post_init__(self):
+        settle(self, every=Whole(1, hint="it is the distance between the exits of a step; LayerSkip takes 8 to L - 1"))
+
+    def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
+        every = max(min(self.every, num_layers - 1), 1)
+        first = 1 + step % every
+        layers_E = first + every * jnp.arange(-(-(num_layers - 1) // every), dtype=jnp.int32)
+        return jnp.minimum(layers_E, num_layers - 1), layers_E < num_layers
+
+
+@traced("steps")
+@dataclasses.dataclass(frozen=True)
+class Gradual:
+    """From the last layer down to the first, one more every T / (2 L) steps (LayerSkip's C_grad), T = `steps`.
+
+    Layer l learns from step T (L - 1 - l) / (2 L) on. E = L: exits whose time has not come have weight 0.
+    """
+
+    steps: int
+
+    def __post_init__(self):
+        settle(self, steps=Whole(1, LARGEST, hint="it counts the steps of the whole run"))
+
+    def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
+        layers_E = jnp.arange(1, num_layers, dtype=jnp.int32)
+        waits_E = num_layers - layers_E
+        # ceil(T waits / (2 L)) by parts: the product alone can exceed int32.
+        whole, rest = self.steps // (2 * num_layers), self.steps % (2 * num_layers)
+        begins_E = whole * waits_E + -(-rest * waits_E // (2 * num_layers))
+        return layers_E, step >= begins_E
+
+
+@runtime_checkable
+class ExitPlan(Protocol):
+    """What a train step asks."""
+
+    def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
+        """Exits of this step and the weights of their losses: [E] int32 strictly ascending, [E] float32.
+
+        The last entry is the last layer. To tune exits on a frozen backbone leave it out (`[:-1]`).
+        """
+        ...
+
+
+@traced()
+@dataclasses.dataclass(frozen=True)
+class LastOnly:
+    """No early exit learns: a model is trained as usual."""
+
+    def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
+        """See `ExitPlan`."""
+        return jnp.array([num_layers], jnp.int32), jnp.ones(1, jnp.float32)
+
+
+@traced("profile", "curriculum")
+@dataclasses.dataclass(frozen=True)
+class WeightedExits:
+    """Weights of a profile, normalised over the exits that are on at the step: they add up to 1.
+
+    LayerSkip: C(t, l) e(l) / sum_i C(t, i) e(i) with `LayerSkipWeights` and `Rotational` or `Gradual`.
+    CALM: `ProportionalWeights` and `AllExits`.
+    """
+
+    profile: Profile = dataclasses.field(default_factory=LayerSkipWeights)
+    curriculum: Curriculum = dataclasses.field(default_factory=AllExits)
+
+    def __post_init__(self):
+        settle(self, profile=Instance(Profile, hint="LayerSkipWeights(), for example"),
+               curriculum=Instance(Curriculum, hint="Rotational(8), for example"))
+
+    def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
+        """See `ExitPlan`."""
+        early_E, on_E = self.curriculum.early_exits(step, num_layers)
+        layers_E, on_E = jnp.append(early_E, num_layers), jnp.append(on_E, True)
+        weights_E = jnp.where(on_E, self.profile.weigh(layers_E, num_layers), 0.0)
+        return layers_E, weights_E / weights_E.sum()
+
+
+@traced("weights", "initial", "warmup")
+@dataclasses.dataclass(frozen=True)
+class FixedExits:
+    """EE-LLM's plan (arXiv 2312.04916): early exits at `layers` with a weight each beside the last layer's 1.
+
+    The weights go linearly from `initial` at step 0 to `weights` at step `warmup` and stay; they are not normalised.
+    `layers` are hidden states, which EE-LLM calls post-exit; its pre-exit layer n is hidden state n - 1 here.
+    """
+
+    layers: tuple[int, ...]
+    weights: tuple[float, ...]
+    initial: float = 0.0
+    warmup: int = 0
+
+    def __post_init__(self):
+        given = self.layers
+        weight = Number(0, hint="it is the weight of an exit's loss; 0.1 to 0.5 is usual")
+        settle(self, layers=Layers(), initial=weight,
+               warmup=Whole(0, LARGEST, hint="it counts the steps until the weights are reached"))
+        if tuple(given) != self.layers:
+            raise SettingError(f"FixedExits.layers is {given!r}, but must be ascending and name each layer once; give "
+                               "the weights in that order too")
+        if not is_array(self.weights):
+            settle(self, weights=Each(weight))
+        if len(self.weights) != len(self.layers):
+            raise SettingError(f"FixedExits.weights has {len(self.weights)} entries for {len(self.layers)} layers; "
+                               "give one per layer, none for the last layer of the model")
+
+    def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
+        """See `ExitPlan`."""
+        _check_range(self, (*self.layers, num_layers), num_layers)
+        if num_layers in self.layers:
+            raise SettingError(f"FixedExits.layers names layer {num_layers}, the last one, whose weight is always 1; "
+                               "leave it out")
+        progress = jnp.where(step < self.warmup, step / jnp.maximum(self.warmup, 1), 1.0)
+        weights_E = self.initial + (jnp.asarray(self.weights, jnp.float32) - self.initial) * progress
+        return jnp.array([*self.layers, num_layers], jnp.int32), jnp.append(weights_E, 1.0)
+
+
+def fixed_layers(plan: ExitPlan, num_layers: int, steps: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The exits of a plan that names the same ones at each of the steps 0..steps - 1; and those of them that learn at
+    some step (weight > 0).
+
+    Raises SettingError where they change: heads of their own need exits that are known before a step is compiled.
+    """
+    layers_E = plan.exits_at(0, num_layers)[0]
+
+    def look(step, found):
+        same, learns_E = found
+        now_E, weights_E = plan.exits_at(step, num_layers)
+        return same & (now_E == layers_E).all(), learns_E | (weights_E > 0)
+
+    same, learns_E = jax.jit(lambda: jax.lax.fori_loop(
+        0, steps, look, (jnp.array(True), jnp.zeros(layers_E.shape, bool))))()
+    if not same:
+        raise SettingError(f"the exits of {plan} change from step to step, but the model has exit heads, whose exits "
+                           "must stay; give FixedExits(layers, weights), or WeightedExits with AllExits(layers) "
+                           "(--exits)")
+    return tuple(layers_E.tolist()), tuple(layers_E[learns_E].tolist())
+
+
+def exit_counter(plan: ExitPlan, num_layers: int) -> Callable[[int, int], float]:
+    """From steps `first` to the last one before `end`: how many early exits learn (weight > 0), on average."""
+
+    def total(first, end):
+        on = lambda step: (plan.exits_at(step, num_layers)[1][:-1] > 0).sum(dtype=jnp.int32)  # noqa: E731
+        return jax.lax.fori_loop(first, end, lambda step, count: count + on(step), jnp.int32(0))
+
+    compiled = jax.jit(total)
+    return lambda first, end: float(compiled(first, end)) / max(end - first, 1)
+
+
+def _check_range(self, layers, num_layers: int) -> None:
+    if wrong := [n for n in layers if not 1 <= n <= num_layers]:
+        raise SettingError(f"{type(self).__name__}.layers names {wrong[0]}, but the exits of this model are "
+                           f"1 to {num_layers}; choose among them")

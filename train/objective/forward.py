@@ -1,0 +1,134 @@
+"""The forward pass of training: tokens in, the hidden states of the wanted exits out, the other layers' forgotten.
+
+One `lax.scan` over the stacked layers. What it keeps for the backward pass is a matter of rematerialisation; what
+it hands out is E hidden states, however many layers there are.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from sled.errors import SettingError
+from sled.models.decoder import Decoder
+from sled.models.layers import Block, rotary_angles
+from sled.settings.rules import OneOf, Whole, is_array
+from sled.train.objective.dropping import Drops
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+REMAT_RULE = OneOf(tuple(REMAT), hint="full needs the least memory")
+
+
+def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, stop: int | None = None,
+                segments_BT=None, drops: Drops | None = None, remat: str = "full", compute_dtype=None,
+                place: Callable[[jax.Array], jax.Array] = lambda h_BTD: h_BTD) -> jax.Array:
+    """The hidden states number `exits` of whole sequences: [E, B, T, D], none of them normed.
+
+    model: in the stacked form. Its parameters keep their type; every layer's are cast to `compute_dtype` (None: as
+        they are) where the layer runs, and so are the hidden states. Norms and softmax take float32 all the same.
+    exits: numbers within 1..L, strictly ascending; E is static, the numbers may be traced.
+    stop: the layers above are not run; by default the last exit, or L where the exits are traced. Of traced exits
+        above `stop` the first gives hidden state `stop` and the others zeros.
+    segments_BT: which document of a packed row each token belongs to. A token sees only the run of equal numbers
+        that it lies in, and positions start anew with each run. Padding is a document of its own.
+    drops: what layer dropout drops at this step (`LayerDropout.draw`).
+    remat: what the backward pass finds stored of each layer, beside its input: "none" everything it needs, "full"
+        nothing, "dots" every matrix product, "projections" the products with weights, not attention's. Less stored
+        is more computed again, which where memory is slow (a CPU) may still be the faster.
+    place: is called on the embeddings and on every layer's output, to hold them to their place on a mesh
+        (`Placing.activations`).
+
+    Raises SettingError for a model in the separate form, and for exits, stop or remat out of their range.
+    """
+    depth = model.num_layers
+    if not isinstance(model.layers, Block):
+        raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
+    remat = REMAT_RULE("remat", remat)
+    stop = _checked_stop(exits, stop, depth)
+    dtype = jnp.dtype(compute_dtype or model.embedding.weight[...].dtype)
+    rows = _rows_of(model, tokens_BT, segments_BT)
+    graph, weights_L = nnx.split(model.layers)
+
+    def layer(h_BTD, weights, window, drop, number):
+        def run(h, rows):
+            block = nnx.merge(graph, _cast(weights, dtype))
+            return block(h, rows["positions"], rows["angles"], None, window, rows["segments"])[0]
+
+        return run(h_BTD, rows) if drop is None else drop.way.apply(run, h_BTD, rows, drop, number)
+
+    exits_E = jnp.asarray(exits, jnp.int32)
+    count = exits_E.shape[0]
+    slots_L = jnp.searchsorted(exits_E, jnp.arange(1, depth + 1))  # of the first exit that is not below the layer
+    h_BTD = place(_cast(model.embed(tokens_BT), dtype))
+    carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype)
+    begin = 0
+    lengths = [depth] if drops is None else drops.way.stretches(depth)
+    for length, part in _parts(lengths, stop, (weights_L, model.windows_L, slots_L, drops)):
+
+        def body(carry, xs, begin=begin):
+            (h, states), (weights, window, slot, drop) = carry, xs
+            run = lambda h, weights: layer(h, weights, window, drop, begin)  # noqa: E731
+            if remat != "none":
+                run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
+            h = place(run(h, weights))
+            # Every layer writes into the next exit's place, the exit itself last: a layer moves one state, the
+            # backward pass needs none of them, and traced exits cost no more than static ones.
+            last = states[count - 1]
+            return (h, states.at[slot].set(jnp.where(slot < count, h, last), mode="clip")), None
+
+        carry, _ = jax.lax.scan(body, carry, part)
+        begin += length
+    return carry[1]
+
+
+def _checked_stop(exits, stop: int | None, depth: int) -> int:
+    """The number of layers to run."""
+    if stop is not None:
+        Whole(1, depth, hint="it is the last layer that is run")("stop", stop)
+    if is_array(exits):
+        return depth if stop is None else stop
+    numbers = list(exits)
+    ascending = numbers == sorted({int(n) for n in numbers})
+    if not numbers or not ascending or not 1 <= numbers[0] <= numbers[-1] <= (stop or depth):
+        raise SettingError(f"exits is {exits!r}, but must be numbers of hidden states within 1..{stop or depth}, "
+                           "strictly ascending")
+    return stop or numbers[-1]
+
+
+def _rows_of(model: Decoder, tokens_BT, segments_BT) -> dict:
+    """What a block reads besides hidden states, the rows' axis first (1 where all rows share it)."""
+    index_1T = jnp.arange(tokens_BT.shape[1])[None]
+    if segments_BT is None:
+        positions = index_1T
+    else:
+        first_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+        positions = index_1T - jax.lax.cummax(jnp.where(first_BT, index_1T, 0), axis=1)
+        segments_BT = jnp.cumsum(first_BT, axis=1)  # runs: a number that comes back is another document
+    return {"positions": positions, "angles": rotary_angles(model.config, positions), "segments": segments_BT}
+
+
+def _parts(lengths: list[int], stop: int, stacked) -> list[tuple[int, Any]]:
+    """What is stacked over all layers, for the first `stop` of them, cut into stretches of these lengths."""
+    ends = [end for end in itertools.accumulate(lengths) if end < stop] + [stop]
+    sizes = [end - begin for begin, end in itertools.pairwise([0, *ends])]
+    beyond = [sum(lengths) - stop] if stop < sum(lengths) else []
+    if len(sizes + beyond) == 1:
+        return [(stop, stacked)]
+    leaves, tree = jax.tree.flatten(stacked)
+    cut = [jax.lax.split(leaf, sizes + beyond) for leaf in leaves]  # its transpose is one concatenation
+    return [(size, tree.unflatten([parts[i] for parts in cut])) for i, size in enumerate(sizes)]
+
+
+def _cast(tree, dtype):
+    """Floating-point arrays in another type."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)

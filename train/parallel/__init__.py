@@ -1,0 +1,1 @@
+"""Several processes, and what each device has to hold."""

@@ -1,0 +1,138 @@
+"""One training run over several processes: who they are, and how they find each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+
+from sled.errors import SettingError
+from sled.settings.rules import Whole
+
+SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
+CLUSTERS = ("tpu", "slurm")
+MESSAGE = 4096  # bytes of the longest text that processes tell each other
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """The processes of a run. By default what the environment says: a SLURM step, a TPU pod, or one process alone.
+
+    cluster: "tpu" or "slurm" insists on that one; a TPU VM that does not name its pod's hosts in the environment
+        needs "tpu", which asks Google's metadata server.
+    coordinator: host:port of process 0, with `count` processes of which this is number `index` (from 0): for machines
+        without a cluster manager. All three belong together.
+    """
+
+    cluster: str | None = None
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+    def __post_init__(self):
+        if self.cluster not in (None, *CLUSTERS):
+            raise SettingError(f"Processes.cluster is {self.cluster!r}, but must be {' or '.join(map(repr, CLUSTERS))},"
+                               " or None for what the environment says")
+        given = {name: getattr(self, name) is not None for name in ("coordinator", "count", "index")}
+        if not any(given.values()):
+            return
+        if missing := [name for name, there in given.items() if not there]:
+            raise SettingError(f"Processes lacks {' and '.join(missing)}: coordinator (host:port of process 0), count "
+                               "and index (from 0) belong together; give all three, or none under a cluster manager")
+        if self.cluster:
+            raise SettingError(f"Processes.cluster is {self.cluster!r}, which finds the coordinator by itself, but "
+                               f"coordinator is {self.coordinator!r}; give one of the two")
+        host, _, port = str(self.coordinator).rpartition(":")
+        if not host or not port.isdigit():
+            raise SettingError(f"Processes.coordinator is {self.coordinator!r}, but must be host:port, such as "
+                               "'10.0.0.1:8476', the same on all processes")
+        count = Whole(1, hint="it counts the processes of the run")("Processes.count", self.count)
+        index = Whole(0, count - 1, hint="each process has its own, from 0")("Processes.index", self.index)
+        object.__setattr__(self, "count", count)
+        object.__setattr__(self, "index", index)
+
+
+def initialize(processes: Processes | None = None) -> str:
+    """Joins the run's processes, before anything else is asked of jax; returns in words how they found each other.
+
+    After it, `jax.devices()` are those of all processes. A single process is left as it is.
+    Raises SettingError where the environment lacks what the cluster needs, or jax has already started its devices.
+    """
+    processes = processes or Processes()
+    if processes.coordinator:
+        _join(coordinator_address=processes.coordinator, num_processes=processes.count, process_id=processes.index,
+              cluster_detection_method="deactivate")
+        return f"process {processes.index} of {processes.count}, coordinator {processes.coordinator}"
+    cluster = processes.cluster or _cluster(os.environ)
+    if cluster is None:
+        return "one process"
+    if cluster == "slurm" and (missing := [name for name in SLURM if name not in os.environ]):
+        raise SettingError(f"the environment lacks {', '.join(missing)}, which SLURM gives to every task of a step; "
+                           "start the command with srun (scripts/launch_slurm.sh does)")
+    try:
+        _join(cluster_detection_method="slurm" if cluster == "slurm" else None)
+    except ValueError as reason:
+        raise SettingError(f"no {cluster} cluster was found ({reason}); start the command on every host of it, or "
+                           "give coordinator, count and index") from reason
+    return f"process {jax.process_index()} of {jax.process_count()}, {cluster}"
+
+
+def of_the_first(text: str | None) -> str | None:
+    """What the first process gives, in all of them; they call it together."""
+    if jax.process_count() == 1:
+        return text
+    raw = np.zeros(MESSAGE, np.uint8)
+    if text is not None:
+        encoded = text.encode()[:MESSAGE]
+        raw[:len(encoded)] = np.frombuffer(encoded, np.uint8)
+    return bytes(broadcast_one_to_all(raw)).rstrip(b"\0").decode(errors="replace") or None
+
+
+def check_alike(settings: Mapping[str, Any]) -> None:
+    """Raises SettingError, in all processes, where one was given other settings than the first: each would compute a
+    part of something else.
+
+    settings: as JSON has them, with the same keys everywhere. Names beside digests (`sled.train.run.resume`)
+    may differ, as machines have paths of their own.
+    """
+    if jax.process_count() == 1:
+        return
+    digests_KD = np.stack([_digest(value) for value in settings.values()])
+    differs_PK = (process_allgather(digests_KD) != digests_KD).any(-1)
+    for name, differs_P in zip(settings, differs_PK.T, strict=True):
+        if differs_P.any():
+            raise SettingError(f"{name} is not the same in process {jax.process_index()} and in process "
+                               f"{differs_P.argmax()}; start all of them with the same options and the same data")
+
+
+def _digest(value) -> np.ndarray:
+    if isinstance(value, Mapping) and "digest" in value:
+        value = value["digest"]
+    return np.frombuffer(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest(), np.uint8)
+
+
+def _cluster(environment) -> str | None:
+    """The cluster whose variables announce more than one process."""
+    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_PROCID" in environment:
+        return "slurm"
+    if any("," in environment.get(name, "") for name in TPU_HOSTS):
+        return "tpu"
+    return None
+
+
+def _join(**settings) -> None:
+    try:
+        jax.distributed.initialize(**settings)
+    except RuntimeError as reason:
+        if "must be called before" not in str(reason) and "only be called once" not in str(reason):
+            raise
+        raise SettingError("the processes of the run cannot be joined any more, because jax has already started its "
+                           "devices; call initialize before anything else that uses jax") from reason

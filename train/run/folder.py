@@ -1,0 +1,151 @@
+"""The folder of a run: what lies where in it, and that it belongs to one run, and to one process group at a time.
+
+    form/          config.json and tokenizer of the run's model
+    checkpoints/   the latest states, each whole
+    metrics.jsonl  a line for every step that was told, each once
+    layers.png     held-out loss of every layer
+    tensorboard/   what TensorBoard reads, if asked for
+    model/         the trained model, when the run has reached its end
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from filelock import FileLock, Timeout
+from jax.experimental.multihost_utils import sync_global_devices
+
+from sled.errors import SettingError
+from sled.train.parallel.distributed import of_the_first
+from sled.train.run.checkpoint import complete_steps
+
+_LOCK, _UNFINISHED = ".run.lock", ".unfinished-form"
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what network file systems without locks say
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """See the module."""
+
+    path: Path
+
+    def __post_init__(self):
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def form(self) -> Path:
+        return self.path / "form"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "layers.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def steps(self) -> list[int]:
+        """Those of its whole checkpoints."""
+        return complete_steps(self.checkpoints)
+
+    def is_run(self) -> bool:
+        """Whether a run has put down the form of its model here."""
+        return (self.form / "config.json").is_file()
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Within, no other run may write here; of several processes the first one claims it for all.
+
+        Raises SettingError in all of them, before anything is written, for a folder that holds something else than a
+        run, or the model of a run whose checkpoints are gone; for one that cannot be written, and for one that a run
+        is going on in.
+        """
+        first, new, reason = jax.process_index() == 0, False, None
+        # Not a lock that stays where this process is killed, which is what filelock would take instead.
+        lock = FileLock(self.path / _LOCK, fallback_to_soft=False)
+        try:
+            if first:
+                new = not self.path.exists()
+                self.path.mkdir(parents=True, exist_ok=True)
+                reason = self._foreign()
+                if reason is None:
+                    lock.acquire(timeout=0)
+        except Timeout:
+            reason = f"a run is going on in {self.path}; wait for its end, or give another folder for another run"
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+                why = "is a file" if os.path.isfile(self.path) else f"cannot be written ({error.strerror})"
+                reason = f"the run's folder is {str(self.path)!r}, which {why}; give a folder of your own"
+        if reason := of_the_first(reason):
+            raise SettingError(reason)
+        try:
+            yield
+        finally:
+            if first:
+                with contextlib.suppress(OSError):
+                    if {entry.name for entry in self.path.iterdir()} <= {_LOCK}:  # nothing came of it
+                        (self.path / _LOCK).unlink(missing_ok=True)
+                        if new:
+                            self.path.rmdir()
+                lock.release()
+
+    def _foreign(self) -> str | None:
+        """Why no run may begin or go on here, or None."""
+        if self.steps:
+            return None
+        if self.is_run() or (self.path / _UNFINISHED).is_dir():
+            if not (self.model / "config.json").exists():
+                return None
+            return (f"the run's folder is {str(self.path)!r}, which holds a trained model, but none of the checkpoints "
+                    "to go on from; give another folder, or move model/ away to begin anew")
+        others = sorted(entry.name for entry in self.path.iterdir() if not entry.name.startswith("."))
+        return (f"the run's folder is {str(self.path)!r}, which holds {others[0]!r} but no run; give a new or empty "
+                "folder") if others else None
+
+    @contextlib.contextmanager
+    def new_form(self) -> Iterator[Path]:
+        """A folder that takes the place of `form` when the block ends, and goes when it raises.
+
+        All processes enter and leave together; the first one writes. Until `form` is in its place the folder under its
+        other name tells that this is a run.
+        """
+        first, unfinished = jax.process_index() == 0, self.path / _UNFINISHED
+        try:
+            if first:
+                unfinished.mkdir(exist_ok=True)
+                for left in unfinished.iterdir():  # by a run that was killed
+                    left.unlink()
+            yield unfinished
+            _sync("sled has read the form of its model")
+            if first:
+                shutil.rmtree(self.form, ignore_errors=True)
+                unfinished.rename(self.form)
+            _sync("sled puts down the form of its model")
+        finally:
+            if first:
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _sync(name: str) -> None:
+    if jax.process_count() > 1:
+        sync_global_devices(name)
