@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from sled.errors import SettingError
-from sled.eval.tables import table
+from sled.eval.report.tables import table
 from sled.settings.rules import Whole
 
 FEW = 50  # below, percentile intervals are noticeably too narrow

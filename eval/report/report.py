@@ -28,7 +28,7 @@ class Report:
 
     tasks: by method. scores: by "task: metric, filter" the scores [n] of every method, on the same samples.
     against: the method that the others are compared with. methods: name, settings, whether its exits verify, and
-    counts (`sled.eval.harness.answering.Counts`).
+    counts (`sled.eval.harness.cache.RequestCounts`).
     date: when it began; the day that chat templates wrote into prompts, where they do.
     """
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sled.calibration.learn_then_test import fewest_losses, p_value
+from sled.eval.report.tables import table
 from sled.eval.sweep.certified import certified
 from sled.eval.sweep.pareto import pareto
 from sled.eval.sweep.rows import Row
-from sled.eval.tables import table
 from sled.io import writable_picture, written_whole
 
 
