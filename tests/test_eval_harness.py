@@ -353,11 +353,11 @@ class Solver(HarnessModel):
 
 
 def test_the_demo_task_counts_an_answer_without_a_number_wrong():
-    from sled.eval.report.scores import Task
+    from sled.eval.report.scores import TaskResult
 
     loaded = load_tasks(["sled_demo"], metadata={"problems": 3})
     results = lm_eval.evaluate(lm=Solver(), task_dict=loaded, bootstrap_iters=0)
-    task = Task.of(results, "sled_demo", loaded["tasks"]["sled_demo"])
+    task = TaskResult.of(results, "sled_demo", loaded["tasks"]["sled_demo"])
     [scores] = task.scores().values()
     assert scores.tolist() == [1, 0, 0] and task.unanswered == {"answer": 1} and task.n == 3
 

@@ -54,10 +54,10 @@ class Sweep:
     kv: Literal["exact", "propagate"] = "exact"
     """Early exit: keys and values of skipped layers. exact: made up later, in a block.
     propagate: from the exit's hidden state at once; cheaper, approximate."""
-    guess_layers: tuple[int, ...] | None = None
-    """Self-speculation: after which layers to guess. Left out: as for --exit-layers."""
+    draft_layers: tuple[int, ...] | None = None
+    """Self-speculation: after which layers to draft. Left out: as for --exit-layers."""
     drafts: tuple[int, ...] = (2, 4, 6, 8)
-    """Self-speculation: how many tokens to guess. None behind the option: no self-speculation in the sweep."""
+    """Self-speculation: how many tokens to draft. None behind the option: no self-speculation in the sweep."""
     rates: tuple[float, ...] = ()
     """SLED without exits, against plain greedy decoding: evolution rates."""
     scales: tuple[int, ...] = ()
@@ -89,7 +89,7 @@ class Sweep:
         usual = grid.usual_layers(lm.config.num_layers)
         methods = [*grid.early_exits(layer_sets or usual, self.thresholds, measures=self.measures, kv=self.kv,
                                      fusion=fusion),
-                   *grid.self_speculation(self.guess_layers or usual, self.drafts, fusion=fusion),
+                   *grid.self_speculation(self.draft_layers or usual, self.drafts, fusion=fusion),
                    *grid.sled_settings(self.rates, self.scales)]
         if not methods:
             raise SettingError("nothing is left to sweep: give --thresholds, --drafts, or --rates with --scales")
@@ -100,11 +100,11 @@ class Sweep:
 
     def _refuse_idle(self) -> None:
         """Raises SettingError for an option that decides nothing in this sweep."""
-        early, guesses = bool(self.thresholds), bool(self.drafts)
-        for option, there, used, needs in (("--fusion", given(self.fusion_options), early or guesses,
+        early, drafts = bool(self.thresholds), bool(self.drafts)
+        for option, there, used, needs in (("--fusion", given(self.fusion_options), early or drafts,
                                             "--thresholds or --drafts"),
                                            ("--exit-layers", self.exit_layers, early, "--thresholds"),
-                                           ("--guess-layers", self.guess_layers, guesses, "--drafts")):
+                                           ("--draft-layers", self.draft_layers, drafts, "--drafts")):
             if there and not used:
                 raise SettingError(f"{option} has no meaning without {needs}, which were left empty; leave it out, or "
                                    f"give {needs}")
