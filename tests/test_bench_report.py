@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-from sled.bench.report import Report, column
+from sled.bench.report import BenchReport, column
 
 
 @dataclasses.dataclass
@@ -14,7 +14,7 @@ class Row:
 
 
 def test_a_report_is_a_table_under_its_head_and_json_by_name():
-    report = Report("Racing", {"laps": 3}, [Row("left", 1, 1 / 3), Row("right", 8, None)], ["No wind."],
+    report = BenchReport("Racing", {"laps": 3}, [Row("left", 1, 1 / 3), Row("right", 8, None)], ["No wind."],
                     date="2026-11-24", hardware="a track", versions={"shoes": "2.0", "socks": "1.0"})
     assert report.markdown().split("\n") == [
         "Racing; 2026-11-24; a track; shoes 2.0, socks 1.0", "",
@@ -30,12 +30,12 @@ def test_rows_of_two_kinds_are_two_tables():
     class Other:
         speed: float = column("speed")
 
-    report = Report("Racing", {}, [Row("left", 1, 0.5), Other(2.0), Other(3.0)])
+    report = BenchReport("Racing", {}, [Row("left", 1, 0.5), Other(2.0), Other(3.0)])
     assert report.markdown().split("\n")[5:] == ["", "| speed |", "|---|", "| 2.00 |", "| 3.00 |"]
     assert json.loads(report.json())["rows"][1:] == [{"speed": 2.0}, {"speed": 3.0}]
 
 
 def test_a_report_says_when_and_with_what_it_was_made():
-    report = Report("Racing", {}, [Row("left", 1, 0.5)])
+    report = BenchReport("Racing", {}, [Row("left", 1, 0.5)])
     assert report.date and report.hardware and report.versions["jax"]
     assert report.markdown().endswith("| left | 1 | 0.50 |")

@@ -23,7 +23,7 @@ def toy(monkeypatch):
     lm = LM(Decoder.init(CONFIG, rngs=nnx.Rngs(0)), Text.from_folder(Path(sled.__file__).parent / "demo" / "model"))
     monkeypatch.setattr(sled, "load", lambda *_, **__: lm)
     monkeypatch.setattr(solving, "MAX_NEW_TOKENS", 6)
-    monkeypatch.setattr(exits, "GUESSES", ((1, 2),))
+    monkeypatch.setattr(exits, "DRAFTS", ((1, 2),))
     monkeypatch.setattr(exits, "EXITS", (1,))
     monkeypatch.setattr(exits, "THRESHOLDS", (0.0, 1.0))
     return lm
