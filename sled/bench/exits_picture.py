@@ -26,7 +26,7 @@ def draw(rows, path: Path) -> Path:
             lines.setdefault((row.schedule, row.kv), []).append(row)
     names = [f"{row.threshold:g}" for row in next(iter(lines.values()))]
     places = range(len(names))
-    styles = dict(zip(dict.fromkeys(schedule for schedule, _ in lines), STYLES, strict=True))
+    styles = dict(zip(dict.fromkeys(schedule for schedule, _ in lines), STYLES, strict=False))
     figure = Figure(figsize=(8, 8), layout="constrained")
     FigureCanvasAgg(figure)
     speed, agreement = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
