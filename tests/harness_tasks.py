@@ -1,6 +1,6 @@
 """A model so small that it has nothing to tell, with one token per character, and tasks of the harness for it.
 
-A test module takes the fixtures by `pytest_plugins = ("harness_tasks",)`.
+A test module imports the fixtures that it takes: `model_fixture` is called tiny_model there, and so on.
 """
 
 import json
@@ -54,9 +54,9 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory, tiny_folder):
-    """Its folder."""
+@pytest.fixture(scope="session", name="tiny_model")
+def model_fixture(tmp_path_factory, tiny_folder):
+    """The folder of the model."""
     path = tmp_path_factory.mktemp("model")
     for file in tiny_folder("llama").iterdir():
         (path / file.name).write_bytes(file.read_bytes())
@@ -64,19 +64,19 @@ def tiny_model(tmp_path_factory, tiny_folder):
     return path
 
 
-@pytest.fixture(scope="session")
-def lm(tiny_model):
+@pytest.fixture(scope="session", name="lm")
+def lm_fixture(tiny_model):
     return sled.load(tiny_model)
 
 
-@pytest.fixture(scope="session")
-def tiny_tasks(tmp_path_factory):
+@pytest.fixture(scope="session", name="tiny_tasks")
+def tasks_fixture(tmp_path_factory):
     """The folder of TASKS."""
     return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
-@pytest.fixture
-def no_listing(monkeypatch):
+@pytest.fixture(name="no_listing")
+def listing_fixture(monkeypatch):
     """The harness's own tasks take seconds to list."""
     manager = loading.TaskManager
     monkeypatch.setattr(loading, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))

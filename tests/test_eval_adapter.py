@@ -11,7 +11,16 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
 
 import lm_eval
-from harness_tasks import QUESTIONS, TASKS, text_request, write_tokenizer
+from harness_tasks import (  # noqa: F401
+    QUESTIONS,
+    TASKS,
+    listing_fixture,
+    lm_fixture,
+    model_fixture,
+    tasks_fixture,
+    text_request,
+    write_tokenizer,
+)
 
 import sled
 from sled.errors import EvaluationError
@@ -22,7 +31,6 @@ from sled.eval.harness.tasks import load_tasks
 from sled.eval.methods import Method
 from sled.text.tokenizer import Text
 
-pytest_plugins = ("harness_tasks",)
 pytestmark = pytest.mark.usefixtures("no_listing")
 RECORDED = Path(__file__).parent / "fixtures" / "eval_hflm.json"
 NO_TRANSFORMERS = "transformers is not installed: pip install sled-jax[parity]"

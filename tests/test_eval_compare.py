@@ -21,8 +21,6 @@ OTHER = np.where(RNG.random(80) < 0.3, 1 - BASE, BASE)
     (10, 2, 2 * (1 + 12 + 66) / 2**12),  # twice the probability of 0, 1 or 2 of 12 coins
     (8, 1, 2 * (1 + 9) / 2**9),
 ])
-
-
 def test_mcnemar_by_hand(wins, losses, p):
     assert mcnemar(wins, losses) == pytest.approx(p, rel=1e-12)
 
@@ -105,22 +103,15 @@ def test_differences_without_width_are_noted_as_means_are():
     assert "without width" not in compare({"base": BASE}, "base", draws=50).markdown()
 
 
-@pytest.mark.parametrize(("outcomes", "says"), [
-    ({}, "must be a mapping"), ([[1, 0]], "must be a mapping"),
-    ({"base": [1, 0], "b": [1]}, "'b' has 1 scores and 'base' has 2"),
-    ({"base": []}, "at least one sample"), ({"base": [[1, 0]]}, r"shape \(1, 2\)"), ({"base": 1.0}, r"shape \(\)"),
-    ({"base": [0, 1.5]}, "sample 1 is 1.5"), ({"base": [-0.1]}, "sample 0 is -0.1"),
-    ({"base": [0, float("nan")]}, "sample 1 is nan"), ({"base": [float("inf")]}, "is inf"),
-    ({"base": ["yes"]}, "are not numbers"), ({"other": [1]}, "against is 'base'.*'other'"),
+@pytest.mark.parametrize(("outcomes", "how", "says"), [
+    ({}, {}, "must be a mapping"), ([[1, 0]], {}, "must be a mapping"),
+    ({"base": [1, 0], "b": [1]}, {}, "'b' has 1 scores and 'base' has 2"), ({"base": []}, {}, "at least one sample"),
+    ({"base": [[1, 0]]}, {}, r"shape \(1, 2\)"), ({"base": 1.0}, {}, r"shape \(\)"),
+    ({"base": [0, 1.5]}, {}, "sample 1 is 1.5"), ({"base": [-0.1]}, {}, "sample 0 is -0.1"),
+    ({"base": [0, float("nan")]}, {}, "sample 1 is nan"), ({"base": [float("inf")]}, {}, "is inf"),
+    ({"base": ["yes"]}, {}, "are not numbers"), ({"other": [1]}, {}, "against is 'base'.*'other'"),
+    *(({"base": [1]}, {name: value}, f"{name} is") for name, value in (("seed", -1), ("draws", 0), ("draws", 2.5))),
 ], ids=str)
-
-
-def test_what_cannot_be_compared(outcomes, says):
+def test_what_cannot_be_compared(outcomes, how, says):
     with pytest.raises(SettingError, match=says):
-        compare(outcomes, "base")
-
-
-@pytest.mark.parametrize("how", [dict(seed=-1), dict(draws=0), dict(draws=2.5)], ids=str)
-def test_settings_are_checked(how):
-    with pytest.raises(SettingError, match=f"{next(iter(how))} is"):
-        compare({"base": [1]}, "base", **how)
+        compare(outcomes, "base", **how)

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
 
 import lm_eval
+from harness_tasks import listing_fixture, lm_fixture, model_fixture, tasks_fixture  # noqa: F401
 
 import sled
 from sled import cli
@@ -22,7 +23,6 @@ from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.run import evaluate
 from sled.io import written_whole
 
-pytest_plugins = ("harness_tasks",)
 pytestmark = pytest.mark.usefixtures("no_listing")
 BASE, OTHER = np.arange(80) % 3 > 0, np.arange(80) % 4 > 0
 
@@ -32,8 +32,6 @@ BASE, OTHER = np.arange(80) % 3 > 0, np.arange(80) % 4 > 0
     (Method("draft", exits=sled.SelfSpeculation(1)), "exits"),
     (Method("warm", sampling=sled.Sampling(temperature=1.0)), "sampling"),
 ])
-
-
 def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tiny_tasks, method, idle):
     with pytest.raises(EvaluationError, match=f"'tiny_choice' asks for log-likelihoods, which never depend on "
                                               f"the {idle} of a method: the figures of '{method.name}' would"):
@@ -46,8 +44,6 @@ def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tiny_t
     (dict(sampling_options=SamplingOptions(temperature=1), fusion_options=FusionOptions("sled", rate=2.0)),
      "SLED, rate 2, temperature 1"),
 ])
-
-
 def test_the_command_calls_a_method_by_its_options(given, name):
     assert Eval(tasks=("sled_demo",), **given)._name() == name
 
@@ -135,8 +131,6 @@ def test_a_report_is_replaced_whole_or_not_at_all(lm, tiny_tasks, tmp_path, monk
     ({"report.json": "[1]"}, "holds report.json"),
     (None, "'.*out', which is a file; name a folder"),
 ])
-
-
 def test_a_folder_with_files_of_ones_own_is_refused_before_any_work(tmp_path, monkeypatch, capsys, held, says):
     monkeypatch.setattr(sled, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     out = tmp_path / "out"

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
 
 import lm_eval
-from harness_tasks import QUESTIONS, TASKS
+from harness_tasks import QUESTIONS, TASKS, listing_fixture, tasks_fixture  # noqa: F401
 from lm_eval.api.model import LM as HarnessModel
 
 from sled.demo.problems import problems
@@ -15,7 +15,6 @@ from sled.errors import DataError, EvaluationError, SettingError
 from sled.eval.harness.tasks import load_tasks
 from sled.eval.report.scores import TaskResult
 
-pytest_plugins = ("harness_tasks",)
 pytestmark = pytest.mark.usefixtures("no_listing")
 
 
@@ -81,8 +80,6 @@ GOOD = {"question": "why", "answer": "so"}
     ("rows.parquet", ["no Parquet"], r"rows\.parquet cannot be read as parquet \((?!An error)"),
     ("data/train.jsonl", [GOOD], "the splits train, but the task tiny_text is evaluated on 'test'"),
 ])
-
-
 def test_data_that_do_not_fit_are_named(tiny_tasks, tmp_path, capfd, name, rows, says):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
@@ -123,8 +120,6 @@ def test_local_data_take_the_place_of_a_tasks_own(tiny_tasks, tmp_path):
     ("gsm8k_cot8_rows", None, "abc", "'gsm8k_cot8_rows' shows 8 examples .* 3 rows, 2 besides"),
     ("listed", 2, "abc", "'listed' shows 2 examples .* the data they come from hold 1 row; lower"),
 ])
-
-
 def test_more_examples_than_rows_are_refused_before_any_work(tiny_tasks, tmp_path, name, asked, questions, says):
     listed = dict(TASKS["tiny_text"], task="listed", dataset_path="nobody/nothing", test_split="test",
                   fewshot_config=dict(sampler="first_n", samples=[{"question": "q", "answer": "a"}]))
@@ -152,8 +147,6 @@ def test_more_examples_than_rows_are_refused_before_any_work(tiny_tasks, tmp_pat
     (["tiny_text", "sled_demo"], {"metadata": {"problems": 2, "nosuch": 1}}, "'nosuch', .* one of problems, seed, ver"),
     (["factor_news"], {"metadata": {"primer_file": "x"}, "data": "FACTOR"}, "'primer_file', which no task here reads"),
 ])
-
-
 def test_tasks_that_cannot_be_had_are_named(tiny_tasks, tmp_path, names, given, says):
     if given.get("data") == "FACTOR":
         given = {**given, "data": tmp_path / "rows.jsonl"}
