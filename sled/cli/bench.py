@@ -114,7 +114,7 @@ class BenchLoss:
 
 @dataclasses.dataclass(frozen=True)
 class BenchLayers:
-    """How well each layer speaks, of one or several models side by side, on held-out word problems.
+    """Every layer of one or several models, read as an exit, on held-out word problems.
 
     sled bench layers --models demo twin/model --picture layers.png
 

@@ -23,9 +23,9 @@ class Demo:
     """
 
     problems: int = 100
-    """How many held-out problems to solve for the table."""
+    """Held-out problems to solve for the table."""
     show: int = 3
-    """How many of them to print with both solutions."""
+    """Problems to print with both solutions."""
     output: Path = Path("sled-demo")
     """Folder for the lens picture."""
     rate: float = 2.0

@@ -43,7 +43,7 @@ class Eval:
     include_path: tuple[Path, ...] = ()
     """Folders with tasks of your own, as YAML files."""
     metadata: tuple[str, ...] = ()
-    """What tasks may be told, NAME=VALUE, such as problems=200 for sled_demo."""
+    """Values that tasks may read, NAME=VALUE, such as problems=200 for sled_demo."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sled-eval")
     """Folder for report.json, report.md, samples.jsonl and pictures; report.json comes last."""
     cache: Path | None = None
@@ -59,7 +59,7 @@ class Eval:
     apply_chat_template: bool = False
     """Put prompts into the model's chat template."""
     system_instruction: str | None = None
-    """Say this before all else."""
+    """Put this before all else."""
     max_new_tokens: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
     """The most tokens for an answer; by default what the task says, or 256."""
     raw_scores: bool = False

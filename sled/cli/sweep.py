@@ -15,7 +15,7 @@ from sled.errors import PromptError, SettingError
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What leaving early costs and gains here, over a grid of settings: a table, a CSV file and a picture.
+    """Measure the cost and gain of leaving early, over a grid of settings: a table, a CSV file and a picture.
 
     sled sweep
 
@@ -36,7 +36,7 @@ class Sweep:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sweep")
     """Folder for sweep.csv, sweep.md and sweep.png."""
     problems: int | None = None
-    """How many questions to ask: of the demo model's held-out problems 160, of --data all, unless given."""
+    """The number of questions: of the demo model's held-out problems 160, of --data all, unless given."""
     data: str | None = None
     """Questions of your own: a file of JSON lines, or what else sled train reads."""
     prompt: str | None = None
@@ -48,22 +48,22 @@ class Sweep:
     """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4.
     Left out: an eighth, a quarter, half and three quarters of the layers."""
     thresholds: tuple[float, ...] = (0.98, 0.9, 0.8, 0.7, 0.5)
-    """Early exit: how sure an exit must be. None behind the option: no early exit in the sweep."""
+    """Early exit: the confidence that an exit must have. None behind the option: no early exit in the sweep."""
     measures: tuple[Literal["max_probability", "margin", "entropy", "saturation"], ...] = ("max_probability",)
-    """Early exit: what sure means."""
+    """Early exit: the measure of confidence."""
     kv: Literal["exact", "propagate"] = "exact"
-    """Early exit: keys and values of skipped layers. exact: made up later, in a block.
+    """Early exit: keys and values of skipped layers. exact: computed later, in a block.
     propagate: from the exit's hidden state at once; cheaper, approximate."""
     draft_layers: tuple[int, ...] | None = None
     """Self-speculation: after which layers to draft. Left out: as for --exit-layers."""
     drafts: tuple[int, ...] = (2, 4, 6, 8)
-    """Self-speculation: how many tokens to draft. None behind the option: no self-speculation in the sweep."""
+    """Self-speculation: the number of tokens to draft. None behind the option: no self-speculation in the sweep."""
     rates: tuple[float, ...] = ()
     """SLED without exits, against plain greedy decoding: evolution rates."""
     scales: tuple[int, ...] = ()
     """SLED without exits: evolution scales."""
     rounds: int = 3
-    """How often everything is timed; the fastest round counts."""
+    """Rounds in which everything is timed; the fastest counts."""
     delta: float = 0.05
     """The expected loss to tolerate: the share of questions solved without exits and lost with them."""
     epsilon: float = 0.05
