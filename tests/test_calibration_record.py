@@ -16,7 +16,7 @@ from sled.demo.problems import problems, prompt
 from sled.errors import CalibrationError, SettingError
 from sled.exits import FullDepth
 from sled.settings.describe import describe
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 EXITS = sled.EarlyExit(1)
 SERVING = dict(max_new_tokens=24)
@@ -233,7 +233,7 @@ def test_files_that_cannot_be_read_or_written_are_named(record, tmp_path):
 def test_without_a_tokenizer_token_ids_are_calibrated(lm, record):
     ids = [lm.text.encode(prompt(p.question)) for p in problems("train", 12, seed=3)]
     blind = copy.copy(lm)
-    blind.text = Text(None, "blind")
+    blind.text = Tokenizer(None, "blind")
     seen = []
     made = blind.calibrate(ids, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95,), batch_size=12, progress=False,
                            loss=lambda early, full: seen.append(early) or early != full, **SERVING)

@@ -39,7 +39,7 @@ def other_tokenizer(lm):
     from tokenizers import Tokenizer, models
 
     changed = copy.copy(lm)
-    changed.text = sled.text.tokenizer.Text(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
+    changed.text = sled.text.tokenizer.Tokenizer(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
     return changed
 
 

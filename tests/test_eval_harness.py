@@ -14,9 +14,10 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
 
 import lm_eval
+import tokenizers
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM as HarnessModel
-from tokenizers import Tokenizer, decoders, models, processors
+from tokenizers import decoders, models, processors
 
 import sled
 from sled import cli
@@ -34,7 +35,7 @@ from sled.eval.methods import Method, baselines
 from sled.eval.report.report import report_folder
 from sled.eval.report.run import evaluate
 from sled.io import written_whole
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 RECORDED = Path(__file__).parent / "fixtures" / "eval_hflm.json"
 NO_TRANSFORMERS = "transformers is not installed: pip install sled-jax[parity]"
@@ -60,7 +61,7 @@ TASKS = {
 def write_tokenizer(folder: Path, **config) -> None:
     """tokenizer.json, which begins texts with <s>, and tokenizer_config.json with these fields besides."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -160,7 +161,7 @@ def test_tokens_are_those_of_transformers(lm, folder, tmp_path):
         path.mkdir()
         write_tokenizer(path, **config)
         other = copy.copy(lm)
-        other.text = Text.from_folder(path)
+        other.text = Tokenizer.from_folder(path)
         model, theirs = SledLM(other, progress=False), transformers.AutoTokenizer.from_pretrained(path)
         assert model.tok_encode("a b") == theirs.encode("a b")
         assert model.tok_encode("<s>a b") == theirs.encode("<s>a b", add_special_tokens=False)
@@ -194,7 +195,7 @@ def test_chat_templates_read_as_in_transformers(tmp_path, messages, prompt):
 def test_a_template_writes_the_same_day_throughout(lm, tmp_path):
     write_tokenizer(tmp_path, chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     other = copy.copy(lm)
-    other.text = Text.from_folder(tmp_path)
+    other.text = Tokenizer.from_folder(tmp_path)
     assert SledLM(other, progress=False, now=NOW).apply_chat_template(CHAT[:1]) == "02 Jan 2025 one <b>"
 
 
@@ -203,7 +204,7 @@ def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
         SledLM(lm, progress=False).apply_chat_template(CHAT)
     write_tokenizer(tmp_path, chat_template=[{"name": "default", "template": TEMPLATE}, {"name": "x", "template": ""}])
     other = copy.copy(lm)
-    other.text = Text.from_folder(tmp_path)
+    other.text = Tokenizer.from_folder(tmp_path)
     model = SledLM(other, progress=False)
     system = [{"role": "system", "content": "be brief"}]
     assert model.apply_chat_template(system + CHAT) == model.apply_chat_template(CHAT)  # which the template refuses

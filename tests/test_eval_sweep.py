@@ -35,7 +35,7 @@ from sled.eval.sweep.sweep import same_tokens, sweep
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
 from sled.results import Output, Stats
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.timing import Times
 
 TWO, THREE = (DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, num_layers=layers, num_heads=2,
@@ -48,7 +48,7 @@ GUESSES = grid.self_speculation([1], [3, 1])
 
 @pytest.fixture(scope="module")
 def toy():
-    return LM(Decoder.init(TWO, rngs=nnx.Rngs(0)), Text.from_folder(Path(sled.__file__).parent / "demo" / "model"),
+    return LM(Decoder.init(TWO, rngs=nnx.Rngs(0)), Tokenizer.from_folder(Path(sled.__file__).parent / "demo" / "model"),
               name="toy")
 
 

@@ -12,7 +12,7 @@ from sled.bench import exits, solving
 from sled.errors import SettingError
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 CONFIG = DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, num_layers=2, num_heads=2,
                        num_kv_heads=2, head_dim=16, max_positions=128, eos_ids=(0,), tied_head=True)
@@ -20,7 +20,8 @@ CONFIG = DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, 
 
 @pytest.fixture
 def toy(monkeypatch):
-    lm = LM(Decoder.init(CONFIG, rngs=nnx.Rngs(0)), Text.from_folder(Path(sled.__file__).parent / "demo" / "model"))
+    tokenizer = Tokenizer.from_folder(Path(sled.__file__).parent / "demo" / "model")
+    lm = LM(Decoder.init(CONFIG, rngs=nnx.Rngs(0)), tokenizer)
     monkeypatch.setattr(sled, "load", lambda *_, **__: lm)
     monkeypatch.setattr(solving, "MAX_NEW_TOKENS", 6)
     monkeypatch.setattr(exits, "GUESSES", ((1, 2),))

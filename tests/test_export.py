@@ -35,7 +35,7 @@ from sled.lm import LM
 from sled.models import Decoder, DecoderConfig, ExitHeads, load_folder, load_orbax, save_folder, save_orbax
 from sled.models.hub import folder_of
 from sled.models.huggingface import write_form
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.run.checkpoint import Checkpoints
 from sled.train.run.trained import read_checkpoint
 
@@ -330,7 +330,7 @@ def test_wrong_numbers_are_named_in_python_and_at_the_command(programs):
     (ExitHeads((1, 2), "norm", tied=False), False, ["raw", "raw", "normed"]), (None, True, ["normed"] * 3),
 ], ids=["affine", "mlp", "untied", "none"])
 def test_the_fused_step_takes_states_in_the_form_that_it_says(heads, norm_early, states):
-    lm = LM(stirred(random_decoder(heads)) if heads else random_decoder(), Text(None, "m"), name="m")
+    lm = LM(stirred(random_decoder(heads)) if heads else random_decoder(), Tokenizer(None, "m"), name="m")
     network, fusion = lm.build(lm.params), sled.SLED(layers=(1, 2), scale=5, norm_early=norm_early)
     parts = take_apart("fusion", fusion, {})
     traced = trace_step(lm, parts, {})

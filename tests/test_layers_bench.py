@@ -13,7 +13,7 @@ from sled.demo.problems import problems, prompt
 from sled.errors import SettingError
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 CONFIG = DecoderConfig(family="llama", vocab_size=1000, width=16, mlp_width=24, num_layers=2, num_heads=2,
                        num_kv_heads=2, head_dim=8, max_positions=256, eos_ids=(0,), tied_head=True)
@@ -21,7 +21,7 @@ CONFIG = DecoderConfig(family="llama", vocab_size=1000, width=16, mlp_width=24, 
 
 @pytest.fixture
 def toy(monkeypatch):
-    text = Text.from_folder(Path(sled.__file__).parent / "demo" / "model")
+    text = Tokenizer.from_folder(Path(sled.__file__).parent / "demo" / "model")
     made = Decoder.init(CONFIG, rngs=nnx.Rngs(0))
     monkeypatch.setattr(sled, "load", lambda *_, **__: LM(made, text))
     monkeypatch.setattr(layers, "MAX_NEW_TOKENS", 6)

@@ -10,7 +10,7 @@ from training_data import CONFIG, END, ROWS, TEXT, documents_of, loader, one_epo
 
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, DownloadError, SettingError, TokenizerError
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.documents import tokenise
 from sled.train.data.packing import Layout
 from sled.train.data.sources import Source
@@ -102,7 +102,7 @@ def test_a_missing_prompt_leaves_the_completion(load):
 
 @pytest.mark.parametrize("ids", [[3, 4, 5], (3, 4, 5), np.array([3, 4, 5]), [3, 4, 5, END]])
 def test_token_ids_need_no_tokenizer_and_are_ended_once(load, ids):
-    rows = load([{"ids": ids}], tokens="ids", tokenizer=Text(None, "nowhere"))
+    rows = load([{"ids": ids}], tokens="ids", tokenizer=Tokenizer(None, "nowhere"))
     assert tokens_of(rows) == [[3, 4, 5, END]]
 
 
@@ -261,6 +261,6 @@ def test_what_the_model_cannot_take_is_refused(load):
     with pytest.raises(DataError, match="names no end-of-text token"):
         load(ROWS, config=dataclasses.replace(CONFIG, eos_ids=()))
     with pytest.raises(TokenizerError):
-        load(ROWS, tokenizer=Text(None, "nowhere"))
+        load(ROWS, tokenizer=Tokenizer(None, "nowhere"))
     with pytest.raises(SettingError, match="split is 'test'"):
         load("demo", split="test")

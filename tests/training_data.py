@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 
 from sled.models.config import DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.batches import Batches
 from sled.train.data.packing import Layout
 from sled.train.data.rows import read
@@ -17,7 +17,7 @@ END = 0
 CONFIG = DecoderConfig("llama", vocab_size=1000, width=8, mlp_width=8, num_layers=2, num_heads=2, num_kv_heads=2,
                        head_dim=4, max_positions=256, eos_ids=(END,), pad_id=7)
 LAYOUT = Layout(64)
-TEXT = Text.from_folder(DEMO)
+TEXT = Tokenizer.from_folder(DEMO)
 ROWS = [{"text": f"{name} buys {n} toys.", "n": n} for n, name in enumerate(["Ash", "Ben", "Cleo", "Dan"])]
 
 

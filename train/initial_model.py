@@ -28,7 +28,7 @@ from sled.models.sharding.sharding import Placing
 from sled.models.stored import abstract_stacked
 from sled.settings.describe import describe
 from sled.settings.rules import OrNone, Whole, settle
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Source
 from sled.train.data.tokenizer import END_OF_TEXT, train_tokenizer, write_tokenizer
 from sled.train.objective.exit_heads import with_heads
@@ -89,7 +89,7 @@ class Beginning(NamedTuple):
     """
 
     config: DecoderConfig
-    text: Text
+    text: Tokenizer
     folder: Path | None
     context: int
     origin: Any
@@ -138,9 +138,9 @@ def begin(model: str | Path | NewModel, source: Source, context: int | None, for
     if jax.process_count() > 1:
         sync_global_devices("sled puts down the form of its model")
     if new:
-        return Beginning(read_config(form), Text.from_folder(form), None, context,
+        return Beginning(read_config(form), Tokenizer.from_folder(form), None, context,
                          dict(describe(dataclasses.replace(model, tokenizer=None)), name="new"))
-    return Beginning(config, Text.from_folder(model), model, context,
+    return Beginning(config, Tokenizer.from_folder(model), model, context,
                      dict(name=name, digest=_weights_digest(model)))
 
 
@@ -169,7 +169,7 @@ def _new_form(model: NewModel, source: Source, positions: int, form: Path) -> No
         write_tokenizer(tokenizer, form, positions)
         end, size = tokenizer.token_to_id(END_OF_TEXT), tokenizer.get_vocab_size()
     else:
-        text = Text.from_folder(Path(model.tokenizer))
+        text = Tokenizer.from_folder(Path(model.tokenizer))
         end, size = text.id_of(model.end_of_text), text.vocabulary
         if end is None:
             raise SettingError(f"the tokenizer in {model.tokenizer} has no token {model.end_of_text!r}; name the one "

@@ -51,11 +51,6 @@ class Point:
     against: Method
     digest: str
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Those of `LM.generate`."""
-        return dict(self.method.decoding(), sampling=self.method.sampling)
-
 
 def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str | os.PathLike, *, rounds: int = 3,
           batch_size: int = 8, max_new_tokens: int = NEW_TOKENS, delta: float = 0.05, epsilon: float = 0.05,
@@ -88,8 +83,9 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     rows = Rows(sweep_folder("folder", Path(folder)) / FILES[0])
     programs = _programs([point for point in points if point.digest not in rows.by_digest])
     if programs:
-        solve = lambda point: lm.generate(list(questions.prompts), batch_size=batch_size,  # noqa: E731
-                                          max_new_tokens=max_new_tokens, **point.settings)
+        solve = lambda point: lm.decode(  # noqa: E731
+            list(questions.prompts), point.method.decoding.replace(max_new_tokens=max_new_tokens),
+            batch_size=batch_size)
         for row in _measure(programs, {p.method.name: p for p in points}, questions, solve, given["rounds"], progress):
             rows.append(row)
     found = [dataclasses.replace(rows.by_digest[point.digest], method=point.method.name, against=point.against.name)
@@ -118,8 +114,7 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
         if not isinstance(method, Method):
             raise SettingError(f"methods holds {method!r}, but must hold methods; give sled.eval.methods.Method(name, "
                                "...), or what sled.eval.sweep.grid makes")
-        if method.exits is not None:
-            method.exits.exits(lm.config.num_layers)  # for its error, before any work
+        method.decoding.exits.exits(lm.config.num_layers)  # for its error, before any work
     common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), "tokenizer": lm.text.digest,
               "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given,
               "questions": _sha256([list(questions.prompts), list(map(str, questions.answers))])}
@@ -153,9 +148,9 @@ def _baselines(method: Method) -> list[Method]:
     plain = no_exit()
     if not method.leaves_early:
         return [plain]
-    mine = no_exit(method.fusion)
+    mine = no_exit(method.decoding.fusion)
     if method.samples:
-        mine = dataclasses.replace(mine, name=f"{mine.name}, sampled", sampling=method.sampling)
+        mine = Method(f"{mine.name}, sampled", fusion=method.decoding.fusion, sampling=method.decoding.sampling)
     return [plain, mine]
 
 
@@ -163,7 +158,8 @@ def _programs(points: Sequence[Point]) -> list[list[Point]]:
     """The points by compiled program, in the order of their first, and by baseline."""
     found: dict[Any, list[Point]] = {}
     for point in points:
-        traced = {name: value for name, value in point.settings.items() if name != "schedule"}
+        decoding = point.method.decoding
+        traced = decoding.fusion, decoding.exits, decoding.sampling
         found.setdefault((jax.tree.structure(traced), point.against.name), []).append(point)
     return list(found.values())
 
@@ -195,7 +191,7 @@ def _measure(programs: list[list[Point]], known: dict[str, Point], questions: Qu
 
 def _row(point: Point, outs: dict[str, Output], times: dict[str, Times], questions: Questions,
          where: dict[str, str]) -> Row:
-    method, exits, n = point.method, point.settings["exits"], len(questions.prompts)
+    method, exits, n = point.method, point.method.decoding.exits, len(questions.prompts)
     out, full = outs[method.name], outs[point.against.name]
     right, right_full = questions.right(out.texts), questions.right(full.texts)
     low, high = binomtest(sum(right), n).proportion_ci(method="wilson")

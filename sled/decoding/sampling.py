@@ -52,6 +52,13 @@ class Sampling:
             repetition_penalty=Number(0, open_low=True, hint="it divides logits; 1 changes nothing"))
 
 
+def seen_tokens(tokens_BS, length_B, vocabulary: int):
+    """The tokens of each row's first `length_B` positions, marked [B, V], for the repetition penalty."""
+    rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
+    known_BS = jnp.arange(tokens_BS.shape[1]) < length_B[:, None]
+    return jnp.zeros((tokens_BS.shape[0], vocabulary), bool).at[rows_B1, tokens_BS].max(known_BS)
+
+
 def penalise(logits_BV, seen_BV, penalty_B):
     """The repetition penalty on the tokens marked in `seen_BV`."""
     penalty = penalty_B[:, None]

@@ -13,9 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from sled.errors import SettingError
-from sled.exits.confidence import MEASURES, Classifier
-from sled.exits.policy import Exits, with_last
-from sled.exits.schedule import Immediate
+from sled.exits.confidence import MEASURES, PROJECTING, Classifier, confidence
+from sled.exits.policy import Decision, Exits, ExitView, Policy, only_if, with_last
 from sled.settings.pytree import traced
 from sled.settings.rules import LARGEST, Each, Instance, Number, OneOf, Whole, settle
 
@@ -24,7 +23,7 @@ DECAYS = ("none", "calm-paper", "calm-code")
 
 @traced("classifier", threshold="BE", decay_temperature="B", min_layer="B")
 @dataclasses.dataclass(frozen=True)
-class EarlyExit:
+class EarlyExit(Policy):
     """A token leaves after the first of `layers` whose confidence is above the threshold.
 
     The exit speaks with the fusion in use, on the layers up to the exit, through its own head where the
@@ -59,10 +58,6 @@ class EarlyExit:
     kv: str = "exact"
     max_deferred: int = 8
     classifier: Classifier | None = None
-
-    verifies = False
-    schedule = Immediate()
-    positions_per_token = 1  # a token that left runs the deeper layers once, later
 
     def __post_init__(self):
         settle(
@@ -109,15 +104,30 @@ class EarlyExit:
         lowest = float(np.min(np.asarray(self.threshold)))
         return lowest if self.decay == "none" else 0.9 * lowest
 
-    def thresholds(self, made_B, most_B):
-        """lambda' [B, exits], after `made_B` new tokens of at most `most_B`."""
+    def first_exit(self, num_layers: int) -> int:
+        """The first of `layers` from `min_layer` on, or the last layer."""
+        return min((n for n in self.layers if n >= np.min(self.min_layer)), default=num_layers)
+
+    def with_threshold(self, threshold: float) -> EarlyExit:
+        return dataclasses.replace(self, threshold=threshold)
+
+    def at_exit(self, view: ExitView) -> Decision:
+        """Rows whose confidence is finite and above the threshold leave, with the exit's fused logits."""
+        logits_BV = view.fused_logits() if self.measure in PROJECTING else None
+        sure_B = confidence(self.measure, logits_BV, view.states[view.layer], view.states[view.layer - 1],
+                            self.classifier, view.index)
+        limit_B = self.thresholds(view.emitted_B, view.most_B)[:, view.index]
+        leaves_B = view.here_B & jnp.isfinite(sure_B) & (sure_B > limit_B) & (view.layer >= self.min_layer)
+        if logits_BV is None:
+            logits_BV = only_if(leaves_B.any(), view.fused_logits)
+        return Decision(leaves_B, logits_BV, view.memory)
+
+    def thresholds(self, emitted_B, most_B):
+        """lambda' [B, exits], after `emitted_B` new tokens of at most `most_B`."""
         limit = jnp.stack(self.threshold) if isinstance(self.threshold, tuple) else jnp.asarray(self.threshold)
-        limit = jnp.broadcast_to(limit, (made_B.shape[0], len(self.layers)))
+        limit = jnp.broadcast_to(limit, (emitted_B.shape[0], len(self.layers)))
         if self.decay == "none":
             return limit
-        fade_B1 = jnp.exp(-self.decay_temperature * made_B / jnp.maximum(most_B, 1))[:, None]
+        fade_B1 = jnp.exp(-self.decay_temperature * emitted_B / jnp.maximum(most_B, 1))[:, None]
         late = limit if self.decay == "calm-code" else 1.0
         return jnp.clip(0.9 * limit + 0.1 * late * fade_B1, 0, 1)
-
-    def prepare(self, network) -> None:
-        """Nothing is taken from the network beforehand."""

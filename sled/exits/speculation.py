@@ -8,15 +8,18 @@ tokens per layer as in Entezari Zarch et al., "DEL", 2025 (arXiv 2504.05598).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sled.errors import SettingError
-from sled.exits.policy import Exits, with_last
+from sled.exits.confidence import max_probability
+from sled.exits.policy import Decision, Exits, ExitView, Policy, Verification, only_if, with_last
 from sled.exits.schedule import Lockstep
 from sled.fusion.projection import SharedHead
+from sled.fusion.statistics import max_and_index
 from sled.settings.pytree import traced
 from sled.settings.rules import Flag, Number, is_array, settle, settle_bounded
 
@@ -26,7 +29,7 @@ PRIOR = (3.0, 4.0)  # accepted and judged drafts before any was seen
 
 @traced("vocabulary", draft="B", confidence="B")
 @dataclasses.dataclass(frozen=True)
-class SelfSpeculation:
+class SelfSpeculation(Policy):
     """Tokens are guessed after `layer` and verified by all layers together, as one block.
 
     The text is the one that plain decoding with the same fusion, sampling and seed gives, token for
@@ -57,7 +60,6 @@ class SelfSpeculation:
     max_draft: int | None = None
 
     verifies = True
-    propagates = False
     schedule = Lockstep()  # a verification that does not wait for the others' drafts cuts them short
 
     def __post_init__(self):
@@ -86,55 +88,104 @@ class SelfSpeculation:
     def exits(self, num_layers: int) -> tuple[int, ...]:
         return with_last("SelfSpeculation.layer", self.layer, num_layers)
 
-    def prepare(self, network) -> Guesser:
-        """What guessing needs of a network, taken from it once, outside the loop."""
-        w_VD = network.head_weight
-        rows = lambda w_VD: SharedHead(w_VD if self.vocabulary is None else w_VD[self.vocabulary])  # noqa: E731
-        shared, exits = rows(w_VD), [network.exit_head(n) for n in self.layer]
-        heads = tuple(shared if exit is None or exit.projection is None else rows(exit.projection) for exit in exits)
-        return Guesser(heads, self.vocabulary, w_VD.shape[0], network.num_layers)
+    def prepare(self, readout) -> Drafter:
+        """The projections of the drafts, the rows of the draft vocabulary gathered once."""
+        some = lambda head: head if self.vocabulary is None else SharedHead(head.w_VD[self.vocabulary])  # noqa: E731
+        heads = tuple(some(readout.head(n)) for n in self.layer)
+        return Drafter(readout, self.layer, heads, self.vocabulary)
+
+    def initial_memory(self, batch: int):
+        """Drafts verified so far at each exit, right ones and all of them, older ones fading; [B, E - 1] each."""
+        if not self.adaptive:
+            return ()
+        none_BE = jnp.zeros((batch, len(self.layer)))
+        return Acceptance(none_BE, none_BE)
+
+    def at_exit(self, view: ExitView) -> Decision:
+        """Rows that draft at this exit leave with its logits, until their draft is long enough or not sure enough."""
+        layer_B, draft_B = self._choose_draft(view.memory, view.prepared, view.here_B.shape[0])
+        may_B = view.here_B & (layer_B == view.index) & (view.drafted_B < draft_B)
+
+        def draft():
+            logits_BV = view.prepared.logits(view.states[view.layer], view.index)
+            picky = jnp.any(jnp.asarray(self.confidence) > 0)
+            sure_B = only_if(picky, lambda: max_probability(logits_BV))
+            return ~picky | (sure_B >= self.confidence), logits_BV
+
+        sure_B, logits_BV = only_if(may_B.any(), draft)
+        return Decision(may_B & sure_B, logits_BV, view.memory)
+
+    def observe(self, memory, verification: Verification, prepared: Drafter):
+        """The acceptance after a verification, of an adaptive policy.
+
+        Places up to and including the first wrong draft count. Where several exits are offered, each is asked what it
+        would have drafted there ("shadow tokens" of DEL), its most likely token being its draft.
+        """
+        if not self.adaptive:
+            return memory
+        drafted_BT, accepted_B, chosen_BT, _ = verification
+        counts_BT = drafted_BT & (jnp.arange(drafted_BT.shape[1]) <= accepted_B[:, None])
+
+        def right_B(e: int, layer: int):
+            if len(self.layer) == 1:
+                return jnp.minimum(accepted_B, counts_BT.sum(1))
+            drafts = lambda h_BD: max_and_index(prepared.logits(h_BD, e))[1][:, 0]  # noqa: E731
+            return (counts_BT & (jax.vmap(drafts, 1, 1)(verification.states[layer]) == chosen_BT)).sum(1)
+
+        fade_B1 = jnp.where(counts_BT.any(1), KEEP, 1.0)[:, None]
+        right_BE = jnp.stack([right_B(e, layer) for e, layer in enumerate(self.layer)], axis=1)
+        return Acceptance(fade_B1 * memory.accepted_BE + right_BE,
+                          fade_B1 * memory.drafted_BE + counts_BT.sum(1)[:, None])
+
+    def _choose_draft(self, memory, drafter: Drafter, batch: int):
+        """The exit (an index) where each row drafts, and the length of its draft: both [B].
+
+        With `adaptive`, the pair that promises most accepted tokens per layer run (DEL's TPL, with this loop's
+        costs: d drafts after layer e, one more pass through it, and the other layers once).
+        """
+        most_B = jnp.broadcast_to(jnp.asarray(self.draft), (batch,))
+        if not self.adaptive:
+            return jnp.zeros(batch, jnp.int32), most_B
+        rate_BE1 = ((memory.accepted_BE + PRIOR[0]) / (memory.drafted_BE + PRIOR[1]))[:, :, None]
+        drafts_N = jnp.arange(1, self.max_draft + 1)
+        expected_BEN = 1 + jnp.cumsum(rate_BE1 ** drafts_N, axis=-1)
+        layers_E1 = jnp.array(self.layer)[:, None]
+        cost_EN = (drafts_N + 1) * layers_E1 + drafter.depth - layers_E1 + (drafts_N + 1) * drafter.head_layers
+        worth_BEN = jnp.where(drafts_N <= most_B[:, None, None], expected_BEN / cost_EN, 0)
+        best_B = worth_BEN.reshape(batch, -1).argmax(-1)
+        return best_B // self.max_draft, 1 + best_B % self.max_draft
 
 
-@dataclasses.dataclass(frozen=True)
-class Guesser:
-    """The projection for the guesses of each exit, the shared one or its own: all rows, or the draft vocabulary's."""
+class Acceptance(NamedTuple):
+    """Drafts that were right at each exit, and all that were verified, [B, exits] each; older ones fade."""
 
+    accepted_BE: jax.Array
+    drafted_BE: jax.Array
+
+
+class Drafter(NamedTuple):
+    """What drafting takes from the network. heads: each exit's projection, all rows or the draft vocabulary's."""
+
+    readout: Any
+    layers: tuple[int, ...]
     heads: tuple[SharedHead, ...]
     ids: jax.Array | None
-    vocabulary: int
-    depth: int
 
-    def project(self, h_BD, exit_index: int):
-        """Logits [B, V] of hidden states made ready by the exit; -inf for tokens outside the draft vocabulary."""
-        logits_BV = self.heads[exit_index].project(h_BD)
+    def logits(self, h_BD, exit_index: int):
+        """An exit's logits [B, V] of its hidden states, without fusion; -inf outside the draft vocabulary."""
+        layer = self.layers[exit_index]
+        logits_BV = self.heads[exit_index].project(self.readout.ready(h_BD, layer))
         if self.ids is None:
             return logits_BV
-        everything = jnp.full((h_BD.shape[0], self.vocabulary), -jnp.inf, logits_BV.dtype)
+        everything = jnp.full((h_BD.shape[0], self.readout.head(layer).vocabulary), -jnp.inf, logits_BV.dtype)
         return everything.at[:, self.ids].set(logits_BV)
 
     @property
+    def depth(self) -> int:
+        return self.readout.num_layers
+
+    @property
     def head_layers(self) -> float:
-        """What the projection costs, in layers: its weights over the 12 D^2 of a usual layer."""
+        """The cost of the projection, in layers: its weights over the 12 D^2 of a usual layer."""
         rows, width = self.heads[0].w_VD.shape
         return rows / (12 * width)
-
-
-def choose_draft(policy: SelfSpeculation, guesser: Guesser, accepted_BE, judged_BE):
-    """The exit (an index) where each row guesses, and how many tokens it guesses: both [B].
-
-    With `adaptive`, the pair that promises most accepted tokens per layer run (DEL's TPL, with this loop's
-    costs: d guesses after layer e, one more pass through it, and the other layers once).
-    """
-    batch = accepted_BE.shape[0]
-    most_B = jnp.broadcast_to(jnp.asarray(policy.draft), (batch,))
-    if not policy.adaptive:
-        return jnp.zeros(batch, jnp.int32), most_B
-    exits = len(policy.layer)
-    rate_BE1 = ((accepted_BE + PRIOR[0]) / (judged_BE + PRIOR[1]))[:, :exits, None]
-    drafts_N = jnp.arange(1, policy.max_draft + 1)
-    expected_BEN = 1 + jnp.cumsum(rate_BE1 ** drafts_N, axis=-1)
-    layers_E1 = jnp.array(policy.layer)[:, None]
-    cost_EN = (drafts_N + 1) * layers_E1 + guesser.depth - layers_E1 + (drafts_N + 1) * guesser.head_layers
-    worth_BEN = jnp.where(drafts_N <= most_B[:, None, None], expected_BEN / cost_EN, 0)
-    best_B = worth_BEN.reshape(batch, -1).argmax(-1)
-    return best_B // policy.max_draft, 1 + best_B % policy.max_draft

@@ -13,16 +13,15 @@ from flax import nnx
 
 from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.record import Calibration
-from sled.decoding.options import FINAL_LAYER, FULL_DEPTH
+from sled.decoding.options import Decoding
 from sled.errors import CheckpointError
-from sled.exits import Policy, Schedule
 from sled.export.card import Card, check_bound, model_card
 from sled.export.program import PACKAGES, save_program
 from sled.export.source import Given, read_source
 from sled.export.target import RECORD, replacing
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 NO_WORD = Card()
 
@@ -62,14 +61,14 @@ def export_orbax(source: str | os.PathLike, to: str | Path, **reading) -> None:
         _write_record(folder, "orbax", given, given.decoder)
 
 
-def export_program(source: str | os.PathLike, to: str | Path, *, fusion=FINAL_LAYER, exits: Policy = FULL_DEPTH,
-                   schedule: Schedule | None = None, **reading) -> None:
-    """Writes a portable program (see `sled.export.program`), exit heads included. Otherwise as `export_hf`."""
+def export_program(source: str | os.PathLike, to: str | Path, decoding: Decoding, **reading) -> None:
+    """Writes a portable program of this decoding (see `sled.export.program`), exit heads included.
+
+    Otherwise as `export_hf`."""
     with replacing(to) as folder:
         given = read_source(source, **reading)
-        lm = LM(given.decoder, Text.from_folder(given.files), name=given.name)
-        save_program(lm, folder, fusion=fusion, exits=exits, schedule=schedule, tokenizer_from=given.files,
-                     source=given.record())
+        lm = LM(given.decoder, Tokenizer.from_folder(given.files), name=given.name)
+        save_program(lm, folder, decoding, tokenizer_from=given.files, source=given.record())
 
 
 def _without_or_beside(given: Given, heads: str | None) -> Decoder:

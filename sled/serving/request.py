@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sled.decoding.slots import Entry
+from sled.decoding.batch import Entry
 from sled.errors import RequestError, SettingError
-from sled.exits import EarlyExit, Policy
+from sled.exits import Policy
 from sled.settings.rules import LARGEST, Flag, Number, OrNone, Whole, settle
-from sled.text.stop_strings import Row
+from sled.text.stop_strings import StopStrings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +45,20 @@ class Limits:
                show_exits=Flag(hint="True shows requesters the layers their tokens left at"),
                budget=OrNone(Whole(1, hint="it counts layer-tokens; None is no bound")))
 
-    def check(self, exits: Policy) -> None:
-        """Raises SettingError for early exit that leaves earlier than is allowed."""
-        if not isinstance(exits, EarlyExit):
+    def check(self, exits: Policy, num_layers: int) -> None:
+        """Raises SettingError for a policy whose trusted tokens may leave earlier than is allowed."""
+        if exits.verifies or exits.exits(num_layers) == (num_layers,):
             return
-        if np.float32(exits.lowest_threshold) < np.float32(self.threshold_floor):  # as precise as thresholds are
-            raise SettingError(f"EarlyExit.threshold comes down to {exits.lowest_threshold:g}, but the operator allows "
+        name, lowest = type(exits).__name__, exits.lowest_threshold
+        if lowest is None and self.threshold_floor > 0:
+            raise SettingError(f"{name} has no threshold, but the operator allows {self.threshold_floor:g} at the "
+                               "lowest; give a policy that has one, as sled.EarlyExit(...)")
+        if lowest is not None and np.float32(lowest) < np.float32(self.threshold_floor):  # as precise as thresholds are
+            raise SettingError(f"{name}.threshold comes down to {lowest:g}, but the operator allows "
                                f"{self.threshold_floor:g} at the lowest; give a higher one")
-        first = min((n for n in exits.layers if n >= np.min(exits.min_layer)), default=self.min_layer)
-        if first < self.min_layer:
-            raise SettingError(f"EarlyExit leaves after layer {first}, but the operator allows {self.min_layer} at the "
-                               f"earliest; give min_layer={self.min_layer}")
+        if (first := exits.first_exit(num_layers)) < min(self.min_layer, num_layers):
+            raise SettingError(f"{name} leaves after layer {first}, but the operator allows {self.min_layer} at the "
+                               "earliest; give later exits, or a larger min_layer")
 
     def affordable(self, prompt: int, exits: Policy, num_layers: int) -> int | None:
         """New tokens that the budget has room for after a prompt of so many tokens; None: no bound."""
@@ -99,7 +102,8 @@ class Request:
     status: "waiting", "running", "done", "cancelled" or "failed".
     """
 
-    def __init__(self, entry: Entry, row: Row, *, budgeted: bool, shown: bool, text: bool, step: Callable[[], object]):
+    def __init__(self, entry: Entry, row: StopStrings, *, budgeted: bool, shown: bool, text: bool,
+                 step: Callable[[], object]):
         self.status = "waiting"
         self.entry = entry
         self.failure: Exception | None = None
@@ -152,7 +156,7 @@ class Request:
                 ended, layers, now = self.ended, self._exit_layers, self._row.tokens
                 said = None
                 if self._text:
-                    said = self._row.text() if ended else self._row.settled_text()
+                    said = self._row.text() if ended else self._row.final_text()
             if len(now) > tokens or (said and said != text):
                 yield Piece(text=None if said is None else said[len(text):], tokens=now[tokens:],
                             exit_layers=layers[tokens:len(now)] if self._shown else None)

@@ -13,7 +13,7 @@ import numpy as np
 from sled.errors import DataError, SettingError
 from sled.io import written_whole
 from sled.models.config import DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.documents import DAMAGED, Documents, tokenise
 from sled.train.data.packing import Arrangement, Layout, arrange, bucket_lengths
 from sled.train.data.sources import Source
@@ -55,7 +55,7 @@ class Report:
                 f"truncated: {self.truncated:,}; skipped: {_reasons(self.skipped)}")
 
 
-def read(source: Source, text: Text, config: DecoderConfig, layout: Layout, *, cache: str | Path | None = None,
+def read(source: Source, text: Tokenizer, config: DecoderConfig, layout: Layout, *, cache: str | Path | None = None,
          progress: bool = True) -> Rows:
     """The rows of `source` for a model: tokenised and arranged once, then taken from the folder `cache`.
 
