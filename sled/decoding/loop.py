@@ -171,11 +171,8 @@ def _through_segment(run: Context, state: DecodeState, s: int, longest):
 
 
 def block_sizes(window: int) -> tuple[int, ...]:
-    """Block lengths that a deeper segment is compiled for: 1, 4, 16, .. and the whole window."""
-    sizes = [1]
-    while sizes[-1] * 4 < window:
-        sizes.append(sizes[-1] * 4)
-    return (*sizes, window) if window > 1 else (1,)
+    """Block lengths that a deeper segment is compiled for: one token, and the whole window."""
+    return (1, window) if window > 1 else (1,)
 
 
 def _emit(run: Context, state: DecodeState, emission: Emission) -> DecodeState:
