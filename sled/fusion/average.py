@@ -35,7 +35,7 @@ class LayerAverage:
     def logits(self, h_BCD, head):
         share_BC = self._shares(h_BCD.shape[1], head.dtype(h_BCD))
         stats = layer_statistics(h_BCD, head, 1)
-        # log(w_n / Z_n), to be added to the layer's logits; the streaming form passes over W a second time.
+        # log(w_n / Z_n), to be added to the layer's logits; the tiled form passes over W a second time.
         offset_BC = jnp.log(share_BC) - stats.log_norm_BC
 
         def mixture(l_xCV):

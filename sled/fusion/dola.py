@@ -65,7 +65,7 @@ class DoLa:
 def final_divergence(h_BCD, head, log_norm_BC):
     """DoLa's divergence (B, E) of each early layer from the final one, given the log-normalisers.
 
-    A second pass over the projection in the streaming form: M needs both distributions normalised.
+    A second pass over the projection in the tiled form: M needs both distributions normalised.
     """
 
     def total(l_xCV):
