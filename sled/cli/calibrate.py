@@ -53,7 +53,7 @@ class Calibrate(derive("Exits", *EXITS)):
     It takes ln(epsilon) / ln(1 - delta) prompts or more: 29 at delta 0.1, epsilon 0.05.
     With a few hundred the choice is not held back by chance."""
     loss: Literal["rouge", "exact"] = "rouge"
-    """How far a text is from the full model's, 0 to 1.
+    """The distance of a text from the full model's, 0 to 1.
     rouge: 1 - ROUGE-L, the share of tokens that differ or moved. exact: 1 where anything differs, else 0."""
     grid: tuple[float, ...] | None = None
     """Thresholds to try, descending, 0 to 1. By default 18 of them, from 0.999 to 0.1."""

@@ -20,15 +20,15 @@ MAX_NEW_TOKENS = 96
 
 @dataclasses.dataclass(frozen=True)
 class Demo(derive("Fused", *settings_of(sled.SLED, {"rate": "rate", "scale": "scale"}))):
-    """See the layers speak: held-out word problems solved greedily and by SLED, a table, a picture.
+    """Solve held-out word problems greedily and by SLED; print a table, and draw what each layer predicts.
 
     Runs offline on the bundled model, within a minute or two on a CPU.
     """
 
     problems: int = 100
-    """How many held-out problems to solve for the table."""
+    """Held-out problems to solve for the table."""
     show: int = 3
-    """How many of them to print with both solutions."""
+    """Problems to print with both solutions."""
     output: Path = Path("sled-demo")
     """Folder for the lens picture."""
 

@@ -112,7 +112,7 @@ def given(options) -> dict[str, Any]:
 
 
 def build(options, built: Built):
-    """What a choice builds, of the options that were given for it."""
+    """Build what was chosen, of the options that were given for it."""
     values = {built.options[name]: value for name, value in given(options).items() if name in built.options}
     for field, value in values.items():
         rule = declared(built.kind)[field].rule

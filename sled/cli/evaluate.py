@@ -44,7 +44,7 @@ class Eval:
     include_path: tuple[Path, ...] = ()
     """Folders with tasks of your own, as YAML files."""
     metadata: tuple[str, ...] = ()
-    """What tasks may be told, NAME=VALUE, such as problems=200 for sled_demo."""
+    """Metadata for the tasks, NAME=VALUE, such as problems=200 for sled_demo."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sled-eval")
     """Folder for report.json, report.md, samples.jsonl and pictures; report.json comes last."""
     cache: Path | None = None

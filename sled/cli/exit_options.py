@@ -30,7 +30,7 @@ class ExitOptions(derive(
             "early: a token leaves at the first exit that is sure of it, unchecked. Less work; the text may change.\n"
             "speculate: the first layers draft, the whole model verifies the drafts. The text stays the same.")),
         *settings_by_choice(POLICIES), *SCHEDULE)):
-    """Whether a token may leave before the last layer. A setting left out keeps the policy's own default.
+    """Early exit and self-speculation. A setting left out keeps the policy's own default.
 
     A quarter of the layers is a good first exit on a model trained for early exits.
     """

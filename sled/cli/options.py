@@ -47,7 +47,7 @@ class FusionOptions(derive(
                          help="final: the last layer alone; clamp: only its top tokens, the honest baseline of sled. "
                               "Scores need a finite --lower-bound."),
         *settings_by_choice(FUSIONS))):
-    """How the layers decide together. A setting left out keeps the method's own default."""
+    """The fusion of the layers' predictions. A setting left out keeps the method's own default."""
 
     def strategy(self):
         """The chosen strategy. Raises SettingError for a setting that it does not have."""
@@ -58,7 +58,7 @@ class FusionOptions(derive(
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions(derive("Draw", *settings_of(sled.Sampling, SAMPLING))):
-    """How a token is drawn; greedy unless a temperature is given."""
+    """The draw of the next token; greedy unless a temperature is given."""
 
     seed: int = 0
     """Random seed; prompt i uses seed + i."""

@@ -20,7 +20,7 @@ from sled.settings.rules import Number, Whole
 
 @settings
 class Sampling:
-    """How the next token is drawn. The default is greedy.
+    """The draw of the next token. The default is greedy.
 
     Keskar et al. 2019 for the repetition penalty, which also applies when greedy: positive logits of tokens already in
     the prompt or the text are divided by it, negative ones multiplied.

@@ -16,7 +16,7 @@ from sled.fusion.partial import Partial, blockwise_statistics, empty_partial, in
 
 
 class LayerStatistics(NamedTuple):
-    """What the methods need, for B rows, C candidate layers (final last, E = C - 1 early), K top tokens.
+    """The numbers that the methods need, for B rows, C candidate layers (final last, E = C - 1 early), K top tokens.
 
     Distributions are softmax(logits / temperature); what is called logits is not divided.
     """
@@ -49,7 +49,7 @@ def layer_statistics(h_BCD, head, k: int, temperature=1.0) -> LayerStatistics:
 
 
 def _dense(h_BCD, head, k: int, beta_B1):
-    """What `finish` takes, from the logits of all candidates at once."""
+    """Take the sums and the top tokens from the logits of all candidates at once."""
     l_BCV = head.project(h_BCD)
     final_BV = l_BCV[:, -1]
     top_ids_BK = jax.lax.top_k(final_BV, k)[1]
@@ -59,7 +59,7 @@ def _dense(h_BCD, head, k: int, beta_B1):
 
 
 def _tiled(h_BCD, head, k: int, beta_B1):
-    """What `finish` takes, in one pass over tiles of vocabulary rows, every shard's own side by side.
+    """Take the sums and the top tokens in one pass over tiles of vocabulary rows, every shard's own side by side.
 
     Holds per row and layer the nine numbers of `Partial`, and the final layer's logits (B x V); never the logits of all
     candidate layers. With a projection split over devices, only the small statistics travel.

@@ -1,4 +1,4 @@
-"""What all fusion strategies share: the small interface the decoding loop knows, and small helpers.
+"""The interface of fusion strategies that the decoding loop knows, and the settings and helpers they share.
 
 A strategy is a class of `sled.settings.decorator.settings`. Numbers that users tune are traced, so that changing them
 never recompiles. What decides shapes or the computation itself is static.
@@ -15,10 +15,10 @@ from sled.settings.rules import Flag, Layers, Number
 
 @runtime_checkable
 class Strategy(Protocol):
-    """How the candidate layers become one distribution over the next token."""
+    """Makes one distribution over the next token of the candidate layers."""
 
     norm_early: bool
-    """Whether the caller must apply the final norm to the early hidden states (the final one always is)."""
+    """True where the caller must apply the final norm to the early hidden states (the final one always is normed)."""
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         """Ascending hidden states wanted besides the final one: 0 = embeddings, n = after layer n."""

@@ -14,7 +14,7 @@ _KEY = "sled.setting"  # in a dataclass field's metadata
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a field of a `settings` class declares; see `setting` and `bound_of`.
+    """The declaration of a field of a `settings` class; see `setting` and `bound_of`.
 
     bounds: the field that this one is the static bound of, or None; `least` is then the smallest bound chosen.
     """
@@ -28,7 +28,7 @@ class Setting:
 
     @property
     def explanation(self) -> str:
-        """What it sets, and what its rule advises."""
+        """The help, and what the rule advises."""
         return "; ".join(filter(None, (self.help, getattr(self.rule, "hint", ""))))
 
 

@@ -259,7 +259,7 @@ def settle_bounded(self, field: str, bound: str, *, least: int, hint: str) -> No
 
 
 def is_array(value) -> bool:
-    """Whether `value` is an array of numpy or jax; tracers are."""
+    """True for an array of numpy or jax; tracers are arrays."""
     return isinstance(value, (jax.Array, np.ndarray))
 
 
