@@ -291,7 +291,7 @@ def test_generate_leaves_as_a_record_says(lm, record, tmp_path, capsys):
     (("--problems", "3", "--file", "x"), "PromptError: --problems was given beside --file"),
     (("--problems", "0"), "SettingError: --problems is 0"),
     (("--problems", "3"), "CalibrationError: 3 prompts show nothing"),
-    (("--patience", "3"), "--patience has no meaning for --schedule immediate"),
+    (("--patience", "3"), "--patience has no meaning without --schedule"),
     (("-o", "/proc/none/c.json"), "SettingError: --output is"),
 ])
 def test_the_command_names_what_is_wrong(arguments, says, capsys, tmp_path, monkeypatch):

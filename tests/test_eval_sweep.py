@@ -408,7 +408,7 @@ def command(scripted, monkeypatch):
 
 def test_the_command(command, scripted, tmp_path, capsys):
     assert command("-o", tmp_path, "--problems", 4, "--exit-layers", 1, "1,2", "--thresholds", 0.9, 0.5, "--drafts", 2,
-                   "--guess-layers", 2, "--rates", 1, "--scales", 5, 10) == 0
+                   "--draft-layers", 2, "--rates", 1, "--scales", 5, 10) == 0
     out = capsys.readouterr().out
     assert all(f"| {name} |" in out for name in (
         "no exit", "exit after 1, threshold 0.9", "exit after 1 2, threshold 0.5", "guesses after 2, draft 2",
@@ -428,7 +428,7 @@ def test_the_command(command, scripted, tmp_path, capsys):
     (["--thresholds", "--drafts", "--rates", "1", "--scales", "5", "--fusion", "dola"],
      "--fusion has no meaning without --thresholds or --drafts"),
     (["--thresholds", "--exit-layers", "1"], "--exit-layers has no meaning without --thresholds"),
-    (["--drafts", "--guess-layers", "1"], "--guess-layers has no meaning without --drafts"),
+    (["--drafts", "--draft-layers", "1"], "--draft-layers has no meaning without --drafts"),
     (["--exit-layers", "one"], "--exit-layers is 'one'"), (["--problems", "0"], "count is 0"),
     (["--prompt", "q"], "--data, which was not given"), (["--data", "x.jsonl"], "without --prompt or --answer"),
     (["--data", "x.jsonl", "--prompt", "q", "--answer", "a"], "no file at 'x.jsonl'"),

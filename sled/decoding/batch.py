@@ -18,7 +18,7 @@ from sled.decoding.network import Build
 from sled.decoding.options import Decoding
 from sled.decoding.state import bucket
 from sled.exits.schedule import Timing
-from sled.settings.rules import stack_rows
+from sled.settings.per_row import stack_rows
 
 HEADROOM = 256  # new positions allocated at first: attention costs by the slot, growing costs a compilation
 NO_LIMIT = np.int32(2**31 - 1)

@@ -11,7 +11,8 @@ from sled.errors import SettingError
 from sled.exits import FullDepth, Policy, Schedule
 from sled.fusion import FinalLayer, Strategy
 from sled.settings.describe import describe
-from sled.settings.rules import Instance, Whole, check_alike, check_rows, one_row, take_rows
+from sled.settings.per_row import check_alike, check_rows, one_row, take_rows
+from sled.settings.rules import Instance, Whole
 
 A_STRATEGY = Instance(Strategy, hint="give a strategy such as sled.SLED(); sled.FinalLayer() is plain decoding")
 A_POLICY = Instance(Policy, hint="give sled.EarlyExit(...), sled.SelfSpeculation(...) or what Calibration.policy "

@@ -18,7 +18,7 @@ from sled.decoding.network import Build
 from sled.decoding.readout import Readout
 from sled.decoding.state import Plan, bucket, start
 from sled.exits import FullDepth
-from sled.fusion.statistics import max_and_index
+from sled.fusion.partial import max_and_index
 
 LOGITS_AT_ONCE = 2**25  # places x candidates x vocabulary of one pass: 128 MiB of float32
 
