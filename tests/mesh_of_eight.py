@@ -64,7 +64,7 @@ def updated(mesh=None):
     weights = nnx.state(decoder) if mesh is None else jax.device_put(nnx.state(decoder), placing.shardings(
         nnx.state(decoder)))
     tokens_BT = tokens_of(0, config.vocab_size)
-    batch = Batch(tokens_BT, np.ones(tokens_BT.shape, np.float32), np.ones_like(tokens_BT), np.zeros_like(tokens_BT))
+    batch = Batch(tokens_BT, np.ones(tokens_BT.shape, np.float32), np.ones_like(tokens_BT))
     dropout = recipe.dropout.saving(8, decoder.num_layers, 0, 3)
     assert min(dropout.way.saved[1:]) > 0
     step = make_train_step(decoder, recipe, optax.sgd(1.0), placing)

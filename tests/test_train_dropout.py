@@ -15,7 +15,6 @@ from sled.models.decoder import Decoder
 from sled.train.objective.dropping import FixedRows, Masked, WholeBatch
 from sled.train.objective.forward import exit_states
 from sled.train.objective.layer_dropout import (
-    RECIPES,
     ExponentialProfile,
     Falling,
     LayerDropout,
@@ -62,8 +61,7 @@ def test_probabilities_are_the_papers():
         np.testing.assert_allclose(dont_drop_dropout(rate, steps=steps).rates(t, layers), later, rtol=1e-5, atol=1e-8)
     np.testing.assert_allclose(layerskip(rate).rates(7, 3), [0, rate * (2**0.5 - 1), rate], rtol=1e-6)
     assert ExponentialProfile().shares(1).tolist() == LinearProfile().shares(1).tolist() == [0]
-    assert RECIPES["layerskip"](0.1) == layerskip(0.1)
-    assert not layerskip(0.1).rescale and RECIPES["dont-drop-dropout"](0.1, steps=9).rescale
+    assert not layerskip(0.1).rescale and dont_drop_dropout(0.1, steps=9).rescale
 
 
 def test_layers_are_dropped_as_often_as_said(way, drawn):

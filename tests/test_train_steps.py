@@ -52,8 +52,7 @@ def batch():
     inside = index_1T < lengths_B1
     weights_BT = np.where(inside & (index_1T > 0), np.where(index_1T < 3, 0.25, 1.0), 0.0)
     tokens_BT = random.randint(1, 20, (4, 9)) * inside
-    return Batch(tokens_BT.astype(np.int32), weights_BT.astype(np.float32), inside.astype(np.int32),
-                 (index_1T * inside).astype(np.int32))
+    return Batch(tokens_BT.astype(np.int32), weights_BT.astype(np.float32), inside.astype(np.int32))
 
 
 @pytest.fixture(scope="module")

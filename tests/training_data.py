@@ -50,11 +50,11 @@ def loader(cache):
 
 
 def documents_of(batch):
-    """Tokens, weights and positions of each document of a batch, row after row."""
+    """Tokens and weights of each document of a batch, row after row."""
     found = []
     for row in zip(*batch, strict=True):
-        tokens, weights, segments, positions = row
-        found += [(tokens[segments == s].tolist(), weights[segments == s].tolist(), positions[segments == s].tolist())
+        tokens, weights, segments = row
+        found += [(tokens[segments == s].tolist(), weights[segments == s].tolist())
                   for s in range(1, segments.max() + 1)]
     return found
 
@@ -64,4 +64,4 @@ def one_epoch(rows, size=4, **options):
 
 
 def tokens_of(rows):
-    return sorted(tokens for batch in one_epoch(rows) for tokens, _, _ in documents_of(batch))
+    return sorted(tokens for batch in one_epoch(rows) for tokens, _ in documents_of(batch))

@@ -25,13 +25,11 @@ class Batch(NamedTuple):
     weights: how much a token counts as a target, predicted from those before it. The first of a document never
         does.
     segments: 1 for the row's first document, 2 for the second, ...; attention stays within one.
-    positions: from 0 within each document.
     """
 
     tokens_BT: np.ndarray  # int32
     weights_BT: np.ndarray  # float32
     segments_BT: np.ndarray  # int32
-    positions_BT: np.ndarray  # int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,12 +103,12 @@ class Rows:
     def batch(self, numbers, size: int, length: int) -> Batch:
         """The rows of these numbers, padded to `length` tokens, and empty ones up to `size` rows."""
         batch = Batch(*(np.full((size, length), value, dtype) for value, dtype in (
-            (self._pad_id, np.int32), (0, np.float32), (0, np.int32), (0, np.int32))))
+            (self._pad_id, np.int32), (0, np.float32), (0, np.int32))))
         for b, number in enumerate(numbers):
             self._write(number, *(array[b] for array in batch))
         return batch
 
-    def _write(self, number: int, tokens_T, weights_T, segments_T, positions_T) -> None:
+    def _write(self, number: int, tokens_T, weights_T, segments_T) -> None:
         documents, starts_R, at = self._documents, self._arrangement.starts_R, 0
         for segment, n in enumerate(self._arrangement.order_K[starts_R[number]:starts_R[number + 1]], 1):
             start = documents.starts_N[n]
@@ -121,7 +119,6 @@ class Rows:
             weights_T[at:at + documents.prompts_N[n]] = self._layout.prompt_weight
             weights_T[at] = 0
             segments_T[here] = segment
-            positions_T[here] = np.arange(length)
             at += length
 
 

@@ -84,15 +84,6 @@ class UniformWeights:
 
 @traced()
 @dataclasses.dataclass(frozen=True)
-class DoublingWeights:
-    """Each layer counts twice as much as the one below it: 2^n, as 2^(n - L)."""
-
-    def weigh(self, layers_E, num_layers: int) -> jax.Array:
-        return jnp.exp2(jnp.asarray(layers_E, jnp.float32) - num_layers)
-
-
-@traced()
-@dataclasses.dataclass(frozen=True)
 class AllExits:
     """The same exits at every step: `layers` and the last one, or every layer. E = their number."""
 

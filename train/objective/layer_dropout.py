@@ -163,5 +163,3 @@ def dont_drop_dropout(rate: float, *, steps: int, way: Way | None = None) -> Lay
     """The later recipe (arXiv 2609.05275): linear profile, probabilities fall to 0 over the run, rescaled."""
     return LayerDropout(rate, LinearProfile(), Falling(steps), rescale=True, way=Masked() if way is None else way)
 
-
-RECIPES = {"layerskip": layerskip, "dont-drop-dropout": dont_drop_dropout}

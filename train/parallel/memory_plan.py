@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sled.models.sharding.sharding import LARGE, RULES, Placing
+from sled.models.sharding.sharding import RULES, Placing
 from sled.models.stored import abstract_stacked
 from sled.train.objective.exit_heads import partition
 from sled.train.recipes import ALL, HEADS
@@ -25,15 +25,13 @@ from sled.train.recipes import ALL, HEADS
 class Share:
     """One parameter and its optimiser state, in bytes on each device.
 
-    copies: how many devices hold the same part of it. spare: of these, how many the data axis does not account for;
-    1 where fsdp and tensor both split it.
+    copies: how many devices hold the same part of it.
     """
 
     name: str
     shape: tuple[int, ...]
     spec: PartitionSpec
     copies: int
-    spare: int
     weights: int
     optimizer: int
 
@@ -60,10 +58,6 @@ class Plan:
     def optimizer(self) -> int:
         """Bytes of optimiser state on each device."""
         return sum(share.optimizer for share in self.shares) + self.other
-
-    def whole(self, least: int = LARGE) -> list[Share]:
-        """Parameters that fsdp or tensor leaves whole, although their weights take `least` bytes on each device."""
-        return [share for share in self.shares if share.spare > 1 and share.weights >= least]
 
     def text(self) -> str:
         """A table with a line for each parameter, the sums, and what was left whole."""
@@ -108,8 +102,7 @@ def plan(placing: Placing, optimizer: optax.GradientTransformation, *, dtype=jnp
 def _share(placing: Placing, name: str, weights: int, optimizer: int) -> Share:
     shape, spec = placing.parameters[name]
     parts = math.prod(shape) // math.prod(NamedSharding(placing.mesh, spec).shard_shape(shape))
-    copies = placing.mesh.size // parts
-    return Share(name, shape, spec, copies, copies // placing.mesh.shape["data"], weights, optimizer)
+    return Share(name, shape, spec, placing.mesh.size // parts, weights, optimizer)
 
 
 def _spell(spec: PartitionSpec, mesh: dict[str, int]) -> str:
