@@ -37,7 +37,7 @@ from sled.models.hub import folder_of
 from sled.models.huggingface import write_form
 from sled.text.tokenizer import Text
 from sled.train.run.checkpoint import Checkpoints
-from sled.train.run.trained import read_checkpoint
+from sled.train.run.folder import read_checkpoint
 
 CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, num_layers=3, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=96, eos_ids=(5,), tied_head=True)

@@ -21,14 +21,13 @@ from sled.errors import CheckpointError, ConfigError, DataError, SettingError, T
 from sled.models import ExitHeads, save_folder
 from sled.train.data.sources import Source
 from sled.train.initial_model import NewModel
-from sled.train.objective.dropping import FixedRows
 from sled.train.objective.exit_weights import AllExits, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
-from sled.train.objective.layer_dropout import layerskip
+from sled.train.objective.layer_dropout import FixedRows, layerskip
 from sled.train.recipes import named
 from sled.train.run.checkpoint import complete_steps
+from sled.train.run.folder import read_checkpoint
 from sled.train.run.metrics import read_metrics
 from sled.train.run.preemption import EXIT_CODE, Preemption
-from sled.train.run.trained import read_checkpoint
 from sled.train.trainer import Run, plan_of, train
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
@@ -258,7 +257,7 @@ def test_exit_heads_are_tuned_and_exported_and_nothing_else_moves(runs, uninterr
 
 def test_options_of_layer_dropout():
     recipe = RecipeOptions("finetune", layer_dropout=0.2, drop="fixed").made()
-    assert recipe.dropout == layerskip(0.2, way=FixedRows())
+    assert recipe.dropout == layerskip(0.2, strategy=FixedRows())
     assert RecipeOptions("plain", layer_dropout=0.3).made().dropout == layerskip(0.3)
     assert RecipeOptions("finetune", layer_dropout=0.0).made().dropout is None
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 from jax.experimental.multihost_utils import sync_global_devices
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sled.errors import CheckpointError, SettingError
 from sled.models import Decoder, DecoderConfig, load_folder, read_config
@@ -30,10 +31,10 @@ from sled.settings.describe import describe
 from sled.settings.rules import OrNone, Whole, settle
 from sled.text.tokenizer import Text
 from sled.train.data.sources import Source
-from sled.train.data.tokenizer import END_OF_TEXT, train_tokenizer, write_tokenizer
 from sled.train.objective.exit_heads import with_heads
 from sled.train.recipes import CONTEXT
 
+END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_EXAMPLES = 20_000  # that a new tokenizer is made from, at most
 
 
@@ -185,6 +186,37 @@ def _texts(source: Source):
             raise SettingError("the source holds token ids, from which no tokenizer can be made; give "
                                "NewModel.tokenizer, the folder of theirs")
         yield example.prompt + example.body
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens, every digit a token of its own.
+
+    All 256 bytes are in the vocabulary, so any text survives encoding and decoding. Token 0 is
+    `<|endoftext|>`.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def first_decoder(beginning: Beginning, seed: int, placing: Placing | None) -> Decoder:

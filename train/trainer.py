@@ -40,8 +40,7 @@ from sled.train.parallel.memory_plan import Plan, plan
 from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.run.checkpoint import Checkpoints
 from sled.train.run.folder import RunFolder
-from sled.train.run.metrics import HELD_OUT, Metrics, progress_bar, progress_line
-from sled.train.run.picture import draw
+from sled.train.run.metrics import HELD_OUT, Metrics, draw, progress_bar, progress_line
 from sled.train.run.preemption import Preemption, leave
 from sled.train.run.resume import anything, same_rates
 from sled.train.run.throughput import Throughput, flops_per_token

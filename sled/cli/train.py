@@ -157,8 +157,7 @@ class RecipeOptions:
         return WeightedExits(profile, settled)
 
     def _dropout(self, dropout):
-        from sled.train.objective.dropping import FixedRows, Masked, WholeBatch
-        from sled.train.objective.layer_dropout import layerskip
+        from sled.train.objective.layer_dropout import FixedRows, Masked, WholeBatch, layerskip
 
         if self.layer_dropout == 0:
             dropout = None
@@ -170,8 +169,8 @@ class RecipeOptions:
         if dropout is None:
             raise SettingError(f"--drop {self.drop} was given, but no layer is dropped; give --layer-dropout too, such "
                                "as 0.1")
-        way = {"masked": Masked, "fixed": FixedRows, "batch": WholeBatch}[self.drop]
-        return dataclasses.replace(dropout, way=way())
+        strategy = {"masked": Masked, "fixed": FixedRows, "batch": WholeBatch}[self.drop]
+        return dataclasses.replace(dropout, strategy=strategy())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -48,8 +48,7 @@ def read_source(source: str | os.PathLike, *, step: int | None = None, revision:
     path = Path(source).expanduser()
     here = source != "demo" and path.is_dir()  # a folder of that name is ./demo
     if here:
-        from sled.train.run.folder import RunFolder
-        from sled.train.run.trained import read_checkpoint
+        from sled.train.run.folder import RunFolder, read_checkpoint
 
         if RunFolder(path).is_run():
             trained = read_checkpoint(path, step)

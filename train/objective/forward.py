@@ -18,7 +18,7 @@ from sled.errors import SettingError
 from sled.models.decoder import Decoder
 from sled.models.layers import Block, rotary_angles
 from sled.settings.rules import OneOf, is_array
-from sled.train.objective.dropping import Drops
+from sled.train.objective.layer_dropout import Drops
 
 REMAT = {
     "none": None,
@@ -63,7 +63,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
             block = nnx.merge(graph, _cast(weights, dtype))
             return block(h, rows["positions"], rows["angles"], None, window, rows["segments"])[0]
 
-        return run(h_BTD, rows) if drop is None else drop.way.apply(run, h_BTD, rows, drop, number)
+        return run(h_BTD, rows) if drop is None else drop.strategy.apply(run, h_BTD, rows, drop, number)
 
     exits_E = jnp.asarray(exits, jnp.int32)
     count = exits_E.shape[0]
@@ -71,7 +71,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     h_BTD = place(_cast(model.embed(tokens_BT), dtype))
     carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype)
     begin = 0
-    lengths = [depth] if drops is None else drops.way.stretches(depth)
+    lengths = [depth] if drops is None else drops.strategy.stretches(depth)
     for length, part in _parts(lengths, stop, (weights_L, model.windows_L, slots_L, drops)):
 
         def body(carry, xs, begin=begin):
