@@ -13,7 +13,8 @@ from sled.exits import Policy, Schedule
 from sled.fusion import SLED, ClampOnly, FinalLayer, Strategy
 from sled.lm import LM
 from sled.settings.describe import describe
-from sled.settings.rules import Instance, check_rows
+from sled.settings.per_row import check_rows
+from sled.settings.rules import Instance
 
 A_MODEL = Instance(LM, traced=False, hint="give what sled.load returns")
 

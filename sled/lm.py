@@ -31,7 +31,8 @@ from sled.exits import EarlyExit, Policy, Schedule
 from sled.lens.lens import Lens, look
 from sled.models import Decoder
 from sled.results import Chunk, Output, Scores, Stats
-from sled.settings.rules import Flag, Whole, check_rows, take_rows
+from sled.settings.per_row import check_rows, take_rows
+from sled.settings.rules import Flag, Whole
 from sled.text.prompts import Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import Row
 from sled.text.tokenizer import Text

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from sled.errors import SettingError
-from sled.settings.pytree import traced
-from sled.settings.rules import Each, Layers, Number, OneOf, Whole, settle
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Each, Layers, Number, OneOf, Whole
 
 NAN, INF = float("nan"), float("inf")
 CHANCE = Number(0, 1, open_low=True, open_high=True, hint="h")
@@ -78,17 +79,13 @@ def test_none_is_refused_where_it_is_no_word():
         Layers(("low",))("name", None)
 
 
-@traced("threshold")
-@dataclasses.dataclass(frozen=True)
+@settings
 class Policy:
-    threshold: float
-    patience: int = 1
-
-    def __post_init__(self):
-        settle(self, threshold=Number(0, 1, hint="it is a probability"), patience=COUNT)
+    threshold: float = setting(Number(0, 1, hint="it is a probability"), traced=True)
+    patience: int = setting(COUNT, default=1)
 
 
-def test_settle_names_class_and_field_and_cleans():
+def test_a_refusal_names_class_and_field_and_cleans():
     assert Policy(1, 2.0) == Policy(1.0, 2)
     assert [type(x) for x in dataclasses.astuple(Policy(1, 2.0))] == [float, int]
     with pytest.raises(SettingError, match=r"Policy\.threshold is 1\.1, .* it is a probability"):

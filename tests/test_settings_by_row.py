@@ -10,7 +10,7 @@ from sled.errors import SettingError
 from sled.exits import FullDepth
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
-from sled.settings.rules import check_rows, take_rows
+from sled.settings.per_row import check_rows, take_rows
 
 CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, num_layers=3, num_heads=4,
                        num_kv_heads=2, head_dim=8, max_positions=64)

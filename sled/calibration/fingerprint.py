@@ -12,7 +12,8 @@ from flax import nnx
 from sled.decoding.options import A_SAMPLING, A_STRATEGY, stop_strings, which_schedule
 from sled.exits import EarlyExit
 from sled.settings.describe import add_array, describe
-from sled.settings.rules import Instance, Whole, check_rows
+from sled.settings.per_row import check_rows
+from sled.settings.rules import Instance, Whole
 
 if TYPE_CHECKING:
     from sled.lm import LM

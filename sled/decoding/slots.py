@@ -10,14 +10,14 @@ import numpy as np
 from sled.decoding import state
 from sled.decoding.generation import Batch
 from sled.decoding.network import Build
-from sled.settings.rules import stack_rows
+from sled.settings.per_row import stack_rows
 
 
 class Entry(NamedTuple):
     """What comes into a slot.
 
     prompt: token ids [T]; limit: new tokens it may get, such that all fit into the capacity; settings: of this row,
-    by the names "policy", "fusion" and "sampling", alike with the slots' own (see `sled.settings.rules.check_alike`)
+    by the names "policy", "fusion" and "sampling", alike with the slots' own (see `sled.settings.per_row.check_alike`)
     and made of plain numbers (`one_row`).
     """
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.settings.rules import check_rows, one_row, stack_rows
+from sled.settings.per_row import check_rows, one_row, stack_rows
 
 NARROW = {"f": np.float32, "i": np.int32}  # what a traced number is, by the kind of a Python one
 

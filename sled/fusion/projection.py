@@ -5,14 +5,13 @@ together with the choice of how to use it: at once (`tile=None`, the definition)
 vocabulary rows, so that the logits of all candidate layers never exist together.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
-from sled.settings.pytree import traced
-from sled.settings.rules import Whole, settle
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import OrNone, Whole
 
 # Above this many bytes of logits the temporaries leave the processor's cache (CPU) or start to crowd
 # out the K/V cache (accelerators), and streaming wins. Measured on a CPU with 32 MB of L3, see `sled bench`.
@@ -22,27 +21,21 @@ _TILE = {"cpu": 1024}
 _TILE_ELSEWHERE = 8192
 
 
-@traced("w_VD")
-@dataclasses.dataclass(frozen=True)
+@settings
 class SharedHead:
     """The projection from hidden states to logits.
 
-    w_VD: one row per token of the vocabulary.
-    tile: None for the plain definition; a number streams that many vocabulary rows at a time.
-    shards: over how many devices the vocabulary axis of `w_VD` is split. The streaming form then walks
-        every shard's own rows side by side, so that no device needs another's rows.
-
-    Raises `SettingError` for a tile or shards below 1, and when `shards` does not divide the vocabulary.
+    Where `shards` devices split the vocabulary axis of `w_VD`, the streaming form walks every shard's own rows side
+    by side, so that no device needs another's rows.
     """
 
-    w_VD: jax.Array
-    tile: int | None = None
-    shards: int = 1
+    w_VD: jax.Array = setting(traced=True, help="one row per token of the vocabulary")
+    tile: int | None = setting(OrNone(Whole(1, hint="it counts vocabulary rows; None takes all at once")), default=None,
+                               help="how many vocabulary rows to stream at a time")
+    shards: int = setting(Whole(1, hint="it must divide the vocabulary"), default=1,
+                          help="how many devices split the vocabulary axis")
 
     def __post_init__(self):
-        if self.tile is not None:
-            settle(self, tile=Whole(1, hint="it counts vocabulary rows; None takes all at once"))
-        settle(self, shards=Whole(1, hint="it counts devices"))
         if self.vocabulary % self.shards:
             raise SettingError(
                 f"SharedHead.shards is {self.shards}, but does not divide the vocabulary of {self.vocabulary} rows; "

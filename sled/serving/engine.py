@@ -26,7 +26,8 @@ from sled.errors import PromptError, RequestError, SettingError
 from sled.exits import Policy, Schedule
 from sled.lm import LM
 from sled.serving.request import Limits, Request
-from sled.settings.rules import Instance, Whole, check_alike, check_rows, one_row
+from sled.settings.per_row import check_alike, check_rows, one_row
+from sled.settings.rules import Instance, Whole
 from sled.text.prompts import Prompt, prompt_ids
 from sled.text.stop_strings import Row
 
