@@ -2,14 +2,9 @@
 
 A layer is h <- h + f(h). Where it is dropped, h stays as it is; where it is kept, f(h) may be rescaled, so that
 the expectation stays what it is without dropout. A `LayerDropout` is composed of
-
-    rate       p_max, the largest probability of dropping
-    profile    how it grows with the layer: `ExponentialProfile`, `LinearProfile`
-    schedule   how it moves with the step: `Steady`, `Rising`, `Falling`
-    rescale    whether what is kept is divided by 1 - p
-    strategy   how rows are dropped: `Masked`, `FixedRows`, `WholeBatch`
-
-and `layerskip` and `dont_drop_dropout` are the published recipes. What is dropped is a function of a key and the
+a profile over the layers (`ExponentialProfile`, `LinearProfile`), a schedule over the steps (`Steady`, `Rising`,
+`Falling`) and a strategy that drops rows (`Masked`, `FixedRows`, `WholeBatch`); `layerskip` and `dont_drop_dropout` are
+the published recipes. What is dropped is a function of a key and the
 step alone: a run that resumes at a step goes on exactly as it would have.
 """
 
@@ -26,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sled.errors import SettingError
-from sled.settings.pytree import traced
-from sled.settings.rules import LARGEST, Each, Flag, Instance, Number, Whole, settle
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Each, Flag, Instance, Number, Whole
 
 RunLayer = Callable[[jax.Array, Any], jax.Array]
 
@@ -60,8 +56,7 @@ class DropStrategy(Protocol):
         ...
 
 
-@traced("scale_LB", "order_LB", "strategy")
-@dataclasses.dataclass(frozen=True)
+@settings
 class Drops:
     """A draw, for all layers or (under `lax.scan`, or mapped over the first axis) one.
 
@@ -69,13 +64,12 @@ class Drops:
     only where the strategy needs it.
     """
 
-    scale_LB: jax.Array
-    order_LB: jax.Array | None
-    strategy: DropStrategy
+    scale_LB: jax.Array = setting(traced=True)
+    order_LB: jax.Array | None = setting(traced=True)
+    strategy: DropStrategy = setting(traced=True)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class Masked(DropStrategy):
     """Each sequence on its own, with probability p: every row is computed and dropped ones are masked. Saves nothing.
 
@@ -90,8 +84,7 @@ class Masked(DropStrategy):
         return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class WholeBatch(DropStrategy):
     """All sequences together, with probability p: a dropped layer costs nothing, forward or backward.
 
@@ -107,8 +100,7 @@ class WholeBatch(DropStrategy):
         return jax.lax.cond(drops.scale_LB[0] > 0, keep, lambda h: h, h_BTD)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class FixedRows(DropStrategy):
     """As many sequences of a layer as p says, chosen at random: R p rows of R, up or down to a whole number at random.
 
@@ -119,17 +111,14 @@ class FixedRows(DropStrategy):
     (`LayerDropout.saving`), with a compilation for each. A step whose p is too small for `saved` gives NaN: its counts
     were made for other steps.
 
-    saved: rows left out of each shard, per layer; () leaves out none.
-    shards: rows are chosen within each of so many equal parts of the batch. Where the batch lies on several devices,
-        take their number: no row then moves between them. R is the rows of a part: below 1 / p it saves nothing.
+    Rows are chosen within each of `shards` equal parts of the batch. Where the batch lies on several devices, take
+    their number: no row then moves between them. R is the rows of a part: below 1 / p it saves nothing.
     """
 
-    saved: tuple[int, ...] = ()
-    shards: int = 1
-
-    def __post_init__(self):
-        settle(self, saved=Each(Whole(0, hint="LayerDropout.saving gives the counts that fit a stretch of steps")),
-               shards=Whole(1, hint="it is the number of parts that the batch is divided into"))
+    saved: tuple[int, ...] = setting(
+        Each(Whole(0, hint="LayerDropout.saving gives the counts that fit a stretch of steps")), default=(),
+        help="rows left out of each shard, per layer; () leaves out none")
+    shards: int = setting(Whole(1, hint="it is the number of parts that the batch is divided into"), default=1)
 
     def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
         rows, layers = self._rows_per_shard(batch), rates_L.shape[0]
@@ -207,8 +196,7 @@ class DropSchedule(Protocol):
         ...
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class ExponentialProfile:
     """exp(l ln2 / (L - 1)) - 1 for layer l = 0..L-1 (LayerSkip, arXiv 2404.16710, section 4.1.1)."""
 
@@ -216,8 +204,7 @@ class ExponentialProfile:
         return np.expm1(_depth(num_layers) * math.log(2)).astype(np.float32)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class LinearProfile:
     """l / (L - 1) for layer l = 0..L-1 (stochastic depth, arXiv 1603.09382; arXiv 2609.05275)."""
 
@@ -229,8 +216,7 @@ def _depth(num_layers: int) -> np.ndarray:
     return np.arange(num_layers) / max(num_layers - 1, 1)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class Steady:
     """The same probabilities at every step (LayerSkip, when continuing or fine-tuning)."""
 
@@ -238,62 +224,50 @@ class Steady:
         return jnp.ones((), jnp.float32)
 
 
-@traced("steps")
-@dataclasses.dataclass(frozen=True)
+_STEPS = Whole(2, hint="it counts the steps of the whole run")
+
+
+@settings
 class Rising:
     """exp(t ln2 / (T - 1)) - 1 at step t = 0..T-1, T = `steps` (LayerSkip's S_exp, from scratch); 1 afterwards."""
 
-    steps: int
-
-    def __post_init__(self):
-        _settle_steps(self)
+    steps: int = setting(_STEPS, traced=True)
 
     def share(self, step) -> jax.Array:
         return jnp.expm1(_progress(step, self.steps) * math.log(2))
 
 
-@traced("steps")
-@dataclasses.dataclass(frozen=True)
+@settings
 class Falling:
     """1 - t / (T - 1) at step t = 0..T-1, T = `steps` (arXiv 2609.05275); 0 afterwards."""
 
-    steps: int
-
-    def __post_init__(self):
-        _settle_steps(self)
+    steps: int = setting(_STEPS, traced=True)
 
     def share(self, step) -> jax.Array:
         return 1 - _progress(step, self.steps)
-
-
-def _settle_steps(self) -> None:
-    settle(self, steps=Whole(2, LARGEST, hint="it counts the steps of the whole run"))
 
 
 def _progress(step, steps) -> jax.Array:
     return jnp.clip(jnp.float32(step) / (jnp.float32(steps) - 1), 0, 1)
 
 
-@traced("rate", "profile", "schedule", "strategy")
-@dataclasses.dataclass(frozen=True)
+@settings
 class LayerDropout:
-    """See the module. `rate` and a schedule's steps are traced; `rescale` and the strategy are static.
+    """Drops layer l at step t with probability p_l(t) = schedule(t) * profile(l) * rate.
 
-    p_l(t) = schedule(t) * profile(l) * rate. A rate of 0 changes no bit of what is computed.
+    The rate and a schedule's steps are traced; `rescale` and the strategy are static. A rate of 0 changes no bit of
+    what is computed.
     """
 
-    rate: float
-    profile: DropProfile = dataclasses.field(default_factory=LinearProfile)
-    schedule: DropSchedule = dataclasses.field(default_factory=Steady)
-    rescale: bool = True
-    strategy: DropStrategy = dataclasses.field(default_factory=Masked)
-
-    def __post_init__(self):
-        settle(self, rate=Number(0, 1, open_high=True, hint="0.1 or 0.2 is usual"),
-               profile=Instance(DropProfile, hint="LinearProfile(), for example"),
-               schedule=Instance(DropSchedule, hint="Falling(steps), for example"),
-               rescale=Flag(hint="True divides what is kept by 1 - p"),
-               strategy=Instance(DropStrategy, hint="Masked(), for example"))
+    rate: float = setting(Number(0, 1, open_high=True, hint="0.1 or 0.2 is usual"), traced=True,
+                          help="the largest probability of dropping")
+    profile: DropProfile = setting(Instance(DropProfile, hint="LinearProfile(), for example"), default=LinearProfile(),
+                                   traced=True, help="how the probability grows with the layer")
+    schedule: DropSchedule = setting(Instance(DropSchedule, hint="Falling(steps), for example"), default=Steady(),
+                                     traced=True, help="how the probability moves with the step")
+    rescale: bool = setting(Flag(hint="True divides what is kept by 1 - p"), default=True)
+    strategy: DropStrategy = setting(Instance(DropStrategy, hint="Masked(), for example"), default=Masked(),
+                                     traced=True, help="how rows are dropped")
 
     def rates(self, step, num_layers: int) -> jax.Array:
         """The probability of dropping each layer at this step: [L] float32."""
