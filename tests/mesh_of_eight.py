@@ -16,10 +16,10 @@ from sled.models import Decoder, DecoderConfig, load_folder, save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Placing
-from sled.train.data.rows import Batch
+from sled.train.data.rows import TrainingBatch
 from sled.train.objective.layer_dropout import FixedRows, dont_drop_dropout
 from sled.train.objective.train_step import init_state, make_train_step
-from sled.train.parallel.memory_plan import plan
+from sled.train.parallel.memory_plan import memory_plan
 from sled.train.recipes import Recipe
 
 MESHES = {"data": Mesh(data=8, fsdp=1), "fsdp": Mesh(), "tensor": Mesh(data=2, fsdp=1, tensor=4),
@@ -49,7 +49,7 @@ for name, settings in MESHES.items():
     assert jax.tree.all(jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim),
                                      nnx.state(trained), placing.shardings(weights)))
     notes["gathered"][name] = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", step.as_text())
-    planned = plan(placing, OPTIMIZER)
+    planned = memory_plan(placing, OPTIMIZER)
     notes["bytes"][name] = planned.weights + planned.optimizer, step.memory_analysis().argument_size_in_bytes
 
 
@@ -63,7 +63,7 @@ def updated(mesh=None):
     weights = nnx.state(decoder) if mesh is None else jax.device_put(nnx.state(decoder), placing.shardings(
         nnx.state(decoder)))
     tokens_BT = tokens_of(0, config.vocab_size)
-    batch = Batch(tokens_BT, np.ones(tokens_BT.shape, np.float32), np.ones_like(tokens_BT))
+    batch = TrainingBatch(tokens_BT, np.ones(tokens_BT.shape, np.float32), np.ones_like(tokens_BT))
     dropout = recipe.dropout.saving(8, decoder.num_layers, 0, 3)
     assert min(dropout.strategy.saved[1:]) > 0
     step = make_train_step(decoder, recipe, optax.sgd(1.0), placing)

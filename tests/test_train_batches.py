@@ -10,7 +10,7 @@ from training_data import CONFIG, ROWS, TEXT, documents_of, loader, one_epoch
 from sled.errors import DataError, SettingError
 from sled.train.data.batches import Batches, some_batches
 from sled.train.data.packing import Layout
-from sled.train.data.rows import read
+from sled.train.data.rows import read_rows
 from sled.train.data.sources import Source
 
 
@@ -22,7 +22,7 @@ def load(tmp_path):
 @pytest.fixture(scope="module", params=["packed", "padded"])
 def rows(request, tmp_path_factory):
     """90 documents: neither they nor the packed rows are a multiple of a batch."""
-    return read(Source("demo", limit=90), TEXT, CONFIG, Layout(96, shape=request.param, buckets=2),
+    return read_rows(Source("demo", limit=90), TEXT, CONFIG, Layout(96, shape=request.param, buckets=2),
                 cache=tmp_path_factory.mktemp("cache"), progress=False)
 
 

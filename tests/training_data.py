@@ -9,7 +9,7 @@ from sled.models.config import DecoderConfig
 from sled.text.tokenizer import Text
 from sled.train.data.batches import Batches
 from sled.train.data.packing import Layout
-from sled.train.data.rows import read
+from sled.train.data.rows import read_rows
 from sled.train.data.sources import Source
 
 DEMO = Path(__file__).parents[1] / "sled" / "demo" / "model"
@@ -44,7 +44,7 @@ def loader(cache):
     """`load(data, layout, **columns)`: the rows of a source, kept in the folder `cache`."""
 
     def load(data, layout=LAYOUT, *, config=CONFIG, tokenizer=TEXT, **columns):
-        return read(Source(data, **columns), tokenizer, config, layout, cache=cache, progress=False)
+        return read_rows(Source(data, **columns), tokenizer, config, layout, cache=cache, progress=False)
 
     return load
 

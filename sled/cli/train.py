@@ -99,7 +99,7 @@ class RecipeOptions:
     """Tokens of a row (as many as the model holds, at most 512, unless the recipe says so)."""
     accumulate: int | None = None
     """Work off the batch in so many parts: less memory, the same result (but layer dropout draws for each part)."""
-    rate: float | None = None
+    learning_rate: float | None = None
     """Peak of the learning rate."""
     optimizer: Literal["adamw", "muon"] | None = None
     """muon: for the layers' matrices, Adam for the rest."""
@@ -121,7 +121,7 @@ class RecipeOptions:
     """Of the arithmetic; parameters stay float32. Take bfloat16 on accelerators."""
     remat: Literal["none", "full", "dots", "projections"] | None = None
     """What the backward pass computes again: full needs the least memory, none the most."""
-    exits: tuple[int, ...] = ()
+    exit_layers: tuple[int, ...] = ()
     """Early exits that learn at every step, in place of the recipe's, which take turns. They count as it weighs them,
     with a recipe that has none as much as the last layer."""
     layer_dropout: float | None = None
@@ -138,7 +138,7 @@ class RecipeOptions:
         from sled.train.recipes import named
 
         changes = given(self)
-        for own in ("recipe", "exits", "layer_dropout", "drop"):
+        for own in ("recipe", "exit_layers", "layer_dropout", "drop"):
             changes.pop(own, None)
         recipe = named(self.recipe, **changes)
         return dataclasses.replace(recipe, exits=self._exits(recipe.exits), dropout=self._dropout(recipe.dropout))
@@ -146,14 +146,14 @@ class RecipeOptions:
     def _exits(self, plan):
         from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
 
-        if not self.exits:
+        if not self.exit_layers:
             return plan
         profile = getattr(plan, "profile", UniformWeights())
-        settled = AllExits(self.exits)
+        settled = AllExits(self.exit_layers)
         if idle := [n for n in settled.layers if n > 0 and profile.weigh(n, n + 1) == 0]:
-            raise SettingError(f"--exits names layer {idle[0]}, which learns nothing with --recipe {self.recipe}: its "
-                               f"{type(profile).__name__} weigh it 0; leave it out, or take plain, where all exits "
-                               "count alike")
+            raise SettingError(f"--exit-layers names layer {idle[0]}, which learns nothing with --recipe "
+                               f"{self.recipe}: its {type(profile).__name__} weigh it 0; leave it out, or take plain, "
+                               "where all exits count alike")
         return WeightedExits(profile, settled)
 
     def _dropout(self, dropout):
@@ -179,7 +179,7 @@ class HeadOptions:
 
     exit_heads: tuple[int, ...] = ()
     """After which layers: new heads, that begin by changing nothing. With --recipe tune-exits they alone learn; with
-    another give --exits too, with the same layers. A model that has heads keeps them without this."""
+    another give --exit-layers too, with the same layers. A model that has heads keeps them without this."""
     head_kind: Literal["norm", "affine", "mlp", "projection"] = "norm"
     """norm: a final norm of their own. affine: a linear map before it (tuned lens). mlp: a small network before it.
     projection: nothing but a projection of their own."""
@@ -243,11 +243,11 @@ class Train:
     new_model_options: NewModelOptions = dataclasses.field(default_factory=NewModelOptions)
     head_options: HeadOptions = dataclasses.field(default_factory=HeadOptions)
     mesh_options: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    every: int = 500
+    save_every: int = 500
     """Steps between two checkpoints; held-out losses are measured as often."""
     keep: int = 3
     """How many of the latest checkpoints stay."""
-    tell: int = 10
+    log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     held_out_rows: int = 256
     """Rows to measure on, at most."""
@@ -263,18 +263,18 @@ class Train:
         initialize(Processes(where.cluster, where.coordinator, where.processes, where.process))
         from sled.cli.options import print_devices
         from sled.models.sharding.mesh import Mesh
-        from sled.train.trainer import Run, plan_of, train
+        from sled.train.trainer import TrainingRun, memory_plan_of, train
 
         print_devices()
         source, held_out = self.data_options.sources()
-        run = Run(
+        run = TrainingRun(
             self.out, self._model(), source, self.recipe_options.made(), held_out, shape=self.data_options.shape,
             too_long=self.data_options.too_long, prompt_weight=self.data_options.prompt_weight,
             heads=self.head_options.heads(),
-            mesh=Mesh(where.data_parallel, where.fsdp, where.tensor), every=self.every, keep=self.keep,
-            tell=self.tell, held_out_rows=self.held_out_rows, tensorboard=self.tensorboard)
+            mesh=Mesh(where.data_parallel, where.fsdp, where.tensor), save_every=self.save_every,
+            keep=self.keep, log_every=self.log_every, held_out_rows=self.held_out_rows, tensorboard=self.tensorboard)
         if self.dry_run:
-            print(f"recipe: {run.recipe}\n{plan_of(run).text()}")
+            print(f"recipe: {run.recipe}\n{memory_plan_of(run).text()}")
             return
         print(f"the trained model is in {train(run)}", file=sys.stderr)
 

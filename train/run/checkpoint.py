@@ -29,9 +29,9 @@ from orbax.checkpoint import v1 as ocp
 from sled.errors import CheckpointError, SettingError
 from sled.settings.rules import Whole
 from sled.train.run.named_arrays import checksums, mismatch, named, nested, rebuilt, targets
-from sled.train.run.resume import Rule, check_same_run
+from sled.train.run.resume import Rule, check_resumable
 
-FORMAT = 2  # of what is written here; raised when another sled could not read it
+FORMAT = 3  # of what is written here; raised when another sled could not read it
 _DROPPED = "dropped-"
 PACKAGES = ("sled-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -51,6 +51,12 @@ def complete_steps(folder: str | Path) -> list[int]:
     folder = Path(folder)
     held = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(entry.name) for entry in held if entry.name.isdecimal() and entry.is_dir())
+
+
+def check_format(folder: str | Path, step: int | None = None) -> None:
+    """Raises CheckpointError where the checkpoint of `step`, or the latest, has another format or is damaged."""
+    folder = Path(folder).absolute()
+    _metadata(folder / str(_choose(folder, step)))
 
 
 def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partial: bool = False) -> Restored:
@@ -87,7 +93,7 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partia
 class Checkpoints:
     """The checkpoints that a run writes to its folder; close it, or use it as a context manager.
 
-        with Checkpoints(folder, settings, every=500, may_change={"folder": anything}) as checkpoints:
+        with Checkpoints(folder, settings, save_every=500, may_change={"folder": anything}) as checkpoints:
             if checkpoints.steps:
                 step, state, host, *_ = checkpoints.restore(state)
             for step in range(step + 1, last + 1):
@@ -96,15 +102,15 @@ class Checkpoints:
 
     folder: made if missing; belongs to this run alone, and is cleaned of what a killed one left half-written.
     settings: all that decides what the run computes, as JSON has it.
-    every: steps between two checkpoints. keep: how many of the latest stay.
+    save_every: steps between two checkpoints. keep: how many of the latest stay.
     may_change, follow: which of the settings a resumed run may change, each with its rule, and which change because
         others do (`sled.train.run.resume`).
     Raises CheckpointError where the folder cannot be written, SettingError for a setting out of range.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any], *, every: int, keep: int = 3,
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], *, save_every: int, keep: int = 3,
                  may_change: Mapping[str, Rule] | None = None, follow: Mapping[str, Sequence[str]] | None = None):
-        self.every = Whole(1, hint="it is the steps between two checkpoints")("every", every)
+        self.save_every = Whole(1, hint="it is the steps between two checkpoints")("save_every", save_every)
         self.keep = Whole(1, hint="it counts the latest checkpoints, which stay")("keep", keep)
         self.folder = Path(folder).absolute()
         self.settings = _as_json("settings", settings)
@@ -124,7 +130,7 @@ class Checkpoints:
         """The latest, as `load_checkpoint`; before that, CheckpointError where settings differ that may not."""
         step = _choose(self.folder, None)
         _, saved = _metadata(self.folder / str(step))
-        check_same_run(f"{self.folder}", saved["settings"], self.settings, step, self.may_change, self.follow)
+        check_resumable(f"{self.folder}", saved["settings"], self.settings, step, self.may_change, self.follow)
         return load_checkpoint(self.folder, like, step)
 
     def save(self, step: int, state, host: Mapping[str, Any], *, force: bool = False) -> bool:
@@ -136,7 +142,7 @@ class Checkpoints:
         Raises CheckpointError where this checkpoint or the one before cannot be written, or where there is one of a
         later step.
         """
-        if not (force or step % self.every == 0):
+        if not (force or step % self.save_every == 0):
             return False
         self.wait()
         if step in self._written:
@@ -193,7 +199,10 @@ class Checkpoints:
                                   "of your own") from reason
 
     def _drop_superseded(self) -> None:
-        """Renamed first, at once: what a kill leaves of a removal is no checkpoint."""
+        """Renamed first, at once: what a kill leaves of a removal is no checkpoint.
+
+        Orbax's own `preservation_policy` removes a checkpoint under its own name, and still counts what a kill left.
+        """
         dropped, self._written = self._written[:-self.keep], self._written[-self.keep:]
         for step in dropped:
             if jax.process_index() == 0:
