@@ -52,10 +52,10 @@ def read_source(source: str | os.PathLike, *, step: int | None = None, revision:
 
         if RunFolder(path).is_run():
             trained = read_checkpoint(path, step)
-            return Given(_cast(trained.decoder.unstack(), dtype), trained.form, path.resolve().name, run=path,
+            return Given(_cast(trained.decoder.unstack(), dtype), trained.model_config, path.resolve().name, run=path,
                          step=trained.step, settings=trained.settings)
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} is neither a training run's folder (no form/config.json) nor a model's (no "
+            raise CheckpointError(f"{path} is neither a training run's folder (no checkpoints) nor a model's (no "
                                   "config.json); give what sled train has as --out, or a Hugging Face or Orbax folder")
     if step is not None:
         raise SettingError(f"step is {step}, but {source} is no training run, whose checkpoints have steps; leave it "
