@@ -9,14 +9,17 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import sled
+from sled.cli.derived import derive, settings_of
 from sled.cli.options import ModelOptions
 from sled.io import writable_picture
+from sled.settings.rules import Whole
 
 MAX_NEW_TOKENS = 96
 
 
 @dataclasses.dataclass(frozen=True)
-class Demo:
+class Demo(derive("Fused", *settings_of(sled.SLED, {"rate": "rate", "scale": "scale"}))):
     """See the layers speak: held-out word problems solved greedily and by SLED, a table, a picture.
 
     Runs offline on the bundled model, within a minute or two on a CPU.
@@ -28,16 +31,10 @@ class Demo:
     """How many of them to print with both solutions."""
     output: Path = Path("sled-demo")
     """Folder for the lens picture."""
-    rate: float = 2.0
-    """SLED's evolution rate."""
-    scale: int = 10
-    """SLED's evolution scale: how many top tokens take part."""
 
     def run(self) -> None:
-        import sled
         from sled.demo.problems import problems, prompt
         from sled.eval.numbers import final_answer
-        from sled.settings.rules import Whole
 
         Whole(1, hint="it counts the problems to solve")("--problems", self.problems)
         Whole(0, hint="it counts the problems to print")("--show", self.show)

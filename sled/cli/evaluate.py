@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from sled.cli.derived import given
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FUSIONS, FusionOptions, ModelOptions, SamplingOptions, given
+from sled.cli.options import FUSIONS, FusionOptions, ModelOptions, SamplingOptions
 from sled.errors import EvaluationError
 from sled.io import writable
 
@@ -107,8 +108,8 @@ class Eval:
         chosen.pop("seed", None)
         if not chosen:
             return "greedy"
-        parts = [{"final": "final layer", "clamp": "clamp only"}.get(self.fusion_options.fusion,
-                                                                     FUSIONS[self.fusion_options.fusion])]
+        fusion = self.fusion_options.fusion
+        parts = [{"final": "final layer", "clamp": "clamp only"}.get(fusion, FUSIONS[fusion].kind.__name__)]
         parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in chosen.items() if name != "fusion"]
         return ", ".join(parts)
 

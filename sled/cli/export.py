@@ -9,8 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from sled.cli.derived import given, refuse_others
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FusionOptions, given, refuse_others
+from sled.cli.options import FusionOptions
 from sled.errors import SettingError
 
 OF_HF = {"heads", "license", "base", "margin", "calibration"}

@@ -12,8 +12,9 @@ from typing import Annotated
 import tyro
 
 from sled.calibration.record import Calibration
+from sled.cli.derived import given
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, given, read_prompts, unescape
+from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
 from sled.cli.paint import Paint, PaintedRow, has_colours
 from sled.errors import SettingError
 from sled.results import Stats

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from sled.cli.options import FusionOptions, ModelOptions, given, unescape
+import sled
+from sled.cli.derived import given, option_help, option_type
+from sled.cli.options import FusionOptions, ModelOptions, unescape
 from sled.errors import PromptError, SettingError
+
+Measure = option_type(sled.EarlyExit, "measure")
+KV = Annotated[option_type(sled.EarlyExit, "kv"), tyro.conf.arg(help=option_help(sled.EarlyExit, "kv"))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +54,9 @@ class Sweep:
     Left out: an eighth, a quarter, half and three quarters of the layers."""
     thresholds: tuple[float, ...] = (0.98, 0.9, 0.8, 0.7, 0.5)
     """Early exit: how sure an exit must be. None behind the option: no early exit in the sweep."""
-    measures: tuple[Literal["max_probability", "margin", "entropy", "saturation"], ...] = ("max_probability",)
+    measures: tuple[Measure, ...] = (sled.EarlyExit.measure,)
     """Early exit: what sure means."""
-    kv: Literal["exact", "propagate"] = "exact"
-    """Early exit: keys and values of skipped layers. exact: made up later, in a block.
-    propagate: from the exit's hidden state at once; cheaper, approximate."""
+    kv: KV = sled.EarlyExit.kv
     guess_layers: tuple[int, ...] | None = None
     """Self-speculation: after which layers to guess. Left out: as for --exit-layers."""
     drafts: tuple[int, ...] = (2, 4, 6, 8)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sled.cli.options import given
+from sled.cli.derived import given
 from sled.errors import SettingError
 
 

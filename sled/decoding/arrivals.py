@@ -18,7 +18,7 @@ from sled.decoding.sampling import Sampling, choose, processed_logits
 from sled.decoding.state import DecodeState, Plan
 from sled.exits.confidence import confidence, max_probability
 from sled.exits.speculation import KEEP, choose_draft
-from sled.fusion.statistics import max_and_index
+from sled.fusion.partial import max_and_index
 
 
 class Run(NamedTuple):

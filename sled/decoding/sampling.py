@@ -12,7 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from sled.fusion.statistics import max_and_index
+from sled.fusion.partial import max_and_index
 from sled.settings.decorator import settings
 from sled.settings.field import setting
 from sled.settings.rules import Number, Whole

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from sled.exits.schedule import Immediate
-from sled.settings.pytree import traced
+from sled.settings.decorator import settings
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class FullDepth:
     """No token leaves early: the baseline that every other policy is compared with."""
 

@@ -47,12 +47,14 @@ class Policy(Protocol):
 class Exits(NamedTuple):
     """The rule for exits as a user gives them, one layer or several: an ascending tuple."""
 
+    expects = "a layer to leave after, or a tuple of them"
+    hint = "the first place to leave is after layer 1"
+
     def __call__(self, name: str, value) -> tuple[int, ...]:
         several = value if isinstance(value, (tuple, list)) else (value,)
         whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 1 for n in several)
         if not several or not whole:
-            raise SettingError(f"{name} is {value!r}, but must be a layer to leave after, or a tuple of them; "
-                               "the first place to leave is after layer 1")
+            raise SettingError(f"{name} is {value!r}, but must be {self.expects}; {self.hint}")
         return tuple(sorted({int(n) for n in several}))
 
 

@@ -17,15 +17,15 @@ from sled.errors import SettingError
 from sled.exits.policy import Exits, with_last
 from sled.exits.schedule import Lockstep
 from sled.fusion.projection import SharedHead
-from sled.settings.pytree import traced
-from sled.settings.rules import Flag, Number, is_array, settle, settle_bounded
+from sled.settings.decorator import settings
+from sled.settings.field import bound_of, setting
+from sled.settings.rules import Flag, Number, Whole, is_array
 
 KEEP = 0.95  # how much of the acceptance seen so far is kept at each verification (DEL)
 PRIOR = (3.0, 4.0)  # accepted and judged drafts before any was seen
 
 
-@traced("vocabulary", draft="B", confidence="B")
-@dataclasses.dataclass(frozen=True)
+@settings
 class SelfSpeculation:
     """Tokens are guessed after `layer` and verified by all layers together, as one block.
 
@@ -34,35 +34,27 @@ class SelfSpeculation:
     Daliri et al. 2024, arXiv 2408.07978), so a guess is right when both choose alike, and a wrong one is
     replaced by what plain decoding would have drawn. Rows of a batch keep prefixes of different length.
 
-    layer: where guesses are made, 1 .. L - 1, through the exit's own head where the model has one; with
-        `adaptive`, a tuple offers several. Static.
-    draft: how many tokens are guessed before verification, 1 <= draft <= max_draft. Traced; a number or
-        one per row (B,).
-    confidence: guessing also stops at a guess whose probability is below this, in [0, 1]; 0 never
-        stops. Traced; a number or one per row (B,).
-    adaptive: each row chooses its own draft length (at most `draft`), and its layer where several are
-        offered, by the acceptance it has seen: the most accepted tokens per layer run. Static.
-    vocabulary: token ids (V',) to guess from; None: all. A small set makes guessing cheaper where the
-        projection is a large part of it. Traced.
-    max_draft: static bound of `draft`; None: the next of 8, 16, 32, ...
-
-    Raises `SettingError` for a value out of range.
+    A draft is made through the exit's own head where the model has one.
     """
 
-    layer: int | tuple[int, ...]
-    draft: int = 6
-    confidence: float = 0.0
-    adaptive: bool = False
-    vocabulary: jax.Array | None = None
-    max_draft: int | None = None
+    layer: int | tuple[int, ...] = setting(Exits(), help="layer after which to draft; several with adaptive")
+    draft: int = setting(Whole(1, hint="6 is usual"), default=6, rows="B",
+                         help="how many tokens are drafted before they are verified")
+    confidence: float = setting(Number(0, 1, hint="0 never stops a draft"), default=0.0, rows="B",
+                                help="stop drafting at a token less probable than this")
+    adaptive: bool = setting(Flag(hint="True chooses what promises most accepted tokens per layer run"), default=False,
+                             help=("whether each row chooses the length of its draft, up to draft, and its layer, by "
+                                   "what was accepted so far"))
+    vocabulary: jax.Array | None = setting(default=None, traced=True, help=(
+        "token ids [V'] to draft from, None being all; a small set makes drafting cheaper where the projection is a "
+        "large part of it"))
+    max_draft: int | None = bound_of("draft", least=8)
 
     verifies = True
     propagates = False
     schedule = Lockstep()  # a verification that does not wait for the others' drafts cuts them short
 
     def __post_init__(self):
-        settle(self, layer=Exits(), confidence=Number(0, 1, hint="it is a probability; 0 never stops a draft"),
-               adaptive=Flag(hint="True lets each row choose its draft length"))
         if self.vocabulary is not None:
             ids = self.vocabulary if is_array(self.vocabulary) else np.asarray(self.vocabulary)
             if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
@@ -72,7 +64,6 @@ class SelfSpeculation:
         if len(self.layer) > 1 and not self.adaptive:
             raise SettingError(f"SelfSpeculation.layer is {self.layer}, but only adaptive=True chooses among several; "
                                "give one layer, or adaptive=True")
-        settle_bounded(self, "draft", "max_draft", least=8, hint="it counts the tokens guessed before verification")
 
     @property
     def window(self) -> int:

@@ -15,14 +15,14 @@ from sled.settings.rules import Each, Number, OrNone, is_array
 class LayerAverage:
     """log sum_n w_n P_n over the early layers and the final one, as log-probabilities (B, V).
 
-    The layers None and "all" are every hidden state before the final one, embeddings included.
+    None as `layers` is "all": every hidden state before the final one, embeddings included.
     """
 
     weights: tuple[float, ...] | jax.Array | None = setting(
         OrNone(Each(Number(0, hint="give one per early layer and one for the final layer; they are scaled to sum to 1, "
                                    "and None weighs all alike"))),
         default=None, rows="BC", help="weights of the candidate layers, the final one last, not all zero")
-    layers: str | tuple[int, ...] | None = layers_setting(None, "all")
+    layers: str | tuple[int, ...] | None = layers_setting(None, "all", help="all, which is the default")
     norm_early: bool = norm_setting(True, hint="without, their distributions are not on the final one's scale")
 
     def __post_init__(self):
@@ -35,7 +35,7 @@ class LayerAverage:
     def logits(self, h_BCD, head):
         share_BC = self._shares(h_BCD.shape[1], head.dtype(h_BCD))
         stats = layer_statistics(h_BCD, head, 1)
-        # log(w_n / Z_n), to be added to the layer's logits; the streaming form passes over W a second time.
+        # log(w_n / Z_n), to be added to the layer's logits; the tiled form passes over W a second time.
         offset_BC = jnp.log(share_BC) - stats.log_norm_BC
 
         def mixture(l_xCV):

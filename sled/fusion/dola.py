@@ -22,11 +22,12 @@ class DoLa:
     M (log M - log P_N) + M (log M - log P_n). Only tokens with P_N >= relative_top * max P_N are kept, the
     others get `lower_bound`.
 
-    The layers "low" and "high" are every second one of the lower or upper half; of the first or last 20 in models
-    of more than 40 layers; with tied embeddings "low" starts at 2.
+    In models of more than 40 layers, "low" and "high" are taken from the first or last 20; with tied embeddings "low"
+    starts at 2.
     """
 
-    layers: str | tuple[int, ...] = layers_setting("low", "high")
+    layers: str | tuple[int, ...] = layers_setting(
+        "low", "high", help="low or high, which are every second layer of that half")
     relative_top: float = setting(Number(0, 1, open_low=True, hint="0.1 is usual"), default=0.1, rows="B",
                                   help="share of the highest probability below which tokens are left out")
     lower_bound: float = left_out_setting(float("-inf"))
@@ -65,7 +66,7 @@ class DoLa:
 def final_divergence(h_BCD, head, log_norm_BC):
     """DoLa's divergence (B, E) of each early layer from the final one, given the log-normalisers.
 
-    A second pass over the projection in the streaming form: M needs both distributions normalised.
+    A second pass over the projection in the tiled form: M needs both distributions normalised.
     """
 
     def total(l_xCV):

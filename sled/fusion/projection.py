@@ -25,7 +25,7 @@ _TILE_ELSEWHERE = 8192
 class SharedHead:
     """The projection from hidden states to logits.
 
-    Where `shards` devices split the vocabulary axis of `w_VD`, the streaming form walks every shard's own rows side
+    Where `shards` devices split the vocabulary axis of `w_VD`, the tiled form walks every shard's own rows side
     by side, so that no device needs another's rows.
     """
 
@@ -93,9 +93,9 @@ class SharedHead:
 def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int | None:
     """A sensible `tile` for `rows` = batch x candidate layers, on the given (or the default) platform.
 
-    None, the plain form, while the logits of all candidates are small: XLA then multiplies by the whole
+    None, the dense form, while the logits of all candidates are small: XLA then multiplies by the whole
     matrix in place, where a tile is copied first (on a CPU 15 to 20% of a step at batch 1). A tile beyond
-    that: it bounds the memory, and on a CPU at batch 8 it is 1.1 to 1.3 times as fast as the plain form.
+    that: it bounds the memory, and on a CPU at batch 8 it is 1.1 to 1.3 times as fast as the dense form.
 
     Rows that are not a number are the symbolic batch of an exported program, which may come to any and run anywhere:
     then a tile wherever it is less than the vocabulary.

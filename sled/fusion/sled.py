@@ -42,8 +42,7 @@ class SLED:
         l <- l - rate (1 - t / steps) / temperature (softmax(l / temperature) - P_latent), t = 0 .. steps - 1
     the softmax over the whole vocabulary at every step.
 
-    The layers None and "all" are every hidden state before the final one, embeddings included; "blocks" are all but
-    the embeddings.
+    None as `layers` is "all": every hidden state before the final one, embeddings included.
     """
 
     rate: float = setting(Number(0, hint="0.5 to 3 is usual"), default=2.0, rows="B", help="evolution rate, alpha")
@@ -54,7 +53,8 @@ class SLED:
     lower_bound: float = left_out_setting(-1000.0)
     log_softmax: bool = _log_softmax_setting()
     norm_early: bool = norm_setting(False, hint="the released code does not norm them")
-    layers: str | tuple[int, ...] | None = layers_setting(None, "all", "blocks")
+    layers: str | tuple[int, ...] | None = layers_setting(
+        None, "all", "blocks", help="all, which is the default, or blocks, which are all but the embeddings")
     max_scale: int | None = bound_of("scale", least=16)
 
     @classmethod

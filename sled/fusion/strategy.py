@@ -29,9 +29,9 @@ class Strategy(Protocol):
         ...
 
 
-def layers_setting(*words: str | None) -> Any:
-    """The early layers to use: one of `words`, of which the first is the default, or indices."""
-    return setting(Layers(words), default=words[0], help="early layers to use")
+def layers_setting(*words: str | None, help: str) -> Any:
+    """The early layers to use: one of `words`, of which the first is the default and `help` tells, or indices."""
+    return setting(Layers(words), default=words[0], help=f"early layers to use, by index or {help}")
 
 
 def norm_setting(default: bool, *, hint: str) -> Any:

@@ -87,9 +87,9 @@ def _documentation(cls: type) -> str:
         of = declared(cls).get(field.name)
         if of and of.help:
             kinds = [getattr(of.rule, "expects", ""), f"an array [{', '.join(of.rows)}]" if of.rows else ""]
-            default = "" if field.default is dataclasses.MISSING else f"{field.default!r} by default"
-            takes = "; ".join(filter(None, (" or ".join(filter(None, kinds)), default)))
-            entry = f"{field.name}: {of.explanation}." + (f" Takes {takes}." if takes else "")
+            takes = f" It is {' or '.join(filter(None, kinds))}." if any(kinds) else ""
+            default = "" if field.default is dataclasses.MISSING else f" Default: {field.default!r}."
+            entry = f"{field.name}: {of.explanation}.{takes}{default}"
             entries.append(textwrap.fill(entry, 110, initial_indent="    ", subsequent_indent="        "))
     return "\n".join([inspect.cleandoc(cls.__doc__ or ""), *(("", "Settings:", *entries) if entries else ())])
 

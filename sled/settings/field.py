@@ -56,8 +56,8 @@ def bound_of(field: str, *, least: int) -> Any:
 
     None, the default, becomes the next of `least`, 2 `least`, 4 `least`, ... that holds the count.
     """
-    rule = OrNone(Whole(1, LARGEST, hint=f"it is the static bound of {field}; None takes the next of {least}, "
-                                         f"{2 * least}, {4 * least}, ..."))
+    rule = OrNone(Whole(1, LARGEST, hint=f"it is static, and None takes the next of {least}, {2 * least}, "
+                                         f"{4 * least} and so on"))
     return dataclasses.field(default=None, metadata={
         _KEY: Setting(rule, help=f"the most that {field} may be", bounds=field, least=least)})
 

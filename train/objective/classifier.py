@@ -21,8 +21,8 @@ from sled.decoding.scoring import map_places
 from sled.errors import DataError
 from sled.exits.confidence import Classifier
 from sled.exits.policy import Exits, with_last
+from sled.fusion.partial import max_and_index
 from sled.fusion.projection import SharedHead
-from sled.fusion.statistics import max_and_index
 from sled.models.decoder import Decoder
 from sled.models.layers import Block
 from sled.settings.rules import Number, Whole
