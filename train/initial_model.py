@@ -46,7 +46,7 @@ class NewModel:
 
     layers: int = setting(Whole(2, hint="early layers are to speak, so there must be some"), default=8,
                           help="decoder layers")
-    width: int = setting(Whole(2, hint="it is the width of the hidden states"), default=128,
+    width: int = setting(Whole(2, hint="the heads share it"), default=128,
                          help="width of the hidden states")
     heads: int = setting(Whole(1, hint="they share the width"), default=4, help="query heads")
     kv_heads: int | None = setting(OrNone(Whole(1, hint="None is as many as heads")), default=None,

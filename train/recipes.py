@@ -48,12 +48,12 @@ class Recipe:
     dropout and distill are left at their defaults.
     """
 
-    steps: int = setting(Whole(1, LARGEST, hint="it counts the steps of the whole run"), default=1000,
+    steps: int = setting(Whole(1, LARGEST, hint="1000 to 50,000 is usual"), default=1000,
                          help="steps of the whole run")
-    batch: int = setting(Whole(1, hint="it counts the rows of a step"), default=32,
+    batch: int = setting(Whole(1, hint="16 to 256 is usual"), default=32,
                          help="rows of a step, over all devices")
-    context: int | None = setting(OrNone(Whole(2, hint="it counts the tokens of a row")), default=None,
-                                  help=f"tokens of a row; None for as many as the model holds, at most {CONTEXT}")
+    context: int | None = setting(OrNone(Whole(2, hint="a row holds a token and its target at least")), default=None,
+                                  help=f"tokens of a row, by default as many as the model holds, at most {CONTEXT}")
     accumulate: int = setting(Whole(1, hint="1 works off the batch at once"), default=1,
                               help="parts in which a batch is worked off: less memory, the same result, but that layer "
                                    "dropout draws anew for each part")
@@ -66,11 +66,11 @@ class Recipe:
                              help="muon is for the layers' matrices, with Adam for the rest")
     learning_rate: float = setting(Number(0, open_low=True, hint="1e-5 to 1e-3 is usual"), default=3e-4,
                                    help="peak of the learning rate")
-    schedule: str = setting(OneOf(SCHEDULES), default="cosine", help="of the learning rate, after the warm-up")
-    warmup: int = setting(Whole(0, LARGEST, hint="it counts steps"), default=100,
+    schedule: str = setting(OneOf(SCHEDULES), default="cosine", help="course of the learning rate after the warm-up")
+    warmup: int = setting(Whole(0, LARGEST, hint="100 is usual"), default=100,
                           help="steps in which the learning rate rises")
     weight_decay: float = setting(Number(0, hint="0.1 is usual"), default=0.1,
-                                  help="of matrices; norms and biases do not decay")
+                                  help="weight decay of matrices, while norms and biases do not decay")
     beta2: float = setting(Number(0, 1, open_high=True, hint="0.95 is usual"), default=0.95,
                            help="decay of the optimiser's second moments")
     clip: float = setting(Number(0, open_low=True, hint="1 is usual"), default=1.0,
@@ -82,11 +82,11 @@ class Recipe:
     temperature: float = setting(Number(0, open_low=True, hint="1 is usual"), default=1.0,
                                  help="temperature of that distillation")
     compute_dtype: str = setting(OneOf(DTYPES), default="float32",
-                                 help="of the forward and backward pass; take bfloat16 on accelerators")
+                                 help="type of the arithmetic; parameters stay float32; bfloat16 on accelerators")
     remat: str = setting(REMAT_RULE, default="full", help="what the backward pass computes again")
     trainable: str = setting(OneOf(TRAINABLE), default=ALL, help="all parameters, or the exit heads alone")
     seed: int = setting(Whole(0, 2**32 - 1, hint="any will do"), default=0,
-                        help="of the data's order, of what layer dropout drops, and of weights that begin at random")
+                        help="seed of the data's order, of layer dropout, and of weights that begin at random")
 
     def __post_init__(self):
         if self.batch % self.accumulate:

@@ -9,8 +9,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sled.cli.derived import given
+from sled.cli.derived import derive, given, option_help, option_type
 from sled.errors import SettingError
+from sled.train.initial_model import NewModel
+from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
+from sled.train.objective.layer_dropout import FixedRows, Masked, WholeBatch, layerskip
+from sled.train.recipes import Recipe, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,68 +63,37 @@ class DataOptions:
                               limit=500 if demo else None, **how)
 
 
+def _overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> list[tuple[str, Any, Any]]:
+    """An option for each of these fields, which is None where it is left out; `default` tells what it is then."""
+    return [(field, Annotated[option_type(kind, field) | None, tyro.conf.arg(
+        help=option_help(kind, field), help_behavior_hint=f"(default: {default or getattr(kind, field)})",
+        aliases=[aliases[field]] if field in aliases else None)], None) for field in fields]
+
+
 @dataclasses.dataclass(frozen=True)
-class NewModelOptions:
+class NewModelOptions(derive("NewModelFields", *_overrides(
+        NewModel, "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "vocabulary"))):
     """A model that begins at random, for --model new: Llama-shaped."""
 
-    layers: int | None = None
-    """Deep and narrow makes leaving early worth something (8)."""
-    width: int | None = None
-    """Of the hidden states (128)."""
-    heads: int | None = None
-    """Query heads, which share the width (4)."""
-    kv_heads: int | None = None
-    """Key/value heads (as many as query heads)."""
-    mlp_width: int | None = None
-    """Of the feed-forward layers (2.75 times the width)."""
-    positions: int | None = None
-    """Tokens of the longest text that it is made for (as many as a row of training has)."""
-    vocabulary: int | None = None
-    """Tokens of a tokenizer made from the data (1000)."""
     tokenizer: Path | None = None
-    """Take this folder's tokenizer instead."""
+    """Take this folder's tokenizer instead of one made from the data."""
     end_of_text: str | None = None
     """Its token that ends a text (<|endoftext|>)."""
 
 
+_RECIPE = tyro.conf.arg(aliases=["-r"], help="""plain: no early exit learns. finetune, continue, pretrain: LayerSkip's
+early-exit loss and layer dropout. layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe.
+tune-exits: the heads of --exit-heads alone, on a frozen model. demo: of the bundled model; demo-plain: of its twin
+without early exits.""")
+
+
 @dataclasses.dataclass(frozen=True)
-class RecipeOptions:
+class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "finetune"), *_overrides(
+        Recipe, "steps", "batch", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
+        "weight_decay", "clip", "z_loss", "distill", "temperature", "compute_dtype", "remat", "seed",
+        default="the recipe's", batch="-b"))):
     """How to train: a recipe by name, and what to do otherwise than it says."""
 
-    recipe: Annotated[str, tyro.conf.arg(aliases=["-r"])] = "finetune"
-    """plain: no early exit learns. finetune, continue, pretrain: LayerSkip's early-exit loss and layer dropout.
-    layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe. tune-exits: the heads of
-    --exit-heads alone, on a frozen model. demo: of the bundled model; demo-plain: of its twin without early exits."""
-    steps: int | None = None
-    """Steps of the whole run."""
-    batch: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
-    """Rows of a step, over all devices."""
-    context: int | None = None
-    """Tokens of a row (as many as the model holds, at most 512, unless the recipe says so)."""
-    accumulate: int | None = None
-    """Work off the batch in so many parts: less memory, the same result (but layer dropout draws for each part)."""
-    learning_rate: float | None = None
-    """Peak of the learning rate."""
-    optimizer: Literal["adamw", "muon"] | None = None
-    """muon: for the layers' matrices, Adam for the rest."""
-    schedule: Literal["constant", "linear", "cosine", "warmup-stable-decay"] | None = None
-    """Of the learning rate, after the warm-up."""
-    warmup: int | None = None
-    """Steps in which the learning rate rises."""
-    weight_decay: float | None = None
-    """Of matrices; norms and biases do not decay."""
-    clip: float | None = None
-    """Bound of the gradient's global norm."""
-    z_loss: float | None = None
-    """Weight of the squared log of the softmax's denominator (PaLM: 1e-4)."""
-    distill: float | None = None
-    """Weight of each early exit's divergence from the last layer, which teaches it."""
-    temperature: float | None = None
-    """Of that distillation."""
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the arithmetic; parameters stay float32. Take bfloat16 on accelerators."""
-    remat: Literal["none", "full", "dots", "projections"] | None = None
-    """What the backward pass computes again: full needs the least memory, none the most."""
     exit_layers: tuple[int, ...] = ()
     """Early exits that learn at every step, in place of the recipe's, which take turns. They count as it weighs them,
     with a recipe that has none as much as the last layer."""
@@ -130,13 +103,9 @@ class RecipeOptions:
     drop: Literal["masked", "fixed", "batch"] | None = None
     """masked: each sequence on its own; saves no work. fixed: as many sequences of a batch as the probability says,
     left out of the computation. batch: a layer for the whole batch at once."""
-    seed: int | None = None
-    """For the data's order, layer dropout and random weights."""
 
     def made(self):
         """The recipe. Raises SettingError."""
-        from sled.train.recipes import named
-
         changes = given(self)
         for own in ("recipe", "exit_layers", "layer_dropout", "drop"):
             changes.pop(own, None)
@@ -144,8 +113,6 @@ class RecipeOptions:
         return dataclasses.replace(recipe, exits=self._exits(recipe.exits), dropout=self._dropout(recipe.dropout))
 
     def _exits(self, plan):
-        from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
-
         if not self.exit_layers:
             return plan
         profile = getattr(plan, "profile", UniformWeights())
@@ -157,8 +124,6 @@ class RecipeOptions:
         return WeightedExits(profile, settled)
 
     def _dropout(self, dropout):
-        from sled.train.objective.layer_dropout import FixedRows, Masked, WholeBatch, layerskip
-
         if self.layer_dropout == 0:
             dropout = None
         elif self.layer_dropout is not None:
@@ -279,8 +244,6 @@ class Train:
         print(f"the trained model is in {train(run)}", file=sys.stderr)
 
     def _model(self) -> Any:
-        from sled.train.initial_model import NewModel
-
         wanted = given(self.new_model_options)
         if self.model == "new":
             return NewModel(**wanted)
