@@ -38,7 +38,7 @@ def train(folder: str, steps: int, cache: str, pause_at: int = 0) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     folder = Path(folder)
     begun, state, host = 0, jax.jit(begin)(), {"position": 0, "stride": 1}
-    with Preemption() as preemption, Checkpoints(folder / "steps", {"width": WIDTH}, every=1) as checkpoints:
+    with Preemption() as preemption, Checkpoints(folder / "steps", {"width": WIDTH}, save_every=1) as checkpoints:
         if checkpoints.steps:
             begun, state, host, *_ = checkpoints.restore(state)
         with Metrics(folder / "metrics.jsonl", resumed_from=begun) as metrics:
@@ -89,7 +89,7 @@ def meshes(folder: str) -> None:
     def mesh(*shape):
         return jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
-    with Checkpoints(folder, {}, every=1) as checkpoints:
+    with Checkpoints(folder, {}, save_every=1) as checkpoints:
         here = spread(mesh(4, 2), specs)
         checkpoints.save(1, {**jax.device_put({name: state[name] for name in specs}, here), "step": state["step"]}, {})
 

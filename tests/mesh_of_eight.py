@@ -16,11 +16,10 @@ from sled.models import Decoder, DecoderConfig, load_folder, save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Placing
-from sled.train.data.rows import Batch
-from sled.train.objective.dropping import FixedRows
-from sled.train.objective.layer_dropout import dont_drop_dropout
+from sled.train.data.rows import TrainingBatch
+from sled.train.objective.layer_dropout import FixedRows, dont_drop_dropout
 from sled.train.objective.train_step import init_state, make_train_step
-from sled.train.parallel.memory_plan import plan
+from sled.train.parallel.memory_plan import memory_plan
 from sled.train.recipes import Recipe
 
 MESHES = {"data": Mesh(data=8, fsdp=1), "fsdp": Mesh(), "tensor": Mesh(data=2, fsdp=1, tensor=4),
@@ -50,13 +49,13 @@ for name, settings in MESHES.items():
     assert jax.tree.all(jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim),
                                      nnx.state(trained), placing.shardings(weights)))
     notes["gathered"][name] = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", step.as_text())
-    planned = plan(placing, OPTIMIZER)
+    planned = memory_plan(placing, OPTIMIZER)
     notes["bytes"][name] = planned.weights + planned.optimizer, step.memory_analysis().argument_size_in_bytes
 
 
 def updated(mesh=None):
     """The weights after one step of descent with layer dropout that leaves rows out of the computation."""
-    recipe = Recipe(batch=8, dropout=dont_drop_dropout(0.6, steps=10, way=FixedRows()))
+    recipe = Recipe(batch=8, dropout=dont_drop_dropout(0.6, steps=10, strategy=FixedRows()))
     config = DecoderConfig("llama", vocab_size=96, width=32, mlp_width=64, num_layers=4, num_heads=4, num_kv_heads=4,
                            head_dim=8, max_positions=LENGTH, tied_head=False)
     decoder = Decoder.init(config, rngs=nnx.Rngs(0)).stack()
@@ -64,9 +63,9 @@ def updated(mesh=None):
     weights = nnx.state(decoder) if mesh is None else jax.device_put(nnx.state(decoder), placing.shardings(
         nnx.state(decoder)))
     tokens_BT = tokens_of(0, config.vocab_size)
-    batch = Batch(tokens_BT, np.ones(tokens_BT.shape, np.float32), np.ones_like(tokens_BT), np.zeros_like(tokens_BT))
+    batch = TrainingBatch(tokens_BT, np.ones(tokens_BT.shape, np.float32), np.ones_like(tokens_BT))
     dropout = recipe.dropout.saving(8, decoder.num_layers, 0, 3)
-    assert min(dropout.way.saved[1:]) > 0
+    assert min(dropout.strategy.saved[1:]) > 0
     step = make_train_step(decoder, recipe, optax.sgd(1.0), placing)
     state, _ = step(init_state(weights, optax.sgd(1.0), placing), batch if mesh is None else placing.batch(batch, 8),
                     dropout)

@@ -56,7 +56,7 @@ def tokens_of(step, vocabulary):
 def logits(model, tokens_BT, placing):
     """Logits of a stacked decoder, everything held in its place where there is a mesh."""
     same = lambda x: x  # noqa: E731
-    hold, hold_logits, table = (same,) * 3 if placing is None else (placing.activations, placing.logits, placing.table)
+    hold, table = (same, same) if placing is None else (placing.activations, placing.table)
     positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     angles = rotary_angles(model.config, positions)
     graph, weights_L = nnx.split(model.layers)
@@ -66,7 +66,7 @@ def logits(model, tokens_BT, placing):
 
     h0_BTD = jnp.take(table(model.embedding.weight[...]), tokens_BT, axis=0)
     h_BTD, _ = jax.lax.scan(layer, hold(h0_BTD), weights_L)
-    return hold_logits(model.normalise(h_BTD) @ table(model.head_weight).T)
+    return model.normalise(h_BTD) @ table(model.head_weight).T
 
 
 def make_step(graph, placing):

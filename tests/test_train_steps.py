@@ -14,7 +14,7 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.decoder import Decoder
-from sled.train.data.rows import Batch
+from sled.train.data.rows import TrainingBatch
 from sled.train.objective import train_step as steps
 from sled.train.objective.exit_heads import partition, with_heads
 from sled.train.objective.exit_weights import (
@@ -52,8 +52,7 @@ def batch():
     inside = index_1T < lengths_B1
     weights_BT = np.where(inside & (index_1T > 0), np.where(index_1T < 3, 0.25, 1.0), 0.0)
     tokens_BT = random.randint(1, 20, (4, 9)) * inside
-    return Batch(tokens_BT.astype(np.int32), weights_BT.astype(np.float32), inside.astype(np.int32),
-                 (index_1T * inside).astype(np.int32))
+    return TrainingBatch(tokens_BT.astype(np.int32), weights_BT.astype(np.float32), inside.astype(np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +181,8 @@ def likelihoods_by_heads(headed, batch):
 
 
 def test_tuning_moves_the_exit_heads_alone(headed, batch):
-    recipe, adam = Recipe(batch=4, context=9, learns="exit-heads", accumulate=2), optax.adam(0.1)
-    state = init_state(nnx.state(headed), adam, learns=recipe.learns)
+    recipe, adam = Recipe(batch=4, context=9, trainable="exit-heads", accumulate=2), optax.adam(0.1)
+    state = init_state(nnx.state(headed), adam, trainable=recipe.trainable)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) == 2 * 32 + 1
     state, metrics = make_train_step(headed, recipe, adam)(state, batch, None)
     nll_L = likelihoods_by_heads(headed, batch)
@@ -211,7 +210,8 @@ def test_heads_want_exits_that_stay(headed):
     turning = dataclasses.replace(RECIPE, exits=WeightedExits(LayerSkipWeights(), Rotational(2)))
     with pytest.raises(SettingError, match=r"Rotational.*change from step to step.*AllExits"):
         make_train_step(headed, turning, SGD)
-    with pytest.raises(SettingError, match=r"after layer 2 has a head, but with .* learns nothing.* \(--exits 1 2\)"):
+    idle = r"after layer 2 has a head, but with .* learns nothing.* \(--exit-layers 1 2\)"
+    with pytest.raises(SettingError, match=idle):
         make_train_step(headed, dataclasses.replace(RECIPE, exits=FixedExits((1,), (0.5,))), SGD)
     with pytest.raises(SettingError, match=r"after layer 1 has a head, but .* learns nothing"):  # it is weighed 0
         make_train_step(headed, dataclasses.replace(RECIPE, z_loss=None, distill=None), SGD)
@@ -278,20 +278,20 @@ def test_recipes_by_name():
     assert topv2.exits == WeightedExits(LayerSkipWeights(1.0), Gradual(400)) and topv2.dropout.rate == 0.2
     assert named("layerskip-scratch-7b", steps=400).dropout.schedule.steps == 400
     assert named("layerskip-llama2-13b").exits.curriculum == Rotational(39)
-    assert named("plain", dropout=None, rate=1.0).rate == 1.0
+    assert named("plain", dropout=None, learning_rate=1.0).learning_rate == 1.0
 
 
 @pytest.mark.parametrize("call, words", [
     (lambda: named("nothing"), "recipe is 'nothing'.*plain"),
     (lambda: named("plain", rates=1), "no rates; it has"),
-    (lambda: named("plain", rate=0), "rate is 0"),
+    (lambda: named("plain", learning_rate=0), "learning_rate is 0"),
     (lambda: named("plain", optimizer="sgd"), "optimizer is 'sgd'.*'adamw', 'muon'"),
     (lambda: named("plain", batch=6, accumulate=4), "batch is 6.*accumulate 4"),
     (lambda: named("plain", exits=3), "exits is 3"),
     (lambda: named("plain", context=1), "context is 1"),
-    (lambda: named("plain", learns="heads"), "learns is 'heads'.*'all', 'exit-heads'"),
+    (lambda: named("plain", trainable="heads"), "trainable is 'heads'.*'all', 'exit-heads'"),
     (lambda: named("tune-exits", distill=0.5), "distill is 0.5, but the recipe tunes exit heads"),
-    (lambda: named("finetune", learns="exit-heads"), "exits is WeightedExits.*leave it at LastOnly"),
+    (lambda: named("finetune", trainable="exit-heads"), "exits is WeightedExits.*leave it at LastOnly"),
     (lambda: named("plain", z_loss=-1.0), "z_loss is -1"),
 ])
 def test_recipes_say_what_they_refuse(call, words):

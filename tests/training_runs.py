@@ -25,30 +25,31 @@ from sled.train.objective.exit_weights import Rotational, UniformWeights, Weight
 from sled.train.objective.layer_dropout import LayerDropout
 from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe, named
-from sled.train.trainer import Run, train
+from sled.train.trainer import TrainingRun, train
 
 MODEL = NewModel(layers=3, width=32, heads=4, mlp_width=64, vocabulary=320)
 RECIPE = Recipe(steps=30, batch=8, context=64, exits=WeightedExits(UniformWeights(), Rotational(2)), warmup=2,
-                dropout=LayerDropout(0.3, rescale=False), schedule="constant", rate=1e-2)
+                dropout=LayerDropout(0.3, rescale=False), schedule="constant", learning_rate=1e-2)
 MESHES = {"alone": Mesh(), "data": Mesh(data=8, fsdp=1), "fsdp": Mesh(), "tensor": Mesh(data=2, fsdp=1, tensor=4),
           "all": Mesh(data=2, fsdp=2, tensor=2)}
 
 
-def run_of(folder, data, *, model=MODEL, mesh=MESHES["alone"], every=1, **changes) -> Run:
+def run_of(folder, data, *, model=MODEL, mesh=MESHES["alone"], save_every=1, **changes) -> TrainingRun:
     """A run into `folder`; `changes` are of the recipe."""
     data = Path(data)
-    return Run(Path(folder), model, Source(data / "train.jsonl"), dataclasses.replace(RECIPE, **changes),
-               Source(data / "held_out.jsonl"), mesh=mesh, every=every, keep=40, tell=1, held_out_rows=8)
+    return TrainingRun(Path(folder), model, Source(data / "train.jsonl"), dataclasses.replace(RECIPE, **changes),
+                       Source(data / "held_out.jsonl"), mesh=mesh, save_every=save_every, keep=40, log_every=1,
+                       held_out_rows=8)
 
 
 def one(folder: str, data: str, width: int = MODEL.width, **changes) -> None:
-    """Trains; changes: `every`, or of the recipe."""
+    """Trains; changes: `save_every`, or of the recipe."""
     train(run_of(folder, data, model=dataclasses.replace(MODEL, width=width), **changes))
 
 
 def tune(folder: str, data: str, model: str, layers: list[int], steps: int) -> None:
     """Tunes new exit heads of the model in a folder."""
-    recipe = named("tune-exits", steps=steps, batch=8, context=64, warmup=2, rate=1e-2, schedule="constant")
+    recipe = named("tune-exits", steps=steps, batch=8, context=64, warmup=2, learning_rate=1e-2, schedule="constant")
     train(dataclasses.replace(run_of(folder, data, model=model), recipe=recipe, heads=ExitHeads(tuple(layers), "mlp")))
 
 
@@ -69,7 +70,7 @@ def on_meshes(data, out, *names) -> None:
     devices = jax.devices()
     for name in names:
         mesh = _OneOf(devices) if name == "alone" else MESHES[name]
-        run = run_of(Path(out) / name, data, mesh=mesh, every=1000, steps=20, rate=3e-3,
+        run = run_of(Path(out) / name, data, mesh=mesh, save_every=1000, steps=20, learning_rate=3e-3,
                      dropout=LayerDropout(0.3, schedule=Later(10), rescale=False))
         train(run if name in ("alone", "all") else dataclasses.replace(run, held_out=None))
 
@@ -105,14 +106,14 @@ def in_two_processes(address, index, data, out) -> None:
         lines = (Path(data) / name).read_text().splitlines()
         (own / name).write_text("\n".join(lines[int(index) if name == "train.jsonl" else 0:]))
     unlike = run_of(Path(out) / "unlike", own)
-    for number, run in enumerate((unlike, dataclasses.replace(unlike, every=2 + int(index)),
+    for number, run in enumerate((unlike, dataclasses.replace(unlike, save_every=2 + int(index)),
                                   dataclasses.replace(unlike, folder=data))):
         try:
             train(run)
         except SettingError as error:
             (own / f"said{number}.txt").write_text(str(error))
     for steps in (4, 8):
-        train(run_of(Path(out) / "two", data, every=4, steps=steps))
+        train(run_of(Path(out) / "two", data, save_every=4, steps=steps))
     jax.distributed.shutdown()
 
 

@@ -204,8 +204,3 @@ class Placing:
         columns of all groups' tokens, and replicates the result to put it right.
         """
         return jax.lax.with_sharding_constraint(w_VD, NamedSharding(self.mesh, P(self._vocab, None)))
-
-    def logits(self, logits_BTV):
-        """The same logits, held to their place: rows over data and fsdp, the vocabulary where the head lies."""
-        middle = (None,) * (logits_BTV.ndim - 2)
-        return jax.lax.with_sharding_constraint(logits_BTV, NamedSharding(self.mesh, P(ROWS, *middle, self._vocab)))

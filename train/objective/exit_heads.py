@@ -49,11 +49,6 @@ def with_heads(model: Decoder, heads: ExitHeads, *, mesh: jax.sharding.Mesh | No
     return nnx.merge(nnx.graphdef(abstract_stacked(config)), merge(made, weights))
 
 
-def trainable_paths(weights: nnx.State) -> tuple[str, ...]:
-    """Dotted names of the parameters that exit tuning changes. None where the decoder has no exit heads."""
-    return tuple(".".join(map(str, path)) for path, _ in nnx.to_flat_state(weights) if "exit_heads" in path)
-
-
 def partition(weights: nnx.State) -> tuple[nnx.State, nnx.State]:
     """A decoder's weights as (exit heads, backbone); no array is copied. `merge` puts them together again.
 
