@@ -24,7 +24,7 @@ from sled.models import save_folder
 from sled.models.config import ExitHeads
 from sled.models.huggingface import refuse_foreign
 from sled.models.sharding.mesh import Mesh
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.settings.describe import describe
 from sled.settings.rules import Instance, OrNone, Whole, settle
 from sled.train.data.batches import Batches, some_batches
@@ -116,7 +116,7 @@ def plan_of(run: Run) -> Plan:
     """What each device would hold, from shapes alone. Raises as `train` does."""
     with tempfile.TemporaryDirectory() as form:
         config = _begin(run, Path(form), begun=False).config
-    return plan(Placing(config, run.mesh.build()), _optimizer(run.recipe), learns=run.recipe.learns)
+    return plan(Sharding(config, run.mesh.build()), _optimizer(run.recipe), learns=run.recipe.learns)
 
 
 def _begin(run: Run, form: Path, *, begun: bool) -> Beginning:
@@ -160,20 +160,20 @@ class _Training:
         begun = bool(steps)
         with contextlib.nullcontext(self.folder.form) if begun else self.folder.new_form() as form:
             self.beginning = _begin(run, form, begun=begun)
-            self.placing = Placing(self.beginning.config, mesh) if mesh.size > 1 else None
-            if self.placing is not None:
-                self.placing.local_rows(self.part)  # raises where a part does not divide
+            self.sharding = Sharding(self.beginning.config, mesh) if mesh.size > 1 else None
+            if self.sharding is not None:
+                self.sharding.local_rows(self.part)  # raises where a part does not divide
             self.rows = self._read(run.source)
             self.held_out = None if run.held_out is None else self._read(run.held_out)
         self.settings = self._settings()
         check_alike(self.settings)
         self.optimizer = optimizer or _optimizer(recipe)
         self.batches = Batches(self.rows, recipe.batch, seed=recipe.seed, **self._who(recipe.batch))
-        decoder = first_decoder(self.beginning, recipe.seed, self.placing)
+        decoder = first_decoder(self.beginning, recipe.seed, self.sharding)
         self.graph, weights = nnx.split(decoder)
-        self.state = init_state(weights, self.optimizer, self.placing, learns=recipe.learns)
-        self.train_step = make_train_step(decoder, recipe, self.optimizer, self.placing)
-        self.evaluate = make_evaluation(decoder, recipe, self.placing)
+        self.state = init_state(weights, self.optimizer, self.sharding, learns=recipe.learns)
+        self.train_step = make_train_step(decoder, recipe, self.optimizer, self.sharding)
+        self.evaluate = make_evaluation(decoder, recipe, self.sharding)
         self.may_change = {"recipe.steps": same_rates(_rates(recipe)), "recipe.remat": anything}
         if recipe.dropout is None:  # which draws for each part on its own
             self.may_change["recipe.accumulate"] = anything
@@ -291,14 +291,14 @@ class _Training:
 
     def _who(self, size: int) -> dict[str, int]:
         """Whose part of a batch of `size` rows this process has, and of how many."""
-        if self.placing is None:
+        if self.sharding is None:
             return dict(process_index=0, process_count=1)
-        own = self.placing.local_rows(size)
+        own = self.sharding.local_rows(size)
         count = own.stop - own.start
         return dict(process_index=own.start // count, process_count=size // count)
 
     def _global(self, batch: Batch, rows: int) -> Batch:
-        return batch if self.placing is None else self.placing.batch(batch, rows)
+        return batch if self.sharding is None else self.sharding.batch(batch, rows)
 
     def _metrics(self, begun: int) -> Metrics:
         return Metrics(self.folder.metrics, resumed_from=begun,

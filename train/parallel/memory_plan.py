@@ -1,4 +1,4 @@
-"""What training takes on each device, before there is any device: the plan that `Placing` makes, in bytes.
+"""What training takes on each device, before there is any device: the plan that `Sharding` makes, in bytes.
 
 Everything here follows from shapes alone (`jax.eval_shape`), so the plan of 70B parameters on 64
 devices takes a second on a laptop.
@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sled.models.sharding.sharding import LARGE, RULES, Placing
+from sled.models.sharding.sharding import LARGE, RULES, Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.exit_heads import partition
 from sled.train.recipes import ALL, HEADS
@@ -81,35 +81,35 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(placing: Placing, optimizer: optax.GradientTransformation, *, dtype=jnp.float32, learns: str = ALL) -> Plan:
+def plan(sharding: Sharding, optimizer: optax.GradientTransformation, *, dtype=jnp.float32, learns: str = ALL) -> Plan:
     """Bytes on each device of the weights in `dtype` and of `optimizer`'s state for them. Allocates nothing.
 
     learns: as in the recipe; for what does not learn there are neither gradients nor optimiser state.
     """
-    shapes = nnx.state(abstract_stacked(placing.config), nnx.Param)
+    shapes = nnx.state(abstract_stacked(sharding.config), nnx.Param)
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
     own = partition(weights)[0] if learns == HEADS else weights
     state = jax.eval_shape(optimizer.init, own)
-    taken = {name: [0, 0, 0] for name in placing.parameters}
+    taken = {name: [0, 0, 0] for name in sharding.parameters}
     other = 0
     for kind, tree in enumerate((weights, state, own)):
-        shardings = jax.tree.leaves(placing.shardings(tree))
-        for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
-            size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            name = placing.parameter_at(path, leaf.shape)
+        shardings = jax.tree.leaves(sharding.shardings(tree))
+        for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
+            size = math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            name = sharding.parameter_at(path, leaf.shape)
             if name:
                 taken[name][kind] += size
             else:
                 other += size
-    return Plan(dict(placing.mesh.shape), [_share(placing, name, *taken[name][:2]) for name in taken],
-                sum(gradients for *_, gradients in taken.values()), other, placing.undivided)
+    return Plan(dict(sharding.mesh.shape), [_share(sharding, name, *taken[name][:2]) for name in taken],
+                sum(gradients for *_, gradients in taken.values()), other, sharding.undivided)
 
 
-def _share(placing: Placing, name: str, weights: int, optimizer: int) -> Share:
-    shape, spec = placing.parameters[name]
-    parts = math.prod(shape) // math.prod(NamedSharding(placing.mesh, spec).shard_shape(shape))
-    copies = placing.mesh.size // parts
-    return Share(name, shape, spec, copies, copies // placing.mesh.shape["data"], weights, optimizer)
+def _share(sharding: Sharding, name: str, weights: int, optimizer: int) -> Share:
+    shape, spec = sharding.parameters[name]
+    parts = math.prod(shape) // math.prod(NamedSharding(sharding.mesh, spec).shard_shape(shape))
+    copies = sharding.mesh.size // parts
+    return Share(name, shape, spec, copies, copies // sharding.mesh.shape["data"], weights, optimizer)
 
 
 def _spell(spec: PartitionSpec, mesh: dict[str, int]) -> str:
