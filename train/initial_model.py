@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +16,7 @@ from flax import nnx
 from jax.experimental.multihost_utils import sync_global_devices
 
 from sled.errors import CheckpointError, SettingError
+from sled.io import write_json
 from sled.models import Decoder, DecoderConfig, load_folder, read_config
 from sled.models.config import ExitHeads
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
@@ -175,8 +175,7 @@ def _new_form(model: NewModel, source: Source, positions: int, form: Path) -> No
             raise SettingError(f"the tokenizer in {model.tokenizer} has no token {model.end_of_text!r}; name the one "
                                "that ends its texts as end_of_text")
         _copy(Path(model.tokenizer), form, TOKENIZER_FILES)
-    written = json.dumps(format_config(model.config(size, end, positions), "float32"), indent=2)
-    (form / "config.json").write_text(written + "\n")
+    write_json(form / "config.json", format_config(model.config(size, end, positions), "float32"))
 
 
 def _texts(source: Source):

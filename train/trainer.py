@@ -22,7 +22,7 @@ from tqdm import tqdm
 from sled.errors import SettingError, TrainingError
 from sled.models import save_folder
 from sled.models.config import ExitHeads
-from sled.models.huggingface import refuse_foreign
+from sled.models.huggingface import refuse_no_model
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Sharding
 from sled.settings.describe import describe
@@ -154,7 +154,7 @@ class _Training:
         check_alike({"--every": run.every, "--keep": run.keep, "--tell": run.tell,
                      "--held-out-rows": run.held_out_rows, "the mesh": describe(run.mesh),
                      "the list of checkpoints in --out": steps})
-        refuse_foreign(self.folder.model)
+        refuse_no_model(self.folder.model)
         mesh = run.mesh.build()
         self.part = recipe.batch // recipe.accumulate
         begun = bool(steps)

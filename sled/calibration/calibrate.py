@@ -16,10 +16,10 @@ from sled.calibration.losses import Consistency, consistency
 from sled.calibration.record import Calibration, Step
 from sled.errors import CalibrationError, SettingError
 from sled.exits import EarlyExit
-from sled.machine import hardware, versions
 from sled.results import Output
 from sled.settings.rules import Whole
 from sled.text.prompts import prompt_ids
+from sled.timing import hardware, versions
 
 if TYPE_CHECKING:
     from sled.lm import LM

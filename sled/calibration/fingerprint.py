@@ -11,7 +11,8 @@ from flax import nnx
 
 from sled.decoding.options import A_SAMPLING, A_STRATEGY, stop_strings, which_schedule
 from sled.exits import EarlyExit
-from sled.settings.describe import add_array, describe
+from sled.io import add_array
+from sled.settings.describe import describe
 from sled.settings.rules import Instance, Whole, check_rows
 
 if TYPE_CHECKING:

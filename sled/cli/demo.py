@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 from sled.cli.options import ModelOptions
-from sled.io import writable_picture
+from sled.plots import writable_picture
 
 MAX_NEW_TOKENS = 96
 

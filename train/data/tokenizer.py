@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from sled.io import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -39,4 +40,4 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int) -
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", config)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
 
 from sled.errors import SettingError
+from sled.io import json_digest
 from sled.settings.rules import Whole
 
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -116,7 +115,7 @@ def check_alike(settings: Mapping[str, Any]) -> None:
 def _digest(value) -> np.ndarray:
     if isinstance(value, Mapping) and "digest" in value:
         value = value["digest"]
-    return np.frombuffer(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest(), np.uint8)
+    return np.frombuffer(bytes.fromhex(json_digest(value)), np.uint8)
 
 
 def _cluster(environment) -> str | None:
