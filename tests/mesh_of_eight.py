@@ -15,7 +15,7 @@ import sled.models.stored
 from sled.models import Decoder, DecoderConfig, load_folder, save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.train.data.rows import TrainingBatch
 from sled.train.objective.layer_dropout import FixedRows, dont_drop_dropout
 from sled.train.objective.train_step import init_state, make_train_step
@@ -37,19 +37,19 @@ for name, settings in MESHES.items():
     CountedFile.asked.clear()
     decoder = load_onto(folder, mesh)
     notes["asked"][name] = list(CountedFile.asked)
-    placing = Placing(decoder.config, mesh)
+    sharding = Sharding(decoder.config, mesh)
     weights = nnx.state(decoder)
-    assert jax.tree.all(jax.tree.map(lambda leaf, where: leaf.sharding == where, weights, placing.shardings(weights)))
+    assert jax.tree.all(jax.tree.map(lambda leaf, where: leaf.sharding == where, weights, sharding.shardings(weights)))
     jax.tree.map(np.testing.assert_array_equal, weights, nnx.state(alone))
     notes["parts"][name] = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in
                             ((".".join(path), leaf[...]) for path, leaf in nnx.to_flat_state(weights))}
     if name == "all":
         save_folder(decoder, out / name, max_shard_bytes=20_000)
-    notes["losses"][name], trained, step = train(decoder, 20, placing)
+    notes["losses"][name], trained, step = train(decoder, 20, sharding)
     assert jax.tree.all(jax.tree.map(lambda leaf, where: leaf.sharding.is_equivalent_to(where, leaf.ndim),
-                                     nnx.state(trained), placing.shardings(weights)))
+                                     nnx.state(trained), sharding.shardings(weights)))
     notes["gathered"][name] = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(", step.as_text())
-    planned = memory_plan(placing, OPTIMIZER)
+    planned = memory_plan(sharding, OPTIMIZER)
     notes["bytes"][name] = planned.weights + planned.optimizer, step.memory_analysis().argument_size_in_bytes
 
 
@@ -59,15 +59,15 @@ def updated(mesh=None):
     config = DecoderConfig("llama", vocab_size=96, width=32, mlp_width=64, num_layers=4, num_heads=4, num_kv_heads=4,
                            head_dim=8, max_positions=LENGTH, tied_head=False)
     decoder = Decoder.init(config, rngs=nnx.Rngs(0)).stack()
-    placing = mesh and Placing(decoder.config, mesh)
-    weights = nnx.state(decoder) if mesh is None else jax.device_put(nnx.state(decoder), placing.shardings(
+    sharding = mesh and Sharding(decoder.config, mesh)
+    weights = nnx.state(decoder) if mesh is None else jax.device_put(nnx.state(decoder), sharding.shardings(
         nnx.state(decoder)))
     tokens_BT = tokens_of(0, config.vocab_size)
     batch = TrainingBatch(tokens_BT, np.ones(tokens_BT.shape, np.float32), np.ones_like(tokens_BT))
     dropout = recipe.dropout.saving(8, decoder.num_layers, 0, 3)
     assert min(dropout.strategy.saved[1:]) > 0
-    step = make_train_step(decoder, recipe, optax.sgd(1.0), placing)
-    state, _ = step(init_state(weights, optax.sgd(1.0), placing), batch if mesh is None else placing.batch(batch, 8),
+    step = make_train_step(decoder, recipe, optax.sgd(1.0), sharding)
+    state, _ = step(init_state(weights, optax.sgd(1.0), sharding), batch if mesh is None else sharding.batch(batch, 8),
                     dropout)
     return jax.device_get(state.weights)
 

@@ -11,7 +11,7 @@ import sled.models.stored
 from sled.models import save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.train.parallel.distributed import Processes, initialize
 
 address, index, folder, out = sys.argv[1:]
@@ -20,9 +20,9 @@ mesh = Mesh().build()
 sled.models.stored.safe_open = CountedFile
 decoder = load_onto(folder, mesh)
 save_folder(decoder, Path(out) / "model")
-placing = Placing(decoder.config, mesh)
-losses, _, _ = train(decoder, 3, placing)
-rows = placing.local_rows(8)
+sharding = Sharding(decoder.config, mesh)
+losses, _, _ = train(decoder, 3, sharding)
+rows = sharding.local_rows(8)
 notes = {"said": said, "devices": jax.device_count(), "rows": [rows.start, rows.stop], "losses": losses,
          "asked": sum(count for _, count in CountedFile.asked), "saved": (Path(out) / "model" / "config.json").exists()}
 (Path(out) / f"process{index}.json").write_text(json.dumps(notes))

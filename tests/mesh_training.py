@@ -53,10 +53,10 @@ def tokens_of(step, vocabulary):
     return np.random.RandomState(step).randint(0, vocabulary, (BATCH, LENGTH + 1)).astype(np.int32)
 
 
-def logits(model, tokens_BT, placing):
+def logits(model, tokens_BT, sharding):
     """Logits of a stacked decoder, everything held in its place where there is a mesh."""
     same = lambda x: x  # noqa: E731
-    hold, table = (same, same) if placing is None else (placing.activations, placing.table)
+    hold, table = (same, same) if sharding is None else (sharding.activations, sharding.table)
     positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     angles = rotary_angles(model.config, positions)
     graph, weights_L = nnx.split(model.layers)
@@ -69,12 +69,12 @@ def logits(model, tokens_BT, placing):
     return model.normalise(h_BTD) @ table(model.head_weight).T
 
 
-def make_step(graph, placing):
+def make_step(graph, sharding):
     """`step(state, tokens) -> (state, loss)`, not compiled; `state` is a pair of weights and optimiser state."""
 
     def loss_of(weights, tokens_BT):
         targets_BT = tokens_BT[:, 1:]
-        said = logits(nnx.merge(graph, weights), tokens_BT[:, :-1], placing)
+        said = logits(nnx.merge(graph, weights), tokens_BT[:, :-1], sharding)
         return optax.softmax_cross_entropy_with_integer_labels(said, targets_BT).mean()
 
     def step(state, tokens_BT):
@@ -86,19 +86,19 @@ def make_step(graph, placing):
     return step
 
 
-def train(decoder, steps, placing=None):
+def train(decoder, steps, sharding=None):
     """Losses of so many steps, the decoder after them, and the compiled step."""
     graph, weights = nnx.split(decoder)
-    if placing is None:
+    if sharding is None:
         state, feed, compile_ = (weights, OPTIMIZER.init(weights)), jnp.asarray, jax.jit
     else:
-        state = (weights, placing.create(OPTIMIZER.init, weights))
-        where = placing.shardings(state)
-        own = placing.local_rows(BATCH)
-        feed = lambda tokens: placing.batch(tokens[own], BATCH)  # noqa: E731
-        compile_ = functools.partial(jax.jit, in_shardings=(where, placing.rows), out_shardings=(where, None))
+        state = (weights, sharding.create(OPTIMIZER.init, weights))
+        where = sharding.shardings(state)
+        own = sharding.local_rows(BATCH)
+        feed = lambda tokens: sharding.batch(tokens[own], BATCH)  # noqa: E731
+        compile_ = functools.partial(jax.jit, in_shardings=(where, sharding.rows), out_shardings=(where, None))
     tokens = [feed(tokens_of(number, decoder.config.vocab_size)) for number in range(steps)]
-    step = compile_(make_step(graph, placing)).lower(state, tokens[0]).compile(HASTY)
+    step = compile_(make_step(graph, sharding)).lower(state, tokens[0]).compile(HASTY)
     losses = []
     for one in tokens:
         state, loss = step(state, one)

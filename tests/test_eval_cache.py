@@ -17,9 +17,10 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 import sled
 from sled.errors import EvaluationError, SettingError
 from sled.eval.harness import adapter as harness
-from sled.eval.harness.cache import Cache, digest_of
+from sled.eval.harness.cache import Cache
 from sled.eval.harness.requests import Ask, batches
 from sled.eval.methods import Method, deciding_versions
+from sled.io import json_digest
 
 EARLY = sled.EarlyExit((2,), threshold=0.5)
 
@@ -98,7 +99,7 @@ def test_every_part_of_a_request_is_in_its_key():
     asks = [ASK, ASK | {"ids": (1, 3)}, ASK | {"until": ()}, ASK | {"max_new_tokens": 9}, ASK | {"seed": 0},
             ASK | {"seed": 1}, ASK | {"sampling": sled.Sampling(temperature=0.5)}]
     scored = [{"context": (1, 2), "continuation": (3,)}, {"context": (1,), "continuation": (2, 3)}]
-    assert len({digest_of(Ask(**ask).described()) for ask in asks} | {digest_of(pair) for pair in scored}) == 9
+    assert len({json_digest(Ask(**ask).described()) for ask in asks} | {json_digest(pair) for pair in scored}) == 9
 
 
 def test_requests_are_batched_by_length_or_by_stream():

@@ -20,7 +20,7 @@ from sled.lm import LM
 from sled.models import ExitHeads, exportable, from_pre_exit, load_folder, save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.exit_heads import (
     merge,
@@ -222,13 +222,13 @@ def test_damaged_heads_are_refused(tmp_path):
 def test_every_head_has_a_place_on_the_mesh():
     for name in KINDS:
         config = dataclasses.replace(CONFIG, exit_heads=KINDS[name], mlp_bias=True)
-        placing = Placing(config, Mesh(data=2, fsdp=2, tensor=2).abstract(8))
-        specs = {at: spec for at, (_, spec) in placing.parameters.items() if at.startswith("exit_heads")}
+        sharding = Sharding(config, Mesh(data=2, fsdp=2, tensor=2).abstract(8))
+        specs = {at: spec for at, (_, spec) in sharding.parameters.items() if at.startswith("exit_heads")}
         wanted = {"affine.weight": P(None, "fsdp", None), "mlp.gate.weight": P(None, "fsdp", "tensor"),
                   "mlp.down.weight": P(None, "tensor", "fsdp"), "norm.weight": P(None, None)}
         assert specs and all(specs.get(f"exit_heads.{at}", spec) == spec for at, spec in wanted.items())
         if not KINDS[name].tied:
             assert specs["exit_heads.projection"] == P(None, None, "fsdp")  # 47 entries do not divide over tensor
         heads, _ = partition(nnx.state(abstract_stacked(config)))
-        moments = jax.tree.leaves(placing.shardings(jax.eval_shape(optax.adam(1e-3).init, heads)))
+        moments = jax.tree.leaves(sharding.shardings(jax.eval_shape(optax.adam(1e-3).init, heads)))
         assert {where.spec for where in moments} == {*specs.values(), P()}  # the counter's

@@ -33,20 +33,20 @@ from sled.models import ExitHeads, load_folder
 from sled.train.objective.exit_heads import merge, partition, tuning_loss, with_heads
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 
 mesh = Mesh(data=2, fsdp=2, tensor=2).build()
 heads = ExitHeads((1, 2), "mlp", tied=False)
 tokens = np.random.RandomState(0).randint(0, 48, (8, 6))
 
 
-def step(model, placing=None):
+def step(model, sharding=None):
     graph, weights = nnx.split(model)
     trained, frozen = partition(weights)
     def loss(trained, frozen, tokens):
         return tuning_loss(nnx.merge(graph, merge(trained, frozen)), tokens, tokens, tokens > 0)[0]
-    tokens_BT = tokens if placing is None else jax.device_put(tokens, placing.rows)
-    where = None if placing is None else (jax.sharding.NamedSharding(mesh, jax.P()), placing.shardings(trained))
+    tokens_BT = tokens if sharding is None else jax.device_put(tokens, sharding.rows)
+    where = None if sharding is None else (jax.sharding.NamedSharding(mesh, jax.P()), sharding.shardings(trained))
     compiled = jax.jit(jax.value_and_grad(loss), out_shardings=where, compiler_options={
         "xla_backend_optimization_level": 0})
     return compiled(trained, frozen, tokens_BT)
@@ -54,12 +54,12 @@ def step(model, placing=None):
 
 alone = with_heads(load_folder(sys.argv[1]).stack(), heads)
 spread = with_heads(load_onto(sys.argv[1], mesh), heads, mesh=mesh)
-placing = Placing(spread.config, mesh)
+sharding = Sharding(spread.config, mesh)
 weights = nnx.state(spread)
 assert jax.tree.all(jax.tree.map(lambda x, where: x.sharding.is_equivalent_to(where, x.ndim), weights,
-                                 placing.shardings(weights)))
+                                 sharding.shardings(weights)))
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), nnx.state(alone), weights)
-for a, b in zip(jax.tree.leaves(step(alone)), jax.tree.leaves(step(spread, placing)), strict=True):
+for a, b in zip(jax.tree.leaves(step(alone)), jax.tree.leaves(step(spread, sharding)), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
 """
 

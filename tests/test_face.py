@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import sled
-from sled import _versions, cli
+from sled import _check_versions, cli
 from sled.demo.problems import problems, prompt
 from sled.errors import CheckpointError, DownloadError, PromptError, SettingError, TokenizerError, VersionError
 from sled.eval.numbers import final_answer
-from sled.io import writable, writable_picture
+from sled.io import writable
+from sled.plots import writable_picture
 
 DEMO = Path(__file__).parent.parent / "sled" / "demo" / "model"
 
@@ -169,12 +170,12 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
 
 
 def test_versions_that_do_not_fit_are_refused():
-    _versions.check("0.10.2", "0.12.8")
-    _versions.check("0.11.2", "0.12.9")
+    _check_versions("0.10.2", "0.12.8")
+    _check_versions("0.11.2", "0.12.9")
     with pytest.raises(VersionError, match="move in pairs"):
-        _versions.check("0.11.1", "0.12.8")
+        _check_versions("0.11.1", "0.12.8")
     with pytest.raises(VersionError, match="too old"):
-        _versions.check("0.4.30", "0.12.8")
+        _check_versions("0.4.30", "0.12.8")
 
 
 def run(capsys, *arguments):

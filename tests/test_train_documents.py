@@ -132,10 +132,10 @@ def test_a_killed_run_leaves_nothing_that_counts(load, tmp_path, monkeypatch):
     with process:
         assert process.stdout.readline() == "half\n"
         process.send_signal(signal.SIGKILL)
-    assert len(list(cache.glob("*.partial"))) == 1
+    assert len(list(cache.glob("*.unfinished-*"))) == 1
     monkeypatch.setattr("sled.train.data.sources.Reading.digest", lambda self: "same")  # so it is the same entry
     assert load(ROWS).report.examples == 4
-    assert list(cache.glob("*.partial")) == []
+    assert list(cache.glob("*.unfinished-*")) == []
 
 
 def test_the_default_cache_follows_the_environment(monkeypatch, tmp_path):

@@ -20,7 +20,7 @@ from sled.errors import CheckpointError, SettingError
 from sled.models import DecoderConfig, load_folder, read_config
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh, across_slices
-from sled.models.sharding.sharding import LARGE, Placing
+from sled.models.sharding.sharding import LARGE, Sharding
 from sled.models.stored import abstract, abstract_stacked
 from sled.train.parallel import distributed
 from sled.train.parallel.distributed import SLURM, Processes, initialize
@@ -150,15 +150,15 @@ def test_slices_are_crossed_by_the_outer_axes_alone():
 def test_every_variants_parameters_have_their_place(variant, tiny_folder):
     config = read_config(tiny_folder(variant))
     weights = parameters_of(config)
-    placing = Placing(config, Mesh(data=2, fsdp=4, tensor=2).abstract(16))
-    assert not placing.undivided
-    for name, (_, spec) in placing.parameters.items():
+    sharding = Sharding(config, Mesh(data=2, fsdp=4, tensor=2).abstract(16))
+    assert not sharding.undivided
+    for name, (_, spec) in sharding.parameters.items():
         split = [axis for axis in spec if axis]
         assert len(split) == 2 if name.endswith("weight") and "norm" not in name else len(split) <= 1, name
-    found = [placing.parameter_at(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
-    assert sorted(found) == sorted(placing.parameters)
+    found = [sharding.parameter_at(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
+    assert sorted(found) == sorted(sharding.parameters)
     flat = dict(nnx.to_flat_state(nnx.state(abstract(config), nnx.Param)))
-    for name, (shape, _) in placing.parameters.items():  # the stacked shapes are those of the separate layers
+    for name, (shape, _) in sharding.parameters.items():  # the stacked shapes are those of the separate layers
         first, *rest = name.split(".")
         path = (first, 0, *rest) if first == "layers" else (first, *rest)
         assert shape == ((config.num_layers,) if first == "layers" else ()) + flat[path].shape
@@ -174,8 +174,8 @@ def test_every_variants_parameters_have_their_place(variant, tiny_folder):
                       "layers.mlp.down.weight": P(None, "tensor", "fsdp")}),
 ])
 def test_specs(name, specs, tiny_folder):
-    placing = Placing(read_config(tiny_folder(name)), Mesh(tensor=2).abstract(8))
-    assert {name: placing.parameters[name][1] for name in specs} == specs
+    sharding = Sharding(read_config(tiny_folder(name)), Mesh(tensor=2).abstract(8))
+    assert {name: sharding.parameters[name][1] for name in specs} == specs
 
 
 @pytest.mark.parametrize("optimizer", [
@@ -183,12 +183,12 @@ def test_specs(name, specs, tiny_folder):
     optax.sgd(0.1, momentum=0.9), optax.contrib.muon(1e-3), optax.adafactor(1e-3)],
     ids=["adam", "injected", "accumulated", "momentum", "muon", "adafactor"])
 def test_optimizer_state_lies_like_its_parameters(optimizer):
-    placing = Placing(LLAMA3_8B, Mesh(fsdp=2, tensor=4).abstract(8))
+    sharding = Sharding(LLAMA3_8B, Mesh(fsdp=2, tensor=4).abstract(8))
     weights = parameters_of(LLAMA3_8B)
     state = jax.eval_shape(optimizer.init, weights)
-    shardings = placing.shardings(state)
+    shardings = sharding.shardings(state)
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
-    of_shape = dict(placing.parameters.values())
+    of_shape = dict(sharding.parameters.values())
     for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         if leaf.size * leaf.dtype.itemsize > LARGE:
             same_shape = [P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")]  # q and o are both D x D
@@ -196,12 +196,12 @@ def test_optimizer_state_lies_like_its_parameters(optimizer):
 
 
 def test_a_large_leaf_without_a_place_is_refused_not_copied():
-    placing = Placing(LLAMA3_8B, Mesh().abstract(8))
+    sharding = Sharding(LLAMA3_8B, Mesh().abstract(8))
     with pytest.raises(SettingError, match=r"\['lens'\] of shape \(33, 4096, 4096\) is no parameter of .* all 8 dev"):
-        placing.shardings({"lens": jax.ShapeDtypeStruct((33, 4096, 4096), jnp.float32)})
+        sharding.shardings({"lens": jax.ShapeDtypeStruct((33, 4096, 4096), jnp.float32)})
     with pytest.raises(SettingError, match=r"stack\(\) the decoder"):
-        placing.shardings(nnx.state(abstract(LLAMA3_8B)))
-    small = placing.shardings({"key": jax.eval_shape(lambda: jax.random.key(0)), "step": np.zeros((), np.int32)})
+        sharding.shardings(nnx.state(abstract(LLAMA3_8B)))
+    small = sharding.shardings({"key": jax.eval_shape(lambda: jax.random.key(0)), "step": np.zeros((), np.int32)})
     assert {where.spec for where in jax.tree.leaves(small)} == {P()}
 
 
@@ -211,18 +211,18 @@ def test_a_large_leaf_without_a_place_is_refused_not_copied():
 ])
 def test_widths_that_do_not_divide_are_refused(mesh, says):
     with pytest.raises(SettingError, match=says):
-        Placing(LLAMA3_8B, mesh.abstract(mesh.fsdp * mesh.tensor))
+        Sharding(LLAMA3_8B, mesh.abstract(mesh.fsdp * mesh.tensor))
 
 
 def test_a_batch_that_does_not_fit_is_refused():
-    placing = Placing(LLAMA3_8B, Mesh(fsdp=1).build(jax.devices()[:1]))
-    assert placing.local_rows(5) == slice(0, 5)
-    np.testing.assert_array_equal(placing.batch({"tokens": np.arange(10).reshape(5, 2)}, 5)["tokens"],
+    sharding = Sharding(LLAMA3_8B, Mesh(fsdp=1).build(jax.devices()[:1]))
+    assert sharding.local_rows(5) == slice(0, 5)
+    np.testing.assert_array_equal(sharding.batch({"tokens": np.arange(10).reshape(5, 2)}, 5)["tokens"],
                                   np.arange(10).reshape(5, 2))
     with pytest.raises(SettingError, match=r"has shape \(4, 2\), but this process supplies rows 0 to 5 of 5"):
-        placing.batch(np.zeros((4, 2)), 5)
+        sharding.batch(np.zeros((4, 2)), 5)
     with pytest.raises(SettingError, match="a batch of 6 rows does not divide over data x fsdp = 8 groups"):
-        Placing(LLAMA3_8B, Mesh(data=2).abstract(8)).local_rows(6)
+        Sharding(LLAMA3_8B, Mesh(data=2).abstract(8)).local_rows(6)
 
 
 @pytest.mark.parametrize("name, dtype", [("qwen3-mha-biases-windows", None), ("llama-mha-tied", "bfloat16")])
@@ -258,7 +258,7 @@ def test_a_damaged_folder_is_refused_on_a_mesh_too(name, tensor, value, says, tm
     (LLAMA3_8B, Mesh(tensor=8), 32, 8_030_261_248),
 ])
 def test_nothing_large_is_replicated(config, mesh, devices, parameters):
-    made = memory_plan(Placing(config, mesh.abstract(devices)), ADAM)
+    made = memory_plan(Sharding(config, mesh.abstract(devices)), ADAM)
     assert sum(math.prod(share.shape) for share in made.shares) == parameters
     assert not made.undivided and made.other < 1000
     groups = mesh.abstract(devices).shape["data"]
@@ -274,9 +274,9 @@ def test_the_plan_is_what_the_compiled_step_takes(runs):
 
 
 def test_what_stays_whole_is_reported():
-    placing = Placing(LLAMA3_70B, Mesh(data=2, fsdp=8, tensor=16).abstract(256))
-    assert placing.undivided == {"kv_heads": "8 key/value heads do not divide over tensor 16"}
-    made = memory_plan(placing, ADAM)
+    sharding = Sharding(LLAMA3_70B, Mesh(data=2, fsdp=8, tensor=16).abstract(256))
+    assert sharding.undivided == {"kv_heads": "8 key/value heads do not divide over tensor 16"}
+    made = memory_plan(sharding, ADAM)
     assert {share.name: share.copies for share in made.shares if share.copies > 2 and "norm" not in share.name} == {
         "layers.attention.k.weight": 32, "layers.attention.v.weight": 32}
     lines = made.text().splitlines()
@@ -288,9 +288,9 @@ def test_what_stays_whole_is_reported():
 
 def test_a_vocabulary_that_does_not_divide_stays_whole_over_tensor():
     odd = DecoderConfig(**{**LLAMA3, "vocab_size": 50_257}, width=64, mlp_width=64, num_layers=1, num_heads=8)
-    placing = Placing(odd, Mesh(fsdp=1, tensor=8).abstract(8))
-    assert placing.undivided == {"vocab": "50257 vocabulary entries do not divide over tensor 8"}
-    assert placing.parameters["head.weight"][1] == P(None, "fsdp")
+    sharding = Sharding(odd, Mesh(fsdp=1, tensor=8).abstract(8))
+    assert sharding.undivided == {"vocab": "50257 vocabulary entries do not divide over tensor 8"}
+    assert sharding.parameters["head.weight"][1] == P(None, "fsdp")
 
 
 # Processes.

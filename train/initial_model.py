@@ -25,7 +25,7 @@ from sled.models.hub import folder_of
 from sled.models.huggingface import TOKENIZER_FILES
 from sled.models.layers import Block
 from sled.models.sharding.load_sharded import load_onto
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.settings.decorator import settings
 from sled.settings.describe import describe
@@ -88,22 +88,22 @@ class InitialModel(NamedTuple):
     context: int
     origin: Any
 
-    def decoder(self, seed: int, placing: Placing | None) -> Decoder:
+    def decoder(self, seed: int, sharding: Sharding | None) -> Decoder:
         """The model in the stacked form, float32, on the mesh where there is one; random weights do not depend on it.
         """
         config, folder = self.config, self.folder
         heads = config.exit_heads
         if heads is not None and (folder is None or read_config(folder).exit_heads is None):  # they are new
             bare = self._replace(config=dataclasses.replace(config, exit_heads=None))
-            return with_heads(bare.decoder(seed, placing), heads, mesh=placing and placing.mesh, seed=seed)
+            return with_heads(bare.decoder(seed, sharding), heads, mesh=sharding and sharding.mesh, seed=seed)
         if folder is None:
             graph, _ = nnx.split(abstract_stacked(config))
             make = functools.partial(_random_weights, config)
             key = jax.random.key(seed)
-            return nnx.merge(graph, jax.jit(make)(key) if placing is None else placing.create(make, key))
-        if placing is None:
+            return nnx.merge(graph, jax.jit(make)(key) if sharding is None else sharding.create(make, key))
+        if sharding is None:
             return load_folder(folder, dtype="float32").stack()
-        return load_onto(folder, placing.mesh, dtype="float32")
+        return load_onto(folder, sharding.mesh, dtype="float32")
 
 
 def prepare_initial_model(model: str | Path | NewModel, source: Source, context: int | None, folder: Path, *,

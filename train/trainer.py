@@ -22,9 +22,9 @@ from tqdm import tqdm
 from sled.errors import SettingError, TrainingError
 from sled.models import save_folder
 from sled.models.config import ExitHeads
-from sled.models.huggingface import refuse_foreign
+from sled.models.huggingface import refuse_no_model
 from sled.models.sharding.mesh import Mesh
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.settings.decorator import settings
 from sled.settings.describe import describe
 from sled.settings.field import setting
@@ -109,7 +109,7 @@ class Prepared:
     run: TrainingRun
     folder: RunFolder
     model: InitialModel
-    placing: Placing | None
+    sharding: Sharding | None
     part: int
     rows: TrainingRows
     held_out: TrainingRows | None
@@ -123,7 +123,7 @@ class Prepared:
 
     def on_devices(self, batch: TrainingBatch, rows: int) -> TrainingBatch:
         """The batch of `rows` rows, of which this process supplies its own."""
-        return batch if self.placing is None else self.placing.batch(batch, rows)
+        return batch if self.sharding is None else self.sharding.batch(batch, rows)
 
     def dropout(self, step: int) -> LayerDropout | None:
         """The layer dropout of a step. What work it saves is static in long stretches, each of which may compile once.
@@ -138,7 +138,7 @@ class Prepared:
     def evaluate(self, weights: nnx.State) -> dict[str, list[float]]:
         """Held-out loss and accuracy of the layers 1..L."""
         chosen = some_batches(self.held_out, self.run.held_out_rows, self.part, seed=self.run.recipe.seed,
-                              **_share_of(self.part, self.placing))
+                              **_share_of(self.part, self.sharding))
         sums = [jax.device_get(self.evaluation(weights, self.on_devices(batch, self.part))) for batch in chosen]
         nll_L, correct_L, targets = (np.sum(parts, axis=0, dtype=np.float64) for parts in zip(*sums, strict=True))
         return {HELD_OUT: (nll_L / targets).tolist(), "held_out_accuracy": (correct_L / targets).tolist()}
@@ -218,34 +218,34 @@ def prepare(run: TrainingRun, folder: RunFolder,
         "--save-every": run.save_every, "--keep": run.keep, "--log-every": run.log_every,
         "--held-out-rows": run.held_out_rows, "the mesh": describe(run.mesh),
         "the list of checkpoints in --out": steps})
-    refuse_foreign(folder.model)
+    refuse_no_model(folder.model)
     if steps:
         check_format(folder.checkpoints)
     mesh = run.mesh.build()
     with contextlib.nullcontext(folder.model_config) if steps else folder.new_model_config() as model_config:
         model = _initial_model(run, model_config, resumed=bool(steps))
-        placing = Placing(model.config, mesh) if mesh.size > 1 else None
-        if placing is not None:
-            placing.local_rows(part)  # raises where a part does not divide
+        sharding = Sharding(model.config, mesh) if mesh.size > 1 else None
+        if sharding is not None:
+            sharding.local_rows(part)  # raises where a part does not divide
         layout = Layout(model.context, shape=run.shape, too_long=run.too_long, prompt_weight=run.prompt_weight)
         rows, held_out = (source and read_rows(source, model.text, model.config, layout)
                           for source in (run.source, run.held_out))
     decisive = _decisive_settings(run, model, rows, held_out)
     check_same_everywhere(decisive)
-    batches = Batches(rows, recipe.batch, seed=recipe.seed, **_share_of(recipe.batch, placing))
-    decoder = model.decoder(recipe.seed, placing)
+    batches = Batches(rows, recipe.batch, seed=recipe.seed, **_share_of(recipe.batch, sharding))
+    decoder = model.decoder(recipe.seed, sharding)
     graph, weights = nnx.split(decoder)
-    prepared = Prepared(run, folder, model, placing, part, rows, held_out, decisive, batches, graph, _sizes(weights),
-                        make_train_step(decoder, recipe, optimizer, placing),
-                        make_evaluation(decoder, recipe, placing), exit_counter(recipe.exits, model.config.num_layers))
-    return prepared, init_state(weights, optimizer, placing, trainable=recipe.trainable)
+    prepared = Prepared(run, folder, model, sharding, part, rows, held_out, decisive, batches, graph, _sizes(weights),
+                        make_train_step(decoder, recipe, optimizer, sharding),
+                        make_evaluation(decoder, recipe, sharding), exit_counter(recipe.exits, model.config.num_layers))
+    return prepared, init_state(weights, optimizer, sharding, trainable=recipe.trainable)
 
 
 def memory_plan_of(run: TrainingRun) -> MemoryPlan:
     """The bytes that each device would hold, from shapes alone. Raises as `train` does."""
     with tempfile.TemporaryDirectory() as folder:
         config = _initial_model(run, Path(folder), resumed=False).config
-    return memory_plan(Placing(config, run.mesh.build()), _optimizer(run.recipe), trainable=run.recipe.trainable)
+    return memory_plan(Sharding(config, run.mesh.build()), _optimizer(run.recipe), trainable=run.recipe.trainable)
 
 
 def _initial_model(run: TrainingRun, folder: Path, *, resumed: bool) -> InitialModel:
@@ -278,11 +278,11 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
                           weight_decay=recipe.weight_decay, beta2=recipe.beta2)
 
 
-def _share_of(rows: int, placing: Placing | None) -> dict[str, int]:
+def _share_of(rows: int, sharding: Sharding | None) -> dict[str, int]:
     """Which part of a batch of `rows` rows is this process', and of how many parts."""
-    if placing is None:
+    if sharding is None:
         return dict(process_index=0, process_count=1)
-    own = placing.local_rows(rows)
+    own = sharding.local_rows(rows)
     count = own.stop - own.start
     return dict(process_index=own.start // count, process_count=rows // count)
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sled.eval.harness.cache import Answers, digest_of
+from sled.eval.harness.cache import Answers
+from sled.io import json_digest
 
 Found = Iterator[dict[int, Any]]  # answers by the request's index, batch by batch
 
@@ -46,7 +47,7 @@ def answer_all(described: list[dict[str, Any]], compute: Callable[[list[int]], F
     described: all that decides each answer, besides the settings of `kept`, as JSON has it.
     compute: takes the numbers of the requests to answer; what it yields is kept at once.
     """
-    keys = [digest_of(request) for request in described]
+    keys = [json_digest(request) for request in described]
     answers = kept.find(dict.fromkeys(keys))
     new = [i for i, key in enumerate(keys) if key not in answers]
     which = list({keys[i]: i for i in reversed(new)}.values())[::-1]

@@ -10,7 +10,6 @@ memory that network file systems lack.)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sled.errors import EvaluationError
-from sled.io import writable
+from sled.io import json_digest, writable
 
 FORMAT = 1  # `PRAGMA user_version` of the file; a file of another is refused
 PATIENCE = 60.0  # seconds to wait while another process writes to the same file
@@ -50,7 +49,7 @@ class Cache:
 
     def under(self, settings: Mapping[str, Any]) -> Answers:
         """The answers made under these settings, given as JSON has them. They are written down in full too."""
-        digest = digest_of(settings)
+        digest = json_digest(settings)
         with self._named_errors(), self._db:
             self._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)",
                              (digest, json.dumps(settings, sort_keys=True, ensure_ascii=False)))
@@ -90,8 +89,3 @@ class Answers:
         rows = [(self.digest, request, json.dumps(answer)) for request, answer in answers.items()]
         with self._cache._named_errors(), self._cache._db:
             self._cache._db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", rows)
-
-
-def digest_of(described: Any) -> str:
-    """SHA-256, in hexadecimal, of something's JSON in its one canonical spelling."""
-    return hashlib.sha256(json.dumps(described, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -12,7 +12,8 @@ from sled.eval.sweep.certified import certified
 from sled.eval.sweep.pareto import pareto
 from sled.eval.sweep.rows import Row
 from sled.eval.tables import table
-from sled.io import writable_picture, written_whole
+from sled.io import written_whole
+from sled.plots import writable_picture
 
 
 class Choice(NamedTuple):

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import itertools
-import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +29,13 @@ from sled.eval.questions import Questions
 from sled.eval.sweep.grid import no_exit
 from sled.eval.sweep.result import Swept
 from sled.eval.sweep.rows import Row, Rows
-from sled.io import writable_folder
+from sled.io import json_digest, writable_folder
 from sled.lm import LM
-from sled.machine import hardware, versions
 from sled.results import Output
 from sled.settings.describe import describe
 from sled.settings.rules import Instance, Whole
 from sled.text.prompts import prompt_ids
-from sled.timing import Times, interleave
+from sled.timing import Times, hardware, interleave, versions
 
 FILES = ("sweep.csv", "sweep.md", "sweep.png")
 
@@ -117,10 +114,10 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
         method.decoding.exits.exits(lm.config.num_layers)  # for its error, before any work
     common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), "tokenizer": lm.text.digest,
               "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given,
-              "questions": _sha256([list(questions.prompts), list(map(str, questions.answers))])}
+              "questions": json_digest([list(questions.prompts), list(map(str, questions.answers))])}
     points: dict[str, Point] = {}
     for method in [*itertools.chain(*map(_baselines, methods)), *methods]:
-        point = Point(method, _baselines(method)[-1], _sha256({**common, "method": method.settings()}))
+        point = Point(method, _baselines(method)[-1], json_digest({**common, "method": method.settings()}))
         same = points.setdefault(method.name, point)
         if same.digest != point.digest or len(method.name.splitlines()) != 1:
             raise SettingError(f"two methods are called {method.name!r}, or its name is no single line; "
@@ -221,7 +218,3 @@ def _number(settings, field: str) -> float | int | None:
     """A field that is one plain number; None for several, or none."""
     value = getattr(settings, field, None)
     return value if isinstance(value, int | float) else None
-
-
-def _sha256(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]

@@ -73,7 +73,7 @@ LARGE = 2**24  # bytes: a leaf without a row in AXES_OF may be this large and st
 
 
 @dataclasses.dataclass(frozen=True)
-class Placing:
+class Sharding:
     """Where everything of a model of `config` lies on `mesh`.
 
     `mesh` has the axes of `sled.models.sharding.mesh.AXES`; an abstract one serves for planning.

@@ -19,6 +19,7 @@ from sled.bench.report import Report, column
 from sled.bench.rival import NOT_INSTALLED, transformers_twin
 from sled.bench.solving import Measured, Way, frequent_tokens, measure, mixed_questions, our_way, their_way
 from sled.eval.numbers import final_answer
+from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
 BATCH = 8
@@ -85,6 +86,8 @@ def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None
     """
     problems = Whole(1, hint="it counts the problems to solve")("problems", problems)
     rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
+    if picture:
+        picture = writable_picture("--picture", picture)
     lm = sled.load("demo", dtype="float32")
     questions = mixed_questions(lm, problems)
     few = questions[:max(1, len(questions) // 3)]

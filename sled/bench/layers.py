@@ -24,8 +24,8 @@ from sled.decoding.state import bucket
 from sled.demo.problems import problems, prompt
 from sled.errors import SettingError
 from sled.eval.numbers import exact_match
-from sled.io import writable_picture
 from sled.lm import LM
+from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
 ROWS = 32  # texts read at once

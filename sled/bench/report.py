@@ -11,7 +11,7 @@ import itertools
 import json
 from typing import Any
 
-from sled.machine import hardware, versions
+from sled.timing import hardware, versions
 
 
 def column(heading: str, *, decimals: int = 2) -> Any:

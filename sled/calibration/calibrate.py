@@ -17,10 +17,10 @@ from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError, SettingError
 from sled.exits import Policy
 from sled.lm import LM
-from sled.machine import hardware, versions
 from sled.results import Output
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompts, prompt_ids
+from sled.timing import hardware, versions
 
 # Dense where most measures have most of their tokens. More thresholds cost time, never the guarantee.
 GRID = (0.999, 0.99, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)

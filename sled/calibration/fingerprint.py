@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 
 from sled.decoding.options import Decoding
+from sled.io import add_array
 from sled.lm import LM
-from sled.settings.describe import add_array, describe
+from sled.settings.describe import describe
 
 
 def fingerprint(lm: LM, decoding: Decoding) -> dict[str, Any]:

@@ -7,7 +7,6 @@ what is not as it was.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from sled.calibration.fingerprint import fingerprint
 from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError
 from sled.exits import Policy, Schedule
-from sled.io import writable
+from sled.io import json_digest, writable
 from sled.lm import LM
 from sled.settings.describe import differences
 
@@ -100,7 +99,7 @@ class Calibration:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the record as JSON, with a digest of itself. Raises SettingError where it cannot be written."""
         written = {"format": FORMAT, **dataclasses.asdict(self)}
-        text = json.dumps({**written, "sha256": _digest(written)}, indent=2, ensure_ascii=False)
+        text = json.dumps({**written, "sha256": json_digest(written)}, indent=2, ensure_ascii=False)
         writable("path", Path(path)).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -125,7 +124,7 @@ class Calibration:
             raise CalibrationError(f"the calibration {path} has format {found['format']!r}, but this version of sled "
                                    f"reads format {FORMAT}; read it with the version that wrote it, or {AGAIN}")
         names = {"format", "sha256", *(f.name for f in dataclasses.fields(cls))}
-        if found.keys() != names or found.pop("sha256") != _digest(found):
+        if found.keys() != names or found.pop("sha256") != json_digest(found):
             raise CalibrationError(f"the calibration {path} was changed after it was made: its digest does not fit, "
                                    f"and its guarantee is void; restore the file, or {AGAIN}")
         del found["format"]
@@ -172,7 +171,3 @@ class Calibration:
                                    f"({reason}); give the very settings as {name}=..., use the version that made it, "
                                    f"or {AGAIN}") from reason
 
-
-def _digest(written: dict[str, Any]) -> str:
-    """SHA-256, in hexadecimal, of a record's JSON in its one canonical spelling."""
-    return hashlib.sha256(json.dumps(written, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

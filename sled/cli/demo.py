@@ -12,7 +12,7 @@ from pathlib import Path
 import sled
 from sled.cli.derived import derive, settings_of
 from sled.cli.options import ModelOptions
-from sled.io import writable_picture
+from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
 MAX_NEW_TOKENS = 96

@@ -9,7 +9,8 @@ from typing import Annotated
 import tyro
 
 from sled.cli.options import FusionOptions, ModelOptions, unescape
-from sled.io import writable, writable_picture
+from sled.io import writable
+from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 from pathlib import Path
@@ -19,6 +18,7 @@ from sled.export.card import Card, check_bound, model_card
 from sled.export.program import PACKAGES, save_program
 from sled.export.source import Given, read_source
 from sled.export.target import RECORD, replacing
+from sled.io import write_json
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
 from sled.text.tokenizer import Tokenizer
@@ -86,4 +86,4 @@ def _write_record(folder: Path, form: str, given: Given, decoder: Decoder) -> No
     about: dict[str, Any] = {
         "form": form, **given.record(), "weights_sha256": digest_of_weights(nnx.state(decoder)),
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES}}
-    (folder / RECORD).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, about)

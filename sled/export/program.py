@@ -15,7 +15,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +35,7 @@ from sled.decoding.whole import generate
 from sled.exits.schedule import Timing
 from sled.export.settings import Parts, take_apart
 from sled.fusion import SharedHead, default_tile
+from sled.io import json_numbers, write_json
 from sled.lm import LM
 from sled.settings.describe import describe
 
@@ -95,7 +95,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
         "source": source,
         "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
     }
-    (folder / ABOUT).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / ABOUT, about)
 
 
 def trace_generation(lm: LM, parts: list[Parts], arrays: dict[str, np.ndarray], timing: Timing | None) -> Traced:
@@ -182,14 +182,9 @@ def _numbers(parts: list[Parts], timing: Timing | None) -> dict[str, dict[str, A
     for part in parts:
         for name, (default, most) in part.numbers.items():
             found[name] = {"dtype": default.dtype.name, "rows": True, "shape": list(default.shape),
-                           "default": _plain(default.tolist())} | ({} if most is None else {"most": most})
+                           "default": json_numbers(default.tolist())} | ({} if most is None else {"most": most})
     for field, value in zip(Timing._fields, timing or (), strict=False):
         found[f"schedule.{field}"] = {"dtype": "int32", "rows": False, "shape": [], "default": int(value)}
     return found
 
 
-def _plain(value):
-    """JSON has no infinity: it stands as a string."""
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return value if np.isfinite(value) else str(value)

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from sled.errors import SettingError
-from sled.io import writable_picture
 from sled.lens.lens import Lens, show
+from sled.plots import DPI, new_figure, save_figure, writable_picture
 
 CELL_WIDTH, CELL_HEIGHT = 0.62, 0.3  # inches
-DPI = 150
 
 
 def draw(lens: Lens, path: Path, *, title: str | None, first: int, count: int) -> Path:
@@ -30,8 +26,7 @@ def draw(lens: Lens, path: Path, *, title: str | None, first: int, count: int) -
     if max(width, height) * DPI >= 2**16 and path.suffix.lower() == ".png":
         raise SettingError(f"a picture of {columns} positions and {rows} layers has more pixels than matplotlib draws; "
                            "show fewer positions, or draw a .svg or .pdf")
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     axes = figure.add_subplot()
     image = axes.imshow(lens.probability[:, first:last], origin="lower", aspect="auto", cmap="YlGnBu", vmin=0, vmax=1)
     for n in range(rows):
@@ -54,9 +49,7 @@ def draw(lens: Lens, path: Path, *, title: str | None, first: int, count: int) -
     axes.add_patch(Rectangle((-0.5, rows - 1.5), columns, 1, fill=False, edgecolor="#212529", linewidth=1.2))
     axes.set_title(title or "What each layer would say next", fontsize=11, pad=22 if lens.fused is not None else 8)
     figure.colorbar(image, ax=axes, label="probability of the layer's choice", pad=0.01, fraction=0.02)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    figure.savefig(path, dpi=DPI)
-    return path
+    return save_figure(figure, path)
 
 
 def _short(name: str) -> str:

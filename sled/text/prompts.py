@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 import numpy as np
 
 from sled.errors import PromptError
+from sled.io import shorten
 from sled.models import DecoderConfig
 from sled.text.tokenizer import Tokenizer
 
@@ -20,14 +21,10 @@ def is_one(prompts: Prompts, what: str = "a prompt") -> bool:
         return True
     entries = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays of any library
     if not isinstance(entries, Collection) or isinstance(entries, Mapping | Set):
-        raise PromptError(f"{what} must be a string, a list of token ids, or a list of either, but {_short(prompts)} "
-                          "was given; of a generator give list(...), of what a tokenizer returned its input_ids")
+        raise PromptError(f"{what} must be a string, a list of token ids, or a list of either, but "
+                          f"{shorten(repr(prompts), 60)} was given; of a generator give list(...), of what a tokenizer "
+                          "returned its input_ids")
     return len(entries) > 0 and all(isinstance(x, int | np.integer) for x in entries)
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def prompt_ids(prompts: Prompts, text: Tokenizer, config: DecoderConfig) -> list[np.ndarray]:
@@ -75,7 +72,7 @@ def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarr
         raise PromptError(f"{what} is empty: there is no token to start from; give at least one "
                           "(the model's BOS token, if it has one)")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise PromptError(f"{what} is neither a string nor a list of token ids: {_short(ids.tolist())}; "
+        raise PromptError(f"{what} is neither a string nor a list of token ids: {shorten(repr(ids.tolist()), 60)}; "
                           "give text, or whole numbers")
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if outside.size:

@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from sled.errors import DataError
+from sled.io import folder_written_whole, json_digest, unfinished_folder
 from sled.models.config import DecoderConfig
 from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Example, Reading, Source
@@ -65,19 +65,14 @@ def tokenise(source: Source, text: Tokenizer, config: DecoderConfig, *, cache: s
                    completion=source.completion, tokens=source.tokens, limit=source.limit,
                    tokenizer=None if source.tokens else text.digest, eos=config.eos_ids, vocabulary=config.vocab_size)
     root = default_cache() if cache is None else Path(cache).expanduser()
-    folder = root / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+    folder = root / json_digest(made_of)[:32]
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if (found := _load(folder)) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # if it is there, it is damaged
-            for left in root.glob(f"{folder.name}.*.partial"):  # by a process that was killed
+            for left in root.glob(unfinished_folder(folder.name)):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=root))
-            try:
-                _write(partial, reading, text, config, progress=progress)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            with folder_written_whole(folder) as beside:  # a folder that is there is damaged
+                _write(beside, reading, text, config, progress=progress)
             found = _load(folder)
     return found
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sled.errors import DataError
+from sled.io import first_line
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 REMEDY = ("give a file, a folder or a glob of " + ", ".join(READERS) + " files, a hub id (owner/name), 'demo', or rows "
@@ -67,11 +68,6 @@ class Files:
             with open(path, "rb") as file:
                 total.update(path.suffix.lower().encode() + hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
-
-
-def first_line(error: BaseException) -> str:
-    """What other libraries say in many lines, in one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _rows(path: Path) -> Iterator[Mapping]:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from sled.errors import DataError, SettingError
-from sled.io import written_whole
+from sled.io import json_digest, written_whole
 from sled.models.config import DecoderConfig
 from sled.text.tokenizer import Tokenizer
 from sled.train.data.documents import DAMAGED, Documents, tokenise
@@ -77,8 +75,8 @@ class TrainingRows:
     def __init__(self, documents: Documents, layout: Layout, pad_id: int):
         self._documents, self._layout, self._pad_id = documents, layout, pad_id
         decisive = [layout.context, layout.shape, layout.too_long]
-        name = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]
-        self.digest = hashlib.sha256(f"{documents.digest} {name}".encode()).hexdigest()
+        name = json_digest(decisive)[:16]
+        self.digest = json_digest([documents.digest, name])
         lengths_N = np.diff(documents.starts_N)
         a = self._arrangement = _kept(documents.folder / f"{name}.npz",
                                       lambda: arrange(lengths_N, documents.prompts_N, layout))

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, DownloadError, SettingError
+from sled.io import first_line
 from sled.settings.rules import Whole
-from sled.train.data.files import REMEDY, Files, find, first_line
+from sled.train.data.files import REMEDY, Files, find
 
 DEMO_EXAMPLES = 20_000  # of the endless problems, where no limit is given
 

@@ -22,7 +22,7 @@ from sled.errors import SettingError
 from sled.models.config import ExitHeads
 from sled.models.decoder import Decoder
 from sled.models.layers import Block
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.cross_entropy import ExitMetrics, exit_cross_entropy
 from sled.train.objective.forward import exit_states
@@ -33,7 +33,7 @@ EXIT_HEADS = nnx.PathContains("exit_heads")
 def with_heads(model: Decoder, heads: ExitHeads, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> Decoder:
     """The stacked decoder with new exit heads (`Decoder.with_exit_heads`), its other weights shared.
 
-    mesh: where the model lies on one, the heads are made where `Placing` puts them, never whole on one device.
+    mesh: where the model lies on one, the heads are made where `Sharding` puts them, never whole on one device.
     """
     if not isinstance(model.layers, Block):
         raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
@@ -45,7 +45,7 @@ def with_heads(model: Decoder, heads: ExitHeads, *, mesh: jax.sharding.Mesh | No
     def make(weights):
         return partition(nnx.state(nnx.merge(bare, weights).with_exit_heads(heads, rngs=nnx.Rngs(seed))))[0]
 
-    made = Placing(config, mesh).create(make, weights)
+    made = Sharding(config, mesh).create(make, weights)
     return nnx.merge(nnx.graphdef(abstract_stacked(config)), merge(made, weights))
 
 

@@ -45,7 +45,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
         nothing, "dots" every matrix product, "projections" the products with weights, not attention's. Less stored
         is more computed again, which where memory is slow (a CPU) may still be the faster.
     place: is called on the embeddings and on every layer's output, to hold them to their place on a mesh
-        (`Placing.activations`).
+        (`Sharding.activations`).
 
     Raises SettingError for a model in the separate form, and for exits or remat out of their range.
     """

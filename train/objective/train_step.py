@@ -13,7 +13,7 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
-from sled.models.sharding.sharding import ROWS, Placing
+from sled.models.sharding.sharding import ROWS, Sharding
 from sled.train.data.rows import TrainingBatch
 from sled.train.objective.cross_entropy import Split, exit_cross_entropy
 from sled.train.objective.exit_heads import exit_head_loss, merge, partition, tuning_loss
@@ -55,7 +55,7 @@ class LayerSums(NamedTuple):
     targets: jax.Array
 
 
-def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, placing: Placing | None = None, *,
+def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, sharding: Sharding | None = None, *,
                trainable: str = ALL) -> TrainState:
     """The state before the first step; on a mesh the optimiser's part lies like the weights.
 
@@ -66,11 +66,11 @@ def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, plac
 
     def make(weights):
         own, _ = _parted(weights, trainable)
-        return optimizer.init(own) if placing is None else placing.create(optimizer.init, own)
+        return optimizer.init(own) if sharding is None else sharding.create(optimizer.init, own)
 
     step = jnp.zeros((), jnp.int32)
-    if placing is not None:
-        step = jax.device_put(step, placing.shardings(step))
+    if sharding is not None:
+        step = jax.device_put(step, sharding.shardings(step))
     return TrainState(weights, make(weights), step)
 
 
@@ -93,11 +93,11 @@ def static_exits(config: DecoderConfig, recipe: Recipe) -> tuple[int, ...] | Non
 
 
 def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTransformation,
-                    placing: Placing | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
+                    sharding: Sharding | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """A compiled `step(state, batch, dropout) -> (state, metrics)`; the state given is given up.
 
     model: in the stacked form, for its structure alone. batch: of `recipe.batch` rows, on a mesh a global array
-    (`Placing.batch`). dropout: the recipe's, or one that saves work (`LayerDropout.saving`), or None; its counts are
+    (`Sharding.batch`). dropout: the recipe's, or one that saves work (`LayerDropout.saving`), or None; its counts are
     static, all else is traced.
     """
     graph, _ = nnx.split(model)
@@ -109,15 +109,15 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
 
     def part_loss(own, rest, batch: TrainingBatch, dropout: LayerDropout | None, step, part, share):
         """The loss of one part of the batch, which holds this share of the batch's targets."""
-        model = _placed(graph, _joined(own, rest), placing)
+        model = _placed(graph, _joined(own, rest), sharding)
         if recipe.trainable == HEADS:
-            loss, metrics = _tuning_loss(model, batch, recipe, placing)
+            loss, metrics = _tuning_loss(model, batch, recipe, sharding)
             return share * loss, (jnp.array(heads.layers), (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
         layers_E, weights_E = recipe.exits.exits_at(step, depth)
         rows = batch.tokens_BT.shape[0]
         key = jax.random.fold_in(jax.random.key(seed), part)
         drops = None if dropout is None else dropout.draw(key, step, rows, depth)
-        loss, metrics = _exit_losses(model, batch, layers_E if exits is None else exits, weights_E, recipe, placing,
+        loss, metrics = _exit_losses(model, batch, layers_E if exits is None else exits, weights_E, recipe, sharding,
                                      drops=drops, z_loss=recipe.z_loss, distill=recipe.distill,
                                      temperature=recipe.temperature)
         return share * loss, (layers_E, (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
@@ -146,7 +146,7 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         return total, layers_AE[0]
 
     def step(state: TrainState, batch: TrainingBatch, dropout: LayerDropout | None):
-        batch = jax.tree.map(lambda x: _in_parts(x, parts, placing), batch)
+        batch = jax.tree.map(lambda x: _in_parts(x, parts, sharding), batch)
         own, rest = _parted(state.weights, recipe.trainable)
         (loss, (nll_E, accuracy), change), layers_E = whole(own, rest, batch, dropout, state.step)
         moved, optimizer_state = optimizer.update(change, state.optimizer, own)
@@ -154,12 +154,12 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         weights = _joined(optax.apply_updates(own, moved), rest)
         made = TrainState(weights, optimizer_state, state.step + 1), metrics
         # Held to its place: the partitioner might put it elsewhere, and the next step would compile again.
-        return made if placing is None else jax.lax.with_sharding_constraint(made, placing.shardings(made))
+        return made if sharding is None else jax.lax.with_sharding_constraint(made, sharding.shardings(made))
 
     return jax.jit(step, donate_argnums=0)
 
 
-def make_evaluation(model: Decoder, recipe: Recipe, placing: Placing | None = None) -> Callable[..., LayerSums]:
+def make_evaluation(model: Decoder, recipe: Recipe, sharding: Sharding | None = None) -> Callable[..., LayerSums]:
     """A compiled `evaluate(weights, batch) -> LayerSums` of every layer, by its exit's head or what all share.
 
     All layers' hidden states are held, but only those of some `EVALUATED` tokens on each device, or of one row.
@@ -168,40 +168,40 @@ def make_evaluation(model: Decoder, recipe: Recipe, placing: Placing | None = No
     depth = model.num_layers
 
     def evaluate(weights, batch: TrainingBatch) -> LayerSums:
-        model = _placed(graph, weights, placing)
+        model = _placed(graph, weights, sharding)
 
         def of_part(batch: TrainingBatch) -> LayerSums:
-            _, metrics = _exit_losses(model, batch, range(1, depth + 1), jnp.ones(depth), recipe, placing)
+            _, metrics = _exit_losses(model, batch, range(1, depth + 1), jnp.ones(depth), recipe, sharding)
             return LayerSums(metrics.nll_E * metrics.targets, metrics.accuracy_E * metrics.targets, metrics.targets)
 
         rows, length = batch.tokens_BT.shape
-        ways = 1 if placing is None else _split(placing).ways(ROWS)
+        ways = 1 if sharding is None else _split(sharding).ways(ROWS)
         parts = next(n for n in range(1, rows + 1) if rows % (n * ways) == 0
                      and (rows // (n * ways) * length <= EVALUATED or n * ways == rows))
-        sums = jax.lax.map(of_part, jax.tree.map(lambda x: _in_parts(x, parts, placing), batch))
+        sums = jax.lax.map(of_part, jax.tree.map(lambda x: _in_parts(x, parts, sharding), batch))
         return jax.tree.map(lambda x: x.sum(0), sums)
 
     return jax.jit(evaluate)
 
 
-def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, recipe: Recipe, placing: Placing | None, *,
-                 drops=None, **options):
+def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, recipe: Recipe,
+                 sharding: Sharding | None, *, drops=None, **options):
     """The loss of these exits with its metrics. A model with exit heads takes static exits."""
     dtype = jnp.dtype(recipe.compute_dtype)
     h_EBTD = exit_states(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
-                         remat=recipe.remat, compute_dtype=dtype, **_place(placing))
+                         remat=recipe.remat, compute_dtype=dtype, **_place(sharding))
     asked = dict(targets_BT=_following(batch.tokens_BT), mask_BT=_following(batch.weights_BT), weights_E=weights_E,
-                 split=_split(placing), **options)
+                 split=_split(sharding), **options)
     if model.config.exit_heads is not None:
         return exit_head_loss(model, h_EBTD, layers_E, **asked)
     return exit_cross_entropy(model.normalise(h_EBTD).astype(dtype), model.head_weight.astype(dtype), **asked)
 
 
-def _tuning_loss(model: Decoder, batch: TrainingBatch, recipe: Recipe, placing: Placing | None):
+def _tuning_loss(model: Decoder, batch: TrainingBatch, recipe: Recipe, sharding: Sharding | None):
     """The loss of the exit heads alone, with its metrics."""
     return tuning_loss(model, batch.tokens_BT, _following(batch.tokens_BT), _following(batch.weights_BT),
                        segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                       split=_split(placing), z_loss=recipe.z_loss, **_place(placing))
+                       split=_split(sharding), z_loss=recipe.z_loss, **_place(sharding))
 
 
 def _following(x_BT):
@@ -209,12 +209,12 @@ def _following(x_BT):
     return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
 
 
-def _split(placing: Placing | None) -> Split | None:
-    return None if placing is None else Split(placing.mesh, data=ROWS)
+def _split(sharding: Sharding | None) -> Split | None:
+    return None if sharding is None else Split(sharding.mesh, data=ROWS)
 
 
-def _place(placing: Placing | None) -> dict[str, Callable]:
-    return {} if placing is None else dict(place=placing.activations)
+def _place(sharding: Sharding | None) -> dict[str, Callable]:
+    return {} if sharding is None else dict(place=sharding.activations)
 
 
 def _parted(weights: nnx.State, trainable: str) -> tuple[nnx.State, nnx.State | None]:
@@ -226,21 +226,21 @@ def _joined(own: nnx.State, rest: nnx.State | None) -> nnx.State:
     return own if rest is None else merge(own, rest)
 
 
-def _placed(graph, weights, placing: Placing | None) -> Decoder:
+def _placed(graph, weights, sharding: Sharding | None) -> Decoder:
     """The model of these weights, its tables held to their place."""
     model = nnx.merge(graph, weights)
-    if placing is not None:
+    if sharding is not None:
         tables = [model.embedding] if model.head is None else [model.embedding, model.head]
         for table in tables:
-            table.weight[...] = placing.table(table.weight[...])
+            table.weight[...] = sharding.table(table.weight[...])
     return model
 
 
-def _in_parts(x: Any, parts: int, placing: Placing | None):
+def _in_parts(x: Any, parts: int, sharding: Sharding | None):
     """[B, ...] as [parts, B / parts, ...]. A part takes every so-manieth row: on a mesh each device keeps its own."""
     x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-    if placing is None:
+    if sharding is None:
         return x
-    spec = placing.rows.spec
+    spec = sharding.rows.spec
     return jax.lax.with_sharding_constraint(
-        x, jax.sharding.NamedSharding(placing.mesh, jax.sharding.PartitionSpec(None, *spec)))
+        x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *spec)))

@@ -1,4 +1,4 @@
-"""The memory of training on each device, before there is any device: the plan that `Placing` makes, in bytes.
+"""The memory of training on each device, before there is any device: the plan that `Sharding` makes, in bytes.
 
 Everything here follows from shapes alone (`jax.eval_shape`), so the plan of 70B parameters on 64
 devices takes a second on a laptop.
@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sled.models.sharding.sharding import RULES, Placing
+from sled.models.sharding.sharding import RULES, Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.exit_heads import partition
 from sled.train.recipes import ALL, HEADS
@@ -75,34 +75,34 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def memory_plan(placing: Placing, optimizer: optax.GradientTransformation, *, trainable: str = ALL) -> MemoryPlan:
+def memory_plan(sharding: Sharding, optimizer: optax.GradientTransformation, *, trainable: str = ALL) -> MemoryPlan:
     """Bytes on each device of float32 weights and of `optimizer`'s state for them. Allocates nothing.
 
     trainable: as in the recipe; for what does not learn there are neither gradients nor optimiser state.
     """
-    shapes = nnx.state(abstract_stacked(placing.config), nnx.Param)
+    shapes = nnx.state(abstract_stacked(sharding.config), nnx.Param)
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
     own = partition(weights)[0] if trainable == HEADS else weights
     state = jax.eval_shape(optimizer.init, own)
-    taken = {name: [0, 0, 0] for name in placing.parameters}
+    taken = {name: [0, 0, 0] for name in sharding.parameters}
     other = 0
     for kind, tree in enumerate((weights, state, own)):
-        shardings = jax.tree.leaves(placing.shardings(tree))
+        shardings = jax.tree.leaves(sharding.shardings(tree))
         for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
             size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            name = placing.parameter_at(path, leaf.shape)
+            name = sharding.parameter_at(path, leaf.shape)
             if name:
                 taken[name][kind] += size
             else:
                 other += size
-    return MemoryPlan(dict(placing.mesh.shape), [_bytes_of(placing, name, *taken[name][:2]) for name in taken],
-                sum(gradients for *_, gradients in taken.values()), other, placing.undivided)
+    return MemoryPlan(dict(sharding.mesh.shape), [_bytes_of(sharding, name, *taken[name][:2]) for name in taken],
+                sum(gradients for *_, gradients in taken.values()), other, sharding.undivided)
 
 
-def _bytes_of(placing: Placing, name: str, weights: int, optimizer: int) -> ParameterBytes:
-    shape, spec = placing.parameters[name]
-    parts = math.prod(shape) // math.prod(NamedSharding(placing.mesh, spec).shard_shape(shape))
-    return ParameterBytes(name, shape, spec, placing.mesh.size // parts, weights, optimizer)
+def _bytes_of(sharding: Sharding, name: str, weights: int, optimizer: int) -> ParameterBytes:
+    shape, spec = sharding.parameters[name]
+    parts = math.prod(shape) // math.prod(NamedSharding(sharding.mesh, spec).shard_shape(shape))
+    return ParameterBytes(name, shape, spec, sharding.mesh.size // parts, weights, optimizer)
 
 
 def _spell(spec: PartitionSpec, mesh: dict[str, int]) -> str:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,14 +16,13 @@ from typing import Any
 import jax
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from sled.errors import CheckpointError, SettingError
-from sled.io import writable, writable_picture
+from sled.io import writable
+from sled.plots import grid, new_figure, save_figure, writable_picture
 
 HELD_OUT = "held_out"
 COLOURS = matplotlib.colormaps["viridis_r"]  # dark where the model is deep
@@ -124,8 +122,7 @@ def draw(metrics: str | Path, path: str | Path) -> Path:
     steps = [line["step"] for line in lines]
     layers = len(lines[0][HELD_OUT])
     number = Normalize(1, max(layers, 2))
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 5)
     axes = figure.add_subplot()
     marker = "o" if len(steps) == 1 else None
     for layer in range(1, layers + 1):
@@ -134,12 +131,10 @@ def draw(metrics: str | Path, path: str | Path) -> Path:
     axes.set_title("Held-out loss of every layer", fontsize=11)
     axes.set_xlabel("step")
     axes.set_ylabel("loss in nats per token")
-    axes.grid(color="#dee2e6", linewidth=0.6)
+    grid(axes)
     figure.colorbar(ScalarMappable(number, COLOURS), ax=axes, label="layer", pad=0.01,
                     ticks=sorted({1, *range(layers, 1, -max(1, layers // 8))}))
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def _cut(path: Path, last: int) -> None:
