@@ -18,7 +18,7 @@ import sled
 from sled.errors import EvaluationError, SettingError
 from sled.eval.harness import adapter as harness
 from sled.eval.harness.cache import Cache
-from sled.eval.harness.requests import Ask, batches
+from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
 from sled.eval.methods import Method, deciding_versions
 from sled.io import json_digest
 
@@ -91,24 +91,24 @@ def test_an_answer_of_another_version_is_not_found(lm, monkeypatch, package):
     assert kept(cache, lm, Method("plain")).find(["request"]) == {}
 
 
-GREEDY = sled.Sampling()
-ASK = dict(ids=(1, 2), until=("\n",), max_new_tokens=8, sampling=GREEDY, seed=None)
+def request(ids=(1, 2), until=("\n",), max_new_tokens=8, seed=None, **sampling):
+    return GenerationRequest(ids, GenerationSettings(until, max_new_tokens, sled.Sampling(**sampling)), seed)
 
 
 def test_every_part_of_a_request_is_in_its_key():
-    asks = [ASK, ASK | {"ids": (1, 3)}, ASK | {"until": ()}, ASK | {"max_new_tokens": 9}, ASK | {"seed": 0},
-            ASK | {"seed": 1}, ASK | {"sampling": sled.Sampling(temperature=0.5)}]
+    generated = [request(), request((1, 3)), request(until=()), request(max_new_tokens=9), request(seed=0),
+                 request(seed=1), request(temperature=0.5)]
     scored = [{"context": (1, 2), "continuation": (3,)}, {"context": (1,), "continuation": (2, 3)}]
-    assert len({json_digest(Ask(**ask).described()) for ask in asks} | {json_digest(pair) for pair in scored}) == 9
+    assert len({json_digest(each.described()) for each in generated} | set(map(json_digest, scored))) == 9
 
 
 def test_requests_are_batched_by_length_or_by_stream():
-    greedy = [Ask(**ASK | {"ids": (1,) * n}) for n in (3, 9, 5, 7, 4)]
+    greedy = [request((1,) * n) for n in (3, 9, 5, 7, 4)]
     assert list(batches(greedy, range(5), 2)) == [[1, 3], [2, 4, 0]]  # what is left over goes with the last batch
-    drawn = [Ask(**ASK | {"seed": seed, "sampling": sled.Sampling(temperature=1.0)}) for seed in (7, 0, 1, 2, 8)]
+    drawn = [request(seed=seed, temperature=1.0) for seed in (7, 0, 1, 2, 8)]
     assert list(batches(drawn, range(5), 8)) == [[1, 2, 3], [0, 4]]
     assert list(batches(greedy, [], 2)) == []
-    mixed = [Ask(**ASK), Ask(**ASK | {"max_new_tokens": 9}), Ask(**ASK)]
+    mixed = [request(), request(max_new_tokens=9), request()]
     assert sorted(map(sorted, batches(mixed, range(3), 8))) == [[0, 2], [1]]
 
 

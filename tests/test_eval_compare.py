@@ -12,7 +12,8 @@ import sled
 from sled.errors import SettingError
 from sled.eval.methods import Method
 from sled.eval.report.compare import compare, mcnemar
-from sled.eval.report.report import Report
+from sled.eval.report.plot import draw_comparison
+from sled.eval.report.report import EvaluationReport
 
 RNG = np.random.default_rng(5)
 BASE = (RNG.random(80) < 0.6).astype(float)
@@ -20,8 +21,9 @@ OTHER = np.where(RNG.random(80) < 0.3, 1 - BASE, BASE)
 
 
 def report(scores, methods=()):
-    return Report(tasks={"base": []}, scores=scores, methods=list(methods), settings={}, versions={}, hardware="h",
-                  model=dict(name="m", weights="0" * 64, dtype="float32", layers=2), date="d", against="base", seed=0)
+    model = dict(name="m", weights="0" * 64, dtype="float32", layers=2)
+    return EvaluationReport(tasks={"base": []}, scores=scores, methods=list(methods), settings={}, versions={},
+                            hardware="h", model=model, date="d", against="base", seed=0)
 
 
 @pytest.mark.parametrize(("wins", "losses", "p"), [
@@ -97,10 +99,10 @@ def test_the_report_warns_where_numbers_say_less_than_they_seem_to(tmp_path):
     written = json.loads(json.dumps(few.json()))
     assert written["against"] == "base" and written["rows"][2]["wins"] == 0 and len(written["rows"]) == 3
     for name in ("a.png", "a.svg"):
-        assert few.picture(tmp_path / name).stat().st_size > 1000
-    assert compare({"base": [1]}, "base", draws=5).picture(tmp_path / "one.png").exists()
+        assert draw_comparison(few, tmp_path / name).stat().st_size > 1000
+    assert draw_comparison(compare({"base": [1]}, "base", draws=5), tmp_path / "one.png").exists()
     with pytest.raises(SettingError, match="ending is none of"):
-        few.picture(tmp_path / "a.bmp")
+        draw_comparison(few, tmp_path / "a.bmp")
 
 
 def test_differences_without_width_are_noted_as_means_are():
@@ -120,12 +122,12 @@ def test_a_report_counts_the_p_values_of_all_its_tables():
     assert "Bonferroni" not in report({"a": {"base": BASE, "x": OTHER}}).markdown()
 
 
-def test_verified_guesses_have_no_mean_layer():
-    methods = [Method("exit", exits=sled.EarlyExit(1)), Method("guess", exits=sled.SelfSpeculation(1, draft=3))]
+def test_verified_drafts_have_no_mean_layer():
+    methods = [Method("exit", exits=sled.EarlyExit(1)), Method("draft", exits=sled.SelfSpeculation(1, draft=3))]
     counts = dict(requests=2, computed=2, truncated=0, unfinished=0, new_tokens=8, layers=12)
     about = [{"name": m.name, "verifies": m.verifies, "counts": counts} for m in methods]
-    _, _, exit, guess = dataclasses.replace(report({}, about), tasks={"exit": [], "guess": []}).answers()
-    assert exit == "| exit | 2 | 2 | 0 | 0 | - | 1.50 of 2 |" and guess == "| guess | 2 | 2 | 0 | 0 | - | - |"
+    _, _, exit, draft = dataclasses.replace(report({}, about), tasks={"exit": [], "draft": []}).answers().splitlines()
+    assert exit == "| exit | 2 | 2 | 0 | 0 | - | 1.50 of 2 |" and draft == "| draft | 2 | 2 | 0 | 0 | - | - |"
 
 
 def test_pictures_have_names_of_their_own_and_earlier_ones_go(tmp_path):

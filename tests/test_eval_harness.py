@@ -29,7 +29,7 @@ from sled.eval.harness import tasks as loading
 from sled.eval.harness.adapter import SledLM
 from sled.eval.harness.cache import Cache
 from sled.eval.harness.chat import TokenizerSettings, render
-from sled.eval.harness.requests import Wanted
+from sled.eval.harness.requests import GenerationSettings
 from sled.eval.harness.tasks import load_tasks
 from sled.eval.methods import Method, baselines
 from sled.eval.report.report import report_folder
@@ -250,15 +250,16 @@ def test_what_is_drawn_depends_on_the_document_alone(lm):
 ])
 def test_what_cannot_be_generated_is_named(given, says):
     with pytest.raises(EvaluationError, match=says):
-        Wanted.of(dict(until=["\n"], **given))
+        GenerationSettings.of(dict(until=["\n"], **given))
 
 
 def test_generation_settings_are_read_as_the_harness_means_them():
-    wanted = Wanted.of({"until": "x", "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": None})
-    assert wanted == Wanted(("x",), 7, sled.Sampling(temperature=0.5, top_p=0.9))
-    assert Wanted.of({"do_sample": False, "temperature": 0.5, "top_p": 0.9}) == Wanted((), 256, sled.Sampling())
-    assert Wanted.of({"max_gen_toks": 7}, at_most=5).max_new_tokens == 5
-    assert Wanted.of({}, at_most=500).max_new_tokens == 500
+    read, cold = GenerationSettings.of, {"do_sample": False, "temperature": 0.5, "top_p": 0.9}
+    assert read({"until": "x", "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": None}) == (
+        GenerationSettings(("x",), 7, sled.Sampling(temperature=0.5, top_p=0.9)))
+    assert read(cold) == GenerationSettings((), 256, sled.Sampling())
+    assert read({"max_gen_toks": 7}, at_most=5).max_new_tokens == 5
+    assert read({}, at_most=500).max_new_tokens == 500
 
 
 def test_an_answer_longer_than_the_context_is_named(lm):
@@ -353,11 +354,11 @@ class Solver(HarnessModel):
 
 
 def test_the_demo_task_counts_an_answer_without_a_number_wrong():
-    from sled.eval.report.scores import Task
+    from sled.eval.report.scores import TaskResult
 
     loaded = load_tasks(["sled_demo"], metadata={"problems": 3})
     results = lm_eval.evaluate(lm=Solver(), task_dict=loaded, bootstrap_iters=0)
-    task = Task.of(results, "sled_demo", loaded["tasks"]["sled_demo"])
+    task = TaskResult.of(results, "sled_demo", loaded["tasks"]["sled_demo"])
     [scores] = task.scores().values()
     assert scores.tolist() == [1, 0, 0] and task.unanswered == {"answer": 1} and task.n == 3
 
