@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import sled
+
 # Tests compile much and compute little: XLA need not optimise, and its older code generator compiles in half the time.
 # Read when jax starts its devices, which is later; the programs beside the tests inherit it.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
@@ -119,6 +121,12 @@ def forget_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The bundled model."""
+    return sled.load("demo")
 
 
 @pytest.fixture(params=VARIANTS)

@@ -26,8 +26,9 @@ BY_ROW = {
     "weights by row": (dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3]])),
                        lambda i: dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3][i]]))),
     "weights of all": (dict(fusion=sled.LayerAverage(FIRST[2])), lambda i: dict(fusion=sled.LayerAverage(FIRST[2]))),
-    "thresholds": (dict(exits=sled.EarlyExit((1, 2), threshold=np.array([[1, 0], [0, 1], [1, 1], [0, 0.0], [1, 1]]))),
-                   lambda i: dict(exits=sled.EarlyExit((1, 2), [(1, 0), (0, 1), (1, 1), (0, 0), (1, 1)][i]))),
+    "thresholds": (
+        dict(exits=sled.EarlyExit((1, 3), np.array([[1, 0], [0, 1], [1, 1], [0, 0.0], [1, 1]]), max_deferred=3)),
+        lambda i: dict(exits=sled.EarlyExit((1, 3), [(1, 0), (0, 1), (1, 1), (0, 0), (1, 1)][i], max_deferred=3))),
 }
 
 
@@ -46,8 +47,10 @@ def test_each_row_keeps_its_own_whatever_the_batches(case):
 
 
 def test_rows_of_one_batch_keep_their_own(lm):
-    settings = dict(sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9, 0.0])), max_new_tokens=CAPACITY)
-    expected = generate(PROMPTS, batch_size=4, **settings).tokens
+    temperatures = [0, 9, 3, 9, 0.0]
+    settings = dict(sampling=sled.Sampling(temperature=np.array(temperatures)), max_new_tokens=CAPACITY)
+    expected = [generate(prompt, seed=i, sampling=sled.Sampling(temperature=temperatures[i])).tokens[0]
+                for i, prompt in enumerate(PROMPTS)]
     assert generate(PROMPTS, **settings).tokens == expected
     pieces = list(lm.stream(PROMPTS, **settings))
     assert [[token for piece in pieces for token in piece.tokens[i]] for i in range(len(PROMPTS))] == expected

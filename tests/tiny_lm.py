@@ -9,6 +9,7 @@ import functools
 import jax
 import numpy as np
 from flax import nnx
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sled
 from sled.decoding import loop, state
@@ -16,6 +17,7 @@ from sled.decoding.generation import Generation
 from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
+from sled.text.tokenizer import Text
 
 EOS = 5
 CAPACITY = 48  # positions of the context, and of the caches wherever a text may fill it
@@ -23,7 +25,6 @@ CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, nu
                        num_kv_heads=2, head_dim=8, max_positions=CAPACITY, eos_ids=(EOS,))
 PROMPTS = [np.random.default_rng(n).integers(6, 61, size=n).tolist() for n in (1, 3, 17, 9)]
 SAMPLED = sled.Sampling(temperature=0.9, top_p=0.95, top_k=30, repetition_penalty=1.1)
-HEADROOM, PREFILL_BLOCK = "sled.decoding.generation.HEADROOM", "sled.decoding.state.PREFILL_BLOCK"
 
 
 @functools.cache
@@ -35,6 +36,15 @@ def tiny_lm() -> LM:
         for weight in (block.attention.o.weight, block.mlp.down.weight):
             weight[...] = weight[...] * 0.35**n
     return LM(decoder)
+
+
+@functools.cache
+def talking_lm() -> LM:
+    """The same with a tokenizer: a character for every token, of which the ending one has no text."""
+    tokenizer = Tokenizer(models.WordLevel({chr(64 + token): token for token in range(CONFIG.vocab_size)}))
+    tokenizer.add_special_tokens([chr(64 + EOS)])
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    return LM(tiny_lm().build(tiny_lm().params), Text(tokenizer, "characters"))
 
 
 def generate(prompts=PROMPTS, **settings) -> sled.Output:
@@ -99,7 +109,12 @@ def check_distribution(draws, probabilities_V) -> None:
     assert ((seen - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < freedom + 3.09 * (2 * freedom) ** 0.5 + 10
 
 
-# The inside of the loop, for the few tests that need it: how often it was compiled, its arguments, its state.
+# The inside of the loop, for the few tests that need it: where its parts are, how often it was compiled, its arguments,
+# its state.
+
+HEADROOM, PREFILL_BLOCK = "sled.decoding.generation.HEADROOM", "sled.decoding.state.PREFILL_BLOCK"
+START, PUT_ROW, SET_ACTIVE = (f"sled.decoding.state.{name}" for name in ("start", "put_row", "set_active"))
+DECODE = "sled.decoding.loop.decode"
 
 
 def compiled() -> tuple[int, ...]:
