@@ -241,8 +241,8 @@ def test_losses_that_do_not_go_together_are_named(arguments, says):
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return sled.load("demo")
+def lm(demo):
+    return demo
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ SERVING = dict(max_new_tokens=24)
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return sled.load("demo")
+def lm(demo):
+    return demo
 
 
 @pytest.fixture(scope="module")

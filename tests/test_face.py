@@ -23,8 +23,8 @@ DEMO = Path(__file__).parent.parent / "sled" / "demo" / "model"
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return sled.load("demo")
+def lm(demo):
+    return demo
 
 
 def test_the_bundled_model_solves_held_out_problems(lm):

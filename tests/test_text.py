@@ -14,8 +14,8 @@ DEMO = Path(sled.__file__).parent / "demo" / "model"
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return sled.load("demo")
+def lm(demo):
+    return demo
 
 
 def harness_pair(text, context, continuation):
