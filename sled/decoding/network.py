@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
-from sled.fusion.projection import SharedHead, default_tile
+from sled.fusion.projection import fused_logits
 
 KV = tuple[jax.Array, jax.Array]
 
@@ -133,5 +133,4 @@ def fuse(network: Network, fusion, states: Mapping[int, jax.Array], last: int, *
     h_PCD = candidates(network, states, early, fusion.norm_early, last)
     own_VD = own_projection(network, last)
     w_VD = network.head_weight if own_VD is None else own_VD
-    rows = (places or h_PCD.shape[0]) * h_PCD.shape[1]
-    return fusion.logits(h_PCD, SharedHead(w_VD, tile=default_tile(rows, w_VD.shape[0])))
+    return fused_logits(fusion, h_PCD, w_VD, (places or h_PCD.shape[0]) * h_PCD.shape[1])

@@ -36,7 +36,7 @@ from sled.decoding.whole import generate
 from sled.exits import Policy, Schedule
 from sled.exits.schedule import Timing
 from sled.export.settings import Parts, take_apart
-from sled.fusion import SharedHead, default_tile
+from sled.fusion import fused_logits
 from sled.lm import LM
 from sled.settings.describe import describe
 
@@ -137,9 +137,7 @@ def trace_step(lm: LM, fusion: Parts, arrays: dict[str, np.ndarray]) -> Traced:
     early = fused_layers(network, fusion.whole, last)
 
     def run(projection, numbers, hidden):
-        tile = default_tile(hidden.shape[0] * hidden.shape[1], projection.shape[0])
-        settings = fusion.put_together(numbers, {})
-        return {"logits": settings.logits(hidden, SharedHead(projection, tile=tile))}
+        return {"logits": fused_logits(fusion.put_together(numbers, {}), hidden, projection)}
 
     b, = export.symbolic_shape("b")
     w_VD = network.head_weight
