@@ -19,6 +19,7 @@ from sled.fusion import (
     SharedHead,
     Strategy,
     default_tile,
+    fused_logits,
 )
 
 NAN = float("nan")
@@ -151,6 +152,14 @@ def test_interface(strategy):
         strategy.rate = 1.0
     early = strategy.early_layers(8, tied=False)
     assert list(early) == sorted(set(early)) and all(0 <= n < 8 for n in early)
+
+
+def test_the_tile_is_that_of_the_platform_the_computation_is_lowered_for():
+    h_BCD, w_VD = jax.ShapeDtypeStruct((64, 33, 4), "float32"), jax.ShapeDtypeStruct((128_256, 4), "float32")
+    fuse = jax.jit(lambda h_BCD, w_VD: fused_logits(LayerAverage(), h_BCD, w_VD))
+    for platform, tile, other in (("cpu", 1024, 8192), ("cuda", 8192, 1024)):
+        program = fuse.trace(h_BCD, w_VD).lower(lowering_platforms=(platform,)).as_text()
+        assert f"tensor<{tile}x4xf32>" in program and f"tensor<{other}x4xf32>" not in program
 
 
 def test_default_tile():

@@ -115,7 +115,7 @@ class BenchLoss(Measurement):
 
 @dataclasses.dataclass(frozen=True)
 class BenchLayers(Measurement):
-    """The quality of each layer's predictions on held-out word problems, of one or several models side by side.
+    """The predictions of each layer on held-out word problems, of one or several models side by side.
 
     sled bench layers --models demo twin/model --picture layers.png
 

@@ -37,8 +37,8 @@ class Export:
     """
 
     source: tyro.conf.Positional[str]
-    """The folder that sled train has as --out (the run may be unfinished, or still going), a Hugging Face folder, a hub
-    id, "demo", or an Orbax export."""
+    """A run of sled train, its --out (unfinished or still going, if need be), a Hugging Face folder, a hub id,
+    "demo", or an Orbax export."""
     to: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write: a new one, or an earlier export."""
     form: Literal["hf", "orbax", "program"] = "hf"

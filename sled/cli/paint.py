@@ -72,7 +72,7 @@ class PaintedRow:
         return "".join(self._paint.text("".join(character for character, _ in run), layer) for layer, run in runs)
 
     def _characters(self, token: int) -> int:
-        """The number of characters that the text gets by this token; a character of many tokens comes with its last."""
+        """Characters that the row's text gets by this token; a character of many tokens comes with its last."""
         self._tokens.append(token)
         before = self._decode(self._tokens[self._context:self._known])
         now = self._decode(self._tokens[self._context:])

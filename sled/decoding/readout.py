@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from sled.decoding.network import Network
 from sled.errors import SettingError
-from sled.fusion.projection import SharedHead, default_tile
+from sled.fusion.projection import SharedHead, fused_logits
 
 
 class Readout(NamedTuple):
@@ -82,5 +82,4 @@ class Readout(NamedTuple):
 
         ready, head = self(states[last], last)
         h_PCD = jnp.stack([*map(early, self.early_layers(fusion, last)), ready], axis=-2)
-        rows = (places or h_PCD.shape[0]) * h_PCD.shape[1]
-        return fusion.logits(h_PCD, SharedHead(head.w_VD, tile=default_tile(rows, head.vocabulary)))
+        return fused_logits(fusion, h_PCD, head.w_VD, (places or h_PCD.shape[0]) * h_PCD.shape[1])

@@ -34,7 +34,7 @@ from sled.decoding.readout import Readout
 from sled.decoding.whole import generate
 from sled.exits.schedule import Timing
 from sled.export.settings import Parts, take_apart
-from sled.fusion import SharedHead, default_tile
+from sled.fusion.projection import fused_logits
 from sled.io import json_numbers, write_json
 from sled.lm import LM
 from sled.settings.describe import describe
@@ -135,9 +135,7 @@ def trace_step(lm: LM, fusion: Parts, arrays: dict[str, np.ndarray]) -> Traced:
     early = readout.early_layers(fusion.whole, last)
 
     def run(projection, numbers, hidden):
-        tile = default_tile(hidden.shape[0] * hidden.shape[1], projection.shape[0])
-        settings = fusion.put_together(numbers, {})
-        return {"logits": settings.logits(hidden, SharedHead(projection, tile=tile))}
+        return {"logits": fused_logits(fusion.put_together(numbers, {}), hidden, projection)}
 
     b, = export.symbolic_shape("b")
     w_VD = network.head_weight

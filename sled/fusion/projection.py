@@ -106,3 +106,16 @@ def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int
     if 4 * rows * vocabulary <= _DENSE_BYTES.get(platform, _DENSE_BYTES_ELSEWHERE):
         return None
     return _TILE.get(platform, _TILE_ELSEWHERE)
+
+
+def fused_logits(fusion, h_BCD, w_VD, rows: int | None = None):
+    """A strategy's logits (B, V), by the tile that suits the platform for which the computation is lowered.
+
+    rows: batch x candidate layers, where `h_BCD` holds only a part of them (under `vmap`).
+    """
+    rows = h_BCD.shape[0] * h_BCD.shape[1] if rows is None else rows
+    on_cpu, elsewhere = (SharedHead(w_VD, default_tile(rows, w_VD.shape[0], name)) for name in ("cpu", "elsewhere"))
+    if on_cpu.tile == elsewhere.tile:
+        return fusion.logits(h_BCD, on_cpu)
+    return jax.lax.platform_dependent(
+        h_BCD, cpu=lambda h_BCD: fusion.logits(h_BCD, on_cpu), default=lambda h_BCD: fusion.logits(h_BCD, elsewhere))

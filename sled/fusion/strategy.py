@@ -18,7 +18,7 @@ class Strategy(Protocol):
     """Makes one distribution over the next token of the candidate layers."""
 
     norm_early: bool
-    """True where the caller must apply the final norm to the early hidden states (the final one always is normed)."""
+    """True where the caller must apply the final norm to early hidden states too, as to the final one."""
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         """Ascending hidden states wanted besides the final one: 0 = embeddings, n = after layer n."""

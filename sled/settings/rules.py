@@ -29,6 +29,10 @@ class _Rule:
     expects: str
     hint: str
 
+    @property
+    def entry(self) -> Callable:
+        return self
+
     def _refusal(self, name: str, value) -> SettingError:
         return SettingError(f"{name} is {value!r}, but must be {self.expects}; {self.hint or 'choose one of them'}")
 
@@ -58,10 +62,6 @@ class Number(_Rule):
         left, right = "(" if self.open_low else "[", ")" if self.open_high or self.high == math.inf else "]"
         return f"a number in {left}{self.low:g}, {self.high:g}{right}"
 
-    @property
-    def entry(self) -> Number:
-        return self
-
     def _holds(self, value) -> bool:
         above = self.low < value if self.open_low else self.low <= value
         below = value < self.high if self.open_high else value <= self.high
@@ -86,10 +86,6 @@ class Whole(_Rule):
     def expects(self) -> str:
         span = f"of at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
         return f"a whole number {span}"
-
-    @property
-    def entry(self) -> Whole:
-        return self
 
     def _holds(self, value) -> bool:
         return self.low <= value < math.inf and (self.high is None or value <= self.high) and value % 1 == 0
@@ -135,12 +131,12 @@ class OneOf(_Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Each(_Rule):
-    """A sequence, as a tuple whose entries satisfy `entry`. What a tracer holds is not known, and passes.
+    """A sequence, as a tuple whose entries satisfy `rule`. What a tracer holds is not known, and passes.
 
     one: whether a single number will do as well; it stays one.
     """
 
-    entry: Number | Whole
+    rule: Number | Whole
     _: dataclasses.KW_ONLY
     one: bool = False
 
@@ -148,7 +144,7 @@ class Each(_Rule):
         if isinstance(value, (list, tuple)):
             return tuple(self._entry(f"{name}[{i}]", entry) for i, entry in enumerate(value))
         if self.one:
-            return self.entry(name, value)
+            return self.rule(name, value)
         raise self._refusal(name, value)
 
     @property
@@ -157,12 +153,16 @@ class Each(_Rule):
 
     @property
     def hint(self) -> str:
-        return self.entry.hint
+        return self.rule.hint
+
+    @property
+    def entry(self) -> Number | Whole:
+        return self.rule
 
     def _entry(self, name: str, value):
         if isinstance(value, jax.core.Tracer):
             return value
-        return self.entry(name, value.item() if is_array(value) and not value.ndim else value)
+        return self.rule(name, value.item() if is_array(value) and not value.ndim else value)
 
 
 @dataclasses.dataclass(frozen=True)
