@@ -30,7 +30,7 @@ def lm(demo):
 @pytest.fixture(scope="module")
 def record(lm):
     prompts = [prompt(p.question) for p in problems("train", 12, seed=3)]
-    return lm.calibrate(prompts, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95, 0.9), batch_size=12, progress=False,
+    return sled.calibrate(lm, prompts, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95, 0.9), batch_size=12, progress=False,
                         **SERVING)
 
 
@@ -102,7 +102,7 @@ def test_only_an_early_exit_is_calibrated(lm, record):
     with pytest.raises(SettingError, match="exits is FullDepth"):
         record.policy(lm, FullDepth(), **SERVING)
     with pytest.raises(SettingError, match="which is no EarlyExit; only"):
-        lm.calibrate(["a"], exits=sled.SelfSpeculation(2))
+        sled.calibrate(lm, ["a"], exits=sled.SelfSpeculation(2))
 
 
 def test_no_schedule_is_the_exits_own(lm, record):
@@ -111,7 +111,7 @@ def test_no_schedule_is_the_exits_own(lm, record):
 
 def test_references_are_a_list(lm):
     with pytest.raises(SettingError, match="references is 5, but must be a list"):
-        lm.calibrate(["a"], exits=sled.EarlyExit(1), references=5, risk=lambda text, reference: 0.0)
+        sled.calibrate(lm, ["a"], exits=sled.EarlyExit(1), references=5, risk=lambda text, reference: 0.0)
 
 
 def test_names_types_shapes_and_bytes_of_weights_all_count():
@@ -235,7 +235,7 @@ def test_without_a_tokenizer_token_ids_are_calibrated(lm, record):
     blind = copy.copy(lm)
     blind.text = Tokenizer(None, "blind")
     seen = []
-    made = blind.calibrate(ids, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95,), batch_size=12, progress=False,
+    made = sled.calibrate(blind, ids, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95,), batch_size=12, progress=False,
                            loss=lambda early, full: seen.append(early) or early != full, **SERVING)
     assert all(isinstance(tokens, list) for tokens in seen) and len(seen) == 12 and made.serving == record.serving
 

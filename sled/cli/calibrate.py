@@ -73,7 +73,7 @@ class Calibrate(derive("Exits", *EXITS)):
         prompts = self._prompts()
         output = writable("--output", self.output)
         lm = self.model_options.load()
-        record = lm.calibrate(prompts, **exits, fusion=fusion, sampling=sampling, delta=self.delta,
+        record = sled.calibrate(lm, prompts, **exits, fusion=fusion, sampling=sampling, delta=self.delta,
                               epsilon=self.epsilon, grid=self.grid, loss=self.loss, seed=self.sampling_options.seed,
                               max_new_tokens=self.max_new_tokens, stop=[unescape(s) for s in self.stop],
                               batch_size=self.batch_size)

@@ -224,40 +224,6 @@ class Flag(_Rule):
         return bool(value)
 
 
-def settle(self, **rules) -> None:
-    """Check fields of a frozen dataclass, and put the clean values in their place.
-
-    A field that `traced` made a leaf may hold an array instead of a number, each of which keeps the rule; an array
-    stays what it is. What a tracer holds is not known, and passes.
-    """
-    for field, rule in rules.items():
-        value, name = getattr(self, field), f"{type(self).__name__}.{field}"
-        if not (is_array(value) and field in getattr(self, "traced_fields", ())):
-            object.__setattr__(self, field, rule(name, value))
-        elif not isinstance(value, jax.core.Tracer):
-            for number in np.unique(value).tolist():
-                rule(f"{name}, an array,", number)
-
-
-def settle_bounded(self, field: str, bound: str, *, least: int, hint: str) -> None:
-    """Check a traced count that has a static bound in another field: the count is tuned, the bound sets shapes.
-
-    A bound of None becomes the next of `least`, 2 `least`, 4 `least`, ... that holds the count.
-    """
-    if getattr(self, bound) is not None:
-        settle(self, **{bound: Whole(1, LARGEST, hint=f"it is the static bound of {field}, or None")})
-        settle(self, **{field: Whole(1, getattr(self, bound), hint=f"{bound} is its bound")})
-        return
-    settle(self, **{field: Whole(1, LARGEST, hint=hint)})
-    if is_array(getattr(self, field)):
-        name = type(self).__name__
-        raise SettingError(f"{name}.{field} is an array, whose entries need a static bound; give {bound} too")
-    size = least
-    while size < getattr(self, field):
-        size *= 2
-    object.__setattr__(self, bound, size)
-
-
 def is_array(value) -> bool:
     """True for an array of numpy or jax; tracers are arrays."""
     return isinstance(value, (jax.Array, np.ndarray))
