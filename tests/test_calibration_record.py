@@ -99,9 +99,9 @@ def test_another_model_of_the_same_weights_is_refused(lm, record):
 
 
 def test_only_an_early_exit_is_calibrated(lm, record):
-    with pytest.raises(SettingError, match="exits is FullDepth"):
+    with pytest.raises(SettingError, match="exits is FullDepth, which has no threshold"):
         record.policy(lm, FullDepth(), **SERVING)
-    with pytest.raises(SettingError, match="which is no EarlyExit; only"):
+    with pytest.raises(SettingError, match="SelfSpeculation, which has no threshold"):
         sled.calibrate(lm, ["a"], exits=sled.SelfSpeculation(2))
 
 

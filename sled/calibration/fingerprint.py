@@ -21,8 +21,10 @@ def fingerprint(lm: LM, decoding: Decoding) -> dict[str, Any]:
     exits that have no threshold.
     """
     decoding.check_rows(1, hint="a calibration is for prompts to come, so give one value for all")
-    same_at_any = decoding.replace(exits=decoding.exits.with_threshold(1.0))
-    return {"model": describe(lm.config), **same_at_any.describe(), "weights": digest_of_weights(lm.params)}
+    low, high = (describe(decoding.exits.with_threshold(threshold)) for threshold in (0.0, 1.0))
+    exits = {name: value for name, value in low.items() if value == high[name]}
+    return {"model": describe(lm.config), "exits": exits, **(decoding.describe() | {"exits": exits}),
+            "weights": digest_of_weights(lm.params)}
 
 
 def digest_of_weights(params) -> str:

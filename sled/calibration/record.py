@@ -22,7 +22,7 @@ from sled.io import json_digest, writable
 from sled.lm import LM
 from sled.settings.describe import differences
 
-FORMAT = 2  # of the file; a reader refuses those that it does not know
+FORMAT = 1  # of the file; a reader refuses those that it does not know
 AGAIN = "calibrate again (sled.calibrate, or the command `sled calibrate`)"
 
 
@@ -153,7 +153,7 @@ class Calibration:
                 f"{end}. Tokens left at layer {depth:.2f} of {self.full_depth} on average.")
 
     def _own_exits(self) -> Policy:
-        """The policy as it was written down, at any threshold."""
+        """The policy as it was written down. Its threshold is not: the default stands there."""
         return self._rebuilt("exits", vars(our))
 
     def _rebuilt(self, name: str, classes: Mapping[str, Any]):
