@@ -18,7 +18,8 @@ from sled.cli import main
 from sled.errors import SettingError
 from sled.models import ExitHeads
 from sled.models.sharding.mesh import Mesh
-from sled.settings.pytree import traced
+from sled.settings.decorator import settings
+from sled.settings.field import setting
 from sled.train.data.sources import Source
 from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import Rotational, UniformWeights, WeightedExits
@@ -75,12 +76,11 @@ def on_meshes(data, out, *names) -> None:
         train(run if name in ("alone", "all") else dataclasses.replace(run, held_out=None))
 
 
-@traced("begins")
-@dataclasses.dataclass(frozen=True)
+@settings
 class Later:
     """Layer dropout that begins at a step."""
 
-    begins: int
+    begins: int = setting(traced=True)
 
     def share(self, step):
         return jnp.where(step < self.begins, 0.0, 1.0)

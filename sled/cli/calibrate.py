@@ -10,15 +10,14 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import derive, settings_of
-from sled.cli.exit_options import POLICIES, SCHEDULE, ExitOptions
+from sled.cli.derived import derive, offer, settings_of
+from sled.cli.exit_options import SCHEDULE, ExitOptions
 from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
 from sled.errors import PromptError
 from sled.io import writable
 from sled.settings.rules import Whole
 
-EXITS = (*settings_of(sled.EarlyExit, {name: field for name, field in POLICIES["early"].options.items()
-                                       if field != "threshold"}), *SCHEDULE)
+EXITS = (*settings_of(offer(sled.EarlyExit, "measure", "kv", "decay", exit_layers="layers")), *SCHEDULE)
 
 
 @dataclasses.dataclass(frozen=True)

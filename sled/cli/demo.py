@@ -10,7 +10,7 @@ import textwrap
 from pathlib import Path
 
 import sled
-from sled.cli.derived import derive, settings_of
+from sled.cli.derived import derive, offer, settings_of
 from sled.cli.options import ModelOptions
 from sled.plots import writable_picture
 from sled.settings.rules import Whole
@@ -19,7 +19,7 @@ MAX_NEW_TOKENS = 96
 
 
 @dataclasses.dataclass(frozen=True)
-class Demo(derive("Fused", *settings_of(sled.SLED, {"rate": "rate", "scale": "scale"}))):
+class Demo(derive("Fused", *settings_of(offer(sled.SLED, "rate", "scale")))):
     """Solve held-out word problems greedily and by SLED; print a table, and draw what each layer predicts.
 
     Runs offline on the bundled model, within a minute or two on a CPU.

@@ -18,11 +18,16 @@ from sled.settings.rules import Each, Flag, Layers, Number, OneOf, OrNone, Whole
 UNSERVED = ("classifier",)  # a measure that no option can give its trained weights
 
 
-class Built(NamedTuple):
-    """A class of settings that a choice builds. options: the fields offered, by the names they have as options."""
+class Offer(NamedTuple):
+    """A class of settings that the command can build. options: its fields, by the names that they have as options."""
 
     kind: type
     options: Mapping[str, str]
+
+
+def offer(kind: type, *fields: str, **renamed: str) -> Offer:
+    """These fields of a class as options of the same names, and others under names of their own."""
+    return Offer(kind, {**renamed, **{field: field for field in fields}})
 
 
 def derive(name: str, *fields: tuple[str, Any, Any]) -> type:
@@ -36,20 +41,21 @@ def choice(name: str, of: Collection[str], *, default: str | None, help: str) ->
     return name, Annotated[words if default else words | None, tyro.conf.arg(help=help)], default
 
 
-def settings_of(kind: type, options: Mapping[str, str]) -> list[tuple[str, Any, Any]]:
-    """An option for each of these fields of one class, with its default."""
+def settings_of(of: Offer) -> list[tuple[str, Any, Any]]:
+    """An option for each field on offer of one class, with its default."""
+    kind, options = of
     return [(name, Annotated[option_type(kind, field), tyro.conf.arg(help=option_help(kind, field))],
              dataclasses.field(default=getattr(kind, field, dataclasses.MISSING))) for name, field in options.items()]
 
 
-def settings_by_choice(built: Mapping[str, Built]) -> list[tuple[str, Any, Any]]:
+def settings_by_choice(offers: Mapping[str, Offer]) -> list[tuple[str, Any, Any]]:
     """An option for each field of the classes that a choice builds, by whose words its help is told.
 
     Left out, it is None and the class's default holds; a flag that is False by default is a plain switch.
     """
     options = []
-    for name in dict.fromkeys(name for of in built.values() for name in of.options):
-        fields = {word: (of.kind, of.options[name]) for word, of in built.items() if name in of.options}
+    for name in dict.fromkeys(name for of in offers.values() for name in of.options):
+        fields = {word: (of.kind, of.options[name]) for word, of in offers.items() if name in of.options}
         of_type = functools.reduce(operator.or_, (option_type(*field) for field in fields.values()))
         switch = of_type is bool and not any(getattr(*field) for field in fields.values())
         texts = _grouped({word: declared(kind)[field].explanation for word, (kind, field) in fields.items()})
@@ -111,14 +117,14 @@ def given(options) -> dict[str, Any]:
             if getattr(options, field.name) != field.default}
 
 
-def build(options, built: Built):
-    """Build what was chosen, of the options that were given for it."""
-    values = {built.options[name]: value for name, value in given(options).items() if name in built.options}
+def build(options, of: Offer):
+    """Build what is on offer, of the options that were given for it."""
+    values = {of.options[name]: value for name, value in given(options).items() if name in of.options}
     for field, value in values.items():
-        rule = declared(built.kind)[field].rule
+        rule = declared(of.kind)[field].rule
         if isinstance(rule, Each) and rule.one and len(value) == 1:
             values[field] = value[0]
-    return built.kind(**values)
+    return of.kind(**values)
 
 
 def refuse_others(options, choice: str, has: Collection[str]) -> None:

@@ -6,17 +6,15 @@ import dataclasses
 from typing import Any
 
 import sled
-from sled.cli.derived import Built, build, choice, derive, refuse_others, settings_by_choice
+from sled.cli.derived import build, choice, derive, offer, refuse_others, settings_by_choice
 from sled.errors import SettingError
 
 POLICIES = {
-    "early": Built(sled.EarlyExit, {"exit_layers": "layers", "threshold": "threshold", "measure": "measure", "kv": "kv",
-                                    "decay": "decay"}),
-    "speculate": Built(sled.SelfSpeculation, {"exit_layers": "layer", "draft": "draft",
-                                              "draft_confidence": "confidence", "adaptive": "adaptive"}),
+    "early": offer(sled.EarlyExit, "threshold", "measure", "kv", "decay", exit_layers="layers"),
+    "speculate": offer(sled.SelfSpeculation, "draft", "adaptive", exit_layers="layer", draft_confidence="confidence"),
 }
-SCHEDULES = {"immediate": Built(sled.Immediate, {}), "lockstep": Built(sled.Lockstep, {}),
-             "gather": Built(sled.Gather, {"gather_rows": "rows", "patience": "patience"})}
+SCHEDULES = {"immediate": offer(sled.Immediate), "lockstep": offer(sled.Lockstep),
+             "gather": offer(sled.Gather, "patience", gather_rows="rows")}
 SCHEDULE = (choice("schedule", SCHEDULES, default=None, help=(
     "When deeper layers run for prompts decoded together. It changes the time, never the text.\n"
     "Left out: lockstep for speculate, else immediate.\n"

@@ -11,18 +11,19 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import Built, build, choice, derive, refuse_others, settings_by_choice, settings_of
+from sled.cli.derived import build, choice, derive, offer, refuse_others, settings_by_choice, settings_of
 from sled.errors import PromptError
 from sled.settings.field import declared
 
-FUSIONS = {word: Built(kind, {name: name for name in names}) for word, kind, names in (
-    ("final", sled.FinalLayer, ()),
-    ("sled", sled.SLED, ("rate", "scale", "steps", "lower_bound", "layers", "norm_early")),
-    ("dola", sled.DoLa, ("relative_top", "lower_bound", "layers", "norm_early")),
-    ("confident", sled.ConfidentDecoding, ("norm_early",)),
-    ("average", sled.LayerAverage, ("layers", "norm_early")),
-    ("clamp", sled.ClampOnly, ("scale", "lower_bound")))}
-SAMPLING = {name: name for name in declared(sled.Sampling)}
+FUSIONS = {
+    "final": offer(sled.FinalLayer),
+    "sled": offer(sled.SLED, "rate", "scale", "steps", "lower_bound", "layers", "norm_early"),
+    "dola": offer(sled.DoLa, "relative_top", "lower_bound", "layers", "norm_early"),
+    "confident": offer(sled.ConfidentDecoding, "norm_early"),
+    "average": offer(sled.LayerAverage, "layers", "norm_early"),
+    "clamp": offer(sled.ClampOnly, "scale", "lower_bound"),
+}
+SAMPLING = offer(sled.Sampling, *declared(sled.Sampling))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +58,14 @@ class FusionOptions(derive(
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingOptions(derive("Draw", *settings_of(sled.Sampling, SAMPLING))):
+class SamplingOptions(derive("Draw", *settings_of(SAMPLING))):
     """The draw of the next token; greedy unless a temperature is given."""
 
     seed: int = 0
     """Random seed; prompt i uses seed + i."""
 
     def sampling(self) -> sled.Sampling:
-        return build(self, Built(sled.Sampling, SAMPLING))
+        return build(self, SAMPLING)
 
 
 def unescape(text: str) -> str:

@@ -63,5 +63,6 @@ def bound_of(field: str, *, least: int) -> Any:
 
 
 def declared(cls: type) -> dict[str, Setting]:
-    """The settings that a class declares, by field, in order."""
-    return {f.name: f.metadata[_KEY] for f in dataclasses.fields(cls) if _KEY in f.metadata}
+    """The settings that a class declares, by field, in order; none in a class of another kind."""
+    fields = getattr(cls, "__dataclass_fields__", {})
+    return {name: field.metadata[_KEY] for name, field in fields.items() if _KEY in field.metadata}
