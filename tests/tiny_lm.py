@@ -140,7 +140,7 @@ def decode_without_transfers(run: Generation) -> list[int]:
 
 
 def caches_of(run: Generation):
-    """(tokens [S], caches of every layer (K, V) [heads, S, H], the positions that each layer is through) of each row."""
+    """Of each row: its tokens, every layer's K and V [heads, S, H], and how many positions each layer is through."""
     held, exits = run._state, (0, *run.plan.exits)
     for b, length in enumerate(held.length_B.tolist()):
         done = [int(held.done_BE[b, s]) for s in range(len(exits) - 1) for _ in range(exits[s], exits[s + 1])]
