@@ -18,7 +18,7 @@ import sled
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
                                     "--xla_llvm_disable_expensive_passes=true",
                                     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"])
-gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live: looking through them takes a tenth of the time
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live on; looking through them took a tenth of all
 
 # Files that take longest begin: one of them at the end would keep one process waiting for the other.
 LONG = ["test_train_trainer.py", "test_exits.py", "test_notebook.py", "test_decoding.py", "test_engine.py",
@@ -100,9 +100,9 @@ def pytest_configure(config):
     folder = config.cache.mkdir("jax")
     if sum(file.stat().st_size for file in folder.iterdir()) > 2**30:  # programs of versions long gone
         shutil.rmtree(folder)
-    for name, value in (("JAX_COMPILATION_CACHE_DIR", str(folder)), ("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", 0.1)):
-        os.environ[name] = str(value)  # for the processes that this one starts
-        jax.config.update(name.lower(), value)
+    for name, value in (("compilation_cache_dir", str(folder)), ("persistent_cache_min_compile_time_secs", 0.1)):
+        os.environ[f"JAX_{name.upper()}"] = str(value)  # for the processes that this one starts
+        jax.config.update(f"jax_{name}", value)
 
 
 def pytest_collection_modifyitems(config, items):

@@ -286,7 +286,7 @@ def test_limits_that_cannot_be(limits, message):
     (dict(prompt=[7], stop="."), TokenizerError, "no tokenizer"),
     (dict(prompt=[7], exits=GUESSES), SettingError, "must be of class EarlyExit"),
     (dict(prompt=[7], exits=sled.EarlyExit(1)), SettingError, r"EarlyExit.layers is \(1,\), but \(1, 3\) for every"),
-    (dict(prompt=[7], exits=dataclasses.replace(EXITS, threshold=np.ones((2, 2)))), SettingError, "B is 1 here; a request"),
+    (dict(prompt=[7], exits=dataclasses.replace(EXITS, threshold=np.ones((2, 2)))), SettingError, "B is 1 here; a req"),
     (dict(prompt=[7], fusion=sled.SLED()), SettingError, "must be of class FinalLayer"),
 ], ids=str)
 def test_a_bad_request_is_refused_at_once(engine, asked, error, message):

@@ -110,7 +110,7 @@ def test_early_exit_equals_a_full_pass_and_its_numbers_compile_nothing(case):
     counts = compiled()
     other = dataclasses.replace(policy, threshold=jax.tree.map(lambda x: x / 2, policy.threshold), min_layer=1,
                                 decay_temperature=2.0)
-    generate([[9] * n for n in (5, 11, 2, 16)], exits=other, fusion=fusion, sampling=SAMPLED, schedule=sled.Gather(8, 9))
+    generate([[9] * n for n in (5, 11, 2, 16)], exits=other, fusion=fusion, sampling=SAMPLED, schedule=sled.Gather(8))
     assert compiled() == counts
 
 

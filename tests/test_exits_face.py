@@ -180,11 +180,10 @@ def test_show_exits_needs_exits_and_text(capsys, arguments):
     assert code == 1 and "--show-exits" in err
 
 
-def test_streamed_layers_are_the_generated_ones(questions):
-    lm = sled.load("demo")
+def test_streamed_layers_are_the_generated_ones(demo, questions):
     exits = sled.EarlyExit(1, 0.7)
-    out = lm.generate(questions[0], exits=exits)
-    chunks = list(lm.stream(questions[0], exits=exits, chunk=5))
+    out = demo.generate(questions[0], exits=exits)
+    chunks = list(demo.stream(questions[0], exits=exits, chunk=5))
     assert [layer for chunk in chunks for layer in chunk.exit_layers[0]] == out.exit_layers[0]
     assert all(len(chunk.tokens[0]) == len(chunk.exit_layers[0]) for chunk in chunks)
     stats = chunks[-1].stats

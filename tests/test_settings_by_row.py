@@ -18,10 +18,10 @@ BY_ROW = {
     "sampling, SLED and drafts": (
         dict(sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9, 0.0]), top_k=np.array([0, 0, 5, 0, 0])),
              fusion=sled.SLED(rate=jnp.array([0, 1, 2, 4, 1.0]), scale=np.array([3, 9, 1, 20, 4]), max_scale=32),
-             exits=sled.SelfSpeculation(1, draft=np.array([1, 4, 2, 3, 5]), max_draft=8, vocabulary=jnp.arange(30, 34))),
+             exits=sled.SelfSpeculation(1, np.array([1, 4, 2, 3, 5]), max_draft=8, vocabulary=jnp.arange(30, 34))),
         lambda i: dict(sampling=sled.Sampling(temperature=[0, 9, 3, 9, 0][i], top_k=[0, 0, 5, 0, 0][i]),
                        fusion=sled.SLED(rate=[0, 1, 2, 4, 1][i], scale=[3, 9, 1, 20, 4][i], max_scale=32),
-                       exits=sled.SelfSpeculation(1, draft=[1, 4, 2, 3, 5][i], vocabulary=jnp.arange(30, 34)))),
+                       exits=sled.SelfSpeculation(1, [1, 4, 2, 3, 5][i], vocabulary=jnp.arange(30, 34)))),
     # As many weights as prompts: nothing tells them from rows but the settings themselves.
     "weights by row": (dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3]])),
                        lambda i: dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3][i]]))),
