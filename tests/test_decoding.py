@@ -178,7 +178,7 @@ def test_lens_shows_the_models_own_choices(lm, prompts):
     assert lens.top[-1, -1] == lm.generate(prompts[3], max_new_tokens=1).tokens[0][0]
     assert lens.fused[-1] == lm.generate(prompts[3], max_new_tokens=1, fusion=sled.SLED()).tokens[0][0]
     np.testing.assert_allclose(lens.final_probability[-1], lens.probability[-1], rtol=1e-5)
-    assert (lens.settled >= 0).all() and (lens.settled <= CONFIG.num_layers).all()
+    assert (lens.agrees_from >= 0).all() and (lens.agrees_from <= CONFIG.num_layers).all()
     assert "layer 3" in lens.table()
 
 

@@ -72,7 +72,7 @@ def test_scores_prefer_the_right_answer(lm):
 
 def test_lens_picture_is_written(lm, tmp_path):
     lens = lm.lens(prompt("Ash buys 6 toys at 10 tokens each. How much?"), fusion=sled.SLED())
-    path = lens.picture(tmp_path / "deep" / "lens.png", count=8)
+    path = sled.lens.picture(lens, tmp_path / "deep" / "lens.png", count=8)
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
@@ -247,7 +247,7 @@ def test_a_path_is_tried_without_a_trace(tmp_path):
 def test_a_picture_too_wide_is_named(lm, tmp_path, monkeypatch):
     monkeypatch.setattr("sled.lens.plot.CELL_WIDTH", 100)
     with pytest.raises(SettingError, match="5 positions"):
-        lm.lens([5, 6, 7, 8, 9]).picture(tmp_path / "x.png")
+        sled.lens.picture(lm.lens([5, 6, 7, 8, 9]), tmp_path / "x.png")
 
 
 def test_a_lens_shows_positions_of_the_text(lm):

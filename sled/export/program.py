@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +34,7 @@ from sled.decoding.whole import generate
 from sled.exits import Policy, Schedule
 from sled.exits.schedule import Timing
 from sled.export.settings import Parts, take_apart
+from sled.export.target import versions
 from sled.fusion import SharedHead, default_tile
 from sled.io import json_numbers, write_json
 from sled.lm import LM
@@ -43,7 +43,6 @@ from sled.settings.describe import describe
 FORMAT = 2  # of program.json
 ABOUT, WEIGHTS, RUN = "program.json", "weights.safetensors", "run.py"
 PLATFORMS = ("cpu", "cuda", "tpu")
-PACKAGES = ("sled-jax", "jax", "jaxlib", "flax")
 
 
 class Traced(NamedTuple):
@@ -96,7 +95,7 @@ def save_program(lm: LM, folder: Path, *, fusion=FINAL_LAYER, exits: Policy = FU
         "weights": {"file": WEIGHTS, "sha256": digest_of_weights(lm.params)},
         "tokenizer": tokenizer.name if has_tokenizer else None,
         "source": source,
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": versions(),
     }
     write_json(folder / ABOUT, about)
 
