@@ -18,14 +18,13 @@ from safetensors.numpy import save_file
 from sled.errors import CheckpointError, SettingError
 from sled.io import refuse_foreign, share_as, write_json
 from sled.models.config import DecoderConfig
-from sled.models.decoder import Decoder
+from sled.models.decoder import STACKED, Decoder
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
 from sled.models.layers import Block
 from sled.models.stored import (
     HEADS,
     INDEX,
     SINGLE,
-    STACKED,
     abstract,
     finite,
     open_weights,

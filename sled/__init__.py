@@ -20,6 +20,7 @@ _HOME = {
     "Output": "sled.lm",
     "Scores": "sled.lm",
     "Lens": "sled.lens.lens",
+    "lens": "sled.lens",
     "Engine": "sled.serving.engine",
     "Limits": "sled.serving.request",
     "Calibration": "sled.calibration.record",
@@ -51,7 +52,8 @@ __all__ = list(_HOME)
 def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'sled' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    home = importlib.import_module(_HOME[name])
+    value = home if _HOME[name] == f"sled.{name}" else getattr(home, name)  # a folder of functions, or one of its names
     globals()[name] = value
     return value
 

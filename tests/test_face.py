@@ -80,14 +80,14 @@ def lens(lm):
 
 
 def test_lens_picture_is_written(lens, tmp_path):
-    path = lens.picture(tmp_path / "deep" / "lens.png", count=8)
+    path = sled.lens.picture(lens, tmp_path / "deep" / "lens.png", count=8)
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_picture_too_wide_is_named(lens, tmp_path, monkeypatch):
     monkeypatch.setattr("sled.lens.plot.CELL_WIDTH", 100)
     with pytest.raises(SettingError, match=f"{len(lens.tokens)} positions"):
-        lens.picture(tmp_path / "x.png")
+        sled.lens.picture(lens, tmp_path / "x.png")
 
 
 def test_a_lens_shows_positions_of_the_text(lens):

@@ -1,6 +1,7 @@
 """Meshes and what lies where on them; training and checkpoints over 8 devices, and over two processes."""
 
 import collections
+import dataclasses
 import json
 import math
 import re
@@ -17,7 +18,7 @@ from programs import free_address, on_devices, run_together
 from safetensors.numpy import load_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.models import DecoderConfig, load_folder, read_config
+from sled.models import DecoderConfig, ExitHeads, layers, load_folder, read_config
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh, across_slices
 from sled.models.sharding.sharding import LARGE, Sharding
@@ -199,10 +200,26 @@ def test_a_large_leaf_without_a_place_is_refused_not_copied():
     sharding = Sharding(LLAMA3_8B, Mesh().abstract(8))
     with pytest.raises(SettingError, match=r"\['lens'\] of shape \(33, 4096, 4096\) is no parameter of .* all 8 dev"):
         sharding.shardings({"lens": jax.ShapeDtypeStruct((33, 4096, 4096), jnp.float32)})
-    with pytest.raises(SettingError, match=r"stack\(\) the decoder"):
-        sharding.shardings(nnx.state(abstract(LLAMA3_8B)))
     small = sharding.shardings({"key": jax.eval_shape(lambda: jax.random.key(0)), "step": np.zeros((), np.int32)})
     assert {where.spec for where in jax.tree.leaves(small)} == {P()}
+
+
+def test_a_layer_lies_alone_as_it_lies_among_the_stacked():
+    config = dataclasses.replace(LLAMA3_8B, exit_heads=ExitHeads((8, 16), "mlp", tied=False))
+    sharding = Sharding(config, Mesh(fsdp=2, tensor=4).abstract(8))
+    weights = nnx.state(abstract(config), nnx.Param)
+    for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(weights),
+                                   jax.tree.leaves(sharding.shardings(weights)), strict=True):
+        name = sharding.parameter_at(path, leaf.shape)
+        assert where.spec == P(*sharding.parameters[name][1][name.startswith(("layers", "exit_heads")):])
+
+
+@pytest.mark.parametrize("axes", [(), ("vector", "vector"), ("columns",)])
+def test_a_parameter_whose_axes_have_no_names_is_named(axes, monkeypatch):
+    monkeypatch.setattr(layers, "parameter", lambda array, *given: nnx.Param(
+        array, axes=axes if given == ("vector",) else given))
+    with pytest.raises(SettingError, match=r"the parameter layers\.attention_norm\.weight of shape \(32, 4096\) has "):
+        _ = Sharding(LLAMA3_8B, Mesh().abstract(8)).parameters
 
 
 @pytest.mark.parametrize("mesh, says", [

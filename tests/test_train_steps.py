@@ -74,7 +74,7 @@ def step(model):
 
 def log_probabilities(model, batch, layers):
     """Plain log softmax of layers 1..L for the tokens 1..T-1: [E, B, T - 1, V]."""
-    h_EBTD = model.hidden_states(batch.tokens_BT)[np.array(layers), :, :-1]
+    h_EBTD = model.unstack().hidden_states(batch.tokens_BT)[np.array(layers), :, :-1]
     return jax.nn.log_softmax(model.logits(h_EBTD))
 
 
@@ -97,7 +97,7 @@ def test_a_step_goes_down_the_plain_formula(model, step, batch):
     def plain(weights):
         model = nnx.merge(graph, weights)
         log_p = log_probabilities(model, batch, [1, 2, 3])
-        logits = model.logits(model.hidden_states(batch.tokens_BT)[1:, :, :-1])
+        logits = model.logits(model.unstack().hidden_states(batch.tokens_BT)[1:, :, :-1])
         z_E = (jax.nn.logsumexp(logits, -1) ** 2 * share_BT).sum((1, 2))
         p, q = (jax.nn.log_softmax(x / 2.0) for x in (jax.lax.stop_gradient(logits[-1:]), logits))
         divergence_E = 4 * ((jnp.exp(p) * (p - q)).sum(-1) * share_BT).sum((1, 2))
@@ -175,7 +175,7 @@ def headed(model):
 
 
 def likelihoods_by_heads(headed, batch):
-    h_LBTD = headed.hidden_states(batch.tokens_BT)[1:, :, :-1]
+    h_LBTD = headed.unstack().hidden_states(batch.tokens_BT)[1:, :, :-1]
     read = [headed.exit_head(n).read(h_LBTD[n - 1]) for n in (1, 2)] + [headed.normalise(h_LBTD[2])]
     return plain_nll(jax.nn.log_softmax(headed.logits(jnp.stack(read), norm=False)), batch)
 

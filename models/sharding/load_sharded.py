@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sled.models.decoder import Decoder
+from sled.models.decoder import STACKED, Decoder
 from sled.models.sharding.sharding import Sharding
-from sled.models.stored import STACKED, StoredWeights, abstract_stacked, open_weights, progress, stored_order
+from sled.models.stored import StoredWeights, abstract_stacked, open_weights, progress, stored_order
 
 
 def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None) -> Decoder:

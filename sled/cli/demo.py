@@ -68,8 +68,8 @@ class Demo(derive("Fused", *settings_of(offer(sled.SLED, "rate", "scale")))):
         text = prompts[0] + table[0][1].texts[0]
         lens = lm.lens(text, fusion=sled.SLED(rate=self.rate, scale=self.scale))
         first = max(0, len(lm.text.encode(prompts[0])) - 1)
-        lens.picture(path, first=first, count=32,
-                     title="What each layer would say next, while the demo model solves a problem")
+        sled.lens.picture(lens, path, first=first, count=32,
+                          title="What each layer would say next, while the demo model solves a problem")
         print(f"\nlens picture: {path}")
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +33,7 @@ from sled.decoding.readout import Readout
 from sled.decoding.whole import generate
 from sled.exits.schedule import Timing
 from sled.export.settings import Parts, take_apart
+from sled.export.target import versions
 from sled.fusion.projection import fused_logits
 from sled.io import json_numbers, write_json
 from sled.lm import LM
@@ -42,7 +42,6 @@ from sled.settings.describe import describe
 FORMAT = 2  # of program.json
 ABOUT, WEIGHTS, RUN = "program.json", "weights.safetensors", "run.py"
 PLATFORMS = ("cpu", "cuda", "tpu")
-PACKAGES = ("sled-jax", "jax", "jaxlib", "flax")
 
 
 class Traced(NamedTuple):
@@ -93,7 +92,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
         "weights": {"file": WEIGHTS, "sha256": digest_of_weights(lm.params)},
         "tokenizer": tokenizer.name if has_tokenizer else None,
         "source": source,
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": versions(),
     }
     write_json(folder / ABOUT, about)
 

@@ -1,4 +1,4 @@
-"""The lens: what every layer would say after each token of a text, as arrays, a table, a picture, a page.
+"""The lens: what every layer would say after each token of a text, as arrays and as a table.
 
 Each hidden state goes through the final norm and the shared projection ("logit lens",
 nostalgebraist 2020), or through the exit head that the model has there; the last row is the model's own prediction.
@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import unicodedata
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -88,8 +87,11 @@ class Lens:
         return self.top == self.top[-1]
 
     @property
-    def settled(self) -> np.ndarray:
-        """[T]: the first layer from which on every layer makes the final layer's choice."""
+    def agrees_from(self) -> np.ndarray:
+        """[T]: the first layer from which on every layer makes the final layer's choice.
+
+        The "prediction depth" of Baldock et al. 2021 (arXiv 2106.09647).
+        """
         disagrees = ~self.agreement[::-1]
         return len(self.top) - np.where(disagrees.any(axis=0), disagrees.argmax(axis=0), len(self.top))
 
@@ -124,33 +126,6 @@ class Lens:
                            f"{'*' if self.agreement[n, t] else ''}" for t in columns)])
         widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-    def picture(self, path: str | Path, *, title: str | None = None, first: int = 0, count: int = 48) -> Path:
-        """Draws the lens into an image file (format by its ending: .png, .svg or .pdf) and returns its path.
-
-        Raises SettingError for another ending, or a path that cannot be written.
-        """
-        from sled.lens.plot import draw
-
-        return draw(self, Path(path), title=title, first=first, count=count)
-
-    def page(self, path: str | Path | None = None, *, title: str | None = None, threshold: float = 0.9,
-             layers: int | tuple[int, ...] | None = None, first: int = 0, count: int | None = None) -> str | Path:
-        """The lens as one HTML page to explore, without network: written to `path`, which is returned, or as a string.
-
-        The page shows positions first .. first + count - 1, with what each layer says there, and marks where a token
-        would leave at the given `threshold` and `layers` (see `exits`), which can be changed on the page, and where
-        the fusion corrects the last layer. It reads without JavaScript too. See docs/lens.md.
-
-        count: None shows all positions from `first` on, or of more than a page holds the last ones, and says so.
-
-        Raises SettingError for more positions than a page holds, and where the file cannot be written.
-        """
-        from sled.io import replace_text
-        from sled.lens.html import render
-
-        page = render(self, title=title, threshold=threshold, layers=layers, first=first, count=count)
-        return page if path is None else replace_text("the lens page", Path(path), page)
 
     def columns(self, first: int, count: int) -> range:
         """Positions first .. first + count - 1, as far as the text goes."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from matplotlib.patches import Rectangle
-
 from sled.errors import SettingError
 from sled.lens.lens import Lens, show
 from sled.plots import DPI, new_figure, save_figure, writable_picture
@@ -13,13 +11,18 @@ from sled.plots import DPI, new_figure, save_figure, writable_picture
 CELL_WIDTH, CELL_HEIGHT = 0.62, 0.3  # inches
 
 
-def draw(lens: Lens, path: Path, *, title: str | None, first: int, count: int) -> Path:
-    """Layers upwards, positions to the right; colour = probability of the layer's own choice.
+def picture(lens: Lens, path: str | Path, *, title: str | None = None, first: int = 0, count: int = 48) -> Path:
+    """Draws the lens into an image file (format by its ending: .png, .svg or .pdf) and returns its path.
 
+    Layers upwards, positions first .. first + count - 1 to the right; colour = probability of the layer's own choice.
     A bold cell agrees with the final layer; the line marks from where on all layers do. Where a
     fusion was given, its choice stands on top, red where it differs from the final layer's.
+
+    Raises SettingError for another ending, a path that cannot be written, and more positions than an image holds.
     """
-    path = writable_picture("the lens picture", path)
+    from matplotlib.patches import Rectangle  # imported here: it is slow, and few draw
+
+    path = writable_picture("the lens picture", Path(path))
     shown, rows = lens.columns(first, count), len(lens.top)
     columns, last = len(shown), shown.stop
     width, height = 1.9 + columns * CELL_WIDTH, 1.9 + rows * CELL_HEIGHT
@@ -34,8 +37,8 @@ def draw(lens: Lens, path: Path, *, title: str | None, first: int, count: int) -
             axes.text(x, n, _short(lens.names[n][t]), ha="center", va="center", fontsize=7,
                       color="white" if lens.probability[n, t] > 0.55 else "black",
                       fontweight="bold" if lens.agreement[n, t] else "normal")
-    for x, settled in enumerate(lens.settled[first:last]):
-        axes.plot([x - 0.5, x + 0.5], [settled - 0.5] * 2, color="#d9480f", linewidth=2)
+    for x, layer in enumerate(lens.agrees_from[first:last]):
+        axes.plot([x - 0.5, x + 0.5], [layer - 0.5] * 2, color="#d9480f", linewidth=2)
     axes.set_yticks(range(rows), ["embed", *(f"layer {n}" for n in range(1, rows))], fontsize=8)
     axes.set_xticks(range(columns), [_short(lens.tokens[t]) for t in shown], fontsize=8, rotation=45,
                     ha="right", rotation_mode="anchor")
