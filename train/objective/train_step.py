@@ -22,6 +22,7 @@ from sled.train.objective.forward import exit_states
 from sled.train.objective.layer_dropout import LayerDropout
 from sled.train.recipes import ALL, HEADS, Recipe
 
+TABLES = ("embedding", "weight"), ("head", "weight")
 EVALUATED = 4096  # tokens that are evaluated at a time on each device, if a row is not longer
 
 
@@ -228,12 +229,10 @@ def _joined(own: nnx.State, rest: nnx.State | None) -> nnx.State:
 
 def _placed(graph, weights, placing: Placing | None) -> Decoder:
     """The model of these weights, its tables held to their place."""
-    model = nnx.merge(graph, weights)
     if placing is not None:
-        tables = [model.embedding] if model.head is None else [model.embedding, model.head]
-        for table in tables:
-            table.weight[...] = placing.table(table.weight[...])
-    return model
+        weights = nnx.from_flat_state([(path, leaf.replace(placing.table(leaf[...])) if path in TABLES else leaf)
+                                       for path, leaf in nnx.to_flat_state(weights)])
+    return nnx.merge(graph, weights)
 
 
 def _in_parts(x: Any, parts: int, placing: Placing | None):
