@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from training_runs import MESHES, CountedFile, remember_programs
 
@@ -23,8 +24,10 @@ from sled.train.objective.exit_weights import Rotational, UniformWeights, Weight
 from sled.train.objective.layer_dropout import FixedRows, LayerDropout
 from sled.train.parallel.memory_plan import memory_plan
 from sled.train.recipes import Recipe
+from sled.train.run.checkpoint import Checkpoints, load_checkpoint
 from sled.train.run.folder import RunFolder
 from sled.train.run.metrics import HELD_OUT
+from sled.train.run.named_arrays import named
 from sled.train.trainer import TrainingRun, prepare, train
 
 folder, out = map(Path, sys.argv[1:])
@@ -135,6 +138,38 @@ def split_loss():
         return str(error)
 
 
+def checkpoint_on_meshes(folder):
+    """A state saved on one mesh comes back on others, and on a single device, bit for bit."""
+    state = {"weights": jnp.arange(96.0).reshape(8, 12), "bias": jnp.arange(8, dtype=jnp.bfloat16),
+             "key": jax.random.split(jax.random.key(1), 4), "step": jnp.int32(3)}
+    specs = {"weights": P("fsdp", "tensor"), "bias": P("fsdp"), "key": P()}
+    turned = {"weights": P("tensor", "fsdp"), "bias": P(), "key": P("tensor")}
+
+    def spread(shape, specs):
+        mesh = jax.make_mesh(shape, ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
+        return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+    def same(one, other):
+        assert one.keys() == other.keys()
+        for name in one:
+            np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]), err_msg=name)
+
+    with Checkpoints(folder, {}, save_every=1) as checkpoints:
+        placed = jax.device_put({name: state[name] for name in specs}, spread((4, 2), specs))
+        checkpoints.save(1, {**placed, "step": state["step"]}, {})
+    for place in (spread((2, 4), turned), spread((8, 1), specs), spread((4, 2), specs)):
+        like = {name: jax.ShapeDtypeStruct(state[name].shape, state[name].dtype, sharding=place.get(name))
+                for name in state}
+        restored = load_checkpoint(folder, like).state
+        for name, sharding in place.items():
+            assert restored[name].sharding.is_equivalent_to(sharding, restored[name].ndim), (name, restored[name])
+        assert len(restored["step"].sharding.device_set) == 8  # it was never placed: whole on each device
+        jax.jit(lambda state: state)(restored)
+        same(named(restored), named(state))
+    same(named(load_checkpoint(folder, jax.eval_shape(lambda: state)).state), named(state))
+
+
+checkpoint_on_meshes(out / "checkpoints")
 sled.models.stored.safe_open = CountedFile
 weights = {mesh: losses_on(mesh) for mesh in MESHES}
 for mesh in MESHES:

@@ -112,6 +112,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, unin
         torn += bool(half_written(tmp_path / "checkpoints") - left)
     assert torn >= kills // 3
     check_same_end(runs.train(tmp_path), uninterrupted)
+    assert not half_written(tmp_path / "checkpoints")
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):
@@ -121,6 +122,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_pat
     assert runs.ended() == EXIT_CODE
     stopped = latest(tmp_path / "checkpoints")
     assert 0 < stopped < STEPS and not (tmp_path / "model").exists()
+    assert f"stopped by SIGTERM after step {stopped}" in runs.errors.read_text()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == stopped
     exported(tmp_path, tmp_path / "early")
     expected = exported(uninterrupted, tmp_path / "expected", stopped)
     assert (tmp_path / "early" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()

@@ -1,6 +1,6 @@
 """Runs of test_train_trainer.py in processes of their own: `sled.train.trainer.train` on a tiny model and a few texts.
 
-    python training_runs.py serve DATA                         forks a process for every line of input; see killable.py
+    python training_runs.py serve DATA                         forks a process for every line of input
     python training_runs.py two DATA ADDRESS INDEX FOLDER OUT  one of two processes
 
 DATA is a folder with train.jsonl and held_out.jsonl, FOLDER one with a model.
@@ -9,7 +9,9 @@ DATA is a folder with train.jsonl and held_out.jsonl, FOLDER one with a model.
 import dataclasses
 import json
 import math
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
@@ -138,11 +140,34 @@ def in_two_processes(data, address, index, folder, out) -> None:
     jax.distributed.shutdown()
 
 
+def serve(calls) -> None:
+    """Each line of standard input, `{"call": name, ...arguments}`, is answered by the number of a process that was
+    forked for it and, once that has ended, by its exit status (as `subprocess` has it).
+
+    Imports are done once, before forking; JAX starts no device, and so no thread, before that.
+    """
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                calls[arguments.pop("call")](**arguments)
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
 if __name__ == "__main__":
     call, data, *arguments = sys.argv[1:]
     if call == "serve":
-        from killable import serve
-
         remember_programs(data)
         serve({"train": one, "tune": tune, "command": command})
     else:

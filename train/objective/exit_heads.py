@@ -93,8 +93,8 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
     """`exit_cross_entropy` of hidden states number `exits`, each read by its exit's head if it has one. Stacked form.
 
     h_EBTD: as `exit_states` gives them, not normed; exits: their numbers, static where the model has heads. The rest,
-    `options` too, is as for `exit_cross_entropy`. Exits with a projection of their own are summed one by one after those
-    that share it.
+    `options` too, is as for `exit_cross_entropy`. Exits with a projection of their own are summed one by one after
+    those that share it.
     Raises SettingError as it does, and for distillation into a projection of its own: the last layer's logits are then
     not at hand.
     """
