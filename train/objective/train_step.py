@@ -28,7 +28,7 @@ EVALUATED = 4096  # tokens that are evaluated at a time on each device, if a row
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, a pytree that a checkpoint holds whole. step: how many were taken."""
+    """The arrays that a step changes, which a checkpoint holds whole. step: how many were taken."""
 
     weights: nnx.State
     optimizer: optax.OptState

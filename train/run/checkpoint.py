@@ -272,7 +272,7 @@ def _damaged(at: Path, reason: str) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    """What it all began with, in one line; TensorStore ends its messages with a page of its own settings."""
+    """The first cause, in one line; TensorStore ends its messages with a page of its own settings."""
     while error.__cause__:
         error = error.__cause__
     text = (str(error).partition(" [tensorstore_spec")[0].strip() or type(error).__name__).splitlines()[0]

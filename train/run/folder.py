@@ -47,7 +47,7 @@ class RunFolder:
         return complete_steps(self.checkpoints)
 
     def is_run(self) -> bool:
-        """Whether a run has begun here."""
+        """True where a run has begun here."""
         return (self.model_config / "config.json").is_file() or bool(self.steps)
 
     @contextlib.contextmanager
@@ -88,7 +88,7 @@ class RunFolder:
                 lock.release()
 
     def _foreign(self) -> str | None:
-        """Why no run may begin or go on here, or None."""
+        """The reason why no run may begin or go on here, or None."""
         if self.steps:
             return None
         if self.is_run() or (self.path / _UNFINISHED).is_dir():
