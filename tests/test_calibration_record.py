@@ -30,8 +30,8 @@ def lm(demo):
 @pytest.fixture(scope="module")
 def record(lm):
     prompts = [prompt(p.question) for p in problems("train", 12, seed=3)]
-    return sled.calibrate(lm, prompts, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95, 0.9), batch_size=12, progress=False,
-                        **SERVING)
+    return sled.calibrate(lm, prompts, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95, 0.9), batch_size=12,
+                          progress=False, **SERVING)
 
 
 @pytest.fixture

@@ -1,100 +1,23 @@
-import json
-import os
-import random
+"""Checkpoints: whole, exact, of one run, and honest about damage. Runs are killed in test_train_trainer.py."""
+
 import resource
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import Forks, half_written, latest, on_devices, until
 
 from sled.errors import CheckpointError, SettingError
 from sled.train.optimizers import rate_schedule
 from sled.train.run import checkpoint
 from sled.train.run.checkpoint import Checkpoints, complete_steps, load_checkpoint
 from sled.train.run.named_arrays import checksums, named
-from sled.train.run.preemption import EXIT_CODE
 from sled.train.run.resume import anything, check_resumable, same_rates
 
 SETTINGS = {"steps": 100, "data": {"folder": "a", "mix": [1, 2]}}
-STEPS = 16  # of a run that is killed
 NOISE = np.random.RandomState(0).standard_normal((30, 40)).astype(np.float32)  # it does not compress
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    runs = Forks(tmp_path_factory.mktemp("runs") / "errors.txt", ["killable.py"], on_devices(1))
-    yield runs
-    runs.stop()
-
-
-@pytest.fixture
-def runs(server):
-    yield server
-    if server.running:
-        server.kill()
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(server, tmp_path_factory):
-    """The folder of a run that nothing befell, and the arguments of another such run in a folder to be named."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    arguments = {"steps": STEPS, "cache": str(tmp_path_factory.mktemp("programs"))}
-    server.whole("train", folder=str(folder), **arguments)
-    return folder, arguments
-
-
-def check_same_end(folder, other):
-    assert (folder / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    with np.load(folder / "final.npz") as one, np.load(other / "final.npz") as two:
-        assert sorted(one) == sorted(two) and len(one.files) == 9
-        for name in one:
-            np.testing.assert_array_equal(one[name], two[name], err_msg=name)
-
-
-@pytest.mark.exhaustive  # whole runs of the trainer are killed in test_train_trainer.py
-def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(runs, uninterrupted, tmp_path):
-    """Ten times by SIGKILL: five times while a checkpoint is being written, then at random moments."""
-    dice, torn, last = random.Random(0), 0, STEPS - 2  # the last that a run saves before it waits to be killed
-    for kill in range(10):
-        left, reached = half_written(tmp_path / "steps"), latest(tmp_path / "steps")
-        runs.start("train", folder=str(tmp_path), pause_at=STEPS - 1, **uninterrupted[1])
-        if kill < 5:
-            goal = reached + dice.randint(0, 1)
-            until(lambda: latest(tmp_path / "steps") >= min(goal, last))  # noqa: B023
-            until(lambda: half_written(tmp_path / "steps") - left or latest(tmp_path / "steps") >= last)  # noqa: B023
-            time.sleep(dice.uniform(0, 0.005))
-        else:
-            time.sleep(dice.uniform(0, 0.6))
-        assert runs.kill() == -signal.SIGKILL, runs.errors.read_text()
-        assert latest(tmp_path / "steps") >= reached
-        torn += bool(half_written(tmp_path / "steps") - left)
-    assert torn >= 3
-    runs.whole("train", folder=str(tmp_path), **uninterrupted[1])
-    check_same_end(tmp_path, uninterrupted[0])
-    assert not half_written(tmp_path / "steps")
-    assert complete_steps(tmp_path / "steps") == [STEPS - 2, STEPS - 1, STEPS]
-
-
-def test_sigterm_saves_and_leaves_with_its_own_exit_code(runs, uninterrupted, tmp_path):
-    pid = runs.start("train", folder=str(tmp_path), **uninterrupted[1])
-    until(lambda: complete_steps(tmp_path / "steps"))
-    os.kill(pid, signal.SIGTERM)
-    assert runs.ended() == EXIT_CODE
-    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert complete_steps(tmp_path / "steps")[-1] == last < STEPS
-    assert f"stopped by SIGTERM after step {last}" in runs.errors.read_text()
-    whole = (uninterrupted[0] / "metrics.jsonl").read_text()
-    assert whole.startswith((tmp_path / "metrics.jsonl").read_text())
-
-
-def test_a_state_comes_back_on_another_mesh(runs, tmp_path):
-    runs.whole("meshes", folder=str(tmp_path))
 
 
 def state(number):

@@ -98,22 +98,6 @@ def test_rows_of_a_layer_are_independent_layers_too(strategy, drawn):
         assert abs(np.corrcoef(dropped[:, 3, 0], dropped[:, 3, 1])[0, 1]) < 0.08
 
 
-def test_expectation_of_a_linear_layer(strategy):
-    """h + a h becomes h + a h where what is kept is rescaled, and h + (1 - p) a h where not."""
-    h_BTD, p = jnp.arange(1.0, BATCH + 1)[:, None, None], 0.3
-
-    def out(step, rescale):
-        drops = LayerDropout(p, rescale=rescale, strategy=strategy).draw(KEY, step, BATCH, LAYERS)
-        top = jax.tree.map(lambda leaf: leaf[-1], drops)
-        return strategy.apply(lambda h, rows: h + 2 * h, h_BTD, {}, top, LAYERS - 1)
-
-    both = jax.vmap(lambda step: (out(step, False), out(step, True)))
-    means = jax.jit(both, compiler_options=FAST)(jnp.arange(STEPS))
-    for result, scale, spread in zip(means, (1 - p, 1), (1, 1 / (1 - p)), strict=True):
-        deviation = 2 * h_BTD * spread * math.sqrt(p * (1 - p) / STEPS)
-        assert (abs(result.mean(0) - (h_BTD + 2 * scale * h_BTD)) < 4.5 * deviation).all()
-
-
 def test_draws_depend_on_key_and_step_alone(strategy, drawn):
     dropout = dont_drop_dropout(0.3, steps=FOREVER, strategy=strategy)
     np.testing.assert_array_equal(scales_of(dropout, KEY, 1700)[:1300] == 0, drawn[1700:] == 0)

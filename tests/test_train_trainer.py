@@ -38,7 +38,8 @@ class Runs(Forks):
     """Runs of tests/training_runs.py."""
 
     def __init__(self, data: Path):
-        super().__init__(data / "errors.txt", [PROGRAM, "serve", data], environment(data, 1))
+        super().__init__(data / "errors.txt", [PROGRAM, "serve", data],
+                         on_devices(1, XDG_CACHE_HOME=str(data / "cache")))
         self.data = str(data)
 
     def begin(self, folder: Path, **changes) -> int:
@@ -51,10 +52,6 @@ class Runs(Forks):
 
     def refuses(self, folder: Path, **changes) -> str:
         return self.refused("train", folder=str(folder), data=self.data, **changes)
-
-
-def environment(data: Path, devices: int) -> dict[str, str]:
-    return on_devices(devices, XDG_CACHE_HOME=str(data / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +112,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, unin
         torn += bool(half_written(tmp_path / "checkpoints") - left)
     assert torn >= kills // 3
     check_same_end(runs.train(tmp_path), uninterrupted)
+    assert not half_written(tmp_path / "checkpoints")
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):
@@ -124,6 +122,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_pat
     assert runs.ended() == EXIT_CODE
     stopped = latest(tmp_path / "checkpoints")
     assert 0 < stopped < STEPS and not (tmp_path / "model").exists()
+    assert f"stopped by SIGTERM after step {stopped}" in runs.errors.read_text()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == stopped
     exported(tmp_path, tmp_path / "early")
     expected = exported(uninterrupted, tmp_path / "expected", stopped)
     assert (tmp_path / "early" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
@@ -173,44 +173,41 @@ def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, unin
 
 
 @pytest.fixture(scope="module")
-def spread(request, data, runs, tmp_path_factory):
-    """Runs on 8 devices, and in two processes, which one process then takes further."""
-    out = tmp_path_factory.mktemp("spread")
-    address = free_address()
-    others = ["data", "fsdp", "tensor"] if request.config.getoption("--exhaustive") else []
-    run_together([(environment(data, 8), [PROGRAM, "meshes", data, out, "alone", "all", *others]),
-                  *((environment(data, 1), [PROGRAM, "two", address, str(index), data, out]) for index in range(2))])
+def two(data, runs, tiny_folder, tmp_path_factory):
+    """The folder of a run in two processes, which one process then took further; and their notes."""
+    out, address = tmp_path_factory.mktemp("two"), free_address()
+    run_together([(on_devices(1, XDG_CACHE_HOME=str(data / "cache")),
+                   [PROGRAM, "two", data, address, str(index), tiny_folder("llama"), out]) for index in range(2)])
     runs.train(out / "two", save_every=4, steps=12)
     return out
 
 
-@pytest.mark.parametrize("mesh", ["all", *(
-    pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ("data", "fsdp", "tensor"))])
-def test_every_mesh_trains_as_one_device(mesh, spread):
-    """Ten steps without layer dropout, ten with it, its draws the same everywhere."""
-    alone, ours = (read_metrics(spread / name / "metrics.jsonl") for name in ("alone", mesh))
-    losses = [line["loss"] for line in alone]
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
-    np.testing.assert_allclose([line["loss"] for line in ours], losses, rtol=0, atol=1e-4)
-    assert [line["exits"] for line in ours] == [line["exits"] for line in alone]
-    if mesh == "all":
-        np.testing.assert_allclose(ours[-1]["held_out"], alone[-1]["held_out"], rtol=0, atol=1e-4)
+def test_two_processes_load_and_save_a_model_each_its_part(two, tiny_folder):
+    both = [json.loads((two / f"process{index}.json").read_text()) for index in range(2)]
+    assert [notes["devices"] for notes in both] == [2, 2] and [notes["rows"] for notes in both] == [[0, 4], [4, 8]]
+    assert re.match(r"process 1 of 2, coordinator localhost:\d+", both[1]["said"])
+    stored = load_file(tiny_folder("llama") / "model.safetensors")
+    vectors = sum(array.size for array in stored.values() if array.ndim == 1)
+    half = (sum(array.size for array in stored.values()) - vectors) // 2 + vectors
+    assert [notes["asked"] for notes in both] == [half, half] and all(notes["saved"] for notes in both)
+    saved = load_file(two / "model" / "model.safetensors")
+    assert saved.keys() == stored.keys() and all(np.array_equal(saved[name], stored[name]) for name in stored)
 
 
-def test_two_processes_train_save_and_resume_and_one_process_goes_on(spread, uninterrupted):
-    ours, others = (metrics_of(folder) for folder in (spread / "two", uninterrupted))
+def test_two_processes_train_save_and_resume_and_one_process_goes_on(two, uninterrupted):
+    ours, others = (metrics_of(folder) for folder in (two / "two", uninterrupted))
     assert [line["step"] for line in ours] == list(range(1, 13))
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in others[:12]], atol=1e-4)
-    assert complete_steps(spread / "two" / "checkpoints") == [4, 8, 12]
+    assert complete_steps(two / "two" / "checkpoints") == [4, 8, 12]
 
 
-def test_processes_with_different_data_or_settings_are_refused_and_all_say_why(spread):
+def test_processes_with_different_data_or_settings_are_refused_and_all_say_why(two):
     for index in range(2):
-        said = [(spread / f"data{index}" / f"said{number}.txt").read_text() for number in range(3)]
+        said = [(two / f"data{index}" / f"said{number}.txt").read_text() for number in range(3)]
         assert said[0].startswith(f"data is not the same in process {index} and in process {1 - index}; start all")
         assert said[1].startswith(f"--save-every is not the same in process {index} and")
         assert "but no run; give a new or empty folder" in said[2]
-    assert complete_steps(spread / "unlike" / "checkpoints") == []
+    assert complete_steps(two / "unlike" / "checkpoints") == []
 
 
 def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):

@@ -36,7 +36,7 @@ ALL, HEADS = TRAINABLE = ("all", "exit-heads")
 
 @settings
 class Recipe:
-    """How to train.
+    """The settings of training.
 
     After a linear warm-up the learning rate is "constant"; falls to 0 ("linear", "cosine"); or is constant, and falls
     linearly to 0 over the run's last quarter ("warmup-stable-decay"). Parameters and optimiser stay float32. `remat` is

@@ -279,7 +279,7 @@ def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
 
 
 def _share_of(rows: int, sharding: Sharding | None) -> dict[str, int]:
-    """Which part of a batch of `rows` rows is this process', and of how many parts."""
+    """The part of a batch of `rows` rows that is this process', and the number of parts."""
     if sharding is None:
         return dict(process_index=0, process_count=1)
     own = sharding.local_rows(rows)

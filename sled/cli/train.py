@@ -19,7 +19,7 @@ from sled.train.recipes import Recipe, named
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """What to train on. --text, or --prompt with --completion, or --tokens names the columns."""
+    """The data to train on. --text, or --prompt with --completion, or --tokens names the columns."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-d"])] = ()
     """"demo" (endless word problems), files (.jsonl, .json, .parquet, .arrow, .txt), a folder, or a hub data set."""
@@ -42,9 +42,9 @@ class DataOptions:
     shape: Literal["packed", "padded"] = "packed"
     """packed: several examples share a row, each seeing only itself. padded: one example a row."""
     too_long: Literal["skip", "truncate", "error"] = "skip"
-    """What becomes of examples longer than the context."""
+    """The fate of examples longer than the context."""
     prompt_weight: float = 0.0
-    """How much a prompt's token counts in the loss, where a completion's counts 1."""
+    """Weight of a prompt's token in the loss, where a completion's counts 1."""
 
     def sources(self):
         """The data, and what is measured on or None. Raises SettingError."""
@@ -92,7 +92,7 @@ class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "
         Recipe, "steps", "batch", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
         "weight_decay", "clip", "z_loss", "distill", "temperature", "compute_dtype", "remat", "seed",
         default="the recipe's", batch="-b"))):
-    """How to train: a recipe by name, and what to do otherwise than it says."""
+    """A recipe by name, and changes to it."""
 
     exit_layers: tuple[int, ...] = ()
     """Early exits that learn at every step, in place of the recipe's, which take turns. They count as it weighs them,
@@ -165,7 +165,7 @@ class HeadOptions:
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
-    """Where to train, where there is more than one device; -1 is what is left of them."""
+    """The use of several devices; -1 is what is left of them."""
 
     data_parallel: int = 1
     """Groups of devices that hold all weights each."""
@@ -202,7 +202,7 @@ class Train:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "demo"
-    """What to begin with: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
+    """The model to start from: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
     data_options: DataOptions = dataclasses.field(default_factory=DataOptions)
     recipe_options: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)
     new_model_options: NewModelOptions = dataclasses.field(default_factory=NewModelOptions)
@@ -211,7 +211,7 @@ class Train:
     save_every: int = 500
     """Steps between two checkpoints; held-out losses are measured as often."""
     keep: int = 3
-    """How many of the latest checkpoints stay."""
+    """Number of the latest checkpoints that stay."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     held_out_rows: int = 256

@@ -53,8 +53,8 @@ def read_source(source: str | os.PathLike, *, step: int | None = None, revision:
         if RunFolder(path).is_run():
             trained = read_checkpoint(path, step)
             graph, weights = nnx.split(trained.decoder.unstack())
-            return SourceModel(nnx.merge(graph, cast(weights, dtype)), trained.model_config, path.resolve().name, run=path,
-                               step=trained.step, settings=trained.settings)
+            return SourceModel(nnx.merge(graph, cast(weights, dtype)), trained.model_config, path.resolve().name,
+                               run=path, step=trained.step, settings=trained.settings)
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} is neither a training run's folder (no checkpoints) nor a model's (no "
                                   "config.json); give what sled train has as --out, or a Hugging Face or Orbax folder")

@@ -65,7 +65,7 @@ class Batches(Iterator[TrainingBatch]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the iteration stands, to be kept as JSON. It is the same in every process."""
+        """The position of the iteration, to be kept as JSON. It is the same in every process."""
         return {**self._made_of, "position": self._iterator.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ class Documents(NamedTuple):
 
 
 def default_cache() -> Path:
-    """Where documents are kept if no folder is named: sled/data in $XDG_CACHE_HOME, or in ~/.cache."""
+    """The folder where documents are kept if none is named: sled/data in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sled" / "data"
 
 

@@ -26,7 +26,7 @@ _NO_TOKEN = -1e30  # the logit of a row that only pads the vocabulary; finite, s
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How a mesh splits the loss: the batch over the axes `data`, the vocabulary over the axes `tensor`.
+    """The way in which a mesh splits the loss: the batch over the axes `data`, the vocabulary over the axes `tensor`.
 
     Axes of the mesh that neither names hold copies. Inside a `shard_map` over other axes (pipeline stages) the mesh is
     `jax.sharding.get_abstract_mesh()`, and a projection that all stages share is cast to vary over them.
@@ -52,7 +52,7 @@ class Split:
 
 
 class ExitMetrics(NamedTuple):
-    """What the loss was made of: weighted means over the targets, NaN for an exit of weight 0, not differentiable.
+    """The parts of the loss: weighted means over the targets, NaN for an exit of weight 0, not differentiable.
 
     nll_E: negative log-likelihood in nats.
     accuracy_E: how often no token's logit was above the target's.
@@ -70,7 +70,7 @@ class ExitMetrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _StaticLoss:
-    """What is static. `chunk`: tokens at a time on a device."""
+    """The static arguments of the loss. chunk: tokens at a time on a device."""
 
     vocabulary: _Vocabulary
     chunk: int
@@ -298,7 +298,7 @@ class _Vocabulary:
         return jnp.where((ids_C >= 0) & (ids_C < self.size), self.sum(jnp.where(mine_C1, picked_C1, 0)), jnp.nan)
 
     def one_hot(self, ids_C, rows: int):
-        """Whether this device's rows are the token: [C, V]."""
+        """A mask [C, V], true where this device's row is the token."""
         return self.first(rows) + jnp.arange(rows) == ids_C[:, None]
 
     def _ways(self) -> int:

@@ -103,7 +103,7 @@ def _last_layer(exits, depth: int) -> int:
 
 
 def _rows_of(model: Decoder, tokens_BT, segments_BT) -> dict:
-    """What a block reads besides hidden states, the rows' axis first (1 where all rows share it)."""
+    """The arrays that a block reads besides hidden states, the rows' axis first (1 where all rows share it)."""
     index_1T = jnp.arange(tokens_BT.shape[1])[None]
     if segments_BT is None:
         positions = index_1T
@@ -115,7 +115,7 @@ def _rows_of(model: Decoder, tokens_BT, segments_BT) -> dict:
 
 
 def _parts(lengths: list[int], stop: int, stacked) -> list[tuple[int, Any]]:
-    """What is stacked over all layers, for the first `stop` of them, cut into stretches of these lengths."""
+    """Stacked arrays of the first `stop` layers, cut into stretches of these lengths, each with its length."""
     ends = [end for end in itertools.accumulate(lengths) if end < stop] + [stop]
     sizes = [end - begin for begin, end in itertools.pairwise([0, *ends])]
     beyond = [sum(lengths) - stop] if stop < sum(lengths) else []

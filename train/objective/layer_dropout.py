@@ -40,11 +40,11 @@ class DropStrategy(Protocol):
     """
 
     def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
-        """What each layer drops, with probabilities `rates_L`; `scale_L` multiplies what is kept."""
+        """A draw of what each layer drops, with probabilities `rates_L`; `scale_L` multiplies what is kept."""
         ...
 
     def saving(self, rates_L: np.ndarray, batch: int) -> DropStrategy:
-        """The strategy itself, told that the probabilities are `rates_L` at least."""
+        """The same strategy for steps whose probabilities are at least `rates_L`, so that work can be saved."""
         return self
 
     def stretches(self, num_layers: int) -> list[int]:
@@ -71,7 +71,7 @@ class Drops:
 
 @settings
 class Masked(DropStrategy):
-    """Each sequence on its own, with probability p: every row is computed and dropped ones are masked. Saves nothing.
+    """Drops each sequence on its own, with probability p: all rows are computed and dropped ones masked. Saves nothing.
 
     The definition that the papers give, and the baseline of the other strategies.
     """
@@ -86,7 +86,7 @@ class Masked(DropStrategy):
 
 @settings
 class WholeBatch(DropStrategy):
-    """All sequences together, with probability p: a dropped layer costs nothing, forward or backward.
+    """Drops all sequences together, with probability p: a dropped layer costs nothing, forward or backward.
 
     Sequences are no longer independent, so a step's gradient varies more than with the other strategies.
     """
@@ -102,7 +102,7 @@ class WholeBatch(DropStrategy):
 
 @settings
 class FixedRows(DropStrategy):
-    """As many sequences of a layer as p says, chosen at random: R p rows of R, up or down to a whole number at random.
+    """Drops R p of R sequences in each layer, chosen at random, R p being rounded up or down at random.
 
     Each row is dropped with probability p exactly, at any step; unlike with `Masked`, how many rows a layer drops
     varies by less than one. Of these rows `saved` are static and left out of the computation (the rows that stay are
@@ -274,13 +274,13 @@ class LayerDropout:
         return self.schedule.share(step) * self.rate * self.profile.shares(num_layers)
 
     def draw(self, key, step, batch: int, num_layers: int) -> Drops:
-        """What is dropped at this step, of a batch of `batch` sequences. `key` is the run's, the same at every step."""
+        """A draw for this step, of a batch of `batch` sequences. `key` is the run's, the same at every step."""
         rates_L = self.rates(step, num_layers)
         scale_L = 1 / (1 - rates_L) if self.rescale else jnp.ones_like(rates_L)
         return self.strategy.draw(jax.random.fold_in(key, step), rates_L, scale_L, batch)
 
     def saving(self, batch: int, num_layers: int, first_step: int, last_step: int) -> LayerDropout:
-        """The same dropout, its strategy told how much work the steps first..last save at least (see `FixedRows`).
+        """The same dropout, which saves the work that the steps first..last save at least (see `FixedRows`).
 
         The counts are static, so a train step compiles again when they change: ask for long stretches of steps.
         """

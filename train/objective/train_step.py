@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,18 +16,19 @@ from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
 from sled.models.sharding.sharding import ROWS, Sharding
 from sled.train.data.rows import TrainingBatch
-from sled.train.objective.cross_entropy import Split, exit_cross_entropy
+from sled.train.objective.cross_entropy import Split
 from sled.train.objective.exit_heads import exit_head_loss, merge, partition, tuning_loss
 from sled.train.objective.exit_weights import fixed_layers
 from sled.train.objective.forward import exit_states
 from sled.train.objective.layer_dropout import LayerDropout
 from sled.train.recipes import ALL, HEADS, Recipe
 
+TABLES = ("embedding", "weight"), ("head", "weight")
 EVALUATED = 4096  # tokens that are evaluated at a time on each device, if a row is not longer
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, a pytree that a checkpoint holds whole. step: how many were taken."""
+    """The arrays that a step changes, which a checkpoint holds whole. step: how many were taken."""
 
     weights: nnx.State
     optimizer: optax.OptState
@@ -111,15 +113,16 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         """The loss of one part of the batch, which holds this share of the batch's targets."""
         model = _placed(graph, _joined(own, rest), sharding)
         if recipe.trainable == HEADS:
-            loss, metrics = _tuning_loss(model, batch, recipe, sharding)
-            return share * loss, (jnp.array(heads.layers), (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
-        layers_E, weights_E = recipe.exits.exits_at(step, depth)
-        rows = batch.tokens_BT.shape[0]
-        key = jax.random.fold_in(jax.random.key(seed), part)
-        drops = None if dropout is None else dropout.draw(key, step, rows, depth)
-        loss, metrics = _exit_losses(model, batch, layers_E if exits is None else exits, weights_E, recipe, sharding,
-                                     drops=drops, z_loss=recipe.z_loss, distill=recipe.distill,
-                                     temperature=recipe.temperature)
+            layers_E = jnp.array(heads.layers)
+            loss, metrics = tuning_loss(model, batch.tokens_BT, **_targets(batch, recipe, sharding),
+                                        segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
+                                        **_place(sharding))
+        else:
+            layers_E, weights_E = recipe.exits.exits_at(step, depth)
+            key = jax.random.fold_in(jax.random.key(seed), part)
+            drops = None if dropout is None else dropout.draw(key, step, batch.tokens_BT.shape[0], depth)
+            loss, metrics = _exit_losses(model, batch, layers_E if exits is None else exits, weights_E, recipe,
+                                         sharding, drops=drops, distill=recipe.distill, temperature=recipe.temperature)
         return share * loss, (layers_E, (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
 
     gradient = jax.value_and_grad(part_loss, has_aux=True)
@@ -175,7 +178,7 @@ def make_evaluation(model: Decoder, recipe: Recipe, sharding: Sharding | None = 
             return LayerSums(metrics.nll_E * metrics.targets, metrics.accuracy_E * metrics.targets, metrics.targets)
 
         rows, length = batch.tokens_BT.shape
-        ways = 1 if sharding is None else _split(sharding).ways(ROWS)
+        ways = 1 if sharding is None else math.prod(sharding.mesh.shape[axis] for axis in ROWS)
         parts = next(n for n in range(1, rows + 1) if rows % (n * ways) == 0
                      and (rows // (n * ways) * length <= EVALUATED or n * ways == rows))
         sums = jax.lax.map(of_part, jax.tree.map(lambda x: _in_parts(x, parts, sharding), batch))
@@ -187,30 +190,16 @@ def make_evaluation(model: Decoder, recipe: Recipe, sharding: Sharding | None = 
 def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, recipe: Recipe,
                  sharding: Sharding | None, *, drops=None, **options):
     """The loss of these exits with its metrics. A model with exit heads takes static exits."""
-    dtype = jnp.dtype(recipe.compute_dtype)
     h_EBTD = exit_states(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
-                         remat=recipe.remat, compute_dtype=dtype, **_place(sharding))
-    asked = dict(targets_BT=_following(batch.tokens_BT), mask_BT=_following(batch.weights_BT), weights_E=weights_E,
-                 split=_split(sharding), **options)
-    if model.config.exit_heads is not None:
-        return exit_head_loss(model, h_EBTD, layers_E, **asked)
-    return exit_cross_entropy(model.normalise(h_EBTD).astype(dtype), model.head_weight.astype(dtype), **asked)
+                         remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype), **_place(sharding))
+    return exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, **_targets(batch, recipe, sharding), **options)
 
 
-def _tuning_loss(model: Decoder, batch: TrainingBatch, recipe: Recipe, sharding: Sharding | None):
-    """The loss of the exit heads alone, with its metrics."""
-    return tuning_loss(model, batch.tokens_BT, _following(batch.tokens_BT), _following(batch.weights_BT),
-                       segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                       split=_split(sharding), z_loss=recipe.z_loss, **_place(sharding))
-
-
-def _following(x_BT):
-    """The entry of token t + 1 at position t, which predicts it."""
-    return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
-
-
-def _split(sharding: Sharding | None) -> Split | None:
-    return None if sharding is None else Split(sharding.mesh, data=ROWS)
+def _targets(batch: TrainingBatch, recipe: Recipe, sharding: Sharding | None) -> dict[str, Any]:
+    """At each position the token that follows and how much it counts; and what is common to all losses."""
+    following = lambda x_BT: jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
+    return dict(targets_BT=following(batch.tokens_BT), mask_BT=following(batch.weights_BT), z_loss=recipe.z_loss,
+                split=None if sharding is None else Split(sharding.mesh, data=ROWS))
 
 
 def _place(sharding: Sharding | None) -> dict[str, Callable]:
@@ -228,12 +217,10 @@ def _joined(own: nnx.State, rest: nnx.State | None) -> nnx.State:
 
 def _placed(graph, weights, sharding: Sharding | None) -> Decoder:
     """The model of these weights, its tables held to their place."""
-    model = nnx.merge(graph, weights)
     if sharding is not None:
-        tables = [model.embedding] if model.head is None else [model.embedding, model.head]
-        for table in tables:
-            table.weight[...] = sharding.table(table.weight[...])
-    return model
+        weights = nnx.from_flat_state([(path, leaf.replace(sharding.table(leaf[...])) if path in TABLES else leaf)
+                                       for path, leaf in nnx.to_flat_state(weights)])
+    return nnx.merge(graph, weights)
 
 
 def _in_parts(x: Any, parts: int, sharding: Sharding | None):

@@ -14,11 +14,12 @@ call everything here together, and hold the same host state, which the first of 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,6 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError, SettingError
-from sled.io import first_line
 from sled.settings.rules import Whole
 from sled.train.run.named_arrays import checksums, mismatch, named, nested, rebuilt, targets
 from sled.train.run.resume import Rule, check_resumable
@@ -159,7 +159,7 @@ class Checkpoints:
         arrays = named(state)
         about = {"format": FORMAT, "host": kept, "settings": self.settings, "versions": _versions()}
         self._under_way = step
-        with _WriteErrors(self):
+        with self._write_errors():
             self._checkpointer.save_async(step, {"arrays": nested(arrays), "checksums": checksums(arrays)},
                                           force=True, custom_metadata=about)
         return True
@@ -168,7 +168,7 @@ class Checkpoints:
         """Return once the checkpoint under way is whole. Raises CheckpointError where it could not be written."""
         if self._under_way is None:
             return
-        with _WriteErrors(self):
+        with self._write_errors():
             self._checkpointer.wait()
         self._written.append(self._under_way)
         self._under_way = None
@@ -199,6 +199,17 @@ class Checkpoints:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder} ({reason.strerror}); give a folder "
                                   "of your own") from reason
 
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Turns whatever goes wrong within into a CheckpointError that names the step under way."""
+        try:
+            yield
+        except Exception as error:
+            step, self._under_way = self._under_way, None
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint of step {step} could not be written ({_reason(error)}); the older ones "
+                "are whole: make room or take another disk, and run again") from error
+
     def _drop_superseded(self) -> None:
         """Renamed first, at once: what a kill leaves of a removal is no checkpoint.
 
@@ -209,23 +220,6 @@ class Checkpoints:
             if jax.process_index() == 0:
                 gone = (self.folder / str(step)).rename(self.folder / f"{_DROPPED}{step}")
                 self._trash.submit(shutil.rmtree, gone)
-
-
-class _WriteErrors:
-    """Whatever goes wrong within, as a CheckpointError that names the step under way."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception):
-            step, self.checkpoints._under_way = self.checkpoints._under_way, None
-            raise CheckpointError(
-                f"{self.checkpoints.folder}: the checkpoint of step {step} could not be written ({_reason(error)}); "
-                "the older ones are whole: make room or take another disk, and run again") from error
 
 
 def _choose(folder: Path, step: int | None) -> int:
@@ -278,10 +272,11 @@ def _damaged(at: Path, reason: str) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    """What it all began with, in one line."""
+    """The first cause, in one line; TensorStore ends its messages with a page of its own settings."""
     while error.__cause__:
         error = error.__cause__
-    return first_line(error)
+    text = (str(error).partition(" [tensorstore_spec")[0].strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
 
 
 def _as_json(name: str, value) -> Any:

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
@@ -33,38 +32,14 @@ _LOCK, _UNFINISHED = ".run.lock", ".unfinished-model_config"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what network file systems without locks say
 
 
-@dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The paths within a run's folder, and the right to write there."""
 
-    path: Path
-
-    def __post_init__(self):
-        object.__setattr__(self, "path", Path(self.path))
-
-    @property
-    def model_config(self) -> Path:
-        return self.path / "model_config"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def picture(self) -> Path:
-        return self.path / "layers.png"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.model_config, self.checkpoints = self.path / "model_config", self.path / "checkpoints"
+        self.metrics, self.picture = self.path / "metrics.jsonl", self.path / "layers.png"
+        self.tensorboard, self.model = self.path / "tensorboard", self.path / "model"
 
     @property
     def steps(self) -> list[int]:
@@ -72,7 +47,7 @@ class RunFolder:
         return complete_steps(self.checkpoints)
 
     def is_run(self) -> bool:
-        """Whether a run has begun here."""
+        """True where a run has begun here."""
         return (self.model_config / "config.json").is_file() or bool(self.steps)
 
     @contextlib.contextmanager
@@ -113,7 +88,7 @@ class RunFolder:
                 lock.release()
 
     def _foreign(self) -> str | None:
-        """Why no run may begin or go on here, or None."""
+        """The reason why no run may begin or go on here, or None."""
         if self.steps:
             return None
         if self.is_run() or (self.path / _UNFINISHED).is_dir():

@@ -98,7 +98,7 @@ def progress_bar(steps: int, start: int) -> tqdm:
 
 
 def progress_line(values: Mapping[str, Any]) -> str:
-    """What stands behind the bar: each number by its name, short, the last entry of a list (the last layer's).
+    """The text behind the bar: each number by its name, short, the last entry of a list (the last layer's).
 
         bar.set_postfix_str(progress_line({"loss": 2.31, "held_out": [4.1, 2.4]}))
     """
