@@ -1,4 +1,4 @@
-"""Kept answers: found again under the very same settings alone, and whole after a kill."""
+"""Requests, and kept answers: found again under the very same settings alone, and whole after a kill."""
 
 import copy
 import importlib.metadata
@@ -44,20 +44,19 @@ def other_tokenizer(lm):
     return changed
 
 
+METHODS = {
+    "fusion": dict(fusion=sled.SLED()), "rate": dict(fusion=sled.SLED(rate=3.0)),
+    "scale": dict(fusion=sled.SLED(scale=5)), "clamp": dict(fusion=sled.ClampOnly()),
+    "norm_early": dict(fusion=sled.SLED(norm_early=True)), "early exit": dict(exits=EARLY),
+    "threshold": dict(exits=sled.EarlyExit((2,), threshold=0.6)),
+    "exit layers": dict(exits=sled.EarlyExit((3,), threshold=0.5)),
+    "missing K/V": dict(exits=sled.EarlyExit((2,), threshold=0.5, kv="propagate")),
+    "speculation": dict(exits=sled.SelfSpeculation(2)), "schedule": dict(exits=EARLY, schedule=sled.Gather(2)),
+    "sampling": dict(sampling=sled.Sampling(temperature=0.7)),
+    "repetition penalty": dict(sampling=sled.Sampling(repetition_penalty=1.1)),
+}
 SETTINGS = {
-    "fusion": lambda lm: (lm, Method("m", fusion=sled.SLED())),
-    "rate": lambda lm: (lm, Method("m", fusion=sled.SLED(rate=3.0))),
-    "scale": lambda lm: (lm, Method("m", fusion=sled.SLED(scale=5))),
-    "clamp": lambda lm: (lm, Method("m", fusion=sled.ClampOnly())),
-    "norm_early": lambda lm: (lm, Method("m", fusion=sled.SLED(norm_early=True))),
-    "early exit": lambda lm: (lm, Method("m", exits=EARLY)),
-    "threshold": lambda lm: (lm, Method("m", exits=sled.EarlyExit((2,), threshold=0.6))),
-    "exit layers": lambda lm: (lm, Method("m", exits=sled.EarlyExit((3,), threshold=0.5))),
-    "missing K/V": lambda lm: (lm, Method("m", exits=sled.EarlyExit((2,), threshold=0.5, kv="propagate"))),
-    "speculation": lambda lm: (lm, Method("m", exits=sled.SelfSpeculation(2))),
-    "schedule": lambda lm: (lm, Method("m", exits=EARLY, schedule=sled.Gather(2))),
-    "sampling": lambda lm: (lm, Method("m", sampling=sled.Sampling(temperature=0.7))),
-    "repetition penalty": lambda lm: (lm, Method("m", sampling=sled.Sampling(repetition_penalty=1.1))),
+    **{name: lambda lm, how=how: (lm, Method("m", **how)) for name, how in METHODS.items()},
     "weights": lambda lm: (other_weights(lm), Method("m")),
     "dtype": lambda lm: (sled.load("demo", dtype="bfloat16"), Method("m")),
     "tokenizer": lambda lm: (other_tokenizer(lm), Method("m")),
@@ -69,17 +68,13 @@ def kept(cache, lm, method, normalise=True):
     return harness.SledLM(lm, method, normalise=normalise, cache=cache, progress=False)._answers
 
 
-@pytest.mark.parametrize("changed", SETTINGS)
-def test_an_answer_is_not_found_under_another_setting(lm, changed):
+def test_an_answer_is_found_under_its_own_settings_alone(lm):
     cache = Cache()
     kept(cache, lm, Method("plain")).add({"request": "the answer"})
-    assert kept(cache, *SETTINGS[changed](lm)).find(["request"]) == {}
+    others = {name: kept(cache, *make(lm)) for name, make in SETTINGS.items()}
+    assert all(other.find(["request"]) == {} for other in others.values())
     assert kept(cache, lm, Method("the same under another name")).find(["request"]) == {"request": "the answer"}
-
-
-def test_every_setting_is_told_apart_from_every_other(lm):
-    digests = {kept(Cache(), *make(lm)).digest for make in SETTINGS.values()}
-    assert len(digests) == len(SETTINGS)
+    assert len({other.digest for other in others.values()}) == len(SETTINGS)
 
 
 @pytest.mark.parametrize("package", deciding_versions())
@@ -110,6 +105,25 @@ def test_requests_are_batched_by_length_or_by_stream():
     assert list(batches(greedy, [], 2)) == []
     mixed = [request(), request(max_new_tokens=9), request()]
     assert sorted(map(sorted, batches(mixed, range(3), 8))) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("given, says", [
+    ({"num_beams": 4}, "num_beams, which mean nothing here"),
+    ({"do_sample": True}, "no temperature above 0"),
+    ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, "Sampling.top_p is 2.0"),
+])
+def test_what_cannot_be_generated_is_named(given, says):
+    with pytest.raises(EvaluationError, match=says):
+        GenerationSettings.of(dict(until=["\n"], **given))
+
+
+def test_generation_settings_are_read_as_the_harness_means_them():
+    read, cold = GenerationSettings.of, {"do_sample": False, "temperature": 0.5, "top_p": 0.9}
+    assert read({"until": "x", "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": None}) == (
+        GenerationSettings(("x",), 7, sled.Sampling(temperature=0.5, top_p=0.9)))
+    assert read(cold) == GenerationSettings((), 256, sled.Sampling())
+    assert read({"max_gen_toks": 7}, at_most=5).max_new_tokens == 5
+    assert read({}, at_most=500).max_new_tokens == 500
 
 
 def test_after_a_kill_whole_batches_are_there(tmp_path):

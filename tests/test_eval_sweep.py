@@ -1,5 +1,6 @@
 """Sweeps: grids, what a row holds, resuming, the certified choice, the Pareto front, the command."""
 
+import copy
 import csv
 import dataclasses
 import functools
@@ -13,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from demo_toy import THREE, demo_toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,24 +34,13 @@ from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.result import SweepFile, SweepRow, Swept
 from sled.eval.sweep.sweep import same_tokens, sweep
 from sled.exits import Policy
-from sled.lm import LM
-from sled.models import Decoder, DecoderConfig
 from sled.results import Output, Stats
-from sled.text.tokenizer import Tokenizer
 from sled.timing import Times
 
-TWO, THREE = (DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, num_layers=layers, num_heads=2,
-                            num_kv_heads=2, head_dim=16, max_positions=512, eos_ids=(0,), tied_head=True)
-              for layers in (2, 3))
-QUESTIONS = Questions(tuple(f"Question: {n} and {n}?\nAnswer:" for n in range(3)), (0, 2, 4), "sums")
+# Five, as many as in no other test of the toy: programs that others compiled would not count as this one's.
+QUESTIONS = Questions(tuple(f"Question: {n} and {n}?\nAnswer:" for n in range(5)), (0, 2, 4, 6, 8), "sums")
 EARLY = grid.early_exits([1], [0.0, 1.0, 0.5])
 DRAFTS = grid.self_speculation([1], [3, 1])
-
-
-@pytest.fixture(scope="module")
-def toy():
-    return LM(Decoder.init(TWO, rngs=nnx.Rngs(0)), Tokenizer.from_folder(Path(sled.__file__).parent / "demo" / "model"),
-              name="toy")
 
 
 def run(lm, folder, methods=(*EARLY, *DRAFTS), questions=QUESTIONS, **how):
@@ -58,7 +48,7 @@ def run(lm, folder, methods=(*EARLY, *DRAFTS), questions=QUESTIONS, **how):
 
 
 @pytest.fixture
-def scripted(toy, monkeypatch):
+def scripted(monkeypatch):
     """The toy with a script instead of a model: `scripted.calls` are the exits it was asked for. At threshold t the
     first (1 - t) of the answers are wrong, and it takes t seconds; without exits, or drafting, all are right, in 1."""
 
@@ -78,8 +68,8 @@ def scripted(toy, monkeypatch):
         seconds = lambda name: max(float(name.rpartition("threshold ")[2]), 0.01) if "threshold" in name else 1.0  # noqa: E731
         return {name: Times([seconds(name), 9.0]) for name in calls}
 
-    lm = LM(toy.build(toy.params), toy.text, name="scripted")
-    lm.generate, lm.calls, lm.config = generate, [], THREE
+    lm = copy.copy(demo_toy())
+    lm.name, lm.generate, lm.calls, lm.config = "scripted", generate, [], THREE
     monkeypatch.setattr(sweeping, "interleave", interleave)
     monkeypatch.setattr(sweeping, "draw_sweep", lambda _, path: path.write_bytes(b"a picture") and path)
     return lm
@@ -106,7 +96,8 @@ def test_grids_go_from_safe_to_risky_and_name_what_is_swept():
         grid.early_exits([1], [40.0])
 
 
-def test_a_sweep_compiles_each_program_once_and_says_what_happened(toy, tmp_path):
+def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path):
+    toy = demo_toy()
     before = loop.decode._cache_size()
     swept = run(toy, tmp_path / "new" / "folder")
     assert loop.decode._cache_size() == before + 3  # no exit, early exit, speculation
@@ -128,7 +119,7 @@ def test_a_sweep_compiles_each_program_once_and_says_what_happened(toy, tmp_path
     assert {p.name for p in (tmp_path / "b").iterdir()} == {"sweep.csv", "sweep.md", "sweep.png"}
     with (tmp_path / "new" / "folder" / "sweep.csv").open() as file:
         kept = list(csv.DictReader(file))
-    assert [row["method"] for row in kept] == list(rows) and all(len(row["right"]) == 3 for row in kept)
+    assert [row["method"] for row in kept] == list(rows) and all(len(row["right"]) == 5 for row in kept)
     assert float(kept[2]["seconds"]) == half.seconds  # all digits
 
 
@@ -200,8 +191,8 @@ def test_interrupted_sweeps_go_on(scripted, tmp_path):
 def test_what_changed_is_measured_again(scripted, tmp_path):
     usual = dict(methods=EARLY[:1])
     run(scripted, tmp_path, **usual)
-    for change in (dict(rounds=2), dict(max_new_tokens=5), dict(batch_size=2), dict(questions=many(3)),
-                   dict(questions=dataclasses.replace(QUESTIONS, answers=(0, 2, 5))),
+    for change in (dict(rounds=2), dict(max_new_tokens=5), dict(batch_size=2), dict(questions=many(5)),
+                   dict(questions=dataclasses.replace(QUESTIONS, answers=(0, 2, 4, 6, 9))),
                    dict(methods=grid.early_exits([1], [1.0], kv="propagate")),
                    dict(methods=[dataclasses.replace(EARLY[0], schedule=sled.Gather(2))])):
         scripted.calls.clear()

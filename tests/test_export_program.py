@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 import sled
 from sled.calibration.fingerprint import digest_of_weights
-from sled.decoding.network import fuse
+from sled.decoding.readout import Readout
 from sled.errors import SettingError
 from sled.export.forms import export_program
 from sled.export.program import _export, trace_step
@@ -144,7 +144,7 @@ def test_the_fused_step_takes_states_in_the_form_that_it_says(heads, norm_early,
     numbers = {name: np.broadcast_to(number.default, (len(given), *number.default.shape))
                for name, number in parts.numbers.items()}
     said = jax.export.deserialize(bytearray(traced.data)).call(network.head_weight, numbers, given)["logits"]
-    np.testing.assert_allclose(said, fuse(network, fusion, dict(enumerate(hidden)), 3), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(said, Readout(network).fuse(fusion, dict(enumerate(hidden)), 3), rtol=1e-5, atol=1e-5)
     other = given.at[:, 0].set(hidden[1] if states[0] != "raw" else network.normalise(hidden[1]))
     swapped = fusion.logits(other, SharedHead(network.head_weight))
     assert not np.allclose(said, swapped, rtol=1e-2, atol=1e-2)  # the form matters

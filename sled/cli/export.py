@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+import sled
 from sled.cli.derived import given, refuse_others
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions
@@ -77,8 +78,8 @@ class Export:
         elif self.form == "orbax":
             forms.export_orbax(self.source, self.to, **reading)
         else:
-            forms.export_program(self.source, self.to, fusion=self.fusion_options.strategy(),
-                                 **self.exit_options.settings(), **reading)
+            decoding = sled.Decoding(self.fusion_options.strategy(), **self.exit_options.settings())
+            forms.export_program(self.source, self.to, decoding, **reading)
         print(f"the {self.form} export is in {self.to}", file=sys.stderr)
 
 

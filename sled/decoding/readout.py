@@ -69,17 +69,25 @@ class Readout(NamedTuple):
                                "FinalLayer there, or a head with tied=True")
         return early
 
+    def candidates(self, states: Mapping[int, jax.Array], early: tuple[int, ...], norm_early: bool,
+                   last: int) -> jax.Array:
+        """Hidden states [..., C, D] for a fusion: the early layers asked for, each in its `form`, then the last one."""
+        def early_one(n: int):
+            match self.form(n, norm_early):
+                case "head":
+                    return self.ready(states[n], n)
+                case "normed":
+                    return self.network.normalise(states[n])
+            return states[n]
+
+        return jnp.stack([*map(early_one, early), self.ready(states[last], last)], axis=-2)
+
     def fuse(self, fusion, states: Mapping[int, jax.Array], last: int, *, places: int | None = None) -> jax.Array:
         """The fusion's logits [P, V] at P places where `last` is the last layer: the model's end, or an exit.
 
         states: hidden states [P, D] by layer, at least those that the fusion looks at. places: how many
         there are in all, where P is only a part of them (under `vmap`).
         """
-        def early(n: int):
-            form = self.form(n, fusion.norm_early)
-            return states[n] if form == "raw" else self.ready(states[n], n) if form == "head" else \
-                self.network.normalise(states[n])
-
-        ready, head = self(states[last], last)
-        h_PCD = jnp.stack([*map(early, self.early_layers(fusion, last)), ready], axis=-2)
-        return fused_logits(fusion, h_PCD, head.w_VD, (places or h_PCD.shape[0]) * h_PCD.shape[1])
+        h_PCD = self.candidates(states, self.early_layers(fusion, last), fusion.norm_early, last)
+        rows = (places or h_PCD.shape[0]) * h_PCD.shape[1]
+        return fused_logits(fusion, h_PCD, self.head(last).w_VD, rows)
