@@ -29,7 +29,7 @@ from sled.eval.harness.cache import Cache
 from sled.eval.harness.chat import TokenizerSettings, render
 from sled.eval.harness.tasks import load_tasks
 from sled.eval.methods import Method
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("no_listing")
 RECORDED = Path(__file__).parent / "fixtures" / "eval_hflm.json"
@@ -89,7 +89,7 @@ def test_tokens_are_those_of_transformers(lm, tmp_path):
         path.mkdir()
         write_tokenizer(path, **config)
         other = copy.copy(lm)
-        other.text = Text.from_folder(path)
+        other.text = Tokenizer.from_folder(path)
         model, theirs = SledLM(other, progress=False), transformers.AutoTokenizer.from_pretrained(path)
         assert model.tok_encode("a b") == theirs.encode("a b")
         assert model.tok_encode("<s>a b") == theirs.encode("<s>a b", add_special_tokens=False)
@@ -123,7 +123,7 @@ def test_chat_templates_read_as_in_transformers(tmp_path, messages, prompt):
 def test_a_template_writes_the_same_day_throughout(lm, tmp_path):
     write_tokenizer(tmp_path, chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     other = copy.copy(lm)
-    other.text = Text.from_folder(tmp_path)
+    other.text = Tokenizer.from_folder(tmp_path)
     assert SledLM(other, progress=False, now=NOW).apply_chat_template(CHAT[:1]) == "02 Jan 2025 one <b>"
 
 
@@ -132,7 +132,7 @@ def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
         SledLM(lm, progress=False).apply_chat_template(CHAT)
     write_tokenizer(tmp_path, chat_template=[{"name": "default", "template": TEMPLATE}, {"name": "x", "template": ""}])
     other = copy.copy(lm)
-    other.text = Text.from_folder(tmp_path)
+    other.text = Tokenizer.from_folder(tmp_path)
     model = SledLM(other, progress=False)
     system = [{"role": "system", "content": "be brief"}]
     assert model.apply_chat_template(system + CHAT) == model.apply_chat_template(CHAT)  # which the template refuses

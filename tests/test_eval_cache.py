@@ -17,9 +17,10 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 import sled
 from sled.errors import EvaluationError, SettingError
 from sled.eval.harness import adapter as harness
-from sled.eval.harness.cache import Cache, digest_of
+from sled.eval.harness.cache import Cache
 from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
 from sled.eval.methods import Method, deciding_versions
+from sled.io import json_digest
 
 EARLY = sled.EarlyExit((2,), threshold=0.5)
 
@@ -39,7 +40,7 @@ def other_tokenizer(lm):
     from tokenizers import Tokenizer, models
 
     changed = copy.copy(lm)
-    changed.text = sled.text.tokenizer.Text(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
+    changed.text = sled.text.tokenizer.Tokenizer(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
     return changed
 
 
@@ -93,7 +94,7 @@ def test_every_part_of_a_request_is_in_its_key():
     generated = [request(), request((1, 3)), request(until=()), request(max_new_tokens=9), request(seed=0),
                  request(seed=1), request(temperature=0.5)]
     scored = [{"context": (1, 2), "continuation": (3,)}, {"context": (1,), "continuation": (2, 3)}]
-    assert len({digest_of(each.described()) for each in generated} | set(map(digest_of, scored))) == 9
+    assert len({json_digest(each.described()) for each in generated} | set(map(json_digest, scored))) == 9
 
 
 def test_requests_are_batched_by_length_or_by_stream():

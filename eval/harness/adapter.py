@@ -181,7 +181,8 @@ class SledLM(TemplateLM):
         for begin in range(0, len(contexts), self.batch_size):
             some = contexts[begin:begin + self.batch_size]
             scores = self.lm.score(list(some), [[pairs[i][1] for i in of_context[context]] for context in some],
-                                   fusion=self.method.fusion, normalise=self.normalise, batch_size=self.batch_size)
+                                   fusion=self.method.decoding.fusion, normalise=self.normalise,
+                                   batch_size=self.batch_size)
             indices = [i for context in some for i in of_context[context]]
             values = [value for of_one in zip(scores.totals, scores.greedy, strict=True)
                       for value in zip(*of_one, strict=True)]
@@ -209,7 +210,7 @@ class SledLM(TemplateLM):
 
     def _request(self, context: str, gen_kwargs: dict[str, Any], *, number: int) -> GenerationRequest:
         settings = GenerationSettings.of(gen_kwargs, at_most=self.max_new_tokens,
-                                         sampling=self.method.sampling if self.method.samples else None)
+                                         sampling=self.method.decoding.sampling if self.method.samples else None)
         room = self.max_length - settings.max_new_tokens
         if room < 1:
             raise EvaluationError(f"the task lets an answer be {settings.max_new_tokens} tokens long, but the context "
@@ -229,9 +230,9 @@ class SledLM(TemplateLM):
             settings, seed = requests[batch[0]].settings, requests[batch[0]].seed
             ends = {self.lm.text.special_id(s) for s in settings.until} - {None}
             stop = [s for s in settings.until if self.lm.text.special_id(s) is None]
-            out = self.lm.generate([requests[i].ids for i in batch], max_new_tokens=settings.max_new_tokens, stop=stop,
-                                   sampling=settings.sampling, seed=seed or 0, batch_size=self.batch_size,
-                                   **self.method.decoding())
+            out = self.lm.decode([requests[i].ids for i in batch], self.method.decoding.replace(
+                max_new_tokens=settings.max_new_tokens, stop=stop, sampling=settings.sampling), seed=seed or 0,
+                batch_size=self.batch_size)
             found = {}
             for i, text, tokens, reason, layers in zip(batch, out.texts, out.tokens, out.finish_reasons,
                                                        out.exit_layers, strict=True):

@@ -11,7 +11,6 @@ memory that network file systems lack.)
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import sqlite3
@@ -23,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sled.errors import EvaluationError
-from sled.io import writable
+from sled.io import json_digest, writable
 
 FORMAT = 1  # `PRAGMA user_version` of the file; a file of another is refused
 PATIENCE = 60.0  # seconds to wait while another process writes to the same file
@@ -53,7 +52,7 @@ class Cache:
 
     def under(self, settings: Mapping[str, Any]) -> Answers:
         """The answers made under these settings, given as JSON has them. They are written down in full too."""
-        digest = digest_of(settings)
+        digest = json_digest(settings)
         with self._named_errors(), self._db:
             self._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)",
                              (digest, json.dumps(settings, sort_keys=True, ensure_ascii=False)))
@@ -129,7 +128,7 @@ def cached_answers(requests: list[dict[str, Any]], compute: Callable[[list[int]]
     compute: takes the indices of the requests to answer, and yields answers by index, batch by batch; each batch is
         kept at once.
     """
-    keys = [digest_of(request) for request in requests]
+    keys = [json_digest(request) for request in requests]
     answers = kept.find(dict.fromkeys(keys))
     new = [i for i, key in enumerate(keys) if key not in answers]
     first = {keys[i]: i for i in reversed(new)}
@@ -144,8 +143,3 @@ def cached_answers(requests: list[dict[str, Any]], compute: Callable[[list[int]]
             bar.update(len(computed))
         bar.update(len(new) - len(first))
     return [answers[key] for key in keys]
-
-
-def digest_of(described: Any) -> str:
-    """SHA-256, in hexadecimal, of something's JSON in its one canonical spelling."""
-    return hashlib.sha256(json.dumps(described, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

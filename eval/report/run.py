@@ -23,8 +23,8 @@ from sled.eval.methods import A_MODEL, Method, plain
 from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.scores import TaskResult, scores_of
 from sled.lm import LM
-from sled.machine import hardware, versions
 from sled.settings.rules import OrNone, Whole
+from sled.timing import hardware, versions
 
 
 def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, against: str | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sled.errors import EvaluationError
+from sled.io import json_numbers
 
 UNANSWERED = ("", "[invalid]")  # the second is what the harness's filters give where a text holds no answer
 
@@ -103,7 +103,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else str(float(value))  # JSON has no infinity
+        return json_numbers(float(value))
     return value if value is None or isinstance(value, str) else str(value)
 
 

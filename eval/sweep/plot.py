@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from sled.eval.sweep.result import SweepRow, Swept
-from sled.io import writable_picture
+from sled.plots import INK, STYLES, grid, new_figure, save_figure, writable_picture
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too; a marker each besides.
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"))
 DASHES = ("-", "--", ":", "-.")
-INK, GREY, BAND = "#212529", "#adb5bd", "#f1f3f5"
+GREY, BAND = "#adb5bd", "#f1f3f5"
 
 
 def draw_sweep(swept: Swept, path: str | os.PathLike) -> Path:
@@ -36,8 +31,7 @@ def draw_sweep(swept: Swept, path: str | os.PathLike) -> Path:
     early, drafted = _lines(swept, verifies=False), _lines(swept, verifies=True)
     base = swept.baseline()
     widths = [3] * bool(early) + [3] + [2.4] * bool(drafted)
-    figure = Figure(figsize=(1 + 1.5 * sum(widths), 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(1 + 1.5 * sum(widths), 5.2)
     panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     depth_front, speed_front = swept.fronts()
     time = panels[len(widths) - 1 - bool(drafted)]
@@ -59,9 +53,7 @@ def draw_sweep(swept: Swept, path: str | os.PathLike) -> Path:
     figure.legend(handles=_legend(swept, base), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     several = "; rows of several runs" if len({row.run for row in swept.rows}) > 1 else ""
     figure.suptitle(f"{swept.what}{several}", fontsize=9, color="#495057")
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
 def _accuracy(axes, swept: Swept, base: SweepRow, x: Callable[[SweepRow], float], front: Sequence[SweepRow],
@@ -125,8 +117,7 @@ def _drafts(axes, lines: Sequence[Sequence[SweepRow]], styles: dict[str, tuple[s
 
 
 def _plain(axes) -> None:
-    axes.grid(color="#dee2e6", linewidth=0.6)
-    axes.set_axisbelow(True)
+    grid(axes)
     axes.spines[["top", "right"]].set_visible(False)
 
 

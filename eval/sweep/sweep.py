@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import itertools
 import json
 import os
@@ -24,21 +23,20 @@ from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.learn_then_test import DELTA, EPSILON
-from sled.decoding.options import FULL_DEPTH, NEW_TOKENS
+from sled.decoding.options import NEW_TOKENS
 from sled.errors import SettingError
 from sled.eval.methods import A_MODEL, Method, deciding_versions
 from sled.eval.questions import Questions
 from sled.eval.sweep.grid import no_exit
 from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.result import SweepFile, SweepRow, Swept
-from sled.io import writable_folder, written_whole
+from sled.io import json_digest, writable_folder, written_whole
 from sled.lm import LM
-from sled.machine import hardware, versions
 from sled.results import Output
 from sled.settings.describe import describe
 from sled.settings.rules import Instance, Whole
 from sled.text.prompts import prompt_ids
-from sled.timing import Times, interleave
+from sled.timing import Times, hardware, interleave, versions
 
 FILES = ("sweep.csv", "sweep.md", "sweep.png")
 
@@ -52,11 +50,6 @@ class Point:
     against: Method
     layers: tuple[int, ...]
     digest: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Those of `LM.generate`."""
-        return dict(self.method.decoding(), sampling=self.method.sampling)
 
 
 def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str | os.PathLike, *, rounds: int = 3,
@@ -90,8 +83,9 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     rows = SweepFile(sweep_folder("folder", Path(folder)) / FILES[0])
     programs = _programs([point for point in points if point.digest not in rows.by_digest])
     if programs:
-        solve = lambda point: lm.generate(list(questions.prompts), batch_size=batch_size,  # noqa: E731
-                                          max_new_tokens=max_new_tokens, **point.settings)
+        solve = lambda point: lm.decode(  # noqa: E731
+            list(questions.prompts), point.method.decoding.replace(max_new_tokens=max_new_tokens),
+            batch_size=batch_size)
         for row in _measure(programs, {p.method.name: p for p in points}, questions, solve, given["rounds"], progress):
             rows.append(row)
     found = [dataclasses.replace(rows.by_digest[point.digest], method=point.method.name, against=point.against.name)
@@ -126,11 +120,11 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
                                "...), or what sled.eval.sweep.grid makes")
     common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), "tokenizer": lm.text.digest,
               "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given,
-              "questions": _sha256([list(questions.prompts), list(map(str, questions.answers))])}
+              "questions": json_digest([list(questions.prompts), list(map(str, questions.answers))])}
     points: dict[str, Point] = {}
     for method in [*itertools.chain(*map(_baselines, methods)), *methods]:
-        layers = (method.exits or FULL_DEPTH).exits(lm.config.num_layers)[:-1]
-        point = Point(method, _baselines(method)[-1], layers, _sha256({**common, "method": method.settings()}))
+        layers = method.decoding.exits.exits(lm.config.num_layers)[:-1]
+        point = Point(method, _baselines(method)[-1], layers, json_digest({**common, "method": method.settings()})[:20])
         same = points.setdefault(method.name, point)
         if same.digest != point.digest or len(method.name.splitlines()) != 1:
             raise SettingError(f"two methods are called {method.name!r}, or its name is no single line; "
@@ -158,9 +152,9 @@ def _baselines(method: Method) -> list[Method]:
     plain = no_exit()
     if not method.leaves_early:
         return [plain]
-    mine = no_exit(method.fusion)
+    mine = no_exit(method.decoding.fusion)
     if method.samples:
-        mine = dataclasses.replace(mine, name=f"{mine.name}, sampled", sampling=method.sampling)
+        mine = Method(f"{mine.name}, sampled", fusion=method.decoding.fusion, sampling=method.decoding.sampling)
     return [plain, mine]
 
 
@@ -168,7 +162,8 @@ def _programs(points: Sequence[Point]) -> list[list[Point]]:
     """The points by compiled program, in the order of their first, and by baseline."""
     found: dict[Any, list[Point]] = {}
     for point in points:
-        traced = {name: value for name, value in point.settings.items() if name != "schedule"}
+        decoding = point.method.decoding
+        traced = decoding.fusion, decoding.exits, decoding.sampling
         found.setdefault((jax.tree.structure(traced), point.against.name), []).append(point)
     return list(found.values())
 
@@ -225,5 +220,3 @@ def same_tokens(texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -
     return hits / max(sum(map(len, full)), 1)
 
 
-def _sha256(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]

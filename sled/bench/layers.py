@@ -19,13 +19,13 @@ from tqdm import tqdm
 import sled
 from sled.bench.report import BenchReport, column
 from sled.bench.solving import MAX_NEW_TOKENS
-from sled.decoding.buckets import bucket
-from sled.decoding.network import own_projection, read
+from sled.decoding.readout import Readout
+from sled.decoding.state import bucket
 from sled.demo.problems import problems, prompt
 from sled.errors import SettingError
 from sled.eval.numbers import exact_match
-from sled.io import writable_picture
 from sled.lm import LM
+from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
 ROWS = 32  # texts read at once
@@ -116,8 +116,8 @@ def _sums(build, params, tokens_BT, asked_BT):
     next_BT = jnp.roll(tokens_BT, -1, axis=1)
 
     def of_layer(number, h_BTD):
-        own_VD = own_projection(network, number)
-        logits_BTV = read(network, h_BTD, number) @ (network.head_weight if own_VD is None else own_VD).T
+        ready_BTD, head = Readout(network)(h_BTD, number)
+        logits_BTV = head.project(ready_BTD)
         logp_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), next_BT[..., None], axis=-1)[..., 0]
         right_BT = logits_BTV.argmax(-1) == next_BT
         return jnp.array([jnp.where(asked_BT, x, 0).sum() for x in (-logp_BT, right_BT, 1)])

@@ -12,7 +12,7 @@ import json
 from typing import Any
 
 from sled.eval.report.tables import table
-from sled.machine import hardware, versions
+from sled.timing import hardware, versions
 
 
 def column(heading: str, *, decimals: int = 2) -> Any:
