@@ -184,15 +184,15 @@ def test_what_was_interrupted_goes_on_where_it_was(lm, tmp_path, monkeypatch):
     requests = [text_request(f"q: {question}{n}\na:", n) for n in (1, 2) for question in QUESTIONS]
     cache = Cache(tmp_path / "answers.sqlite")
     model = SledLM(lm, batch_size=6, cache=cache, progress=False)
-    generate, calls = lm.generate, []
+    decode, calls = lm.decode, []
 
-    def once(prompts, **settings):
+    def once(prompts, decoding, **settings):
         calls.append(len(prompts))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(prompts, **settings)
+        return decode(prompts, decoding, **settings)
 
-    monkeypatch.setattr(lm, "generate", once)
+    monkeypatch.setattr(lm, "decode", once)
     with pytest.raises(KeyboardInterrupt):
         model.generate_until(requests)
     cache.close()

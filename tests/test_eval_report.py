@@ -55,11 +55,11 @@ def test_a_model_is_no_name():
 
 def test_baselines_are_plain_decoding_and_the_clamp():
     method = Method("mine", fusion=sled.SLED(rate=3.0, scale=20, lower_bound=-500.0), exits=sled.SelfSpeculation(2))
-    assert [(b.name, b.fusion, b.exits) for b in baselines(method)] == [
-        ("greedy", sled.FinalLayer(), None), ("clamp only", sled.ClampOnly(scale=20, lower_bound=-500.0), None)]
+    assert [(b.name, b.decoding.fusion, b.leaves_early) for b in baselines(method)] == [
+        ("greedy", sled.FinalLayer(), False), ("clamp only", sled.ClampOnly(scale=20, lower_bound=-500.0), False)]
     assert [b.name for b in baselines(Method("dola", fusion=sled.DoLa()))] == ["greedy"]
     assert baselines(Method("g")) == ()
-    with pytest.raises(SettingError, match=r"Method\.fusion"):
+    with pytest.raises(SettingError, match="fusion is 'sled'"):
         Method("x", fusion="sled")
 
 

@@ -52,9 +52,9 @@ def scripted(monkeypatch):
     """The toy with a script instead of a model: `scripted.calls` are the exits it was asked for. At threshold t the
     first (1 - t) of the answers are wrong, and it takes t seconds; without exits, or drafting, all are right, in 1."""
 
-    def generate(prompts, *, exits, **_):
-        lm.calls.append(exits)
-        t = getattr(exits, "threshold", 1.0)
+    def decode(prompts, decoding, **_):
+        lm.calls.append(decoding.exits)
+        t = getattr(decoding.exits, "threshold", 1.0)
         wrong = round((1 - t) * len(prompts))
         texts = [f"#### {'no' if i < wrong else 2 * i}" for i in range(len(prompts))]
         stats = Stats(prompt_tokens=1, new_tokens=2 * len(prompts), prefill_seconds=0, decode_seconds=1,
@@ -69,7 +69,7 @@ def scripted(monkeypatch):
         return {name: Times([seconds(name), 9.0]) for name in calls}
 
     lm = copy.copy(demo_toy())
-    lm.name, lm.generate, lm.calls, lm.config = "scripted", generate, [], THREE
+    lm.name, lm.decode, lm.calls, lm.config = "scripted", decode, [], THREE
     monkeypatch.setattr(sweeping, "interleave", interleave)
     monkeypatch.setattr(sweeping, "draw_sweep", lambda _, path: path.write_bytes(b"a picture") and path)
     return lm
@@ -82,13 +82,14 @@ def many(n):
 def test_grids_go_from_safe_to_risky_and_name_what_is_swept():
     methods = grid.early_exits([1, (4, 2)], [0.5, 0.9, 0.5], measures=["margin", "max_probability"], kv="propagate",
                                fusion=sled.SLED(rate=2, scale=5))
+    exits = [method.decoding.exits for method in methods]
     assert len(methods) == 8 and methods[0].name == "SLED rate 2 scale 5, exit after 1, propagate, margin threshold 0.9"
-    assert [m.exits.threshold for m in methods] == [0.9, 0.5] * 4 and methods[-1].exits.layers == (2, 4)
-    assert methods[-1].exits.kv == "propagate" and methods[-1].exits.measure == "max_probability"
-    assert [m.exits.draft for m in grid.self_speculation([2, 1], [4, 2])] == [2, 4, 2, 4]
+    assert [each.threshold for each in exits] == [0.9, 0.5] * 4 and exits[-1].layers == (2, 4)
+    assert exits[-1].kv == "propagate" and exits[-1].measure == "max_probability"
+    assert [m.decoding.exits.draft for m in grid.self_speculation([2, 1], [4, 2])] == [2, 4, 2, 4]
     settings = grid.sled_settings([1, 2], [5, 10])
-    assert [(m.fusion.rate, m.fusion.scale) for m in settings] == [(1, 5), (1, 10), (2, 5), (2, 10)]
-    assert len({m.name for m in (*methods, *settings)}) == 12 and all(m.exits is None for m in settings)
+    assert [(m.decoding.fusion.rate, m.decoding.fusion.scale) for m in settings] == [(1, 5), (1, 10), (2, 5), (2, 10)]
+    assert len({m.name for m in (*methods, *settings)}) == 12 and not any(m.leaves_early for m in settings)
     assert grid.no_exit(sled.DoLa()).name == "DoLa, no exit"
     assert grid.usual_layers(8) == (1, 2, 4, 6) and grid.usual_layers(32) == (4, 8, 16, 24)
     assert grid.usual_layers(2) == (1,) and grid.usual_layers(1) == ()
@@ -194,7 +195,7 @@ def test_what_changed_is_measured_again(scripted, tmp_path):
     for change in (dict(rounds=2), dict(max_new_tokens=5), dict(batch_size=2), dict(questions=many(5)),
                    dict(questions=dataclasses.replace(QUESTIONS, answers=(0, 2, 4, 6, 9))),
                    dict(methods=grid.early_exits([1], [1.0], kv="propagate")),
-                   dict(methods=[dataclasses.replace(EARLY[0], schedule=sled.Gather(2))])):
+                   dict(methods=[Method(EARLY[0].name, exits=EARLY[0].decoding.exits, schedule=sled.Gather(2))])):
         scripted.calls.clear()
         run(scripted, tmp_path, **{**usual, **change})
         assert scripted.calls, change
@@ -296,7 +297,7 @@ def test_every_row_of_a_fused_sweep_is_placed_by_the_baseline_of_the_exits():
 
 def test_the_picture_of_a_fused_sweep_has_its_baseline_at_1(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(sweep_picture, "FigureCanvasAgg", figures.append)
+    monkeypatch.setattr(sweep_picture, "save_figure", lambda figure, _: figures.append(figure))
     draw_sweep(fused(), tmp_path / "fused.svg")
     time = figures[0].axes[1]
     assert time.get_xlabel() == "times as fast as SLED, no exit"
