@@ -9,8 +9,11 @@ import numpy as np
 import optax
 import safetensors
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from sled.models.layers import rotary_angles
+from sled.models.sharding.sharding import ROWS
 
 BATCH, LENGTH = 8, 12
 OPTIMIZER = optax.adamw(3e-3)
@@ -57,7 +60,8 @@ def logits(model, tokens_BT, sharding):
     """Logits of a stacked decoder, everything held in its place where there is a mesh."""
     same = lambda x: x  # noqa: E731
     hold, hold_logits, table = (same,) * 3 if sharding is None else (
-        sharding.activations, sharding.logits, sharding.table)
+        sharding.activations, lambda x_BTV: jax.lax.with_sharding_constraint(
+            x_BTV, NamedSharding(sharding.mesh, P(ROWS, None, "tensor"))), sharding.table)
     positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     angles = rotary_angles(model.config, positions)
     graph, weights_L = nnx.split(model.layers)
