@@ -1,7 +1,9 @@
 """Tiny checkpoints of every family and variant, made of fixed random numbers, for all tests."""
 
+import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -9,9 +11,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-# Tests compile much and compute little: XLA need not optimise. Read when jax starts its devices, which is later.
+import sled
+
+# Tests compile much and compute little: XLA need not optimise, and its older code generator compiles in half the time.
+# Read when jax starts its devices, which is later; the programs beside the tests inherit it.
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
-                                    "--xla_llvm_disable_expensive_passes=true"])
+                                    "--xla_llvm_disable_expensive_passes=true",
+                                    "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"])
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live on; looking through them took a tenth of all
 
 # Files that take longest begin: one of them at the end would keep one process waiting for the other.
 LONG = ["test_train_trainer.py", "test_exits.py", "test_notebook.py", "test_decoding.py", "test_engine.py",
@@ -86,6 +93,18 @@ def pytest_addoption(parser):
     parser.addoption("--exhaustive", action="store_true", help="also run the cases that take minutes")
 
 
+def pytest_configure(config):
+    """What one process compiled the others read, in this run and the next. `pytest --cache-clear` forgets it."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ or not config.pluginmanager.hasplugin("cacheprovider"):
+        return  # given by the user, or by the process that started this worker; or `-p no:cacheprovider`
+    folder = config.cache.mkdir("jax")
+    if sum(file.stat().st_size for file in folder.iterdir()) > 2**30:  # programs of versions long gone
+        shutil.rmtree(folder)
+    for name, value in (("compilation_cache_dir", str(folder)), ("persistent_cache_min_compile_time_secs", 0.1)):
+        os.environ[f"JAX_{name.upper()}"] = str(value)  # for the processes that this one starts
+        jax.config.update(f"jax_{name}", value)
+
+
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if not config.getoption("--exhaustive"):
@@ -102,6 +121,12 @@ def forget_programs():
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def demo():
+    """The bundled model."""
+    return sled.load("demo")
 
 
 @pytest.fixture(params=VARIANTS)

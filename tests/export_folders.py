@@ -34,9 +34,10 @@ def headed_folder(tmp_path_factory):
 def run_folder(decoder, tmp_path_factory):
     """What a run of two checkpoints leaves, the first one measured."""
     run = tmp_path_factory.mktemp("run")
-    (run / "form").mkdir()
-    write_form(run / "form", CONFIG, "float32", folder_of("demo"))
-    with Checkpoints(run / "checkpoints", {"model": {"kind": "sled.NewModel", "name": "new"}}, every=1) as checkpoints:
+    (run / "model_config").mkdir()
+    write_form(run / "model_config", CONFIG, "float32", folder_of("demo"))
+    settings = {"model": {"kind": "sled.NewModel", "name": "new"}}
+    with Checkpoints(run / "checkpoints", settings, save_every=1) as checkpoints:
         for step in (1, 2):
             weights = jax.tree.map(lambda x: x * step, nnx.state(decoder.stack()))  # noqa: B023
             checkpoints.save(step, {"weights": weights, "optimizer": {"moment": jnp.zeros(3)}}, {})

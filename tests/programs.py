@@ -13,13 +13,12 @@ from pathlib import Path
 from sled.train.run.checkpoint import complete_steps
 
 HERE = Path(__file__).parent
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # they compile more than they run
 
 
 def on_devices(count: int, **others: str) -> dict[str, str]:
     """An environment with so many CPU devices; `others` are further variables."""
     return {**os.environ, "JAX_PLATFORMS": "cpu", "TQDM_DISABLE": "1",
-            "XLA_FLAGS": f"{QUICK} --xla_force_host_platform_device_count={count}", **others}
+            "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={count}", **others}
 
 
 def run_together(programs: Sequence[tuple[Mapping[str, str], Sequence[str | Path]]]) -> None:
@@ -44,7 +43,7 @@ def free_address() -> str:
 
 
 class Forks:
-    """Runs of a program that serves (see killable.py) in forked processes, one at a time."""
+    """Runs of a program that serves (see training_runs.py) in forked processes, one at a time."""
 
     def __init__(self, errors: Path, program: Sequence[str | Path], environment: Mapping[str, str]):
         self.errors, self.running = errors, None

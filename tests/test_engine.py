@@ -6,28 +6,32 @@ import time
 
 import numpy as np
 import pytest
-from flax import nnx
+from tiny_lm import (
+    CAPACITY,
+    DECODE,
+    EOS,
+    PROMPTS,
+    PUT_ROW,
+    SET_ACTIVE,
+    START,
+    compiled,
+    generate,
+    talking_lm,
+    tiny_lm,
+)
 
 import sled
-from sled.decoding import loop, slots, state
+from sled.decoding import state
 from sled.errors import PromptError, RequestError, SettingError, TokenizerError
-from sled.lm import LM
-from sled.models import Decoder, DecoderConfig
 from sled.serving.request import Limits
 
-EOS = 5
-CAPACITY = 48  # of the engines, and of the batches that say what is right: one compiled program each
-CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, num_layers=3, num_heads=4,
-                       num_kv_heads=2, head_dim=8, max_positions=CAPACITY, eos_ids=(EOS,))
-EXITS = sled.EarlyExit((1, 2), threshold=0.2)
-GUESSES = sled.SelfSpeculation(1, draft=4)
+EXITS = sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3)
+GUESSES = sled.SelfSpeculation(2, draft=4)
 
 
 @pytest.fixture(scope="module")
 def lm():
-    model = Decoder.init(CONFIG, rngs=nnx.Rngs(1))
-    nnx.update(model, {"embedding": {"weight": 10 * model.embedding.weight[...]}})
-    return LM(model)
+    return tiny_lm()
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +41,12 @@ def engine(lm):
 
 
 def some_prompt(rng):
-    return rng.integers(6, 61, size=rng.integers(1, 30)).tolist()
+    return rng.integers(6, 61, size=rng.integers(1, 18)).tolist()
 
 
-def alone(lm, prompt, limit, **settings):
+def alone(prompt, limit, **settings):
     """The first `limit` tokens for this prompt and the layers that said them: a token does not depend on the limit."""
-    out = lm.generate([prompt], max_new_tokens=CAPACITY, **settings)
+    out = generate([prompt], **settings)
     return out.tokens[0][:limit], out.exit_layers[0][:limit]
 
 
@@ -50,23 +54,23 @@ def test_two_hundred_requests_get_what_each_gets_alone(lm):
     rng = np.random.default_rng(0)
     engine = sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3), limits=Limits(show_exits=True))
     asked = [(some_prompt(rng), int(rng.integers(1, 40)), dict(
-        seed=int(rng.integers(2**32)), exits=dataclasses.replace(EXITS, threshold=tuple(rng.uniform(0, 0.5, size=2))),
+        seed=int(rng.integers(2**32)), exits=dataclasses.replace(EXITS, threshold=tuple(rng.uniform(0, 0.2, size=2))),
         sampling=sled.Sampling(temperature=rng.choice([0.0, 0.9]), top_k=int(rng.integers(20)),
                                repetition_penalty=rng.choice([1.0, 1.3])))) for _ in range(200)]
     requests = [engine.submit(prompt, max_new_tokens=limit, **settings) for prompt, limit, settings in asked[:90]]
     for _ in range(30):
         engine.step()
-    compiled = [f._cache_size() for f in (loop.decode, state.put_row)]
+    counts = compiled()
     requests += [engine.submit(prompt, max_new_tokens=limit, **settings) for prompt, limit, settings in asked[90:]]
     engine.run()
-    assert [f._cache_size() for f in (loop.decode, state.put_row)] == compiled
+    assert compiled() == counts
     assert (engine.waiting, engine.running) == (0, 0)
     left_early = 0
     for request, (prompt, limit, settings) in zip(requests, asked, strict=True):
-        result, (tokens, layers) = request.result(), alone(lm, prompt, limit, **settings)
+        result, (tokens, layers) = request.result(), alone(prompt, limit, **settings)
         assert (result.tokens, result.exit_layers) == (tokens, layers)
         assert result.finish_reason == ("eos" if tokens[-1] == EOS else "length")
-        left_early += sum(layer < 3 for layer in layers)
+        left_early += sum(layer < 4 for layer in layers)
     assert 200 < left_early < sum(len(r.result().tokens) for r in requests)
 
 
@@ -76,12 +80,12 @@ def test_speculation_says_what_its_fusion_alone_says(lm):
     asked = [(some_prompt(rng), int(rng.integers(1, 40)),
               dict(seed=i, fusion=sled.SLED(rate=rng.uniform(0, 4), scale=int(rng.integers(1, 16))),
                    sampling=sled.Sampling(temperature=i % 3 / 3))) for i in range(40)]
-    requests = [engine.submit(prompt, max_new_tokens=limit, exits=sled.SelfSpeculation(1, draft=1 + i % 8), **settings)
+    requests = [engine.submit(prompt, max_new_tokens=limit, exits=sled.SelfSpeculation(2, draft=1 + i % 8), **settings)
                 for i, (prompt, limit, settings) in enumerate(asked)]
     default = engine.submit([7, 8], max_new_tokens=9)
     for request, (prompt, limit, settings) in zip(requests, asked, strict=True):
-        assert request.result().tokens == alone(lm, prompt, limit, **settings)[0]
-    assert default.result().tokens == alone(lm, [7, 8], 9, fusion=sled.SLED())[0]
+        assert request.result().tokens == alone(prompt, limit, **settings)[0]
+    assert default.result().tokens == alone([7, 8], 9, fusion=sled.SLED())[0]
     assert sum(request.result().accepted for request in requests) > 0
 
 
@@ -89,9 +93,9 @@ def test_pieces_add_up(engine, lm):
     request, other = engine.submit([9, 8, 7], max_new_tokens=30), engine.submit([9, 8], max_new_tokens=30)
     pieces = list(request.stream())
     assert len(pieces) > 1 and all(piece.tokens for piece in pieces)
-    assert [token for piece in pieces for token in piece.tokens] == alone(lm, [9, 8, 7], 30, exits=EXITS)[0]
+    assert [token for piece in pieces for token in piece.tokens] == alone([9, 8, 7], 30, exits=EXITS)[0]
     assert [piece.tokens for piece in request.stream()] == [request.result().tokens]  # read again, in one piece
-    assert other.result().tokens == alone(lm, [9, 8], 30, exits=EXITS)[0]
+    assert other.result().tokens == alone([9, 8], 30, exits=EXITS)[0]
     assert request.status == other.status == "done" and (engine.waiting, engine.running) == (0, 0)
 
 
@@ -112,7 +116,7 @@ def test_cancelled_requests_harm_no_other(engine, lm):
         requests[i].cancel()
     engine.run()
     for i, request in enumerate(requests):
-        result, (tokens, _) = request.result(), alone(lm, prompts[i], 25, exits=EXITS)
+        result, (tokens, _) = request.result(), alone(prompts[i], 25, exits=EXITS)
         if i in cancelled:
             assert result.finish_reason == "cancelled" and result.tokens == tokens[:len(result.tokens)]
             assert 0 < len(result.tokens) < 25 if i != 15 else not result.tokens
@@ -130,7 +134,7 @@ def test_failing_requests_harm_no_other(engine, lm, monkeypatch):
             raise MemoryError("out of memory")
         return start(build, params, prompts, *rest, **named)
 
-    monkeypatch.setattr(slots.state, "start", fails_at_thirteen)
+    monkeypatch.setattr(START, fails_at_thirteen)
     requests = [engine.submit([10 + i, 9], max_new_tokens=12) for i in range(10)]
     broken_text = requests[5]
     monkeypatch.setattr(broken_text, "take", lambda *_: 1 // 0)
@@ -144,24 +148,24 @@ def test_failing_requests_harm_no_other(engine, lm, monkeypatch):
             with pytest.raises(RequestError):
                 list(request.stream())
         else:
-            assert request.result().tokens == alone(lm, [10 + i, 9], 12, exits=EXITS)[0]
+            assert request.result().tokens == alone([10 + i, 9], 12, exits=EXITS)[0]
 
 
 def test_a_failing_device_keeps_those_that_wait(engine, lm, monkeypatch):
     requests = [engine.submit([10 + i, 9], max_new_tokens=12) for i in range(10)]
     with monkeypatch.context() as broken:
-        broken.setattr(loop, "decode", lambda **_: 1 // 0)
+        broken.setattr(DECODE, lambda **_: 1 // 0)
         with pytest.raises(ZeroDivisionError):
             engine.step()
     assert [request.status for request in requests] == ["failed"] * 8 + ["waiting"] * 2
     with pytest.raises(RequestError) as failed:
         requests[0].result()
     assert isinstance(failed.value.__cause__, ZeroDivisionError)
-    assert requests[9].result().tokens == alone(lm, [19, 9], 12, exits=EXITS)[0]
+    assert requests[9].result().tokens == alone([19, 9], 12, exits=EXITS)[0]
 
 
 @pytest.mark.parametrize(("where", "failure"), [
-    ("start", KeyboardInterrupt()), ("put_row", MemoryError("full")), ("set_active", MemoryError("full"))], ids=str)
+    (START, KeyboardInterrupt()), (PUT_ROW, MemoryError("full")), (SET_ACTIVE, MemoryError("full"))], ids=str)
 def test_no_request_is_lost_where_the_device_fails(lm, monkeypatch, where, failure):
     engine = sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3))
     requests = [engine.submit([10 + i, 9], max_new_tokens=3) for i in range(10)]
@@ -170,13 +174,13 @@ def test_no_request_is_lost_where_the_device_fails(lm, monkeypatch, where, failu
         raise failure
 
     with monkeypatch.context() as broken:
-        broken.setattr(slots.state, where, fails)
+        broken.setattr(where, fails)
         with pytest.raises(type(failure)):
             engine.run()
     assert [request.status for request in requests[8:]] == ["waiting"] * 2
     engine.run()
     assert all(request.ended for request in requests)
-    assert requests[9].result().tokens == alone(lm, [19, 9], 3, exits=EXITS)[0]
+    assert requests[9].result().tokens == alone([19, 9], 3, exits=EXITS)[0]
 
 
 def test_a_reader_beside_the_driver_sees_tokens_with_their_layers(lm, monkeypatch):
@@ -203,16 +207,16 @@ def test_any_thread_may_submit_and_read(engine, lm):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == {i: alone(lm, [20 + i], 15, exits=EXITS)[0] for i in range(12)}
+    assert found == {i: alone([20 + i], 15, exits=EXITS)[0] for i in range(12)}
 
 
 def test_the_budget_charges_all_layers(lm):
-    engine = sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3), limits=Limits(budget=3 * 20 + 2))
+    engine = sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3), limits=Limits(budget=4 * 20 + 2))
     cut, short = engine.submit([9] * 12, max_new_tokens=20), engine.submit([9] * 12, max_new_tokens=8)
-    with pytest.raises(RequestError, match=r"prompt of 20 tokens .* budget of 62 layer-tokens"):
+    with pytest.raises(RequestError, match=r"prompt of 20 tokens .* budget of 82 layer-tokens"):
         engine.submit([9] * 20)
     engine.submit([9] * 19)
-    tokens, _ = alone(lm, [9] * 12, 20, exits=EXITS)
+    tokens, _ = alone([9] * 12, 20, exits=EXITS)
     assert EOS not in tokens[:8]
     assert cut.result().finish_reason == "budget" and cut.result().tokens == tokens[:8]
     assert short.result().finish_reason == "length" and short.result().tokens == tokens[:8]
@@ -225,8 +229,8 @@ def test_the_budget_charges_all_layers(lm):
 def test_constant_depth_goes_through_all_layers(lm):
     engine = sled.Engine(lm, slots=8, exits=EXITS, limits=Limits(constant_depth=True, show_exits=True))
     request = engine.submit([9, 8, 7], max_new_tokens=12, exits=dataclasses.replace(EXITS, threshold=0.0))
-    assert request.result().exit_layers == [3] * 12
-    assert request.result().tokens == alone(lm, [9, 8, 7], 12)[0]
+    assert request.result().exit_layers == [4] * 12
+    assert request.result().tokens == alone([9, 8, 7], 12)[0]
 
 
 def test_the_operators_floor_holds_for_every_request(lm):
@@ -254,8 +258,8 @@ def test_the_operators_floor_holds_for_every_request(lm):
 
 @pytest.mark.parametrize(("settings", "message"), [
     (dict(slots=0), "slots is 0"), (dict(capacity=0), "capacity is 0"), (dict(capacity=49), "capacity is 49.*2 to 48"),
-    (dict(exits=sled.EarlyExit(3)), "no early exit of a model of 3"),
-    (dict(exits=sled.EarlyExit(3), limits=Limits(constant_depth=True)), "no early exit of a model of 3"),
+    (dict(exits=sled.EarlyExit(4)), "no early exit of a model of 4"),
+    (dict(exits=sled.EarlyExit(4), limits=Limits(constant_depth=True)), "no early exit of a model of 4"),
     (dict(exits=sled.EarlyExit), "exits is"),
     (dict(limits=0.5), "limits is 0.5"), (dict(schedule="gather"), "schedule is 'gather'"),
     (dict(sampling=sled.Sampling(temperature=np.ones(8))), r"B is 1 here; a request is one row"),
@@ -281,8 +285,8 @@ def test_limits_that_cannot_be(limits, message):
     (dict(prompt=[7], seed=-1), SettingError, "seed is -1"), (dict(prompt=[7], stop=""), SettingError, "stop is ''"),
     (dict(prompt=[7], stop="."), TokenizerError, "no tokenizer"),
     (dict(prompt=[7], exits=GUESSES), SettingError, "must be of class EarlyExit"),
-    (dict(prompt=[7], exits=sled.EarlyExit(1)), SettingError, r"EarlyExit.layers is \(1,\), but \(1, 2\) for every"),
-    (dict(prompt=[7], exits=sled.EarlyExit((1, 2), np.ones((2, 2)))), SettingError, "B is 1 here; a request"),
+    (dict(prompt=[7], exits=sled.EarlyExit(1)), SettingError, r"EarlyExit.layers is \(1,\), but \(1, 3\) for every"),
+    (dict(prompt=[7], exits=dataclasses.replace(EXITS, threshold=np.ones((2, 2)))), SettingError, "B is 1 here; a req"),
     (dict(prompt=[7], fusion=sled.SLED()), SettingError, "must be of class FinalLayer"),
 ], ids=str)
 def test_a_bad_request_is_refused_at_once(engine, asked, error, message):
@@ -299,11 +303,12 @@ def test_no_request_makes_all_rows_take_more_steps(lm):
 
 
 def test_text_and_stop_strings():
-    demo = sled.load("demo")
-    engine = sled.Engine(demo, slots=2, capacity=128)
-    prompt = "Question: Ash buys 6 toys at 10 tokens each, 10% off for four or more: how much?\nAnswer:"
-    whole, stopped = engine.submit(prompt, max_new_tokens=40), engine.submit(prompt, max_new_tokens=40, stop="=6")
-    text = demo.generate(prompt, max_new_tokens=40).texts[0]
-    assert "".join(piece.text for piece in stopped.stream()) == text[:text.index("=6")]
+    lm = talking_lm()
+    engine = sled.Engine(lm, slots=8, exits=EXITS, schedule=sled.Gather(3))
+    prompt = lm.text.decode(PROMPTS[2])
+    text = lm.generate(prompt, max_new_tokens=CAPACITY, exits=EXITS).texts[0]
+    stop = text[9:11]
+    whole, stopped = engine.submit(prompt, max_new_tokens=40), engine.submit(prompt, max_new_tokens=40, stop=stop)
+    assert "".join(piece.text for piece in stopped.stream()) == text[:text.index(stop)]
     assert stopped.result().finish_reason == "stop"
     assert "".join(piece.text for piece in whole.stream()) == whole.result().text == text

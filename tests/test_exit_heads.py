@@ -14,7 +14,7 @@ from headed_models import CONFIG, FAST, KINDS, bare, headed, plain_logits
 from jax.sharding import PartitionSpec as P
 
 import sled
-from sled.decoding.network import candidates, read
+from sled.decoding.readout import Readout
 from sled.errors import CheckpointError, ConfigError, SettingError
 from sled.lm import LM
 from sled.models import ExitHeads, exportable, from_pre_exit, load_folder, save_folder
@@ -122,9 +122,9 @@ def test_self_speculation_guesses_by_the_heads_and_loses_nothing(bare):
 def test_guesses_are_made_through_the_exits_own_rows():
     model = headed("projection, untied")
     h = jax.random.normal(jax.random.key(0), (2, 16))
-    guesser = sled.SelfSpeculation((1, 2), adaptive=True, vocabulary=jnp.array([7, 3])).prepare(model)
+    drafter = sled.SelfSpeculation((1, 2), adaptive=True, vocabulary=jnp.array([7, 3])).prepare(Readout(model))
     for index, layer in enumerate((1, 2)):
-        logits = guesser.project(read(model, h, layer), index)
+        logits = drafter.logits(h, index)
         np.testing.assert_allclose(logits[:, [7, 3]], plain_logits(model, h, layer)[:, [7, 3]], rtol=1e-4, atol=1e-4)
         assert np.isneginf(np.delete(logits, [7, 3], axis=1)).all()
 
@@ -138,9 +138,10 @@ def test_the_lens_and_fusions_read_by_the_heads(bare):
     tied = headed("affine")
     for norm in (True, False):
         other = model.normalise(states[2]) if norm else states[2]
-        found = candidates(tied, states, (1, 2), norm, 3)
-        np.testing.assert_array_equal(found, jnp.stack([read(tied, states[1], 1), other, read(tied, states[3], 3)], 1))
-        found = candidates(model, states, (1, 2), norm, 4)
+        found = Readout(tied).candidates(states, (1, 2), norm, 3)
+        np.testing.assert_array_equal(found, jnp.stack(
+            [Readout(tied).ready(states[1], 1), other, Readout(tied).ready(states[3], 3)], 1))
+        found = Readout(model).candidates(states, (1, 2), norm, 4)
         plain = model.normalise(states[1]) if norm else states[1]
         np.testing.assert_array_equal(found, jnp.stack([plain, other, model.normalise(states[4])], 1))
 

@@ -1,194 +1,165 @@
-"""Early exit and self-speculation: against a slow reference in plain Python, and what they promise."""
+"""Early exit and self-speculation: against a full pass for every token, and what they promise."""
 
 import dataclasses
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from tiny_lm import (
+    CAPACITY,
+    CONFIG,
+    EOS,
+    PROMPTS,
+    SAMPLED,
+    FullPass,
+    begin,
+    caches_of,
+    check_endings,
+    compiled,
+    decode_without_transfers,
+    generate,
+    tiny_lm,
+)
 
 import sled
-from sled.decoding import loop
-from sled.decoding.generation import Generation
 from sled.exits import FullDepth
-from sled.fusion import SharedHead
-from sled.lm import LM
-from sled.models import Decoder, DecoderConfig
-
-EOS = 5
-CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, num_layers=4, num_heads=4,
-                       num_kv_heads=2, head_dim=8, max_positions=96, eos_ids=(EOS,))
-COUNT = 20
 
 
 @pytest.fixture(scope="module")
-def model():
-    """Random, with deeper layers that change less and less: early layers are right now and then."""
-    decoder = Decoder.init(CONFIG, rngs=nnx.Rngs(1))
-    nnx.update(decoder, jax.tree.map(lambda x: 6 * x if x.ndim == 2 else x, nnx.state(decoder)))
-    for n, block in enumerate(decoder.layers):
-        for weight in (block.attention.o.weight, block.mlp.down.weight):
-            weight[...] = weight[...] * 0.35**n
-    return decoder
+def lm():
+    return tiny_lm()
 
 
-@pytest.fixture(scope="module")
-def lm(model):
-    return LM(model)
+def sureness(policy, logits_BSV, states, index):
+    """The confidence [B, S] of the exit with this index."""
+    p_BSV = np.asarray(jax.nn.softmax(logits_BSV))
+    first, second = np.sort(p_BSV)[..., :-3:-1].transpose(2, 0, 1)
+    h, below = states[policy.layers[index]], states[policy.layers[index] - 1]
+    match policy.measure:
+        case "max_probability":
+            return first
+        case "margin":
+            return first - second
+        case "entropy":
+            return 1 + (p_BSV * np.log(np.maximum(p_BSV, 1e-30))).sum(-1) / np.log(CONFIG.vocab_size)
+        case "saturation":
+            cosine = (h * below).sum(-1) / np.linalg.norm(h, axis=-1) / np.linalg.norm(below, axis=-1)
+            return np.maximum(cosine, 0)
+        case "classifier":
+            return jax.nn.sigmoid(h @ policy.classifier.weight_ED[index] + policy.classifier.bias_E[index])
 
 
-@pytest.fixture(scope="module")
-def prompts():
-    rng = np.random.default_rng(0)
-    return [rng.integers(6, 61, size=n).tolist() for n in (1, 4, 17, 30, 9, 12, 3, 25)]
-
-
-@pytest.fixture(scope="module")
-def states_of(model):
-    """`states_of(ids)`: hidden states [L + 1, D] after the last of these tokens, by a full forward pass."""
-    forward = jax.jit(lambda tokens: model.hidden_states(tokens)[:, 0])
-
-    def states(ids):
-        padded = np.zeros((1, 96), np.int32)
-        padded[0, :len(ids)] = ids
-        return forward(padded)[:, len(ids) - 1]
-
-    return states
-
-
-@functools.partial(jax.jit, static_argnames=("model", "layer", "fusion"))
-def fused_logits(model, states, layer, fusion):
-    """The fusion's logits [V] where `layer` speaks last."""
-    early = fusion.early_layers(layer, tied=model.tied_head)
-    picked = [model.normalise(states[n]) if fusion.norm_early else states[n] for n in early]
-    h_BCD = jnp.stack([*picked, model.normalise(states[layer])])[None]
-    return fusion.logits(h_BCD, SharedHead(model.head_weight))[0]
-
-
-def sureness(name, logits, states, layer, classifier, index):
-    p = jax.nn.softmax(logits)
-    first, second = np.sort(np.asarray(p))[::-1][:2]
-    h, below = states[layer], states[layer - 1]
-    return {
-        "max_probability": first,
-        "margin": first - second,
-        "entropy": 1 + float((p * jnp.log(jnp.maximum(p, 1e-30))).sum()) / np.log(len(p)),
-        "saturation": max(0, float(h @ below / jnp.linalg.norm(h) / jnp.linalg.norm(below))),
-        "classifier": classifier and float(
-            jax.nn.sigmoid(h @ classifier.weight_ED[index] + classifier.bias_E[index])),
-    }[name]
-
-
-def slow_early_exit(model, states_of, prompt, policy, thresholds, fusion, count=COUNT):
-    """(tokens, layers) of one row, every token through as many layers of a full forward pass as it needs.
+def full_passes(policy, fusion, out):
+    """The (token, layer) of every new token, each after what `out` has before it: [(tokens, layers)] of the rows.
 
     With exact K/V nothing else is needed: what a token's deeper layers see does not depend on exits.
     """
-    ids, layers = list(prompt), []
-    while len(layers) < count:
-        states = states_of(ids)
-        for index, layer in enumerate((*policy.layers, model.num_layers)):
-            logits = fused_logits(model, states, layer, fusion)
-            if layer == model.num_layers:
-                break
-            limit = thresholds[index]
-            if policy.decay != "none":
-                late = limit if policy.decay == "calm-code" else 1
-                limit = 0.9 * limit + 0.1 * late * np.exp(-policy.decay_temperature * len(layers) / count)
-            if layer >= policy.min_layer and sureness(policy.measure, logits, states, layer, policy.classifier,
-                                                      index) > limit:
-                break
-        ids.append(int(jnp.argmax(logits)))
-        layers.append(layer)
-        if ids[-1] == EOS:
-            break
-    return ids[len(prompt):], layers
+    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, out.tokens, strict=True)]
+    passed = FullPass(texts)
+    logits = {layer: passed.logits(fusion, layer) for layer in (*policy.layers, CONFIG.num_layers)}
+    sure = [sureness(policy, logits[layer], passed.states, i) for i, layer in enumerate(policy.layers)]
+    for b, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+        tokens, layers = [], []
+        for made, at in enumerate(range(len(prompt) - 1, len(text) - 1)):
+            for index, layer in enumerate(policy.layers):
+                limit = np.broadcast_to(policy.threshold, len(policy.layers))[index]
+                if policy.decay != "none":
+                    late = limit if policy.decay == "calm-code" else 1
+                    limit = 0.9 * limit + 0.1 * late * np.exp(
+                        -policy.decay_temperature * made / (CAPACITY - len(prompt)))
+                if layer >= policy.min_layer and sure[index][b, at] > limit:
+                    break
+            else:
+                layer = CONFIG.num_layers
+            tokens.append(int(logits[layer][b, at].argmax()))
+            layers.append(layer)
+        yield tokens, layers
 
 
 CLASSIFIER = sled.Classifier(jnp.asarray(np.random.default_rng(3).normal(size=(2, 32)) / 6, jnp.float32), jnp.zeros(2))
+MOST_LIKELY = sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3)
+MARGIN = sled.EarlyExit((1, 3), threshold=(0.1, 0.05), measure="margin")
+CLASSIFIED = sled.EarlyExit((2, 3), threshold=0.5, measure="classifier", classifier=CLASSIFIER)
 EARLY = {
-    "max_probability": (sled.EarlyExit((1, 3), threshold=(0.08, 0.07)), sled.FinalLayer()),
-    "margin, fused": (sled.EarlyExit((1, 3), threshold=(0.1, 0.05), measure="margin"), sled.SLED()),
+    "max_probability": (MOST_LIKELY, sled.FinalLayer()),
+    "margin, fused": (MARGIN, sled.SLED()),
     "entropy, decaying": (sled.EarlyExit(2, threshold=0.03, measure="entropy", decay="calm-paper"), sled.DoLa((1,))),
     "saturation, min layer": (sled.EarlyExit((1, 2, 3), threshold=(0.1, 0.9, 0.99), measure="saturation", min_layer=2,
                                              decay="calm-code"), sled.FinalLayer()),
-    "classifier": (sled.EarlyExit((2, 3), threshold=0.5, measure="classifier", classifier=CLASSIFIER),
-                   sled.FinalLayer()),
+    "classifier": (CLASSIFIED, sled.FinalLayer()),
 }
-
-
-@pytest.mark.parametrize("case", EARLY)
-def test_early_exit_equals_the_slow_reference(lm, model, states_of, prompts, case):
-    policy, fusion = EARLY[case]
-    thresholds = np.broadcast_to(policy.threshold, len(policy.layers))
-    out = lm.generate(prompts[:3], max_new_tokens=COUNT, exits=policy, fusion=fusion)
-    slow = [slow_early_exit(model, states_of, p, policy, thresholds, fusion) for p in prompts[:3]]
-    assert list(zip(out.tokens, out.exit_layers, strict=True)) == slow
-    assert len({layer for row in out.exit_layers for layer in row}) > 1  # the case is a case
-
-
+PROPAGATING = sled.EarlyExit(2, threshold=0.07, kv="propagate")
 SCHEDULES = [sled.Immediate(), sled.Lockstep(), sled.Gather(rows=3, patience=5), sled.Gather(rows=8, patience=100)]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
-def test_no_schedule_and_no_batch_mate_changes_a_row(lm, prompts, schedule):
-    settings = dict(max_new_tokens=COUNT, exits=sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3))
-    alone = [lm.generate(p, **settings) for p in prompts[:5]]
-    for batch in (prompts[:5], prompts[4::-1]):
-        together = lm.generate(batch, schedule=schedule, **settings)
-        mine = alone if batch[0] == prompts[0] else alone[::-1]
-        assert together.tokens == [out.tokens[0] for out in mine]
-        assert together.exit_layers == [out.exit_layers[0] for out in mine]
+def speculation(layer=2, drafts=(1, 2, 4, 8), **settings):
+    """Ragged acceptance: every row has another draft length."""
+    return sled.SelfSpeculation(layer, draft=np.array(drafts), max_draft=8, **settings)
 
 
-def begin(lm, prompts, **how):
-    return Generation(lm.build, lm.params, [np.array(p, np.int32) for p in prompts], limits=[COUNT] * len(prompts),
-                      seeds=[0] * len(prompts), sampling=sled.Sampling(), stop_ids=(), **how)
+@pytest.mark.parametrize("case", EARLY)
+def test_early_exit_equals_a_full_pass_and_its_numbers_compile_nothing(case):
+    policy, fusion = EARLY[case]
+    out = generate(exits=policy, fusion=fusion)
+    assert list(zip(out.tokens, out.exit_layers, strict=True)) == list(full_passes(policy, fusion, out))
+    assert len({layer for row in out.exit_layers for layer in row}) > 1  # the case is a case
+    check_endings(out)
+
+    counts = compiled()
+    other = dataclasses.replace(policy, threshold=jax.tree.map(lambda x: x / 2, policy.threshold), min_layer=1,
+                                decay_temperature=2.0)
+    generate([[9] * n for n in (5, 11, 2, 16)], exits=other, fusion=fusion, sampling=SAMPLED, schedule=sled.Gather(8))
+    assert compiled() == counts
 
 
-@pytest.mark.parametrize(("policy", "schedule"), [
-    *((sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3), schedule) for schedule in SCHEDULES),
-    (sled.SelfSpeculation(2, draft=4), SCHEDULES[0]),
-    *(pytest.param(sled.SelfSpeculation(2, draft=4), schedule, marks=pytest.mark.exhaustive)
-      for schedule in SCHEDULES[1:])], ids=repr)
-def test_caches_are_those_of_a_full_forward_pass(lm, model, prompts, policy, schedule):
-    run = begin(lm, prompts[:3], policy=policy, schedule=schedule, fusion=sled.FinalLayer())
-    run.advance()
-    state = run._state
-    plan = (0, *policy.exits(CONFIG.num_layers))
-    done_BE = np.asarray(state.done_BE)
-    assert (done_BE[:, -1] >= np.asarray(state.length_B) - 1 - state.window).all()
-    for b in range(3):
-        tokens = state.tokens_BS[b:b + 1, :int(state.length_B[b])]
-        positions = jnp.arange(tokens.shape[1])[None]
-        _, exact = model.run_layers(model.embed(tokens), positions, None, 0, CONFIG.num_layers)
-        for s, (below, top) in enumerate(itertools.pairwise(plan)):
-            for layer in range(below, top):
-                for ours, theirs in zip(state.caches[layer], exact[layer], strict=True):
-                    np.testing.assert_allclose(ours[b, :, :done_BE[b, s]], theirs[0, :, :done_BE[b, s]], atol=1e-5)
+def test_no_schedule_and_no_batch_mate_changes_a_row():
+    alone = [generate(p, exits=MOST_LIKELY) for p in PROMPTS]
+    for schedule in SCHEDULES:
+        for prompts, mine in ((PROMPTS, alone), (PROMPTS[::-1], alone[::-1])):
+            together = generate(prompts, schedule=schedule, exits=MOST_LIKELY)
+            assert together.tokens == [out.tokens[0] for out in mine]
+            assert together.exit_layers == [out.exit_layers[0] for out in mine]
 
 
-@pytest.mark.parametrize("fusion", [sled.FinalLayer(), sled.SLED()], ids=lambda f: type(f).__name__)
-def test_threshold_one_is_plain_decoding(lm, prompts, fusion):
-    plain = lm.generate(prompts, max_new_tokens=COUNT, fusion=fusion)
-    for policy in (sled.EarlyExit((1, 3), threshold=1.0), sled.EarlyExit((1, 3), threshold=1.0, kv="propagate")):
-        out = lm.generate(prompts, max_new_tokens=COUNT, fusion=fusion, exits=policy, schedule=sled.Gather())
-        assert out.tokens == plain.tokens
-        assert out.stats.mean_depth == CONFIG.num_layers and out.stats.deferred == 0
+@pytest.mark.parametrize("policy", [MOST_LIKELY, speculation()], ids=lambda policy: type(policy).__name__)
+def test_caches_are_those_of_a_full_forward_pass(lm, policy):
+    model = lm.build(lm.params)
+    exact = jax.jit(lambda tokens: model.run_layers(model.embed(tokens), jnp.arange(CAPACITY)[None], None, 0, 4)[1])
+    for schedule in SCHEDULES:
+        run = begin(policy, sled.FinalLayer(), schedule)
+        run.advance()
+        for tokens, caches, done in caches_of(run):
+            expected = exact(np.pad(tokens, (0, CAPACITY - len(tokens)))[None])
+            for ours, theirs, known in zip(caches, expected, done, strict=True):
+                for x, y in zip(ours, theirs, strict=True):
+                    np.testing.assert_allclose(x[:, :known], y[0, :, :known], atol=1e-5)
 
 
-def test_propagation_equals_the_slow_reference(lm, model, prompts):
+@pytest.mark.parametrize(("policy", "fusion"), [
+    (dataclasses.replace(MOST_LIKELY, threshold=(1.0, 1.0)), sled.FinalLayer()),
+    (dataclasses.replace(MARGIN, threshold=(1.0, 1.0)), sled.SLED()),
+    (dataclasses.replace(PROPAGATING, threshold=1.0), sled.FinalLayer()),
+    pytest.param(dataclasses.replace(PROPAGATING, threshold=1.0), sled.SLED(), marks=pytest.mark.exhaustive),
+], ids=["exact", "exact, fused", "propagated", "propagated, fused"])
+def test_threshold_one_is_plain_decoding(policy, fusion):
+    out = generate(fusion=fusion, exits=policy, schedule=sled.Gather())
+    assert out.tokens == generate(fusion=fusion).tokens
+    assert out.stats.mean_depth == CONFIG.num_layers and out.stats.deferred == 0
+
+
+def test_propagation_equals_the_slow_reference(lm):
     """CALM's K/V: layer by layer, eagerly, with `write_kv` in place of the layers that did not run."""
-    policy = sled.EarlyExit(2, threshold=0.07, kv="propagate")
+    model, count = lm.build(lm.params), 18
     run_layers, write_kv = (functools.partial(jax.jit(f, static_argnums=(3, 4)))
                             for f in (model.run_layers, model.write_kv))
-    for prompt in prompts[1:3]:
-        tokens, caches, ids = [], model.empty_caches(1, 96), list(prompt)
-        for t in range(len(prompt) + COUNT - 1):
-            h, at = model.embed(jnp.array([[ids[t]]])), jnp.array([[t]])
+    out = generate(exits=PROPAGATING)
+    assert {layer for row in out.exit_layers for layer in row} == {2, 4}
+    for prompt, expected in list(zip(PROMPTS, out.tokens, strict=True))[1::2]:
+        tokens, caches, ids = [], model.empty_caches(1, CAPACITY), list(prompt)
+        for t in range(len(prompt) + count - 1):
+            h, at = model.embed(np.array([[ids[t]]])), np.array([[t]])
             states, low = run_layers(h, at, caches[:2], 0, 2)
             logits = model.logits(states[-1][0, 0])
             sure = float(jax.nn.softmax(logits).max())
@@ -203,115 +174,63 @@ def test_propagation_equals_the_slow_reference(lm, model, prompts):
                 tokens.append(ids[-1])
                 if ids[-1] == EOS:
                     break
-        assert lm.generate(prompt, max_new_tokens=COUNT, exits=policy).tokens[0] == tokens
+        assert expected[:count] == tokens
 
 
-def test_a_confidence_that_is_not_finite_goes_on(lm, prompts):
+def test_a_confidence_that_is_not_finite_goes_on():
     nan = dataclasses.replace(CLASSIFIER, bias_E=jnp.array([jnp.nan, jnp.nan]))
-    policy = sled.EarlyExit((2, 3), threshold=0.0, measure="classifier", classifier=nan)
-    out = lm.generate(prompts[:3], max_new_tokens=COUNT, exits=policy)
-    assert out.tokens == lm.generate(prompts[:3], max_new_tokens=COUNT).tokens
+    out = generate(exits=dataclasses.replace(CLASSIFIED, threshold=0.0, classifier=nan))
+    assert out.tokens == generate().tokens
 
 
-SAMPLED = sled.Sampling(temperature=0.9, top_p=0.95, top_k=30, repetition_penalty=1.1)
-
-
-@pytest.mark.parametrize(("fusion", "sampling"), [
-    *itertools.product([sled.FinalLayer(), sled.SLED()], [sled.Sampling(), SAMPLED]),
-    (sled.DoLa(), sled.Sampling()), (sled.ConfidentDecoding(), SAMPLED),
-    pytest.param(sled.DoLa(), SAMPLED, marks=pytest.mark.exhaustive),
-    pytest.param(sled.ConfidentDecoding(), sled.Sampling(), marks=pytest.mark.exhaustive)],
-    ids=lambda value: type(value).__name__ if value != SAMPLED else "sampled")
-def test_speculation_loses_nothing(lm, prompts, fusion, sampling):
-    """Ragged acceptance: every row has another draft length; batches of 1, 3 and 8."""
-    settings = dict(max_new_tokens=COUNT, fusion=fusion, sampling=sampling, seed=3)
-    plain = lm.generate(prompts, **settings)
-    drafts = jnp.array([1, 2, 3, 4, 5, 6, 7, 8])
-    many = lm.generate(prompts, exits=sled.SelfSpeculation(2, draft=drafts, max_draft=8), **settings)
-    assert many.tokens == plain.tokens
-    assert 0 < many.stats.accepted < many.stats.drafted
+@pytest.mark.parametrize("fusion", [sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding()],
+                         ids=lambda fusion: type(fusion).__name__)
+def test_speculation_loses_nothing_under_any_fusion(fusion):
+    for sampling in (sled.Sampling(), SAMPLED):
+        settings = dict(fusion=fusion, sampling=sampling, seed=3)
+        many = generate(exits=speculation(), **settings)
+        assert many.tokens == generate(**settings).tokens
+        assert 0 < many.stats.accepted < many.stats.drafted
 
 
 @pytest.mark.parametrize("layer", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3)), 2])
-def test_speculation_loses_nothing_at_any_exit_length_or_schedule(lm, prompts, layer):
-    plain = lm.generate(prompts, max_new_tokens=COUNT)
+def test_speculation_loses_nothing_at_any_exit_length_or_schedule(layer):
+    plain = generate().tokens
+    counts = None
     for draft, confidence, schedule in ((1, 0.0, sled.Immediate()), (3, 0.4, sled.Lockstep()), (8, 0.0, sled.Gather()),
                                         (8, 0.2, sled.Gather(rows=8))):
-        policy = sled.SelfSpeculation(layer, draft=draft, confidence=confidence)
-        assert lm.generate(prompts, max_new_tokens=COUNT, exits=policy, schedule=schedule).tokens == plain.tokens
-        assert lm.generate(prompts[2], max_new_tokens=COUNT, exits=policy).tokens == plain.tokens[2:3]
+        policy = speculation(layer, [draft] * 4, confidence=confidence)
+        assert generate(exits=policy, schedule=schedule).tokens == plain
+        alone = sled.SelfSpeculation(layer, draft=draft, confidence=confidence)
+        assert generate(PROMPTS[2], exits=alone).tokens == plain[2:3]
+        counts = counts or compiled()
+    assert compiled() == counts
 
 
 @pytest.mark.parametrize("policy", [
-    pytest.param(sled.SelfSpeculation(2, draft=8, adaptive=True), marks=pytest.mark.exhaustive),
-    sled.SelfSpeculation((1, 2, 3), draft=8, adaptive=True),
-    sled.SelfSpeculation(2, draft=6, vocabulary=jnp.arange(6, 40)),
+    pytest.param(speculation(drafts=(8, 8, 8, 8), adaptive=True), marks=pytest.mark.exhaustive),
+    speculation((1, 2, 3), (8, 8, 8, 8), adaptive=True),
+    speculation(drafts=(6, 6, 6, 6), vocabulary=jnp.arange(6, 40)),
 ], ids=["length", "length and layer", "vocabulary"])
-def test_speculation_that_adapts_loses_nothing(lm, prompts, policy):
+def test_speculation_that_adapts_loses_nothing(policy):
     for sampling in (sled.Sampling(), SAMPLED):
-        plain = lm.generate(prompts, max_new_tokens=60, sampling=sampling)
-        out = lm.generate(prompts, max_new_tokens=60, sampling=sampling, exits=policy, schedule=sled.Gather())
-        assert out.tokens == plain.tokens
+        out = generate(sampling=sampling, exits=policy, schedule=sled.Gather())
+        assert out.tokens == generate(sampling=sampling).tokens
         assert out.stats.accepted > 0
         assert {layer for row in out.exit_layers for layer in row} <= {*policy.layer, CONFIG.num_layers}
 
 
-def test_sampled_speculation_follows_the_exact_distribution(lm, prompts):
-    """Chi-square of the second token after a guessed first one, over 4,000 seeds, 0.999 quantile."""
-    sampling = sled.Sampling(temperature=1.0)
-    many = lm.generate([prompts[2]] * 4000, max_new_tokens=2, sampling=sampling, batch_size=500,
-                       exits=sled.SelfSpeculation(2, draft=2))
-    seen = np.zeros((61, 61))
-    for tokens in many.tokens:
-        seen[tokens[0], tokens[1] if len(tokens) > 1 else 0] += tokens[0] != EOS
-    first = np.exp(lm.score(prompts[2], [[v] for v in range(61)]).totals)
-    likely = np.argsort(first)[::-1][:3]
-    assert EOS not in likely
-    for v in likely:
-        second = np.exp(lm.score(prompts[2] + [int(v)], [[w] for w in range(61)]).totals)
-        expected, got = seen[v].sum() * second, seen[v]
-        common = expected >= 5
-        expected = np.append(expected[common], expected[~common].sum())
-        got = np.append(got[common], got[~common].sum())
-        statistic = float(((got - expected) ** 2 / np.maximum(expected, 1e-9)).sum())
-        freedom = len(expected) - 1
-        assert statistic < freedom + 3.09 * (2 * freedom) ** 0.5 + 10
+@pytest.mark.parametrize(("policy", "fusion"), [
+    (FullDepth(), sled.SLED()), (MARGIN, sled.SLED()), (speculation(), sled.SLED())],
+    ids=lambda value: type(value).__name__)
+def test_no_transfer_to_the_host_inside_the_loop(policy, fusion):
+    lengths = decode_without_transfers(begin(policy, fusion, sled.Gather()))
+    assert all(length > len(prompt) for prompt, length in zip(PROMPTS, lengths, strict=True))
 
 
-def test_nothing_tuned_compiles_again(lm, prompts):
-    def run(length, **settings):
-        lm.generate(list(range(6, 6 + length)), max_new_tokens=40, **settings)
-
-    cases = [
-        (dict(exits=sled.EarlyExit((1, 3), threshold=0.9), schedule=sled.Gather(2, 3)),
-         dict(exits=sled.EarlyExit((1, 3), threshold=0.1, min_layer=2), schedule=sled.Gather(8, 100))),
-        (dict(exits=sled.EarlyExit((1, 3), threshold=(0.9, 0.5))),
-         dict(exits=sled.EarlyExit((1, 3), threshold=(1, 0)), schedule=sled.Lockstep())),
-        (dict(exits=sled.SelfSpeculation(2, draft=8)), dict(exits=sled.SelfSpeculation(2, draft=1, confidence=0.5))),
-    ]
-    for first, second in cases:
-        run(9, **first)
-        count = loop.decode._cache_size()
-        run(13, **second)
-        assert loop.decode._cache_size() == count
-
-
-@pytest.mark.parametrize("policy", [sled.EarlyExit((1, 3), threshold=0.5), sled.SelfSpeculation(2, draft=4)],
-                         ids=lambda p: type(p).__name__)
-def test_no_transfer_to_the_host_inside_the_loop(lm, prompts, policy):
-    run = begin(lm, prompts[2:3], policy=policy, schedule=sled.Gather(), fusion=sled.SLED())
-    arguments = run.arguments(np.array([len(prompts[2]) + COUNT]))
-    arguments = {k: v if k == "build" else jax.device_put(v) for k, v in arguments.items()}
-    with jax.transfer_guard("disallow"):
-        after = loop.decode(**arguments)
-    assert int(after.length_B[0]) > len(prompts[2])
-
-
-def test_stop_strings_and_streams_see_verified_tokens_only(lm, prompts):
-    policy = sled.SelfSpeculation(2, draft=6)
-    pieces = list(lm.stream(prompts, chunk=3, max_new_tokens=COUNT, exits=policy))
-    joined = [[t for piece in pieces for t in piece.tokens[i]] for i in range(len(prompts))]
-    assert joined == lm.generate(prompts, max_new_tokens=COUNT).tokens
+def test_streams_see_verified_tokens_only(lm):
+    pieces = list(lm.stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY, exits=speculation()))
+    assert [[t for piece in pieces for t in piece.tokens[i]] for i in range(len(PROMPTS))] == generate().tokens
 
 
 @pytest.mark.parametrize(("build", "says"), [
@@ -352,12 +271,12 @@ def test_bad_settings_are_named(build, says):
 
 
 @pytest.mark.parametrize("policy", [sled.EarlyExit((1, 4)), sled.EarlyExit(9), sled.SelfSpeculation(4)], ids=repr)
-def test_exits_outside_the_model_are_named(lm, policy):
+def test_exits_outside_the_model_are_named(policy):
     with pytest.raises(sled.SettingError, match="model of 4 layers"):
-        lm.generate([7, 8], exits=policy)
+        generate(exits=policy)
 
 
-def test_full_depth_is_the_default(lm, prompts):
-    out = lm.generate(prompts[0], max_new_tokens=4, exits=FullDepth())
-    assert out.exit_layers == [[4] * len(out.tokens[0])]
+def test_full_depth_is_the_default():
+    out = generate(exits=FullDepth())
+    assert out.exit_layers == [[4] * len(tokens) for tokens in generate().tokens]
     assert out.stats.acceptance is None and out.stats.mean_accepted is None

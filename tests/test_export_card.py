@@ -8,13 +8,13 @@ import pytest
 from export_models import same
 
 import sled
-from sled.calibration.fingerprint import bind
+from sled.calibration.fingerprint import fingerprint
 from sled.calibration.record import Step
 from sled.errors import CalibrationError
 from sled.export.card import Card, Measured
 from sled.export.forms import export_hf
 from sled.lm import LM
-from sled.train.run.trained import read_checkpoint
+from sled.train.run.folder import read_checkpoint
 
 pytest_plugins = ["export_folders"]
 
@@ -55,8 +55,7 @@ def test_recommended_exits_are_within_the_margin_of_the_last_layer():
 
 @pytest.fixture(scope="module")
 def calibration(decoder, tmp_path_factory):
-    serving = bind(LM(decoder), exits=sled.EarlyExit(1), fusion=sled.SLED(), schedule=None, sampling=sled.Sampling(),
-                   max_new_tokens=8, stop=())
+    serving = fingerprint(LM(decoder), sled.Decoding(sled.SLED(), sled.EarlyExit(1), max_new_tokens=8))
     record = sled.Calibration(0.9, delta=0.1, epsilon=0.05, loss="exact", prompts=100, grid=(0.9, 0.5), steps=(
         Step(0.9, 0.01, 0.001, 2.5), Step(0.5, 0.2, 0.9, 1.5)), full_depth=3, serving=serving, model="tiny", seed=0,
         batch_size=8, date="2026-11-24", versions={}, hardware="cpu")

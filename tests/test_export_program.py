@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 import sled
 from sled.calibration.fingerprint import digest_of_weights
-from sled.decoding.network import fuse
+from sled.decoding.readout import Readout
 from sled.errors import SettingError
 from sled.export.forms import export_program
 from sled.export.program import _export, trace_step
@@ -26,7 +26,7 @@ from sled.export.settings import take_apart
 from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import ExitHeads
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 pytest_plugins = ["export_folders"]
 
@@ -78,7 +78,7 @@ def programs(request, headed_folder, plain_folder, tmp_path_factory):
     for name, way in WAYS.items():
         if name == "plain" and not request.config.getoption("--exhaustive"):
             continue
-        export_program(headed_folder if name == "early" else plain_folder, root / name, **way)
+        export_program(headed_folder if name == "early" else plain_folder, root / name, sled.Decoding(**way))
         numbers = {f"sampling.{field}": value for field, value in WARM.items()}
         if name == "early":
             numbers["exits.threshold"] = MIXED
@@ -132,7 +132,7 @@ def test_wrong_numbers_are_named_in_python_and_at_the_command(programs):
     (ExitHeads((1, 2), "norm", tied=False), False, ["raw", "raw", "normed"]), (None, True, ["normed"] * 3),
 ], ids=["affine", "mlp", "untied", "none"])
 def test_the_fused_step_takes_states_in_the_form_that_it_says(heads, norm_early, states):
-    lm = LM(stirred(random_decoder(heads)) if heads else random_decoder(), Text(None, "m"), name="m")
+    lm = LM(stirred(random_decoder(heads)) if heads else random_decoder(), Tokenizer(None, "m"), name="m")
     network, fusion = lm.build(lm.params), sled.SLED(layers=(1, 2), scale=5, norm_early=norm_early)
     parts = take_apart("fusion", fusion, {})
     traced = trace_step(lm, parts, {})
@@ -144,7 +144,7 @@ def test_the_fused_step_takes_states_in_the_form_that_it_says(heads, norm_early,
     numbers = {name: np.broadcast_to(number.default, (len(given), *number.default.shape))
                for name, number in parts.numbers.items()}
     said = jax.export.deserialize(bytearray(traced.data)).call(network.head_weight, numbers, given)["logits"]
-    np.testing.assert_allclose(said, fuse(network, fusion, dict(enumerate(hidden)), 3), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(said, Readout(network).fuse(fusion, dict(enumerate(hidden)), 3), rtol=1e-5, atol=1e-5)
     other = given.at[:, 0].set(hidden[1] if states[0] != "raw" else network.normalise(hidden[1]))
     swapped = fusion.logits(other, SharedHead(network.head_weight))
     assert not np.allclose(said, swapped, rtol=1e-2, atol=1e-2)  # the form matters
@@ -184,7 +184,7 @@ def test_a_large_vocabulary_is_streamed_whatever_the_batch():
 
 def test_a_program_takes_no_settings_by_row(plain_folder, tmp_path):
     with pytest.raises(SettingError, match=r"SLED.rate is an array .* when it runs"):
-        export_program(plain_folder, tmp_path / "program", fusion=sled.SLED(rate=np.array([1.0, 2.0])))
+        export_program(plain_folder, tmp_path / "program", sled.Decoding(sled.SLED(rate=np.array([1.0, 2.0]))))
     with pytest.raises(SettingError, match=r"EarlyExit\.layers"):
-        export_program(plain_folder, tmp_path / "program", exits=sled.EarlyExit(3))
+        export_program(plain_folder, tmp_path / "program", sled.Decoding(exits=sled.EarlyExit(3)))
     assert not any(tmp_path.iterdir())

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_lm import CAPACITY, PROMPTS, generate, talking_lm, tiny_lm
 
 import sled
 from sled import _check_versions, cli
@@ -23,8 +24,8 @@ DEMO = Path(__file__).parent.parent / "sled" / "demo" / "model"
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return sled.load("demo")
+def lm(demo):
+    return demo
 
 
 def test_the_bundled_model_solves_held_out_problems(lm):
@@ -36,44 +37,65 @@ def test_the_bundled_model_solves_held_out_problems(lm):
         assert out.stats.new_tokens == sum(map(len, out.tokens)) and out.stats.tokens_per_second > 0
 
 
-def test_stop_strings_cut_text_and_tokens(lm):
-    question = prompt(problems("heldout", 1)[0].question)
-    whole = lm.generate(question, max_new_tokens=96).texts[0]
-    out = lm.generate([question, question], max_new_tokens=96, stop=["####", "never"])
-    assert out.texts[0] == whole[:whole.index("####")]
-    assert out.finish_reasons == ["stop", "stop"]
-    streamed = list(lm.stream(question, max_new_tokens=96, stop="####", chunk=2))
-    assert "".join(chunk.texts[0] for chunk in streamed) == out.texts[0]
+def test_stop_strings_cut_text_and_tokens():
+    lm, settings = talking_lm(), dict(max_new_tokens=CAPACITY)
+    prompts = [lm.text.decode(prompt) for prompt in PROMPTS]
+    whole = lm.generate(prompts, **settings).texts
+    stop = whole[2][9:11]
+    out = lm.generate(prompts, stop=[stop, "never"], **settings)
+    assert out.texts == [text.split(stop)[0] for text in whole] != whole
+    assert out.finish_reasons[2] == "stop"
+    assert out.texts == [lm.text.decode(tokens).split(stop)[0] for tokens in out.tokens]
+    streamed = list(lm.stream(prompts, stop=stop, chunk=2, **settings))
+    assert ["".join(texts) for texts in zip(*(chunk.texts for chunk in streamed), strict=True)] == out.texts
 
 
-def test_token_ids_may_be_in_arrays(lm):
-    ids = [[20, 21, 22], [23, 24, 25]]
-    lists = lm.generate(ids, max_new_tokens=3).tokens
+def test_token_ids_may_be_in_arrays():
+    ids = [[20 + i, 21, 22] for i in range(4)]
+    lists = generate(ids).tokens
     for array in (np.array(ids), jnp.array(ids)):
-        assert lm.generate(array, max_new_tokens=3).tokens == lists
-        assert lm.generate(array[0], max_new_tokens=3).tokens == lists[:1]
+        assert generate(array).tokens == lists
+        assert generate(array[0]).tokens == lists[:1]
 
 
-def test_the_largest_seed_and_chunk_are_taken(lm):
-    settings = dict(max_new_tokens=3, seed=2**32 - 1, sampling=sled.Sampling(temperature=1.0))
-    [chunk] = lm.stream("Question:", chunk=2**40, **settings)
-    assert chunk.tokens == lm.generate("Question:", **settings).tokens
+def test_the_largest_seed_and_chunk_are_taken():
+    settings = dict(max_new_tokens=CAPACITY, seed=2**32 - 1, sampling=sled.Sampling(temperature=1.0))
+    [chunk] = tiny_lm().stream(PROMPTS[0], chunk=2**40, **settings)
+    assert chunk.tokens == generate(PROMPTS[0], **settings).tokens
 
 
 def test_scores_prefer_the_right_answer(lm):
     p = problems("heldout", 1)[0]
     wrong = p.solution.replace(f"#### {p.answer}", f"#### {p.answer + 1}")
-    scores = lm.score(prompt(p.question), [" " + p.solution, " " + wrong])
+    scores = lm.score(prompt(p.question), [" " + p.solution, " " + wrong], batch_size=1)
     assert scores.totals[0] > scores.totals[1]
     assert scores.greedy[0]
     one = lm.score(prompt(p.question), " " + p.solution)
     assert one.totals == pytest.approx(scores.totals[:1], abs=1e-3)
 
 
-def test_lens_picture_is_written(lm, tmp_path):
-    lens = lm.lens(prompt("Ash buys 6 toys at 10 tokens each. How much?"), fusion=sled.SLED())
+@pytest.fixture(scope="module")
+def lens(lm):
+    return lm.lens(prompt("Ash buys 6 toys at 10 tokens each. How much?"), fusion=sled.SLED())
+
+
+def test_lens_picture_is_written(lens, tmp_path):
     path = sled.lens.picture(lens, tmp_path / "deep" / "lens.png", count=8)
     assert path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_picture_too_wide_is_named(lens, tmp_path, monkeypatch):
+    monkeypatch.setattr("sled.lens.plot.CELL_WIDTH", 100)
+    with pytest.raises(SettingError, match=f"{len(lens.tokens)} positions"):
+        sled.lens.picture(lens, tmp_path / "x.png")
+
+
+def test_a_lens_shows_positions_of_the_text(lens):
+    count = len(lens.tokens)
+    assert lens.columns(count - 1, 99) == range(count - 1, count)
+    for first, shown in ((count, 1), (-1, 1), (0, 0)):
+        with pytest.raises(SettingError, match=r"first is|count is"):
+            lens.table(first=first, count=shown)
 
 
 class Unregistered(sled.FinalLayer):
@@ -242,21 +264,6 @@ def test_a_path_is_tried_without_a_trace(tmp_path):
     old.write_text("{}")
     assert (writable("old", old), writable_picture("new", new)) == (old, new)
     assert old.read_text() == "{}" and not new.exists()
-
-
-def test_a_picture_too_wide_is_named(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr("sled.lens.plot.CELL_WIDTH", 100)
-    with pytest.raises(SettingError, match="5 positions"):
-        sled.lens.picture(lm.lens([5, 6, 7, 8, 9]), tmp_path / "x.png")
-
-
-def test_a_lens_shows_positions_of_the_text(lm):
-    lens = lm.lens("Question: 2*3?")
-    count = len(lens.tokens)
-    assert lens.columns(count - 1, 99) == range(count - 1, count)
-    for first, shown in ((count, 1), (-1, 1), (0, 0)):
-        with pytest.raises(SettingError, match=r"first is|count is"):
-            lens.table(first=first, count=shown)
 
 
 def test_a_hub_id_without_network_is_named(monkeypatch):

@@ -3,72 +3,76 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+import tiny_lm
+from tiny_lm import CAPACITY, generate
 
 import sled
 from sled.errors import SettingError
 from sled.exits import FullDepth
-from sled.lm import LM
-from sled.models import Decoder, DecoderConfig
-from sled.settings.rules import check_rows, take_rows
+from sled.settings.per_row import check_rows, take_rows
 
-CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, num_layers=3, num_heads=4,
-                       num_kv_heads=2, head_dim=8, max_positions=64)
-PROMPTS = [[7, 8, 9, 10, 11], [12], [13, 14, 15], [16, 17, 18, 19]]  # not in the order of their lengths
-FIVE = np.arange(1, 6, dtype=np.float32)
+PROMPTS = [*tiny_lm.PROMPTS, [7, 8]]  # not in the order of their lengths
+SIX = np.arange(1, 7, dtype=np.float32)
+FIRST = np.eye(5, dtype=np.float32)
+BY_ROW = {
+    "sampling, SLED and drafts": (
+        dict(sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9, 0.0]), top_k=np.array([0, 0, 5, 0, 0])),
+             fusion=sled.SLED(rate=jnp.array([0, 1, 2, 4, 1.0]), scale=np.array([3, 9, 1, 20, 4]), max_scale=32),
+             exits=sled.SelfSpeculation(1, np.array([1, 4, 2, 3, 5]), max_draft=8, vocabulary=jnp.arange(30, 34))),
+        lambda i: dict(sampling=sled.Sampling(temperature=[0, 9, 3, 9, 0][i], top_k=[0, 0, 5, 0, 0][i]),
+                       fusion=sled.SLED(rate=[0, 1, 2, 4, 1][i], scale=[3, 9, 1, 20, 4][i], max_scale=32),
+                       exits=sled.SelfSpeculation(1, [1, 4, 2, 3, 5][i], vocabulary=jnp.arange(30, 34)))),
+    # As many weights as prompts: nothing tells them from rows but the settings themselves.
+    "weights by row": (dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3]])),
+                       lambda i: dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3][i]]))),
+    "weights of all": (dict(fusion=sled.LayerAverage(FIRST[2])), lambda i: dict(fusion=sled.LayerAverage(FIRST[2]))),
+    "thresholds": (
+        dict(exits=sled.EarlyExit((1, 3), np.array([[1, 0], [0, 1], [1, 1], [0, 0.0], [1, 1]]), max_deferred=3)),
+        lambda i: dict(exits=sled.EarlyExit((1, 3), [(1, 0), (0, 1), (1, 1), (0, 0), (1, 1)][i], max_deferred=3))),
+}
 
 
 @pytest.fixture(scope="module")
 def lm():
-    return LM(Decoder.init(CONFIG, rngs=nnx.Rngs(0)))
+    return tiny_lm.tiny_lm()
 
 
-@pytest.mark.parametrize(("together", "alone"), [
-    (dict(sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9.0]), top_k=np.array([0, 0, 5, 0])),
-          fusion=sled.SLED(rate=jnp.array([0, 1, 2, 4.0]), scale=np.array([3, 9, 1, 20]), max_scale=32)),
-     lambda i: dict(sampling=sled.Sampling(temperature=[0, 9, 3, 9][i], top_k=[0, 0, 5, 0][i]),
-                    fusion=sled.SLED(rate=[0, 1, 2, 4][i], scale=[3, 9, 1, 20][i], max_scale=32))),
-    # As many weights and exits as prompts: nothing tells them from rows but the settings themselves.
-    (dict(fusion=sled.LayerAverage(np.eye(4, dtype=np.float32)[[3, 0, 1, 2]])),
-     lambda i: dict(fusion=sled.LayerAverage(np.eye(4, dtype=np.float32)[[3, 0, 1, 2][i]]))),
-    (dict(fusion=sled.LayerAverage(np.array([0, 0, 1, 0.0]))), lambda i: dict(fusion=sled.LayerAverage((0, 0, 1, 0)))),
-    (dict(exits=sled.EarlyExit((1, 2), threshold=np.array([[1, 0], [0, 1], [1, 1], [0, 0.0]]))),
-     lambda i: dict(exits=sled.EarlyExit((1, 2), threshold=[(1, 0), (0, 1), (1, 1), (0, 0)][i]))),
-    (dict(exits=sled.SelfSpeculation(1, draft=np.array([1, 4, 2, 3]), max_draft=8, vocabulary=jnp.arange(30, 34))),
-     lambda i: dict(exits=sled.SelfSpeculation(1, draft=[1, 4, 2, 3][i], vocabulary=jnp.arange(30, 34)))),
-], ids=["sampling and SLED", "weights by row", "weights of all", "thresholds", "drafts"])
-def test_each_row_keeps_its_own_whatever_the_batches(lm, together, alone):
-    expected = [lm.generate([prompt], max_new_tokens=6, seed=5 + i, **alone(i)) for i, prompt in enumerate(PROMPTS)]
-    out = lm.generate(PROMPTS, max_new_tokens=6, seed=5, batch_size=3, **together)  # two idle rows in the second
+@pytest.mark.parametrize("case", BY_ROW)
+def test_each_row_keeps_its_own_whatever_the_batches(case):
+    together, alone = BY_ROW[case]
+    expected = [generate([prompt], seed=5 + i, **alone(i)) for i, prompt in enumerate(PROMPTS)]
+    out = generate(PROMPTS, seed=5, batch_size=4, **together)  # three idle rows in the second
     assert out.tokens == [one.tokens[0] for one in expected]
     assert out.exit_layers == [one.exit_layers[0] for one in expected]
 
 
 def test_rows_of_one_batch_keep_their_own(lm):
-    settings = dict(max_new_tokens=6, sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9.0])))
-    expected = lm.generate(PROMPTS, batch_size=3, **settings).tokens
-    assert lm.generate(PROMPTS, **settings).tokens == expected
+    temperatures = [0, 9, 3, 9, 0.0]
+    settings = dict(sampling=sled.Sampling(temperature=np.array(temperatures)), max_new_tokens=CAPACITY)
+    expected = [generate(prompt, seed=i, sampling=sled.Sampling(temperature=temperatures[i])).tokens[0]
+                for i, prompt in enumerate(PROMPTS)]
+    assert generate(PROMPTS, **settings).tokens == expected
     pieces = list(lm.stream(PROMPTS, **settings))
     assert [[token for piece in pieces for token in piece.tokens[i]] for i in range(len(PROMPTS))] == expected
 
 
 @pytest.mark.parametrize("settings", [
-    dict(sampling=sled.Sampling(temperature=FIVE)),
-    dict(sampling=sled.Sampling(top_p=np.ones((4, 1)))),
-    dict(fusion=sled.SLED(rate=FIVE)),
-    dict(fusion=sled.LayerAverage(np.ones((5, 4)))),
-    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((5, 2)))),
-    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((4, 1, 2)))),
-    dict(exits=sled.SelfSpeculation(1, confidence=FIVE / 9)),
+    dict(sampling=sled.Sampling(temperature=SIX)),
+    dict(sampling=sled.Sampling(top_p=np.ones((5, 1)))),
+    dict(fusion=sled.SLED(rate=SIX)),
+    dict(fusion=sled.LayerAverage(np.ones((6, 5)))),
+    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((6, 2)))),
+    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((5, 1, 2)))),
+    dict(exits=sled.SelfSpeculation(1, confidence=SIX / 9)),
 ], ids=str)
 def test_rows_that_are_not_the_prompts_are_refused(lm, settings):
     for call in (lm.generate, lm.stream):
-        with pytest.raises(SettingError, match=r"B is 1 or 4 here; .* prompts"):
+        with pytest.raises(SettingError, match=r"B is 1 or 5 here; .* prompts"):
             call(PROMPTS, **settings)
 
 
 def test_score_and_lens_take_no_rows(lm):
-    for fusion in (sled.SLED(rate=FIVE), sled.LayerAverage(np.ones((2, 4)))):
+    for fusion in (sled.SLED(rate=SIX), sled.LayerAverage(np.ones((2, 5)))):
         with pytest.raises(SettingError, match=r"B is 1 here; .*score"):
             lm.score([[1], [2]], [[3], [4]], fusion=fusion)
         with pytest.raises(SettingError, match=r"B is 1 here; .*lens"):

@@ -1,25 +1,21 @@
 """`LM.tune`: what it tries, and what it chooses from what was measured."""
 
 import pytest
-from flax import nnx
+from tiny_lm import PROMPTS, generate, tiny_lm
 
 import sled
 from sled.calibration import tune as tuning
 from sled.errors import PromptError, SettingError
 from sled.exits import FullDepth
-from sled.lm import LM
-from sled.models import Decoder, DecoderConfig
 from sled.timing import Times
 
-CONFIG = DecoderConfig(family="llama", vocab_size=61, width=32, mlp_width=48, num_layers=3, num_heads=4,
-                       num_kv_heads=2, head_dim=8, max_positions=64)
-EARLY, GUESSES = sled.EarlyExit(1, threshold=0.01), sled.SelfSpeculation(1)
-PROMPTS = [[7, 8], [9], [10], [11, 12]]
+EARLY, GUESSES = sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3), sled.SelfSpeculation(2)
+COUNT = 20  # with the longest prompt, as much room as the other tests have
 
 
 @pytest.fixture(scope="module")
 def lm():
-    return LM(Decoder.init(CONFIG, rngs=nnx.Rngs(0)))
+    return tiny_lm()
 
 
 @pytest.fixture
@@ -39,7 +35,7 @@ def clock(monkeypatch):
 
 def test_the_fastest_way_is_chosen(lm, clock):
     clock(3, 2, 1, 4, 5, 6, 7, 8)
-    tuned = lm.tune(PROMPTS, exits=[EARLY, GUESSES], batch_size=4, max_new_tokens=4, progress=False)
+    tuned = sled.tune(lm, PROMPTS, exits=[EARLY, GUESSES], batch_size=4, max_new_tokens=COUNT, progress=False)
     tried = [(trial.exits, trial.schedule) for trial in sorted(tuned.trials, key=lambda trial: trial.exits == GUESSES)]
     assert (FullDepth(), sled.Immediate()) in tried and len(tried) == 8
     assert [schedule for exits, schedule in tried if exits == EARLY] == [
@@ -48,32 +44,34 @@ def test_the_fastest_way_is_chosen(lm, clock):
         sled.Lockstep(), sled.Immediate(), sled.Gather(2), sled.Gather(4)]
     assert (tuned.exits, tuned.schedule) == (EARLY, sled.Gather(2))
     best = tuned.trials[0]
-    assert (best.seconds, best.new_tokens, best.tokens_per_second) == (1, 16, 16) and best.mean_depth < 3
+    count = generate(exits=EARLY, max_new_tokens=COUNT).stats.new_tokens
+    assert (best.seconds, best.new_tokens, best.tokens_per_second) == (1, count, count) and best.mean_depth < 4
     guessed = tuned.trials[-1]
     assert guessed.exits == GUESSES and guessed.same_texts == 1
     table = tuned.table().splitlines()
-    assert len(table) == 9 and "EarlyExit(layers=(1,), threshold=0.01), Gather(rows=2)" in table[1]
+    assert len(table) == 9
+    assert "EarlyExit(layers=(1, 3), threshold=(0.08, 0.07), max_deferred=3), Gather(rows=2)" in table[1]
     assert table[3].split()[1] == "1.00" and table[3].endswith("no early exit")
 
 
 def test_leaving_early_is_declined_where_it_does_not_pay(lm, clock):
     clock(1, 2)
-    tuned = lm.tune(PROMPTS[:1], exits=EARLY, max_new_tokens=4, progress=False)
+    tuned = sled.tune(lm, PROMPTS[2:3], exits=EARLY, max_new_tokens=COUNT, progress=False)
     assert tuned.exits == FullDepth() and len(tuned.trials) == 2  # one row: no schedule differs from another
-    assert lm.generate(PROMPTS, exits=tuned.exits, schedule=tuned.schedule, max_new_tokens=2).stats.mean_depth == 3
+    assert generate(exits=tuned.exits, schedule=tuned.schedule).stats.mean_depth == 4
 
 
 def test_the_real_clock(lm):
-    tuned = lm.tune(PROMPTS, exits=EARLY, batch_size=1, rounds=1, max_new_tokens=4, progress=False)
+    tuned = sled.tune(lm, PROMPTS[2:3], exits=EARLY, rounds=1, max_new_tokens=COUNT, progress=False)
     assert all(trial.seconds > 0 for trial in tuned.trials)
 
 
 @pytest.mark.parametrize(("settings", "error", "says"), [
     (dict(exits=[]), SettingError, "exits is empty"), (dict(exits=EARLY, rounds=0), SettingError, "rounds is 0"),
-    (dict(exits=sled.EarlyExit(3)), SettingError, "no early exit of a model of 3"),
+    (dict(exits=sled.EarlyExit(4)), SettingError, "no early exit of a model of 4"),
     (dict(exits=["early"]), SettingError, "exits is 'early'"),
     (dict(exits=EARLY, prompts=[]), PromptError, "no prompt"),
 ], ids=str)
 def test_what_cannot_be_tuned(lm, settings, error, says):
     with pytest.raises(error, match=says):
-        lm.tune(**{"prompts": PROMPTS, "progress": False, **settings})
+        sled.tune(lm, **{"prompts": PROMPTS, "progress": False, **settings})

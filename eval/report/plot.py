@@ -1,21 +1,21 @@
-"""Draws a comparison: how far every method is from the baseline, and how sure that is."""
+"""Draws a comparison: every method's difference from the baseline, with its interval."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from sled.eval.report.compare import Comparison
 from sled.plots import grid, new_figure, save_figure, writable_picture
-
-if TYPE_CHECKING:
-    from sled.eval.report.compare import Comparison
 
 APART, UNDECIDED = "#0072B2", "#495057"
 
 
-def draw(comparison: Comparison, path: str | os.PathLike) -> Path:
-    """A line for each method: a full circle where its interval leaves out 0, else an empty one; counts at the right."""
+def draw_comparison(comparison: Comparison, path: str | os.PathLike) -> Path:
+    """A line for each method: a full circle where its interval leaves out 0, else an empty one; counts at the right.
+
+    Raises SettingError unless the path ends in .png, .svg or .pdf.
+    """
     path = writable_picture("the picture", Path(path))
     others = [row for row in comparison.rows if row.method != comparison.against]
     [base] = [row for row in comparison.rows if row.method == comparison.against]

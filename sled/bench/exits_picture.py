@@ -52,4 +52,6 @@ def draw(rows, path: Path) -> Path:
     depth.set_ylabel("mean depth in layers", color="#0072B2")
     depth.set_ylim(0, 1.03 * full.depth)
     agreement.legend(handles=[*agreement.lines, *depth.lines[:-1]], fontsize=8, loc="center")
-    return save_figure(figure, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_figure(figure, path)
+    return path

@@ -16,7 +16,7 @@ from sled.settings.rules import Whole
 
 @dataclasses.dataclass(frozen=True)
 class Lens:
-    """What every layer would say after each token of a text, as a table, a picture, a page to explore.
+    """Show every layer's next-token predictions after each token of a text: a table, a picture, a page to explore.
 
     sled lens "Question: Ash buys 6 toys at 10 dollars each. How much is it?\\nAnswer: 6*10=60"
     sled lens --fusion sled --picture lens.png --last 24 "The capital of France is Paris"

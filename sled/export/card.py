@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,28 +15,24 @@ from sled.calibration.record import Calibration
 from sled.errors import CalibrationError, SettingError
 from sled.export.source import SourceModel, cast
 from sled.models import Decoder
+from sled.settings.decorator import settings
 from sled.settings.describe import describe, differences
-from sled.settings.rules import Number, settle
+from sled.settings.field import setting
+from sled.settings.rules import Number
 
 DTYPES = (None, "float32", "bfloat16", "float16")  # in which a model may have been loaded to be calibrated
 
 
-@dataclasses.dataclass(frozen=True)
+@settings
 class Card:
-    """What the card says on the word of whoever exports.
+    """The statements of a card on the word of whoever exports."""
 
-    license: such as "apache-2.0"; None: unknown. base: hub id of the model that this one was trained from.
-    margin: how far a recommended exit's held-out accuracy may be below the last layer's, 0 to 1.
-
-    Raises SettingError for a value out of range.
-    """
-
-    license: str | None = None
-    base: str | None = None
-    margin: float = 0.02
+    license: str | None = setting(default=None, help='such as "apache-2.0"; None is unknown')
+    base: str | None = setting(default=None, help="hub id of the model that this one was trained from")
+    margin: float = setting(Number(0, 1, hint="0.02 is usual"), default=0.02, help=(
+        "how far a recommended exit's held-out accuracy may be below the last layer's"))
 
     def __post_init__(self):
-        settle(self, margin=Number(0, 1, hint="it is a difference of accuracies; 0.02 is usual"))
         for field in ("license", "base"):
             value = getattr(self, field)
             if value is not None and not value.strip():

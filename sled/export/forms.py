@@ -11,9 +11,8 @@ from flax import nnx
 
 from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.record import Calibration
-from sled.decoding.options import FINAL_LAYER, FULL_DEPTH
+from sled.decoding.options import Decoding
 from sled.errors import CheckpointError
-from sled.exits import Policy, Schedule
 from sled.export.card import Card, check_bound, model_card
 from sled.export.program import save_program
 from sled.export.source import SourceModel, read_source
@@ -21,7 +20,7 @@ from sled.export.target import RECORD, replacing, versions
 from sled.io import write_json
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 NO_WORD = Card()
 
@@ -61,14 +60,14 @@ def export_orbax(source: str | os.PathLike, to: str | Path, **reading) -> None:
         _write_record(folder, "orbax", model, model.decoder)
 
 
-def export_program(source: str | os.PathLike, to: str | Path, *, fusion=FINAL_LAYER, exits: Policy = FULL_DEPTH,
-                   schedule: Schedule | None = None, **reading) -> None:
-    """Writes a portable program (see `sled.export.program`), exit heads included. Otherwise as `export_hf`."""
+def export_program(source: str | os.PathLike, to: str | Path, decoding: Decoding, **reading) -> None:
+    """Writes a portable program of this decoding (see `sled.export.program`), exit heads included.
+
+    Otherwise as `export_hf`."""
     with replacing(to) as folder:
         model = read_source(source, **reading)
-        lm = LM(model.decoder, Text.from_folder(model.files), name=model.name)
-        save_program(lm, folder, fusion=fusion, exits=exits, schedule=schedule, tokenizer_from=model.files,
-                     source=model.record())
+        lm = LM(model.decoder, Tokenizer.from_folder(model.files), name=model.name)
+        save_program(lm, folder, decoding, tokenizer_from=model.files, source=model.record())
 
 
 def _without_or_beside(model: SourceModel, heads: str | None) -> Decoder:

@@ -48,16 +48,15 @@ def read_source(source: str | os.PathLike, *, step: int | None = None, revision:
     path = Path(source).expanduser()
     here = source != "demo" and path.is_dir()  # a folder of that name is ./demo
     if here:
-        from sled.train.run.folder import RunFolder
-        from sled.train.run.trained import read_checkpoint
+        from sled.train.run.folder import RunFolder, read_checkpoint
 
         if RunFolder(path).is_run():
             trained = read_checkpoint(path, step)
             graph, weights = nnx.split(trained.decoder.unstack())
-            return SourceModel(nnx.merge(graph, cast(weights, dtype)), trained.form, path.resolve().name, run=path,
-                               step=trained.step, settings=trained.settings)
+            return SourceModel(nnx.merge(graph, cast(weights, dtype)), trained.model_config, path.resolve().name,
+                               run=path, step=trained.step, settings=trained.settings)
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} is neither a training run's folder (no form/config.json) nor a model's (no "
+            raise CheckpointError(f"{path} is neither a training run's folder (no checkpoints) nor a model's (no "
                                   "config.json); give what sled train has as --out, or a Hugging Face or Orbax folder")
     if step is not None:
         raise SettingError(f"step is {step}, but {source} is no training run, whose checkpoints have steps; leave it "

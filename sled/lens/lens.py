@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.decoding.buckets import bucket
-from sled.decoding.network import Build, fuse, own_projection, read
+from sled.decoding.network import Build
+from sled.decoding.readout import Readout
 from sled.decoding.scoring import map_places
+from sled.decoding.state import bucket
 from sled.exits.policy import Exits, with_last
-from sled.fusion import SharedHead
 from sled.settings.rules import Number, Whole
 
 BEST = 5  # tokens kept of every layer's distribution, or all of a smaller vocabulary
@@ -178,7 +178,8 @@ def _say(build: Build, params, ids_T, fusion):
     h0 = network.embed(ids_T[None])
     states, _ = network.run_layers(h0, positions_1T, None, 0, network.num_layers)
     states_TCD = jnp.stack([h[0] for h in (h0, *states)], axis=1)
-    head = SharedHead(network.head_weight)
+    readout = Readout(network)
+    head = readout.head(network.num_layers)
 
     def best(logits_PV, logp_PV):
         """The likeliest tokens and their probabilities; by the logits, since rounding makes ties among the others."""
@@ -194,20 +195,20 @@ def _say(build: Build, params, ids_T, fusion):
 
     def places(h_PCD):
         """One layer's logits at a time, never those of all; the final layer's first, for its choice."""
-        h_CPD = jnp.stack([read(network, h_PCD[:, n], n) for n in range(h_PCD.shape[1])])
+        h_CPD = jnp.stack([readout.ready(h_PCD[:, n], n) for n in range(h_PCD.shape[1])])
         final_PV = head.project(h_CPD[-1])
         final_top_P = jnp.argmax(final_PV, axis=-1)
         final = describe(final_PV, final_top_P)
         early = jax.lax.map(lambda h_PD: describe(head.project(h_PD), final_top_P), h_CPD[:-1])
         for n in range(network.num_layers):
-            if (own_VD := own_projection(network, n)) is not None:
-                said = describe(SharedHead(own_VD).project(h_CPD[n]), final_top_P)
+            if readout.own_projection(n) is not None:
+                said = describe(readout.head(n).project(h_CPD[n]), final_top_P)
                 early = jax.tree.map(lambda rows_EP, row_P, n=n: rows_EP.at[n].set(row_P), early, said)
         return jax.tree.map(lambda early_EP, final_P: jnp.concatenate([early_EP, final_P[None]]).swapaxes(0, 1),
                             early, final)
 
     def fused(h_PCD):
-        logits_PV = fuse(network, fusion, list(jnp.moveaxis(h_PCD, 1, 0)), network.num_layers)
+        logits_PV = readout.fuse(fusion, list(jnp.moveaxis(h_PCD, 1, 0)), network.num_layers)
         return best(logits_PV, jax.nn.log_softmax(logits_PV, axis=-1))
 
     said = map_places(places, (states_TCD,), head.vocabulary)

@@ -9,7 +9,7 @@ import numpy as np
 from sled.errors import PromptError
 from sled.io import shorten
 from sled.models import DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]
@@ -27,7 +27,7 @@ def is_one(prompts: Prompts, what: str = "a prompt") -> bool:
     return len(entries) > 0 and all(isinstance(x, int | np.integer) for x in entries)
 
 
-def prompt_ids(prompts: Prompts, text: Text, config: DecoderConfig) -> list[np.ndarray]:
+def prompt_ids(prompts: Prompts, text: Tokenizer, config: DecoderConfig) -> list[np.ndarray]:
     """Token ids [T] of each prompt. Raises PromptError for one that cannot be continued."""
     several = [prompts] if is_one(prompts) else prompts
     if len(several) == 0:
@@ -36,7 +36,7 @@ def prompt_ids(prompts: Prompts, text: Text, config: DecoderConfig) -> list[np.n
     return [check_ids(x, config, f"prompt {i}" if len(ids) > 1 else "the prompt") for i, x in enumerate(ids)]
 
 
-def pair_ids(prompt: Prompt, continuation: Prompt, text: Text, config: DecoderConfig):
+def pair_ids(prompt: Prompt, continuation: Prompt, text: Tokenizer, config: DecoderConfig):
     """Token ids of a prompt and its continuation, for scoring."""
     if isinstance(prompt, str) != isinstance(continuation, str):
         raise PromptError("a prompt and its continuation must both be strings or both lists of token ids")

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from sled.errors import DataError
 from sled.io import folder_written_whole, json_digest, unfinished_folder
 from sled.models.config import DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Example, Reading, Source
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)  # what numpy and json raise
@@ -44,16 +44,16 @@ class Documents(NamedTuple):
 
 
 def default_cache() -> Path:
-    """Where documents are kept if no folder is named: sled/data in $XDG_CACHE_HOME, or in ~/.cache."""
+    """The folder where documents are kept if none is named: sled/data in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sled" / "data"
 
 
-def tokenise(source: Source, text: Text, config: DecoderConfig, *, cache: str | Path | None = None,
+def tokenise(source: Source, text: Tokenizer, config: DecoderConfig, *, cache: str | Path | None = None,
              progress: bool = True) -> Documents:
     """The documents of `source`, from the cache where it has them.
 
     Prompt and completion are tokenised as one text; a token that straddles them belongs to the completion
-    (`Text.encode_continuation`). `config.eos_ids[0]` ends every document that ends in none of `eos_ids` yet.
+    (`Tokenizer.encode_continuation`). `config.eos_ids[0]` ends every document that ends in none of `eos_ids` yet.
     Examples without text, completion or tokens are skipped and counted. Processes that ask for the same documents at
     once wait for the first. Raises DataError, DownloadError, TokenizerError.
     """
@@ -93,7 +93,7 @@ def _load(folder: Path) -> Documents | None:
     return Documents(folder, digest, np.memmap(folder / "tokens.bin", "<i4", "r"), starts_N, prompts_N, skipped)
 
 
-def _write(folder: Path, reading: Reading, text: Text, config: DecoderConfig, *, progress: bool) -> None:
+def _write(folder: Path, reading: Reading, text: Tokenizer, config: DecoderConfig, *, progress: bool) -> None:
     starts, prompts, skipped, total = [0], [], Counter(), hashlib.sha256()
     with (open(folder / "tokens.bin", "wb") as file,
           tqdm(desc="tokenising", total=reading.total, unit="example", disable=not progress) as bar):
@@ -117,7 +117,7 @@ def _write(folder: Path, reading: Reading, text: Text, config: DecoderConfig, *,
     (folder / "about.json").write_text(json.dumps({"digest": total.hexdigest(), "skipped": skipped}))
 
 
-def _encode(reading: Reading, text: Text) -> Iterator[tuple[Example, list[int], list[int] | str]]:
+def _encode(reading: Reading, text: Tokenizer) -> Iterator[tuple[Example, list[int], list[int] | str]]:
     """Each example with the ids of its two parts, in order; or with the reason for skipping it as the second."""
     source, examples = reading.source, iter(reading)
     while together := list(itertools.islice(examples, TOGETHER)):

@@ -101,7 +101,7 @@ def reading(paths: Sequence[Path], what: str) -> Iterator[None]:
 
 
 def _bad_line(path: Path) -> str:
-    """Where a JSON file is broken, as ", line 3,"; it is one list of objects, or an object on each line."""
+    """The place where a JSON file is broken, as ", line 3,"; it is one list of objects, or an object on each line."""
     raw = path.read_bytes()
     parts = [raw] if raw.lstrip().startswith(b"[") else raw.split(b"\n")
     for before, part in enumerate(parts):
