@@ -19,7 +19,7 @@ from sled.settings.describe import describe
 from sled.text.tokenizer import Text
 
 EXITS = sled.EarlyExit(1)
-SERVING = dict(max_new_tokens=24)
+SERVING = dict(max_new_tokens=40)  # as in test_calibration: the same programs
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_no_threshold_is_kept_too(lm, record, tmp_path):
     (dict(fusion=sled.SLED()), "fusion was sled.FinalLayer and is sled.SLED"),
     (dict(schedule=sled.Gather(2)), "schedule was sled.Immediate and is sled.Gather"),
     (dict(sampling=sled.Sampling(temperature=0.7)), r"sampling.temperature was 0.0 and is 0.7"),
-    (dict(max_new_tokens=25), "max_new_tokens was 24 and is 25"),
+    (dict(max_new_tokens=41), "max_new_tokens was 40 and is 41"),
     (dict(stop="\n"), r"stop was \[\] and is"),
 ])
 def test_other_settings_are_refused_by_name(lm, record, change, says):
@@ -240,7 +240,7 @@ def test_without_a_tokenizer_token_ids_are_calibrated(lm, record):
     assert all(isinstance(tokens, list) for tokens in seen) and len(seen) == 12 and made.serving == record.serving
 
 
-ARGUMENTS = ("--exit-layers", "1", "--delta", "0.3", "--epsilon", "0.1", "--grid", "0.95", "0.01", "-n", "24",
+ARGUMENTS = ("--exit-layers", "1", "--delta", "0.3", "--epsilon", "0.1", "--grid", "0.95", "0.01", "-n", "40",
              "--batch-size", "12")
 
 
@@ -274,13 +274,13 @@ def test_generate_leaves_as_a_record_says(lm, record, tmp_path, capsys):
     saved = tmp_path / "gather.json"
     dataclasses.replace(record, serving=dict(record.serving, schedule=gathering)).save(saved)
     question = prompt(problems("heldout", 1)[0].question)
-    code = cli.main(["generate", question, "--json", "-n", "24", "--calibration", str(saved)])
+    code = cli.main(["generate", question, "--json", "-n", "40", "--calibration", str(saved)])
     found = json.loads(capsys.readouterr().out)
     assert code == 0 and found["exit_layers"] == lm.generate(
         question, exits=sled.EarlyExit(1, record.threshold), **SERVING).exit_layers[0]
-    for more, says in ((["-n", "25"], "max_new_tokens"), (["-n", "24", "--fusion", "sled"], "fusion"),
-                       (["-n", "24", "--exits", "early", "--exit-layers", "1"], "give one of the two"),
-                       (["-n", "24", "--schedule", "lockstep"], "--schedule and --calibration were both given")):
+    for more, says in ((["-n", "41"], "max_new_tokens"), (["-n", "40", "--fusion", "sled"], "fusion"),
+                       (["-n", "40", "--exits", "early", "--exit-layers", "1"], "give one of the two"),
+                       (["-n", "40", "--schedule", "lockstep"], "--schedule and --calibration were both given")):
         code = cli.main(["generate", question, "--calibration", str(saved), *more])
         captured = capsys.readouterr()
         assert code == 1 and says in captured.err and not captured.out

@@ -49,7 +49,8 @@ def test_the_fastest_way_is_chosen(lm, clock):
     guessed = tuned.trials[-1]
     assert guessed.exits == GUESSES and guessed.same_texts == 1
     table = tuned.table().splitlines()
-    assert len(table) == 9 and "EarlyExit(layers=(1, 3), threshold=(0.08, 0.07), max_deferred=3), Gather(rows=2)" in table[1]
+    assert len(table) == 9
+    assert "EarlyExit(layers=(1, 3), threshold=(0.08, 0.07), max_deferred=3), Gather(rows=2)" in table[1]
     assert table[3].split()[1] == "1.00" and table[3].endswith("no early exit")
 
 
