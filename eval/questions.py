@@ -1,4 +1,4 @@
-"""Questions with one right number each: what a sweep asks."""
+"""Questions with one right number each, for sweeps."""
 
 from __future__ import annotations
 

@@ -16,14 +16,18 @@ from flax import nnx
 
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.exit_heads import BoundHead, ExitHead
-from sled.models.layers import KV, Block, RMSNorm, rotary_angles
+from sled.models.layers import KV, Block, RMSNorm, parameter, rotary_angles
+
+# Parts whose parameters have one more, leading axis in the stacked form, and what that axis is called.
+STACKED = {"layers": "layers", "exit_heads": "exits"}
 
 
 class Embedding(nnx.Module):
     """A [V, D] table: rows looked up for tokens, or multiplied with hidden states for logits."""
 
     def __init__(self, vocab_size: int, width: int, *, dtype, rngs: nnx.Rngs):
-        self.weight = nnx.Param(nnx.initializers.normal(0.02)(rngs.params(), (vocab_size, width), dtype))
+        init = nnx.initializers.normal(0.02)
+        self.weight = parameter(init(rngs.params(), (vocab_size, width), dtype), "vocab", "width")
 
 
 class Decoder(nnx.Module):
@@ -114,23 +118,11 @@ class Decoder(nnx.Module):
                 for i, cache in zip(range(start, stop), caches, strict=True)]
 
     def hidden_states(self, tokens_BT) -> jax.Array:
-        """Every hidden state of whole sequences, either form: [L + 1, B, T, D], none of them normed."""
+        """Every hidden state of whole sequences, separate form: [L + 1, B, T, D], none of them normed."""
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         h0 = self.embed(tokens_BT)
-        if not isinstance(self.layers, Block):
-            states, _ = self.run_layers(h0, positions, None, 0, self.config.num_layers)
-            return jnp.stack([h0, *states])
-
-        angles = rotary_angles(self.config, positions)
-        graph, weights_L = nnx.split(self.layers)
-
-        def layer(h, xs):
-            weights, window = xs
-            h, _ = nnx.merge(graph, weights)(h, positions, angles, None, window)
-            return h, h
-
-        _, states = jax.lax.scan(layer, h0, (weights_L, self.windows_L))
-        return jnp.concatenate([h0[None], states])
+        states, _ = self.run_layers(h0, positions, None, 0, self.num_layers)
+        return jnp.stack([h0, *states])
 
     def normalise(self, h) -> jax.Array:
         """The final norm, on any layer's hidden state [..., D]."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sled.models.config import DecoderConfig
-from sled.models.layers import MLP, Linear, RMSNorm
+from sled.models.layers import MLP, Linear, RMSNorm, parameter
 
 
 class ExitHead(nnx.Module):
@@ -28,11 +28,11 @@ class ExitHead(nnx.Module):
         kind, dtype = config.exit_heads.kind, projection.dtype
         new_norm = lambda: RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)  # noqa: E731
         square = dict(bias=True, dtype=dtype, rngs=rngs)
-        self.affine = Linear(config.width, config.width, **square) if kind == "affine" else None
+        self.affine = Linear(config.width, config.width, ("width", "vector"), **square) if kind == "affine" else None
         self.mlp_norm = new_norm() if kind == "mlp" else None
         self.mlp = MLP(config, dtype=dtype, rngs=rngs) if kind == "mlp" else None
         self.norm = new_norm() if kind in ("norm", "mlp") else None
-        self.projection = None if config.exit_heads.tied else nnx.Param(jnp.array(projection))
+        self.projection = None if config.exit_heads.tied else parameter(jnp.array(projection), "vocab", "width")
         if self.affine is not None:
             self.affine.weight[...] = jnp.zeros_like(self.affine.weight[...])
         if self.mlp is not None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from sled.errors import CheckpointError, DownloadError
+from sled.io import first_line
 
 # Not "*.safetensors": some repositories hold the same weights twice, under other names.
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
@@ -58,13 +59,9 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
         raise DownloadError(f"{what} is not in the local cache, and the hub is out of reach (or "
                             "HF_HUB_OFFLINE is set); go online, or give a local folder") from None
     except OSError as error:  # every other HTTP failure, a full disk, an unreachable proxy
-        raise DownloadError(f"{what} could not be fetched ({_first_line(error)}); try again, or give a local "
+        raise DownloadError(f"{what} could not be fetched ({first_line(error)}); try again, or give a local "
                             "folder") from None
     if not list(folder.glob("*.safetensors")):
         raise DownloadError(f"{what} has no safetensors, and pickles are not loaded; try revision "
                             "'refs/pr/1' (often a conversion), or convert it with save_pretrained")
     return folder
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

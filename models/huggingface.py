@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,15 +16,15 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from sled.errors import CheckpointError, SettingError
+from sled.io import refuse_foreign, share_as, write_json
 from sled.models.config import DecoderConfig
-from sled.models.decoder import Decoder
+from sled.models.decoder import STACKED, Decoder
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
 from sled.models.layers import Block
 from sled.models.stored import (
     HEADS,
     INDEX,
     SINGLE,
-    STACKED,
     abstract,
     finite,
     open_weights,
@@ -82,7 +81,7 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     if max_shard_bytes < 1:
         raise SettingError(f"max_shard_bytes is {max_shard_bytes}, but it must be at least 1")
     folder = Path(path)
-    refuse_foreign(folder)
+    refuse_no_model(folder)
     if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
         raise CheckpointError(f"{tokenizer_from} is not a folder; give one that holds tokenizer.json")
     config = decoder.config
@@ -160,7 +159,7 @@ def _named_weights(decoder: Decoder) -> tuple[dict[str, _Weight], dict[str, _Wei
 def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str | Path | None) -> None:
     """Writes all of a model's folder but its weights: configuration, special tokens, the tokenizer's files."""
     config_json = format_config(config, jnp.dtype(dtype).name)
-    _write_json(folder / "generation_config.json", {
+    write_json(folder / "generation_config.json", {
         "bos_token_id": config_json["bos_token_id"], "eos_token_id": config_json["eos_token_id"],
         "pad_token_id": config_json["pad_token_id"]})
     for name in TOKENIZER_FILES if tokenizer_from else ():
@@ -168,7 +167,7 @@ def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str |
             shutil.copyfile(Path(tokenizer_from) / name, folder / name)
     if config.exit_heads is not None:
         write_heads(config.exit_heads, folder)
-    _write_json(folder / "config.json", config_json)
+    write_json(folder / "config.json", config_json)
 
 
 def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weight], heads: dict[str, _Weight], dtype,
@@ -191,8 +190,7 @@ def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weigh
         write_form(scratch, config, main_type, tokenizer_from)
 
         new = {file.name: file for file in sorted(scratch.iterdir(), key=_turn)}
-        for file in new.values():
-            file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the user alone
+        share_as(folder, new.values())
         earlier = [SINGLE, INDEX, HEADS, HEADS_CONFIG, *(file.name for file in folder.glob(_SHARDS))]
         last = new.pop("config.json")
         (folder / last.name).unlink(missing_ok=True)
@@ -230,18 +228,10 @@ def _write_weights(weights: dict[str, _Weight], folder: Path, dtype, max_shard_b
             bar.update(sum(array.nbytes for array in arrays.values()))
     if n > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def refuse_foreign(folder: Path) -> None:
+def refuse_no_model(folder: Path) -> None:
     """Raises CheckpointError where saving would mix a model into a folder of something else."""
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give the name of a folder")
-    held = sorted(file.name for file in folder.iterdir()) if folder.exists() else []
-    if held and not any(name in (SINGLE, INDEX) or name.startswith(_UNFINISHED) for name in held):
-        raise CheckpointError(f"{folder} is not empty and not a model folder (it holds {held[0]}); give "
-                              "a new or empty folder")
-
-
-def _write_json(path: Path, values: dict):
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    refuse_foreign(folder, "model folder", owns=lambda held: any(
+        name in (SINGLE, INDEX) or name.startswith(_UNFINISHED) for name in held))

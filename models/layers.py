@@ -10,6 +10,9 @@ matrix product (on a CPU several times faster than [B, S, K, H], which is transp
 The token at position p of a row always lies in slot p, so a query at position p sees exactly the
 slots 0..p, whatever the padding to its right holds. One slot more than there are positions takes what
 tokens that are switched off would write.
+
+Every parameter names its logical axes where it is made (`parameter`): "vocab", "width", "heads", "kv_heads", "mlp", and
+"vector" for what is too small to split. `sled.models.sharding` says which axis of a mesh splits each.
 """
 
 from __future__ import annotations
@@ -25,13 +28,22 @@ from sled.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 KV = tuple[jax.Array, jax.Array]
 
 
-class Linear(nnx.Module):
-    """y = x W (+ b), with W [in, out]."""
+def parameter(array: jax.Array, *axes: str) -> nnx.Param:
+    """A parameter with a name for each axis of its array."""
+    return nnx.Param(array, axes=axes)
 
-    def __init__(self, d_in: int, d_out: int, *, bias: bool, dtype, rngs: nnx.Rngs):
+
+class Linear(nnx.Module):
+    """y = x W (+ b), with W [in, out]; `axes` names the two.
+
+    The bias of an output of the model's width stays whole: it is added to what is summed over the split input.
+    """
+
+    def __init__(self, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, dtype, rngs: nnx.Rngs):
         init = nnx.initializers.normal(0.02)
-        self.weight = nnx.Param(init(rngs.params(), (d_in, d_out), dtype))
-        self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
+        self.weight = parameter(init(rngs.params(), (d_in, d_out), dtype), *axes)
+        out = "vector" if axes[1] == "width" else axes[1]
+        self.bias = parameter(jnp.zeros((d_out,), dtype), out) if bias else None
 
     def __call__(self, x):
         y = x @ self.weight[...]
@@ -43,7 +55,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, d: int, *, eps: float, dtype):
         self.eps = eps
-        self.weight = nnx.Param(jnp.ones((d,), dtype))
+        self.weight = parameter(jnp.ones((d,), dtype), "vector")
 
     def __call__(self, x):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -97,12 +109,13 @@ def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS):
 class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
         c = config
-        make = lambda d_in, d_out, bias: Linear(d_in, d_out, bias=bias, dtype=dtype, rngs=rngs)  # noqa: E731
+        kw = dict(dtype=dtype, rngs=rngs)
+        heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.head_dim = c.head_dim
-        self.q = make(c.width, c.num_heads * c.head_dim, c.qkv_bias)
-        self.k = make(c.width, c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.v = make(c.width, c.num_kv_heads * c.head_dim, c.qkv_bias)
-        self.o = make(c.num_heads * c.head_dim, c.width, c.out_bias)
+        self.q = Linear(c.width, heads, ("width", "heads"), bias=c.qkv_bias, **kw)
+        self.k = Linear(c.width, kv_heads, ("width", "kv_heads"), bias=c.qkv_bias, **kw)
+        self.v = Linear(c.width, kv_heads, ("width", "kv_heads"), bias=c.qkv_bias, **kw)
+        self.o = Linear(heads, c.width, ("heads", "width"), bias=c.out_bias, **kw)
         self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
 
@@ -151,9 +164,9 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
         kw = dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.gate = Linear(config.width, config.mlp_width, **kw)
-        self.up = Linear(config.width, config.mlp_width, **kw)
-        self.down = Linear(config.mlp_width, config.width, **kw)
+        self.gate = Linear(config.width, config.mlp_width, ("width", "mlp"), **kw)
+        self.up = Linear(config.width, config.mlp_width, ("width", "mlp"), **kw)
+        self.down = Linear(config.mlp_width, config.width, ("mlp", "width"), **kw)
 
     def __call__(self, x):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -18,6 +18,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError
+from sled.io import first_line, refuse_foreign
 from sled.models.decoder import Decoder
 from sled.models.families.registry import format_config, read_config
 from sled.models.huggingface import write_form
@@ -43,8 +44,7 @@ def save_orbax(decoder: Decoder, path: str | Path, *, dtype=None, tokenizer_from
     or the folder holds something.
     """
     folder = Path(path).absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder} is not empty; give a new or empty folder")
+    refuse_foreign(folder, "folder for a model", owns=lambda held: False)
     main_type = jnp.dtype(dtype or decoder.embedding.weight.dtype)
     format_config(decoder.config, main_type.name)  # raises before anything is written
     own = decoder.unstack() if isinstance(decoder.layers, Block) else decoder
@@ -128,5 +128,5 @@ def _read(folder: Path, read):
     try:
         return read()
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-        raise CheckpointError(f"{folder / WEIGHTS} is damaged ({reason}); copy it again, or export it anew") from error
+        raise CheckpointError(f"{folder / WEIGHTS} is damaged ({first_line(error)}); copy it again, or export it "
+                              "anew") from error

@@ -27,7 +27,6 @@ from sled.models.layers import Block
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "exit_heads.safetensors"
-STACKED = ("layers", "exit_heads")  # parts of a decoder whose parameters have a leading axis in the stacked form
 STORED_TYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes each
 PROGRESS_FROM = 1_000_000_000  # bytes: below, a bar would only flicker
 

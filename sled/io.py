@@ -1,16 +1,21 @@
-"""Files that are written for the user: refused by name before the work whose result they are for."""
+"""Files and folders written whole or not at all, and values as files and messages hold them."""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
+import math
 import os
 import secrets
-from collections.abc import Callable, Collection, Iterator
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from sled.errors import SettingError
+import numpy as np
 
-PICTURES = (".png", ".svg", ".pdf")
+from sled.errors import CheckpointError, SettingError
 
 
 def writable(name: str, path: Path) -> Path:
@@ -50,14 +55,6 @@ def _try(path: Path) -> None:
         path.unlink()
 
 
-def writable_picture(name: str, path: Path) -> Path:
-    """As `writable`, for a picture, whose format is its ending."""
-    if path.suffix.lower() not in PICTURES:
-        raise SettingError(f"{name} is {str(path)!r}, whose ending is none of {', '.join(PICTURES)}; "
-                           "the ending chooses the format, so give one of these")
-    return writable(name, path)
-
-
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A path beside `path`, with its ending, to be written; it takes the place of `path` when the block ends, and goes
@@ -77,6 +74,50 @@ def unfinished(file: str) -> str:
     return f".{stem}.????????{suffix}"
 
 
+@contextlib.contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, to be filled; it takes the place of `folder` when the block ends, and goes when it
+    raises. Raises OSError where no folder can be made there."""
+    beside = folder.with_name(f".{folder.name}.unfinished-{secrets.token_hex(4)}")
+    beside.mkdir(parents=True)
+    earlier = None
+    try:
+        yield beside
+        if folder.exists():
+            earlier = folder.rename(folder.with_name(f".{folder.name}.earlier-{secrets.token_hex(4)}"))
+        beside.replace(folder)
+        if earlier:
+            shutil.rmtree(earlier)
+    except BaseException:
+        if earlier and earlier.exists() and not folder.exists():
+            earlier.rename(folder)
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def unfinished_folder(name: str) -> str:
+    """A pattern of the names under which `folder_written_whole` leaves a folder of this name where it is killed."""
+    return f".{name}.unfinished-????????"
+
+
+def refuse_foreign(folder: Path, kind: str, owns: Callable[[Sequence[str]], bool]) -> None:
+    """Raises CheckpointError where `folder` is a file, or a folder that holds something else than an earlier `kind`.
+
+    owns: whether the names in the folder, sorted and at least one, are those of an earlier one.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; give the name of a folder")
+    held = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    if held and not owns(held):
+        raise CheckpointError(f"{folder} is not empty and no {kind} (it holds {held[0]}); give a new or empty folder")
+
+
+def share_as(folder: Path, files: Iterable[Path]) -> None:
+    """Lets those read and write `files` who may read and write `folder`: safetensors writes for the user alone."""
+    for file in files:
+        file.chmod(folder.stat().st_mode & 0o666)
+
+
 def replace_text(name: str, path: Path, text: str) -> Path:
     """Writes `text` to `path` whole or not at all: what stands there stays until all of it is written.
 
@@ -90,3 +131,40 @@ def replace_text(name: str, path: Path, text: str) -> Path:
         raise SettingError(f"{name} is {str(path)!r}, which cannot be written ({reason.strerror}); "
                            "name a file in a folder of your own") from reason
     return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON for people to read, indented. A number that is not finite is an error (see `json_numbers`)."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256, in hexadecimal, of a value's JSON in its one canonical spelling."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def json_numbers(value):
+    """A number, or nested lists of numbers, as JSON has them: those that are not finite, which it lacks, by name."""
+    if isinstance(value, list):
+        return [json_numbers(entry) for entry in value]
+    return value if math.isfinite(value) else str(value)
+
+
+def add_array(total, array: np.ndarray) -> None:
+    """Adds an array's type, shape and bytes to a hash."""
+    total.update(f"{array.dtype} {array.shape}\n".encode())
+    total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says in many lines, in one of at most 300 characters."""
+    text = str(error).partition(" [tensorstore_spec")[0].strip()  # TensorStore ends with a page of its own settings
+    return shorten((text or type(error).__name__).splitlines()[0], 300)
+
+
+def shorten(text: str, most: int) -> str:
+    """The text, or of a longer one its beginning and end, in at most `most` characters."""
+    if len(text) <= most:
+        return text
+    end = (most - 3) // 3
+    return f"{text[:most - 3 - end]}...{text[len(text) - end:]}"

@@ -13,7 +13,7 @@ from sled.models import load_folder, load_orbax
 from sled.models.hub import folder_of
 from sled.models.orbax import is_orbax
 from sled.settings.rules import OneOf, OrNone
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -38,4 +38,4 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
     folder = folder_of(source, revision)
     read = load_orbax if is_orbax(folder) else load_folder
     model = read(folder, dtype=DTYPES.get(dtype))
-    return LM(model, Text.from_folder(folder), name=str(source))
+    return LM(model, Tokenizer.from_folder(folder), name=str(source))

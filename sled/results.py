@@ -39,7 +39,7 @@ class Stats:
                    prefill_seconds=sum(run.prefill_seconds for run in runs),
                    decode_seconds=sum(run.decode_seconds for run in runs),
                    mean_depth=sum(layers) / max(len(layers), 1), drafted=total("drafted_B"),
-                   accepted=total("accepted_B"), verifications=total("rounds_B"),
+                   accepted=total("accepted_B"), verifications=total("verifications_B"),
                    deferred=sum(layer < num_layers for layer in layers), held=total("held_B"))
 
     @property

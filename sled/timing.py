@@ -1,4 +1,4 @@
-"""Rivals timed side by side, round by round, so that a disturbance of the machine hits them alike.
+"""Rivals timed side by side, round by round, so that a disturbance of the machine hits them alike; and the machine.
 
 Ratios are taken between the fastest rounds: what is left there is least the machine's doing.
 """
@@ -6,10 +6,14 @@ Ratios are taken between the fastest rounds: what is left there is least the mac
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import os
+import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import jax
 from tqdm import tqdm
 
 
@@ -44,3 +48,26 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, bar: tqdm
             seconds[name].append(time.perf_counter() - begun)
             bar.update()
     return {name: Times(taken) for name, taken in seconds.items()}
+
+
+def hardware() -> str:
+    """The accelerators, or the processor's name and its cores."""
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return f"{jax.device_count()} x {device.device_kind}"
+    name = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as file:
+            name = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the installed packages that bear on speed."""
+    found = {"python": platform.python_version()}
+    for package in ("jax", "flax", "torch", "transformers"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

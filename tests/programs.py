@@ -43,7 +43,7 @@ def free_address() -> str:
 
 
 class Forks:
-    """Runs of a program that serves (see killable.py) in forked processes, one at a time."""
+    """Runs of a program that serves (see training_runs.py) in forked processes, one at a time."""
 
     def __init__(self, errors: Path, program: Sequence[str | Path], environment: Mapping[str, str]):
         self.errors, self.running = errors, None

@@ -256,7 +256,7 @@ QUICK = dict(exits=sled.EarlyExit(1), delta=0.2, epsilon=0.1, max_new_tokens=40,
 def test_a_whole_calibration_of_the_bundled_model(lm, asked, capsys):
     prompts = [prompt(p.question) for p in asked]
     before = loop.decode._cache_size()
-    made = lm.calibrate(prompts, **{**QUICK, "progress": True}, grid=(0.95, 0.9, 0.05, 0.01))
+    made = sled.calibrate(lm, prompts, **{**QUICK, "progress": True}, grid=(0.95, 0.9, 0.05, 0.01))
     assert loop.decode._cache_size() <= before + 2  # with and without exits: no threshold compiles again
     assert made.threshold in (0.95, 0.9) and made.loss == "rouge" and made.prompts == 24
     assert [step.threshold for step in made.steps] == [0.95, 0.9, 0.05]  # ended at the first that failed
@@ -280,7 +280,7 @@ def test_risk_and_sampling_are_calibrated_by_the_same_streams(lm, asked):
 
     prompts = [prompt(p.question) for p in asked]
     sampling = sled.Sampling(temperature=0.7)
-    made = lm.calibrate(prompts, **QUICK, grid=(1.0, 0.9), references=[p.answer for p in asked], risk=wrong,
+    made = sled.calibrate(lm, prompts, **QUICK, grid=(1.0, 0.9), references=[p.answer for p in asked], risk=wrong,
                         sampling=sampling, seed=5)
     assert made.steps[0].mean_loss == 0 and made.steps[0].mean_depth == 8  # threshold 1: the full model's very draws
     assert made.loss.startswith("risk") and made.policy(lm, sampling=sampling, max_new_tokens=40).threshold <= 1
@@ -288,7 +288,7 @@ def test_risk_and_sampling_are_calibrated_by_the_same_streams(lm, asked):
 
 def test_no_safe_threshold_means_no_early_exit(lm, asked):
     prompts = [prompt(p.question) for p in asked]
-    made = lm.calibrate(prompts, **QUICK, grid=(0.01,), loss="exact")
+    made = sled.calibrate(lm, prompts, **QUICK, grid=(0.01,), loss="exact")
     assert made.threshold is None and made.policy(lm, max_new_tokens=40) == FullDepth()
     assert "No early exit" in made.verdict() and "fails" in made.table()
 
@@ -310,4 +310,4 @@ def test_no_safe_threshold_means_no_early_exit(lm, asked):
 def test_bad_input_is_named(lm, asked, change, error, says):
     arguments = {**QUICK, "prompts": [prompt(p.question) for p in asked], **change}
     with pytest.raises(error, match=says):
-        lm.calibrate(arguments.pop("prompts"), **arguments)
+        sled.calibrate(lm, arguments.pop("prompts"), **arguments)

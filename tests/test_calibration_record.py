@@ -16,7 +16,7 @@ from sled.demo.problems import problems, prompt
 from sled.errors import CalibrationError, SettingError
 from sled.exits import FullDepth
 from sled.settings.describe import describe
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 EXITS = sled.EarlyExit(1)
 SERVING = dict(max_new_tokens=40)  # as in test_calibration: the same programs
@@ -30,8 +30,8 @@ def lm(demo):
 @pytest.fixture(scope="module")
 def record(lm):
     prompts = [prompt(p.question) for p in problems("train", 12, seed=3)]
-    return lm.calibrate(prompts, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95, 0.9), batch_size=12, progress=False,
-                        **SERVING)
+    return sled.calibrate(lm, prompts, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95, 0.9), batch_size=12,
+                          progress=False, **SERVING)
 
 
 @pytest.fixture
@@ -99,10 +99,10 @@ def test_another_model_of_the_same_weights_is_refused(lm, record):
 
 
 def test_only_an_early_exit_is_calibrated(lm, record):
-    with pytest.raises(SettingError, match="exits is FullDepth"):
+    with pytest.raises(SettingError, match="exits is FullDepth, which has no threshold"):
         record.policy(lm, FullDepth(), **SERVING)
-    with pytest.raises(SettingError, match="which is no EarlyExit; only"):
-        lm.calibrate(["a"], exits=sled.SelfSpeculation(2))
+    with pytest.raises(SettingError, match="SelfSpeculation, which has no threshold"):
+        sled.calibrate(lm, ["a"], exits=sled.SelfSpeculation(2))
 
 
 def test_no_schedule_is_the_exits_own(lm, record):
@@ -111,7 +111,7 @@ def test_no_schedule_is_the_exits_own(lm, record):
 
 def test_references_are_a_list(lm):
     with pytest.raises(SettingError, match="references is 5, but must be a list"):
-        lm.calibrate(["a"], exits=sled.EarlyExit(1), references=5, risk=lambda text, reference: 0.0)
+        sled.calibrate(lm, ["a"], exits=sled.EarlyExit(1), references=5, risk=lambda text, reference: 0.0)
 
 
 def test_names_types_shapes_and_bytes_of_weights_all_count():
@@ -233,9 +233,9 @@ def test_files_that_cannot_be_read_or_written_are_named(record, tmp_path):
 def test_without_a_tokenizer_token_ids_are_calibrated(lm, record):
     ids = [lm.text.encode(prompt(p.question)) for p in problems("train", 12, seed=3)]
     blind = copy.copy(lm)
-    blind.text = Text(None, "blind")
+    blind.text = Tokenizer(None, "blind")
     seen = []
-    made = blind.calibrate(ids, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95,), batch_size=12, progress=False,
+    made = sled.calibrate(blind, ids, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95,), batch_size=12, progress=False,
                            loss=lambda early, full: seen.append(early) or early != full, **SERVING)
     assert all(isinstance(tokens, list) for tokens in seen) and len(seen) == 12 and made.serving == record.serving
 
@@ -291,7 +291,7 @@ def test_generate_leaves_as_a_record_says(lm, record, tmp_path, capsys):
     (("--problems", "3", "--file", "x"), "PromptError: --problems was given beside --file"),
     (("--problems", "0"), "SettingError: --problems is 0"),
     (("--problems", "3"), "CalibrationError: 3 prompts show nothing"),
-    (("--patience", "3"), "--patience has no meaning for --schedule immediate"),
+    (("--patience", "3"), "--patience has no meaning without --schedule"),
     (("-o", "/proc/none/c.json"), "SettingError: --output is"),
 ])
 def test_the_command_names_what_is_wrong(arguments, says, capsys, tmp_path, monkeypatch):

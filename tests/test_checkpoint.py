@@ -203,7 +203,7 @@ def test_a_save_stopped_at_any_move_is_made_good_by_the_next(killed, earlier, sh
 
 @pytest.mark.parametrize("prepare, says", [
     (lambda folder: (folder.mkdir(), (folder / "thesis.txt").write_text("")),
-     "not a model folder .*thesis.txt"),
+     "no model folder .*thesis.txt"),
     (lambda folder: folder.write_text(""), "is a file; give the name of a folder"),
 ])
 def test_nothing_else_is_overwritten(prepare, says, tiny_folder, tmp_path):

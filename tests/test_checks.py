@@ -1,4 +1,4 @@
-"""Rules of settings: what passes, what it becomes, and what an error says."""
+"""Rules and classes of settings: what passes, what it becomes, what an error says, what is traced."""
 
 import dataclasses
 import math
@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from sled.errors import SettingError
-from sled.settings.pytree import traced
-from sled.settings.rules import Each, Layers, Number, OneOf, Whole, settle
+from sled.settings.decorator import settings
+from sled.settings.field import bound_of, declared, setting
+from sled.settings.rules import Each, Flag, Instance, Layers, Number, OneOf, OrNone, Whole
 
 NAN, INF = float("nan"), float("inf")
 CHANCE = Number(0, 1, open_low=True, open_high=True, hint="h")
 SHARE, RATE, BOUND = Number(0, 1, hint="h"), Number(0, open_low=True, hint="h"), Number(hint="h")
 COUNT, FEW = Whole(1, hint="h"), Whole(0, 4, hint="h")
-WORDS = Layers((None, "all"))
+WORDS, WEIGHTS, SWITCH = Layers((None, "all")), OrNone(Each(BOUND)), Flag(hint="h")
 
 
 @pytest.mark.parametrize(("rule", "value", "clean"), [
@@ -29,6 +30,8 @@ WORDS = Layers((None, "all"))
     (WORDS, range(2), (0, 1)), (Each(SHARE), [0, 1], (0.0, 1.0)), (Each(COUNT), (), ()),
     (Each(SHARE, one=True), 1, 1.0), (Each(SHARE, one=True), [1, 0], (1.0, 0.0)),
     (Each(COUNT), [np.array(2), jnp.array(3)], (2, 3)), (OneOf(("on", "off")), "off", "off"),
+    (WEIGHTS, None, None), (WEIGHTS, [1], (1.0,)), (SWITCH, True, True), (SWITCH, np.False_, False),
+    (Instance(list, traced=False, hint="h"), [], []),
 ])
 def test_what_fits_becomes_one_type(rule, value, clean):
     found = rule("name", value)
@@ -60,6 +63,14 @@ def test_what_is_no_number_is_refused(rule, value):
     (Each(COUNT, one=True), 0, "name is 0, but must be a whole number of at least 1; h"),
     (OneOf(("on", "off"), hint="h"), "of", "name is 'of', but must be one of 'on', 'off'; h"),
     (OneOf(("on", "off"), hint="h"), ["on"], "name is ['on'], but must be one of 'on', 'off'; h"),
+    (OneOf(("on", "off")), "of", "name is 'of', but must be one of 'on', 'off'; choose one of them"),
+    (WEIGHTS, (NAN,), "name[0] is nan, but must be a number in [-inf, inf); h"),
+    (SWITCH, "no", "name is 'no', but must be True or False; h"),
+    (SWITCH, 1, "name is 1, but must be True or False; h"),
+    (Instance(list, hint="h"), list, "name is <class 'list'>, but must be an instance, not its class or name; h"),
+    (Instance(list, hint="h"), 3, "name is 3, which is no list; h"),
+    (Instance(Fraction, hint="h"), Fraction(1),
+     "name is Fraction(1, 1), but must be an instance that jax can trace; h"),
     (WORDS, "low", "name is 'low', but must be None or 'all' or a tuple of layer indices such as (0, 8, 16); "),
 ])
 def test_an_error_says_value_reason_and_remedy(rule, value, says):
@@ -78,37 +89,90 @@ def test_none_is_refused_where_it_is_no_word():
         Layers(("low",))("name", None)
 
 
-@traced("threshold")
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    threshold: float
-    patience: int = 1
+@settings
+class Mine:
+    """A class as a user writes one."""
+
+    threshold: float = setting(SHARE, traced=True, help="how sure")
+    patience: int = setting(COUNT, default=1, help="steps to wait")
+    top: int = setting(COUNT, default=3, rows="B")
+    weights: tuple[float, ...] | jax.Array | None = setting(WEIGHTS, default=None, rows="BC")
+    nested: object = setting(default=None, traced=True)
+    note: str = "anything"
+    max_top: int | None = bound_of("top", least=4)
+    constant = 7
 
     def __post_init__(self):
-        settle(self, threshold=Number(0, 1, hint="it is a probability"), patience=COUNT)
+        assert isinstance(self.patience, int) and self.max_top, "the rules come first"
+        if self.patience == 13:
+            raise SettingError("no luck")
 
 
-def test_settle_names_class_and_field_and_cleans():
-    assert Policy(1, 2.0) == Policy(1.0, 2)
-    assert [type(x) for x in dataclasses.astuple(Policy(1, 2.0))] == [float, int]
-    with pytest.raises(SettingError, match=r"Policy\.threshold is 1\.1, .* it is a probability"):
-        Policy(1.1)
+def test_a_class_of_settings_checks_and_cleans_its_fields():
+    mine = Mine(1, 2.0)
+    assert mine == Mine(1.0, 2, 3, None, None, "anything", 4) and Mine.constant == 7
+    assert [type(x) for x in (mine.threshold, mine.patience)] == [float, int]
+    assert dataclasses.replace(mine, top=9, max_top=None).max_top == 16
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        mine.patience = 3
+    assert Mine.traced_fields == ("threshold", "top", "weights", "nested")
+    assert Mine.row_axes == {"top": "B", "weights": "BC"}
+    assert list(declared(Mine)) == ["threshold", "patience", "top", "weights", "nested", "max_top"]
+    assert "as a user writes one" in Mine.__doc__
+    assert "patience: steps to wait; h. It is a whole number of at least 1. Default: 1." in Mine.__doc__
 
 
-def test_arrays_and_tracers_pass_in_traced_fields_only():
+@pytest.mark.parametrize(("wrong", "says"), [
+    (dict(threshold=1.1), "Mine.threshold is 1.1, but must be a number in [0, 1]; h"),
+    (dict(threshold=np.array([0.5, 7.0])), "Mine.threshold, an array, is 7.0, but"),
+    (dict(threshold=np.array([NAN, 0.5])), "Mine.threshold, an array, is nan, but"),
+    (dict(threshold=np.array(["a"])), "Mine.threshold, an array, is 'a', but"),
+    (dict(threshold=np.array([0.5j])), "Mine.threshold, an array, is 0.5j, but"),
+    (dict(weights=np.array([1, INF])), "Mine.weights, an array, is inf, but"),
+    (dict(weights=(1, "a")), "Mine.weights[1] is 'a', but"),
+    (dict(patience=np.array(3)), "Mine.patience is array(3), but must be a whole number"),
+    (dict(patience=13), "no luck"),
+    (dict(top=2**31), "Mine.top is 2147483648, but must be a whole number from 1 to 2147483647; h"),
+    (dict(top=5, max_top=4), "Mine.top is 5, but must be a whole number from 1 to 4; max_top is its bound"),
+    (dict(top=np.array([1, 5]), max_top=4), "Mine.top, an array, is 5, but must be a whole number from 1 to 4"),
+    (dict(top=np.array([1, 5])), "Mine.top is an array, whose entries need a static bound; give max_top too"),
+    (dict(max_top=0), "Mine.max_top is 0, but must be a whole number from 1 to 2147483647; it is static, and None"),
+])
+def test_a_class_of_settings_refuses_by_class_and_field(wrong, says):
+    with pytest.raises(SettingError, match="^" + re.escape(says)):
+        Mine(**{"threshold": 0.5, **wrong})
+
+
+def test_arrays_and_tracers_pass_in_traced_fields():
     threshold_B = np.array([0.5, 1.0])
-    assert Policy(threshold_B).threshold is threshold_B
-    for wrong in ([0.5, 7.0], [NAN, 0.5], ["a"], [0.5j]):
-        with pytest.raises(SettingError, match=r"Policy\.threshold, an array"):
-            Policy(np.array(wrong))
-    assert jax.jit(lambda x: Policy(x).threshold)(2.0) == 2.0
-    with pytest.raises(SettingError, match=r"Policy\.patience"):
-        Policy(0.5, np.array(3))
+    assert Mine(threshold_B).threshold is threshold_B
+    assert jax.jit(lambda x: Mine(x, weights=(x, 1)).threshold)(2.0) == 2.0
 
 
-def test_whole_and_broken_spellings_share_a_trace():
+def test_tuned_numbers_share_a_trace_and_static_ones_do_not():
     traces = []
-    jitted = jax.jit(lambda policy: traces.append(policy) or policy.threshold)
-    assert [float(jitted(Policy(x, n))) for x, n in ((1, 3), (1.0, 3.0), (0.5, 3))] == [1, 1, 0.5]
+    jitted = jax.jit(lambda mine: traces.append(mine) or mine.threshold * mine.top)
+    assert [float(jitted(Mine(x, n, top))) for x, n, top in ((1, 3, 1), (1.0, 3.0, 2), (0.5, 3, 4))] == [1, 2, 2]
     assert len(traces) == 1
-    assert math.isnan(jax.tree.map(lambda _: NAN, Policy(1)).threshold)
+    jitted(Mine(1, 4)), jitted(Mine(1, 4, max_top=5)), jitted(Mine(1, 4, note="else"))
+    assert len(traces) == 4
+
+
+def test_rebuilding_from_leaves_checks_nothing_and_leaves_have_names():
+    assert math.isnan(jax.tree.map(lambda _: NAN, Mine(1)).threshold)
+    found = jax.tree_util.tree_flatten_with_path(Mine(0.5, weights=(1, 2), nested=Mine(1)))[0]
+    assert [(jax.tree_util.keystr(path), leaf) for path, leaf in found] == [
+        (".threshold", 0.5), (".top", 3), (".weights[0]", 1.0), (".weights[1]", 2.0),
+        (".nested.threshold", 1.0), (".nested.top", 3)]
+
+
+def test_a_class_of_settings_can_be_extended():
+    @settings
+    class More(Mine):
+        patience: int = setting(FEW, default=2)
+        extra: bool = setting(SWITCH, default=False)
+
+    assert More(1).patience == 2 and More(1, top=20).max_top == 32
+    for wrong in (dict(extra="no"), dict(patience=5), dict(threshold=2)):
+        with pytest.raises(SettingError, match="More"):
+            More(**{"threshold": 1, **wrong})

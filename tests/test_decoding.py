@@ -125,7 +125,7 @@ def test_lens_shows_the_models_own_choices(lm):
     assert lens.top[-1, -1] == generate().tokens[2][0]
     assert lens.fused[-1] == generate(fusion=sled.SLED()).tokens[2][0]
     np.testing.assert_allclose(lens.final_probability[-1], lens.probability[-1], rtol=1e-5)
-    assert (lens.settled >= 0).all() and (lens.settled <= CONFIG.num_layers).all()
+    assert (lens.agrees_from >= 0).all() and (lens.agrees_from <= CONFIG.num_layers).all()
     assert "layer 4" in lens.table()
 
 

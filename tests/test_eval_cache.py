@@ -1,4 +1,4 @@
-"""Kept answers: found again under the very same settings alone, and whole after a kill."""
+"""Requests, and kept answers: found again under the very same settings alone, and whole after a kill."""
 
 import copy
 import importlib.metadata
@@ -17,9 +17,10 @@ pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: p
 import sled
 from sled.errors import EvaluationError, SettingError
 from sled.eval.harness import adapter as harness
-from sled.eval.harness.cache import Cache, digest_of
-from sled.eval.harness.requests import Ask, batches
+from sled.eval.harness.cache import Cache
+from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
 from sled.eval.methods import Method, deciding_versions
+from sled.io import json_digest
 
 EARLY = sled.EarlyExit((2,), threshold=0.5)
 
@@ -39,24 +40,23 @@ def other_tokenizer(lm):
     from tokenizers import Tokenizer, models
 
     changed = copy.copy(lm)
-    changed.text = sled.text.tokenizer.Text(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
+    changed.text = sled.text.tokenizer.Tokenizer(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
     return changed
 
 
+METHODS = {
+    "fusion": dict(fusion=sled.SLED()), "rate": dict(fusion=sled.SLED(rate=3.0)),
+    "scale": dict(fusion=sled.SLED(scale=5)), "clamp": dict(fusion=sled.ClampOnly()),
+    "norm_early": dict(fusion=sled.SLED(norm_early=True)), "early exit": dict(exits=EARLY),
+    "threshold": dict(exits=sled.EarlyExit((2,), threshold=0.6)),
+    "exit layers": dict(exits=sled.EarlyExit((3,), threshold=0.5)),
+    "missing K/V": dict(exits=sled.EarlyExit((2,), threshold=0.5, kv="propagate")),
+    "speculation": dict(exits=sled.SelfSpeculation(2)), "schedule": dict(exits=EARLY, schedule=sled.Gather(2)),
+    "sampling": dict(sampling=sled.Sampling(temperature=0.7)),
+    "repetition penalty": dict(sampling=sled.Sampling(repetition_penalty=1.1)),
+}
 SETTINGS = {
-    "fusion": lambda lm: (lm, Method("m", fusion=sled.SLED())),
-    "rate": lambda lm: (lm, Method("m", fusion=sled.SLED(rate=3.0))),
-    "scale": lambda lm: (lm, Method("m", fusion=sled.SLED(scale=5))),
-    "clamp": lambda lm: (lm, Method("m", fusion=sled.ClampOnly())),
-    "norm_early": lambda lm: (lm, Method("m", fusion=sled.SLED(norm_early=True))),
-    "early exit": lambda lm: (lm, Method("m", exits=EARLY)),
-    "threshold": lambda lm: (lm, Method("m", exits=sled.EarlyExit((2,), threshold=0.6))),
-    "exit layers": lambda lm: (lm, Method("m", exits=sled.EarlyExit((3,), threshold=0.5))),
-    "missing K/V": lambda lm: (lm, Method("m", exits=sled.EarlyExit((2,), threshold=0.5, kv="propagate"))),
-    "speculation": lambda lm: (lm, Method("m", exits=sled.SelfSpeculation(2))),
-    "schedule": lambda lm: (lm, Method("m", exits=EARLY, schedule=sled.Gather(2))),
-    "sampling": lambda lm: (lm, Method("m", sampling=sled.Sampling(temperature=0.7))),
-    "repetition penalty": lambda lm: (lm, Method("m", sampling=sled.Sampling(repetition_penalty=1.1))),
+    **{name: lambda lm, how=how: (lm, Method("m", **how)) for name, how in METHODS.items()},
     "weights": lambda lm: (other_weights(lm), Method("m")),
     "dtype": lambda lm: (sled.load("demo", dtype="bfloat16"), Method("m")),
     "tokenizer": lambda lm: (other_tokenizer(lm), Method("m")),
@@ -68,17 +68,13 @@ def kept(cache, lm, method, normalise=True):
     return harness.SledLM(lm, method, normalise=normalise, cache=cache, progress=False)._answers
 
 
-@pytest.mark.parametrize("changed", SETTINGS)
-def test_an_answer_is_not_found_under_another_setting(lm, changed):
+def test_an_answer_is_found_under_its_own_settings_alone(lm):
     cache = Cache()
     kept(cache, lm, Method("plain")).add({"request": "the answer"})
-    assert kept(cache, *SETTINGS[changed](lm)).find(["request"]) == {}
+    others = {name: kept(cache, *make(lm)) for name, make in SETTINGS.items()}
+    assert all(other.find(["request"]) == {} for other in others.values())
     assert kept(cache, lm, Method("the same under another name")).find(["request"]) == {"request": "the answer"}
-
-
-def test_every_setting_is_told_apart_from_every_other(lm):
-    digests = {kept(Cache(), *make(lm)).digest for make in SETTINGS.values()}
-    assert len(digests) == len(SETTINGS)
+    assert len({other.digest for other in others.values()}) == len(SETTINGS)
 
 
 @pytest.mark.parametrize("package", deciding_versions())
@@ -90,25 +86,44 @@ def test_an_answer_of_another_version_is_not_found(lm, monkeypatch, package):
     assert kept(cache, lm, Method("plain")).find(["request"]) == {}
 
 
-GREEDY = sled.Sampling()
-ASK = dict(ids=(1, 2), until=("\n",), max_new_tokens=8, sampling=GREEDY, seed=None)
+def request(ids=(1, 2), until=("\n",), max_new_tokens=8, seed=None, **sampling):
+    return GenerationRequest(ids, GenerationSettings(until, max_new_tokens, sled.Sampling(**sampling)), seed)
 
 
 def test_every_part_of_a_request_is_in_its_key():
-    asks = [ASK, ASK | {"ids": (1, 3)}, ASK | {"until": ()}, ASK | {"max_new_tokens": 9}, ASK | {"seed": 0},
-            ASK | {"seed": 1}, ASK | {"sampling": sled.Sampling(temperature=0.5)}]
+    generated = [request(), request((1, 3)), request(until=()), request(max_new_tokens=9), request(seed=0),
+                 request(seed=1), request(temperature=0.5)]
     scored = [{"context": (1, 2), "continuation": (3,)}, {"context": (1,), "continuation": (2, 3)}]
-    assert len({digest_of(Ask(**ask).described()) for ask in asks} | {digest_of(pair) for pair in scored}) == 9
+    assert len({json_digest(each.described()) for each in generated} | set(map(json_digest, scored))) == 9
 
 
 def test_requests_are_batched_by_length_or_by_stream():
-    greedy = [Ask(**ASK | {"ids": (1,) * n}) for n in (3, 9, 5, 7, 4)]
+    greedy = [request((1,) * n) for n in (3, 9, 5, 7, 4)]
     assert list(batches(greedy, range(5), 2)) == [[1, 3], [2, 4, 0]]  # what is left over goes with the last batch
-    drawn = [Ask(**ASK | {"seed": seed, "sampling": sled.Sampling(temperature=1.0)}) for seed in (7, 0, 1, 2, 8)]
+    drawn = [request(seed=seed, temperature=1.0) for seed in (7, 0, 1, 2, 8)]
     assert list(batches(drawn, range(5), 8)) == [[1, 2, 3], [0, 4]]
     assert list(batches(greedy, [], 2)) == []
-    mixed = [Ask(**ASK), Ask(**ASK | {"max_new_tokens": 9}), Ask(**ASK)]
+    mixed = [request(), request(max_new_tokens=9), request()]
     assert sorted(map(sorted, batches(mixed, range(3), 8))) == [[0, 2], [1]]
+
+
+@pytest.mark.parametrize("given, says", [
+    ({"num_beams": 4}, "num_beams, which mean nothing here"),
+    ({"do_sample": True}, "no temperature above 0"),
+    ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, "Sampling.top_p is 2.0"),
+])
+def test_what_cannot_be_generated_is_named(given, says):
+    with pytest.raises(EvaluationError, match=says):
+        GenerationSettings.of(dict(until=["\n"], **given))
+
+
+def test_generation_settings_are_read_as_the_harness_means_them():
+    read, cold = GenerationSettings.of, {"do_sample": False, "temperature": 0.5, "top_p": 0.9}
+    assert read({"until": "x", "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": None}) == (
+        GenerationSettings(("x",), 7, sled.Sampling(temperature=0.5, top_p=0.9)))
+    assert read(cold) == GenerationSettings((), 256, sled.Sampling())
+    assert read({"max_gen_toks": 7}, at_most=5).max_new_tokens == 5
+    assert read({}, at_most=500).max_new_tokens == 500
 
 
 def test_after_a_kill_whole_batches_are_there(tmp_path):

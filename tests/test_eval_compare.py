@@ -1,6 +1,5 @@
 """Comparing methods on the same samples: hand-computed tests, coverage of the intervals, what is refused."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -8,20 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sled
 from sled.errors import SettingError
-from sled.eval.methods import Method
 from sled.eval.report.compare import compare, mcnemar
-from sled.eval.report.report import Report
+from sled.eval.report.plot import draw_comparison
 
 RNG = np.random.default_rng(5)
 BASE = (RNG.random(80) < 0.6).astype(float)
 OTHER = np.where(RNG.random(80) < 0.3, 1 - BASE, BASE)
-
-
-def report(scores, methods=()):
-    return Report(tasks={"base": []}, scores=scores, methods=list(methods), settings={}, versions={}, hardware="h",
-                  model=dict(name="m", weights="0" * 64, dtype="float32", layers=2), date="d", against="base", seed=0)
 
 
 @pytest.mark.parametrize(("wins", "losses", "p"), [
@@ -97,10 +89,10 @@ def test_the_report_warns_where_numbers_say_less_than_they_seem_to(tmp_path):
     written = json.loads(json.dumps(few.json()))
     assert written["against"] == "base" and written["rows"][2]["wins"] == 0 and len(written["rows"]) == 3
     for name in ("a.png", "a.svg"):
-        assert few.picture(tmp_path / name).stat().st_size > 1000
-    assert compare({"base": [1]}, "base", draws=5).picture(tmp_path / "one.png").exists()
+        assert draw_comparison(few, tmp_path / name).stat().st_size > 1000
+    assert draw_comparison(compare({"base": [1]}, "base", draws=5), tmp_path / "one.png").exists()
     with pytest.raises(SettingError, match="ending is none of"):
-        few.picture(tmp_path / "a.bmp")
+        draw_comparison(few, tmp_path / "a.bmp")
 
 
 def test_differences_without_width_are_noted_as_means_are():
@@ -111,49 +103,15 @@ def test_differences_without_width_are_noted_as_means_are():
     assert "without width" not in compare({"base": BASE}, "base", draws=50).markdown()
 
 
-def test_a_report_counts_the_p_values_of_all_its_tables():
-    scores = {"a": {"base": BASE, "x": OTHER, "y": OTHER}, "b": {"base": BASE, "x": OTHER, "y": OTHER},
-              "c": {"base": BASE, "x": BASE / 2, "y": BASE / 2}}
-    said = report(scores).markdown().split("\n## ")
-    assert [part.count("Of the 4 in all tables of this report") for part in said] == [0, 1, 1, 0, 0]
-    assert [part.count("compare with 0.013 instead") for part in said] == [0, 1, 1, 0, 0]
-    assert "Bonferroni" not in report({"a": {"base": BASE, "x": OTHER}}).markdown()
-
-
-def test_verified_guesses_have_no_mean_layer():
-    methods = [Method("exit", exits=sled.EarlyExit(1)), Method("guess", exits=sled.SelfSpeculation(1, draft=3))]
-    counts = dict(requests=2, computed=2, truncated=0, unfinished=0, new_tokens=8, layers=12)
-    about = [{"name": m.name, "verifies": m.verifies, "counts": counts} for m in methods]
-    _, _, exit, guess = dataclasses.replace(report({}, about), tasks={"exit": [], "guess": []}).answers()
-    assert exit == "| exit | 2 | 2 | 0 | 0 | - | 1.50 of 2 |" and guess == "| guess | 2 | 2 | 0 | 0 | - | - |"
-
-
-def test_pictures_have_names_of_their_own_and_earlier_ones_go(tmp_path):
-    def write(*scores):
-        report({score: {"base": [1, 0]} for score in scores}).write(tmp_path)
-        return {path.name for path in tmp_path.glob("*.png")}
-
-    (tmp_path / "mine.png").write_bytes(b"")
-    assert write("t: a,b", "t: a b", "T: a b", "t: c") == {"mine.png", "t-a-b.png", "t-a-b-2.png", "T-a-b-3.png",
-                                                          "t-c.png"}
-    assert "(t-a-b-2.png)" in (tmp_path / "report.md").read_text()
-    assert write("t: c") == {"mine.png", "t-c.png"}
-
-
-@pytest.mark.parametrize(("outcomes", "says"), [
-    ({}, "must be a mapping"), ([[1, 0]], "must be a mapping"),
-    ({"base": [1, 0], "b": [1]}, "'b' has 1 scores and 'base' has 2"),
-    ({"base": []}, "at least one sample"), ({"base": [[1, 0]]}, r"shape \(1, 2\)"), ({"base": 1.0}, r"shape \(\)"),
-    ({"base": [0, 1.5]}, "sample 1 is 1.5"), ({"base": [-0.1]}, "sample 0 is -0.1"),
-    ({"base": [0, float("nan")]}, "sample 1 is nan"), ({"base": [float("inf")]}, "is inf"),
-    ({"base": ["yes"]}, "are not numbers"), ({"other": [1]}, "against is 'base'.*'other'"),
+@pytest.mark.parametrize(("outcomes", "how", "says"), [
+    ({}, {}, "must be a mapping"), ([[1, 0]], {}, "must be a mapping"),
+    ({"base": [1, 0], "b": [1]}, {}, "'b' has 1 scores and 'base' has 2"), ({"base": []}, {}, "at least one sample"),
+    ({"base": [[1, 0]]}, {}, r"shape \(1, 2\)"), ({"base": 1.0}, {}, r"shape \(\)"),
+    ({"base": [0, 1.5]}, {}, "sample 1 is 1.5"), ({"base": [-0.1]}, {}, "sample 0 is -0.1"),
+    ({"base": [0, float("nan")]}, {}, "sample 1 is nan"), ({"base": [float("inf")]}, {}, "is inf"),
+    ({"base": ["yes"]}, {}, "are not numbers"), ({"other": [1]}, {}, "against is 'base'.*'other'"),
+    *(({"base": [1]}, {name: value}, f"{name} is") for name, value in (("seed", -1), ("draws", 0), ("draws", 2.5))),
 ], ids=str)
-def test_what_cannot_be_compared(outcomes, says):
+def test_what_cannot_be_compared(outcomes, how, says):
     with pytest.raises(SettingError, match=says):
-        compare(outcomes, "base")
-
-
-@pytest.mark.parametrize("how", [dict(seed=-1), dict(draws=0), dict(draws=2.5)], ids=str)
-def test_settings_are_checked(how):
-    with pytest.raises(SettingError, match=f"{next(iter(how))} is"):
-        compare({"base": [1]}, "base", **how)
+        compare(outcomes, "base", **how)

@@ -1,7 +1,9 @@
 """Sweeps: grids, what a row holds, resuming, the certified choice, the Pareto front, the command."""
 
+import copy
 import csv
 import dataclasses
+import functools
 import json
 import math
 import subprocess
@@ -12,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import nnx
+from demo_toy import THREE, demo_toy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,44 +27,30 @@ from sled.eval.methods import Method
 from sled.eval.questions import Questions, demo_questions, read_questions
 from sled.eval.sweep import grid
 from sled.eval.sweep import plot as sweep_picture
-from sled.eval.sweep import rows as sweep_rows
+from sled.eval.sweep import result as sweep_result
 from sled.eval.sweep import sweep as sweeping
-from sled.eval.sweep.certified import certified
-from sled.eval.sweep.pareto import pareto
-from sled.eval.sweep.result import Swept
-from sled.eval.sweep.rows import Row, Rows
+from sled.eval.sweep.certified import certified, pareto
+from sled.eval.sweep.plot import draw_sweep
+from sled.eval.sweep.result import SweepFile, SweepRow, Swept
 from sled.eval.sweep.sweep import same_tokens, sweep
-from sled.lm import LM
-from sled.models import Decoder, DecoderConfig
+from sled.exits import Policy
 from sled.results import Output, Stats
-from sled.text.tokenizer import Text
 from sled.timing import Times
 
-TWO, THREE = (DecoderConfig(family="llama", vocab_size=1000, width=32, mlp_width=48, num_layers=layers, num_heads=2,
-                            num_kv_heads=2, head_dim=16, max_positions=512, eos_ids=(0,), tied_head=True)
-              for layers in (2, 3))
-QUESTIONS = Questions(tuple(f"Question: {n} and {n}?\nAnswer:" for n in range(3)), (0, 2, 4), "sums")
+# Five, as many as in no other test of the toy: programs that others compiled would not count as this one's.
+QUESTIONS = Questions(tuple(f"Question: {n} and {n}?\nAnswer:" for n in range(5)), (0, 2, 4, 6, 8), "sums")
 EARLY = grid.early_exits([1], [0.0, 1.0, 0.5])
-GUESSES = grid.self_speculation([1], [3, 1])
+DRAFTS = grid.self_speculation([1], [3, 1])
 
 
-@pytest.fixture(scope="module")
-def toy():
-    return LM(Decoder.init(TWO, rngs=nnx.Rngs(0)), Text.from_folder(Path(sled.__file__).parent / "demo" / "model"),
-              name="toy")
-
-
-DRAW = sweep_picture.draw
-
-
-def run(lm, folder, methods=(*EARLY, *GUESSES), questions=QUESTIONS, **how):
+def run(lm, folder, methods=(*EARLY, *DRAFTS), questions=QUESTIONS, **how):
     return sweep(lm, methods, questions, folder, **{"rounds": 1, "max_new_tokens": 6, "progress": False, **how})
 
 
 @pytest.fixture
-def scripted(toy, monkeypatch):
+def scripted(monkeypatch):
     """The toy with a script instead of a model: `scripted.calls` are the exits it was asked for. At threshold t the
-    first (1 - t) of the answers are wrong, and it takes t seconds; without exits, or guessing, all are right, in 1."""
+    first (1 - t) of the answers are wrong, and it takes t seconds; without exits, or drafting, all are right, in 1."""
 
     def generate(prompts, *, exits, **_):
         lm.calls.append(exits)
@@ -80,10 +68,10 @@ def scripted(toy, monkeypatch):
         seconds = lambda name: max(float(name.rpartition("threshold ")[2]), 0.01) if "threshold" in name else 1.0  # noqa: E731
         return {name: Times([seconds(name), 9.0]) for name in calls}
 
-    lm = LM(toy.build(toy.params), toy.text, name="scripted")
-    lm.generate, lm.calls, lm.config = generate, [], THREE
+    lm = copy.copy(demo_toy())
+    lm.name, lm.generate, lm.calls, lm.config = "scripted", generate, [], THREE
     monkeypatch.setattr(sweeping, "interleave", interleave)
-    monkeypatch.setattr(sweep_picture, "draw", lambda _, path: path.write_bytes(b"a picture") and path)
+    monkeypatch.setattr(sweeping, "draw_sweep", lambda _, path: path.write_bytes(b"a picture") and path)
     return lm
 
 
@@ -108,28 +96,30 @@ def test_grids_go_from_safe_to_risky_and_name_what_is_swept():
         grid.early_exits([1], [40.0])
 
 
-def test_a_sweep_compiles_each_program_once_and_says_what_happened(toy, tmp_path):
+def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path):
+    toy = demo_toy()
     before = loop.decode._cache_size()
     swept = run(toy, tmp_path / "new" / "folder")
-    assert loop.decode._cache_size() == before + 3  # no exit, early exit, guesses
+    assert loop.decode._cache_size() == before + 3  # no exit, early exit, speculation
     rows = {row.method: row for row in swept.rows}
-    full, one, half, none, *guesses = swept.rows
-    assert [row.method for row in swept.rows] == ["no exit", *(m.name for m in (*EARLY, *GUESSES))]
+    full, one, half, none, *drafts = swept.rows
+    assert [row.method for row in swept.rows] == ["no exit", *(m.name for m in (*EARLY, *DRAFTS))]
     assert (full.mean_depth, full.against, full.relative_speed, full.layers) == (2, "no exit", 1, "")
     assert (one.mean_depth, one.same_texts, one.same_tokens, one.lost) == (2, 1, 1, 0)
-    assert none.mean_depth == 1 <= half.mean_depth <= 2 and (none.threshold, half.threshold) == (0, 0.5)
-    assert all(row.same_texts == 1 and 0 <= row.acceptance <= 1 and row.measure is None for row in guesses)
-    assert [row.draft for row in guesses] == [1, 3] and full.acceptance is None is none.acceptance
+    assert none.mean_depth == 1 <= half.mean_depth <= 2
+    assert [row.settings["threshold"] for row in (none, half)] == [0, 0.5] and not half.verifies
+    assert all(row.same_texts == 1 and 0 <= row.acceptance <= 1 and row.verifies for row in drafts)
+    assert [row.settings["draft"] for row in drafts] == [1, 3] and full.acceptance is None is none.acceptance
     for row in swept.rows:
         assert row.seconds > 0 and row.tokens_per_second == pytest.approx(row.tokens / row.seconds)
         assert row.relative_speed == pytest.approx(row.against_seconds / row.seconds) and row.low <= row.accuracy
-    assert swept.sequences == (tuple(m.name for m in EARLY), tuple(m.name for m in GUESSES))
+    assert swept.sequences == (tuple(m.name for m in EARLY), tuple(m.name for m in DRAFTS))
     again = run(toy, tmp_path / "b", [*grid.early_exits([1], [0.2, 0.7]), *grid.self_speculation([1], [2])], rounds=2)
     assert loop.decode._cache_size() == before + 3 and len(again.rows) == 4  # other numbers, no other program
     assert {p.name for p in (tmp_path / "b").iterdir()} == {"sweep.csv", "sweep.md", "sweep.png"}
     with (tmp_path / "new" / "folder" / "sweep.csv").open() as file:
         kept = list(csv.DictReader(file))
-    assert [row["method"] for row in kept] == list(rows) and all(len(row["right"]) == 3 for row in kept)
+    assert [row["method"] for row in kept] == list(rows) and all(len(row["right"]) == 5 for row in kept)
     assert float(kept[2]["seconds"]) == half.seconds  # all digits
 
 
@@ -143,6 +133,38 @@ def test_fusions_are_compared_with_plain_decoding_and_exits_with_their_own_fusio
     assert swept.sequences == (("ClampOnly scale 5, exit after 1, threshold 0.5",),)
     only = run(scripted, tmp_path, grid.sled_settings([1, 2], [5]))
     assert only.choice() == (None, ()) and "none is chosen" in only.markdown()
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["nerve"], meta_fields=["every"])
+@dataclasses.dataclass(frozen=True)
+class Own(Policy):
+    """A policy that this package does not know."""
+
+    every: tuple[int, ...]
+    nerve: float
+    verifies, propagates, schedule, window, positions_per_token = False, False, sled.Immediate(), 9, 1
+
+    def exits(self, num_layers):
+        return (*self.every, num_layers)
+
+    def prepare(self, network):
+        return None
+
+    def at_exit(self, view):
+        raise NotImplementedError
+
+
+def test_a_policy_of_ones_own_is_swept_by_its_settings(scripted, tmp_path):
+    methods = [Method(f"{every} {nerve}", exits=Own(every, nerve)) for every in ((1,), (1, 2)) for nerve in (0.2, 0.1)]
+    swept = run(scripted, tmp_path, methods)
+    assert [row.layers for row in swept.rows] == ["", "1", "1", "1 2", "1 2"] and not swept.rows[1].verifies
+    again = run(scripted, tmp_path, methods)
+    assert again.rows == swept.rows
+    kind, *settings = again.rows[4].settings.items()
+    assert kind[1].endswith("Own") and settings == [("every", [1, 2]), ("nerve", 0.1)]
+    assert draw_sweep(swept, tmp_path / "own.svg").stat().st_size > 5000
+    drafts = [dataclasses.replace(row, verifies=bool(row.layers)) for row in swept.rows]
+    assert draw_sweep(dataclasses.replace(swept, rows=tuple(drafts)), tmp_path / "own.svg").exists()
 
 
 def test_interrupted_sweeps_go_on(scripted, tmp_path):
@@ -169,8 +191,8 @@ def test_interrupted_sweeps_go_on(scripted, tmp_path):
 def test_what_changed_is_measured_again(scripted, tmp_path):
     usual = dict(methods=EARLY[:1])
     run(scripted, tmp_path, **usual)
-    for change in (dict(rounds=2), dict(max_new_tokens=5), dict(batch_size=2), dict(questions=many(3)),
-                   dict(questions=dataclasses.replace(QUESTIONS, answers=(0, 2, 5))),
+    for change in (dict(rounds=2), dict(max_new_tokens=5), dict(batch_size=2), dict(questions=many(5)),
+                   dict(questions=dataclasses.replace(QUESTIONS, answers=(0, 2, 4, 6, 9))),
                    dict(methods=grid.early_exits([1], [1.0], kv="propagate")),
                    dict(methods=[dataclasses.replace(EARLY[0], schedule=sled.Gather(2))])):
         scripted.calls.clear()
@@ -185,7 +207,7 @@ def test_what_changed_is_measured_again(scripted, tmp_path):
 
 
 def test_the_fastest_certified_setting(scripted, tmp_path):
-    methods = [*grid.early_exits([1, 2], [0.99, 0.9, 0.5]), *GUESSES]
+    methods = [*grid.early_exits([1, 2], [0.99, 0.9, 0.5]), *DRAFTS]
     swept = run(scripted, tmp_path, methods, many(400), delta=0.05)
     chosen, passed = swept.choice()
     assert chosen == "exit after 1, threshold 0.99" and len(passed) == 4  # 1% is lost at 0.99, 10% at 0.9
@@ -194,7 +216,7 @@ def test_the_fastest_certified_setting(scripted, tmp_path):
     assert "| yes |" in said and "| no |" in said and "1.01 times as fast as no exit" in said
     assert "so their tokens/s do not compare; times as fast does" in said
     assert dataclasses.replace(swept, delta=0.25).choice().method == "exit after 1, threshold 0.9"
-    only = run(scripted, tmp_path, GUESSES, many(400))
+    only = run(scripted, tmp_path, DRAFTS, many(400))
     assert only.choice().method is None and "None of them was faster" in only.verdict()
     few = run(scripted, tmp_path, methods, many(20))
     assert few.choice() == (None, ()) and "it takes 80 questions here, and 20 were asked" in few.verdict()
@@ -238,10 +260,11 @@ def test_the_pareto_front_is_what_nothing_beats(xy):
     assert [y[i] for i in front] == sorted((y[i] for i in front), reverse=True)
 
 
-ROW = Row(digest="d", run="r", machine="an, \"odd\" one", versions="v", method="m", against="a", layers="1 2",
-          measure=None, threshold=0.1, draft=None, n=3, accuracy=1 / 3, low=0.0, high=1.0, lost=0.0, same_texts=1.0,
-          same_tokens=1.0, mean_depth=2.5, acceptance=None, tokens=7, seconds=0.1, median_seconds=0.2,
-          against_seconds=0.3, against_median_seconds=0.4, tokens_per_second=70.0, relative_speed=3.0, right="010")
+ROW = SweepRow(digest="d", run="r", machine="an, \"odd\" one", versions="v", method="m", against="a", layers="1 2",
+               verifies=False, policy='{"kind": "sled.EarlyExit", "threshold": 0.1}', n=3, accuracy=1 / 3, low=0.0,
+               high=1.0, lost=0.0, same_texts=1.0, same_tokens=1.0, mean_depth=2.5, acceptance=None, tokens=7,
+               seconds=0.1, median_seconds=0.2, against_seconds=0.3, against_median_seconds=0.4,
+               tokens_per_second=70.0, relative_speed=3.0, right="010")
 
 
 def fused():
@@ -249,10 +272,10 @@ def fused():
     where plain decoding takes 1.6."""
     row = lambda method, against, took, base, accuracy, **has: dataclasses.replace(  # noqa: E731
         ROW, digest=method, method=method, against=against, seconds=took, against_seconds=base, accuracy=accuracy,
-        relative_speed=base / took, mean_depth=3, **{"layers": "", "threshold": None, **has})
+        relative_speed=base / took, mean_depth=3, **{"layers": "", "policy": "{}", **has})
     rows = (row("no exit", "no exit", 1.0, 1.0, 0.5), row("SLED, no exit", "no exit", 2.0, 1.0, 0.9),
-            row("SLED, exit", "SLED, no exit", 1.25, 2.5, 0.7, layers="1", threshold=0.5),
-            row("SLED, bad exit", "SLED, no exit", 5.0, 2.5, 0.4, layers="1", threshold=0.4),
+            row("SLED, exit", "SLED, no exit", 1.25, 2.5, 0.7, layers="1", policy='{"threshold": 0.5}'),
+            row("SLED, bad exit", "SLED, no exit", 5.0, 2.5, 0.4, layers="1", policy='{"threshold": 0.4}'),
             row("other SLED, no exit", "no exit", 4.0, 1.6, 0.8))
     return Swept(rows, (("SLED, exit", "SLED, bad exit"),), delta=0.1, epsilon=0.1, num_layers=3, what="q")
 
@@ -274,7 +297,7 @@ def test_every_row_of_a_fused_sweep_is_placed_by_the_baseline_of_the_exits():
 def test_the_picture_of_a_fused_sweep_has_its_baseline_at_1(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(sweep_picture, "FigureCanvasAgg", figures.append)
-    fused().picture(tmp_path / "fused.svg")
+    draw_sweep(fused(), tmp_path / "fused.svg")
     time = figures[0].axes[1]
     assert time.get_xlabel() == "times as fast as SLED, no exit"
     at = {line.get_marker(): line.get_xydata().tolist() for line in time.lines}
@@ -287,14 +310,14 @@ def test_a_file_cut_anywhere_gives_its_whole_rows(tmp_path_factory, share):
     path = tmp_path_factory.mktemp("cut") / "sweep.csv"
     rows = [dataclasses.replace(ROW, digest=str(i)) for i in range(3)]
     for row in rows:
-        Rows(path).append(row)
+        SweepFile(path).append(row)
     text = path.read_bytes()
     cut = int(share * len(text))
     path.write_bytes(text[:cut])
     whole = max(text[:cut].count(b"\n") - 1, 0)
-    assert list(Rows(path).by_digest.values()) == rows[:whole]
+    assert list(SweepFile(path).by_digest.values()) == rows[:whole]
     for row in rows[whole:]:
-        Rows(path).append(row)
+        SweepFile(path).append(row)
     assert path.read_bytes() == text
 
 
@@ -306,16 +329,16 @@ def test_a_file_cut_anywhere_gives_its_whole_rows(tmp_path_factory, share):
 ], ids=["columns", "number", "marks", "short"])
 def test_damaged_files_are_refused_by_line(tmp_path, damage, says):
     path = tmp_path / "sweep.csv"
-    Rows(path).append(dataclasses.replace(ROW, seconds=0.25))
+    SweepFile(path).append(dataclasses.replace(ROW, seconds=0.25))
     path.write_text(damage(path.read_text()))
     with pytest.raises(SettingError, match=says):
-        Rows(path)
+        SweepFile(path)
 
 
 def test_rows_are_on_the_disk_before_the_next_is_measured(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr(sweep_rows.os, "fsync", synced.append)
-    Rows(tmp_path / "sweep.csv").append(ROW)
+    monkeypatch.setattr(sweep_result.os, "fsync", synced.append)
+    SweepFile(tmp_path / "sweep.csv").append(ROW)
     assert len(synced) == 2  # the head and the row
 
 
@@ -382,11 +405,11 @@ def test_questions_are_checked():
 
 def test_pictures_of_every_kind_of_sweep(scripted, tmp_path):
     measures = grid.early_exits([1, (1, 2)], [0.9, 0.5], measures=["margin", "entropy"])
-    for i, methods in enumerate([[*measures, *GUESSES], GUESSES, grid.sled_settings([1, 2], [5])]):
+    for i, methods in enumerate([[*measures, *DRAFTS], DRAFTS, grid.sled_settings([1, 2], [5])]):
         swept = run(scripted, tmp_path, methods, many(100), delta=0.4)
-        assert DRAW(swept, tmp_path / f"{i}.svg").stat().st_size > 5000
+        assert draw_sweep(swept, tmp_path / f"{i}.svg").stat().st_size > 5000
     with pytest.raises(SettingError, match="ending is none of"):
-        swept.picture(tmp_path / "sweep.bmp")
+        draw_sweep(swept, tmp_path / "sweep.bmp")
 
 
 def test_the_documentations_python_runs(command, scripted, tmp_path, monkeypatch):
@@ -408,10 +431,10 @@ def command(scripted, monkeypatch):
 
 def test_the_command(command, scripted, tmp_path, capsys):
     assert command("-o", tmp_path, "--problems", 4, "--exit-layers", 1, "1,2", "--thresholds", 0.9, 0.5, "--drafts", 2,
-                   "--guess-layers", 2, "--rates", 1, "--scales", 5, 10) == 0
+                   "--draft-layers", 2, "--rates", 1, "--scales", 5, 10) == 0
     out = capsys.readouterr().out
     assert all(f"| {name} |" in out for name in (
-        "no exit", "exit after 1, threshold 0.9", "exit after 1 2, threshold 0.5", "guesses after 2, draft 2",
+        "no exit", "exit after 1, threshold 0.9", "exit after 1 2, threshold 0.5", "speculation after 2, draft 2",
         "SLED rate 1 scale 10, no exit"))
     assert (tmp_path / "sweep.md").read_text() == out and (tmp_path / "sweep.png").exists()
     scripted.calls.clear()
@@ -420,7 +443,7 @@ def test_the_command(command, scripted, tmp_path, capsys):
                    "--thresholds", "--fusion", "sled", "--rate", 2) == 0
     own = (tmp_path / "own" / "sweep.md").read_text()
     assert "scripted, 2 questions of own.jsonl, at most 96 new" in own
-    assert own.count("| SLED rate 2 scale 10, guesses after") == 2 * 4  # layers x drafts
+    assert own.count("| SLED rate 2 scale 10, speculation after") == 2 * 4  # layers x drafts
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
@@ -428,7 +451,7 @@ def test_the_command(command, scripted, tmp_path, capsys):
     (["--thresholds", "--drafts", "--rates", "1", "--scales", "5", "--fusion", "dola"],
      "--fusion has no meaning without --thresholds or --drafts"),
     (["--thresholds", "--exit-layers", "1"], "--exit-layers has no meaning without --thresholds"),
-    (["--drafts", "--guess-layers", "1"], "--guess-layers has no meaning without --drafts"),
+    (["--drafts", "--draft-layers", "1"], "--draft-layers has no meaning without --drafts"),
     (["--exit-layers", "one"], "--exit-layers is 'one'"), (["--problems", "0"], "count is 0"),
     (["--prompt", "q"], "--data, which was not given"), (["--data", "x.jsonl"], "without --prompt or --answer"),
     (["--data", "x.jsonl", "--prompt", "q", "--answer", "a"], "no file at 'x.jsonl'"),

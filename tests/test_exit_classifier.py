@@ -15,7 +15,7 @@ from sled.errors import CheckpointError, DataError, SettingError
 from sled.exits.confidence import confidence
 from sled.lm import LM
 from sled.models import ExitHeads
-from sled.train.data.rows import Batch
+from sled.train.data.rows import TrainingBatch
 from sled.train.objective.classifier import train_classifier
 
 
@@ -42,8 +42,8 @@ def toy(bare):
 def classifier(toy):
     """For exits 1 and 2 of the toy model."""
     rows = np.random.RandomState(1).randint(6, 47, (16, 12)).astype(np.int32)
-    batch = Batch(rows, np.ones(rows.shape, np.float32), np.ones(rows.shape, np.int32), np.zeros_like(rows))
-    return train_classifier(LM(toy), itertools.repeat(batch), (1, 2), steps=100, rate=0.1, progress=False)
+    batch = TrainingBatch(rows, np.ones(rows.shape, np.float32), np.ones(rows.shape, np.int32))
+    return train_classifier(LM(toy), itertools.repeat(batch), (1, 2), steps=100, learning_rate=0.1, progress=False)
 
 
 def test_the_classifier_learns_when_an_exit_is_right(toy, classifier):
@@ -71,6 +71,6 @@ def test_a_classifier_is_kept_for_its_model(toy, classifier, tmp_path):
         sled.save_classifier(dataclasses.replace(found, layers=None), tmp_path / "c", LM(toy))
     with pytest.raises(DataError, match="end after 0 of 5 steps"):
         train_classifier(toy, [], 1, steps=5, progress=False)
-    nothing = Batch(*np.zeros((4, 2, 12), np.int32))
+    nothing = TrainingBatch(*np.zeros((3, 2, 12), np.int32))
     with pytest.raises(DataError, match="first batch has no token of weight above 0"):
         train_classifier(toy, [nothing], 1, steps=1, progress=False)

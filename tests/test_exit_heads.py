@@ -14,13 +14,13 @@ from headed_models import CONFIG, FAST, KINDS, bare, headed, plain_logits
 from jax.sharding import PartitionSpec as P
 
 import sled
-from sled.decoding.network import candidates, read
+from sled.decoding.readout import Readout
 from sled.errors import CheckpointError, ConfigError, SettingError
 from sled.lm import LM
 from sled.models import ExitHeads, exportable, from_pre_exit, load_folder, save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.exit_heads import (
     merge,
@@ -122,9 +122,9 @@ def test_self_speculation_guesses_by_the_heads_and_loses_nothing(bare):
 def test_guesses_are_made_through_the_exits_own_rows():
     model = headed("projection, untied")
     h = jax.random.normal(jax.random.key(0), (2, 16))
-    guesser = sled.SelfSpeculation((1, 2), adaptive=True, vocabulary=jnp.array([7, 3])).prepare(model)
+    drafter = sled.SelfSpeculation((1, 2), adaptive=True, vocabulary=jnp.array([7, 3])).prepare(Readout(model))
     for index, layer in enumerate((1, 2)):
-        logits = guesser.project(read(model, h, layer), index)
+        logits = drafter.logits(h, index)
         np.testing.assert_allclose(logits[:, [7, 3]], plain_logits(model, h, layer)[:, [7, 3]], rtol=1e-4, atol=1e-4)
         assert np.isneginf(np.delete(logits, [7, 3], axis=1)).all()
 
@@ -138,9 +138,10 @@ def test_the_lens_and_fusions_read_by_the_heads(bare):
     tied = headed("affine")
     for norm in (True, False):
         other = model.normalise(states[2]) if norm else states[2]
-        found = candidates(tied, states, (1, 2), norm, 3)
-        np.testing.assert_array_equal(found, jnp.stack([read(tied, states[1], 1), other, read(tied, states[3], 3)], 1))
-        found = candidates(model, states, (1, 2), norm, 4)
+        found = Readout(tied).candidates(states, (1, 2), norm, 3)
+        np.testing.assert_array_equal(found, jnp.stack(
+            [Readout(tied).ready(states[1], 1), other, Readout(tied).ready(states[3], 3)], 1))
+        found = Readout(model).candidates(states, (1, 2), norm, 4)
         plain = model.normalise(states[1]) if norm else states[1]
         np.testing.assert_array_equal(found, jnp.stack([plain, other, model.normalise(states[4])], 1))
 
@@ -222,13 +223,13 @@ def test_damaged_heads_are_refused(tmp_path):
 def test_every_head_has_a_place_on_the_mesh():
     for name in KINDS:
         config = dataclasses.replace(CONFIG, exit_heads=KINDS[name], mlp_bias=True)
-        placing = Placing(config, Mesh(data=2, fsdp=2, tensor=2).abstract(8))
-        specs = {at: spec for at, (_, spec) in placing.parameters.items() if at.startswith("exit_heads")}
+        sharding = Sharding(config, Mesh(data=2, fsdp=2, tensor=2).abstract(8))
+        specs = {at: spec for at, (_, spec) in sharding.parameters.items() if at.startswith("exit_heads")}
         wanted = {"affine.weight": P(None, "fsdp", None), "mlp.gate.weight": P(None, "fsdp", "tensor"),
                   "mlp.down.weight": P(None, "tensor", "fsdp"), "norm.weight": P(None, None)}
         assert specs and all(specs.get(f"exit_heads.{at}", spec) == spec for at, spec in wanted.items())
         if not KINDS[name].tied:
             assert specs["exit_heads.projection"] == P(None, None, "fsdp")  # 47 entries do not divide over tensor
         heads, _ = partition(nnx.state(abstract_stacked(config)))
-        moments = jax.tree.leaves(placing.shardings(jax.eval_shape(optax.adam(1e-3).init, heads)))
+        moments = jax.tree.leaves(sharding.shardings(jax.eval_shape(optax.adam(1e-3).init, heads)))
         assert {where.spec for where in moments} == {*specs.values(), P()}  # the counter's

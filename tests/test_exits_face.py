@@ -87,7 +87,7 @@ def test_colours_end_before_a_line_does_and_marks_stand_before_it():
 
 
 def test_legends_count_the_tokens_of_each_layer():
-    assert ANSI.sub("", Paint((2, 8), colours=True).legend([2, 8, 2])) == "said by  layer 2: 2   layer 8: 1 "
+    assert ANSI.sub("", Paint((2, 8), colours=True).legend([2, 8, 2])) == "emitted by  layer 2: 2   layer 8: 1 "
     assert Paint((2, 8), colours=False).legend([2, 8, 2]).endswith("[2] 2, [8] 1")
 
 
@@ -133,7 +133,7 @@ def test_the_end_line_says_what_exits_did():
     assert end_line(early, 8, exits=True).endswith(
         "; mean depth 2.50 of 8 layers, 9 tokens left before the last; 3 rounds spent waiting for deeper layers")
     guessed = Stats(5, 10, 1, 1, 4, drafted=8, accepted=6, verifications=4, deferred=6)
-    assert "included; 6 of 8 guesses right (75%), 1.50 per check; 0 rounds" in end_line(guessed, 8, exits=True)
+    assert "included; 6 of 8 drafts accepted (75%), 1.50 per verification; 0 rounds" in end_line(guessed, 8, exits=True)
 
 
 @pytest.fixture(scope="module")

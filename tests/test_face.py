@@ -13,11 +13,12 @@ import pytest
 from tiny_lm import CAPACITY, PROMPTS, generate, talking_lm, tiny_lm
 
 import sled
-from sled import _versions, cli
+from sled import _check_versions, cli
 from sled.demo.problems import problems, prompt
 from sled.errors import CheckpointError, DownloadError, PromptError, SettingError, TokenizerError, VersionError
 from sled.eval.numbers import final_answer
-from sled.io import writable, writable_picture
+from sled.io import writable
+from sled.plots import writable_picture
 
 DEMO = Path(__file__).parent.parent / "sled" / "demo" / "model"
 
@@ -79,14 +80,14 @@ def lens(lm):
 
 
 def test_lens_picture_is_written(lens, tmp_path):
-    path = lens.picture(tmp_path / "deep" / "lens.png", count=8)
+    path = sled.lens.picture(lens, tmp_path / "deep" / "lens.png", count=8)
     assert path.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_picture_too_wide_is_named(lens, tmp_path, monkeypatch):
     monkeypatch.setattr("sled.lens.plot.CELL_WIDTH", 100)
     with pytest.raises(SettingError, match=f"{len(lens.tokens)} positions"):
-        lens.picture(tmp_path / "x.png")
+        sled.lens.picture(lens, tmp_path / "x.png")
 
 
 def test_a_lens_shows_positions_of_the_text(lens):
@@ -191,12 +192,12 @@ def test_a_damaged_tokenizer_is_named(tmp_path):
 
 
 def test_versions_that_do_not_fit_are_refused():
-    _versions.check("0.10.2", "0.12.8")
-    _versions.check("0.11.2", "0.12.9")
+    _check_versions("0.10.2", "0.12.8")
+    _check_versions("0.11.2", "0.12.9")
     with pytest.raises(VersionError, match="move in pairs"):
-        _versions.check("0.11.1", "0.12.8")
+        _check_versions("0.11.1", "0.12.8")
     with pytest.raises(VersionError, match="too old"):
-        _versions.check("0.4.30", "0.12.8")
+        _check_versions("0.4.30", "0.12.8")
 
 
 def run(capsys, *arguments):

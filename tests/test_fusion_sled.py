@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sled.fusion import SLED, ClampOnly, SharedHead, layer_statistics, statistics
+from sled.fusion import SLED, ClampOnly, SharedHead, layer_statistics, partial
 from sled.fusion.sled import latent_distribution
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures"
@@ -183,7 +183,7 @@ def test_large_vocabulary_by_blocks(monkeypatch):
     head = identity_head(77)
     whole = jax.jit(layer_statistics, static_argnums=2)(logits_BCV, head, 10)
     for block in (11, 20):
-        monkeypatch.setattr(statistics, "_BLOCK", block)
+        monkeypatch.setattr(partial, "_BLOCK", block)
         blocks = jax.jit(lambda h, head: layer_statistics(h, head, 10))(logits_BCV, head)
         for a, b in zip(whole, blocks, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -132,12 +132,12 @@ def test_names_are_visible(name, shown):
 # The page as it stands, without a browser.
 
 def test_the_table_stands_by_itself(lens):
-    page = lens.page(title="A <title> & more", threshold=0.6, layers=(2, 3))
+    page = sled.lens.page(lens, title="A <title> & more", threshold=0.6, layers=(2, 3))
     read = Reader(page)
     assert page.startswith("<!DOCTYPE html>") and read.attributes("html") == [{"lang": "en"}]
     assert "<title>A &lt;title&gt; &amp; more</title>" in page and "<h1>A &lt;title&gt; &amp; more</h1>" in page
     assert [tag for tag, _ in read.elements].count("caption") == 1
-    head, fused, leaves, settled, *layers = read.rows
+    head, fused, leaves, agrees_from, *layers = read.rows
     assert [cell[0] for cell in head] == ["th"] * (TOKENS + 1) and all(cell[1]["scope"] == "col" for cell in head)
     assert [cell[2] for cell in head[1:]] == [f"{t}{show(lens.tokens[t])}" for t in range(TOKENS)]
     for row in read.rows[1:]:
@@ -152,7 +152,7 @@ def test_the_table_stands_by_itself(lens):
             assert text == show(lens.names[n][t]) + percent + " ✓" * same + "exit" * bool(exit)
             classes = attributes["class"].split()
             assert ("exit" in classes) == exit and ("same" in classes) == same
-            assert ("settled" in classes) == (lens.settled[t] == n)
+            assert ("agrees-from" in classes) == (lens.agrees_from[t] == n)
             assert f"s{min(9, int(10 * float(lens.probability[n, t])))}" in classes
     for t in range(TOKENS):
         n, changed = expected[t], bool(lens.fused[t] != lens.top[-1, t])
@@ -160,7 +160,7 @@ def test_the_table_stands_by_itself(lens):
         assert (fused[t + 1][1].get("class") == "changed") == changed
         says = "last layer" if n == LAYERS else f"layer {n} {'✓' if lens.agreement[n, t] else '≠'}"
         assert leaves[t + 1][2] == says
-        assert settled[t + 1][2] == (f"layer {lens.settled[t]}" if lens.settled[t] else "embeddings")
+        assert agrees_from[t + 1][2] == (f"layer {lens.agrees_from[t]}" if lens.agrees_from[t] else "embeddings")
     early = expected < LAYERS
     right = lens.agreement[expected, np.arange(TOKENS)][early].sum()
     assert (f"At threshold 0.6, {early.sum()} of {TOKENS} tokens leave early, after {expected.mean():.1f} of {LAYERS} "
@@ -168,7 +168,7 @@ def test_the_table_stands_by_itself(lens):
 
 
 def test_nothing_in_a_token_becomes_markup(lens):
-    page = lens.page()
+    page = sled.lens.page(lens)
     read = Reader(page)
     assert page.lower().count("<script") == page.lower().count("</script") == len(read.scripts) == 2
     assert not [c for c in page if not c.isprintable() and c not in "\n"]
@@ -178,28 +178,28 @@ def test_nothing_in_a_token_becomes_markup(lens):
     assert not given & {"src", "srcset", "action", "style"} and not [key for key in given if key.startswith("on")]
     data = json.loads(read.scripts[0])
     assert set(data["names"]) == {show(name) for name in ODD}
-    assert "\ud800" not in lens.page(title="a\ud800") and lens.page(title="a\ud800").encode()
+    assert "\ud800" not in sled.lens.page(lens, title="a\ud800") and sled.lens.page(lens, title="a\ud800").encode()
 
 
 def test_a_lens_without_fusion_has_no_row_for_it():
-    read = Reader(made(fusion=None).page())
-    assert [row[0][2] for row in read.rows[:3]] == ["token read", "leaves after", "settled from"]
+    read = Reader(sled.lens.page(made(fusion=None)))
+    assert [row[0][2] for row in read.rows[:3]] == ["token read", "leaves after", "agrees from"]
     assert "corrections" not in {attributes.get("id") for _, attributes in read.elements}
 
 
 def test_long_texts_show_their_last_part_and_say_so(lens, monkeypatch):
     monkeypatch.setattr("sled.lens.html.CELLS", 10 * (LAYERS + 1) + 1)
-    page = lens.page()
+    page = sled.lens.page(lens)
     assert "The last 10 positions are shown; positions 0 to 19 are left out" in page
     positions = lambda page: [cell[1]["id"] for cell in Reader(page).rows[0][1:]]  # noqa: E731
     assert positions(page) == [f"at{t}" for t in range(20, 30)]
-    assert positions(lens.page(first=3, count=4)) == ["at3", "at4", "at5", "at6"]
+    assert positions(sled.lens.page(lens, first=3, count=4)) == ["at3", "at4", "at5", "at6"]
     with pytest.raises(SettingError, match=r"count is 11, but a page holds 10 positions .* 5 layers; .*first"):
-        lens.page(count=11)
+        sled.lens.page(lens, count=11)
 
 
 def test_pages_stay_small():
-    assert len(made(100, 32).page().encode()) < 1_000_000
+    assert len(sled.lens.page(made(100, 32)).encode()) < 1_000_000
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
@@ -208,7 +208,7 @@ def test_pages_stay_small():
     (dict(first=30), "first is 30"), (dict(count=0), "count is 0"), (dict(path="tests"), "cannot be written")])
 def test_bad_settings_are_named(lens, arguments, says):
     with pytest.raises(SettingError, match=says):
-        lens.page(**arguments)
+        sled.lens.page(lens, **arguments)
 
 
 def test_a_page_is_written_whole_or_not_at_all(lens, tmp_path, monkeypatch):
@@ -217,12 +217,12 @@ def test_a_page_is_written_whole_or_not_at_all(lens, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(SettingError, match=r"lens\.html', which cannot be written \(No space left"):
-            lens.page(path)
+            sled.lens.page(lens, path)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
     (tmp_path / "link.html").symlink_to(path)
-    lens.page(tmp_path / "link.html")
-    assert path.read_text(encoding="utf-8") == lens.page() and len(list(tmp_path.iterdir())) == 2
-    assert lens.page(path) == path
+    sled.lens.page(lens, tmp_path / "link.html")
+    assert path.read_text(encoding="utf-8") == sled.lens.page(lens) and len(list(tmp_path.iterdir())) == 2
+    assert sled.lens.page(lens, path) == path
 
 
 def test_the_command_writes_the_page(capsys, tmp_path):
@@ -252,7 +252,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def url(lens, tmp_path_factory):
-    return lens.page(tmp_path_factory.mktemp("page") / "lens.html").as_uri()
+    return sled.lens.page(lens, tmp_path_factory.mktemp("page") / "lens.html").as_uri()
 
 
 @pytest.fixture
@@ -289,7 +289,7 @@ def test_a_threshold_marks_as_a_page_made_with_it(visit, lens, tmp_path):
         tab.uncheck(f"#layers input[value='{n}']")
     tab.fill("#threshold", "0.35")
     assert tab.input_value("#slider") == "0.35"
-    other = visit(lens.page(tmp_path / "x.html", threshold=0.35, layers=(2, 3)).as_uri())
+    other = visit(sled.lens.page(lens, tmp_path / "x.html", threshold=0.35, layers=(2, 3)).as_uri())
     assert tab.evaluate(TABLE) == other.evaluate(TABLE) != before
     assert tab.text_content("#outcome") == other.text_content("#outcome")
     assert tab.text_content("#chosen") == other.text_content("#chosen") == "2, 3"

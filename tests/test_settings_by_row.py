@@ -9,7 +9,7 @@ from tiny_lm import CAPACITY, generate
 import sled
 from sled.errors import SettingError
 from sled.exits import FullDepth
-from sled.settings.rules import check_rows, take_rows
+from sled.settings.per_row import check_rows, take_rows
 
 PROMPTS = [*tiny_lm.PROMPTS, [7, 8]]  # not in the order of their lengths
 SIX = np.arange(1, 7, dtype=np.float32)

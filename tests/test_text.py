@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+import tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 import sled
 from sled.errors import PromptError
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 DEMO = Path(sled.__file__).parent / "demo" / "model"
 
@@ -55,11 +56,11 @@ def test_a_straddling_token_belongs_to_the_continuation(lm, prompt, continuation
 
 
 def test_special_tokens_stay_where_the_whole_text_has_them():
-    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<s>"))
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="<s>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>",
                                                              special_tokens=[("<s>", 0), ("</s>", 1)])
-    assert Text(tokenizer, "test").encode_continuation("a", " b a") == ([0, 2], [3, 2, 1])
+    assert Tokenizer(tokenizer, "test").encode_continuation("a", " b a") == ([0, 2], [3, 2, 1])
 
 
 @pytest.mark.parametrize(("prompt", "continuation", "says"), [
@@ -74,11 +75,11 @@ def test_a_part_without_tokens_is_named(lm, prompt, continuation, says):
 
 
 def test_truncation_and_padding_left_in_the_file_change_nothing(lm, tmp_path):
-    tokenizer = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=9)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    text = Text.from_folder(tmp_path)
+    text = Tokenizer.from_folder(tmp_path)
     for words in ("Ash", "Ash buys 6 toys at 10 euros each"):
         assert text.encode(words) == lm.text.encode(words)
     assert text.digest == lm.text.digest

@@ -10,7 +10,7 @@ from training_data import CONFIG, ROWS, TEXT, documents_of, loader, one_epoch
 from sled.errors import DataError, SettingError
 from sled.train.data.batches import Batches, some_batches
 from sled.train.data.packing import Layout
-from sled.train.data.rows import read
+from sled.train.data.rows import read_rows
 from sled.train.data.sources import Source
 
 
@@ -22,7 +22,7 @@ def load(tmp_path):
 @pytest.fixture(scope="module", params=["packed", "padded"])
 def rows(request, tmp_path_factory):
     """90 documents: neither they nor the packed rows are a multiple of a batch."""
-    return read(Source("demo", limit=90), TEXT, CONFIG, Layout(96, shape=request.param, buckets=2),
+    return read_rows(Source("demo", limit=90), TEXT, CONFIG, Layout(96, shape=request.param, buckets=2),
                 cache=tmp_path_factory.mktemp("cache"), progress=False)
 
 
@@ -88,7 +88,7 @@ def test_every_epoch_has_every_document_in_another_order(rows, alone):
     size = Batches(rows, 8, process_index=0, process_count=1).per_epoch
     epochs = [[d for batch in alone[e * size:(e + 1) * size] for d in documents_of(batch)] for e in range(2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and len(epochs[0]) == 90 and epochs[0] != epochs[1]
-    together = [{tuple(tokens) for tokens, _, _ in documents_of(batch)} for batch in alone]
+    together = [{tuple(tokens) for tokens, _ in documents_of(batch)} for batch in alone]
     assert not all(batch in together[size:] for batch in together[:size])  # batch-mates change, too
 
 

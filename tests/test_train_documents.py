@@ -13,7 +13,7 @@ from tokenizers import normalizers
 from training_data import CONFIG, DEMO, ROWS, loader, one_epoch, tokens_of, write
 
 from sled.errors import DataError
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.documents import default_cache
 from sled.train.data.packing import Layout
 
@@ -26,8 +26,8 @@ def load(tmp_path):
 @pytest.fixture
 def encoded(monkeypatch):
     """A list that grows by every text that is tokenised."""
-    calls, encode_all = [], Text.encode_all
-    monkeypatch.setattr(Text, "encode_all", lambda self, texts: calls.extend(texts) or encode_all(self, texts))
+    calls, encode_all = [], Tokenizer.encode_all
+    monkeypatch.setattr(Tokenizer, "encode_all", lambda self, texts: calls.extend(texts) or encode_all(self, texts))
     return calls
 
 
@@ -53,7 +53,7 @@ def test_the_rows_are_kept_too(load, monkeypatch):
 def test_other_data_or_settings_are_tokenised_anew(load, tmp_path, encoded):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "one", "b": "two"}\n')
-    other = Text.from_folder(DEMO)
+    other = Tokenizer.from_folder(DEMO)
     other._get().normalizer = normalizers.Lowercase()
     load(path)
     for change in (dict(text="b"), dict(limit=1), dict(prompt="b", completion="text"), dict(tokenizer=other),
@@ -103,7 +103,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from sled.models.config import DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data import documents
 from sled.train.data.sources import Source
 
@@ -122,7 +122,7 @@ class Slow:
 source = Source(Slow())
 documents.Reading.digest = lambda self: "same"
 config = DecoderConfig("llama", 1000, 8, 8, 2, 2, 2, 4, 256, eos_ids=(0,))
-documents.tokenise(source, Text.from_folder(Path(sys.argv[1])), config, cache=sys.argv[2], progress=False)
+documents.tokenise(source, Tokenizer.from_folder(Path(sys.argv[1])), config, cache=sys.argv[2], progress=False)
 """
 
 
@@ -132,10 +132,10 @@ def test_a_killed_run_leaves_nothing_that_counts(load, tmp_path, monkeypatch):
     with process:
         assert process.stdout.readline() == "half\n"
         process.send_signal(signal.SIGKILL)
-    assert len(list(cache.glob("*.partial"))) == 1
+    assert len(list(cache.glob("*.unfinished-*"))) == 1
     monkeypatch.setattr("sled.train.data.sources.Reading.digest", lambda self: "same")  # so it is the same entry
     assert load(ROWS).report.examples == 4
-    assert list(cache.glob("*.partial")) == []
+    assert list(cache.glob("*.unfinished-*")) == []
 
 
 def test_the_default_cache_follows_the_environment(monkeypatch, tmp_path):

@@ -45,9 +45,9 @@ def whole(hidden):
     return np.asarray(hidden(TOKENS_BT))
 
 
-@functools.partial(jax.jit, compiler_options=FAST, static_argnums=0, static_argnames="stop")
-def states_of(graph, weights, exits, stop=None, segments_BT=None):
-    return exit_states(nnx.merge(graph, weights), TOKENS_BT, exits, stop=stop, segments_BT=segments_BT)
+@functools.partial(jax.jit, compiler_options=FAST, static_argnums=0)
+def states_of(graph, weights, exits, segments_BT):
+    return exit_states(nnx.merge(graph, weights), TOKENS_BT, exits, segments_BT=segments_BT)
 
 
 @functools.partial(jax.jit, compiler_options=FAST, static_argnums=0,
@@ -92,13 +92,11 @@ def test_exits_may_be_traced_and_compile_nothing_anew(split, plain, whole):
 
 
 def test_layers_above_the_last_exit_are_not_run(split, plain):
-    """Whatever their weights are; and a traced exit above `stop` gives the state there."""
+    """Whatever their weights are."""
     graph, weights = split
     broken = jax.tree.map(lambda leaf: leaf.at[3:].set(jnp.nan) if leaf.shape[0] == 4 else leaf, weights)
     found = run(graph, broken, exits=(1, 3), remat="none")
     close(found, plain)
-    states = states_of(graph, broken, jnp.array([1, 4]), stop=3)
-    close(states, plain[0])
     for leaf in jax.tree.leaves(found[1].layers):
         assert (leaf[3:] == 0).all() and (leaf[:3] != 0).any()
 
@@ -134,7 +132,6 @@ def test_only_the_exits_states_are_handed_out(split):
 @pytest.mark.parametrize(("options", "says"), [
     (dict(exits=()), r"exits is \(\)"), (dict(exits=(0, 2)), "within 1..4"), (dict(exits=(2, 5)), "within 1..4"),
     (dict(exits=(3, 1)), "strictly ascending"), (dict(exits=(2, 2)), "strictly ascending"),
-    (dict(exits=(1, 4), stop=3), "within 1..3"), (dict(exits=(1,), stop=5), "stop is 5"),
     (dict(exits=(1,), remat="some"), "remat is 'some'"),
 ])
 def test_impossible_passes_are_refused(split, options, says):

@@ -1,11 +1,8 @@
-"""The multi-exit loss against its plain form in float64: value, parts and gradients, on one device and on eight."""
+"""The multi-exit loss against its plain form in float64: value, parts, gradients. test_train_mesh.py has it split."""
 
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -200,67 +197,3 @@ def test_the_benchmark_reports_every_form():
     assert rows[PLAIN].over_plain == rows[PLAIN].memory_over_plain == 1 and len(rows) == 5
     assert rows[OURS].best_s > 0 and rows[OURS].memory_mb > 0
     assert "x floor" in report.markdown() and json.loads(report.json())["exits"] == 2
-
-
-SHARDED = """
-import jax
-import numpy as np
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
-
-from sled.errors import SettingError
-from sled.train.objective.cross_entropy import Split, exit_cross_entropy
-
-jax.config.update("jax_enable_x64", True)
-random = np.random.RandomState(0)
-exits, batch, tokens, width = 3, 4, 9, 8
-h_EBTD, mask_BT = random.standard_normal((exits, batch, tokens, width)), random.rand(batch, tokens)
-mask_BT[0] = 0  # one device of the data axis has fewer targets
-weights_E = np.array([0.5, 0, 1.0])
-
-
-def run(w_VD, targets_BT, split, **options):
-    loss = lambda h, w: exit_cross_entropy(h, w, targets_BT, mask_BT, weights_E, split=split, **options)
-    hasty = {"xla_backend_optimization_level": 0}
-    graded = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), compiler_options=hasty)
-    (value, metrics), gradients = graded(h_EBTD, w_VD)
-    return value, metrics, gradients
-
-
-cases = [(21, (2, 4), ("data", "tensor"), {}, {"z_loss": 1e-2, "distill": 0.5, "temperature": 2.0}),
-         (16, (2, 2, 2), ("data", "fsdp", "tensor"), {"data": ("data", "fsdp")}, {})]
-for vocabulary, shape, names, axes, terms in cases:  # 4 devices do not divide 21
-    w_VD, targets_BT = random.standard_normal((vocabulary, width)), random.randint(0, vocabulary, (batch, tokens))
-    split = Split(jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names)), **axes)
-    whole, parts = run(w_VD, targets_BT, None, **terms), run(w_VD, targets_BT, split, chunk=5, **terms)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), parts, whole)
-# The last two exits on a pipeline stage each, which splits the rest.
-mesh = jax.make_mesh((2, 2, 2), ("stage", "data", "tensor"), axis_types=(AxisType.Auto,) * 3)
-
-
-def stage(h_EBTD, w_VD, weights_E):
-    w_VD = jax.lax.pcast(w_VD, "stage", to="varying")
-    here = Split(jax.sharding.get_abstract_mesh())
-    loss, _ = exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, split=here)
-    return jax.lax.psum(loss, "stage")
-
-
-stages = jax.shard_map(stage, mesh=mesh, in_specs=(P("stage"), P(), P("stage")), out_specs=P(), axis_names={"stage"})
-parts = jax.jit(jax.value_and_grad(stages, argnums=(0, 1)))(h_EBTD[1:], w_VD, weights_E[1:] + 1)
-weights_E += np.array([-weights_E[0], 1, 1])
-value, _, (dh_EBTD, dw_VD) = run(w_VD, targets_BT, None)
-whole = value, (dh_EBTD[1:], dw_VD)
-jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), parts, whole)
-try:
-    exit_cross_entropy(h_EBTD[:, 1:], w_VD, targets_BT[1:], mask_BT[1:], weights_E, split=split)
-except SettingError as error:
-    assert "3 rows" in str(error)
-    print("split ok")
-"""
-
-
-def test_split_over_eight_devices():
-    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True,
-                          env={**os.environ, **environment}, check=False)
-    assert "split ok" in done.stdout, done.stderr

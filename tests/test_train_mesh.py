@@ -1,6 +1,7 @@
-"""Meshes and what lies where on them; training and checkpoints over 8 devices, and over two processes."""
+"""Meshes and what lies where on them; training over eight devices; how processes find each other."""
 
 import collections
+import dataclasses
 import json
 import math
 import re
@@ -13,18 +14,19 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from programs import free_address, on_devices, run_together
+from programs import on_devices, run_together
 from safetensors.numpy import load_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.models import DecoderConfig, load_folder, read_config
+from sled.models import DecoderConfig, ExitHeads, layers, load_folder, read_config
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh, across_slices
-from sled.models.sharding.sharding import LARGE, Placing
+from sled.models.sharding.sharding import LARGE, Sharding
 from sled.models.stored import abstract, abstract_stacked
 from sled.train.parallel import distributed
 from sled.train.parallel.distributed import SLURM, Processes, initialize
-from sled.train.parallel.memory_plan import plan
+from sled.train.parallel.memory_plan import memory_plan
+from sled.train.run.metrics import read_metrics
 
 LLAMA3 = dict(family="llama", vocab_size=128_256, num_kv_heads=8, head_dim=128, max_positions=8192)
 LLAMA3_8B = DecoderConfig(width=4096, mlp_width=14_336, num_layers=32, num_heads=32, **LLAMA3)
@@ -36,33 +38,45 @@ def parameters_of(config: DecoderConfig):
     return nnx.state(abstract_stacked(config), nnx.Param)
 
 
-# Programs on several devices: all started at once, each with its own jax.
+# A program on eight devices: the trainer's own steps on every mesh, and what is split besides.
 
 @pytest.fixture(scope="module")
-def runs(tiny_folder, tmp_path_factory):
-    """Folder of results and notes: of the 8 devices, and of each of the two processes."""
+def eight(tiny_folder, tmp_path_factory):
+    """Its folder, and its notes."""
     out = tmp_path_factory.mktemp("meshes")
-    folder = str(tiny_folder("llama"))
-    address = free_address()
-    run_together([(on_devices(8), ["mesh_of_eight.py", folder, out]),
-                  *((on_devices(1), ["mesh_of_two_processes.py", address, str(index), folder, out])
-                    for index in range(2))])
-    return out, [json.loads((out / name).read_text()) for name in ("notes.json", "process0.json", "process1.json")]
+    run_together([(on_devices(8, XDG_CACHE_HOME=str(out / "cache")), ["mesh_of_eight.py", tiny_folder("llama"), out])])
+    notes = json.loads((out / "notes.json").read_text())
+    assert notes["devices"] == 8
+    return out, notes
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
-def test_every_mesh_gives_the_losses_of_one_device(mesh, runs):
-    losses = runs[1][0]["losses"]
-    assert runs[1][0]["devices"] == 8 and len(losses["alone"]) == 20 and losses["alone"][-1] < losses["alone"][0] - 0.2
+def test_every_mesh_gives_the_losses_of_one_device(mesh, eight):
+    """With layer dropout, whose draws are the same everywhere."""
+    losses = eight[1]["losses"]
+    assert len(losses["alone"]) == 10 and losses["alone"][-1] < losses["alone"][0] - 0.2
     np.testing.assert_allclose(losses[mesh], losses["alone"], rtol=0, atol=1e-4)
 
 
-def test_rows_left_out_across_devices_leave_the_gradient_right(runs):
-    assert runs[1][0]["left out"] < 1e-5
+def test_a_whole_run_on_a_mesh_is_that_of_one_device(eight):
+    out, notes = eight
+    lines = read_metrics(out / "run" / "metrics.jsonl")
+    np.testing.assert_allclose([line["loss"] for line in lines], notes["losses"]["alone"], rtol=0, atol=1e-4)
+    np.testing.assert_allclose(lines[-1]["held_out"], notes["held_out"], rtol=0, atol=1e-4)
 
 
-def test_weights_are_gathered_layer_by_layer_and_activations_never(runs):
-    gathered = runs[1][0]["gathered"]
+@pytest.mark.parametrize("what", ["rows left out", "tuned heads"])
+def test_a_step_on_a_mesh_changes_the_weights_as_one_device_does(what, eight):
+    """Where rows that lie on several devices are left out of the computation, and where exit heads learn alone."""
+    assert eight[1][what] < 2e-5
+
+
+def test_the_loss_is_split_exactly_and_a_batch_that_does_not_divide_is_refused(eight):
+    assert eight[1]["split loss"].startswith("the batch has 3 rows, which axes ('data', 'fsdp') of 4 devices cannot")
+
+
+def test_weights_are_gathered_layer_by_layer_and_activations_never(eight):
+    gathered = eight[1]["gathered"]
     assert gathered["data"] == []
     for mesh, parts in (("fsdp", 1), ("all", 2)):
         matrices = {(48, 32), (32, 32), (32, 16), (32, 40), (40, 32)}  # table; q and o; k and v; gate and up; down
@@ -72,8 +86,8 @@ def test_weights_are_gathered_layer_by_layer_and_activations_never(runs):
 
 
 @pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
-def test_loading_asks_for_each_devices_part_once(mesh, runs, tiny_folder):
-    notes = runs[1][0]
+def test_loading_asks_for_each_devices_part_once(mesh, eight, tiny_folder):
+    notes = eight[1]
     stored = load_file(tiny_folder("llama") / "model.safetensors")
     asked = collections.Counter()
     family_names = {"mlp.down": "layers.mlp.down.weight", "self_attn.k": "layers.attention.k.weight",
@@ -87,27 +101,13 @@ def test_loading_asks_for_each_devices_part_once(mesh, runs, tiny_folder):
     assert asked == {name: array.size for name, array in stored.items()}
 
 
-def test_saving_from_a_mesh_writes_the_same_bytes(runs):
-    files = sorted(path.name for path in (runs[0] / "alone").iterdir())
+def test_saving_from_a_mesh_writes_the_same_bytes(eight):
+    alone, ours = (eight[0] / "saved" / mesh for mesh in ("alone", "all"))
+    files = sorted(path.name for path in alone.iterdir())
     assert len([name for name in files if name.endswith(".safetensors")]) > 2
-    assert files == sorted(path.name for path in (runs[0] / "all").iterdir())
+    assert files == sorted(path.name for path in ours.iterdir())
     for name in files:
-        assert (runs[0] / "alone" / name).read_bytes() == (runs[0] / "all" / name).read_bytes(), name
-
-
-def test_two_processes_train_as_one(runs, tiny_folder):
-    out, (eight, *both) = runs
-    assert [notes["devices"] for notes in both] == [2, 2] and [notes["rows"] for notes in both] == [[0, 4], [4, 8]]
-    assert re.match(r"process 1 of 2, coordinator localhost:\d+", both[1]["said"])
-    np.testing.assert_allclose([notes["losses"] for notes in both], [eight["losses"]["alone"][:3]] * 2, rtol=0,
-                               atol=1e-4)
-    stored = load_file(tiny_folder("llama") / "model.safetensors")
-    vectors = sum(array.size for array in stored.values() if array.ndim == 1)
-    half = (sum(array.size for array in stored.values()) - vectors) // 2 + vectors
-    assert [notes["asked"] for notes in both] == [half, half]
-    assert all(notes["saved"] for notes in both)
-    saved = load_file(out / "model" / "model.safetensors")
-    assert saved.keys() == stored.keys() and all(np.array_equal(saved[name], stored[name]) for name in stored)
+        assert (alone / name).read_bytes() == (ours / name).read_bytes(), name
 
 
 # Meshes.
@@ -150,15 +150,15 @@ def test_slices_are_crossed_by_the_outer_axes_alone():
 def test_every_variants_parameters_have_their_place(variant, tiny_folder):
     config = read_config(tiny_folder(variant))
     weights = parameters_of(config)
-    placing = Placing(config, Mesh(data=2, fsdp=4, tensor=2).abstract(16))
-    assert not placing.undivided
-    for name, (_, spec) in placing.parameters.items():
+    sharding = Sharding(config, Mesh(data=2, fsdp=4, tensor=2).abstract(16))
+    assert not sharding.undivided
+    for name, (_, spec) in sharding.parameters.items():
         split = [axis for axis in spec if axis]
         assert len(split) == 2 if name.endswith("weight") and "norm" not in name else len(split) <= 1, name
-    found = [placing.parameter_at(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
-    assert sorted(found) == sorted(placing.parameters)
+    found = [sharding.parameter_at(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
+    assert sorted(found) == sorted(sharding.parameters)
     flat = dict(nnx.to_flat_state(nnx.state(abstract(config), nnx.Param)))
-    for name, (shape, _) in placing.parameters.items():  # the stacked shapes are those of the separate layers
+    for name, (shape, _) in sharding.parameters.items():  # the stacked shapes are those of the separate layers
         first, *rest = name.split(".")
         path = (first, 0, *rest) if first == "layers" else (first, *rest)
         assert shape == ((config.num_layers,) if first == "layers" else ()) + flat[path].shape
@@ -174,8 +174,8 @@ def test_every_variants_parameters_have_their_place(variant, tiny_folder):
                       "layers.mlp.down.weight": P(None, "tensor", "fsdp")}),
 ])
 def test_specs(name, specs, tiny_folder):
-    placing = Placing(read_config(tiny_folder(name)), Mesh(tensor=2).abstract(8))
-    assert {name: placing.parameters[name][1] for name in specs} == specs
+    sharding = Sharding(read_config(tiny_folder(name)), Mesh(tensor=2).abstract(8))
+    assert {name: sharding.parameters[name][1] for name in specs} == specs
 
 
 @pytest.mark.parametrize("optimizer", [
@@ -183,12 +183,12 @@ def test_specs(name, specs, tiny_folder):
     optax.sgd(0.1, momentum=0.9), optax.contrib.muon(1e-3), optax.adafactor(1e-3)],
     ids=["adam", "injected", "accumulated", "momentum", "muon", "adafactor"])
 def test_optimizer_state_lies_like_its_parameters(optimizer):
-    placing = Placing(LLAMA3_8B, Mesh(fsdp=2, tensor=4).abstract(8))
+    sharding = Sharding(LLAMA3_8B, Mesh(fsdp=2, tensor=4).abstract(8))
     weights = parameters_of(LLAMA3_8B)
     state = jax.eval_shape(optimizer.init, weights)
-    shardings = placing.shardings(state)
+    shardings = sharding.shardings(state)
     assert jax.tree.structure(shardings) == jax.tree.structure(state)
-    of_shape = dict(placing.parameters.values())
+    of_shape = dict(sharding.parameters.values())
     for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(shardings), strict=True):
         if leaf.size * leaf.dtype.itemsize > LARGE:
             same_shape = [P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")]  # q and o are both D x D
@@ -196,13 +196,29 @@ def test_optimizer_state_lies_like_its_parameters(optimizer):
 
 
 def test_a_large_leaf_without_a_place_is_refused_not_copied():
-    placing = Placing(LLAMA3_8B, Mesh().abstract(8))
+    sharding = Sharding(LLAMA3_8B, Mesh().abstract(8))
     with pytest.raises(SettingError, match=r"\['lens'\] of shape \(33, 4096, 4096\) is no parameter of .* all 8 dev"):
-        placing.shardings({"lens": jax.ShapeDtypeStruct((33, 4096, 4096), jnp.float32)})
-    with pytest.raises(SettingError, match=r"stack\(\) the decoder"):
-        placing.shardings(nnx.state(abstract(LLAMA3_8B)))
-    small = placing.shardings({"key": jax.eval_shape(lambda: jax.random.key(0)), "step": np.zeros((), np.int32)})
+        sharding.shardings({"lens": jax.ShapeDtypeStruct((33, 4096, 4096), jnp.float32)})
+    small = sharding.shardings({"key": jax.eval_shape(lambda: jax.random.key(0)), "step": np.zeros((), np.int32)})
     assert {where.spec for where in jax.tree.leaves(small)} == {P()}
+
+
+def test_a_layer_lies_alone_as_it_lies_among_the_stacked():
+    config = dataclasses.replace(LLAMA3_8B, exit_heads=ExitHeads((8, 16), "mlp", tied=False))
+    sharding = Sharding(config, Mesh(fsdp=2, tensor=4).abstract(8))
+    weights = nnx.state(abstract(config), nnx.Param)
+    for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(weights),
+                                   jax.tree.leaves(sharding.shardings(weights)), strict=True):
+        name = sharding.parameter_at(path, leaf.shape)
+        assert where.spec == P(*sharding.parameters[name][1][name.startswith(("layers", "exit_heads")):])
+
+
+@pytest.mark.parametrize("axes", [(), ("vector", "vector"), ("columns",)])
+def test_a_parameter_whose_axes_have_no_names_is_named(axes, monkeypatch):
+    monkeypatch.setattr(layers, "parameter", lambda array, *given: nnx.Param(
+        array, axes=axes if given == ("vector",) else given))
+    with pytest.raises(SettingError, match=r"the parameter layers\.attention_norm\.weight of shape \(32, 4096\) has "):
+        _ = Sharding(LLAMA3_8B, Mesh().abstract(8)).parameters
 
 
 @pytest.mark.parametrize("mesh, says", [
@@ -211,18 +227,18 @@ def test_a_large_leaf_without_a_place_is_refused_not_copied():
 ])
 def test_widths_that_do_not_divide_are_refused(mesh, says):
     with pytest.raises(SettingError, match=says):
-        Placing(LLAMA3_8B, mesh.abstract(mesh.fsdp * mesh.tensor))
+        Sharding(LLAMA3_8B, mesh.abstract(mesh.fsdp * mesh.tensor))
 
 
 def test_a_batch_that_does_not_fit_is_refused():
-    placing = Placing(LLAMA3_8B, Mesh(fsdp=1).build(jax.devices()[:1]))
-    assert placing.local_rows(5) == slice(0, 5)
-    np.testing.assert_array_equal(placing.batch({"tokens": np.arange(10).reshape(5, 2)}, 5)["tokens"],
+    sharding = Sharding(LLAMA3_8B, Mesh(fsdp=1).build(jax.devices()[:1]))
+    assert sharding.local_rows(5) == slice(0, 5)
+    np.testing.assert_array_equal(sharding.batch({"tokens": np.arange(10).reshape(5, 2)}, 5)["tokens"],
                                   np.arange(10).reshape(5, 2))
     with pytest.raises(SettingError, match=r"has shape \(4, 2\), but this process supplies rows 0 to 5 of 5"):
-        placing.batch(np.zeros((4, 2)), 5)
+        sharding.batch(np.zeros((4, 2)), 5)
     with pytest.raises(SettingError, match="a batch of 6 rows does not divide over data x fsdp = 8 groups"):
-        Placing(LLAMA3_8B, Mesh(data=2).abstract(8)).local_rows(6)
+        Sharding(LLAMA3_8B, Mesh(data=2).abstract(8)).local_rows(6)
 
 
 @pytest.mark.parametrize("name, dtype", [("qwen3-mha-biases-windows", None), ("llama-mha-tied", "bfloat16")])
@@ -258,26 +274,28 @@ def test_a_damaged_folder_is_refused_on_a_mesh_too(name, tensor, value, says, tm
     (LLAMA3_8B, Mesh(tensor=8), 32, 8_030_261_248),
 ])
 def test_nothing_large_is_replicated(config, mesh, devices, parameters):
-    made = plan(Placing(config, mesh.abstract(devices)), ADAM)
+    made = memory_plan(Sharding(config, mesh.abstract(devices)), ADAM)
     assert sum(math.prod(share.shape) for share in made.shares) == parameters
-    assert made.whole() == [] and not made.undivided and made.other < 1000
-    assert all("norm" in share.name for share in made.whole(0))
+    assert not made.undivided and made.other < 1000
+    groups = mesh.abstract(devices).shape["data"]
+    assert all("norm" in share.name for share in made.shares if share.copies > groups)
     assert 1 <= made.weights / (4 * parameters / devices) < 1.01
     assert 1 <= made.optimizer / (8 * parameters / devices) < 1.01
 
 
-def test_the_plan_is_what_the_compiled_step_takes(runs):
+def test_the_plan_is_what_the_compiled_step_takes(eight):
     for mesh, groups in (("data", 8), ("fsdp", 8), ("tensor", 2), ("all", 4)):
-        planned, taken = runs[1][0]["bytes"][mesh]
-        assert taken == planned + 4 * 13 * 8 // groups, mesh  # the tokens of its rows
+        planned, taken = eight[1]["bytes"][mesh]
+        rows = 3 * 4 * 13 * 8 // groups  # three arrays of its rows
+        assert taken == planned + 4 + 4 + rows, mesh  # the step's number, and the rate of layer dropout
 
 
 def test_what_stays_whole_is_reported():
-    placing = Placing(LLAMA3_70B, Mesh(data=2, fsdp=8, tensor=16).abstract(256))
-    assert placing.undivided == {"kv_heads": "8 key/value heads do not divide over tensor 16"}
-    made = plan(placing, ADAM)
-    assert [(share.name, share.copies, share.spare) for share in made.whole()] == [
-        ("layers.attention.k.weight", 32, 16), ("layers.attention.v.weight", 32, 16)]
+    sharding = Sharding(LLAMA3_70B, Mesh(data=2, fsdp=8, tensor=16).abstract(256))
+    assert sharding.undivided == {"kv_heads": "8 key/value heads do not divide over tensor 16"}
+    made = memory_plan(sharding, ADAM)
+    assert {share.name: share.copies for share in made.shares if share.copies > 2 and "norm" not in share.name} == {
+        "layers.attention.k.weight": 32, "layers.attention.v.weight": 32}
     lines = made.text().splitlines()
     assert lines[0] == "On each of 256 devices (data 2 x fsdp 8 x tensor 16):"
     assert lines[-1] == "Left whole over tensor: 8 key/value heads do not divide over tensor 16."
@@ -287,9 +305,9 @@ def test_what_stays_whole_is_reported():
 
 def test_a_vocabulary_that_does_not_divide_stays_whole_over_tensor():
     odd = DecoderConfig(**{**LLAMA3, "vocab_size": 50_257}, width=64, mlp_width=64, num_layers=1, num_heads=8)
-    placing = Placing(odd, Mesh(fsdp=1, tensor=8).abstract(8))
-    assert placing.undivided == {"vocab": "50257 vocabulary entries do not divide over tensor 8"}
-    assert placing.parameters["head.weight"][1] == P(None, "fsdp")
+    sharding = Sharding(odd, Mesh(fsdp=1, tensor=8).abstract(8))
+    assert sharding.undivided == {"vocab": "50257 vocabulary entries do not divide over tensor 8"}
+    assert sharding.parameters["head.weight"][1] == P(None, "fsdp")
 
 
 # Processes.

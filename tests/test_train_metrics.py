@@ -10,8 +10,7 @@ from flax import nnx
 from sled.errors import CheckpointError, SettingError
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.decoder import Decoder
-from sled.train.run.metrics import Metrics, progress_bar, progress_line, read_metrics
-from sled.train.run.picture import draw
+from sled.train.run.metrics import Metrics, draw, progress_bar, progress_line, read_metrics
 from sled.train.run.throughput import Throughput, flops_per_token, peak
 
 

@@ -32,9 +32,9 @@ def test_an_epoch_has_every_document_once_and_nothing_else(load, data, context, 
     rows = load([{"ids": ids} for ids in data], layout, tokens="ids")
     batches = one_epoch(rows, size, threads=0)
     found = [d for batch in batches for d in documents_of(batch)]
-    assert sorted(tokens for tokens, _, _ in found) == sorted(expected)
-    for tokens, weights, positions in found:
-        assert weights == [0.0] + [1.0] * (len(tokens) - 1) and positions == list(range(len(tokens)))
+    assert sorted(tokens for tokens, _ in found) == sorted(expected)
+    for tokens, weights in found:
+        assert weights == [0.0] + [1.0] * (len(tokens) - 1)
     held = sum((batch.segments_BT > 0).sum() for batch in batches)
     assert held == rows.report.tokens == sum(map(len, expected)) and rows.report.examples == len(expected)
     assert len({batch.tokens_BT.shape[1] for batch in batches}) <= (1 if shape == "packed" else buckets)

@@ -14,9 +14,9 @@ def folder(tmp_path) -> RunFolder:
     return RunFolder(tmp_path / "run")
 
 
-def put_form(folder: RunFolder, text="{}"):
-    with folder.new_form() as form:
-        (form / "config.json").write_text(text)
+def put_config(folder: RunFolder, text="{}"):
+    with folder.new_model_config() as config:
+        (config / "config.json").write_text(text)
 
 
 def test_a_folder_is_claimed_by_one_run_at_a_time(folder):
@@ -24,12 +24,12 @@ def test_a_folder_is_claimed_by_one_run_at_a_time(folder):
         with pytest.raises(SettingError, match=r"a run is going on in .*run; wait for its end, or give another folder"):
             with RunFolder(folder.path).claimed():
                 raise AssertionError
-        put_form(folder)
+        put_config(folder)
     with folder.claimed():
         assert folder.is_run()
 
 
-@pytest.mark.parametrize("held", ["notes.txt", "form", "metrics.jsonl", "model"])
+@pytest.mark.parametrize("held", ["notes.txt", "model_config", "metrics.jsonl", "model"])
 def test_a_folder_of_something_else_is_refused_and_left_as_it_is(folder, held):
     own = folder.path / held
     if "." in held:
@@ -47,7 +47,7 @@ def test_a_folder_of_something_else_is_refused_and_left_as_it_is(folder, held):
 
 def test_a_trained_model_without_its_checkpoints_is_not_overwritten(folder):
     with folder.claimed():
-        put_form(folder)
+        put_config(folder)
     folder.model.mkdir()
     (folder.model / "config.json").touch()
     with pytest.raises(SettingError, match="holds a trained model, but none of the checkpoints to go on from"):
@@ -65,28 +65,28 @@ def test_where_locks_are_unknown_a_run_goes_without(folder, monkeypatch):
 
         monkeypatch.setattr("fcntl.flock", refuse)
         with folder.claimed():
-            put_form(folder)
-        assert not [path for path in folder.path.iterdir() if path.name not in ("form", ".run.lock")]
+            put_config(folder)
+        assert not [path for path in folder.path.iterdir() if path.name not in ("model_config", ".run.lock")]
 
 
 def test_hidden_files_do_not_make_a_folder_another_ones(folder):
     folder.path.mkdir()
     (folder.path / ".gitkeep").touch()
     with folder.claimed():
-        put_form(folder)
+        put_config(folder)
     assert folder.is_run() and (folder.path / ".gitkeep").exists()
 
 
 def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
-    """Also in the middle of putting another form in the place of an earlier one."""
+    """Also in the middle of putting another configuration in the place of an earlier one."""
     folder.path.mkdir()
     (folder.path / ".run.lock").touch()
-    (folder.path / ".unfinished-form").mkdir()
-    (folder.path / ".unfinished-form" / "old.json").touch()
+    (folder.path / ".unfinished-model_config").mkdir()
+    (folder.path / ".unfinished-model_config" / "old.json").touch()
     folder.metrics.touch()
     with folder.claimed():
-        put_form(folder)
-    assert [entry.name for entry in folder.form.iterdir()] == ["config.json"]
+        put_config(folder)
+    assert [entry.name for entry in folder.model_config.iterdir()] == ["config.json"]
 
 
 def test_the_lock_of_a_run_that_failed_vouches_for_nothing(folder):
@@ -110,12 +110,12 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path):
 
 
 def test_a_form_that_fails_leaves_the_earlier_one_and_a_run_that_fails_at_once_nothing(folder):
-    with pytest.raises(ZeroDivisionError), folder.claimed(), folder.new_form():
+    with pytest.raises(ZeroDivisionError), folder.claimed(), folder.new_model_config():
         raise ZeroDivisionError
     assert not folder.path.exists()
     with folder.claimed():
-        put_form(folder, "first")
-    with pytest.raises(ZeroDivisionError), folder.claimed(), folder.new_form():
+        put_config(folder, "first")
+    with pytest.raises(ZeroDivisionError), folder.claimed(), folder.new_model_config():
         raise ZeroDivisionError
-    assert (folder.form / "config.json").read_text() == "first"
-    assert {entry.name for entry in folder.path.iterdir()} <= {"form", ".run.lock"}
+    assert (folder.model_config / "config.json").read_text() == "first"
+    assert {entry.name for entry in folder.path.iterdir()} <= {"model_config", ".run.lock"}

@@ -10,7 +10,7 @@ from training_data import CONFIG, END, ROWS, TEXT, documents_of, loader, one_epo
 
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, DownloadError, SettingError, TokenizerError
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.documents import tokenise
 from sled.train.data.packing import Layout
 from sled.train.data.sources import Source
@@ -63,8 +63,8 @@ def test_a_hub_data_set_is_asked_for_by_all_its_names(load, monkeypatch):
 def test_text_ends_with_the_end_of_text_and_all_but_its_first_token_count(load):
     [batch] = one_epoch(load([{"text": "Ash buys 6 toys."}]), 1)
     ids = [*TEXT.encode("Ash buys 6 toys."), END]
-    assert documents_of(batch) == [(ids, [0.0] + [1.0] * (len(ids) - 1), list(range(len(ids))))]
-    assert [array.dtype for array in batch] == [np.int32, np.float32, np.int32, np.int32]
+    assert documents_of(batch) == [(ids, [0.0] + [1.0] * (len(ids) - 1))]
+    assert [array.dtype for array in batch] == [np.int32, np.float32, np.int32]
     beyond = batch.segments_BT == 0
     assert (batch.tokens_BT[beyond] == 7).all() and not batch.weights_BT[beyond].any()
 
@@ -78,14 +78,14 @@ def test_prompt_and_completion_are_those_of_the_demo_model(load, weight, shape):
     for p in problems("train", 30):  # both parts apart, as the bundled model was trained
         asked, told = TEXT.encode(prompt(p.question)), [*TEXT.encode(f" {p.solution}"), END]
         weights = [0.0, *np.full(len(asked) - 1, weight, np.float32).tolist()] + [1.0] * len(told)
-        expected.append((asked + told, weights, list(range(len(weights)))))
+        expected.append((asked + told, weights))
     assert sorted(found) == sorted(expected)
 
 
 def test_a_token_that_straddles_prompt_and_completion_is_learned(load):
     [batch] = one_epoch(load([{"p": "How m", "c": "any"}], prompt="p", completion="c"), 1)
     before, after = TEXT.encode_continuation("How m", "any")
-    assert documents_of(batch)[0][:2] == ([*before, *after, END], [0.0] * len(before) + [1.0] * (len(after) + 1))
+    assert documents_of(batch)[0] == ([*before, *after, END], [0.0] * len(before) + [1.0] * (len(after) + 1))
 
 
 def test_templates_fill_in_columns_and_missing_values_are_empty(load):
@@ -102,7 +102,7 @@ def test_a_missing_prompt_leaves_the_completion(load):
 
 @pytest.mark.parametrize("ids", [[3, 4, 5], (3, 4, 5), np.array([3, 4, 5]), [3, 4, 5, END]])
 def test_token_ids_need_no_tokenizer_and_are_ended_once(load, ids):
-    rows = load([{"ids": ids}], tokens="ids", tokenizer=Text(None, "nowhere"))
+    rows = load([{"ids": ids}], tokens="ids", tokenizer=Tokenizer(None, "nowhere"))
     assert tokens_of(rows) == [[3, 4, 5, END]]
 
 
@@ -261,6 +261,6 @@ def test_what_the_model_cannot_take_is_refused(load):
     with pytest.raises(DataError, match="names no end-of-text token"):
         load(ROWS, config=dataclasses.replace(CONFIG, eos_ids=()))
     with pytest.raises(TokenizerError):
-        load(ROWS, tokenizer=Text(None, "nowhere"))
+        load(ROWS, tokenizer=Tokenizer(None, "nowhere"))
     with pytest.raises(SettingError, match="split is 'test'"):
         load("demo", split="test")

@@ -14,7 +14,8 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.decoder import Decoder
-from sled.train.data.rows import Batch
+from sled.models.stored import abstract_stacked
+from sled.train.data.rows import TrainingBatch
 from sled.train.objective import train_step as steps
 from sled.train.objective.exit_heads import partition, with_heads
 from sled.train.objective.exit_weights import (
@@ -33,8 +34,8 @@ from sled.train.recipes import RECIPES, Recipe, named
 
 CONFIG = DecoderConfig("llama", vocab_size=20, width=16, mlp_width=24, num_layers=3, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=16, tied_head=True)
-RECIPE = Recipe(batch=4, context=9, exits=WeightedExits(LayerSkipWeights(1.0), AllExits()), z_loss=1e-2, distill=0.3,
-                temperature=2.0)
+RECIPE = Recipe(batch=4, context=9, exits=WeightedExits(LayerSkipWeights(1.0), Rotational(2)), z_loss=1e-2, distill=0.3,
+                temperature=2.0)  # layers 1 and 3 at step 0, where 1 weighs 0, and layers 2 and 3 at step 1
 SGD = optax.sgd(1.0)  # a step's change is its gradient
 
 
@@ -52,8 +53,7 @@ def batch():
     inside = index_1T < lengths_B1
     weights_BT = np.where(inside & (index_1T > 0), np.where(index_1T < 3, 0.25, 1.0), 0.0)
     tokens_BT = random.randint(1, 20, (4, 9)) * inside
-    return Batch(tokens_BT.astype(np.int32), weights_BT.astype(np.float32), inside.astype(np.int32),
-                 (index_1T * inside).astype(np.int32))
+    return TrainingBatch(tokens_BT.astype(np.int32), weights_BT.astype(np.float32), inside.astype(np.int32))
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +61,23 @@ def step(model):
     """`step(batch, dropout=None, **changes)`: a step with SGD from the first state; compiled once per recipe."""
     compiled = {}
 
-    def taken(batch, dropout=None, number=0, **changes):
+    def taken(batch, dropout=None, number=1, **changes):
         key = tuple(sorted(changes.items()))
         if key not in compiled:
             compiled[key] = make_train_step(model, dataclasses.replace(RECIPE, **changes), SGD)
         state = init_state(nnx.state(model), SGD)._replace(step=jnp.int32(number))
         state, metrics = compiled[key](state, batch, dropout)
         gradient = jax.tree.map(lambda before, after: before - after, nnx.state(model), state.weights)
-        return SimpleNamespace(gradient=gradient, state=state, metrics=metrics)
+        return SimpleNamespace(gradient=gradient, state=state, metrics=metrics, programs=compiled[key]._cache_size())
 
     return taken
 
 
-def log_probabilities(model, batch, layers):
-    """Plain log softmax of layers 1..L for the tokens 1..T-1: [E, B, T - 1, V]."""
-    h_EBTD = model.hidden_states(batch.tokens_BT)[np.array(layers), :, :-1]
-    return jax.nn.log_softmax(model.logits(h_EBTD))
+@pytest.fixture(scope="module")
+def log_p(model, batch):
+    """Plain log softmax of layers 1..3 for the tokens 1..T-1: [3, B, T - 1, V]."""
+    return jax.jit(lambda tokens: jax.nn.log_softmax(model.logits(model.hidden_states(tokens)[1:, :, :-1])))(
+        batch.tokens_BT)
 
 
 def plain_nll(log_p_EBTV, batch):
@@ -90,15 +91,15 @@ def close(one, other, **tolerance):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), one, other)
 
 
-def test_a_step_goes_down_the_plain_formula(model, step, batch):
+def test_a_step_goes_down_the_plain_formula(model, step, batch, log_p):
     graph, weights = nnx.split(model)
     share_BT = batch.weights_BT[:, 1:] / batch.weights_BT[:, 1:].sum()
-    weights_E = np.array([0, 1, 3], np.float32) / 4  # e(1) = 0, e(2) = 1, e(3) = L - 1 + 1
+    weights_E = np.array([1, 3], np.float32) / 4  # e(2) = 1, e(3) = L - 1 + 1
 
     def plain(weights):
         model = nnx.merge(graph, weights)
-        log_p = log_probabilities(model, batch, [1, 2, 3])
-        logits = model.logits(model.hidden_states(batch.tokens_BT)[1:, :, :-1])
+        logits = model.logits(model.hidden_states(batch.tokens_BT)[2:, :, :-1])
+        log_p = jax.nn.log_softmax(logits)
         z_E = (jax.nn.logsumexp(logits, -1) ** 2 * share_BT).sum((1, 2))
         p, q = (jax.nn.log_softmax(x / 2.0) for x in (jax.lax.stop_gradient(logits[-1:]), logits))
         divergence_E = 4 * ((jnp.exp(p) * (p - q)).sum(-1) * share_BT).sum((1, 2))
@@ -109,11 +110,14 @@ def test_a_step_goes_down_the_plain_formula(model, step, batch):
     np.testing.assert_allclose(taken.metrics.loss, loss, rtol=1e-5)
     close(taken.gradient, gradient, rtol=1e-3, atol=2e-6)
     np.testing.assert_allclose(taken.metrics.gradient_norm, optax.global_norm(gradient), rtol=1e-4)
-    nll_E = plain_nll(log_probabilities(model, batch, [2, 3]), batch)
-    np.testing.assert_allclose(taken.metrics.nll_E, [np.nan, *nll_E], rtol=1e-5)
-    assert taken.metrics.layers_E.tolist() == [1, 2, 3] and taken.state.step == 1
-    best = log_probabilities(model, batch, [3])[0].argmax(-1) == batch.tokens_BT[:, 1:]
+    nll_L = plain_nll(log_p, batch)
+    np.testing.assert_allclose(taken.metrics.nll_E, nll_L[1:], rtol=1e-5)
+    assert taken.metrics.layers_E.tolist() == [2, 3] and taken.state.step == 2
+    best = log_p[2].argmax(-1) == batch.tokens_BT[:, 1:]
     np.testing.assert_allclose(taken.metrics.accuracy, (best * share_BT).sum(), rtol=1e-5)
+    before = step(batch, number=0)
+    assert before.metrics.layers_E.tolist() == [1, 3] and before.programs == taken.programs
+    np.testing.assert_allclose(before.metrics.nll_E, [np.nan, nll_L[2]], rtol=1e-5)  # layer 1 weighs 0
 
 
 def test_parts_of_a_batch_add_up_to_the_whole(step, batch):
@@ -131,10 +135,9 @@ def test_dropped_layers_are_those_of_the_draw(step, batch):
         plain, without = step(batch, **changes), step(batch, never, **changes)
         close(without.gradient, plain.gradient, rtol=1e-6, atol=1e-7)
         dropped = step(batch, LayerDropout(0.999, rescale=False), **changes)
-        last = jax.tree.map(lambda x: np.abs(x[-1]).max(), dropped.gradient["layers"]["mlp"])
-        assert jax.tree.all(jax.tree.map(lambda x: x == 0, last))  # every row's last layer was left out
-        first = jax.tree.map(lambda x: np.abs(x[0]).max(), dropped.gradient["layers"]["mlp"])
-        assert jax.tree.all(jax.tree.map(lambda x: x > 0, first))
+        assert dropped.programs == without.programs  # another rate compiles nothing
+        moved = [np.asarray(leaf).any(axis=(1, 2)) for leaf in jax.tree.leaves(dropped.gradient["layers"]["mlp"])]
+        assert all(leaf[0] and not leaf[-1] for leaf in moved)
 
 
 def test_dropout_is_drawn_anew_at_each_step_and_alike_when_repeated(step, batch):
@@ -145,26 +148,13 @@ def test_dropout_is_drawn_anew_at_each_step_and_alike_when_repeated(step, batch)
     assert float(step(batch, half, number=1, accumulate=2).metrics.loss) == losses[1, 2]
 
 
-def test_numbers_of_dropout_and_steps_do_not_compile_again(model, batch):
-    recipe = dataclasses.replace(RECIPE, exits=WeightedExits(LayerSkipWeights(), Rotational(2)))
-    step, state = make_train_step(model, recipe, SGD), init_state(nnx.state(model), SGD)
-    told = []
-    for rate in (0.1, 0.2, 0.3):
-        state, metrics = step(state, batch, LayerDropout(rate))
-        told.append(metrics.layers_E.tolist())
-    assert step._cache_size() == 1
-    assert told == [[1, 3], [2, 3], [1, 3]]
-
-
-@pytest.mark.parametrize("at_a_time", [4096, 18])
-def test_evaluation_is_the_plain_formula_of_every_layer(model, batch, at_a_time, monkeypatch):
-    monkeypatch.setattr(steps, "EVALUATED", at_a_time)  # 18: two of the four rows
-    means = make_evaluation(model, RECIPE)(nnx.state(model), batch)
-    log_p = log_probabilities(model, batch, [1, 2, 3])
-    np.testing.assert_allclose(means.nll_L / means.targets, plain_nll(log_p, batch), rtol=1e-5)
+def test_evaluation_is_the_plain_formula_of_every_layer(model, batch, log_p, monkeypatch):
+    monkeypatch.setattr(steps, "EVALUATED", 18)  # two of the four rows
+    sums = make_evaluation(model, RECIPE)(nnx.state(model), batch)
+    np.testing.assert_allclose(sums.nll_L / sums.targets, plain_nll(log_p, batch), rtol=1e-5)
     right_LBT = log_p.argmax(-1) == batch.tokens_BT[:, 1:]
-    np.testing.assert_allclose(means.correct_L, (right_LBT * batch.weights_BT[:, 1:]).sum((1, 2)), rtol=1e-5)
-    assert means.targets == batch.weights_BT.sum()
+    np.testing.assert_allclose(sums.correct_L, (right_LBT * batch.weights_BT[:, 1:]).sum((1, 2)), rtol=1e-5)
+    assert sums.targets == batch.weights_BT.sum()
 
 
 @pytest.fixture(scope="module")
@@ -175,20 +165,26 @@ def headed(model):
     return made
 
 
-def likelihoods_by_heads(headed, batch):
-    h_LBTD = headed.hidden_states(batch.tokens_BT)[1:, :, :-1]
-    read = [headed.exit_head(n).read(h_LBTD[n - 1]) for n in (1, 2)] + [headed.normalise(h_LBTD[2])]
-    return plain_nll(jax.nn.log_softmax(headed.logits(jnp.stack(read), norm=False)), batch)
+@pytest.fixture(scope="module")
+def headed_nll(headed, batch):
+    """The plain likelihood of every layer [3], each read by its exit's head."""
+
+    @jax.jit
+    def log_p(tokens):
+        h_LBTD = headed.hidden_states(tokens)[1:, :, :-1]
+        read = [headed.exit_head(n).read(h_LBTD[n - 1]) for n in (1, 2)] + [headed.normalise(h_LBTD[2])]
+        return jax.nn.log_softmax(headed.logits(jnp.stack(read), norm=False))
+
+    return plain_nll(log_p(batch.tokens_BT), batch)
 
 
-def test_tuning_moves_the_exit_heads_alone(headed, batch):
-    recipe, adam = Recipe(batch=4, context=9, learns="exit-heads", accumulate=2), optax.adam(0.1)
-    state = init_state(nnx.state(headed), adam, learns=recipe.learns)
+def test_tuning_moves_the_exit_heads_alone(headed, headed_nll, batch):
+    recipe, adam = Recipe(batch=4, context=9, trainable="exit-heads", accumulate=2), optax.adam(0.1)
+    state = init_state(nnx.state(headed), adam, trainable=recipe.trainable)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) == 2 * 32 + 1
     state, metrics = make_train_step(headed, recipe, adam)(state, batch, None)
-    nll_L = likelihoods_by_heads(headed, batch)
-    np.testing.assert_allclose(metrics.nll_E, nll_L[:2], rtol=1e-5)
-    np.testing.assert_allclose(metrics.loss, nll_L[:2].sum(), rtol=1e-5)
+    np.testing.assert_allclose(metrics.nll_E, headed_nll[:2], rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss, headed_nll[:2].sum(), rtol=1e-5)
     assert metrics.layers_E.tolist() == [1, 2]
     (heads, backbone), (heads_before, before) = partition(state.weights), partition(nnx.state(headed))
     jax.tree.map(np.testing.assert_array_equal, backbone, before)
@@ -196,32 +192,30 @@ def test_tuning_moves_the_exit_heads_alone(headed, batch):
     assert all((leaf > 0.09).all() for leaf in jax.tree.leaves(moved))
 
 
-def test_a_model_with_exit_heads_learns_through_them(headed, batch):
+def test_a_model_with_exit_heads_learns_through_them(headed, headed_nll, batch):
     recipe = dataclasses.replace(RECIPE, exits=WeightedExits(UniformWeights(), AllExits()), z_loss=None, distill=None)
     state, metrics = make_train_step(headed, recipe, SGD)(init_state(nnx.state(headed), SGD), batch, None)
-    nll_L = likelihoods_by_heads(headed, batch)
-    np.testing.assert_allclose(metrics.loss, nll_L.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss, headed_nll.mean(), rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.weights, nnx.state(headed))
     assert moved["exit_heads"]["norm"]["weight"][...] > 0 and moved["embedding"]["weight"][...] > 0
-    means = make_evaluation(headed, recipe)(nnx.state(headed), batch)
-    np.testing.assert_allclose(means.nll_L / means.targets, nll_L, rtol=1e-5)
+    sums = make_evaluation(headed, recipe)(nnx.state(headed), batch)  # all rows at once
+    np.testing.assert_allclose(sums.nll_L / sums.targets, headed_nll, rtol=1e-5)
 
 
-def test_heads_want_exits_that_stay(headed):
-    turning = dataclasses.replace(RECIPE, exits=WeightedExits(LayerSkipWeights(), Rotational(2)))
-    with pytest.raises(SettingError, match=r"Rotational.*change from step to step.*AllExits"):
-        make_train_step(headed, turning, SGD)
-    with pytest.raises(SettingError, match=r"after layer 2 has a head, but with .* learns nothing.* \(--exits 1 2\)"):
-        make_train_step(headed, dataclasses.replace(RECIPE, exits=FixedExits((1,), (0.5,))), SGD)
-    with pytest.raises(SettingError, match=r"after layer 1 has a head, but .* learns nothing"):  # it is weighed 0
-        make_train_step(headed, dataclasses.replace(RECIPE, z_loss=None, distill=None), SGD)
+@pytest.mark.parametrize("exits, says", [
+    (RECIPE.exits, r"Rotational.*change from step to step.*AllExits"),
+    (FixedExits((1,), (0.5,)), r"after layer 2 has a head, but with .* learns nothing.* \(--exit-layers 1 2\)"),
+    (WeightedExits(LayerSkipWeights(1.0), AllExits()), "after layer 1 has a head, but .* learns nothing"),  # weighed 0
+])
+def test_heads_want_exits_that_stay(headed, exits, says):
+    with pytest.raises(SettingError, match=says):
+        make_train_step(headed, Recipe(batch=4, context=9, exits=exits), SGD)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_only_matrices_decay(name, model):
+def test_only_matrices_decay(name):
     biased = dataclasses.replace(CONFIG, qkv_bias=True)
-    weights = nnx.state(Decoder.init(biased, rngs=nnx.Rngs(0)).stack())
-    weights = jax.tree.map(lambda x: x + 1.0, weights)
+    weights = jax.tree.map(lambda x: jnp.full(x.shape, 2.0), nnx.state(abstract_stacked(biased)))
     still = jax.tree.map(jnp.zeros_like, weights)
     optimizer = make_optimizer(name, optax.constant_schedule(0.1), weight_decay=0.5, beta2=0.9, clip=1.0)
     moved, _ = jax.jit(optimizer.update)(still, optimizer.init(weights), weights)
@@ -278,20 +272,20 @@ def test_recipes_by_name():
     assert topv2.exits == WeightedExits(LayerSkipWeights(1.0), Gradual(400)) and topv2.dropout.rate == 0.2
     assert named("layerskip-scratch-7b", steps=400).dropout.schedule.steps == 400
     assert named("layerskip-llama2-13b").exits.curriculum == Rotational(39)
-    assert named("plain", dropout=None, rate=1.0).rate == 1.0
+    assert named("plain", dropout=None, learning_rate=1.0).learning_rate == 1.0
 
 
 @pytest.mark.parametrize("call, words", [
     (lambda: named("nothing"), "recipe is 'nothing'.*plain"),
     (lambda: named("plain", rates=1), "no rates; it has"),
-    (lambda: named("plain", rate=0), "rate is 0"),
+    (lambda: named("plain", learning_rate=0), "learning_rate is 0"),
     (lambda: named("plain", optimizer="sgd"), "optimizer is 'sgd'.*'adamw', 'muon'"),
     (lambda: named("plain", batch=6, accumulate=4), "batch is 6.*accumulate 4"),
     (lambda: named("plain", exits=3), "exits is 3"),
     (lambda: named("plain", context=1), "context is 1"),
-    (lambda: named("plain", learns="heads"), "learns is 'heads'.*'all', 'exit-heads'"),
+    (lambda: named("plain", trainable="heads"), "trainable is 'heads'.*'all', 'exit-heads'"),
     (lambda: named("tune-exits", distill=0.5), "distill is 0.5, but the recipe tunes exit heads"),
-    (lambda: named("finetune", learns="exit-heads"), "exits is WeightedExits.*leave it at LastOnly"),
+    (lambda: named("finetune", trainable="exit-heads"), "exits is WeightedExits.*leave it at LastOnly"),
     (lambda: named("plain", z_loss=-1.0), "z_loss is -1"),
 ])
 def test_recipes_say_what_they_refuse(call, words):

@@ -21,15 +21,14 @@ from sled.errors import CheckpointError, ConfigError, DataError, SettingError, T
 from sled.models import ExitHeads, save_folder
 from sled.train.data.sources import Source
 from sled.train.initial_model import NewModel
-from sled.train.objective.dropping import FixedRows
 from sled.train.objective.exit_weights import AllExits, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
-from sled.train.objective.layer_dropout import layerskip
+from sled.train.objective.layer_dropout import FixedRows, layerskip
 from sled.train.recipes import named
 from sled.train.run.checkpoint import complete_steps
+from sled.train.run.folder import read_checkpoint
 from sled.train.run.metrics import read_metrics
 from sled.train.run.preemption import EXIT_CODE, Preemption
-from sled.train.run.trained import read_checkpoint
-from sled.train.trainer import Run, plan_of, train
+from sled.train.trainer import TrainingRun, memory_plan_of, train
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
 STEPS = 30
@@ -39,7 +38,8 @@ class Runs(Forks):
     """Runs of tests/training_runs.py."""
 
     def __init__(self, data: Path):
-        super().__init__(data / "errors.txt", [PROGRAM, "serve", data], environment(data, 1))
+        super().__init__(data / "errors.txt", [PROGRAM, "serve", data],
+                         on_devices(1, XDG_CACHE_HOME=str(data / "cache")))
         self.data = str(data)
 
     def begin(self, folder: Path, **changes) -> int:
@@ -52,10 +52,6 @@ class Runs(Forks):
 
     def refuses(self, folder: Path, **changes) -> str:
         return self.refused("train", folder=str(folder), data=self.data, **changes)
-
-
-def environment(data: Path, devices: int) -> dict[str, str]:
-    return on_devices(devices, XDG_CACHE_HOME=str(data / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +90,7 @@ def check_same_end(one: Path, other: Path):
 
 def exported(run: Path, to: Path, step: int | None = None) -> Path:
     trained = read_checkpoint(run, step)
-    return save_folder(trained.decoder, to, tokenizer_from=trained.form)
+    return save_folder(trained.decoder, to, tokenizer_from=trained.model_config)
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.exhaustive)])
@@ -116,19 +112,22 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, unin
         torn += bool(half_written(tmp_path / "checkpoints") - left)
     assert torn >= kills // 3
     check_same_end(runs.train(tmp_path), uninterrupted)
+    assert not half_written(tmp_path / "checkpoints")
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):
-    pid = runs.begin(tmp_path, every=1000)
+    pid = runs.begin(tmp_path, save_every=1000)
     until(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").stat().st_size)
     os.kill(pid, signal.SIGTERM)
     assert runs.ended() == EXIT_CODE
     stopped = latest(tmp_path / "checkpoints")
     assert 0 < stopped < STEPS and not (tmp_path / "model").exists()
+    assert f"stopped by SIGTERM after step {stopped}" in runs.errors.read_text()
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == stopped
     exported(tmp_path, tmp_path / "early")
     expected = exported(uninterrupted, tmp_path / "expected", stopped)
     assert (tmp_path / "early" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    runs.train(tmp_path, every=1000)
+    runs.train(tmp_path, save_every=1000)
     ours, others = metrics_of(tmp_path), metrics_of(uninterrupted)
     assert [line["loss"] for line in ours] == [line["loss"] for line in others]
 
@@ -161,57 +160,54 @@ def test_more_steps_within_the_constant_part_end_as_if_asked_for_at_once(runs, u
 
 
 def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, uninterrupted):
-    form = {path: path.read_bytes() for path in (uninterrupted / "form").iterdir()}
+    form = {path: path.read_bytes() for path in (uninterrupted / "model_config").iterdir()}
     for changes, words in (({"seed": 1}, "recipe.seed was 0 and is 1"), ({"steps": 20}, "step 30 is behind it"),
-                           ({"rate": 0.1}, "recipe.rate was 0.01 and is 0.1"),
+                           ({"learning_rate": 0.1}, "recipe.learning_rate was 0.01 and is 0.1"),
                            ({"width": 16}, "settings: model.width was 32 and is 16. Give"),
                            ({"optimizer": "muon"}, "recipe.optimizer was 'adamw' and is 'muon'"),
                            ({"context": 60}, "settings: recipe.context was 64 and is 60. Give"),
                            ({"accumulate": 2}, "recipe.accumulate was 1 and is 2")):
         said = runs.refuses(uninterrupted, **changes)
         assert "CheckpointError" in said and words in said, said
-    assert {path: path.read_bytes() for path in (uninterrupted / "form").iterdir()} == form
+    assert {path: path.read_bytes() for path in (uninterrupted / "model_config").iterdir()} == form
 
 
 @pytest.fixture(scope="module")
-def spread(request, data, runs, tmp_path_factory):
-    """Runs on 8 devices, and in two processes, which one process then takes further."""
-    out = tmp_path_factory.mktemp("spread")
-    address = free_address()
-    others = ["data", "fsdp", "tensor"] if request.config.getoption("--exhaustive") else []
-    run_together([(environment(data, 8), [PROGRAM, "meshes", data, out, "alone", "all", *others]),
-                  *((environment(data, 1), [PROGRAM, "two", address, str(index), data, out]) for index in range(2))])
-    runs.train(out / "two", every=4, steps=12)
+def two(data, runs, tiny_folder, tmp_path_factory):
+    """The folder of a run in two processes, which one process then took further; and their notes."""
+    out, address = tmp_path_factory.mktemp("two"), free_address()
+    run_together([(on_devices(1, XDG_CACHE_HOME=str(data / "cache")),
+                   [PROGRAM, "two", data, address, str(index), tiny_folder("llama"), out]) for index in range(2)])
+    runs.train(out / "two", save_every=4, steps=12)
     return out
 
 
-@pytest.mark.parametrize("mesh", ["all", *(
-    pytest.param(mesh, marks=pytest.mark.exhaustive) for mesh in ("data", "fsdp", "tensor"))])
-def test_every_mesh_trains_as_one_device(mesh, spread):
-    """Ten steps without layer dropout, ten with it, its draws the same everywhere."""
-    alone, ours = (read_metrics(spread / name / "metrics.jsonl") for name in ("alone", mesh))
-    losses = [line["loss"] for line in alone]
-    assert len(losses) == 20 and losses[-1] < losses[0] - 0.5
-    np.testing.assert_allclose([line["loss"] for line in ours], losses, rtol=0, atol=1e-4)
-    assert [line["exits"] for line in ours] == [line["exits"] for line in alone]
-    if mesh == "all":
-        np.testing.assert_allclose(ours[-1]["held_out"], alone[-1]["held_out"], rtol=0, atol=1e-4)
+def test_two_processes_load_and_save_a_model_each_its_part(two, tiny_folder):
+    both = [json.loads((two / f"process{index}.json").read_text()) for index in range(2)]
+    assert [notes["devices"] for notes in both] == [2, 2] and [notes["rows"] for notes in both] == [[0, 4], [4, 8]]
+    assert re.match(r"process 1 of 2, coordinator localhost:\d+", both[1]["said"])
+    stored = load_file(tiny_folder("llama") / "model.safetensors")
+    vectors = sum(array.size for array in stored.values() if array.ndim == 1)
+    half = (sum(array.size for array in stored.values()) - vectors) // 2 + vectors
+    assert [notes["asked"] for notes in both] == [half, half] and all(notes["saved"] for notes in both)
+    saved = load_file(two / "model" / "model.safetensors")
+    assert saved.keys() == stored.keys() and all(np.array_equal(saved[name], stored[name]) for name in stored)
 
 
-def test_two_processes_train_save_and_resume_and_one_process_goes_on(spread, uninterrupted):
-    ours, others = (metrics_of(folder) for folder in (spread / "two", uninterrupted))
+def test_two_processes_train_save_and_resume_and_one_process_goes_on(two, uninterrupted):
+    ours, others = (metrics_of(folder) for folder in (two / "two", uninterrupted))
     assert [line["step"] for line in ours] == list(range(1, 13))
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in others[:12]], atol=1e-4)
-    assert complete_steps(spread / "two" / "checkpoints") == [4, 8, 12]
+    assert complete_steps(two / "two" / "checkpoints") == [4, 8, 12]
 
 
-def test_processes_with_different_data_or_settings_are_refused_and_all_say_why(spread):
+def test_processes_with_different_data_or_settings_are_refused_and_all_say_why(two):
     for index in range(2):
-        said = [(spread / f"data{index}" / f"said{number}.txt").read_text() for number in range(3)]
+        said = [(two / f"data{index}" / f"said{number}.txt").read_text() for number in range(3)]
         assert said[0].startswith(f"data is not the same in process {index} and in process {1 - index}; start all")
-        assert said[1].startswith(f"--every is not the same in process {index} and")
+        assert said[1].startswith(f"--save-every is not the same in process {index} and")
         assert "but no run; give a new or empty folder" in said[2]
-    assert complete_steps(spread / "unlike" / "checkpoints") == []
+    assert complete_steps(two / "unlike" / "checkpoints") == []
 
 
 def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
@@ -221,8 +217,8 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
     file.write_text("\n".join(map(json.dumps, lines * 8)))
     runs.whole("command", arguments=[
         "train", "--data", str(file), "--held-out", str(file), "--prompt", "question", "--completion", "answer",
-        "--steps", "12", "--warmup", "2", "--rate", "1e-3", "--batch", "4", "--context", "32", "--every", "4",
-        "--out", str(tmp_path / "run")])
+        "--steps", "12", "--warmup", "2", "--learning-rate", "1e-3", "--batch", "4", "--context", "32",
+        "--save-every", "4", "--out", str(tmp_path / "run")])
     held_out = [line["held_out"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
     assert len(held_out) == 3 and held_out[-1][-1] < held_out[0][-1] / 1.5
     assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
@@ -258,14 +254,14 @@ def test_exit_heads_are_tuned_and_exported_and_nothing_else_moves(runs, uninterr
 
 def test_options_of_layer_dropout():
     recipe = RecipeOptions("finetune", layer_dropout=0.2, drop="fixed").made()
-    assert recipe.dropout == layerskip(0.2, way=FixedRows())
+    assert recipe.dropout == layerskip(0.2, strategy=FixedRows())
     assert RecipeOptions("plain", layer_dropout=0.3).made().dropout == layerskip(0.3)
     assert RecipeOptions("finetune", layer_dropout=0.0).made().dropout is None
 
 
 def run_of(tmp_path, data, **changes):
     recipe = {"steps": 4, "batch": 2, "context": 32} | changes.pop("recipe", {})
-    return Run(**{**dict(folder=tmp_path / "run", model=NewModel(layers=2, width=8, heads=2), source=Source(
+    return TrainingRun(**{**dict(folder=tmp_path / "run", model=NewModel(layers=2, width=8, heads=2), source=Source(
         data / "train.jsonl"), recipe=named("plain", **recipe)), **changes})
 
 
@@ -281,7 +277,8 @@ def test_exits_of_ones_own_are_weighted_as_the_recipe_does():
 def test_a_run_that_is_ended_saves_no_weights_that_are_not_finite(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setattr(Preemption, "reached", lambda self, step: step == 4)
     exits = WeightedExits(LayerSkipWeights(), AllExits())  # of 2 layers: the first counts nothing
-    run = run_of(tmp_path, data, recipe=dict(steps=8, rate=1e38, warmup=8, exits=exits), every=1000, tell=1000)
+    recipe = dict(steps=8, learning_rate=1e38, warmup=8, exits=exits)
+    run = run_of(tmp_path, data, recipe=recipe, save_every=1000, log_every=1000)
     with pytest.raises(TrainingError, match=r"step 4 has loss .*nan"):
         train(run)
     assert complete_steps(tmp_path / "run" / "checkpoints") == []
@@ -292,8 +289,8 @@ def test_a_run_that_is_ended_saves_no_weights_that_are_not_finite(tmp_path, data
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(runs, tmp_path):
-    said = runs.refuses(tmp_path, rate=1e38, warmup=0)
-    assert re.search(r"TrainingError: step \d has loss .* norm (nan|inf); .* a lower rate than 1e\+38", said), said
+    said = runs.refuses(tmp_path, learning_rate=1e38, warmup=0)
+    assert re.search(r"TrainingError: step \d has loss .* norm (nan|inf); .* a lower learning rate than 1e\+38", said)
     assert not (tmp_path / "model").exists() and latest(tmp_path / "checkpoints") < ended_at(said)
 
 
@@ -312,7 +309,7 @@ def test_a_new_model_takes_a_tokenizer_that_there_is(tmp_path, data):
 
 
 def test_what_a_run_would_hold_is_planned_without_it(tmp_path, data):
-    assert plan_of(run_of(tmp_path, data)).weights > 0
+    assert memory_plan_of(run_of(tmp_path, data)).weights > 0
     assert not (tmp_path / "run").exists()
 
 
@@ -325,8 +322,8 @@ def empty(tmp_path):
     (dict(source=empty), DataError, "empty.jsonl is empty"),
     (dict(recipe=dict(context=300), model="demo"), SettingError, "context is 300.* made for 256 positions"),
     (dict(shape="triangular"), SettingError, "shape is 'triangular'.*packed"),
-    (dict(every=0), SettingError, "every is 0"),
-    (dict(recipe=dict(learns="exit-heads")), SettingError, "tunes exit heads alone, but the model has none"),
+    (dict(save_every=0), SettingError, "save_every is 0"),
+    (dict(recipe=dict(trainable="exit-heads")), SettingError, "tunes exit heads alone, but the model has none"),
     (dict(heads=ExitHeads((2,))), ConfigError, "exit heads are given for layers"),
     (dict(heads=ExitHeads((1,))), SettingError, "after layer 1 has a head, but with LastOnly.* learns nothing"),
     (dict(recipe=dict(exits=WeightedExits(UniformWeights(), AllExits((9,))))), SettingError,
@@ -341,7 +338,7 @@ def test_bad_input_is_refused_by_name(changes, error, words, tmp_path, data, mon
     changes = {name: value(tmp_path) if callable(value) else value for name, value in changes.items()}
     if changes.get("recipe") == 3:
         with pytest.raises(error, match=words):
-            Run(tmp_path, "demo", Source(data / "train.jsonl"), 3)
+            TrainingRun(tmp_path, "demo", Source(data / "train.jsonl"), 3)
         return
     with pytest.raises(error, match=words):
         train(run_of(tmp_path, data, **changes))

@@ -35,7 +35,7 @@ def clock(monkeypatch):
 
 def test_the_fastest_way_is_chosen(lm, clock):
     clock(3, 2, 1, 4, 5, 6, 7, 8)
-    tuned = lm.tune(PROMPTS, exits=[EARLY, GUESSES], batch_size=4, max_new_tokens=COUNT, progress=False)
+    tuned = sled.tune(lm, PROMPTS, exits=[EARLY, GUESSES], batch_size=4, max_new_tokens=COUNT, progress=False)
     tried = [(trial.exits, trial.schedule) for trial in sorted(tuned.trials, key=lambda trial: trial.exits == GUESSES)]
     assert (FullDepth(), sled.Immediate()) in tried and len(tried) == 8
     assert [schedule for exits, schedule in tried if exits == EARLY] == [
@@ -56,13 +56,13 @@ def test_the_fastest_way_is_chosen(lm, clock):
 
 def test_leaving_early_is_declined_where_it_does_not_pay(lm, clock):
     clock(1, 2)
-    tuned = lm.tune(PROMPTS[2:3], exits=EARLY, max_new_tokens=COUNT, progress=False)
+    tuned = sled.tune(lm, PROMPTS[2:3], exits=EARLY, max_new_tokens=COUNT, progress=False)
     assert tuned.exits == FullDepth() and len(tuned.trials) == 2  # one row: no schedule differs from another
     assert generate(exits=tuned.exits, schedule=tuned.schedule).stats.mean_depth == 4
 
 
 def test_the_real_clock(lm):
-    tuned = lm.tune(PROMPTS[2:3], exits=EARLY, rounds=1, max_new_tokens=COUNT, progress=False)
+    tuned = sled.tune(lm, PROMPTS[2:3], exits=EARLY, rounds=1, max_new_tokens=COUNT, progress=False)
     assert all(trial.seconds > 0 for trial in tuned.trials)
 
 
@@ -74,4 +74,4 @@ def test_the_real_clock(lm):
 ], ids=str)
 def test_what_cannot_be_tuned(lm, settings, error, says):
     with pytest.raises(error, match=says):
-        lm.tune(**{"prompts": PROMPTS, "progress": False, **settings})
+        sled.tune(lm, **{"prompts": PROMPTS, "progress": False, **settings})

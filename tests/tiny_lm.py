@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import sled
 from sled.decoding import loop, state
-from sled.decoding.generation import Generation
+from sled.decoding.batch import Generation
 from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer as TextTokenizer
 
 EOS = 5
 CAPACITY = 48  # positions of the context, and of the caches wherever a text may fill it
@@ -44,7 +44,7 @@ def talking_lm() -> LM:
     tokenizer = Tokenizer(models.WordLevel({chr(64 + token): token for token in range(CONFIG.vocab_size)}))
     tokenizer.add_special_tokens([chr(64 + EOS)])
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
-    return LM(tiny_lm().build(tiny_lm().params), Text(tokenizer, "characters"))
+    return LM(tiny_lm().build(tiny_lm().params), TextTokenizer(tokenizer, "characters"))
 
 
 def generate(prompts=PROMPTS, **settings) -> sled.Output:
@@ -112,7 +112,7 @@ def check_distribution(draws, probabilities_V) -> None:
 # The inside of the loop, for the few tests that need it: where its parts are, how often it was compiled, its arguments,
 # its state.
 
-HEADROOM, PREFILL_BLOCK = "sled.decoding.generation.HEADROOM", "sled.decoding.state.PREFILL_BLOCK"
+HEADROOM, PREFILL_BLOCK = "sled.decoding.batch.HEADROOM", "sled.decoding.state.PREFILL_BLOCK"
 START, PUT_ROW, SET_ACTIVE = (f"sled.decoding.state.{name}" for name in ("start", "put_row", "set_active"))
 DECODE = "sled.decoding.loop.decode"
 
@@ -126,8 +126,8 @@ def begin(policy, fusion, schedule=None) -> Generation:
     """The four prompts, read and ready to go on; nothing ends a row but the context."""
     lm = tiny_lm()
     return Generation(lm.build, lm.params, [np.array(p, np.int32) for p in PROMPTS],
-                      limits=[CAPACITY - len(p) for p in PROMPTS], seeds=[0] * len(PROMPTS), policy=policy,
-                      schedule=schedule or policy.schedule, fusion=fusion, sampling=sled.Sampling(), stop_ids=())
+                      sled.Decoding(fusion, policy, schedule), limits=[CAPACITY - len(p) for p in PROMPTS],
+                      seeds=[0] * len(PROMPTS), stop_ids=())
 
 
 def decode_without_transfers(run: Generation) -> list[int]:
@@ -136,13 +136,14 @@ def decode_without_transfers(run: Generation) -> list[int]:
     arguments = {name: value if name == "build" else jax.device_put(value) for name, value in arguments.items()}
     with jax.transfer_guard("disallow"):
         after = loop.decode(**arguments)
-    return after.length_B.tolist()
+    return after.text.length_B.tolist()
 
 
 def caches_of(run: Generation):
-    """Of each row: its tokens, every layer's K and V [heads, S, H], and how many positions each layer is through."""
-    held, exits = run._state, (0, *run.plan.exits)
-    for b, length in enumerate(held.length_B.tolist()):
-        done = [int(held.done_BE[b, s]) for s in range(len(exits) - 1) for _ in range(exits[s], exits[s + 1])]
-        assert done[-1] >= length - 1 - held.window
-        yield np.asarray(held.tokens_BS[b, :length]), [tuple(np.asarray(x[b]) for x in kv) for kv in held.caches], done
+    """Of each row: tokens [S], caches of every layer (K, V) [heads, S, H], the positions that each layer is through."""
+    held, exits, kv_len_BE = run._state, (0, *run._plan.exits), np.asarray(run._state.progress.kv_len_BE)
+    for b, length in enumerate(held.text.length_B.tolist()):
+        through = [int(kv_len_BE[b, s]) for s in range(len(exits) - 1) for _ in range(exits[s], exits[s + 1])]
+        assert through[-1] >= length - 1 - run._plan.window
+        tokens = np.asarray(held.text.tokens_BS[b, :length])
+        yield tokens, [tuple(np.asarray(x[b]) for x in kv) for kv in held.caches], through

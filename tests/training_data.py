@@ -6,10 +6,10 @@ from pathlib import Path
 import datasets
 
 from sled.models.config import DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.batches import Batches
 from sled.train.data.packing import Layout
-from sled.train.data.rows import read
+from sled.train.data.rows import read_rows
 from sled.train.data.sources import Source
 
 DEMO = Path(__file__).parents[1] / "sled" / "demo" / "model"
@@ -17,7 +17,7 @@ END = 0
 CONFIG = DecoderConfig("llama", vocab_size=1000, width=8, mlp_width=8, num_layers=2, num_heads=2, num_kv_heads=2,
                        head_dim=4, max_positions=256, eos_ids=(END,), pad_id=7)
 LAYOUT = Layout(64)
-TEXT = Text.from_folder(DEMO)
+TEXT = Tokenizer.from_folder(DEMO)
 ROWS = [{"text": f"{name} buys {n} toys.", "n": n} for n, name in enumerate(["Ash", "Ben", "Cleo", "Dan"])]
 
 
@@ -44,17 +44,17 @@ def loader(cache):
     """`load(data, layout, **columns)`: the rows of a source, kept in the folder `cache`."""
 
     def load(data, layout=LAYOUT, *, config=CONFIG, tokenizer=TEXT, **columns):
-        return read(Source(data, **columns), tokenizer, config, layout, cache=cache, progress=False)
+        return read_rows(Source(data, **columns), tokenizer, config, layout, cache=cache, progress=False)
 
     return load
 
 
 def documents_of(batch):
-    """Tokens, weights and positions of each document of a batch, row after row."""
+    """Tokens and weights of each document of a batch, row after row."""
     found = []
     for row in zip(*batch, strict=True):
-        tokens, weights, segments, positions = row
-        found += [(tokens[segments == s].tolist(), weights[segments == s].tolist(), positions[segments == s].tolist())
+        tokens, weights, segments = row
+        found += [(tokens[segments == s].tolist(), weights[segments == s].tolist())
                   for s in range(1, segments.max() + 1)]
     return found
 
@@ -64,4 +64,4 @@ def one_epoch(rows, size=4, **options):
 
 
 def tokens_of(rows):
-    return sorted(tokens for batch in one_epoch(rows) for tokens, _, _ in documents_of(batch))
+    return sorted(tokens for batch in one_epoch(rows) for tokens, _ in documents_of(batch))

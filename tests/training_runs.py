@@ -1,54 +1,70 @@
-"""What test_train_trainer.py runs in processes of its own: `sled.train.trainer.train` on a tiny model and a few texts.
+"""Runs of test_train_trainer.py in processes of their own: `sled.train.trainer.train` on a tiny model and a few texts.
 
-    python training_runs.py serve                       forks a process for every line of input; see killable.py
-    python training_runs.py meshes DATA OUT NAME...     on 8 devices, on each of these `MESHES`
-    python training_runs.py two ADDRESS INDEX DATA OUT  one of two processes
+    python training_runs.py serve DATA                         forks a process for every line of input
+    python training_runs.py two DATA ADDRESS INDEX FOLDER OUT  one of two processes
 
-DATA is a folder with train.jsonl and held_out.jsonl.
+DATA is a folder with train.jsonl and held_out.jsonl, FOLDER one with a model.
 """
 
 import dataclasses
+import json
+import math
+import os
 import sys
+import traceback
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import safetensors
 
+import sled.models.stored
 from sled.cli import main
 from sled.errors import SettingError
-from sled.models import ExitHeads
+from sled.models import ExitHeads, save_folder
+from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
-from sled.settings.pytree import traced
+from sled.models.sharding.sharding import Sharding
 from sled.train.data.sources import Source
 from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import Rotational, UniformWeights, WeightedExits
 from sled.train.objective.layer_dropout import LayerDropout
 from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe, named
-from sled.train.trainer import Run, train
+from sled.train.trainer import TrainingRun, train
 
+ALL = Mesh()
 MODEL = NewModel(layers=3, width=32, heads=4, mlp_width=64, vocabulary=320)
 RECIPE = Recipe(steps=30, batch=8, context=64, exits=WeightedExits(UniformWeights(), Rotational(2)), warmup=2,
-                dropout=LayerDropout(0.3, rescale=False), schedule="constant", rate=1e-2)
-MESHES = {"alone": Mesh(), "data": Mesh(data=8, fsdp=1), "fsdp": Mesh(), "tensor": Mesh(data=2, fsdp=1, tensor=4),
+                dropout=LayerDropout(0.3, rescale=False), schedule="constant", learning_rate=1e-2)
+
+
+class _OneOf(Mesh):
+    """A mesh of one device, where there are more."""
+
+    def build(self, devices=None):
+        return super().build(jax.devices()[:1])
+
+
+MESHES = {"alone": _OneOf(), "data": Mesh(data=8, fsdp=1), "fsdp": Mesh(), "tensor": Mesh(data=2, fsdp=1, tensor=4),
           "all": Mesh(data=2, fsdp=2, tensor=2)}
 
 
-def run_of(folder, data, *, model=MODEL, mesh=MESHES["alone"], every=1, **changes) -> Run:
+def run_of(folder, data, *, model=MODEL, mesh=ALL, save_every=1, **changes) -> TrainingRun:
     """A run into `folder`; `changes` are of the recipe."""
     data = Path(data)
-    return Run(Path(folder), model, Source(data / "train.jsonl"), dataclasses.replace(RECIPE, **changes),
-               Source(data / "held_out.jsonl"), mesh=mesh, every=every, keep=40, tell=1, held_out_rows=8)
+    return TrainingRun(Path(folder), model, Source(data / "train.jsonl"), dataclasses.replace(RECIPE, **changes),
+                       Source(data / "held_out.jsonl"), mesh=mesh, save_every=save_every, keep=40, log_every=1,
+                       held_out_rows=8)
 
 
 def one(folder: str, data: str, width: int = MODEL.width, **changes) -> None:
-    """Trains; changes: `every`, or of the recipe."""
+    """Trains; changes: `save_every`, or of the recipe."""
     train(run_of(folder, data, model=dataclasses.replace(MODEL, width=width), **changes))
 
 
 def tune(folder: str, data: str, model: str, layers: list[int], steps: int) -> None:
     """Tunes new exit heads of the model in a folder."""
-    recipe = named("tune-exits", steps=steps, batch=8, context=64, warmup=2, rate=1e-2, schedule="constant")
+    recipe = named("tune-exits", steps=steps, batch=8, context=64, warmup=2, learning_rate=1e-2, schedule="constant")
     train(dataclasses.replace(run_of(folder, data, model=model), recipe=recipe, heads=ExitHeads(tuple(layers), "mlp")))
 
 
@@ -64,64 +80,95 @@ def remember_programs(data) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def on_meshes(data, out, *names) -> None:
+class CountedFile:
+    """A safetensors file that notes in `asked` the name and number of elements of everything read from it."""
+
+    asked: list = []  # noqa: RUF012
+
+    def __init__(self, path, framework):
+        self.file = safetensors.safe_open(path, framework=framework)
+
+    def __enter__(self):
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.file.__exit__(*error)
+
+    def keys(self):
+        return self.file.keys()
+
+    def get_slice(self, name):
+        return CountedSlice(name, self.file.get_slice(name))
+
+
+class CountedSlice:
+    def __init__(self, name, inner):
+        self.name, self.get_shape, self.get_dtype, self.read = name, inner.get_shape, inner.get_dtype, inner.__getitem__
+
+    def __getitem__(self, index):
+        part = self.read(index)
+        CountedFile.asked.append((self.name, math.prod(part.shape)))
+        return part
+
+
+def in_two_processes(data, address, index, folder, out) -> None:
+    said = initialize(Processes(coordinator=address, count=2, index=int(index)))
     remember_programs(data)
-    devices = jax.devices()
-    for name in names:
-        mesh = _OneOf(devices) if name == "alone" else MESHES[name]
-        run = run_of(Path(out) / name, data, mesh=mesh, every=1000, steps=20, rate=3e-3,
-                     dropout=LayerDropout(0.3, schedule=Later(10), rescale=False))
-        train(run if name in ("alone", "all") else dataclasses.replace(run, held_out=None))
-
-
-@traced("begins")
-@dataclasses.dataclass(frozen=True)
-class Later:
-    """Layer dropout that begins at a step."""
-
-    begins: int
-
-    def share(self, step):
-        return jnp.where(step < self.begins, 0.0, 1.0)
-
-
-class _OneOf(Mesh):
-    """A mesh of one device, where there are more."""
-
-    def __init__(self, devices):
-        super().__init__()
-        object.__setattr__(self, "_devices", devices[:1])
-
-    def build(self, devices=None):
-        return super().build(self._devices)
-
-
-def in_two_processes(address, index, data, out) -> None:
-    initialize(Processes(coordinator=address, count=2, index=int(index)))
-    remember_programs(data)
+    sled.models.stored.safe_open = CountedFile
+    decoder = load_onto(folder, Mesh().build())
+    save_folder(decoder, Path(out) / "model")
+    rows = Sharding(decoder.config, Mesh().build()).local_rows(8)
+    notes = {"said": said, "devices": jax.device_count(), "rows": [rows.start, rows.stop],
+             "asked": sum(count for _, count in CountedFile.asked),
+             "saved": (Path(out) / "model" / "config.json").exists()}
+    (Path(out) / f"process{index}.json").write_text(json.dumps(notes))
     own = Path(out) / f"data{index}"
     own.mkdir()
     for name in ("train.jsonl", "held_out.jsonl"):
         lines = (Path(data) / name).read_text().splitlines()
         (own / name).write_text("\n".join(lines[int(index) if name == "train.jsonl" else 0:]))
     unlike = run_of(Path(out) / "unlike", own)
-    for number, run in enumerate((unlike, dataclasses.replace(unlike, every=2 + int(index)),
+    for number, run in enumerate((unlike, dataclasses.replace(unlike, save_every=2 + int(index)),
                                   dataclasses.replace(unlike, folder=data))):
         try:
             train(run)
         except SettingError as error:
             (own / f"said{number}.txt").write_text(str(error))
     for steps in (4, 8):
-        train(run_of(Path(out) / "two", data, every=4, steps=steps))
+        train(run_of(Path(out) / "two", data, save_every=4, steps=steps))
     jax.distributed.shutdown()
 
 
-if __name__ == "__main__":
-    call, *arguments = sys.argv[1:]
-    if call == "serve":
-        from killable import serve
+def serve(calls) -> None:
+    """Each line of standard input, `{"call": name, ...arguments}`, is answered by the number of a process that was
+    forked for it and, once that has ended, by its exit status (as `subprocess` has it).
 
-        remember_programs(arguments[0])
+    Imports are done once, before forking; JAX starts no device, and so no thread, before that.
+    """
+    for line in sys.stdin:
+        arguments = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                calls[arguments.pop("call")](**arguments)
+                code = 0
+            except SystemExit as end:
+                code = end.code
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+if __name__ == "__main__":
+    call, data, *arguments = sys.argv[1:]
+    if call == "serve":
+        remember_programs(data)
         serve({"train": one, "tune": tune, "command": command})
     else:
-        {"meshes": on_meshes, "two": in_two_processes}[call](*arguments)
+        in_two_processes(data, *arguments)

@@ -1,4 +1,4 @@
-"""What a run begins with: a model that exists, or one whose weights begin at random, and its tokenizer."""
+"""The model that a run starts from: one that exists, or one whose weights begin at random; and its tokenizer."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import tokenizers
 from flax import nnx
-from jax.experimental.multihost_utils import sync_global_devices
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sled.errors import CheckpointError, SettingError
 from sled.models import Decoder, DecoderConfig, load_folder, read_config
@@ -24,51 +25,44 @@ from sled.models.hub import folder_of
 from sled.models.huggingface import TOKENIZER_FILES
 from sled.models.layers import Block
 from sled.models.sharding.load_sharded import load_onto
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
+from sled.settings.decorator import settings
 from sled.settings.describe import describe
-from sled.settings.rules import OrNone, Whole, settle
-from sled.text.tokenizer import Text
+from sled.settings.field import setting
+from sled.settings.rules import OrNone, Whole
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Source
-from sled.train.data.tokenizer import END_OF_TEXT, train_tokenizer, write_tokenizer
 from sled.train.objective.exit_heads import with_heads
+from sled.train.parallel.distributed import synchronise
 from sled.train.recipes import CONTEXT
 
+END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_EXAMPLES = 20_000  # that a new tokenizer is made from, at most
 
 
-@dataclasses.dataclass(frozen=True)
+@settings
 class NewModel:
-    """A Llama-shaped model whose weights begin at random.
+    """A Llama-shaped model whose weights begin at random."""
 
-    layers, width: L and D. heads: query heads, each width / heads wide; kv_heads: None for as many. mlp_width: None
-    for 2.75 times the width. positions: tokens of the longest text that it is made for; None for as many as a row of
-    training has. More than that is never seen in training.
-    tokenizer: a folder with tokenizer.json, whose token for the end of text is `end_of_text`; None makes a byte-level
-        BPE of `vocabulary` tokens from the data. tied_head: whether the embedding table is the projection too.
-
-    Raises SettingError for a value out of range.
-    """
-
-    layers: int = 8
-    width: int = 128
-    heads: int = 4
-    kv_heads: int | None = None
-    mlp_width: int | None = None
-    positions: int | None = None
-    vocabulary: int = 1000
-    tokenizer: Path | None = None
-    end_of_text: str = END_OF_TEXT
-    tied_head: bool = True
+    layers: int = setting(Whole(2, hint="early layers are to speak, so there must be some"), default=8,
+                          help="decoder layers")
+    width: int = setting(Whole(2, hint="the heads share it"), default=128,
+                         help="width of the hidden states")
+    heads: int = setting(Whole(1, hint="they share the width"), default=4, help="query heads")
+    kv_heads: int | None = setting(OrNone(Whole(1, hint="None is as many as heads")), default=None,
+                                   help="key/value heads")
+    mlp_width: int | None = setting(OrNone(Whole(1, hint="None is 2.75 times the width")), default=None,
+                                    help="width of the feed-forward layers")
+    positions: int | None = setting(OrNone(Whole(2, hint="None is as many as a row of training has")), default=None,
+                                    help="tokens of the longest text that it is made for")
+    vocabulary: int = setting(Whole(257, hint="256 are the bytes, and one ends a text"), default=1000,
+                              help="tokens of a byte-level BPE made from the data")
+    tokenizer: Path | None = setting(default=None, help="folder whose tokenizer.json is taken instead")
+    end_of_text: str = setting(default=END_OF_TEXT, help="its token that ends a text")
+    tied_head: bool = setting(default=True, help="whether the embedding table is the projection too")
 
     def __post_init__(self):
-        settle(self, layers=Whole(2, hint="early layers are to speak, so there must be some"),
-               width=Whole(2, hint="it is the width of the hidden states"),
-               heads=Whole(1, hint="they share the width"),
-               vocabulary=Whole(257, hint="256 are the bytes, and one ends a text"),
-               kv_heads=OrNone(Whole(1, hint="None is as many as heads")),
-               mlp_width=OrNone(Whole(1, hint="None is 2.75 times the width")),
-               positions=OrNone(Whole(2, hint="None is as many as a row of training has")))
         if self.width % self.heads or (self.width // self.heads) % 2:
             raise SettingError(f"NewModel.width is {self.width}, which {self.heads} heads cannot share evenly (each "
                                "takes an even number of channels); choose another number of heads")
@@ -81,7 +75,7 @@ class NewModel:
             pad_id=end_id)
 
 
-class Beginning(NamedTuple):
+class InitialModel(NamedTuple):
     """A run's model before its weights are read or made.
 
     folder: of the weights, None where they begin at random. context: tokens of a row. origin: what the weights come
@@ -89,26 +83,42 @@ class Beginning(NamedTuple):
     """
 
     config: DecoderConfig
-    text: Text
+    text: Tokenizer
     folder: Path | None
     context: int
     origin: Any
 
+    def decoder(self, seed: int, sharding: Sharding | None) -> Decoder:
+        """The model in the stacked form, float32, on the mesh where there is one; random weights do not depend on it.
+        """
+        config, folder = self.config, self.folder
+        heads = config.exit_heads
+        if heads is not None and (folder is None or read_config(folder).exit_heads is None):  # they are new
+            bare = self._replace(config=dataclasses.replace(config, exit_heads=None))
+            return with_heads(bare.decoder(seed, sharding), heads, mesh=sharding and sharding.mesh, seed=seed)
+        if folder is None:
+            graph, _ = nnx.split(abstract_stacked(config))
+            make = functools.partial(_random_weights, config)
+            key = jax.random.key(seed)
+            return nnx.merge(graph, jax.jit(make)(key) if sharding is None else sharding.create(make, key))
+        if sharding is None:
+            return load_folder(folder, dtype="float32").stack()
+        return load_onto(folder, sharding.mesh, dtype="float32")
 
-def begin(model: str | Path | NewModel, source: Source, context: int | None, form: Path, *,
-          heads: ExitHeads | None = None, begun: bool) -> Beginning:
-    """Puts config.json and the tokenizer of a run's model into the empty folder `form`; all processes call this
-    together.
 
-    model: what to begin with: "demo", a Hugging Face folder or a hub id; or a new one.
+def prepare_initial_model(model: str | Path | NewModel, source: Source, context: int | None, folder: Path, *,
+                          heads: ExitHeads | None = None, resumed: bool) -> InitialModel:
+    """Puts config.json and the tokenizer of a run's model into the empty `folder`; all processes call this together.
+
+    model: what to start from: "demo", a Hugging Face folder or a hub id; or a new one.
     context: the most tokens of a row, None for as many as the model holds, at most `CONTEXT`.
     heads: new ones for its early exits.
-    begun: whether the run has checkpoints, so that `form` is there already and stays.
+    resumed: whether the run has checkpoints, so that `folder` has its files already and keeps them.
     Raises SettingError where an existing model's context is shorter or it has exit heads already, and CheckpointError
-    for a run without its form.
+    for a resumed run without its config.json.
     """
-    if begun and not (form / "config.json").is_file():
-        raise CheckpointError(f"{form} lacks config.json, which the run of these checkpoints wrote; restore it, or "
+    if resumed and not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} lacks config.json, which the run of these checkpoints wrote; restore it, or "
                               "start anew in another folder")
     new, name = isinstance(model, NewModel), str(model)
     model = model if new else folder_of(model)
@@ -125,23 +135,21 @@ def begin(model: str | Path | NewModel, source: Source, context: int | None, for
         raise SettingError(f"NewModel.positions is {model.positions}, but rows of training have {context} tokens; give "
                            "that or more, or a shorter context")
     most = model.positions if new else config.max_positions
-    limit = min(CONTEXT, most or CONTEXT)
-    context = limit if context is None else context
-    if not begun and jax.process_index() == 0:
+    context = min(CONTEXT, most or CONTEXT) if context is None else context
+    if not resumed and jax.process_index() == 0:
         if new:
-            _new_form(model, source, model.positions or context, form)
+            _write_new(model, source, model.positions or context, folder)
         else:
-            _copy(model, form, (*TOKENIZER_FILES, "config.json", "generation_config.json", HEADS_CONFIG))
+            _copy(model, folder, (*TOKENIZER_FILES, "config.json", "generation_config.json", HEADS_CONFIG))
         if heads is not None:
-            write_heads(heads, form)
-            read_config(form)  # raises where the model has no such layers
-    if jax.process_count() > 1:
-        sync_global_devices("sled puts down the form of its model")
+            write_heads(heads, folder)
+            read_config(folder)  # raises where the model has no such layers
+    synchronise("the model's configuration is written")
     if new:
-        return Beginning(read_config(form), Text.from_folder(form), None, context,
-                         dict(describe(dataclasses.replace(model, tokenizer=None)), name="new"))
-    return Beginning(config, Text.from_folder(model), model, context,
-                     dict(name=name, digest=_weights_digest(model)))
+        return InitialModel(read_config(folder), Tokenizer.from_folder(folder), None, context,
+                            dict(describe(dataclasses.replace(model, tokenizer=None)), name="new"))
+    return InitialModel(config, Tokenizer.from_folder(model), model, context,
+                        dict(name=name, digest=_weights_digest(model)))
 
 
 def _weights_digest(folder: Path) -> str:
@@ -157,26 +165,26 @@ def _weights_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _copy(source: Path, form: Path, names: Iterable[str]) -> None:
+def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
     for name in names:
         if (source / name).is_file():
-            shutil.copyfile(source / name, form / name)
+            shutil.copyfile(source / name, folder / name)
 
 
-def _new_form(model: NewModel, source: Source, positions: int, form: Path) -> None:
+def _write_new(model: NewModel, source: Source, positions: int, folder: Path) -> None:
     if model.tokenizer is None:
         tokenizer = train_tokenizer(_texts(source), model.vocabulary)
-        write_tokenizer(tokenizer, form, positions)
+        write_tokenizer(tokenizer, folder, positions)
         end, size = tokenizer.token_to_id(END_OF_TEXT), tokenizer.get_vocab_size()
     else:
-        text = Text.from_folder(Path(model.tokenizer))
+        text = Tokenizer.from_folder(Path(model.tokenizer))
         end, size = text.id_of(model.end_of_text), text.vocabulary
         if end is None:
             raise SettingError(f"the tokenizer in {model.tokenizer} has no token {model.end_of_text!r}; name the one "
                                "that ends its texts as end_of_text")
-        _copy(Path(model.tokenizer), form, TOKENIZER_FILES)
+        _copy(Path(model.tokenizer), folder, TOKENIZER_FILES)
     written = json.dumps(format_config(model.config(size, end, positions), "float32"), indent=2)
-    (form / "config.json").write_text(written + "\n")
+    (folder / "config.json").write_text(written + "\n")
 
 
 def _texts(source: Source):
@@ -187,21 +195,35 @@ def _texts(source: Source):
         yield example.prompt + example.body
 
 
-def first_decoder(beginning: Beginning, seed: int, placing: Placing | None) -> Decoder:
-    """The model in the stacked form, float32, on the mesh where there is one; random weights do not depend on it."""
-    config, folder = beginning.config, beginning.folder
-    heads = config.exit_heads
-    if heads is not None and (folder is None or read_config(folder).exit_heads is None):  # they are new
-        bare = beginning._replace(config=dataclasses.replace(config, exit_heads=None))
-        return with_heads(first_decoder(bare, seed, placing), heads, mesh=placing and placing.mesh, seed=seed)
-    if folder is None:
-        graph, _ = nnx.split(abstract_stacked(config))
-        make = functools.partial(_random_weights, config)
-        key = jax.random.key(seed)
-        return nnx.merge(graph, jax.jit(make)(key) if placing is None else placing.create(make, key))
-    if placing is None:
-        return load_folder(folder, dtype="float32").stack()
-    return load_onto(folder, placing.mesh, dtype="float32")
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of at most `vocab_size` tokens, every digit a token of its own.
+
+    All 256 bytes are in the vocabulary, so any text survives encoding and decoding. Token 0 is
+    `<|endoftext|>`.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], show_progress=False,
+                                  initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int) -> None:
+    """Write tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _random_weights(config: DecoderConfig, key) -> nnx.State:

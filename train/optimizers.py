@@ -60,7 +60,8 @@ def make_optimizer(name: str, rate: optax.Schedule, *, weight_decay: float, beta
 
 
 def _decays(weights):
-    """Which parameters decay: matrices and tables, not norms and biases. In the stacked form ranks do not tell."""
+    """A mask of the parameters that decay: matrices and tables, not norms and biases, which the stacked form's ranks do
+    not distinguish."""
 
     def decays(path, leaf) -> bool:
         name = jax.tree_util.keystr(path)

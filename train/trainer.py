@@ -1,6 +1,6 @@
 """`train`: a whole run, from model and data to a Hugging Face folder; killed at any moment, it goes on where it was.
 
-What it leaves is described in `sled.train.run.folder`.
+The files that it leaves are described in `sled.train.run.folder`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,85 +22,146 @@ from tqdm import tqdm
 from sled.errors import SettingError, TrainingError
 from sled.models import save_folder
 from sled.models.config import ExitHeads
-from sled.models.huggingface import refuse_foreign
+from sled.models.huggingface import refuse_no_model
 from sled.models.sharding.mesh import Mesh
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
+from sled.settings.decorator import settings
 from sled.settings.describe import describe
-from sled.settings.rules import Instance, OrNone, Whole, settle
+from sled.settings.field import setting
+from sled.settings.rules import Instance, OrNone, Whole
 from sled.train.data.batches import Batches, some_batches
 from sled.train.data.packing import Layout
-from sled.train.data.rows import Batch, Rows, read
+from sled.train.data.rows import TrainingBatch, TrainingRows, read_rows
 from sled.train.data.sources import Source
-from sled.train.initial_model import Beginning, NewModel, begin, first_decoder
+from sled.train.initial_model import InitialModel, NewModel, prepare_initial_model
 from sled.train.objective.exit_weights import LastOnly, exit_counter
-from sled.train.objective.train_step import StepMetrics, init_state, make_evaluation, make_train_step, static_exits
+from sled.train.objective.layer_dropout import LayerDropout
+from sled.train.objective.train_step import (
+    LayerSums,
+    StepMetrics,
+    TrainState,
+    init_state,
+    make_evaluation,
+    make_train_step,
+    static_exits,
+)
 from sled.train.optimizers import make_optimizer, rate_schedule
-from sled.train.parallel.distributed import check_alike
-from sled.train.parallel.memory_plan import Plan, plan
+from sled.train.parallel.distributed import check_same_everywhere
+from sled.train.parallel.memory_plan import MemoryPlan, memory_plan
 from sled.train.recipes import ALL, HEADS, Recipe
-from sled.train.run.checkpoint import Checkpoints
+from sled.train.run.checkpoint import Checkpoints, check_format
 from sled.train.run.folder import RunFolder
-from sled.train.run.metrics import HELD_OUT, Metrics, progress_bar, progress_line
-from sled.train.run.picture import draw
+from sled.train.run.metrics import HELD_OUT, Metrics, draw, progress_bar, progress_line
 from sled.train.run.preemption import Preemption, leave
 from sled.train.run.resume import anything, same_rates
 from sled.train.run.throughput import Throughput, flops_per_token
 
+SHOWN = ("loss", "tokens_per_second", HELD_OUT)  # behind the progress bar
 STRETCH = 1000  # steps for which a compilation pays that leaves dropped rows out, at least
-# What differs because something else does is not told besides: see `sled.train.run.resume`.
+# A difference that follows from another is not named besides: see `sled.train.run.resume`.
 FOLLOW = {"model": ("config", "data", "held_out"), "recipe.context": ("config", "data", "held_out"),
           "data.shape": ("held_out.shape",), "data.too_long": ("held_out.too_long",),
           "recipe.steps": ("recipe.exits", "recipe.dropout")}
+_SOURCE = Instance(Source, traced=False, hint="give sled.train.data.sources.Source(...)")
+
+
+@settings
+class TrainingRun:
+    """The model, the data, the recipe, and the folder for all that the run leaves.
+
+    The folder is new or empty; given again with the same settings, the run goes on from its last checkpoint. shape,
+    too_long and prompt_weight are explained in `sled.train.data.packing.Layout`. The held-out losses of all layers are
+    measured as often as checkpoints are saved.
+    """
+
+    folder: Path = setting(lambda name, value: Path(value))
+    model: str | Path | NewModel = setting(help='"demo", a Hugging Face folder or a hub id; or NewModel(...)')
+    source: Source = setting(_SOURCE, help="the data")
+    recipe: Recipe = setting(Instance(Recipe, traced=False, hint="give sled.train.recipes.named(...)"))
+    held_out: Source | None = setting(OrNone(_SOURCE), default=None, help="data that is only measured on")
+    shape: str = setting(default="packed")
+    too_long: str = setting(default="skip")
+    prompt_weight: float = setting(default=0.0)
+    heads: ExitHeads | None = setting(
+        OrNone(Instance(ExitHeads, traced=False, hint="give sled.models.ExitHeads(...)")), default=None,
+        help="new exit heads for the model; None keeps those it has, if any")
+    mesh: Mesh = setting(Instance(Mesh, traced=False, hint="give sled.models.sharding.mesh.Mesh(...)"), default=Mesh(),
+                         help="the devices, where there are more than one")
+    save_every: int = setting(Whole(1, hint="it counts the steps between two checkpoints"), default=500,
+                              help="steps between two checkpoints; held-out losses are measured as often")
+    keep: int = setting(Whole(1, hint="it counts checkpoints"), default=3,
+                        help="how many of the latest checkpoints stay")
+    log_every: int = setting(Whole(1, hint="it counts the steps between two lines of metrics"), default=10,
+                             help="steps between two lines of metrics.jsonl")
+    held_out_rows: int = setting(Whole(1, hint="it counts rows"), default=256, help="rows to measure on, at most")
+    tensorboard: bool = setting(default=False, help="also write for TensorBoard")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """What is trained on what, how, and where it is written.
+class Prepared:
+    """All that the loop of `train` needs, except for the state that the steps change.
 
-    folder: for all that the run leaves, new or empty; given again with the same settings, the run goes on from its
-        last checkpoint.
-    model: "demo", a Hugging Face folder or a hub id; or `NewModel(...)`.
-    source, held_out: the data, and what the layers' held-out losses are measured on (None: not measured).
-    shape, too_long, prompt_weight: see `sled.train.data.packing.Layout`.
-    heads: new exit heads for the model, which it then has; None: those it has, if any.
-    mesh: how many ways to split, where there is more than one device.
-    every: steps between two checkpoints, and two measurements. keep: checkpoints that stay. tell: steps between two
-        lines of metrics. held_out_rows: rows measured, at most.
-    tensorboard: also write what TensorBoard reads.
-
-    Raises SettingError for a value out of range.
+    part: rows that are worked off at a time. settings: all that decides what the run computes, as JSON has it.
+    sizes: parameters of the model without exit heads, and of these. early_exits: how many of them learn at the steps
+    from one to before another, on average.
     """
 
-    folder: Path
-    model: str | Path | NewModel
-    source: Source
-    recipe: Recipe
-    held_out: Source | None = None
-    shape: str = "packed"
-    too_long: str = "skip"
-    prompt_weight: float = 0.0
-    heads: ExitHeads | None = None
-    mesh: Mesh = dataclasses.field(default_factory=Mesh)
-    every: int = 500
-    keep: int = 3
-    tell: int = 10
-    held_out_rows: int = 256
-    tensorboard: bool = False
+    run: TrainingRun
+    folder: RunFolder
+    model: InitialModel
+    sharding: Sharding | None
+    part: int
+    rows: TrainingRows
+    held_out: TrainingRows | None
+    settings: dict[str, Any]
+    batches: Batches
+    graph: nnx.GraphDef
+    sizes: tuple[int, int]
+    train_step: Callable[..., tuple[TrainState, StepMetrics]]
+    evaluation: Callable[..., LayerSums]
+    early_exits: Callable[[int, int], float]
 
-    def __post_init__(self):
-        settle(self, recipe=Instance(Recipe, traced=False, hint="give sled.train.recipes.named(...)"),
-               source=Instance(Source, traced=False, hint="give sled.train.data.sources.Source(...)"),
-               heads=OrNone(Instance(ExitHeads, traced=False, hint="give sled.models.ExitHeads(...)")),
-               mesh=Instance(Mesh, traced=False, hint="give sled.models.sharding.mesh.Mesh(...)"),
-               every=Whole(1, hint="it counts the steps between two checkpoints"),
-               keep=Whole(1, hint="it counts checkpoints"),
-               tell=Whole(1, hint="it counts the steps between two lines of metrics"),
-               held_out_rows=Whole(1, hint="it counts rows"),
-               held_out=OrNone(Instance(Source, traced=False, hint="give sled.train.data.sources.Source(...)")))
-        object.__setattr__(self, "folder", Path(self.folder))
+    def on_devices(self, batch: TrainingBatch, rows: int) -> TrainingBatch:
+        """The batch of `rows` rows, of which this process supplies its own."""
+        return batch if self.sharding is None else self.sharding.batch(batch, rows)
+
+    def dropout(self, step: int) -> LayerDropout | None:
+        """The layer dropout of a step. What work it saves is static in long stretches, each of which may compile once.
+        """
+        recipe = self.run.recipe
+        if recipe.dropout is None:
+            return None
+        stretch = max(recipe.steps // 8, STRETCH)
+        first = (step - 1) // stretch * stretch
+        return recipe.dropout.saving(self.part, self.model.config.num_layers, first, first + stretch - 1)
+
+    def evaluate(self, weights: nnx.State) -> dict[str, list[float]]:
+        """Held-out loss and accuracy of the layers 1..L."""
+        chosen = some_batches(self.held_out, self.run.held_out_rows, self.part, seed=self.run.recipe.seed,
+                              **_share_of(self.part, self.sharding))
+        sums = [jax.device_get(self.evaluation(weights, self.on_devices(batch, self.part))) for batch in chosen]
+        nll_L, correct_L, targets = (np.sum(parts, axis=0, dtype=np.float64) for parts in zip(*sums, strict=True))
+        return {HELD_OUT: (nll_L / targets).tolist(), "held_out_accuracy": (correct_L / targets).tolist()}
+
+    def checkpoints(self) -> Checkpoints:
+        recipe = self.run.recipe
+        may_change = {"recipe.steps": same_rates(_rates(recipe)), "recipe.remat": anything}
+        if recipe.dropout is None:  # which draws for each part on its own
+            may_change["recipe.accumulate"] = anything
+        return Checkpoints(self.folder.checkpoints, self.settings, save_every=self.run.save_every, keep=self.run.keep,
+                           may_change=may_change, follow=FOLLOW)
+
+    def metrics(self, begun: int) -> Metrics:
+        return Metrics(self.folder.metrics, resumed_from=begun,
+                       tensorboard=self.folder.tensorboard if self.run.tensorboard else None)
+
+    def throughput(self) -> Throughput:
+        """A meter; it counts arithmetic where a whole model is trained."""
+        flops = flops_per_token(self.model.config, *self.sizes, self.model.context)
+        return Throughput(flops if self.run.recipe.trainable == ALL else None)
 
 
-def train(run: Run, *, optimizer: optax.GradientTransformation | None = None) -> Path:
+def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = None) -> Path:
     """Trains to the end of the recipe, and returns the folder of the trained model.
 
     optimizer: of one's own, in place of the recipe's; it is not among the settings that a resumed run compares.
@@ -108,33 +169,132 @@ def train(run: Run, *, optimizer: optax.GradientTransformation | None = None) ->
     Raises SettingError, DataError, CheckpointError, TrainingError where a loss is not finite, and whatever reading the
     model raises. SIGTERM ends the process in order, with exit code 75, after a checkpoint.
     """
-    with RunFolder(run.folder).claimed():
-        return _Training(run, optimizer).finish()
+    recipe, folder = run.recipe, RunFolder(run.folder)
+    with folder.claimed():
+        prepared, state = prepare(run, folder, optimizer or _optimizer(recipe))
+        with Preemption() as preemption, prepared.checkpoints() as checkpoints:
+            begun, state = _resume(checkpoints, prepared, state)
+            _announce(prepared)
+            throughput, logged_at = prepared.throughput(), begun
+            with prepared.metrics(begun) as metrics, progress_bar(recipe.steps, begun) as bar:
+                for step in range(begun + 1, recipe.steps + 1):
+                    batch = next(prepared.batches)
+                    state, measured = prepared.train_step(state, prepared.on_devices(batch, recipe.batch),
+                                                          prepared.dropout(step))
+                    throughput.count(np.count_nonzero(batch.segments_BT) * (recipe.batch // len(batch.segments_BT)))
+                    last = step == recipe.steps
+                    save = last or step % run.save_every == 0
+                    if save or step % run.log_every == 0:
+                        line = _line(run, step, measured) | throughput.read(
+                            lambda: prepared.early_exits(logged_at, step))  # noqa: B023
+                        logged_at = step
+                        if save and prepared.held_out is not None:
+                            with throughput.paused():
+                                line |= prepared.evaluate(state.weights)
+                        metrics.write(step, line)
+                        bar.set_postfix_str(progress_line({name: line[name] for name in SHOWN if name in line}))
+                    bar.update()
+                    preempted = preemption.reached(step)
+                    if preempted:
+                        _check_finite(run, step, measured)
+                    checkpoints.save(step, state, {"data": prepared.batches.get_state()}, force=preempted or last)
+                    if preempted and not last:
+                        checkpoints.wait()
+                        leave(step, checkpoints.folder)
+        if prepared.held_out is not None and jax.process_index() == 0:
+            draw(folder.metrics, folder.picture)
+        return save_folder(nnx.merge(prepared.graph, state.weights), folder.model, tokenizer_from=folder.model_config)
 
 
-def plan_of(run: Run) -> Plan:
-    """What each device would hold, from shapes alone. Raises as `train` does."""
-    with tempfile.TemporaryDirectory() as form:
-        config = _begin(run, Path(form), begun=False).config
-    return plan(Placing(config, run.mesh.build()), _optimizer(run.recipe), learns=run.recipe.learns)
+def prepare(run: TrainingRun, folder: RunFolder,
+            optimizer: optax.GradientTransformation) -> tuple[Prepared, TrainState]:
+    """Reads the model and the data, checks that they, the recipe and the devices fit each other, and makes the state
+    before the first step.
+
+    The model's configuration is put down when reading went well. All processes call this together.
+    """
+    recipe, part, steps = run.recipe, run.recipe.batch // run.recipe.accumulate, folder.steps
+    check_same_everywhere({
+        "--save-every": run.save_every, "--keep": run.keep, "--log-every": run.log_every,
+        "--held-out-rows": run.held_out_rows, "the mesh": describe(run.mesh),
+        "the list of checkpoints in --out": steps})
+    refuse_no_model(folder.model)
+    if steps:
+        check_format(folder.checkpoints)
+    mesh = run.mesh.build()
+    with contextlib.nullcontext(folder.model_config) if steps else folder.new_model_config() as model_config:
+        model = _initial_model(run, model_config, resumed=bool(steps))
+        sharding = Sharding(model.config, mesh) if mesh.size > 1 else None
+        if sharding is not None:
+            sharding.local_rows(part)  # raises where a part does not divide
+        layout = Layout(model.context, shape=run.shape, too_long=run.too_long, prompt_weight=run.prompt_weight)
+        rows, held_out = (source and read_rows(source, model.text, model.config, layout)
+                          for source in (run.source, run.held_out))
+    decisive = _decisive_settings(run, model, rows, held_out)
+    check_same_everywhere(decisive)
+    batches = Batches(rows, recipe.batch, seed=recipe.seed, **_share_of(recipe.batch, sharding))
+    decoder = model.decoder(recipe.seed, sharding)
+    graph, weights = nnx.split(decoder)
+    prepared = Prepared(run, folder, model, sharding, part, rows, held_out, decisive, batches, graph, _sizes(weights),
+                        make_train_step(decoder, recipe, optimizer, sharding),
+                        make_evaluation(decoder, recipe, sharding), exit_counter(recipe.exits, model.config.num_layers))
+    return prepared, init_state(weights, optimizer, sharding, trainable=recipe.trainable)
 
 
-def _begin(run: Run, form: Path, *, begun: bool) -> Beginning:
-    beginning = begin(run.model, run.source, run.recipe.context, form, heads=run.heads, begun=begun)
-    if run.recipe.learns == HEADS and beginning.config.exit_heads is None:
+def memory_plan_of(run: TrainingRun) -> MemoryPlan:
+    """The bytes that each device would hold, from shapes alone. Raises as `train` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = _initial_model(run, Path(folder), resumed=False).config
+    return memory_plan(Sharding(config, run.mesh.build()), _optimizer(run.recipe), trainable=run.recipe.trainable)
+
+
+def _initial_model(run: TrainingRun, folder: Path, *, resumed: bool) -> InitialModel:
+    model = prepare_initial_model(run.model, run.source, run.recipe.context, folder, heads=run.heads, resumed=resumed)
+    if run.recipe.trainable == HEADS and model.config.exit_heads is None:
         raise SettingError("the recipe tunes exit heads alone, but the model has none; give it some as heads "
                            "(--exit-heads 2 4), or take another recipe")
-    static_exits(beginning.config, run.recipe)  # raises where they do not fit the model
-    return beginning
+    static_exits(model.config, run.recipe)  # raises where they do not fit the model
+    return model
+
+
+def _decisive_settings(run: TrainingRun, model: InitialModel, rows: TrainingRows,
+                       held_out: TrainingRows | None) -> dict[str, Any]:
+    """All that decides what the run computes, as JSON has it."""
+
+    def data(source: Source | None, rows: TrainingRows | None):
+        return source and dict(name=source.name, digest=rows.digest, **source.how, context=model.context,
+                               shape=run.shape, too_long=run.too_long)
+
+    return dict(recipe=describe(run.recipe), config=describe(model.config), model=model.origin,
+                data=data(run.source, rows), prompt_weight=run.prompt_weight, held_out=data(run.held_out, held_out))
 
 
 def _rates(recipe: Recipe) -> Callable[[int], optax.Schedule]:
-    return rate_schedule(recipe.schedule, recipe.rate, recipe.warmup)
+    return rate_schedule(recipe.schedule, recipe.learning_rate, recipe.warmup)
 
 
 def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
     return make_optimizer(recipe.optimizer, _rates(recipe)(recipe.steps), clip=recipe.clip,
                           weight_decay=recipe.weight_decay, beta2=recipe.beta2)
+
+
+def _share_of(rows: int, sharding: Sharding | None) -> dict[str, int]:
+    """The part of a batch of `rows` rows that is this process', and the number of parts."""
+    if sharding is None:
+        return dict(process_index=0, process_count=1)
+    own = sharding.local_rows(rows)
+    count = own.stop - own.start
+    return dict(process_index=own.start // count, process_count=rows // count)
+
+
+def _resume(checkpoints: Checkpoints, prepared: Prepared, state: TrainState) -> tuple[int, TrainState]:
+    """The number of steps that were taken, and the state after them; the data goes on from there."""
+    if not checkpoints.steps:
+        return 0, state
+    restored = checkpoints.restore(state)
+    prepared.batches.set_state(restored.host["data"])
+    _say(f"going on from the checkpoint of step {restored.step} in {checkpoints.folder}")
+    return restored.step, restored.state
 
 
 def _sizes(weights: nnx.State) -> tuple[int, int]:
@@ -144,179 +304,41 @@ def _sizes(weights: nnx.State) -> tuple[int, int]:
     return size(weights) - heads, heads
 
 
-class _Training:
-    """A run in flight."""
+def _announce(prepared: Prepared) -> None:
+    recipe, config, model = prepared.run.recipe, prepared.model.config, prepared.run.model
+    _say(f"{sum(prepared.sizes):,} parameters on {jax.device_count()} "
+         f"{jax.devices()[0].device_kind}; data: {prepared.rows.report}")
+    _say(f"recipe: {recipe}")
+    if recipe.trainable == ALL and recipe.exits != LastOnly():
+        early = prepared.early_exits(0, recipe.steps)
+        _say(f"early exits that learn at a step, on average: {early:.2f}" if early else
+             "warning: no early exit learns with this recipe in this model")
+    if isinstance(model, NewModel) and model.tokenizer is None and config.vocab_size < model.vocabulary:
+        _say(f"warning: the tokenizer has {config.vocab_size} tokens, not {model.vocabulary}: the data gives no more")
+    if recipe.steps <= recipe.warmup:
+        _say(f"warning: the learning rate rises over {recipe.warmup} steps, but the run has {recipe.steps}; give a "
+             "shorter warm-up")
 
-    def __init__(self, run: Run, optimizer: optax.GradientTransformation | None):
-        self.run, recipe = run, run.recipe
-        self.folder = RunFolder(run.folder)
-        steps = self.folder.steps
-        check_alike({"--every": run.every, "--keep": run.keep, "--tell": run.tell,
-                     "--held-out-rows": run.held_out_rows, "the mesh": describe(run.mesh),
-                     "the list of checkpoints in --out": steps})
-        refuse_foreign(self.folder.model)
-        mesh = run.mesh.build()
-        self.part = recipe.batch // recipe.accumulate
-        begun = bool(steps)
-        with contextlib.nullcontext(self.folder.form) if begun else self.folder.new_form() as form:
-            self.beginning = _begin(run, form, begun=begun)
-            self.placing = Placing(self.beginning.config, mesh) if mesh.size > 1 else None
-            if self.placing is not None:
-                self.placing.local_rows(self.part)  # raises where a part does not divide
-            self.rows = self._read(run.source)
-            self.held_out = None if run.held_out is None else self._read(run.held_out)
-        self.settings = self._settings()
-        check_alike(self.settings)
-        self.optimizer = optimizer or _optimizer(recipe)
-        self.batches = Batches(self.rows, recipe.batch, seed=recipe.seed, **self._who(recipe.batch))
-        decoder = first_decoder(self.beginning, recipe.seed, self.placing)
-        self.graph, weights = nnx.split(decoder)
-        self.state = init_state(weights, self.optimizer, self.placing, learns=recipe.learns)
-        self.train_step = make_train_step(decoder, recipe, self.optimizer, self.placing)
-        self.evaluate = make_evaluation(decoder, recipe, self.placing)
-        self.may_change = {"recipe.steps": same_rates(_rates(recipe)), "recipe.remat": anything}
-        if recipe.dropout is None:  # which draws for each part on its own
-            self.may_change["recipe.accumulate"] = anything
 
-    def finish(self) -> Path:
-        run, recipe = self.run, self.run.recipe
-        with Preemption() as preemption, Checkpoints(
-                self.folder.checkpoints, self.settings, every=run.every, keep=run.keep, may_change=self.may_change,
-                follow=FOLLOW) as checkpoints:
-            begun = self._resume(checkpoints)
-            self._announce()
-            with self._metrics(begun) as metrics, progress_bar(recipe.steps, begun) as bar:
-                for step, told, made in self._steps(begun, metrics):
-                    last = step == recipe.steps
-                    if told:
-                        shown = ("loss", "tokens_per_second", HELD_OUT)
-                        bar.set_postfix_str(progress_line({name: told[name] for name in shown if name in told}))
-                    bar.update(step - bar.n)
-                    stop = preemption.reached(step)
-                    if stop:
-                        self._check(step, made)
-                    checkpoints.save(step, self.state, {"data": self.batches.get_state()}, force=stop or last)
-                    if stop and not last:
-                        checkpoints.wait()
-                        leave(step, checkpoints.folder)
-        if self.held_out is not None and jax.process_index() == 0:
-            draw(self.folder.metrics, self.folder.picture)
-        return save_folder(nnx.merge(self.graph, self.state.weights), self.folder.model,
-                           tokenizer_from=self.folder.form)
+def _line(run: TrainingRun, step: int, measured: StepMetrics) -> dict[str, Any]:
+    """A step's line in the metrics file. Raises TrainingError where its numbers are not finite."""
+    _check_finite(run, step, measured)
+    counts_E = np.isfinite(measured.nll_E)  # an exit of weight 0 has none
+    arrays = dict(exits=np.asarray(measured.layers_E)[counts_E], exit_losses=np.asarray(measured.nll_E)[counts_E],
+                  accuracy=np.asarray(measured.accuracy))
+    return dict(loss=float(measured.loss), **{name: value.tolist() for name, value in arrays.items()},
+                gradient_norm=float(measured.gradient_norm))
 
-    def _announce(self) -> None:
-        model, recipe, vocabulary = self.run.model, self.run.recipe, self.beginning.config.vocab_size
-        self._say(f"{sum(_sizes(self.state.weights)):,} parameters on {jax.device_count()} "
-                  f"{jax.devices()[0].device_kind}; data: {self.rows.report}")
-        self._say(f"recipe: {recipe}")
-        if recipe.learns == ALL and recipe.exits != LastOnly():
-            early = exit_counter(recipe.exits, self.beginning.config.num_layers)(0, recipe.steps)
-            self._say(f"early exits that learn at a step, on average: {early:.2f}" if early else
-                      "warning: no early exit learns with this recipe in this model")
-        if isinstance(model, NewModel) and model.tokenizer is None and vocabulary < model.vocabulary:
-            self._say(f"warning: the tokenizer has {vocabulary} tokens, not {model.vocabulary}: the data gives no more")
-        if recipe.steps <= recipe.warmup:
-            self._say(f"warning: the learning rate rises over {recipe.warmup} steps, but the run has {recipe.steps}; "
-                      "give a shorter warm-up")
 
-    def _steps(self, begun: int, metrics: Metrics) -> Iterator[tuple[int, dict[str, Any], StepMetrics]]:
-        """Takes the steps after `begun`; yields each with what was told of it, most often nothing, and its metrics."""
-        run, recipe = self.run, self.run.recipe
-        flops = flops_per_token(self.beginning.config, *_sizes(self.state.weights), self.beginning.context)
-        throughput = Throughput(flops if recipe.learns == ALL else None)  # the count is of a whole model's training
-        exits, read = exit_counter(recipe.exits, self.beginning.config.num_layers), begun
-        for step in range(begun + 1, recipe.steps + 1):
-            batch = next(self.batches)
-            self.state, made = self.train_step(self.state, self._global(batch, recipe.batch), self._dropout(step - 1))
-            throughput.count(np.count_nonzero(batch.segments_BT) * (recipe.batch // len(batch.segments_BT)))
-            due = step % run.every == 0 or step == recipe.steps
-            told: dict[str, Any] = {}
-            if due or step % run.tell == 0:
-                told = self._told(step, made) | throughput.read(lambda: exits(read, step))  # noqa: B023
-                read = step
-            if due and self.held_out is not None:
-                with throughput.paused():
-                    told |= self._measure()
-            if told:
-                metrics.write(step, told)
-            yield step, told, made
+def _check_finite(run: TrainingRun, step: int, measured: StepMetrics) -> None:
+    """Before a step is logged or saved. Weights that are not finite, of whichever step, give no finite loss."""
+    loss, norm = float(measured.loss), float(measured.gradient_norm)
+    if not np.isfinite([loss, norm]).all():
+        raise TrainingError(f"step {step} has loss {loss:g} and a gradient of norm {norm:g}; look at the data, or "
+                            f"train in another folder with a lower learning rate than {run.recipe.learning_rate:g}; "
+                            f"what was saved before stays in {RunFolder(run.folder).checkpoints}")
 
-    def _told(self, step: int, made: StepMetrics) -> dict[str, Any]:
-        """What the metrics file has of a step. Raises TrainingError where its numbers are not finite."""
-        self._check(step, made)
-        counts_E = np.isfinite(made.nll_E)  # an exit of weight 0 has none
-        arrays = dict(exits=np.asarray(made.layers_E)[counts_E], exit_losses=np.asarray(made.nll_E)[counts_E],
-                      accuracy=np.asarray(made.accuracy))
-        return dict(loss=float(made.loss), **{name: value.tolist() for name, value in arrays.items()},
-                    gradient_norm=float(made.gradient_norm))
 
-    def _check(self, step: int, made: StepMetrics) -> None:
-        """Before a step is told or saved. Weights that are not finite, of whichever step, give no finite loss."""
-        loss, norm = float(made.loss), float(made.gradient_norm)
-        if not np.isfinite([loss, norm]).all():
-            raise TrainingError(f"step {step} has loss {loss:g} and a gradient of norm {norm:g}; look at the data, or "
-                                f"train in another folder with a lower rate than {self.run.recipe.rate:g}; what was "
-                                f"saved before stays in {self.folder.checkpoints}")
-
-    def _dropout(self, step: int):
-        """Layer dropout that leaves out work, told how much in long stretches: each may compile once."""
-        recipe = self.run.recipe
-        if recipe.dropout is None:
-            return None
-        stretch = max(recipe.steps // 8, STRETCH)
-        first = step // stretch * stretch
-        return recipe.dropout.saving(self.part, self.beginning.config.num_layers, first, first + stretch - 1)
-
-    def _measure(self) -> dict[str, list[float]]:
-        """Held-out loss and accuracy of the layers 1..L."""
-        some = some_batches(self.held_out, self.run.held_out_rows, self.part, seed=self.run.recipe.seed,
-                            **self._who(self.part))
-        sums = [jax.device_get(self.evaluate(self.state.weights, self._global(batch, self.part))) for batch in some]
-        nll_L, correct_L, targets = (np.sum(parts, axis=0, dtype=np.float64) for parts in zip(*sums, strict=True))
-        return {HELD_OUT: (nll_L / targets).tolist(), "held_out_accuracy": (correct_L / targets).tolist()}
-
-    def _resume(self, checkpoints: Checkpoints) -> int:
-        if not checkpoints.steps:
-            return 0
-        restored = checkpoints.restore(self.state)
-        self.state = restored.state
-        self.batches.set_state(restored.host["data"])
-        self._say(f"going on from the checkpoint of step {restored.step} in {checkpoints.folder}")
-        return restored.step
-
-    def _read(self, source: Source) -> Rows:
-        run = self.run
-        layout = Layout(self.beginning.context, shape=run.shape, too_long=run.too_long, prompt_weight=run.prompt_weight)
-        return read(source, self.beginning.text, self.beginning.config, layout)
-
-    def _who(self, size: int) -> dict[str, int]:
-        """Whose part of a batch of `size` rows this process has, and of how many."""
-        if self.placing is None:
-            return dict(process_index=0, process_count=1)
-        own = self.placing.local_rows(size)
-        count = own.stop - own.start
-        return dict(process_index=own.start // count, process_count=size // count)
-
-    def _global(self, batch: Batch, rows: int) -> Batch:
-        return batch if self.placing is None else self.placing.batch(batch, rows)
-
-    def _metrics(self, begun: int) -> Metrics:
-        return Metrics(self.folder.metrics, resumed_from=begun,
-                       tensorboard=self.folder.tensorboard if self.run.tensorboard else None)
-
-    def _settings(self) -> dict[str, Any]:
-        """All that decides what the run computes, as JSON has it."""
-        run, context = self.run, self.beginning.context
-
-        def told(source: Source | None, rows: Rows | None):
-            return source and dict(name=source.name, digest=rows.digest, **source.how, context=context, shape=run.shape,
-                                   too_long=run.too_long)
-
-        return dict(recipe=describe(run.recipe), config=describe(self.beginning.config), model=self.beginning.origin,
-                    data=told(run.source, self.rows), prompt_weight=run.prompt_weight,
-                    held_out=told(run.held_out, self.held_out))
-
-    @staticmethod
-    def _say(line: str) -> None:
-        if jax.process_index() == 0:
-            tqdm.write(line, file=sys.stderr)
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        tqdm.write(line, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`SledLM`: a model and a method, as lm-evaluation-harness asks models its questions.
+"""`SledLM`: a model and a method, as lm-evaluation-harness sees models.
 
 Texts become tokens, windows and stop strings as with the harness's own `HFLM` at its defaults, so that plain decoding
 has the scores that `lm_eval --model hf` has. Every answer is looked up in a `Cache` first, and written there in the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.options import A_SAMPLING
 from sled.errors import EvaluationError
-from sled.eval.harness.answering import Counts, Found, answer_all
-from sled.eval.harness.cache import Cache
+from sled.eval.harness.cache import Cache, RequestCounts, cached_answers
 from sled.eval.harness.chat import TokenizerSettings, render
-from sled.eval.harness.requests import Ask, Wanted, batches
+from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
 from sled.eval.methods import Method, deciding_versions
 from sled.eval.protocols.choices import Scored
 from sled.lm import LM
@@ -30,6 +29,7 @@ from sled.settings.describe import describe
 from sled.settings.rules import Flag, Whole
 
 GREEDY_METHOD = Method("greedy")
+Found = Iterator[dict[int, Any]]  # answers by the request's index, batch by batch
 
 
 class SledLM(TemplateLM):
@@ -61,7 +61,7 @@ class SledLM(TemplateLM):
         self.special = TokenizerSettings.read(lm.text.folder)
         self.weights = weights or digest_of_weights(lm.params)
         self.now = now or datetime.datetime.now().astimezone()
-        self.counts = Counts()
+        self.counts = RequestCounts()
         self._answers = (cache or Cache()).under(self.settings())
 
     def settings(self) -> dict[str, Any]:
@@ -181,39 +181,40 @@ class SledLM(TemplateLM):
         for begin in range(0, len(contexts), self.batch_size):
             some = contexts[begin:begin + self.batch_size]
             scores = self.lm.score(list(some), [[pairs[i][1] for i in of_context[context]] for context in some],
-                                   fusion=self.method.fusion, normalise=self.normalise, batch_size=self.batch_size)
+                                   fusion=self.method.decoding.fusion, normalise=self.normalise,
+                                   batch_size=self.batch_size)
             indices = [i for context in some for i in of_context[context]]
             values = [value for of_one in zip(scores.totals, scores.greedy, strict=True)
                       for value in zip(*of_one, strict=True)]
             yield dict(zip(indices, values, strict=True))
 
     def _answer(self, described: list[dict[str, Any]], compute: Callable[[list[int]], Found]) -> list[Any]:
-        return answer_all(described, compute, kept=self._answers, counts=self.counts, name=self.method.name,
-                          progress=self.progress)
+        return cached_answers(described, compute, kept=self._answers, counts=self.counts, name=self.method.name,
+                              progress=self.progress)
 
     # Texts.
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
-        seen: dict[tuple, int] = {}
-        asks = []
+        repeats: dict[tuple, int] = {}
+        wanted = []
         for request in requests:
             place = (request.task_name, request.doc_id, request.idx)
-            again = seen[place] = seen.get(place, -1) + 1
-            asks.append(self._ask(*request.args, number=(request.doc_id or 0) * (request.repeats or 1) + again))
-        answers = self._answer([ask.described() for ask in asks], lambda which: self._generate(asks, which))
+            again = repeats[place] = repeats.get(place, -1) + 1
+            wanted.append(self._request(*request.args, number=(request.doc_id or 0) * (request.repeats or 1) + again))
+        answers = self._answer([each.described() for each in wanted], lambda which: self._generate(wanted, which))
         for answer in answers:
             self.counts.unfinished += answer["finish_reason"] == "length"
             self.counts.new_tokens += answer["tokens"]
             self.counts.layers += answer["layers"]
         return [answer["text"] for answer in answers]
 
-    def _ask(self, context: str, gen_kwargs: dict[str, Any], *, number: int) -> Ask:
-        wanted = Wanted.of(gen_kwargs, at_most=self.max_new_tokens,
-                           sampling=self.method.sampling if self.method.samples else None)
-        room = self.max_length - wanted.max_new_tokens
+    def _request(self, context: str, gen_kwargs: dict[str, Any], *, number: int) -> GenerationRequest:
+        settings = GenerationSettings.of(gen_kwargs, at_most=self.max_new_tokens,
+                                         sampling=self.method.decoding.sampling if self.method.samples else None)
+        room = self.max_length - settings.max_new_tokens
         if room < 1:
-            raise EvaluationError(f"the task lets an answer be {wanted.max_new_tokens} tokens long, but the context of "
-                                  f"{self.lm.name} holds {self.max_length}, the prompt included; allow fewer by "
+            raise EvaluationError(f"the task lets an answer be {settings.max_new_tokens} tokens long, but the context "
+                                  f"of {self.lm.name} holds {self.max_length}, the prompt included; allow fewer by "
                                   "max_new_tokens (--max-new-tokens)")
         bos = self.special.tokens.get("bos_token")
         ids = self.lm.text.encode(context, special=bos is None or not context.startswith(bos))
@@ -221,18 +222,17 @@ class SledLM(TemplateLM):
             raise EvaluationError("the task gives an empty prompt, and the tokenizer adds no token of its own, so "
                                   "there is nothing to start from; change the task's doc_to_text")
         self.counts.cut(max(0, len(ids) - room))
-        warm = A_SAMPLING("sampling", wanted.sampling).temperature > 0
-        return Ask(tuple(ids[-room:]), wanted.until, wanted.max_new_tokens, wanted.sampling,
-                   self.seed + number if warm else None)
+        warm = A_SAMPLING("sampling", settings.sampling).temperature > 0
+        return GenerationRequest(tuple(ids[-room:]), settings, self.seed + number if warm else None)
 
-    def _generate(self, asks: list[Ask], which: list[int]) -> Found:
-        for batch in batches(asks, which, self.batch_size):
-            first = asks[batch[0]]
-            ends = {self.lm.text.special_id(s) for s in first.until} - {None}
-            stop = [s for s in first.until if self.lm.text.special_id(s) is None]
-            out = self.lm.generate([asks[i].ids for i in batch], max_new_tokens=first.max_new_tokens, stop=stop,
-                                   sampling=first.sampling, seed=first.seed or 0, batch_size=self.batch_size,
-                                   **self.method.decoding())
+    def _generate(self, requests: list[GenerationRequest], which: list[int]) -> Found:
+        for batch in batches(requests, which, self.batch_size):
+            settings, seed = requests[batch[0]].settings, requests[batch[0]].seed
+            ends = {self.lm.text.special_id(s) for s in settings.until} - {None}
+            stop = [s for s in settings.until if self.lm.text.special_id(s) is None]
+            out = self.lm.decode([requests[i].ids for i in batch], self.method.decoding.replace(
+                max_new_tokens=settings.max_new_tokens, stop=stop, sampling=settings.sampling), seed=seed or 0,
+                batch_size=self.batch_size)
             found = {}
             for i, text, tokens, reason, layers in zip(batch, out.texts, out.tokens, out.finish_reasons,
                                                        out.exit_layers, strict=True):

@@ -10,17 +10,19 @@ memory that network file systems lack.)
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from sled.errors import EvaluationError
-from sled.io import writable
+from sled.io import json_digest, writable
 
 FORMAT = 1  # `PRAGMA user_version` of the file; a file of another is refused
 PATIENCE = 60.0  # seconds to wait while another process writes to the same file
@@ -50,7 +52,7 @@ class Cache:
 
     def under(self, settings: Mapping[str, Any]) -> Answers:
         """The answers made under these settings, given as JSON has them. They are written down in full too."""
-        digest = digest_of(settings)
+        digest = json_digest(settings)
         with self._named_errors(), self._db:
             self._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)",
                              (digest, json.dumps(settings, sort_keys=True, ensure_ascii=False)))
@@ -69,7 +71,7 @@ class Cache:
 
 
 class Answers:
-    """What a `Cache` holds under one set of settings: answers by the digest of their request."""
+    """The answers of a `Cache` under one set of settings, by the digest of their request."""
 
     def __init__(self, cache: Cache, digest: str):
         self._cache, self.digest = cache, digest
@@ -86,12 +88,58 @@ class Answers:
         return found
 
     def add(self, answers: Mapping[str, Any]) -> None:
-        """Keep these answers, all or none. One that is there stays."""
+        """Keeps these answers, all or none. One that is there stays."""
         rows = [(self.digest, request, json.dumps(answer)) for request, answer in answers.items()]
         with self._cache._named_errors(), self._cache._db:
             self._cache._db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", rows)
 
 
-def digest_of(described: Any) -> str:
-    """SHA-256, in hexadecimal, of something's JSON in its one canonical spelling."""
-    return hashlib.sha256(json.dumps(described, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+@dataclasses.dataclass
+class RequestCounts:
+    """The number of requests so far, and what became of them.
+
+    requests: all that were made. computed: answered by the model; repeated: equal to another one of the same call; the
+    rest was in the cache.
+    truncated: requests longer than the context, whose beginning was cut off; cut_tokens: the tokens cut off.
+    unfinished: generated texts that ended at the token limit. new_tokens: of all generated texts; layers: the sum, over
+    these tokens, of the layer that each was emitted after.
+    """
+
+    requests: int = 0
+    computed: int = 0
+    repeated: int = 0
+    truncated: int = 0
+    cut_tokens: int = 0
+    unfinished: int = 0
+    new_tokens: int = 0
+    layers: int = 0
+
+    def cut(self, tokens: int) -> None:
+        """Counts a request that lost so many tokens."""
+        self.truncated += tokens > 0
+        self.cut_tokens += tokens
+
+
+def cached_answers(requests: list[dict[str, Any]], compute: Callable[[list[int]], Iterator[dict[int, Any]]], *,
+                   kept: Answers, counts: RequestCounts, name: str, progress: bool) -> list[Any]:
+    """The answer of each request. Those not kept yet are computed, equal ones once, under a bar over all.
+
+    requests: all that decides each answer, besides the settings of `kept`, as JSON has it.
+    compute: takes the indices of the requests to answer, and yields answers by index, batch by batch; each batch is
+        kept at once.
+    """
+    keys = [json_digest(request) for request in requests]
+    answers = kept.find(dict.fromkeys(keys))
+    new = [i for i, key in enumerate(keys) if key not in answers]
+    first = {keys[i]: i for i in reversed(new)}
+    counts.requests += len(keys)
+    counts.repeated += len(new) - len(first)
+    with tqdm(total=len(keys), initial=len(keys) - len(new), unit="request", desc=name, disable=not progress) as bar:
+        for found in compute(sorted(first.values())):
+            computed = {keys[i]: answer for i, answer in found.items()}
+            kept.add(computed)
+            answers |= computed
+            counts.computed += len(computed)
+            bar.update(len(computed))
+        bar.update(len(new) - len(first))
+    return [answers[key] for key in keys]

@@ -1,4 +1,4 @@
-"""What a task asks a model to generate, made of the harness's request."""
+"""Requests to generate a text: the harness's settings for one, read and checked, and which are decoded together."""
 
 from __future__ import annotations
 
@@ -17,37 +17,17 @@ DEFAULT_MAX = 256  # tokens to make where a task does not say, as the harness's 
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
-    """One prompt to continue. ids: its tokens. seed: of its random stream, None where nothing is drawn."""
-
-    ids: tuple[int, ...]
-    until: tuple[str, ...]
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int | None
-
-    @property
-    def shared(self) -> str:
-        """What must be equal for two prompts to be decoded together."""
-        return repr((self.until, self.max_new_tokens, describe(self.sampling)))
-
-    def described(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
-        return {"ids": self.ids, "until": self.until, "max_new_tokens": self.max_new_tokens,
-                "sampling": describe(self.sampling), "seed": self.seed}
-
-
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """A task's `generation_kwargs`, understood."""
+class GenerationSettings:
+    """A task's `generation_kwargs`, read and checked. until: the strings that end a text."""
 
     until: tuple[str, ...]
     max_new_tokens: int
     sampling: Sampling
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], *, at_most: int | None = None, sampling: Sampling | None = None) -> Wanted:
-        """As the harness's own models read them (`lm_eval.models.utils.normalize_gen_kwargs`).
+    def of(cls, given: Mapping[str, Any], *, at_most: int | None = None,
+           sampling: Sampling | None = None) -> GenerationSettings:
+        """Reads them as the harness's own models do (`lm_eval.models.utils.normalize_gen_kwargs`).
 
         at_most: the most new tokens, whatever the task asks for; sampling: used in place of the task's.
         Raises EvaluationError for names that mean nothing here, and for sampling without a temperature.
@@ -69,6 +49,19 @@ class Wanted:
         return cls(until, most, sampling or _sampling(asked))
 
 
+@dataclasses.dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt to continue. ids: its tokens. seed: of its random stream, None where nothing is drawn."""
+
+    ids: tuple[int, ...]
+    settings: GenerationSettings
+    seed: int | None
+
+    def described(self) -> dict[str, Any]:
+        """All that decides the text, besides model and method, as JSON has it."""
+        return {"ids": self.ids, **vars(self.settings), "sampling": describe(self.settings.sampling), "seed": self.seed}
+
+
 def _sampling(asked: Mapping[str, Any]) -> Sampling:
     """Of a greedy request only the repetition penalty has a meaning."""
     names = OF_SAMPLING if asked["do_sample"] else ("repetition_penalty",)
@@ -78,21 +71,19 @@ def _sampling(asked: Mapping[str, Any]) -> Sampling:
         raise EvaluationError(f"the task's generation_kwargs cannot be followed: {reason}") from reason
 
 
-def batches(asks: list[Ask], which: Iterable[int], size: int) -> Iterator[list[int]]:
-    """Requests to decode together, `size` at a time: the longest first; those that draw, by their random streams,
-    because prompt i draws from the stream of the first plus i.
+def batches(requests: list[GenerationRequest], which: Iterable[int], size: int) -> Iterator[list[int]]:
+    """Indices of requests to decode together, `size` at a time, all of the same settings: the longest prompts first;
+    those that draw, by their random streams, because prompt i draws from the stream of the first plus i.
 
     What is left over at the end goes with the batch before it, so that `LM.generate` fills it up to a height that is
     compiled already.
     """
-    ordered = sorted(which, key=lambda i: (asks[i].shared, -len(asks[i].ids) if asks[i].seed is None else asks[i].seed))
-    begun = [at for at, i in enumerate(ordered) if not at or not _goes_with(asks[ordered[at - 1]], asks[i])]
+    shared = {i: repr(requests[i].described() | {"ids": None, "seed": None}) for i in which}
+    order = lambda i: -len(requests[i].ids) if requests[i].seed is None else requests[i].seed  # noqa: E731
+    ordered = sorted(shared, key=lambda i: (shared[i], order(i)))
+    begun = [at for at, i in enumerate(ordered) if not at or shared[ordered[at - 1]] != shared[i]
+             or (requests[i].seed is not None and requests[i].seed != requests[ordered[at - 1]].seed + 1)]
     for begin, end in itertools.pairwise([*begun, len(ordered)]):
         full = max(1, (end - begin) // size)
         cuts = [*(begin + size * n for n in range(full)), end]
         yield from (ordered[at:until] for at, until in itertools.pairwise(cuts))
-
-
-def _goes_with(before: Ask, ask: Ask) -> bool:
-    consecutive = ask.seed is None or before.seed is None or ask.seed == before.seed + 1
-    return ask.shared == before.shared and consecutive

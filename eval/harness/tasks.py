@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 from sled.errors import DataError, DownloadError, EvaluationError, SledError
 from sled.eval.harness.local_data import Data, overrides, paths_by_task
 from sled.eval.protocols.task import ProtocolTask
-from sled.train.data.files import first_line
+from sled.io import first_line
 
 OWN = (Path(__file__).parent.parent / "tasks", Path(__file__).parent.parent / "protocols")
 

@@ -9,6 +9,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from sled.errors import DataError, DownloadError
 from sled.eval.protocols.primers import read_primer
+from sled.io import first_line
 
 
 class ProtocolTask(ConfigurableTask):
@@ -39,11 +40,11 @@ class ProtocolTask(ConfigurableTask):
         try:
             super().download(dataset_kwargs)
         except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as reason:
-            raise DownloadError(f"{name} are not there ({_why(reason)}); check the name, or {remedy}") from reason
+            raise DownloadError(f"{name} are not there ({first_line(reason)}); check the name, or {remedy}") from reason
         except OSError as reason:  # ConnectionError among them
-            raise DownloadError(f"{name} could not be fetched ({_why(reason)}); {remedy}") from reason
+            raise DownloadError(f"{name} could not be fetched ({first_line(reason)}); {remedy}") from reason
         except (ValueError, RuntimeError, datasets.exceptions.DatasetsError) as reason:
-            raise DataError(f"{name} cannot be read ({_why(reason)}); mend or replace the file") from reason
+            raise DataError(f"{name} cannot be read ({first_line(reason)}); mend or replace the file") from reason
         for split in {self.config.test_split, self.config.fewshot_split} - {None}:
             if split not in self.dataset:
                 raise DataError(f"{name} have no split {split!r}, but {', '.join(map(repr, self.dataset))}; give a "
@@ -56,8 +57,3 @@ class ProtocolTask(ConfigurableTask):
 
     def doc_to_text(self, doc, doc_to_text=None) -> str:
         return self._primer + super().doc_to_text(doc, doc_to_text)
-
-
-def _why(error: BaseException) -> str:
-    """What other libraries say in many lines, in one."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -7,16 +7,14 @@ in their differences sample by sample, not in two intervals side by side.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import binomtest
 
 from sled.errors import SettingError
-from sled.eval.tables import table
+from sled.eval.report.tables import table
 from sled.settings.rules import Whole
 
 FEW = 50  # below, percentile intervals are noticeably too narrow
@@ -47,7 +45,10 @@ class Compared:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """All methods beside the one named `against`, in the order given. seed, draws: of the bootstrap."""
+    """All methods beside the one named `against`, in the order given; `sled.eval.report.plot.draw_comparison` draws it.
+
+    seed, draws: of the bootstrap.
+    """
 
     rows: tuple[Compared, ...]
     against: str
@@ -56,7 +57,7 @@ class Comparison:
 
     @property
     def tested(self) -> int:
-        """How many p-values there are."""
+        """The number of p-values."""
         return sum(row.p_value is not None for row in self.rows)
 
     def markdown(self, *, tested: int | None = None) -> str:
@@ -64,15 +65,15 @@ class Comparison:
 
         tested: the p-values of the whole report that this is part of; None: it stands alone.
         """
-        cells = [(f"{row.method} (baseline)" if row.method == self.against else row.method, str(row.n),
+        cells = [(f"{row.method} (baseline)" if row.method == self.against else row.method, row.n,
                   f"{row.mean:.3f}", _interval(row.interval), f"{row.difference:+.3f}",
-                  _interval(row.difference_interval, "+"), str(row.wins), str(row.losses),
+                  _interval(row.difference_interval, "+"), row.wins, row.losses,
                   None if row.p_value is None else f"{row.p_value:.2g}") for row in self.rows]
         headings = ("method", "n", "mean", "95%", "difference", "95%", "wins", "losses", "p")
         return "\n\n".join([table(headings, cells), *self.notes(tested=tested)])
 
     def notes(self, *, tested: int | None = None) -> list[str]:
-        """What is too few, too equal or too many to be read as it stands. tested: as of `markdown`."""
+        """Warnings of few samples, intervals without width, and many p-values. tested: as of `markdown`."""
         notes, n, count = [], self.rows[0].n, self.tested if tested is None else tested
         if n < FEW:
             notes.append(f"Few samples ({n}): the intervals are rough, and rather too narrow. Below 6 samples on which "
@@ -97,15 +98,9 @@ class Comparison:
         return {"against": self.against, "seed": self.seed, "draws": self.draws, "level": LEVEL,
                 "rows": [dataclasses.asdict(row) for row in self.rows]}
 
-    def picture(self, path: str | os.PathLike) -> Path:
-        """The differences with their intervals, the baseline as a line. Raises SettingError unless .png, .svg, .pdf."""
-        from sled.eval.report.plot import draw
-
-        return draw(self, path)
-
 
 def compare(outcomes: Mapping[str, np.ndarray], against: str, *, seed: int = 0, draws: int = 10_000) -> Comparison:
-    """Every method's mean score, and how far it is from the baseline's on the same samples.
+    """Each method's mean score, and its difference from the baseline's on the same samples.
 
     outcomes: by method, the scores [N] in [0, 1] of the same N samples in the same order.
     against: the name of the baseline.

@@ -1,30 +1,25 @@
-"""Draws a comparison: how far every method is from the baseline, and how sure that is."""
+"""Draws a comparison: every method's difference from the baseline, with its interval."""
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
-from sled.io import writable_picture
-
-if TYPE_CHECKING:
-    from sled.eval.report.compare import Comparison
+from sled.eval.report.compare import Comparison
+from sled.plots import grid, new_figure, save_figure, writable_picture
 
 APART, UNDECIDED = "#0072B2", "#495057"
 
 
-def draw(comparison: Comparison, path: str | os.PathLike) -> Path:
-    """A line for each method: a full circle where its interval leaves out 0, else an empty one; counts at the right."""
+def draw_comparison(comparison: Comparison, path: str | os.PathLike) -> Path:
+    """A line for each method: a full circle where its interval leaves out 0, else an empty one; counts at the right.
+
+    Raises SettingError unless the path ends in .png, .svg or .pdf.
+    """
     path = writable_picture("the picture", Path(path))
     others = [row for row in comparison.rows if row.method != comparison.against]
     [base] = [row for row in comparison.rows if row.method == comparison.against]
-    figure = Figure(figsize=(8, 1.6 + 0.42 * max(len(others), 1)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 1.6 + 0.42 * max(len(others), 1))
     axes = figure.add_subplot()
     axes.axvline(0, color="#212529", linewidth=1.4)
     for place, row in enumerate(others):
@@ -41,10 +36,7 @@ def draw(comparison: Comparison, path: str | os.PathLike) -> Path:
     axes.set_ylim(max(len(others), 1) - 0.5, -0.5)  # the first on top
     axes.set_xlabel(f"difference of the mean score from {comparison.against}  ({base.mean:.3f}, n = {base.n}), with "
                     "95% intervals", fontsize=9)
-    axes.grid(axis="x", color="#dee2e6", linewidth=0.6)
-    axes.set_axisbelow(True)
+    grid(axes, "x")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)

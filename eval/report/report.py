@@ -1,4 +1,4 @@
-"""The report of an evaluation: a table per score, all settings, and the samples; written whole."""
+"""The report of an evaluation: a table per score, all settings, and the samples; written whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from typing import Any
 import numpy as np
 
 from sled.errors import SettingError
-from sled.eval.report.scores import Task
+from sled.eval.report.compare import Comparison, compare
+from sled.eval.report.plot import draw_comparison
+from sled.eval.report.scores import TaskResult
+from sled.eval.report.tables import table
 from sled.io import unfinished, writable_folder, written_whole
 
 FORMAT = 1  # of report.json
@@ -23,16 +26,16 @@ FILES = ("report.json", "report.md", "samples.jsonl")  # besides pictures
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
-    """What was found, and all that decided it.
+class EvaluationReport:
+    """The scores found, and all that decided them.
 
     tasks: by method. scores: by "task: metric, filter" the scores [n] of every method, on the same samples.
     against: the method that the others are compared with. methods: name, settings, whether its exits verify, and
-    counts (`sled.eval.harness.answering.Counts`).
+    counts (`sled.eval.harness.cache.RequestCounts`).
     date: when it began; the day that chat templates wrote into prompts, where they do.
     """
 
-    tasks: Mapping[str, list[Task]]
+    tasks: Mapping[str, list[TaskResult]]
     scores: Mapping[str, Mapping[str, np.ndarray]]
     against: str
     seed: int
@@ -44,10 +47,8 @@ class Report:
     date: str
 
     @functools.cached_property
-    def comparisons(self) -> dict[str, Any]:
-        """A `sled.eval.report.compare.Comparison` for each of `scores`."""
-        from sled.eval.report.compare import compare
-
+    def comparisons(self) -> dict[str, Comparison]:
+        """One for each of `scores`."""
         return {name: compare(outcomes, self.against, seed=self.seed) for name, outcomes in self.scores.items()}
 
     @functools.cached_property
@@ -62,7 +63,7 @@ class Report:
         return names
 
     def markdown(self) -> str:
-        """The head, a table for each score, other metrics, and what to know of the answers."""
+        """The head, a table for each score, other metrics, and the counts of the answers."""
         made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         first = next(iter(self.tasks.values()))
         lines = [f"# {', '.join(task.name for task in first)} on {self.model['name']}", "",
@@ -76,29 +77,29 @@ class Report:
         others = [(method, f"{task.name}: {key}", value) for method, tasks in self.tasks.items() for task in tasks
                   for key, value in task.metrics.items() if f"{task.name}: {key}" not in self.scores]
         if others:
-            lines += ["", "## Other metrics", "", "| method | metric | value |", "|---|---|---|",
-                      *(f"| {method} | {key} | {value:.4g} |" for method, key, value in others)]
-        return "\n".join([*lines, "", "## Answers", "", *self.answers(), ""])
+            rows = [(method, key, f"{value:.4g}") for method, key, value in others]
+            lines += ["", "## Other metrics", "", table(("method", "metric", "value"), rows)]
+        return "\n".join([*lines, "", "## Answers", "", self.answers(), ""])
 
-    def answers(self) -> list[str]:
+    def answers(self) -> str:
         """Per method a row: requests, computed now, cut prompts, texts at the token limit, no answer, mean layer.
 
-        No mean layer where guesses are verified: the layer that said a token first is not where its way ended.
+        There is no mean layer where drafts are verified: all layers saw every token.
         """
         head = ["method", "requests", "computed now", "prompts cut", "ended at the limit", "unanswered", "mean layer"]
         rows = []
         for method in self.methods:
             counts = method["counts"]
             none = ", ".join(f"{task.name} ({which}) {n}" for task in self.tasks[method["name"]]
-                             for which, n in task.unanswered.items()) or "-"
-            depth = "-" if method["verifies"] or not counts["new_tokens"] else \
-                f"{counts['layers'] / counts['new_tokens']:.2f} of {self.model['layers']}"
+                             for which, n in task.unanswered.items())
+            shown = counts["new_tokens"] and not method["verifies"]
+            depth = f"{counts['layers'] / counts['new_tokens']:.2f} of {self.model['layers']}" if shown else None
             rows.append([method["name"], counts["requests"], counts["computed"], counts["truncated"],
-                         counts["unfinished"], none, depth])
-        return ["| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows)]
+                         counts["unfinished"], none or None, depth])
+        return table(head, rows)
 
     def json(self) -> dict[str, Any]:
-        """All of it but the samples."""
+        """The whole report but the samples."""
         return {"format": FORMAT, "date": self.date, "hardware": self.hardware, "versions": self.versions,
                 "model": self.model, "settings": self.settings, "against": self.against, "methods": self.methods,
                 "tasks": {method: [{field.name: getattr(task, field.name) for field in dataclasses.fields(task)
@@ -123,7 +124,7 @@ class Report:
                 for file, text in zip(FILES, texts, strict=True):
                     placing.enter_context(written_whole(folder / file)).write_text(text, encoding="utf-8")
                 for name, picture in self.pictures.items():
-                    self.comparisons[name].picture(placing.enter_context(written_whole(folder / picture)))
+                    draw_comparison(self.comparisons[name], placing.enter_context(written_whole(folder / picture)))
                 for earlier in [*_earlier(folder).get("pictures", ()), FILES[0]]:
                     (folder / earlier).unlink(missing_ok=True)
         except OSError as reason:
@@ -132,9 +133,9 @@ class Report:
 
 
 def report_folder(name: str, folder: Path) -> Path:
-    """`folder`, for `Report.write`. Raises SettingError where that cannot write, or would replace what is no report.
+    """`folder`, for a report. Raises SettingError where none can be written, or would replace files that are not one's.
 
-    Killed while its files take their places, `Report.write` leaves its report.json under the other name.
+    `EvaluationReport.write`, killed while its files take their places, leaves its report.json under the other name.
     """
     return writable_folder(name, folder, FILES, owns=lambda folder: bool(
         _earlier(folder) or list(folder.glob(unfinished(FILES[0])))))

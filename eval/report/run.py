@@ -20,11 +20,11 @@ from sled.eval.harness.cache import Cache
 from sled.eval.harness.local_data import Data, paths_by_task
 from sled.eval.harness.tasks import begin_anew, load_tasks
 from sled.eval.methods import A_MODEL, Method, plain
-from sled.eval.report.report import Report, report_folder
-from sled.eval.report.scores import Task, scores_of
+from sled.eval.report.report import EvaluationReport, report_folder
+from sled.eval.report.scores import TaskResult, scores_of
 from sled.lm import LM
-from sled.machine import hardware, versions
 from sled.settings.rules import OrNone, Whole
+from sled.timing import hardware, versions
 
 
 def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, against: str | None = None,
@@ -33,7 +33,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
              apply_chat_template: bool = False, system_instruction: str | None = None,
              max_new_tokens: int | None = None, normalise: bool = True, batch_size: int = 16,
              cache: str | os.PathLike | None = None, out: str | os.PathLike | None = None, seed: int = 0,
-             fewshot_seed: int = 1234, progress: bool = True) -> Report:
+             fewshot_seed: int = 1234, progress: bool = True) -> EvaluationReport:
     """Scores of every method on every task, and how sure the differences from a baseline are.
 
     tasks: names of tasks, groups or tags of the harness, of this library (`sled_demo`) or of `include_path`.
@@ -43,7 +43,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     include_path: folders with more tasks, as YAML files. metadata: what tasks may be told.
     limit: only so many samples of each task, the first; None: all.
     num_fewshot: examples before each question; None: as the task says. A task that says 0 keeps to it.
-    apply_chat_template: prompts as the model's chat template has them. system_instruction: said before all else.
+    apply_chat_template: prompts as the model's chat template has them. system_instruction: put before all else.
     max_new_tokens: the most tokens for an answer; None: what the task says, or 256.
     normalise: whether tasks of log-likelihoods get these, or what the fusion gives as it is (`LM.score`).
     cache: a file that keeps every answer as it is made; the same call, after a kill, goes on from there.
@@ -71,7 +71,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
         loaded = load_tasks(names, data=data, include_path=include_path, metadata=metadata, num_fewshot=num_fewshot,
                             seed=seed, fewshot_seed=fewshot_seed)
         if progress:
-            _say_kept(loaded["tasks"], num_fewshot)
+            _warn_of_fixed_examples(loaded["tasks"], num_fewshot)
         store, weights = Cache(cache), digest_of_weights(lm.params)
         models = {method.name: SledLM(lm, method, batch_size=batch_size, max_new_tokens=max_new_tokens,
                                       normalise=normalise, seed=seed, cache=store, weights=weights, progress=progress,
@@ -83,17 +83,17 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                     model.check_scoring(f"the task {name!r}")
         if apply_chat_template:
             next(iter(models.values())).chat_template()
-        found: dict[str, list[Task]] = {}
+        found: dict[str, list[TaskResult]] = {}
         for name, model in models.items():
             begin_anew(loaded["tasks"].values(), seed, fewshot_seed)  # every method sees the same examples
             results = lm_eval.evaluate(
                 lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
                 system_instruction=system_instruction)
-            found[name] = [Task.of(results, task, loaded["tasks"][task]) for task in loaded["tasks"]]
+            found[name] = [TaskResult.of(results, task, loaded["tasks"][task]) for task in loaded["tasks"]]
         store.close()
     described = next(iter(models.values())).settings()
-    report = Report(
+    report = EvaluationReport(
         tasks=found, scores=scores_of(found), against=against, seed=seed,
         methods=[{"name": method.name, "settings": method.settings(), "verifies": method.verifies,
                   "counts": dataclasses.asdict(models[method.name].counts)} for method in methods],
@@ -112,7 +112,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     return report
 
 
-def _say_kept(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
+def _warn_of_fixed_examples(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
     """A warning for each task that shows other than the examples asked for."""
     for name, task in tasks.items():
         if num_fewshot is not None and (kept := task.get_config("num_fewshot")) != num_fewshot:
@@ -141,7 +141,7 @@ def _baseline(methods: list[Method], against: str | None) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The harness says at length what goes well; only its errors are shown."""
+    """Shows only the harness's errors: it logs at length what goes well."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,9 +1,8 @@
-"""What the harness found, sample by sample, for one task and method; and what of it can be compared."""
+"""The harness's results for one task and method, sample by sample, and the scores that can be compared."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from sled.errors import EvaluationError
+from sled.io import json_numbers
 
 UNANSWERED = ("", "[invalid]")  # the second is what the harness's filters give where a text holds no answer
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class TaskResult:
     """One task under one method.
 
     n: samples. num_fewshot: examples before each. version: the task's. metrics: means and the like, as the harness
@@ -35,7 +35,7 @@ class Task:
     samples: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, results: Mapping[str, Any], name: str, task: Any) -> Task:
+    def of(cls, results: Mapping[str, Any], name: str, task: Any) -> TaskResult:
         """From what `lm_eval.evaluate` returns."""
         samples = [_sample(sample) for sample in results["samples"][name]]
         metrics = {_key(*key.split(",", 1)): float(value) for key, value in results["results"][name].items()
@@ -62,11 +62,11 @@ class Task:
         return found
 
     def documents(self) -> list[tuple[int, str, str]]:
-        """Which documents were asked, in order, and in what words."""
+        """The documents in order, with the hashes of their content and of their prompts."""
         return sorted({(sample["doc_id"], sample["doc_hash"], sample["prompt_hash"]) for sample in self.samples})
 
 
-def scores_of(found: Mapping[str, Sequence[Task]]) -> dict[str, dict[str, np.ndarray]]:
+def scores_of(found: Mapping[str, Sequence[TaskResult]]) -> dict[str, dict[str, np.ndarray]]:
     """By "task: metric, filter" the scores [n] of every method, on the same samples.
 
     Raises EvaluationError where methods were not asked the same.
@@ -86,7 +86,7 @@ def scores_of(found: Mapping[str, Sequence[Task]]) -> dict[str, dict[str, np.nda
 
 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """What is kept of a sample: not the document itself, which may be large, and is in the data."""
+    """A sample without the document itself, which may be large, and is in the data."""
     scores = {metric: sample[metric] for metric in sample["metrics"]}
     return {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"],
             "prompt_hash": sample["prompt_hash"], "filter": sample["filter"],
@@ -95,7 +95,7 @@ def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """The value as JSON has it."""
     if isinstance(value, (list, tuple)):
         return [_plain(x) for x in value]
     if isinstance(value, (bool, np.bool_)):
@@ -103,7 +103,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else str(float(value))  # JSON has no infinity
+        return json_numbers(float(value))
     return value if value is None or isinstance(value, str) else str(value)
 
 

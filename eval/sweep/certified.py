@@ -1,8 +1,8 @@
-"""Settings whose expected loss is certified, out of many that were measured on the same samples.
+"""The settings to choose from, out of many measured on the same samples: certified ones, and the Pareto front.
 
 Learn-then-Test (Angelopoulos et al. 2021, arXiv 2110.01052) with one claim for every setting: "its expected loss is
-more than delta". Their p-values are those of
-`sled.calibration.learn_then_test`; here it is said which of the claims may be rejected together.
+more than delta". The p-values are those of `sled.calibration.learn_then_test`; `certified` says which of the claims may
+be rejected together.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 
 def certified(p_values: Sequence[Sequence[float]], epsilon: float) -> list[int]:
-    """How many claims of each sequence are rejected, counted from its beginning.
+    """The number of claims that are rejected of each sequence, counted from its beginning.
 
     p_values: by sequence, the p-values in an order that was fixed before the losses were seen. Sequences may differ in
     length and depend on each other in any way. epsilon: in (0, 1).
@@ -36,3 +36,13 @@ def certified(p_values: Sequence[Sequence[float]], epsilon: float) -> list[int]:
                 moved = True
         going = {i for i in going if walked[i] < len(p_values[i])}
     return walked
+
+
+def pareto(x: Sequence[float], y: Sequence[float]) -> list[int]:
+    """Indices of the points at least as good as any other in x or in y, larger being better; ascending in x.
+
+    Left out is a point to which another is at least equal in both, and better in one. Of equal points all stay.
+    """
+    points = list(zip(x, y, strict=True))
+    beaten = {(a, b) for a, b in points if any(c >= a and d >= b and (c, d) != (a, b) for c, d in points)}
+    return sorted((i for i, point in enumerate(points) if point not in beaten), key=lambda i: (x[i], -y[i]))

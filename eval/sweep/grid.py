@@ -36,8 +36,8 @@ def early_exits(exits: Sequence[Layers], thresholds: Iterable[float], *, measure
 
 
 def self_speculation(layers: Sequence[int], drafts: Iterable[int], *, fusion: Strategy = FINAL_LAYER) -> list[Method]:
-    """Every draft length, shortest first, of guesses after every one of `layers`. Raises SettingError."""
-    return [Method(_under(fusion, f"guesses after {layer}, draft {draft}"), fusion=fusion,
+    """Every draft length, shortest first, after every one of `layers`. Raises SettingError."""
+    return [Method(_under(fusion, f"speculation after {layer}, draft {draft}"), fusion=fusion,
                    exits=SelfSpeculation(layer, draft))
             for layer in layers for draft in sorted(set(drafts))]
 

@@ -1,46 +1,40 @@
-"""Draws a sweep: accuracy over depth and over time, and what guesses gain."""
+"""Draws a sweep: accuracy over depth and over time, and the speed of verified drafts."""
 
 from __future__ import annotations
 
-import logging
+import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from sled.eval.sweep.rows import Row
+from sled.eval.sweep.result import SweepRow, Swept
+from sled.plots import INK, STYLES, grid, new_figure, save_figure, writable_picture
 
-if TYPE_CHECKING:
-    from sled.eval.sweep.result import Swept
-
-# Okabe and Ito's colours, told apart by colour-blind eyes too; a marker each besides.
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"))
 DASHES = ("-", "--", ":", "-.")
-INK, GREY, BAND = "#212529", "#adb5bd", "#f1f3f5"
+GREY, BAND = "#adb5bd", "#f1f3f5"
 
 
-def draw(swept: Swept, path: Path) -> Path:
+def draw_sweep(swept: Swept, path: str | os.PathLike) -> Path:
     """Accuracy over mean depth, where there is early exit; accuracy over speed relative to the exits' baseline;
-    and speed over the draft length, where there are guesses.
+    and speed over the draft length, where drafts are verified. path: .png, .svg or .pdf.
 
-    A colour and marker for each place to leave: full for early exit, the thresholds of one measure joined by a line;
-    empty for guesses; small pentagons for what is timed beside plain decoding. The star is the exits' baseline, with
-    its interval as a band; the grey line is the Pareto front, the ring the certified choice.
+    A colour and marker for each place to leave: full for early exit, the methods of one program joined by a line;
+    empty for verified drafts; small pentagons for what is timed beside plain decoding. The star is the exits' baseline,
+    with its interval as a band; the grey line is the Pareto front, the ring the certified choice.
     """
-    early = [row for row in swept.rows if row.threshold is not None]
-    guesses = [row for row in swept.rows if row.draft is not None]
+    path = writable_picture("the picture", Path(path))
+    early, drafted = _lines(swept, verifies=False), _lines(swept, verifies=True)
     base = swept.baseline()
-    widths = [3] * bool(early) + [3] + [2.4] * bool(guesses)
-    figure = Figure(figsize=(1 + 1.5 * sum(widths), 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    widths = [3] * bool(early) + [3] + [2.4] * bool(drafted)
+    figure = new_figure(1 + 1.5 * sum(widths), 5.2)
     panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
     depth_front, speed_front = swept.fronts()
-    time = panels[len(widths) - 1 - bool(guesses)]
+    time = panels[len(widths) - 1 - bool(drafted)]
     if early:
         _accuracy(panels[0], swept, base, lambda row: row.mean_depth, depth_front, swept.by_depth())
         panels[0].set_xlim(0, swept.num_layers * 1.04)
@@ -54,34 +48,31 @@ def draw(swept: Swept, path: Path) -> Path:
     time.set_title("Everything: time", fontsize=11, loc="left")
     _stretch(panels[0], min(row.low if row == base else row.accuracy for row in swept.rows))
     panels[0].set_ylabel(f"solved, of {base.n} questions  (stretched towards 100%)")
-    if guesses:
-        _guesses(panels[-1], guesses, _styles(swept.rows))
+    if drafted:
+        _drafts(panels[-1], drafted, _styles(swept))
     figure.legend(handles=_legend(swept, base), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     several = "; rows of several runs" if len({row.run for row in swept.rows}) > 1 else ""
     figure.suptitle(f"{swept.what}{several}", fontsize=9, color="#495057")
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)
 
 
-def _accuracy(axes, swept: Swept, base: Row, x: Callable[[Row], float], front: Sequence[Row],
-              shown: Sequence[Row]) -> None:
+def _accuracy(axes, swept: Swept, base: SweepRow, x: Callable[[SweepRow], float], front: Sequence[SweepRow],
+              shown: Sequence[SweepRow]) -> None:
     """One panel of accuracy over `x`, with the Pareto front."""
     chosen = swept.choice().method
     axes.axhspan(base.low, base.high, color=BAND, zorder=0)
     axes.plot([x(row) for row in front], [row.accuracy for row in front], color=GREY, linewidth=6, zorder=1,
               solid_capstyle="round", solid_joinstyle="round")
-    dashes = _dashes(swept.rows)
-    for layers, (colour, marker) in _styles(swept.rows).items():
-        mine = [row for row in shown if row.layers == layers]
-        for measure in dict.fromkeys(row.measure for row in mine if row.measure):
-            line = [row for row in mine if row.measure == measure]
-            axes.plot([x(row) for row in line], [row.accuracy for row in line], dashes[measure], color=colour,
-                      marker=marker, markersize=7, markeredgewidth=0.5, markeredgecolor="white", zorder=3)
-        empty = [row for row in mine if row.draft is not None]
-        axes.plot([x(row) for row in empty], [row.accuracy for row in empty], linestyle="none", color=colour,
-                  marker=marker, markersize=6, markerfacecolor="none", zorder=4)
+    styles, dashes = _styles(swept), _dashes(swept)
+    for line in _lines(swept, verifies=False):
+        colour, marker = styles[line[0].layers]
+        axes.plot([x(row) for row in line], [row.accuracy for row in line], dashes[_variant(swept, line)], color=colour,
+                  marker=marker, markersize=7, markeredgewidth=0.5, markeredgecolor="white", zorder=3)
     for row in shown:
+        if row.verifies:
+            colour, marker = styles[row.layers]
+            axes.plot([x(row)], [row.accuracy], linestyle="none", color=colour, marker=marker, markersize=6,
+                      markerfacecolor="none", zorder=4)
         if not row.layers:
             mark = dict(marker="*", markersize=16) if row == base else dict(marker="p", markersize=9)
             axes.plot([x(row)], [row.accuracy], color=INK, markeredgecolor="white", linestyle="none", zorder=5, **mark)
@@ -103,48 +94,84 @@ def _stretch(axes, lowest: float) -> None:
     axes.set_ylim(max(lowest - 0.05, 0), 1 + (1.05 - lowest) / 400)  # room for markers at 1
 
 
-def _guesses(axes, rows: Sequence[Row], styles: dict[str, tuple[str, str]]) -> None:
-    """Speed of guesses over the draft length, a line for each layer. They have the baseline's accuracy."""
-    for layers, (colour, marker) in styles.items():
-        line = sorted((row for row in rows if row.layers == layers), key=lambda row: row.draft)
-        axes.plot([row.draft for row in line], [row.relative_speed for row in line], color=colour, marker=marker,
+def _drafts(axes, lines: Sequence[Sequence[SweepRow]], styles: dict[str, tuple[str, str]]) -> None:
+    """Speed of verified drafts over what is swept in each program, such as the draft length. They have the baseline's
+    accuracy."""
+    rows = [row for line in lines for row in line]
+    names = {name for line in lines for name in _differing(line)}
+    [name, *others] = names or {""}
+    at = lambda row: row.settings.get(name)  # noqa: E731
+    if others or not all(isinstance(at(row), int | float) for row in rows):  # no one number: by place in the program
+        name, at = "place in the order of the sweep", lambda row: next(line.index(row) for line in lines if row in line)
+    for line in lines:
+        colour, marker = styles[line[0].layers]
+        axes.plot([at(row) for row in line], [row.relative_speed for row in line], color=colour, marker=marker,
                   markersize=7, markerfacecolor="white", linewidth=1.4)
     axes.axhline(1, color=INK, linewidth=0.8, zorder=1)
-    axes.set_xticks(sorted({row.draft for row in rows}))
-    axes.set_xlabel("tokens guessed at a time")
+    axes.set_xticks(sorted({at(row) for row in rows}))
+    axes.set_xlabel(name.replace("_", " "))
     axes.set_ylabel(f"times as fast as {rows[0].against}")
-    axes.set_title("Verified guesses: time", fontsize=11, loc="left")
+    axes.set_title("Verified drafts: time", fontsize=11, loc="left")
     _plain(axes)
 
 
 def _plain(axes) -> None:
-    axes.grid(color="#dee2e6", linewidth=0.6)
-    axes.set_axisbelow(True)
+    grid(axes)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _styles(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+def _lines(swept: Swept, *, verifies: bool) -> list[list[SweepRow]]:
+    """The rows of each compiled program whose tokens may leave early, in the order of the sweep."""
+    rows = {row.method: row for row in swept.rows}
+    lines = [[rows[name] for name in names] for names in swept.sequences]
+    return [line for line in lines if line[0].verifies == verifies]
+
+
+def _differing(rows: Sequence[SweepRow]) -> list[str]:
+    """Names of the exits' settings that are not the same in all rows."""
+    values: dict[str, set[str]] = {}
+    for row in rows:
+        for name, value in row.settings.items():
+            values.setdefault(name, set()).add(json.dumps(value))
+    return [name for name, found in values.items() if len(found) > 1]
+
+
+def _variant(swept: Swept, line: Sequence[SweepRow]) -> str:
+    """What tells a program of early exit from others besides its layers and what is swept in it: "margin"."""
+    lines = _lines(swept, verifies=False)
+    swept_names = {name for each in lines for name in _differing(each)}
+    apart = [name for name in _differing([each[0] for each in lines]) if name not in swept_names]
+    values = [line[0].settings.get(name) for name in apart]
+    return ", ".join(str(value).replace("_", " ") for value in values if _listed(value) != line[0].layers)
+
+
+def _listed(value: Any) -> str:
+    return " ".join(map(str, value if isinstance(value, list) else [value]))
+
+
+def _styles(swept: Swept) -> dict[str, tuple[str, str]]:
     """Colour and marker by layers."""
-    layers = list(dict.fromkeys(row.layers for row in rows if row.layers))
+    layers = list(dict.fromkeys(row.layers for row in swept.rows if row.layers))
     return {each: STYLES[i % len(STYLES)] for i, each in enumerate(layers)}
 
 
-def _dashes(rows: Sequence[Row]) -> dict[str, str]:
-    measures = dict.fromkeys(row.measure for row in rows if row.measure)
-    return {measure: DASHES[i % len(DASHES)] for i, measure in enumerate(measures)}
+def _dashes(swept: Swept) -> dict[str, str]:
+    """Kinds of lines by variant of early exit."""
+    variants = dict.fromkeys(_variant(swept, line) for line in _lines(swept, verifies=False))
+    return {variant: DASHES[i % len(DASHES)] for i, variant in enumerate(variants)}
 
 
-def _legend(swept: Swept, base: Row) -> list:
+def _legend(swept: Swept, base: SweepRow) -> list:
     handles = [Line2D([], [], color=colour, marker=marker, markersize=7, linewidth=1.4, markeredgecolor="white",
                       label=f"after layer{'s' if ' ' in layers else ''} {layers}")
-               for layers, (colour, marker) in _styles(swept.rows).items()]
-    dashes = _dashes(swept.rows)
+               for layers, (colour, marker) in _styles(swept).items()]
+    dashes = _dashes(swept)
     if len(dashes) > 1:
-        handles += [Line2D([], [], color=INK, linestyle=dash, linewidth=1.4, label=measure.replace("_", " "))
-                    for measure, dash in dashes.items()]
-    if any(row.draft is not None for row in swept.rows):
+        handles += [Line2D([], [], color=INK, linestyle=dash, linewidth=1.4, label=variant)
+                    for variant, dash in dashes.items()]
+    if any(row.verifies for row in swept.rows):
         handles.append(Line2D([], [], color=INK, marker="o", markersize=7, markerfacecolor="none", linestyle="none",
-                              markeredgewidth=1.3, label="empty: verified guesses"))
+                              markeredgewidth=1.3, label="empty: verified drafts"))
     if swept.choice().method:
         handles.append(Line2D([], [], color=INK, marker="o", markersize=14, markerfacecolor="none", linestyle="none",
                               markeredgewidth=1.6, label=f"fastest that is certified\nto lose {swept.delta:g} at most"))

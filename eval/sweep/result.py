@@ -1,18 +1,128 @@
-"""What a sweep found: its table, its picture, and the fastest setting whose loss is certified."""
+"""What a sweep found: a row per method, in a file that survives a kill; its table; and the certified choice."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
+import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sled.calibration.learn_then_test import fewest_losses, p_value
-from sled.eval.sweep.certified import certified
-from sled.eval.sweep.pareto import pareto
-from sled.eval.sweep.rows import Row
-from sled.eval.tables import table
-from sled.io import writable_picture, written_whole
+from sled.errors import SettingError
+from sled.eval.report.tables import table
+from sled.eval.sweep.certified import certified, pareto
+from sled.io import writable
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRow:
+    """One method, measured. `against` names its baseline, timed beside it in the same rounds.
+
+    digest: of all that decides the row: weights, questions, settings. run, machine, versions: when and on what.
+    layers: after which a token may leave, or is drafted. verifies: drafts are verified, so that all layers see every
+        token. policy: the exits' kind and settings, as JSON.
+    n, right: the number of questions, and a 1 for each that was solved, else a 0. accuracy, low, high: the share of 1s,
+        and its 95% interval (Wilson 1927).
+    lost: share of the questions that the baseline solved and this method did not.
+    same_texts, same_tokens: share of the baseline's texts that are the same, token for token, and of its tokens that
+        stand at the same place.
+    mean_depth: mean of the layer that a token was emitted after. acceptance: share of the drafts that were accepted.
+    tokens: the number generated. seconds: for all questions in the fastest of the rounds, and in the median one;
+        against_seconds, against_median_seconds: the baseline's, in the same rounds.
+    tokens_per_second: of the fastest round. relative_speed: against_seconds / seconds: above 1, it answers sooner.
+    """
+
+    digest: str
+    run: str
+    machine: str
+    versions: str
+    method: str
+    against: str
+    layers: str
+    verifies: bool
+    policy: str
+    n: int
+    accuracy: float
+    low: float
+    high: float
+    lost: float
+    same_texts: float
+    same_tokens: float
+    mean_depth: float
+    acceptance: float | None
+    tokens: int
+    seconds: float
+    median_seconds: float
+    against_seconds: float
+    against_median_seconds: float
+    tokens_per_second: float
+    relative_speed: float
+    right: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The exits' settings by name, whatever the policy."""
+        return json.loads(self.policy)
+
+
+COLUMNS = [field.name for field in dataclasses.fields(SweepRow)]
+READ = {"str": str, "int": int, "float": float, "bool": {"True": True, "False": False}.__getitem__}
+
+
+class SweepFile:
+    """A sweep's rows in a CSV file, by digest; of two with one digest the later counts.
+
+    A last row without its line break was cut off by a kill: it is removed. Raises SettingError for a file with other
+    columns or a damaged row, and one that cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        self.path = writable("the sweep's file", path)
+        self.by_digest: dict[str, SweepRow] = {}
+        text = path.read_bytes() if path.exists() else b""
+        whole, _, torn = text.rpartition(b"\n")
+        first = text.partition(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
+        header = ",".join(COLUMNS)
+        if text and first != header and (whole or not header.startswith(first)):
+            raise SettingError(f"{path} has other columns than this version of sled writes; name another folder, or "
+                               "remove the file")
+        if torn:
+            os.truncate(path, len(text) - len(torn))
+        lines = list(csv.reader(io.StringIO(whole.decode("utf-8", "replace"))))
+        if not lines:
+            self._write(COLUMNS)
+        for number, cells in enumerate(lines[1:], 2):
+            row = _parse(cells, f"{path}, line {number},")
+            self.by_digest[row.digest] = row
+
+    def append(self, row: SweepRow) -> None:
+        """Adds the row, on the disk before this returns."""
+        self._write(dataclasses.astuple(row))
+        self.by_digest[row.digest] = row
+
+    def _write(self, cells: Iterable[Any]) -> None:
+        line = io.StringIO()
+        csv.writer(line, lineterminator="\n").writerow(cells)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(line.getvalue().encode())
+            os.fsync(file.fileno())
+
+
+def _parse(cells: list[str], place: str) -> SweepRow:
+    try:
+        row = SweepRow(*(None if cell == "" and field.type.endswith("None") else READ[field.type.split()[0]](cell)
+                         for field, cell in zip(dataclasses.fields(SweepRow), cells, strict=True)))
+        if len(row.right) != row.n:
+            raise ValueError(f"{len(row.right)} marks for {row.n} questions")
+        json.loads(row.policy)
+    except (ValueError, KeyError) as reason:
+        raise SettingError(f"{place} is damaged ({reason}); remove that line, and its point is measured "
+                           "again") from None
+    return row
 
 
 class Choice(NamedTuple):
@@ -24,14 +134,14 @@ class Choice(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Swept:
-    """The rows of a sweep, baselines first.
+    """The rows of a sweep, baselines first; `sled.eval.sweep.plot.draw_sweep` draws it.
 
     sequences: names of the methods with exits, by compiled program, in the order in which they are tested.
     delta, epsilon: the expected loss that is tolerated, and the probability that it is exceeded all the same.
     num_layers: of the model. what: model, questions and common settings, in words.
     """
 
-    rows: tuple[Row, ...]
+    rows: tuple[SweepRow, ...]
     sequences: tuple[tuple[str, ...], ...]
     delta: float
     epsilon: float
@@ -72,39 +182,27 @@ class Swept:
             return "No method leaves early, so none is chosen."
         method, passed = self.choice()
         n, count = self.rows[0].n, sum(map(len, self.sequences))
-        said = (f"With {100 * (1 - self.epsilon):.6g}% confidence over the draw of the {n} questions, each of the "
-                f"{len(passed)} certified methods, of {count} tested in {len(self.sequences)} sequences, has an "
-                f"expected loss of at most {self.delta:g}: of further such questions, that share at most is solved "
-                "without the exits and lost with them.")
+        found = (f"With {100 * (1 - self.epsilon):.6g}% confidence over the draw of the {n} questions, each of the "
+                 f"{len(passed)} certified methods, of {count} tested in {len(self.sequences)} sequences, has an "
+                 f"expected loss of at most {self.delta:g}: of further such questions, that share at most is solved "
+                 "without the exits and lost with them.")
         if not passed:
             few = fewest_losses(self.delta, self.epsilon / len(self.sequences))
-            said = (f"No method could be shown to have an expected loss of at most {self.delta:g}. Even without any "
-                    f"loss it takes {few:.0f} questions here, and {n} were asked.")
+            found = (f"No method could be shown to have an expected loss of at most {self.delta:g}. Even without any "
+                     f"loss it takes {few:.0f} questions here, and {n} were asked.")
+            return found
         if method is None:
-            return f"{said} **None of them was faster than no exit**, so leave nothing early here." if passed else said
+            return f"{found} **None of them was faster than no exit**, so leave nothing early here."
         [row] = [row for row in self.rows if row.method == method]
-        return f"{said} **The fastest of them: {method}**, {row.relative_speed:.2f} times as fast as {row.against}."
+        return f"{found} **The fastest of them: {method}**, {row.relative_speed:.2f} times as fast as {row.against}."
 
-    def picture(self, path: str | os.PathLike) -> Path:
-        """Accuracy over mean depth and over relative speed, with the Pareto fronts. .png, .svg or .pdf."""
-        from sled.eval.sweep.plot import draw
-
-        return draw(self, writable_picture("the picture", Path(path)))
-
-    def write(self, folder: Path) -> None:
-        """`sweep.md` and `sweep.png`, each whole or not at all."""
-        with written_whole(folder / "sweep.md") as beside:
-            beside.write_text(self.markdown() + "\n", encoding="utf-8")
-        with written_whole(folder / "sweep.png") as beside:
-            self.picture(beside)
-
-    def baseline(self) -> Row:
+    def baseline(self) -> SweepRow:
         """The baseline of the methods with exits, which share one; without any, plain decoding."""
         rows = {row.method: row for row in self.rows}
         return rows[rows[self.sequences[0][0]].against if self.sequences else self.rows[0].against]
 
-    def speed(self, row: Row) -> float:
-        """How many times as fast as `baseline()` the row is; 1 for the baseline itself.
+    def speed(self, row: SweepRow) -> float:
+        """The speed of the row relative to `baseline()`, which has 1; above 1, the row is faster.
 
         Of a row timed beside that baseline, its relative speed. Fusions are timed beside plain decoding, as the
         baseline was: their relative speed over its. So seconds are compared within the same rounds only.
@@ -112,11 +210,11 @@ class Swept:
         base = self.baseline()
         return row.relative_speed if row.against == base.method else row.relative_speed / base.relative_speed
 
-    def by_depth(self) -> list[Row]:
-        """Rows whose mean depth says what was computed: not those of verified guesses, whose tokens all layers saw."""
-        return [row for row in self.rows if row.draft is None]
+    def by_depth(self) -> list[SweepRow]:
+        """Rows whose mean depth tells what was computed: not those that verify, where all layers saw every token."""
+        return [row for row in self.rows if not row.verifies]
 
-    def fronts(self) -> tuple[list[Row], list[Row]]:
+    def fronts(self) -> tuple[list[SweepRow], list[SweepRow]]:
         """Rows that no other row beats in accuracy and mean depth, and in accuracy and `speed`."""
         shallow, accuracy = self.by_depth(), lambda rows: [row.accuracy for row in rows]
         return ([shallow[i] for i in pareto([-row.mean_depth for row in shallow], accuracy(shallow))],
@@ -136,11 +234,12 @@ class Swept:
         notes = [
             f"lost: share of the questions that {' or '.join(against)} solves and the method does not. same texts, "
             "same tokens: share of its texts that are the same, and of its tokens at the same place. mean depth: of "
-            f"the layer that said a token, of {self.num_layers}; verified guesses went through all of them. times as "
-            "fast: its seconds over the method's, for all questions, fastest round of each, timed in the same rounds. "
-            "by medians: the same of the median rounds; as far as the two differ, speed is noise. tokens/s: in the "
-            "fastest round. Methods of different programs (exits by threshold, guesses by draft, ...) are timed at "
-            "different times, each beside its baseline anew, so their tokens/s do not compare; times as fast does."]
+            f"the layer that a token was emitted after, of {self.num_layers}; verified drafts went through all of "
+            "them. times as fast: its seconds over the method's, for all questions, fastest round of each, timed in "
+            "the same rounds. by medians: the same of the median rounds; as far as the two differ, speed is noise. "
+            "tokens/s: in the fastest round. Methods of different programs (exits by threshold, speculation by draft "
+            "length, ...) are timed at different times, each beside its baseline anew, so their tokens/s do not "
+            "compare; times as fast does."]
         if len(against) > 1:
             base = self.baseline()
             notes.append(f"Methods with exits are timed beside {base.method}, the others beside {base.against}. Where "

@@ -1,4 +1,4 @@
-"""Sweeps: what every setting of early exit, self-speculation or fusion gives and costs, beside not using it.
+"""Sweeps: every setting of early exit, self-speculation or fusion is measured beside not using it.
 
 A point's quality is measured against the questions' answers and against its baseline's texts; its time, against its
 baseline timed beside it in the same rounds. The baseline of a method with exits is the same fusion without them; that
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
 import itertools
 import json
 import os
@@ -29,32 +28,28 @@ from sled.errors import SettingError
 from sled.eval.methods import A_MODEL, Method, deciding_versions
 from sled.eval.questions import Questions
 from sled.eval.sweep.grid import no_exit
-from sled.eval.sweep.result import Swept
-from sled.eval.sweep.rows import Row, Rows
-from sled.io import writable_folder
+from sled.eval.sweep.plot import draw_sweep
+from sled.eval.sweep.result import SweepFile, SweepRow, Swept
+from sled.io import json_digest, writable_folder, written_whole
 from sled.lm import LM
-from sled.machine import hardware, versions
 from sled.results import Output
 from sled.settings.describe import describe
 from sled.settings.rules import Instance, Whole
 from sled.text.prompts import prompt_ids
-from sled.timing import Times, interleave
+from sled.timing import Times, hardware, interleave, versions
 
 FILES = ("sweep.csv", "sweep.md", "sweep.png")
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A method in a sweep, its baseline, and the digest of all that decides its row."""
+    """A method in a sweep, its baseline, the layers after which a token may leave, and the digest of all that decides
+    its row."""
 
     method: Method
     against: Method
+    layers: tuple[int, ...]
     digest: str
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Those of `LM.generate`."""
-        return dict(self.method.decoding(), sampling=self.method.sampling)
 
 
 def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str | os.PathLike, *, rounds: int = 3,
@@ -65,7 +60,7 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     methods: those of `sled.eval.sweep.grid`, or of one's own with names of one line; the baselines are added. Methods
         that differ in traced numbers only, such as thresholds, are one compiled program, and a sequence of the
         certified choice in the order given: the safest first. Those with exits share one fusion.
-    rounds: how often each program's methods and their baseline are timed, interleaved, after a run that compiles;
+    rounds: times that each program's methods and their baseline are timed, interleaved, after a run that compiles;
         the fastest counts.
     batch_size, max_new_tokens: as for `LM.generate`. Speed depends on the batch size, texts do not.
     delta, epsilon: the choice is the fastest method whose expected loss is at most delta, for further questions from
@@ -85,11 +80,12 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
                  max_new_tokens=Whole(1, hint="it counts the tokens of an answer")("max_new_tokens", max_new_tokens))
     points = _points(lm, methods, questions, given)
     _check_room(lm, questions, given["max_new_tokens"])
-    rows = Rows(sweep_folder("folder", Path(folder)) / FILES[0])
+    rows = SweepFile(sweep_folder("folder", Path(folder)) / FILES[0])
     programs = _programs([point for point in points if point.digest not in rows.by_digest])
     if programs:
-        solve = lambda point: lm.generate(list(questions.prompts), batch_size=batch_size,  # noqa: E731
-                                          max_new_tokens=max_new_tokens, **point.settings)
+        solve = lambda point: lm.decode(  # noqa: E731
+            list(questions.prompts), point.method.decoding.replace(max_new_tokens=max_new_tokens),
+            batch_size=batch_size)
         for row in _measure(programs, {p.method.name: p for p in points}, questions, solve, given["rounds"], progress):
             rows.append(row)
     found = [dataclasses.replace(rows.by_digest[point.digest], method=point.method.name, against=point.against.name)
@@ -100,13 +96,17 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
                   delta=delta, epsilon=epsilon, num_layers=lm.config.num_layers,
                   what=f"{lm.name}, {len(questions.prompts)} {questions.source}, at most {max_new_tokens} new tokens, "
                        f"batches of {batch_size}, fastest of {rounds} rounds")
-    swept.write(Path(folder))
+    with written_whole(Path(folder) / FILES[1]) as beside:
+        beside.write_text(swept.markdown() + "\n", encoding="utf-8")
+    with written_whole(Path(folder) / FILES[2]) as beside:
+        draw_sweep(swept, beside)
     return swept
 
 
 def sweep_folder(name: str, folder: Path) -> Path:
     """`folder`, for the files of a sweep. Raises SettingError where none can be written, or would replace others."""
-    return writable_folder(name, folder, FILES, owns=lambda folder: (folder / FILES[0]).exists())  # which `Rows` reads
+    # `SweepFile` reads the first of them, and refuses another's.
+    return writable_folder(name, folder, FILES, owns=lambda folder: (folder / FILES[0]).exists())
 
 
 def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict[str, int]) -> list[Point]:
@@ -118,14 +118,13 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
         if not isinstance(method, Method):
             raise SettingError(f"methods holds {method!r}, but must hold methods; give sled.eval.methods.Method(name, "
                                "...), or what sled.eval.sweep.grid makes")
-        if method.exits is not None:
-            method.exits.exits(lm.config.num_layers)  # for its error, before any work
     common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), "tokenizer": lm.text.digest,
               "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given,
-              "questions": _sha256([list(questions.prompts), list(map(str, questions.answers))])}
+              "questions": json_digest([list(questions.prompts), list(map(str, questions.answers))])}
     points: dict[str, Point] = {}
     for method in [*itertools.chain(*map(_baselines, methods)), *methods]:
-        point = Point(method, _baselines(method)[-1], _sha256({**common, "method": method.settings()}))
+        layers = method.decoding.exits.exits(lm.config.num_layers)[:-1]
+        point = Point(method, _baselines(method)[-1], layers, json_digest({**common, "method": method.settings()})[:20])
         same = points.setdefault(method.name, point)
         if same.digest != point.digest or len(method.name.splitlines()) != 1:
             raise SettingError(f"two methods are called {method.name!r}, or its name is no single line; "
@@ -153,9 +152,9 @@ def _baselines(method: Method) -> list[Method]:
     plain = no_exit()
     if not method.leaves_early:
         return [plain]
-    mine = no_exit(method.fusion)
+    mine = no_exit(method.decoding.fusion)
     if method.samples:
-        mine = dataclasses.replace(mine, name=f"{mine.name}, sampled", sampling=method.sampling)
+        mine = Method(f"{mine.name}, sampled", fusion=method.decoding.fusion, sampling=method.decoding.sampling)
     return [plain, mine]
 
 
@@ -163,13 +162,14 @@ def _programs(points: Sequence[Point]) -> list[list[Point]]:
     """The points by compiled program, in the order of their first, and by baseline."""
     found: dict[Any, list[Point]] = {}
     for point in points:
-        traced = {name: value for name, value in point.settings.items() if name != "schedule"}
+        decoding = point.method.decoding
+        traced = decoding.fusion, decoding.exits, decoding.sampling
         found.setdefault((jax.tree.structure(traced), point.against.name), []).append(point)
     return list(found.values())
 
 
 def _measure(programs: list[list[Point]], known: dict[str, Point], questions: Questions,
-             solve: Callable[[Point], Output], rounds: int, progress: bool) -> Iterator[Row]:
+             solve: Callable[[Point], Output], rounds: int, progress: bool) -> Iterator[SweepRow]:
     """The rows of each program, as soon as it is timed."""
     run = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(2)}"
     where = dict(run=run, machine=hardware(), versions=", ".join(f"{k} {v}" for k, v in versions().items()))
@@ -194,17 +194,16 @@ def _measure(programs: list[list[Point]], known: dict[str, Point], questions: Qu
 
 
 def _row(point: Point, outs: dict[str, Output], times: dict[str, Times], questions: Questions,
-         where: dict[str, str]) -> Row:
-    method, exits, n = point.method, point.settings["exits"], len(questions.prompts)
+         where: dict[str, str]) -> SweepRow:
+    method, n = point.method, len(questions.prompts)
     out, full = outs[method.name], outs[point.against.name]
     right, right_full = questions.right(out.texts), questions.right(full.texts)
     low, high = binomtest(sum(right), n).proportion_ci(method="wilson")
     mine, base = times[method.name], times[point.against.name]
-    layers = getattr(exits, "layers", getattr(exits, "layer", ()))
-    return Row(
+    return SweepRow(
         digest=point.digest, **where, method=method.name, against=point.against.name,
-        layers=" ".join(map(str, layers)), measure=getattr(exits, "measure", None),
-        threshold=_number(exits, "threshold"), draft=_number(exits, "draft"), n=n,
+        layers=" ".join(map(str, point.layers)), verifies=method.verifies,
+        policy=json.dumps(method.settings()["exits"]), n=n,
         accuracy=sum(right) / n, low=float(low), high=float(high),
         lost=sum(b and not a for a, b in zip(right, right_full, strict=True)) / n,
         same_texts=sum(map(list.__eq__, out.tokens, full.tokens)) / n, same_tokens=same_tokens(out.tokens, full.tokens),
@@ -221,11 +220,3 @@ def same_tokens(texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -
     return hits / max(sum(map(len, full)), 1)
 
 
-def _number(settings, field: str) -> float | int | None:
-    """A field that is one plain number; None for several, or none."""
-    value = getattr(settings, field, None)
-    return value if isinstance(value, int | float) else None
-
-
-def _sha256(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from sled.errors import CheckpointError, ConfigError, SettingError
+from sled.io import write_json
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.families.family import Family, Fields, write_shape
 from sled.models.families.llama import LLAMA
@@ -63,7 +64,7 @@ def config_file(folder: Path) -> Path:
 
 def write_heads(heads: ExitHeads, folder: Path) -> None:
     """Puts `exit_heads.json` into a folder."""
-    (folder / HEADS_CONFIG).write_text(json.dumps(dataclasses.asdict(heads), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / HEADS_CONFIG, dataclasses.asdict(heads))
 
 
 def _parse_heads(path: Path) -> ExitHeads:

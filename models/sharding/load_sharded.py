@@ -11,31 +11,32 @@ import jax
 import numpy as np
 from flax import nnx
 
-from sled.models.decoder import Decoder
-from sled.models.sharding.sharding import Placing
-from sled.models.stored import STACKED, StoredWeights, abstract_stacked, open_weights, progress, stored_order
+from sled.models.decoder import STACKED, Decoder
+from sled.models.sharding.sharding import Sharding
+from sled.models.stored import StoredWeights, abstract_stacked, open_weights, progress, stored_order
 
 
 def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None) -> Decoder:
-    """The model in a Hugging Face folder, stacked form, every parameter where `Placing(config, mesh)` puts it.
+    """The model in a Hugging Face folder, stacked form, every parameter where `Sharding(config, mesh)` puts it.
 
     Every process calls this, and reads what its own devices hold: of each tensor the rows and columns that some
     device of it needs, once. `dtype` None keeps every weight as it is stored.
-    Raises what `sled.models.load_folder` and `Placing` raise; a process checks the values that it reads.
+    Raises what `sled.models.load_folder` and `Sharding` raise; a process checks the values that it reads.
     """
     with open_weights(path) as stored:
-        placing = Placing(stored.config, mesh)
+        sharding = Sharding(stored.config, mesh)
         graph, state = nnx.split(abstract_stacked(stored.config))
         slots = dict(nnx.to_flat_state(state))
         with progress("Loading", sum(stored.sizes.values())) as bar:
             for at, slot in slots.items():
-                shape, spec = placing.parameters[".".join(at)]
+                shape, spec = sharding.parameters[".".join(at)]
                 slots[at] = slot.replace(_read_onto(stored, at, shape, jax.sharding.NamedSharding(mesh, spec), dtype))
                 bar.update(sum(stored.sizes[stored.names[one]] for one in _separate(at, shape)))
     return nnx.merge(graph, nnx.from_flat_state(slots))
 
 
-def _read_onto(stored: StoredWeights, at: tuple, shape: tuple[int, ...], sharding, dtype) -> jax.Array:
+def _read_onto(stored: StoredWeights, at: tuple, shape: tuple[int, ...], where: jax.sharding.Sharding,
+               dtype) -> jax.Array:
     """One parameter of the stacked form; parts that several devices hold are read once."""
     parts: dict[tuple, np.ndarray] = {}
 
@@ -45,7 +46,7 @@ def _read_onto(stored: StoredWeights, at: tuple, shape: tuple[int, ...], shardin
             parts[bounds] = _read_part(stored, at, shape, tuple(slice(*bound) for bound in bounds), dtype)
         return parts[bounds]
 
-    return jax.make_array_from_callback(shape, sharding, part)
+    return jax.make_array_from_callback(shape, where, part)
 
 
 def _read_part(stored: StoredWeights, at: tuple, shape: tuple[int, ...], index: tuple[slice, ...],

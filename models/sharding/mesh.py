@@ -2,7 +2,7 @@
 
 The first axes are the outermost: neighbours along the last lie closest together, which is where
 tensor parallelism, with its exchange in every layer, belongs. A pipeline's `stage` would be one more
-field before `tensor`, and a mesh axis for the logical axis `layers` (placing.py).
+field before `tensor`, and a mesh axis for the logical axis `layers` (sharding.py).
 """
 
 from __future__ import annotations

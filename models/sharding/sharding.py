@@ -1,7 +1,7 @@
-"""What lies where: the axes of every parameter, and which axis of the mesh splits each of them.
+"""What lies where: which axis of the mesh splits each axis of a parameter.
 
-`AXES_OF` names the axes of the stacked decoder's parameters, `RULES` maps those names to the mesh.
-All shardings follow: of weights, of any optax state (its leaves that are shaped like a parameter lie
+Parameters name their logical axes where they are made (models/layers.py), `RULES` maps those names to the mesh.
+All shardings follow: of weights in either form, of any optax state (its leaves that are shaped like a parameter lie
 like that parameter), of batches and activations. The products then run under `jax.jit`, whose
 partitioner (GSPMD, arXiv 2105.04663) inserts the exchanges.
 """
@@ -21,42 +21,9 @@ from jax.sharding import PartitionSpec as P
 
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig
+from sled.models.decoder import STACKED
 from sled.models.stored import abstract_stacked
 
-AXES_OF = {
-    "embedding.weight": ("vocab", "width"),
-    "head.weight": ("vocab", "width"),
-    "norm.weight": ("vector",),
-    "layers.attention_norm.weight": ("layers", "vector"),
-    "layers.mlp_norm.weight": ("layers", "vector"),
-    "layers.attention.q.weight": ("layers", "width", "heads"),
-    "layers.attention.k.weight": ("layers", "width", "kv_heads"),
-    "layers.attention.v.weight": ("layers", "width", "kv_heads"),
-    "layers.attention.o.weight": ("layers", "heads", "width"),
-    "layers.attention.q.bias": ("layers", "heads"),
-    "layers.attention.k.bias": ("layers", "kv_heads"),
-    "layers.attention.v.bias": ("layers", "kv_heads"),
-    "layers.attention.o.bias": ("layers", "vector"),
-    "layers.attention.q_norm.weight": ("layers", "vector"),
-    "layers.attention.k_norm.weight": ("layers", "vector"),
-    "layers.mlp.gate.weight": ("layers", "width", "mlp"),
-    "layers.mlp.up.weight": ("layers", "width", "mlp"),
-    "layers.mlp.down.weight": ("layers", "mlp", "width"),
-    "layers.mlp.gate.bias": ("layers", "mlp"),
-    "layers.mlp.up.bias": ("layers", "mlp"),
-    "layers.mlp.down.bias": ("layers", "vector"),
-    "exit_heads.norm.weight": ("exits", "vector"),
-    "exit_heads.affine.weight": ("exits", "width", "vector"),
-    "exit_heads.affine.bias": ("exits", "vector"),
-    "exit_heads.mlp_norm.weight": ("exits", "vector"),
-    "exit_heads.mlp.gate.weight": ("exits", "width", "mlp"),
-    "exit_heads.mlp.up.weight": ("exits", "width", "mlp"),
-    "exit_heads.mlp.down.weight": ("exits", "mlp", "width"),
-    "exit_heads.mlp.gate.bias": ("exits", "mlp"),
-    "exit_heads.mlp.up.bias": ("exits", "mlp"),
-    "exit_heads.mlp.down.bias": ("exits", "vector"),
-    "exit_heads.projection": ("exits", "vocab", "width"),
-}
 RULES = {
     "vocab": "tensor",
     "width": "fsdp",
@@ -69,11 +36,11 @@ RULES = {
 }
 MAY_STAY_WHOLE = ("vocab", "kv_heads")  # where they do not divide; for the others that is an error
 ROWS = ("data", "fsdp")  # mesh axes that split the batch
-LARGE = 2**24  # bytes: a leaf without a row in AXES_OF may be this large and still lie whole on every device
+LARGE = 2**24  # bytes: what is no parameter may be this large and still lie whole on every device
 
 
 @dataclasses.dataclass(frozen=True)
-class Placing:
+class Sharding:
     """Where everything of a model of `config` lies on `mesh`.
 
     `mesh` has the axes of `sled.models.sharding.mesh.AXES`; an abstract one serves for planning.
@@ -109,20 +76,35 @@ class Placing:
         """Shape and partition of every parameter, by its dotted name in the stacked decoder."""
         found = {}
         for path, leaf in nnx.to_flat_state(nnx.state(abstract_stacked(self.config), nnx.Param)):
-            name = ".".join(path)
-            axes = [None if axis in self._misfits else RULES[axis] for axis in AXES_OF[name]]
-            found[name] = leaf.shape, P(*axes)
+            axes = (*([STACKED[path[0]]] if path[0] in STACKED else []), *leaf.get_metadata("axes", ()))
+            if len(axes) != len(leaf.shape) or not RULES.keys() >= set(axes):
+                raise SettingError(f"the parameter {'.'.join(path)} of shape {leaf.shape} has axes {axes}, but must "
+                                   f"name each by one of {', '.join(RULES)}; make it with models.layers.parameter")
+            found[".".join(path)] = leaf.shape, P(*(None if axis in self._misfits else RULES[axis] for axis in axes))
         return found
 
     def parameter_at(self, path, shape: tuple[int, ...]) -> str | None:
-        """The parameter that the leaf at this key path of some pytree belongs to and is shaped like, or None."""
+        """The parameter that the leaf at this key path of some pytree belongs to and is shaped like, or None.
+
+        Of the separate form, where layers have numbers, it is the name that all of them have in the stacked one.
+        """
+        found = self._place_of(path, shape)
+        return found and found[0]
+
+    def _place_of(self, path, shape: tuple[int, ...]) -> tuple[str, P] | None:
+        """Name and partition of the parameter at this path."""
         parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
         if parts[-1:] == ["value"]:  # inside an nnx.Variable
             parts.pop()
         for start in range(len(parts)):  # the longest name first
-            name = ".".join(parts[start:])
+            part, *rest = parts[start:]
+            one = part in STACKED and rest and rest[0].isdecimal()  # of a list of layers or heads
+            name = ".".join([part, *rest[one:]])
             if name in self.parameters:
-                return name if self.parameters[name][0] == shape else None
+                whole, spec = self.parameters[name]
+                if shape == whole[one:]:
+                    return name, P(*spec[one:])
+                return None
         return None
 
     def shardings(self, tree):
@@ -132,13 +114,13 @@ class Placing:
         (counters, keys, factored moments) lie whole on every device. Raises SettingError for one above `LARGE` bytes.
         """
         def place(path, leaf):
-            name = self.parameter_at(path, leaf.shape)
-            if name:
-                return NamedSharding(self.mesh, self.parameters[name][1])
+            found = self._place_of(path, leaf.shape)
+            if found:
+                return NamedSharding(self.mesh, found[1])
             if leaf.size * leaf.dtype.itemsize > LARGE:
-                raise SettingError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} is no parameter of a stacked "
+                raise SettingError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} is no parameter of this "
                                    f"{self.config.family} decoder, and would lie whole on all {self.mesh.size} "
-                                   "devices; stack() the decoder, or give it a row in AXES_OF")
+                                   "devices; make it a parameter with axes of its own, in the model")
             return NamedSharding(self.mesh, P())
 
         return jax.tree_util.tree_map_with_path(place, tree)
@@ -204,8 +186,3 @@ class Placing:
         columns of all groups' tokens, and replicates the result to put it right.
         """
         return jax.lax.with_sharding_constraint(w_VD, NamedSharding(self.mesh, P(self._vocab, None)))
-
-    def logits(self, logits_BTV):
-        """The same logits, held to their place: rows over data and fsdp, the vocabulary where the head lies."""
-        middle = (None,) * (logits_BTV.ndim - 2)
-        return jax.lax.with_sharding_constraint(logits_BTV, NamedSharding(self.mesh, P(ROWS, *middle, self._vocab)))

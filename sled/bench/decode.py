@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.bench.report import Report, column
+from sled.bench.report import BenchReport, column
 from sled.bench.rival import NOT_INSTALLED, transformers_twin
 from sled.fusion import SLED, FinalLayer
 from sled.lm import LM
@@ -45,7 +45,7 @@ class DecodeRow:
 
 
 def run_decode_bench(*, new_tokens: int = 64, rounds: int = 4, config: DecoderConfig = CONFIG,
-                     batches: tuple[int, ...] = BATCHES) -> Report:
+                     batches: tuple[int, ...] = BATCHES) -> BenchReport:
     """Measures every way at every batch size. Without torch and transformers, only this library's.
 
     Raises SettingError for less than one token or round, or more tokens than the model's context holds.
@@ -66,7 +66,7 @@ def run_decode_bench(*, new_tokens: int = 64, rounds: int = 4, config: DecoderCo
         for batch in batches:
             rows += _measure(ways, batch, new_tokens, rounds, config.vocab_size, bar)
     title = f"Decoding {new_tokens} tokens after {PROMPT_TOKENS}, {parameters / 1e6:.0f}M parameters, float32"
-    return Report(title, {"parameters": parameters, "new_tokens": new_tokens}, rows, notes)
+    return BenchReport(title, {"parameters": parameters, "new_tokens": new_tokens}, rows, notes)
 
 
 def _measure(ways, batch: int, new_tokens: int, rounds: int, vocabulary: int, bar) -> list[DecodeRow]:

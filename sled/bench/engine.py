@@ -10,12 +10,11 @@ from tqdm import tqdm
 
 import sled
 from sled.bench import solving
-from sled.bench.report import Report, column
+from sled.bench.report import BenchReport, column
 from sled.lm import LM
 from sled.settings.rules import Whole
-from sled.timing import interleave
 
-POLICIES = {"no early exit": None, "guesses after layer 2": sled.SelfSpeculation(2)}
+POLICIES = {"no early exit": None, "speculation after layer 2": sled.SelfSpeculation(2)}
 
 
 @dataclasses.dataclass
@@ -40,7 +39,7 @@ class Served:
     waits: list[float]
 
 
-def run_engine_bench(*, requests: int = 64, slots: int = 8, rounds: int = 5) -> Report:
+def run_engine_bench(*, requests: int = 64, slots: int = 8, rounds: int = 5) -> BenchReport:
     """Serves `requests` problems of 1 to 4 steps: by the engine, and `slots` at a time in the order they came."""
     requests = Whole(1, hint="it counts the problems to solve")("requests", requests)
     slots = Whole(1, hint="it counts the rows decoded together")("slots", slots)
@@ -52,25 +51,20 @@ def run_engine_bench(*, requests: int = 64, slots: int = 8, rounds: int = 5) -> 
         how = {} if policy is None else dict(exits=policy)
         ways[name, "batches"] = in_batches(lm, questions, slots, how)
         ways[name, "engine"] = by_engine(lm, questions, slots, how)
-    served: dict[tuple, list[Served]] = {}
     with tqdm(total=len(ways) * (rounds + 1), unit="run", desc="sled bench engine") as bar:
-        for name, way in ways.items():  # compiles
-            served[name] = [way()]
-            bar.update()
-        times = interleave({name: lambda name=name, way=way: served[name].append(way()) for name, way in ways.items()},
-                           rounds, bar)
+        measured = solving.measure(ways, rounds, bar)
     rows = []
-    for (name, way), of_way in times.items():
-        batches, this = served[name, "batches"][0], served[name, way]
+    for (name, way), this in measured.items():
+        batches = measured[name, "batches"]
         rows.append(ServingRow(
-            exits=name, way=way, best=of_way.best, median=of_way.median,
-            tokens_per_second=sum(map(len, this[0].tokens)) / of_way.best,
-            mean_wait=min(statistics.mean(one.waits) for one in this[1:]),
-            same_texts=statistics.mean(map(list.__eq__, this[0].tokens, batches.tokens)),
-            batches_over_this=times[name, "batches"].best / of_way.best))
+            exits=name, way=way, best=this.times.best, median=this.times.median,
+            tokens_per_second=sum(map(len, this.first.tokens)) / this.times.best,
+            mean_wait=min(statistics.mean(run.waits) for run in this.runs[1:]),
+            same_texts=statistics.mean(map(list.__eq__, this.first.tokens, batches.first.tokens)),
+            batches_over_this=batches.times.best / this.times.best))
     title = (f"{len(questions)} held-out problems of 1 to 4 steps through {slots} slots on the demo model "
              f"({lm.config.num_layers} layers of width {lm.config.width}, float32)")
-    return Report(title, {"requests": len(questions), "slots": slots, "rounds": rounds}, rows)
+    return BenchReport(title, {"requests": len(questions), "slots": slots, "rounds": rounds}, rows)
 
 
 def in_batches(lm: LM, questions: list[list[int]], size: int, how: dict):

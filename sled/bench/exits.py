@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 from tqdm import tqdm
 
 import sled
-from sled.bench.report import Report, column
+from sled.bench.report import BenchReport, column
 from sled.bench.rival import NOT_INSTALLED, transformers_twin
-from sled.bench.solving import Measured, Way, frequent_tokens, measure, mixed_questions, our_way, their_way
+from sled.bench.solving import Way, frequent_tokens, measure, mixed_questions, our_way, their_way
 from sled.eval.numbers import final_answer
+from sled.eval.sweep.sweep import same_tokens
 from sled.settings.rules import Whole
 
 BATCH = 8
-GUESSES = ((2, 3), (2, 6), (4, 3), (4, 6))  # layer and draft
+DRAFTS = ((2, 3), (2, 6), (4, 3), (4, 6))  # layer and draft
 FEW_TOKENS = 64  # of the reduced draft vocabulary
 EXITS = (1, 2, 4)
 THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
@@ -78,7 +80,7 @@ class Entry(NamedTuple):
     like: str | None = None
 
 
-def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None = None) -> Report:
+def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None = None) -> BenchReport:
     """Measures `problems` at batch 8, and a third of them at batch 1; draws early exit into `picture`, if given.
 
     Without torch and transformers, only this library's ways are measured.
@@ -94,7 +96,7 @@ def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None
     try:
         alone |= transformers_entries(lm, few)
         notes.append("transformers' acceptance is counted from passes through the first and the last layer, and as it "
-                     "counts itself: a guess that ends a text is the verification's.")
+                     "counts itself: a draft that ends a text is the verification's.")
     except ImportError as missing:
         notes.append(NOT_INSTALLED.format(missing.name))
     together = early_exit_ways(lm, questions)
@@ -109,7 +111,7 @@ def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None
              f"{len(few)} and {len(questions)} held-out problems of 1 to 4 steps; early exits after layers {EXITS}")
     settings = {"problems": len(questions), "problems_alone": len(few), "rounds": rounds, "exits": EXITS,
                 "draft_vocabulary": FEW_TOKENS}
-    return Report(title, settings, [*first, *second], notes)
+    return BenchReport(title, settings, [*first, *second], notes)
 
 
 def speculation_entries(lm, questions) -> dict[str, Entry]:
@@ -118,16 +120,16 @@ def speculation_entries(lm, questions) -> dict[str, Entry]:
     layers, most = _layers_and_longest_draft()
     few = frequent_tokens(lm, FEW_TOKENS)
     entries = {GREEDY: Entry(way(), GREEDY, TRANSFORMERS)}
-    for layer, draft in GUESSES:
-        entries[f"guesses after {layer}, draft {draft}"] = Entry(
+    for layer, draft in DRAFTS:
+        entries[f"speculation after {layer}, draft {draft}"] = Entry(
             way(exits=sled.SelfSpeculation(layer, draft)), GREEDY, ASSISTED.format(layer, most))
-    entries[f"guesses after {layers[0]}, draft {most}, of {FEW_TOKENS} tokens"] = Entry(
+    entries[f"speculation after {layers[0]}, draft {most}, of {FEW_TOKENS} tokens"] = Entry(
         way(exits=sled.SelfSpeculation(layers[0], most, vocabulary=few)), GREEDY, ASSISTED.format(layers[0], most))
-    entries[f"guesses after {' or '.join(map(str, layers))}, draft to {most}, adaptive"] = Entry(
+    entries[f"speculation after {' or '.join(map(str, layers))}, draft to {most}, adaptive"] = Entry(
         way(exits=sled.SelfSpeculation(layers, most, adaptive=True)), GREEDY)
     entries[SLED] = Entry(way(fusion=sled.SLED()), SLED)
     for layer in layers:
-        entries[f"SLED, guesses after {layer}, draft {most}"] = Entry(
+        entries[f"SLED, speculation after {layer}, draft {most}"] = Entry(
             way(fusion=sled.SLED(), exits=sled.SelfSpeculation(layer, most)), SLED)
     return entries
 
@@ -148,12 +150,11 @@ def speculation_rows(entries: dict[str, Entry], rounds: int, bar: tqdm) -> list[
     measured = measure({name: entry.way for name, entry in entries.items()}, rounds, bar)
     rows = []
     for name, (_, plain, like) in entries.items():
-        this, best = measured[name], measured[name].times.best
+        this, best = measured[name].first, measured[name].times.best
         rows.append(SpeculationRow(
-            batch=1, way=name, best=best, median=this.times.median, tokens_per_second=this.tokens_per_second,
-            decode_tokens_per_second=this.decode_tokens_per_second, depth=this.ran.depth,
-            acceptance=this.ran.acceptance, mean_accepted=this.ran.mean_accepted,
-            same_texts=_share(a == b for a, b in zip(this.ran.tokens, measured[plain].ran.tokens, strict=True)),
+            batch=1, way=name, **measured[name].speeds(), depth=this.depth, acceptance=this.acceptance,
+            mean_accepted=this.mean_accepted,
+            same_texts=fmean(map(list.__eq__, this.tokens, measured[plain].first.tokens)),
             plain_over_this=measured[plain].times.best / best,
             transformers_over_this=measured[like].times.best / best if like in measured else None))
     return rows
@@ -173,32 +174,19 @@ def early_exit_ways(lm, questions) -> dict[tuple, Way]:
 def early_exit_rows(lm, ways: dict[tuple, Way], rounds: int, bar: tqdm) -> list[EarlyExitRow]:
     measured = measure(ways, rounds, bar)
     full = measured[NO_EXIT]
-    answers = lambda measured: [final_answer(lm.text.decode(row)) for row in measured.ran.tokens]  # noqa: E731
+    answers = lambda measured: [final_answer(lm.text.decode(row)) for row in measured.first.tokens]  # noqa: E731
     rows = []
     for (kv, schedule, threshold), this in measured.items():
         lockstep = measured.get((kv, "lockstep", threshold))
         rows.append(EarlyExitRow(
-            batch=BATCH, kv=kv, schedule=schedule, threshold=threshold, best=this.times.best,
-            median=this.times.median, tokens_per_second=this.tokens_per_second,
-            decode_tokens_per_second=this.decode_tokens_per_second, depth=this.ran.depth, held=this.ran.held,
-            same_tokens=_same_tokens(this, full),
-            same_answers=_share(a == b for a, b in zip(answers(this), answers(full), strict=True)),
+            batch=BATCH, kv=kv, schedule=schedule, threshold=threshold, **this.speeds(), depth=this.first.depth,
+            held=this.first.held, same_tokens=same_tokens(this.first.tokens, full.first.tokens),
+            same_answers=fmean(a == b for a, b in zip(answers(this), answers(full), strict=True)),
             no_exit_over_this=full.times.best / this.times.best,
             lockstep_over_this=lockstep and lockstep.times.best / this.times.best))
     return rows
 
 
 def _layers_and_longest_draft() -> tuple[tuple[int, ...], int]:
-    layers, drafts = zip(*GUESSES, strict=True)
+    layers, drafts = zip(*DRAFTS, strict=True)
     return tuple(sorted(set(layers))), max(drafts)
-
-
-def _share(hits) -> float:
-    hits = list(hits)
-    return sum(hits) / len(hits)
-
-
-def _same_tokens(this: Measured, full: Measured) -> float:
-    """Share of the full model's tokens that stand at the same place here, each text going on from its own tokens."""
-    pairs = [zip(a, b, strict=False) for a, b in zip(this.ran.tokens, full.ran.tokens, strict=True)]
-    return sum(a == b for pair in pairs for a, b in pair) / full.ran.count

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from sled.plots import STYLES, new_figure, save_figure
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too; a marker each besides.
-STYLES = (("#0072B2", "o"), ("#E69F00", "s"), ("#009E73", "^"), ("#CC79A7", "D"))
 DASHES = {"exact": "-", "propagate": "--"}
 
 
@@ -26,9 +22,8 @@ def draw(rows, path: Path) -> Path:
             lines.setdefault((row.schedule, row.kv), []).append(row)
     names = [f"{row.threshold:g}" for row in next(iter(lines.values()))]
     places = range(len(names))
-    styles = dict(zip(dict.fromkeys(schedule for schedule, _ in lines), STYLES, strict=True))
-    figure = Figure(figsize=(8, 8), layout="constrained")
-    FigureCanvasAgg(figure)
+    styles = dict(zip(dict.fromkeys(schedule for schedule, _ in lines), STYLES, strict=False))
+    figure = new_figure(8, 8)
     speed, agreement = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     depth = agreement.twinx()
 
@@ -57,7 +52,6 @@ def draw(rows, path: Path) -> Path:
     depth.set_ylabel("mean depth in layers", color="#0072B2")
     depth.set_ylim(0, 1.03 * full.depth)
     agreement.legend(handles=[*agreement.lines, *depth.lines[:-1]], fontsize=8, loc="center")
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
     return path

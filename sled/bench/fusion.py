@@ -1,11 +1,10 @@
-"""How much a fused SLED step costs: against plain decoding, the floor, and the released algorithm.
+"""The cost of a fused SLED step, against plain decoding, the floor, and the released algorithm.
 
 The floor is the projection of every candidate layer, which no method that looks at all layers can avoid.
 All forms of one size run interleaved; ratios are taken between the fastest rounds. Peak memory is measured in
 fresh processes.
 """
 
-import argparse
 import ctypes
 import dataclasses
 import os
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from sled.bench.report import Report, column
+from sled.bench.report import BenchReport, column
 from sled.fusion import SLED, SharedHead, default_tile
 from sled.settings.rules import Whole
 from sled.timing import interleave
@@ -46,9 +45,8 @@ class FusionRow:
     peak_mb: float | None = column("peak MB")
 
 
-def run_fusion_bench(
-    sizes=SIZES, batches=(1, 8), rounds: int = 7, memory: bool = True, progress: bool = True
-) -> Report:
+def run_fusion_bench(sizes=SIZES, batches=(1, 8), rounds: int = 7, memory: bool = True,
+                     progress: bool = True) -> BenchReport:
     """Time SLED in its plain and streaming form, the two projections and, where installed, the torch port.
 
     sizes: (width, vocabulary) pairs. rounds: interleaved repetitions; the port runs in at most `PORT_ROUNDS`,
@@ -68,7 +66,7 @@ def run_fusion_bench(
             if memory:
                 _measure_peaks([r for r in rows if (r.width, r.vocabulary, r.batch) == (width, vocabulary, 1)], bar)
     title = f"Fused SLED step, {LAYERS} layers, k = {SCALE}"
-    return Report(title, {"layers": LAYERS, "scale": SCALE}, rows, notes)
+    return BenchReport(title, {"layers": LAYERS, "scale": SCALE}, rows, notes)
 
 
 def _time_forms(w_VD, batch, rounds, port, bar) -> list[FusionRow]:
@@ -92,22 +90,12 @@ def _time_forms(w_VD, batch, rounds, port, bar) -> list[FusionRow]:
         call()
     times = interleave(calls, rounds, bar, fewer={TORCH: PORT_ROUNDS})
     best = {name: of.best for name, of in times.items()}
-    return [
-        FusionRow(
-            width=width,
-            vocabulary=vocabulary,
-            batch=batch,
-            form=name,
-            best_ms=1e3 * best[name],
-            median_ms=1e3 * times[name].median,
-            over_final=best[name] / best[FINAL],
-            over_floor=best[name] / best[FLOOR],
-            torch_speedup=best[TORCH] / best[name] if TORCH in best else None,
-            xla_temp_mb=compiled[name].memory_analysis().temp_size_in_bytes / 1e6 if name in compiled else None,
-            peak_mb=None,
-        )
-        for name in calls
-    ]
+    return [FusionRow(width=width, vocabulary=vocabulary, batch=batch, form=name, best_ms=1e3 * best[name],
+                      median_ms=1e3 * times[name].median, over_final=best[name] / best[FINAL],
+                      over_floor=best[name] / best[FLOOR],
+                      torch_speedup=best[TORCH] / best[name] if TORCH in best else None,
+                      xla_temp_mb=compiled[name].memory_analysis().temp_size_in_bytes / 1e6 if name in compiled else
+                      None, peak_mb=None) for name in calls]
 
 
 def _forms(batch, vocabulary) -> dict[str, int | None]:
@@ -127,7 +115,7 @@ def _compile(function, *args):
 
 
 def _torch_port():
-    """The torch port and no notes, or None and a note that says how to get it."""
+    """The torch port and no notes, or None and a note on how to get it."""
     try:
         from sled.bench.torch_sled import torch_sled_logits
     except ModuleNotFoundError as error:
@@ -146,16 +134,9 @@ def _measure_peaks(rows: list[FusionRow], bar) -> None:
             continue
         tile = next((t for name, t in _forms(1, row.vocabulary).items() if name == row.form), None)
         side = "torch" if row.form == TORCH else "jax"
-        command = [
-            sys.executable,
-            "-m",
-            "sled.bench.fusion",
-            side,
-            str(row.width),
-            str(row.vocabulary),
-            str(tile),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        call = f"_peak_of_two_calls({side!r}, {row.width}, {row.vocabulary}, {tile})"
+        done = subprocess.run([sys.executable, "-c", f"from sled.bench import fusion; print(fusion.{call})"],
+                              capture_output=True, text=True, check=False)
         if done.returncode == 0 and done.stdout.strip() != "None":
             row.peak_mb = float(done.stdout) / 1e6
         bar.update()
@@ -192,12 +173,3 @@ def _peak_of_two_calls(side: str, width: int, vocabulary: int, tile: int | None)
 def _status_bytes(field: str) -> int:
     with open("/proc/self/status") as file:
         return next(1024 * int(line.split()[1]) for line in file if line.startswith(field))
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Peak memory of one fused step, in bytes (a helper of the benchmark)")
-    parser.add_argument("side", choices=["jax", "torch"])
-    parser.add_argument("width", type=int)
-    parser.add_argument("vocabulary", type=int)
-    parser.add_argument("tile", type=lambda text: None if text == "None" else int(text))
-    print(_peak_of_two_calls(**vars(parser.parse_args())))

@@ -1,4 +1,4 @@
-"""How well each layer of one or several models speaks, on the held-out word problems: what training for exits gives.
+"""Every layer of one or several models read as an exit, on the held-out word problems: what training for exits gives.
 
 For every layer, through the projection (and the exit head, where it has one): the loss and the accuracy of the next
 token on given solutions; the agreement with the last layer, at the places of the text that the last layer itself
@@ -17,15 +17,15 @@ import numpy as np
 from tqdm import tqdm
 
 import sled
-from sled.bench.report import Report, column
+from sled.bench.report import BenchReport, column
 from sled.bench.solving import MAX_NEW_TOKENS
-from sled.decoding.buckets import bucket
-from sled.decoding.network import own_projection, read
+from sled.decoding.readout import Readout
+from sled.decoding.state import bucket
 from sled.demo.problems import problems, prompt
 from sled.errors import SettingError
 from sled.eval.numbers import exact_match
-from sled.io import writable_picture
 from sled.lm import LM
+from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
 ROWS = 32  # texts read at once
@@ -44,7 +44,7 @@ class LayerRow:
     solved: float = column("solved, all tokens leaving here", decimals=3)
 
 
-def run_layers_bench(models: Sequence[str], *, count: int = 200, picture: Path | None = None) -> Report:
+def run_layers_bench(models: Sequence[str], *, count: int = 200, picture: Path | None = None) -> BenchReport:
     """Measures every layer of every model on `count` held-out problems; draws them into `picture`, if given.
 
     models: 1 to 4, as for `sled.load`, all trained on the bundled word problems. Raises SettingError for another
@@ -64,7 +64,7 @@ def run_layers_bench(models: Sequence[str], *, count: int = 200, picture: Path |
         from sled.bench.layers_picture import draw
 
         draw(rows, picture)
-    return Report("Every layer of a model, read as an exit, on held-out word problems",
+    return BenchReport("Every layer of a model, read as an exit, on held-out word problems",
                   {"problems": count, "max_new_tokens": MAX_NEW_TOKENS}, rows,
                   ["The solutions that loss and accuracy are taken on are the problems' own, the end of the text "
                    "included; agreement is over the tokens that the last layer generates, each read after the ones "
@@ -76,32 +76,25 @@ def _layers_of(name: str, lm: LM, count: int, bar: tqdm) -> list[LayerRow]:
     questions = [lm.text.encode(prompt(problem.question)) for problem in asked]
     solutions = [lm.text.encode(" " + problem.solution) + list(lm.config.eos_ids[:1]) for problem in asked]
     depth = lm.config.num_layers
-    rows, said = [], None
+    rows, generated = [], None
     for layer in range(depth, 0, -1):
         exits = {} if layer == depth else dict(exits=sled.EarlyExit(layer, threshold=0.0))
         out = lm.generate(questions, max_new_tokens=MAX_NEW_TOKENS, **exits)
-        if said is None:
-            said = out.tokens
-            given = _read(lm, questions, solutions)
-            own = _read(lm, questions, said)
+        if generated is None:
+            generated = out.tokens
+            loss_L, accuracy_L = _read(lm, questions, solutions)
+            _, agreement_L = _read(lm, questions, generated)
         rows.append(LayerRow(
-            model=name, layer=layer, loss=float(given.loss_L[layer - 1]), accuracy=float(given.right_L[layer - 1]),
-            agreement=float(own.right_L[layer - 1]),
+            model=name, layer=layer, loss=float(loss_L[layer - 1]), accuracy=float(accuracy_L[layer - 1]),
+            agreement=float(agreement_L[layer - 1]),
             solved=exact_match(out.texts, [problem.answer for problem in asked])))
         bar.update()
     return rows[::-1]
 
 
-@dataclass
-class _Read:
-    """Means over all tokens of the continuations, for the layers 1..L: negative log-likelihood, and whether it is the
-    layer's first choice."""
-
-    loss_L: np.ndarray
-    right_L: np.ndarray
-
-
-def _read(lm: LM, prompts: list[list[int]], continuations: list[list[int]]) -> _Read:
+def _read(lm: LM, prompts: list[list[int]], continuations: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Means [L] over all tokens of the continuations, for the layers 1..L: negative log-likelihood, and the share that
+    is the layer's first choice."""
     sums = np.zeros((3, lm.config.num_layers))
     for at in range(0, len(prompts), ROWS):
         some = list(zip(prompts[at:at + ROWS], continuations[at:at + ROWS], strict=True))
@@ -111,7 +104,7 @@ def _read(lm: LM, prompts: list[list[int]], continuations: list[list[int]]) -> _
             tokens_BT[b, :len(p) + len(c)] = [*p, *c]
             asked_BT[b, len(p) - 1:len(p) + len(c) - 1] = True
         sums += jax.device_get(_sums(lm.build, lm.params, tokens_BT, asked_BT))
-    return _Read(sums[0] / sums[2], sums[1] / sums[2])
+    return sums[0] / sums[2], sums[1] / sums[2]
 
 
 @jax.jit(static_argnames="build")
@@ -123,8 +116,8 @@ def _sums(build, params, tokens_BT, asked_BT):
     next_BT = jnp.roll(tokens_BT, -1, axis=1)
 
     def of_layer(number, h_BTD):
-        own_VD = own_projection(network, number)
-        logits_BTV = read(network, h_BTD, number) @ (network.head_weight if own_VD is None else own_VD).T
+        ready_BTD, head = Readout(network)(h_BTD, number)
+        logits_BTV = head.project(ready_BTD)
         logp_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), next_BT[..., None], axis=-1)[..., 0]
         right_BT = logits_BTV.argmax(-1) == next_BT
         return jnp.array([jnp.where(asked_BT, x, 0).sum() for x in (-logp_BT, right_BT, 1)])

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-# Okabe and Ito's colours, told apart by colour-blind eyes too; a marker each besides.
-STYLES = (("#0072B2", "o", "-"), ("#D55E00", "s", "--"), ("#009E73", "^", "-."), ("#CC79A7", "D", ":"))
+from sled.plots import STYLES, grid, new_figure, save_figure
+
+DASHES = ("-", "--", "-.", ":")
 PANELS = (("loss", "Loss on given solutions", "nats per token"),
           ("agreement", "Tokens as the last layer's", None),
           ("solved", "Problems solved, all tokens leaving here", None))
@@ -20,17 +18,16 @@ PANELS = (("loss", "Loss on given solutions", "nats per token"),
 def draw(rows: Sequence, path: Path) -> Path:
     """rows: `LayerRow`s of up to as many models as there are styles. path: .png, .svg or .pdf."""
     models = list(dict.fromkeys(row.model for row in rows))
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(12, 4)
     for axes, (field, title, unit) in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
-        for name, (colour, marker, dash) in zip(models, STYLES, strict=False):
+        for name, (colour, marker), dash in zip(models, STYLES, DASHES, strict=False):
             own = [row for row in rows if row.model == name]
             axes.plot([row.layer for row in own], [getattr(row, field) for row in own], dash, color=colour,
                       marker=marker, markersize=5, label=name)
         axes.set_title(title, fontsize=11)
         axes.set_xlabel("layer")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(color="#dee2e6", linewidth=0.6)
+        grid(axes)
         if unit is None:
             axes.set_ylim(-0.03, 1.03)
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
@@ -38,6 +35,4 @@ def draw(rows: Sequence, path: Path) -> Path:
             axes.set_ylabel(unit)
             axes.set_yscale("log")
     figure.axes[0].legend(frameon=False)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    figure.savefig(path, dpi=150)
-    return path
+    return save_figure(figure, path)

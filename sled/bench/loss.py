@@ -1,4 +1,4 @@
-"""How much the multi-exit loss costs, value and gradient: against its plain form and the products it cannot avoid.
+"""The cost of the multi-exit loss, value and gradient, against its plain form and the products it cannot avoid.
 
 The floor are three products for each exit: logits, and the gradients of hidden states and of the projection. All
 forms run interleaved; ratios are taken between the fastest rounds, of which the first is the warm-up.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from tqdm import tqdm
 
-from sled.bench.report import Report, column
+from sled.bench.report import BenchReport, column
 from sled.settings.rules import Whole
 from sled.timing import interleave
 from sled.train.objective.cross_entropy import exit_cross_entropy
@@ -38,7 +38,7 @@ class LossRow:
 
 
 def run_loss_bench(*, vocabulary: int = 32_000, width: int = 768, exits: int = 12, tokens: int = 2048,
-                   rounds: int = 2, progress: bool = True) -> Report:
+                   rounds: int = 2, progress: bool = True) -> BenchReport:
     """Time value and gradient of every form in float32; each takes part in every round. `tokens` is a multiple of 512.
 
     The plain form is optax's cross-entropy of h @ W.T for each exit, and automatic differentiation.
@@ -65,7 +65,7 @@ def run_loss_bench(*, vocabulary: int = 32_000, width: int = 768, exits: int = 1
     settings = {"vocabulary": vocabulary, "width": width, "exits": exits, "tokens": tokens, "rounds": rounds}
     title = (f"Loss of {exits} exits with its gradient, {tokens} tokens, vocabulary {vocabulary}, width {width}, "
              f"float32, best of {rounds} rounds")
-    return Report(title, settings, rows)
+    return BenchReport(title, settings, rows)
 
 
 def _gradient(loss):

@@ -1,4 +1,4 @@
-"""What every benchmark hands back: rows, and where and with what they were measured.
+"""The result of every benchmark: rows, and the machine and versions that they were measured with.
 
 A row is a dataclass; its columns are fields made by `column`, which gives each its heading in the Markdown table.
 """
@@ -11,7 +11,8 @@ import itertools
 import json
 from typing import Any
 
-from sled.machine import hardware, versions
+from sled.eval.report.tables import table
+from sled.timing import hardware, versions
 
 
 def column(heading: str, *, decimals: int = 2) -> Any:
@@ -20,13 +21,13 @@ def column(heading: str, *, decimals: int = 2) -> Any:
 
 
 @dataclasses.dataclass
-class Report:
-    """A measurement, made now and on this machine unless said otherwise.
+class BenchReport:
+    """A measurement, made now and on this machine unless named otherwise.
 
-    title: what was measured, in the words that open the report.
+    title: the words that open the report.
     settings: by name, what the rows have in common; they are part of the JSON form.
     rows: dataclasses, their fields made by `column`, None where not measured; rows of one kind stand together.
-    notes: what the reader must know besides, such as a rival that was left out.
+    notes: for the reader, such as that a rival was left out.
     """
 
     title: str
@@ -39,13 +40,13 @@ class Report:
     versions: dict[str, str] = dataclasses.field(default_factory=versions)
 
     def markdown(self) -> str:
-        """A table for each kind of row, under a line that says where and with what all was measured; notes below."""
+        """A table for each kind of row, under a line with date, machine and versions; the notes below."""
         made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"{self.title}; {self.date}; {self.hardware}; {made_with}"]
         for kind, rows in itertools.groupby(self.rows, type):
             columns = [field.metadata for field in dataclasses.fields(kind)]
-            lines += ["", _line(column["heading"] for column in columns), "|" + "---|" * len(columns),
-                      *(_line(map(_cell, dataclasses.astuple(row), columns)) for row in rows)]
+            cells = (map(_cell, dataclasses.astuple(row), columns) for row in rows)
+            lines += ["", table([column["heading"] for column in columns], cells)]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
 
     def json(self) -> str:
@@ -55,9 +56,5 @@ class Report:
         return json.dumps({**head, **self.settings, "notes": self.notes, "rows": rows}, indent=2)
 
 
-def _line(cells) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _cell(value, column) -> str:
-    return "-" if value is None else f"{value:.{column['decimals']}f}" if isinstance(value, float) else str(value)
+def _cell(value, column):
+    return f"{value:.{column['decimals']}f}" if isinstance(value, float) else value

@@ -1,11 +1,12 @@
-"""What the exits benchmark asks, and how a way to decode answers: held-out problems, solved and timed."""
+"""Held-out problems for benchmarks, and ways to decode them, run and timed side by side."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -19,39 +20,49 @@ STEPS = (1, 2, 3, 4)
 
 
 @dataclasses.dataclass(frozen=True)
-class Ran:
-    """What one way made of all problems, in one run. Numbers that the way does not tell are None or 0."""
+class Solved:
+    """All problems, solved once in one way. Numbers that the way does not tell are None or 0."""
 
     tokens: list[list[int]]
     decode_seconds: float | None = None
     depth: float | None = None
-    acceptance: float | None = None
-    mean_accepted: float | None = None
+    drafted: int = 0
+    accepted: int = 0
+    verifications: int = 0
     held: int = 0
 
     @property
     def count(self) -> int:
         return sum(map(len, self.tokens))
 
+    @property
+    def acceptance(self) -> float | None:
+        return self.accepted / self.drafted if self.drafted else None
 
-Way = Callable[[], Ran]
+    @property
+    def mean_accepted(self) -> float | None:
+        return self.accepted / self.verifications if self.drafted else None
+
+
+Way = Callable[[], Solved]
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """All runs of one way: what it made, and how long it took."""
+    """All runs of one way: what it returned in each, the first of them to compile, and the seconds of the others."""
 
-    ran: Ran
+    runs: list[Any]
     times: Times
-    decode_seconds: float | None
 
     @property
-    def tokens_per_second(self) -> float:
-        return self.ran.count / self.times.best
+    def first(self) -> Any:
+        return self.runs[0]
 
-    @property
-    def decode_tokens_per_second(self) -> float | None:
-        return self.decode_seconds and self.ran.count / self.decode_seconds
+    def speeds(self) -> dict[str, float | None]:
+        """Columns of a row, where the runs are `Solved`: seconds, and tokens per second."""
+        count, decode = self.first.count, [run.decode_seconds for run in self.runs[1:]]
+        return dict(best=self.times.best, median=self.times.median, tokens_per_second=count / self.times.best,
+                    decode_tokens_per_second=None if None in decode else count / min(decode))
 
 
 def mixed_questions(lm: LM, count: int) -> list[list[int]]:
@@ -82,15 +93,13 @@ def our_way(lm: LM, questions: list[list[int]], batch: int, **how) -> Way:
     """`lm.generate` over the questions, `batch` neighbours at a time."""
     batches = [questions[at:at + batch] for at in range(0, len(questions), batch)]
 
-    def solve() -> Ran:
+    def solve() -> Solved:
         outs = [lm.generate(ids, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch, **how) for ids in batches]
         total = lambda name: sum(getattr(out.stats, name) for out in outs)  # noqa: E731
         layers = [layer for out in outs for row in out.exit_layers for layer in row]
-        guessed = total("drafted") > 0
-        return Ran(tokens=[row for out in outs for row in out.tokens], decode_seconds=total("decode_seconds"),
-                   depth=sum(layers) / len(layers), held=total("held"),
-                   acceptance=total("accepted") / total("drafted") if guessed else None,
-                   mean_accepted=total("accepted") / total("verifications") if guessed else None)
+        return Solved(tokens=[row for out in outs for row in out.tokens], decode_seconds=total("decode_seconds"),
+                      depth=sum(layers) / len(layers), drafted=total("drafted"), accepted=total("accepted"),
+                      verifications=total("verifications"), held=total("held"))
 
     return solve
 
@@ -98,7 +107,7 @@ def our_way(lm: LM, questions: list[list[int]], batch: int, **how) -> Way:
 def their_way(twin, questions: list[list[int]], exit_layer: int | None = None, draft: int | None = None) -> Way:
     """transformers' greedy `generate`, one question at a time; its early-exit assistance where `exit_layer` is given.
 
-    draft: guesses before verification; None keeps its own way, 20 or up to one less probable than 0.4.
+    draft: tokens before verification; None keeps its own way, 20 or up to one less probable than 0.4.
     """
     import torch
 
@@ -107,7 +116,7 @@ def their_way(twin, questions: list[list[int]], exit_layer: int | None = None, d
     drafting = dict(num_assistant_tokens=draft, num_assistant_tokens_schedule=draft and "constant",
                     assistant_confidence_threshold=draft and 0.0)
 
-    def solve() -> Ran:
+    def solve() -> Solved:
         twin.generation_config.update(**drafting)  # it reads these nowhere else
         hooks = [layers[at].register_forward_hook(lambda *_, at=at: passes.update([at])) for at in (0, -1)]
         passes.clear()
@@ -120,23 +129,19 @@ def their_way(twin, questions: list[list[int]], exit_layer: int | None = None, d
             made.append(out[0, len(question):].tolist())
         for hook in hooks:
             hook.remove()
-        # A guess is a pass of the first layer without the last; a verification adds a token to the right guesses.
-        verifications, guesses = passes[-1], passes[0] - passes[-1]
-        accepted = sum(map(len, made)) - verifications
-        return Ran(made, acceptance=accepted / guesses if guesses else None,
-                   mean_accepted=accepted / verifications if guesses else None)
+        # A draft is a pass of the first layer without the last; a verification adds a token to the accepted drafts.
+        return Solved(made, drafted=passes[0] - passes[-1], accepted=sum(map(len, made)) - passes[-1],
+                      verifications=passes[-1])
 
     return solve
 
 
-def measure(ways: Mapping[str, Way], rounds: int, bar: tqdm) -> dict[str, Measured]:
+def measure(ways: Mapping[Hashable, Callable[[], Any]], rounds: int, bar: tqdm) -> dict[Any, Measured]:
     """Every way once to compile, in the order given, then all of them interleaved. `bar` moves by one a run."""
-    runs: dict[str, list[Ran]] = {}
+    runs: dict[Hashable, list[Any]] = {}
     for name, way in ways.items():
         runs[name] = [way()]
         bar.update()
     times = interleave({name: lambda name=name, way=way: runs[name].append(way()) for name, way in ways.items()},
                        rounds, bar)
-    decode = {name: [ran.decode_seconds for ran in of_way[1:]] for name, of_way in runs.items()}
-    return {name: Measured(of_way[0], times[name], None if None in decode[name] else min(decode[name]))
-            for name, of_way in runs.items()}
+    return {name: Measured(runs[name], times[name]) for name in ways}

@@ -1,41 +1,60 @@
-"""What `LM.calibrate` does: the full model once, then early exit at ever lower thresholds, until one fails."""
+"""`calibrate`: the full model once, then early exit at ever lower thresholds, until one fails."""
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import importlib.metadata
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from tqdm import tqdm
 
-from sled.calibration.fingerprint import AN_EARLY_EXIT, bind
+from sled.calibration.fingerprint import fingerprint
 from sled.calibration.learn_then_test import DELTA, EPSILON, descending, fewest_losses, last_rejected, walk
 from sled.calibration.losses import Consistency, consistency
 from sled.calibration.record import Calibration, Step
+from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError, SettingError
-from sled.exits import EarlyExit
-from sled.machine import hardware, versions
+from sled.exits import Policy
+from sled.lm import LM
 from sled.results import Output
 from sled.settings.rules import Whole
-from sled.text.prompts import prompt_ids
-
-if TYPE_CHECKING:
-    from sled.lm import LM
+from sled.text.prompts import Prompts, prompt_ids
+from sled.timing import hardware, versions
 
 # Dense where most measures have most of their tokens. More thresholds cost time, never the guarantee.
 GRID = (0.999, 0.99, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
-def calibrate(lm: LM, prompts, *, exits: EarlyExit, delta: float, epsilon: float, grid: Iterable[float] | None, loss,
-              references, risk, seed: int, batch_size: int, progress: bool, **serving) -> Calibration:
-    """See `LM.calibrate`. serving: fusion, schedule, sampling, max_new_tokens, stop."""
+def calibrate(lm: LM, prompts: Prompts, *, exits: Policy, delta: float = 0.1, epsilon: float = 0.05,
+              grid: Iterable[float] | None = None, loss: str | Callable | None = None,
+              references: Sequence[Any] | None = None, risk: Callable | None = None, seed: int = 0,
+              batch_size: int = 32, progress: bool = True, **decoding) -> Calibration:
+    """The lowest threshold of `exits` that can be shown to keep the expected loss at `delta` or below.
+
+    The guarantee (Learn-then-Test, Angelopoulos et al. 2021; for early exit CALM, Schuster et al. 2022): if
+    these prompts are independent draws from the source of those to come, the choice exceeds `delta` with
+    probability `epsilon` at most. Fix the settings before you look at results; see docs/calibration.md.
+
+    prompts: as for `LM.generate`, at least ln(epsilon) / ln(1 - delta) of them; a few hundred are usual.
+    exits: the policy meant, with a threshold, whose present value is not read.
+    grid: thresholds, descending; tried one after the other, down to the first that fails.
+    loss: what is bounded, in [0, 1] per prompt. "rouge" (None means it): 1 - ROUGE-L between the token ids of
+        the early and the full model's output; "exact": whether they differ; or a function of both texts
+        (token ids, without a tokenizer).
+    references, risk: instead of a loss, what a right answer is, one per prompt, and risk(text, reference) in
+        [0, 1]; the loss is then max(0, risk of the early text - risk of the full model's).
+    decoding: the other fields of `sled.Decoding`, as you will serve; seed, batch_size: as for `LM.generate`. Prompt
+        i draws from stream seed + i at every threshold.
+    progress: shows a bar over the runs.
+
+    Raises: CalibrationError (too few prompts, a loss outside [0, 1]), PromptError, SettingError, TokenizerError.
+    """
     delta, epsilon = DELTA("delta", delta), EPSILON("epsilon", epsilon)
     grid = descending(GRID if grid is None else grid)
     batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
-    at = lambda threshold: dataclasses.replace(exits, threshold=threshold)  # noqa: E731
-    AN_EARLY_EXIT("exits", exits).exits(lm.config.num_layers)  # for its error, before any work
+    serving = Decoding(exits=exits, **decoding)
+    exits.with_threshold(grid[0]).exits(lm.config.num_layers)  # for its errors, before any work
     if references is not None and not isinstance(references, Iterable):
         raise SettingError(f"references is {references!r}, but must be a list; give one reference per prompt")
     references = None if references is None else list(references)
@@ -48,9 +67,12 @@ def calibrate(lm: LM, prompts, *, exits: EarlyExit, delta: float, epsilon: float
         raise CalibrationError(
             f"{len(ids)} prompts show nothing at delta {delta:g} and epsilon {epsilon:g}, even if every loss is 0; "
             f"give at least {fewest_losses(delta, epsilon):.0f}, or a larger delta or epsilon")
-    bound = bind(lm, exits=at(grid[0]), **serving)
-    settings = dict(serving, seed=seed, batch_size=batch_size)
-    steps = tuple(_steps(lm, ids, settings, grid, at, compare, delta=delta, epsilon=epsilon, progress=progress))
+    bound = fingerprint(lm, serving)
+
+    def generate(exits: Policy) -> Output:
+        return lm.decode(ids, serving.replace(exits=exits), seed=seed, batch_size=batch_size)
+
+    steps = tuple(_steps(generate, exits, grid, compare, delta=delta, epsilon=epsilon, progress=progress))
     return Calibration(
         threshold=last_rejected(steps, epsilon), delta=delta, epsilon=epsilon, loss=compare.name, prompts=len(ids),
         grid=grid, steps=steps, full_depth=lm.config.num_layers, serving=bound, model=lm.name, seed=int(seed),
@@ -58,18 +80,18 @@ def calibrate(lm: LM, prompts, *, exits: EarlyExit, delta: float, epsilon: float
         versions={"sled-jax": importlib.metadata.version("sled-jax"), **versions()}, hardware=hardware())
 
 
-def _steps(lm: LM, ids, settings: dict, grid, at, compare: Consistency, *, delta: float, epsilon: float,
-           progress: bool) -> Iterator[Step]:
+def _steps(generate: Callable[[Policy], Output], exits: Policy, grid, compare: Consistency, *, delta: float,
+           epsilon: float, progress: bool) -> Iterator[Step]:
     with tqdm(total=1 + len(grid), unit="run", disable=not progress) as bar:
         bar.set_description("all layers")
-        full = lm.generate(ids, **settings)
+        full = generate(FULL_DEPTH)
         bar.update()
         early: Output | None = None
 
         def losses_at(threshold: float):
             nonlocal early
             bar.set_description(f"threshold {threshold:g}")
-            early = lm.generate(ids, exits=at(threshold), **settings)
+            early = generate(exits.with_threshold(threshold))
             bar.update()
             return compare.losses(early, full)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +15,8 @@ from sled.calibration.fingerprint import digest_of_weights
 from sled.errors import CheckpointError
 from sled.exits.confidence import Classifier
 from sled.io import writable
+from sled.lm import LM
 from sled.settings.describe import describe, differences
-
-if TYPE_CHECKING:
-    from sled.lm import LM
 
 FORMAT = 1
 

@@ -55,7 +55,7 @@ MEASURES = {"exact": exact, "rouge": rouge}
 
 def consistency(loss: str | Callable[[Written, Written], float] | None, references: Sequence[Any] | None,
                 risk: Callable[[Written, Any], float] | None) -> Consistency:
-    """The loss that these arguments of `LM.calibrate` mean. Raises SettingError for those that do not go together."""
+    """The loss that these arguments of `calibrate` mean. Raises SettingError for those that do not go together."""
     if (risk is None) != (references is None):
         have, lack = ("references", "risk") if risk is None else ("risk", "references")
         raise SettingError(f"{have} was given without {lack}; risk(text, reference) and one reference per prompt "

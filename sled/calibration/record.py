@@ -1,31 +1,29 @@
 """`Calibration`: the record of a calibrated threshold, bound to what it was calibrated for.
 
-It is made by `LM.calibrate`, kept as a JSON file, and gives back the early exit to serve with (`policy`), or says
+It is made by `calibrate`, kept as a JSON file, and gives back the early exit to serve with (`policy`), or says
 what is not as it was.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sled.calibration.fingerprint import bind
-from sled.decoding.options import FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS
+import sled.exits as our
+from sled.calibration.fingerprint import fingerprint
+from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError
-from sled.exits import EarlyExit, Gather, Immediate, Lockstep, Policy, Schedule
-from sled.io import writable
+from sled.exits import Policy, Schedule
+from sled.io import json_digest, writable
+from sled.lm import LM
 from sled.settings.describe import differences
 
-if TYPE_CHECKING:
-    from sled.lm import LM
-
 FORMAT = 1  # of the file; a reader refuses those that it does not know
-AGAIN = "calibrate again (lm.calibrate, or sled calibrate)"
+AGAIN = "calibrate again (sled.calibrate, or the command `sled calibrate`)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Calibration:
     prompts: how many were used. grid: the thresholds that might have been tried, descending; steps: those that were,
         down to the first that failed.
     full_depth: the model's layers, with which `mean_depth` of a step compares.
-    serving: what the guarantee holds for, as `sled.calibration.fingerprint.bind` writes it.
+    serving: what the guarantee holds for, as `fingerprint` writes it.
     model: the model's name; seed, batch_size: of the calibration runs; date, versions, hardware: of the calibration.
         All of these are for the reader, and not compared.
     """
@@ -73,37 +71,35 @@ class Calibration:
     versions: dict[str, str]
     hardware: str
 
-    def policy(self, lm: LM, exits: EarlyExit | None = None, *, fusion=FINAL_LAYER, schedule: Schedule | None = None,
-               sampling=GREEDY, max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = ()) -> Policy:
+    def policy(self, lm: LM, exits: Policy | None = None, **decoding) -> Policy:
         """The early exit with the calibrated threshold, to be given to `lm.generate` with these very settings.
 
         Where no threshold was safe enough, it is the policy under which no token leaves early.
 
         lm: the model to serve, all of whose weights are read once to compare them.
-        exits: the early exit meant, its threshold aside; left out, it is the record's own.
-        fusion, schedule, sampling, max_new_tokens, stop: as for `LM.generate`, where the defaults are the same.
+        exits: the policy meant, its threshold aside; left out, it is the record's own.
+        decoding: the other fields of `sled.Decoding`.
 
         Raises CalibrationError, with every difference, where anything is not as it was calibrated.
         """
         exits = self._own_exits() if exits is None else exits
-        now = bind(lm, exits=exits, fusion=fusion, schedule=schedule, sampling=sampling,
-                   max_new_tokens=max_new_tokens, stop=stop)
+        now = fingerprint(lm, Decoding(exits=exits, **decoding))
         changed = [line for name in dict.fromkeys([*self.serving, *now])
                    for line in differences(name, self.serving.get(name), now.get(name))]
         if changed:
             raise CalibrationError(f"this calibration does not hold here: {'; '.join(changed)}; "
                                    f"serve what was calibrated, or {AGAIN}")
-        return FULL_DEPTH if self.threshold is None else dataclasses.replace(exits, threshold=self.threshold)
+        return FULL_DEPTH if self.threshold is None else exits.with_threshold(self.threshold)
 
     @property
     def schedule(self) -> Schedule:
         """The schedule it was calibrated with."""
-        return self._rebuilt("schedule", {cls.__name__: cls for cls in (Immediate, Lockstep, Gather)})
+        return self._rebuilt("schedule", vars(our))
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the record as JSON, with a digest of itself. Raises SettingError where it cannot be written."""
         written = {"format": FORMAT, **dataclasses.asdict(self)}
-        text = json.dumps({**written, "sha256": _digest(written)}, indent=2, ensure_ascii=False)
+        text = json.dumps({**written, "sha256": json_digest(written)}, indent=2, ensure_ascii=False)
         writable("path", Path(path)).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -128,7 +124,7 @@ class Calibration:
             raise CalibrationError(f"the calibration {path} has format {found['format']!r}, but this version of sled "
                                    f"reads format {FORMAT}; read it with the version that wrote it, or {AGAIN}")
         names = {"format", "sha256", *(f.name for f in dataclasses.fields(cls))}
-        if found.keys() != names or found.pop("sha256") != _digest(found):
+        if found.keys() != names or found.pop("sha256") != json_digest(found):
             raise CalibrationError(f"the calibration {path} was changed after it was made: its digest does not fit, "
                                    f"and its guarantee is void; restore the file, or {AGAIN}")
         del found["format"]
@@ -156,11 +152,11 @@ class Calibration:
         return (f"{sure} the expected loss ({self.loss}) at threshold {self.threshold:g} is at most {self.delta:g}; "
                 f"{end}. Tokens left at layer {depth:.2f} of {self.full_depth} on average.")
 
-    def _own_exits(self) -> EarlyExit:
+    def _own_exits(self) -> Policy:
         """The policy as it was written down. Its threshold is not: the default stands there."""
-        return self._rebuilt("exits", {"EarlyExit": EarlyExit})
+        return self._rebuilt("exits", vars(our))
 
-    def _rebuilt(self, name: str, classes: dict[str, type]):
+    def _rebuilt(self, name: str, classes: Mapping[str, Any]):
         """Settings of `serving` as an object. Raises CalibrationError where the record does not hold all of them."""
         fields = dict(self.serving[name])
         kind = fields.pop("kind").rpartition(".")[2]
@@ -172,9 +168,6 @@ class Calibration:
             return classes[kind](**fields)
         except (TypeError, KeyError) as reason:
             raise CalibrationError(f"the calibrated {name} has a class or settings that this version of sled lacks "
-                                   f"({reason}); use the version that made it, or {AGAIN}") from reason
+                                   f"({reason}); give the very settings as {name}=..., use the version that made it, "
+                                   f"or {AGAIN}") from reason
 
-
-def _digest(written: dict[str, Any]) -> str:
-    """SHA-256, in hexadecimal, of a record's JSON in its one canonical spelling."""
-    return hashlib.sha256(json.dumps(written, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

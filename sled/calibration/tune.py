@@ -1,22 +1,19 @@
-"""What `LM.tune` does: every way to leave early, and not leaving early, timed side by side on prompts of one's own."""
+"""`tune`: every way to leave early, and not leaving early, timed side by side on prompts of one's own."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from sled.decoding.options import A_POLICY, FULL_DEPTH
+from sled.decoding.options import A_POLICY, FULL_DEPTH, Decoding
 from sled.errors import SettingError
 from sled.exits import Gather, Immediate, Policy, Schedule
+from sled.lm import LM
 from sled.settings.rules import Whole
-from sled.text.prompts import prompt_ids
+from sled.text.prompts import Prompts, prompt_ids
 from sled.timing import interleave
-
-if TYPE_CHECKING:
-    from sled.lm import LM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,9 +71,20 @@ class Tuned:
         return "\n".join(lines)
 
 
-def tune(lm: LM, prompts, *, exits: Policy | Sequence[Policy], rounds: int, batch_size: int, progress: bool,
-         **serving) -> Tuned:
-    """See `LM.tune`. serving: fusion, sampling, max_new_tokens, seed, stop."""
+def tune(lm: LM, prompts: Prompts, *, exits: Policy | Sequence[Policy], rounds: int = 5, seed: int = 0,
+         batch_size: int = 32, progress: bool = True, **decoding) -> Tuned:
+    """The fastest way to leave early here: every policy with every schedule, and no early exit, timed side by side.
+
+    Whether leaving early pays depends on model, machine, batch and prompts; where it does not, the result's
+    `exits` leaves nothing early. Texts under `sled.EarlyExit` are as far from the full model's as its threshold
+    lets them be: `calibrate` that first.
+
+    prompts: like those to come; enough to fill a batch. exits: one policy or several.
+    rounds: how often every way is timed, after one run that compiles; the fastest counts.
+    decoding: the other fields of `sled.Decoding`, and seed and batch_size, as you will serve.
+
+    Raises: PromptError, SettingError, TokenizerError.
+    """
     rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
     batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
     ids = prompt_ids(prompts, lm.text, lm.config)
@@ -85,13 +93,14 @@ def tune(lm: LM, prompts, *, exits: Policy | Sequence[Policy], rounds: int, batc
         raise SettingError("exits is empty, so there is nothing to try; give a policy, or a list of them")
     for policy in policies:
         A_POLICY("exits", policy).exits(lm.config.num_layers)  # for its error, before any work
+    serving = Decoding(**decoding)
     ways = [(FULL_DEPTH, FULL_DEPTH.schedule), *((policy, schedule) for policy in policies
                                                  for schedule in _schedules(policy, min(batch_size, len(ids))))]
     outs = {}
 
     def run(way: int):
         policy, schedule = ways[way]
-        outs[way] = lm.generate(ids, exits=policy, schedule=schedule, batch_size=batch_size, **serving)
+        outs[way] = lm.decode(ids, serving.replace(exits=policy, schedule=schedule), seed=seed, batch_size=batch_size)
 
     with tqdm(total=len(ways) * (rounds + 1), unit="run", disable=not progress) as bar:
         for way in range(len(ways)):  # compiles

@@ -13,23 +13,32 @@ from sled.io import writable
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchFusion:
+class Measurement:
+    """One of the measurements of `sled bench`."""
+
+    json: Path | None = None
+    """Also write the report to this file."""
+
+    def report(self):
+        """Measure, and report."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchFusion(Measurement):
     """The fused SLED step against the released algorithm in torch, and against the projections it cannot avoid.
 
     Needs the `parity` extra for the torch side; without it the rest is measured. About three minutes.
     """
 
-    json: Path | None = None
-    """Also write the report to this file."""
-
-    def run(self) -> None:
+    def report(self):
         from sled.bench.fusion import run_fusion_bench
 
-        _show(run_fusion_bench(), self.json)
+        return run_fusion_bench()
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchDecode:
+class BenchDecode(Measurement):
     """Decoding a random 134M-parameter Llama, against transformers' generate on the same weights.
 
     Greedy and SLED, batch 1 and 8, float32; time to first token and compile time. Needs the `parity`
@@ -40,17 +49,15 @@ class BenchDecode:
     """Tokens per row and run."""
     rounds: int = 4
     """Interleaved rounds; ratios are taken between the fastest."""
-    json: Path | None = None
-    """Also write the report to this file."""
 
-    def run(self) -> None:
+    def report(self):
         from sled.bench.decode import run_decode_bench
 
-        _show(run_decode_bench(new_tokens=self.new_tokens, rounds=self.rounds), self.json)
+        return run_decode_bench(new_tokens=self.new_tokens, rounds=self.rounds)
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchExits:
+class BenchExits(Measurement):
     """Early exit and self-speculation on the bundled model's held-out problems, against plain decoding.
 
     Batch 1: self-speculation, with and without SLED, and transformers' assisted_early_exit on the same weights
@@ -63,17 +70,15 @@ class BenchExits:
     """Interleaved rounds; ratios are taken between the fastest."""
     picture: Path | None = None
     """Also draw speed, depth and agreement over the thresholds into this file (.png, .svg or .pdf)."""
-    json: Path | None = None
-    """Also write the report to this file."""
 
-    def run(self) -> None:
+    def report(self):
         from sled.bench.exits import run_exits_bench
 
-        _show(run_exits_bench(problems=self.problems, rounds=self.rounds, picture=self.picture), self.json)
+        return run_exits_bench(problems=self.problems, rounds=self.rounds, picture=self.picture)
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchEngine:
+class BenchEngine(Measurement):
     """Continuous batching on the bundled model's held-out problems, against batches that wait for their slowest row.
 
     Without early exit and with self-speculation. About a minute.
@@ -85,17 +90,15 @@ class BenchEngine:
     """Requests served at a time."""
     rounds: int = 5
     """Interleaved rounds; ratios are taken between the fastest."""
-    json: Path | None = None
-    """Also write the report to this file."""
 
-    def run(self) -> None:
+    def report(self):
         from sled.bench.engine import run_engine_bench
 
-        _show(run_engine_bench(requests=self.requests, slots=self.slots, rounds=self.rounds), self.json)
+        return run_engine_bench(requests=self.requests, slots=self.slots, rounds=self.rounds)
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchLoss:
+class BenchLoss(Measurement):
     """The training loss of twelve exits with its gradient, against its plain form: time and memory.
 
     Holds seven gigabytes for the plain form. About four minutes.
@@ -103,18 +106,16 @@ class BenchLoss:
 
     rounds: int = 2
     """Interleaved rounds; ratios are taken between the fastest."""
-    json: Path | None = None
-    """Also write the report to this file."""
 
-    def run(self) -> None:
+    def report(self):
         from sled.bench.loss import run_loss_bench
 
-        _show(run_loss_bench(rounds=self.rounds), self.json)
+        return run_loss_bench(rounds=self.rounds)
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchLayers:
-    """How well each layer speaks, of one or several models side by side, on held-out word problems.
+class BenchLayers(Measurement):
+    """The predictions of each layer on held-out word problems, of one or several models side by side.
 
     sled bench layers --models demo twin/model --picture layers.png
 
@@ -127,13 +128,11 @@ class BenchLayers:
     """Held-out problems."""
     picture: Path | None = None
     """Also draw the layers into this file (.png, .svg or .pdf)."""
-    json: Path | None = None
-    """Also write the report to this file."""
 
-    def run(self) -> None:
+    def report(self):
         from sled.bench.layers import run_layers_bench
 
-        _show(run_layers_bench(self.models, count=self.problems, picture=self.picture), self.json)
+        return run_layers_bench(self.models, count=self.problems, picture=self.picture)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,10 +150,7 @@ class Bench:
         if self.what.json:
             writable("--json", self.what.json)
         print_devices()
-        self.what.run()
-
-
-def _show(report, path: Path | None) -> None:
-    print(report.markdown())
-    if path:
-        path.write_text(report.json() + "\n")
+        report = self.what.report()
+        print(report.markdown())
+        if self.what.json:
+            self.what.json.write_text(report.json() + "\n")

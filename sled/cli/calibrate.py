@@ -9,15 +9,19 @@ from typing import Annotated, Literal
 
 import tyro
 
-from sled.cli.exit_options import ExitOptions
+import sled
+from sled.cli.derived import derive, offer, settings_of
+from sled.cli.exit_options import SCHEDULE, ExitOptions
 from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
 from sled.errors import PromptError
 from sled.io import writable
 from sled.settings.rules import Whole
 
+EXITS = (*settings_of(offer(sled.EarlyExit, "measure", "kv", "decay", exit_layers="layers")), *SCHEDULE)
+
 
 @dataclasses.dataclass(frozen=True)
-class Calibrate:
+class Calibrate(derive("Exits", *EXITS)):
     """Find how early tokens may leave, with a guarantee.
 
     sled calibrate --exit-layers 1 2 4
@@ -34,8 +38,6 @@ class Calibrate:
     sled.Calibration.load("calibration.json").policy(lm, ...) gives the exits to serve with, and refuses others.
     """
 
-    exit_layers: tuple[int, ...]
-    """After which layers a token may leave, from 1 to the last but one, such as 1 2 4."""
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("calibration.json")
     """Write the record to this file."""
     file: Path | None = None
@@ -50,25 +52,10 @@ class Calibrate:
     It takes ln(epsilon) / ln(1 - delta) prompts or more: 29 at delta 0.1, epsilon 0.05.
     With a few hundred the choice is not held back by chance."""
     loss: Literal["rouge", "exact"] = "rouge"
-    """How far a text is from the full model's, 0 to 1.
+    """The distance of a text from the full model's, 0 to 1.
     rouge: 1 - ROUGE-L, the share of tokens that differ or moved. exact: 1 where anything differs, else 0."""
     grid: tuple[float, ...] | None = None
     """Thresholds to try, descending, 0 to 1. By default 18 of them, from 0.999 to 0.1."""
-    measure: Literal["max_probability", "margin", "entropy", "saturation"] | None = None
-    """What a threshold is compared with. max_probability (the usual): the best token's.
-    margin: its lead over the second. entropy: there is little of it.
-    saturation: the exit's own layer hardly turned the hidden state."""
-    kv: Literal["exact", "propagate"] | None = None
-    """Keys and values of skipped layers. exact (the usual): made up later, in a block.
-    propagate: from the exit's hidden state at once; cheaper, approximate."""
-    decay: Literal["none", "calm-paper", "calm-code"] | None = None
-    """Lower the threshold as the text grows, as CALM's paper or its code."""
-    schedule: Literal["immediate", "lockstep", "gather"] = "immediate"
-    """When deeper layers run for prompts decoded together."""
-    gather_rows: int | None = None
-    """gather: how many rows wait for each other (4)."""
-    patience: int | None = None
-    """gather: how many rounds a row waits at most (16)."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
@@ -80,14 +67,12 @@ class Calibrate:
     """Prompts decoded together."""
 
     def run(self) -> None:
-        exits = ExitOptions(exits="early", exit_layers=self.exit_layers, measure=self.measure, kv=self.kv,
-                            decay=self.decay, schedule=self.schedule, gather_rows=self.gather_rows,
-                            patience=self.patience).settings()
+        exits = ExitOptions(exits="early", **{name: getattr(self, name) for name, *_ in EXITS}).settings()
         fusion, sampling = self.fusion_options.strategy(), self.sampling_options.sampling()
         prompts = self._prompts()
         output = writable("--output", self.output)
         lm = self.model_options.load()
-        record = lm.calibrate(prompts, **exits, fusion=fusion, sampling=sampling, delta=self.delta,
+        record = sled.calibrate(lm, prompts, **exits, fusion=fusion, sampling=sampling, delta=self.delta,
                               epsilon=self.epsilon, grid=self.grid, loss=self.loss, seed=self.sampling_options.seed,
                               max_new_tokens=self.max_new_tokens, stop=[unescape(s) for s in self.stop],
                               batch_size=self.batch_size)

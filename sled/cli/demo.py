@@ -9,35 +9,32 @@ import shutil
 import textwrap
 from pathlib import Path
 
+import sled
+from sled.cli.derived import derive, offer, settings_of
 from sled.cli.options import ModelOptions
-from sled.io import writable_picture
+from sled.plots import writable_picture
+from sled.settings.rules import Whole
 
 MAX_NEW_TOKENS = 96
 
 
 @dataclasses.dataclass(frozen=True)
-class Demo:
-    """See the layers speak: held-out word problems solved greedily and by SLED, a table, a picture.
+class Demo(derive("Fused", *settings_of(offer(sled.SLED, "rate", "scale")))):
+    """Solve held-out word problems greedily and by SLED; print a table, and draw what each layer predicts.
 
     Runs offline on the bundled model, within a minute or two on a CPU.
     """
 
     problems: int = 100
-    """How many held-out problems to solve for the table."""
+    """Held-out problems to solve for the table."""
     show: int = 3
-    """How many of them to print with both solutions."""
+    """Problems to print with both solutions."""
     output: Path = Path("sled-demo")
     """Folder for the lens picture."""
-    rate: float = 2.0
-    """SLED's evolution rate."""
-    scale: int = 10
-    """SLED's evolution scale: how many top tokens take part."""
 
     def run(self) -> None:
-        import sled
         from sled.demo.problems import problems, prompt
         from sled.eval.numbers import final_answer
-        from sled.settings.rules import Whole
 
         Whole(1, hint="it counts the problems to solve")("--problems", self.problems)
         Whole(0, hint="it counts the problems to print")("--show", self.show)
@@ -71,8 +68,8 @@ class Demo:
         text = prompts[0] + table[0][1].texts[0]
         lens = lm.lens(text, fusion=sled.SLED(rate=self.rate, scale=self.scale))
         first = max(0, len(lm.text.encode(prompts[0])) - 1)
-        lens.picture(path, first=first, count=32,
-                     title="What each layer would say next, while the demo model solves a problem")
+        sled.lens.picture(lens, path, first=first, count=32,
+                          title="What each layer would say next, while the demo model solves a problem")
         print(f"\nlens picture: {path}")
 
 

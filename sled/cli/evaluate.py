@@ -10,8 +10,9 @@ from typing import Annotated, Any
 
 import tyro
 
+from sled.cli.derived import given
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FUSIONS, FusionOptions, ModelOptions, SamplingOptions, given
+from sled.cli.options import FUSIONS, FusionOptions, ModelOptions, SamplingOptions
 from sled.errors import EvaluationError
 from sled.io import writable
 
@@ -43,7 +44,7 @@ class Eval:
     include_path: tuple[Path, ...] = ()
     """Folders with tasks of your own, as YAML files."""
     metadata: tuple[str, ...] = ()
-    """What tasks may be told, NAME=VALUE, such as problems=200 for sled_demo."""
+    """Metadata for the tasks, NAME=VALUE, such as problems=200 for sled_demo."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sled-eval")
     """Folder for report.json, report.md, samples.jsonl and pictures; report.json comes last."""
     cache: Path | None = None
@@ -107,8 +108,8 @@ class Eval:
         chosen.pop("seed", None)
         if not chosen:
             return "greedy"
-        parts = [{"final": "final layer", "clamp": "clamp only"}.get(self.fusion_options.fusion,
-                                                                     FUSIONS[self.fusion_options.fusion])]
+        fusion = self.fusion_options.fusion
+        parts = [{"final": "final layer", "clamp": "clamp only"}.get(fusion, FUSIONS[fusion].kind.__name__)]
         parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in chosen.items() if name != "fusion"]
         return ", ".join(parts)
 

@@ -9,8 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+import sled
+from sled.cli.derived import given, refuse_others
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FusionOptions, given, refuse_others
+from sled.cli.options import FusionOptions
 from sled.errors import SettingError
 
 OF_HF = {"heads", "license", "base", "margin", "calibration"}
@@ -36,12 +38,12 @@ class Export:
     """
 
     source: tyro.conf.Positional[str]
-    """What sled train has as --out (the run may be unfinished, or still going), a Hugging Face folder, a hub id,
+    """A run of sled train, its --out (unfinished or still going, if need be), a Hugging Face folder, a hub id,
     "demo", or an Orbax export."""
     to: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder to write: a new one, or an earlier export."""
     form: Literal["hf", "orbax", "program"] = "hf"
-    """What to write."""
+    """The form to write: hf, a Hugging Face folder; orbax, a checkpoint; program, a compiled function."""
     step: int | None = None
     """Of a run: which checkpoint; the latest by default."""
     revision: str | None = None
@@ -76,8 +78,8 @@ class Export:
         elif self.form == "orbax":
             forms.export_orbax(self.source, self.to, **reading)
         else:
-            forms.export_program(self.source, self.to, fusion=self.fusion_options.strategy(),
-                                 **self.exit_options.settings(), **reading)
+            decoding = sled.Decoding(self.fusion_options.strategy(), **self.exit_options.settings())
+            forms.export_program(self.source, self.to, decoding, **reading)
         print(f"the {self.form} export is in {self.to}", file=sys.stderr)
 
 

@@ -12,8 +12,9 @@ from typing import Annotated
 import tyro
 
 from sled.calibration.record import Calibration
+from sled.cli.derived import given
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, given, read_prompts, unescape
+from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
 from sled.cli.paint import Paint, PaintedRow, has_colours
 from sled.errors import SettingError
 from sled.results import Stats
@@ -55,7 +56,7 @@ class Generate:
     json: bool = False
     """Print a JSON object per prompt: prompt, text, tokens, exit_layers, finish_reason."""
     show_exits: bool = False
-    """Show the layer that said each token: colours on a terminal (NO_COLOR turns them off), or else marks."""
+    """Show the layer that emitted each token: colours on a terminal (NO_COLOR turns them off), or else marks."""
     calibration: Path | None = None
     """Leave early as this record of `sled calibrate` says, instead of --exits and --schedule.
     It is refused where model, fusion, sampling, --max-new-tokens or --stop are not those it was made for."""
@@ -83,24 +84,24 @@ class Generate:
             paint = Paint(exits["exits"].exits(lm.config.num_layers), colours=has_colours(sys.stdout))
         marks = paint is not None and not paint.colours  # stand behind whole runs of tokens, which chunks would cut
         if len(prompts) == 1 and not self.json and not marks:
-            stats, said = self._stream(lm, prompts[0], settings, paint)
+            stats, layers = self._stream(lm, prompts[0], settings, paint)
         else:
-            stats, said = self._together(lm, prompts, settings, paint)
+            stats, layers = self._together(lm, prompts, settings, paint)
         if paint:
-            print(paint.legend(said))
+            print(paint.legend(layers))
         print(end_line(stats, lm.config.num_layers, exits=bool(exits)), file=sys.stderr)
 
     def _stream(self, lm, prompt: str, settings: dict, paint: Paint | None):
         row = PaintedRow(lm.text.decode, paint) if paint else None
-        said = []
+        emitted = []
         chunks = lm.stream(prompt, **settings)  # first, so that no prompt stands before an error
         print(prompt, end="", flush=True)
         for chunk in chunks:
             text, layers = chunk.texts[0], chunk.exit_layers[0]
             print(row.more(text, chunk.tokens[0], layers) if row else text, end="", flush=True)
-            said += layers
+            emitted += layers
         print()
-        return chunk.stats, said
+        return chunk.stats, emitted
 
     def _together(self, lm, prompts: list[str], settings: dict, paint: Paint | None):
         out = lm.generate(prompts, batch_size=self.batch_size, progress=len(prompts) > 1, **settings)
@@ -116,12 +117,12 @@ class Generate:
 
 
 def end_line(stats: Stats, num_layers: int, *, exits: bool) -> str:
-    """What a generation came to, in a line; with what exits did, where they were used."""
+    """One line on a generation: its speed and, where exits were used, what they did."""
     parts = [f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, compilation included"]
     if exits:
         if stats.acceptance is not None:
-            parts.append(f"{stats.accepted} of {stats.drafted} guesses right ({stats.acceptance:.0%}), "
-                         f"{stats.mean_accepted:.2f} per check")
+            parts.append(f"{stats.accepted} of {stats.drafted} drafts accepted ({stats.acceptance:.0%}), "
+                         f"{stats.mean_accepted:.2f} per verification")
         else:
             parts.append(f"mean depth {stats.mean_depth:.2f} of {num_layers} layers, {stats.deferred} tokens left "
                          "before the last")

@@ -9,13 +9,14 @@ from typing import Annotated
 import tyro
 
 from sled.cli.options import FusionOptions, ModelOptions, unescape
-from sled.io import writable, writable_picture
+from sled.io import writable
+from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
 
 @dataclasses.dataclass(frozen=True)
 class Lens:
-    """What every layer would say after each token of a text, as a table, a picture, a page to explore.
+    """Show every layer's next-token predictions after each token of a text: a table, a picture, a page to explore.
 
     sled lens "Question: Ash buys 6 toys at 10 dollars each. How much is it?\\nAnswer: 6*10=60"
     sled lens --fusion sled --picture lens.png --last 24 "The capital of France is Paris"
@@ -34,6 +35,8 @@ class Lens:
     """Show the last so many positions of the text: by default 12, on the page all that it holds."""
 
     def run(self) -> None:
+        from sled.lens import page, picture
+
         last = 12 if self.last is None else Whole(1, hint="it counts the positions to show")("--last", self.last)
         strategy = self.fusion_options.strategy()
         if self.picture:
@@ -46,9 +49,9 @@ class Lens:
         print(lens.table(first=first, count=last))
         print("cells: a layer's most likely next token and its probability in percent; * = the last layer's choice")
         if self.picture:
-            print(f"picture: {lens.picture(self.picture, first=first, count=last)}")
+            print(f"picture: {picture(lens, self.picture, first=first, count=last)}")
         if self.html:
             whole = self.last is None
-            page = lens.page(self.html, title=f"What each layer of {lm.name} would say next",
-                             first=0 if whole else first, count=None if whole else last)
-            print(f"page: {page}")
+            written = page(lens, self.html, title=f"What each layer of {lm.name} would say next",
+                           first=0 if whole else first, count=None if whole else last)
+            print(f"page: {written}")

@@ -5,17 +5,25 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
 import sled
-from sled.errors import PromptError, SettingError
+from sled.cli.derived import build, choice, derive, offer, refuse_others, settings_by_choice, settings_of
+from sled.errors import PromptError
+from sled.settings.field import declared
 
-FUSIONS = {"final": "FinalLayer", "sled": "SLED", "dola": "DoLa", "confident": "ConfidentDecoding",
-           "average": "LayerAverage", "clamp": "ClampOnly"}
+FUSIONS = {
+    "final": offer(sled.FinalLayer),
+    "sled": offer(sled.SLED, "rate", "scale", "steps", "lower_bound", "layers", "norm_early"),
+    "dola": offer(sled.DoLa, "relative_top", "lower_bound", "layers", "norm_early"),
+    "confident": offer(sled.ConfidentDecoding, "norm_early"),
+    "average": offer(sled.LayerAverage, "layers", "norm_early"),
+    "clamp": offer(sled.ClampOnly, "scale", "lower_bound"),
+}
+SAMPLING = offer(sled.Sampling, *declared(sled.Sampling))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,70 +43,29 @@ class ModelOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class FusionOptions:
-    """How the layers decide together. A setting left out keeps the method's own default."""
-
-    fusion: Literal["final", "sled", "dola", "confident", "average", "clamp"] = "final"
-    """final: the last layer alone; clamp: only its top tokens, the honest baseline of sled."""
-    rate: float | None = None
-    """sled: evolution rate, 0.5 to 3 for open text."""
-    scale: int | None = None
-    """sled, clamp: how many of the last layer's top tokens take part (5, 10, 20)."""
-    steps: int | None = None
-    """sled: evolution steps."""
-    relative_top: float | None = None
-    """dola: tokens below this fraction of the highest probability are left out."""
-    lower_bound: float | None = None
-    """sled, clamp, dola: the logit of tokens that are left out. Scores need a finite one (-1000; dola's is -inf)."""
-    layers: tuple[int, ...] | None = None
-    """Early layers to use (0 = embeddings), for the methods that take them."""
-    norm_early: bool | None = None
-    """Apply the final norm to early layers before projecting them."""
+class FusionOptions(derive(
+        "Fusion", choice("fusion", FUSIONS, default="final",
+                         help="final: the last layer alone; clamp: only its top tokens, the honest baseline of sled. "
+                              "Scores need a finite --lower-bound."),
+        *settings_by_choice(FUSIONS))):
+    """The fusion of the layers' predictions. A setting left out keeps the method's own default."""
 
     def strategy(self):
         """The chosen strategy. Raises SettingError for a setting that it does not have."""
-        kind = getattr(sled, FUSIONS[self.fusion])
-        has = {field.name for field in dataclasses.fields(kind) if field.init}
-        refuse_others(self, "fusion", has)
-        return kind(**{name: value for name, value in given(self).items() if name in has})
+        chosen = FUSIONS[self.fusion]
+        refuse_others(self, "fusion", chosen.options)
+        return build(self, chosen)
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How a token is drawn; greedy unless a temperature is given."""
+class SamplingOptions(derive("Draw", *settings_of(SAMPLING))):
+    """The draw of the next token; greedy unless a temperature is given."""
 
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
-    """Keep the k most likely tokens; 0 keeps all."""
-    top_p: float = 1.0
-    """Keep the most likely tokens that together reach this probability."""
-    min_p: float = 0.0
-    """Keep tokens with at least this fraction of the highest probability."""
-    repetition_penalty: float = 1.0
-    """Above 1 discourages tokens already seen; 1.01 to 1.05 goes well with sled on open text."""
     seed: int = 0
     """Random seed; prompt i uses seed + i."""
 
     def sampling(self) -> sled.Sampling:
-        return sled.Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p,
-                             repetition_penalty=self.repetition_penalty)
-
-
-def given(options) -> dict[str, Any]:
-    """The options that were given: those that are not at their default."""
-    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
-            if getattr(options, field.name) != field.default}
-
-
-def refuse_others(options, choice: str, has: Collection[str]) -> None:
-    """Raises SettingError for an option given that what --`choice` chose does not have (`has`)."""
-    for name in given(options):
-        if name != choice and name not in has:
-            chosen = getattr(options, choice)
-            where = f"without --{choice}" if chosen is None else f"for --{choice} {chosen}"
-            raise SettingError(f"--{name.replace('_', '-')} has no meaning {where}; "
-                               f"leave it out or choose another --{choice}")
+        return build(self, SAMPLING)
 
 
 def unescape(text: str) -> str:

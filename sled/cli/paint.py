@@ -1,4 +1,4 @@
-"""Text in which one sees which layer said each token: by colours on a terminal, by marks elsewhere."""
+"""Text in which one sees which layer emitted each token: by colours on a terminal, by marks elsewhere."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SCALE = ((230, 16), (222, 16), (179, 16), (144, 16), (102, 16), (60, 231), (17, 
 
 
 def has_colours(out: TextIO) -> bool:
-    """Whether colours belong into this output: it is a terminal, and NO_COLOR (no-color.org) is not set."""
+    """True where colours belong into this output: it is a terminal, and NO_COLOR (no-color.org) is not set."""
     return out.isatty() and not os.environ.get("NO_COLOR")
 
 
 class Paint:
-    """How layers are shown. exits: those that may say a token, ascending; colours: or else marks.
+    """The way layers are shown. exits: those that may emit a token, ascending; colours: or else marks.
 
     A mark, such as [4], stands behind all the text since the mark before it.
     """
@@ -31,7 +31,7 @@ class Paint:
         self._scale = {layer: SCALE[i * (len(SCALE) - 1) // steps] for i, layer in enumerate(exits)}
 
     def text(self, text: str, layer: int) -> str:
-        """A piece of text that one layer said."""
+        """A piece of text that one layer emitted."""
         if self.colours:
             back, front = self._scale[layer]
             # Line by line: many terminals would fill the rest of a line with the background at its end.
@@ -39,12 +39,12 @@ class Paint:
         body = text.rstrip("\n")
         return f"{body}[{layer}]{text[len(body):]}"
 
-    def legend(self, said: Iterable[int]) -> str:
-        """One line that explains the colours or marks, with the number of tokens that each layer said."""
-        counts = Counter(said)
+    def legend(self, layers: Iterable[int]) -> str:
+        """One line that explains the colours or marks, with the number of tokens that each layer emitted."""
+        counts = Counter(layers)
         if self.colours:
-            return "said by " + " ".join(self.text(f" layer {n}: {counts[n]} ", n) for n in self._scale)
-        return "[n] behind a piece of text: layer n said it; tokens by layer: " + ", ".join(
+            return "emitted by " + " ".join(self.text(f" layer {n}: {counts[n]} ", n) for n in self._scale)
+        return "[n] behind a piece of text: layer n emitted it; tokens by layer: " + ", ".join(
             f"[{n}] {counts[n]}" for n in self._scale)
 
 
@@ -72,7 +72,7 @@ class PaintedRow:
         return "".join(self._paint.text("".join(character for character, _ in run), layer) for layer, run in runs)
 
     def _characters(self, token: int) -> int:
-        """How many characters the row's text gets by this token; a character of many tokens comes with its last."""
+        """Characters that the row's text gets by this token; a character of many tokens comes with its last."""
         self._tokens.append(token)
         before = self._decode(self._tokens[self._context:self._known])
         now = self._decode(self._tokens[self._context:])

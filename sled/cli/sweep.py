@@ -5,17 +5,22 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from sled.cli.options import FusionOptions, ModelOptions, given, unescape
+import sled
+from sled.cli.derived import given, option_help, option_type
+from sled.cli.options import FusionOptions, ModelOptions, unescape
 from sled.errors import PromptError, SettingError
+
+Measure = option_type(sled.EarlyExit, "measure")
+KV = Annotated[option_type(sled.EarlyExit, "kv"), tyro.conf.arg(help=option_help(sled.EarlyExit, "kv"))]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """What leaving early costs and gains here, over a grid of settings: a table, a CSV file and a picture.
+    """Measure what leaving early costs and gains, over a grid of settings: a table, a CSV file and a picture.
 
     sled sweep
 
@@ -36,7 +41,7 @@ class Sweep:
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sweep")
     """Folder for sweep.csv, sweep.md and sweep.png."""
     problems: int | None = None
-    """How many questions to ask: of the demo model's held-out problems 160, of --data all, unless given."""
+    """The number of questions to ask; left out, 160 of the demo model's held-out problems, or all of --data."""
     data: str | None = None
     """Questions of your own: a file of JSON lines, or what else sled train reads."""
     prompt: str | None = None
@@ -49,21 +54,19 @@ class Sweep:
     Left out: an eighth, a quarter, half and three quarters of the layers."""
     thresholds: tuple[float, ...] = (0.98, 0.9, 0.8, 0.7, 0.5)
     """Early exit: how sure an exit must be. None behind the option: no early exit in the sweep."""
-    measures: tuple[Literal["max_probability", "margin", "entropy", "saturation"], ...] = ("max_probability",)
+    measures: tuple[Measure, ...] = (sled.EarlyExit.measure,)
     """Early exit: what sure means."""
-    kv: Literal["exact", "propagate"] = "exact"
-    """Early exit: keys and values of skipped layers. exact: made up later, in a block.
-    propagate: from the exit's hidden state at once; cheaper, approximate."""
-    guess_layers: tuple[int, ...] | None = None
-    """Self-speculation: after which layers to guess. Left out: as for --exit-layers."""
+    kv: KV = sled.EarlyExit.kv
+    draft_layers: tuple[int, ...] | None = None
+    """Self-speculation: after which layers to draft. Left out: as for --exit-layers."""
     drafts: tuple[int, ...] = (2, 4, 6, 8)
-    """Self-speculation: how many tokens to guess. None behind the option: no self-speculation in the sweep."""
+    """Self-speculation: how many tokens to draft. None behind the option: no self-speculation in the sweep."""
     rates: tuple[float, ...] = ()
     """SLED without exits, against plain greedy decoding: evolution rates."""
     scales: tuple[int, ...] = ()
     """SLED without exits: evolution scales."""
     rounds: int = 3
-    """How often everything is timed; the fastest round counts."""
+    """Rounds of timing; the fastest counts."""
     delta: float = 0.05
     """The expected loss to tolerate: the share of questions solved without exits and lost with them."""
     epsilon: float = 0.05
@@ -89,7 +92,7 @@ class Sweep:
         usual = grid.usual_layers(lm.config.num_layers)
         methods = [*grid.early_exits(layer_sets or usual, self.thresholds, measures=self.measures, kv=self.kv,
                                      fusion=fusion),
-                   *grid.self_speculation(self.guess_layers or usual, self.drafts, fusion=fusion),
+                   *grid.self_speculation(self.draft_layers or usual, self.drafts, fusion=fusion),
                    *grid.sled_settings(self.rates, self.scales)]
         if not methods:
             raise SettingError("nothing is left to sweep: give --thresholds, --drafts, or --rates with --scales")
@@ -100,11 +103,11 @@ class Sweep:
 
     def _refuse_idle(self) -> None:
         """Raises SettingError for an option that decides nothing in this sweep."""
-        early, guesses = bool(self.thresholds), bool(self.drafts)
-        for option, there, used, needs in (("--fusion", given(self.fusion_options), early or guesses,
+        early, drafts = bool(self.thresholds), bool(self.drafts)
+        for option, there, used, needs in (("--fusion", given(self.fusion_options), early or drafts,
                                             "--thresholds or --drafts"),
                                            ("--exit-layers", self.exit_layers, early, "--thresholds"),
-                                           ("--guess-layers", self.guess_layers, guesses, "--drafts")):
+                                           ("--draft-layers", self.draft_layers, drafts, "--drafts")):
             if there and not used:
                 raise SettingError(f"{option} has no meaning without {needs}, which were left empty; leave it out, or "
                                    f"give {needs}")

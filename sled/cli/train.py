@@ -9,13 +9,17 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sled.cli.options import given
+from sled.cli.derived import derive, given, option_help, option_type
 from sled.errors import SettingError
+from sled.train.initial_model import NewModel
+from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
+from sled.train.objective.layer_dropout import FixedRows, Masked, WholeBatch, layerskip
+from sled.train.recipes import Recipe, named
 
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """What to train on. --text, or --prompt with --completion, or --tokens names the columns."""
+    """The data to train on. --text, or --prompt with --completion, or --tokens names the columns."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-d"])] = ()
     """"demo" (endless word problems), files (.jsonl, .json, .parquet, .arrow, .txt), a folder, or a hub data set."""
@@ -38,9 +42,9 @@ class DataOptions:
     shape: Literal["packed", "padded"] = "packed"
     """packed: several examples share a row, each seeing only itself. padded: one example a row."""
     too_long: Literal["skip", "truncate", "error"] = "skip"
-    """What becomes of examples longer than the context."""
+    """The fate of examples longer than the context."""
     prompt_weight: float = 0.0
-    """How much a prompt's token counts in the loss, where a completion's counts 1."""
+    """Weight of a prompt's token in the loss, where a completion's counts 1."""
 
     def sources(self):
         """The data, and what is measured on or None. Raises SettingError."""
@@ -59,69 +63,38 @@ class DataOptions:
                               limit=500 if demo else None, **how)
 
 
+def _overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> list[tuple[str, Any, Any]]:
+    """An option for each of these fields, which is None where it is left out; `default` tells what it is then."""
+    return [(field, Annotated[option_type(kind, field) | None, tyro.conf.arg(
+        help=option_help(kind, field), help_behavior_hint=f"(default: {default or getattr(kind, field)})",
+        aliases=[aliases[field]] if field in aliases else None)], None) for field in fields]
+
+
 @dataclasses.dataclass(frozen=True)
-class NewModelOptions:
+class NewModelOptions(derive("NewModelFields", *_overrides(
+        NewModel, "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "vocabulary"))):
     """A model that begins at random, for --model new: Llama-shaped."""
 
-    layers: int | None = None
-    """Deep and narrow makes leaving early worth something (8)."""
-    width: int | None = None
-    """Of the hidden states (128)."""
-    heads: int | None = None
-    """Query heads, which share the width (4)."""
-    kv_heads: int | None = None
-    """Key/value heads (as many as query heads)."""
-    mlp_width: int | None = None
-    """Of the feed-forward layers (2.75 times the width)."""
-    positions: int | None = None
-    """Tokens of the longest text that it is made for (as many as a row of training has)."""
-    vocabulary: int | None = None
-    """Tokens of a tokenizer made from the data (1000)."""
     tokenizer: Path | None = None
-    """Take this folder's tokenizer instead."""
+    """Take this folder's tokenizer instead of one made from the data."""
     end_of_text: str | None = None
     """Its token that ends a text (<|endoftext|>)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RecipeOptions:
-    """How to train: a recipe by name, and what to do otherwise than it says."""
+_RECIPE = tyro.conf.arg(aliases=["-r"], help="""plain: no early exit learns. finetune, continue, pretrain: LayerSkip's
+early-exit loss and layer dropout. layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe.
+tune-exits: the heads of --exit-heads alone, on a frozen model. demo: of the bundled model; demo-plain: of its twin
+without early exits.""")
 
-    recipe: Annotated[str, tyro.conf.arg(aliases=["-r"])] = "finetune"
-    """plain: no early exit learns. finetune, continue, pretrain: LayerSkip's early-exit loss and layer dropout.
-    layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe. tune-exits: the heads of
-    --exit-heads alone, on a frozen model. demo: of the bundled model; demo-plain: of its twin without early exits."""
-    steps: int | None = None
-    """Steps of the whole run."""
-    batch: Annotated[int | None, tyro.conf.arg(aliases=["-b"])] = None
-    """Rows of a step, over all devices."""
-    context: int | None = None
-    """Tokens of a row (as many as the model holds, at most 512, unless the recipe says so)."""
-    accumulate: int | None = None
-    """Work off the batch in so many parts: less memory, the same result (but layer dropout draws for each part)."""
-    rate: float | None = None
-    """Peak of the learning rate."""
-    optimizer: Literal["adamw", "muon"] | None = None
-    """muon: for the layers' matrices, Adam for the rest."""
-    schedule: Literal["constant", "linear", "cosine", "warmup-stable-decay"] | None = None
-    """Of the learning rate, after the warm-up."""
-    warmup: int | None = None
-    """Steps in which the learning rate rises."""
-    weight_decay: float | None = None
-    """Of matrices; norms and biases do not decay."""
-    clip: float | None = None
-    """Bound of the gradient's global norm."""
-    z_loss: float | None = None
-    """Weight of the squared log of the softmax's denominator (PaLM: 1e-4)."""
-    distill: float | None = None
-    """Weight of each early exit's divergence from the last layer, which teaches it."""
-    temperature: float | None = None
-    """Of that distillation."""
-    compute_dtype: Literal["float32", "bfloat16"] | None = None
-    """Of the arithmetic; parameters stay float32. Take bfloat16 on accelerators."""
-    remat: Literal["none", "full", "dots", "projections"] | None = None
-    """What the backward pass computes again: full needs the least memory, none the most."""
-    exits: tuple[int, ...] = ()
+
+@dataclasses.dataclass(frozen=True)
+class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "finetune"), *_overrides(
+        Recipe, "steps", "batch", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
+        "weight_decay", "clip", "z_loss", "distill", "temperature", "compute_dtype", "remat", "seed",
+        default="the recipe's", batch="-b"))):
+    """A recipe by name, and changes to it."""
+
+    exit_layers: tuple[int, ...] = ()
     """Early exits that learn at every step, in place of the recipe's, which take turns. They count as it weighs them,
     with a recipe that has none as much as the last layer."""
     layer_dropout: float | None = None
@@ -130,36 +103,27 @@ class RecipeOptions:
     drop: Literal["masked", "fixed", "batch"] | None = None
     """masked: each sequence on its own; saves no work. fixed: as many sequences of a batch as the probability says,
     left out of the computation. batch: a layer for the whole batch at once."""
-    seed: int | None = None
-    """For the data's order, layer dropout and random weights."""
 
     def made(self):
         """The recipe. Raises SettingError."""
-        from sled.train.recipes import named
-
         changes = given(self)
-        for own in ("recipe", "exits", "layer_dropout", "drop"):
+        for own in ("recipe", "exit_layers", "layer_dropout", "drop"):
             changes.pop(own, None)
         recipe = named(self.recipe, **changes)
         return dataclasses.replace(recipe, exits=self._exits(recipe.exits), dropout=self._dropout(recipe.dropout))
 
     def _exits(self, plan):
-        from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
-
-        if not self.exits:
+        if not self.exit_layers:
             return plan
         profile = getattr(plan, "profile", UniformWeights())
-        settled = AllExits(self.exits)
+        settled = AllExits(self.exit_layers)
         if idle := [n for n in settled.layers if n > 0 and profile.weigh(n, n + 1) == 0]:
-            raise SettingError(f"--exits names layer {idle[0]}, which learns nothing with --recipe {self.recipe}: its "
-                               f"{type(profile).__name__} weigh it 0; leave it out, or take plain, where all exits "
-                               "count alike")
+            raise SettingError(f"--exit-layers names layer {idle[0]}, which learns nothing with --recipe "
+                               f"{self.recipe}: its {type(profile).__name__} weigh it 0; leave it out, or take plain, "
+                               "where all exits count alike")
         return WeightedExits(profile, settled)
 
     def _dropout(self, dropout):
-        from sled.train.objective.dropping import FixedRows, Masked, WholeBatch
-        from sled.train.objective.layer_dropout import layerskip
-
         if self.layer_dropout == 0:
             dropout = None
         elif self.layer_dropout is not None:
@@ -170,8 +134,8 @@ class RecipeOptions:
         if dropout is None:
             raise SettingError(f"--drop {self.drop} was given, but no layer is dropped; give --layer-dropout too, such "
                                "as 0.1")
-        way = {"masked": Masked, "fixed": FixedRows, "batch": WholeBatch}[self.drop]
-        return dataclasses.replace(dropout, way=way())
+        strategy = {"masked": Masked, "fixed": FixedRows, "batch": WholeBatch}[self.drop]
+        return dataclasses.replace(dropout, strategy=strategy())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +144,7 @@ class HeadOptions:
 
     exit_heads: tuple[int, ...] = ()
     """After which layers: new heads, that begin by changing nothing. With --recipe tune-exits they alone learn; with
-    another give --exits too, with the same layers. A model that has heads keeps them without this."""
+    another give --exit-layers too, with the same layers. A model that has heads keeps them without this."""
     head_kind: Literal["norm", "affine", "mlp", "projection"] = "norm"
     """norm: a final norm of their own. affine: a linear map before it (tuned lens). mlp: a small network before it.
     projection: nothing but a projection of their own."""
@@ -201,7 +165,7 @@ class HeadOptions:
 
 @dataclasses.dataclass(frozen=True)
 class MeshOptions:
-    """Where to train, where there is more than one device; -1 is what is left of them."""
+    """The use of several devices; -1 is what is left of them."""
 
     data_parallel: int = 1
     """Groups of devices that hold all weights each."""
@@ -238,17 +202,17 @@ class Train:
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "demo"
-    """What to begin with: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
+    """The model to start from: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
     data_options: DataOptions = dataclasses.field(default_factory=DataOptions)
     recipe_options: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)
     new_model_options: NewModelOptions = dataclasses.field(default_factory=NewModelOptions)
     head_options: HeadOptions = dataclasses.field(default_factory=HeadOptions)
     mesh_options: MeshOptions = dataclasses.field(default_factory=MeshOptions)
-    every: int = 500
+    save_every: int = 500
     """Steps between two checkpoints; held-out losses are measured as often."""
     keep: int = 3
-    """How many of the latest checkpoints stay."""
-    tell: int = 10
+    """Number of the latest checkpoints that stay."""
+    log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     held_out_rows: int = 256
     """Rows to measure on, at most."""
@@ -264,24 +228,22 @@ class Train:
         initialize(Processes(where.cluster, where.coordinator, where.processes, where.process))
         from sled.cli.options import print_devices
         from sled.models.sharding.mesh import Mesh
-        from sled.train.trainer import Run, plan_of, train
+        from sled.train.trainer import TrainingRun, memory_plan_of, train
 
         print_devices()
         source, held_out = self.data_options.sources()
-        run = Run(
+        run = TrainingRun(
             self.out, self._model(), source, self.recipe_options.made(), held_out, shape=self.data_options.shape,
             too_long=self.data_options.too_long, prompt_weight=self.data_options.prompt_weight,
             heads=self.head_options.heads(),
-            mesh=Mesh(where.data_parallel, where.fsdp, where.tensor), every=self.every, keep=self.keep,
-            tell=self.tell, held_out_rows=self.held_out_rows, tensorboard=self.tensorboard)
+            mesh=Mesh(where.data_parallel, where.fsdp, where.tensor), save_every=self.save_every,
+            keep=self.keep, log_every=self.log_every, held_out_rows=self.held_out_rows, tensorboard=self.tensorboard)
         if self.dry_run:
-            print(f"recipe: {run.recipe}\n{plan_of(run).text()}")
+            print(f"recipe: {run.recipe}\n{memory_plan_of(run).text()}")
             return
         print(f"the trained model is in {train(run)}", file=sys.stderr)
 
     def _model(self) -> Any:
-        from sled.train.initial_model import NewModel
-
         wanted = given(self.new_model_options)
         if self.model == "new":
             return NewModel(**wanted)

@@ -1,143 +1,208 @@
 """The decoding loop: one jitted `while_loop` for plain decoding, early exit and self-speculation.
 
-The exits of a policy cut the layers into segments. A tick runs the first segment on the newest token
-of every row that can go on; at its exit a row leaves with a token, or is parked for the next segment
-(`arrivals.py`). A deeper segment runs when the schedule says so, over all rows' pending tokens as one
-block: parked rows get what they wait for, tokens that left earlier get their exact K/V in passing.
-Plain decoding is the case of one segment.
+The exits of a policy cut the layers into segments. A step runs the first segment on the newest token of every row that
+can go on. At an exit the policy decides: a row leaves, and the exit's logits are those of its next token, or it waits
+for the next segment. A deeper segment runs when the schedule says so, over all rows' pending tokens as one block:
+waiting rows get what they wait for, tokens that left earlier get their exact K/V in passing. Where the policy's tokens
+are drafts, the last segment verifies them instead (`verify.py`). At its end the step emits: one choice and one write
+for all rows that got logits. Plain decoding is the case of one segment.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sled.decoding.arrivals import Run, arrive, run_if, settle, verify
 from sled.decoding.network import Build
-from sled.decoding.sampling import Sampling
+from sled.decoding.readout import Readout
+from sled.decoding.sampling import Sampling, choose, processed_logits, seen_tokens
+from sled.decoding.segments import Context, first_segment, propagate_kv, run_block, run_if
 from sled.decoding.state import DecodeState, Plan
+from sled.decoding.verify import verify
+from sled.exits.policy import ExitView
 from sled.exits.schedule import Timing
+
+
+class Emission(NamedTuple):
+    """The next token of the rows that get one in this step.
+
+    exit_B: the exit whose logits decide, -1 for rows that get no token; logits_BV: fused, before any processor.
+    verified_B: the token, where a verification has already chosen it; else -1. None where the policy does not verify.
+    """
+
+    exit_B: jax.Array
+    logits_BV: jax.Array
+    verified_B: jax.Array | None
+
+    @property
+    def rows_B(self) -> jax.Array:
+        return self.exit_B >= 0
+
+    def at(self, s: int, leaves_B, logits_BV) -> Emission:
+        """With the logits of rows that leave at exit s."""
+        return self._replace(exit_B=jnp.where(leaves_B, s, self.exit_B),
+                             logits_BV=jnp.where(leaves_B[:, None], logits_BV, self.logits_BV))
 
 
 @functools.partial(jax.jit, static_argnames="build", donate_argnames="state")
 def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fusion, sampling: Sampling, stop_ids,
-           until_B, ticks, rows) -> DecodeState:
-    """Further tokens for every active row, until fewer than `rows` of them are left, or for `ticks` ticks.
+           pause_len_B, max_steps, min_active) -> DecodeState:
+    """Further tokens for every active row, until fewer than `min_active` of them are left, or for `max_steps` steps.
 
-    A row is left while it is active and has fewer than `until_B` known tokens.
+    A row is left while it is active and has fewer than `pause_len_B` known tokens.
 
     policy and timing are of `sled.exits`, fusion of `sled.fusion`; their numbers, like those of
-    `sampling`, `stop_ids` (token ids that end a row, the token included), `until_B`, `ticks` and `rows`
-    (1 or more) are traced: changing them compiles nothing. The caller leaves room: until_B <= capacity.
+    `sampling`, `stop_ids` (token ids that end a row, the token included), `pause_len_B`, `max_steps` and `min_active`
+    (1 or more) are traced: changing them compiles nothing. The caller leaves room: pause_len_B <= capacity.
     """
-    network = build(params)
-    plan = Plan.of(policy, fusion, network)
-    run = Run(network, plan, policy, fusion, sampling, stop_ids, jnp.minimum(state.limit_B, until_B),
-              policy.prepare(network))
+    readout = Readout(build(params))
+    plan = Plan.of(policy, fusion, readout.network)
+    run = Context(readout, plan, policy, fusion, sampling, stop_ids, jnp.minimum(state.text.limit_B, pause_len_B),
+                  policy.prepare(readout))
 
-    def tick(carry):
+    def step(carry):
         state, taken = carry
-        state = _first_segment(run, state)
+        ready_B = run.ready_B(state)
+        state, states = first_segment(run, state, ready_B)
+        state, emission = _first_decision(run, state, ready_B, states)
         for s in range(1, len(plan.exits)):
-            state = _deeper_segment(run, timing, state, s)
-        idle_B = run.unfinished(state) & ~run.ready(state)
-        tally = dataclasses.replace(state.tally, held_B=state.tally.held_B + idle_B)
-        return dataclasses.replace(state, waited_B=jnp.where(idle_B, state.waited_B + 1, 0), tally=tally), taken + 1
+            state, emission = _deeper_segment(run, timing, state, s, emission)
+        state = _emit(run, state, emission)
+        return (state if plan.last == 0 else _wait(run, state)), taken + 1
 
     def unfinished(carry):
         state, taken = carry
-        return (run.unfinished(state).sum() >= rows) & (taken < ticks)
+        return (run.unfinished_B(state).sum() >= min_active) & (taken < max_steps)
 
-    state, _ = jax.lax.while_loop(unfinished, tick, (state, 0))
+    state, _ = jax.lax.while_loop(unfinished, step, (state, 0))
     return state
 
 
-def _first_segment(run: Run, state: DecodeState) -> DecodeState:
-    """The newest token of every row that can go on, through the first segment and to its exit."""
-    network, top = run.network, run.plan.exits[0]
-    ready_B = run.ready(state)
-    position_B1 = jnp.where(ready_B, state.length_B - 1, state.capacity)[:, None]
-    h0 = network.embed(jnp.take_along_axis(state.tokens_BS, state.length_B[:, None] - 1, axis=1))
-    states, caches = network.run_layers(h0, position_B1, state.caches[:top], 0, top)
-    states = dict(enumerate([h0, *states]))
-    state = _ran(run, state, 0, states, position_B1, caches, jnp.where(ready_B, state.length_B, state.done_BE[:, 0]))
-    return arrive(run, state, 0, ready_B, {n: h[:, 0] for n, h in states.items()})
+def _first_decision(run: Context, state: DecodeState, ready_B, states) -> tuple[DecodeState, Emission]:
+    """The decision at the first exit, where every step comes by."""
+    if run.plan.last == 0:
+        logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[0])
+        return state, Emission(jnp.where(ready_B, 0, -1), logits_BV, None)
+    decision = run.policy.at_exit(_view(run, state, 0, ready_B, states))
+    none_B = jnp.full_like(ready_B, -1, jnp.int32)
+    emission = Emission(none_B, decision.logits_BV, none_B if run.policy.verifies else None)
+    return _decided(run, state, 0, ready_B, decision, states, emission)
 
 
-def _deeper_segment(run: Run, timing: Timing, state: DecodeState, s: int) -> DecodeState:
+def _view(run: Context, state: DecodeState, s: int, here_B, states) -> ExitView:
+    text, top = state.text, run.plan.exits[s]
+    return ExitView(
+        index=s, layer=top, here_B=here_B, states=states,
+        fused_logits=lambda: run.readout.fuse(run.fusion, states, top),
+        emitted_B=text.length_B - text.prompt_B, most_B=text.limit_B - text.prompt_B,
+        drafted_B=run.deferred_B(state), memory=state.memory, prepared=run.prepared)
+
+
+def _decided(run: Context, state: DecodeState, s: int, here_B, decision, states, emission: Emission):
+    """The policy's decision at early exit s: rows leave with its logits, or wait for the next segment."""
+    leaves_B = decision.leaves_B & here_B
+    waiting_B = jnp.where(here_B & ~leaves_B, s + 1, jnp.where(here_B, 0, state.progress.waiting_B))
+    state = state.replace(memory=decision.memory, progress=state.progress.replace(waiting_B=waiting_B))
+    if run.policy.propagates:
+        state = propagate_kv(run, state, s, leaves_B, states[run.plan.exits[s]])
+    return state, emission.at(s, leaves_B, decision.logits_BV)
+
+
+def _deeper_segment(run: Context, timing: Timing, state: DecodeState, s: int, emission: Emission):
     """Segment s over all pending tokens, if somebody waits for it and it is time."""
-    pending_B = jnp.where(state.active_B, state.done_BE[:, s - 1] - state.done_BE[:, s], 0)
-    full_B = run.full(state) & (pending_B > 0)
-    waiting_B = run.unfinished(state) & ((state.parked_B == s) | full_B)
-    due = timing.due(waiting_B, state.waited_B, full_B, run.ready(state))
-    if run.policy.verifies and s == len(run.plan.exits) - 1:
-        return run_if(due, lambda state: verify(run, *_run_block(run, s, run.plan.window, state)), state)
+    plan, progress = run.plan, state.progress
+    pending_B = jnp.where(state.text.active_B, progress.kv_len_BE[:, s - 1] - progress.kv_len_BE[:, s], 0)
+    # As it will be once this step has emitted. A draft counts as going on: if it ends its row, the next step verifies.
+    crowded_B = run.deferred_B(state) + emission.rows_B >= plan.window
+    goes_on_B = state.text.length_B + emission.rows_B < run.pause_len_B
+    full_B = run.free_B(state) & crowded_B & goes_on_B & (pending_B > 0)
+    due = timing.due(waiting_B=run.unfinished_B(state) & ((progress.waiting_B == s) | full_B),
+                     waited_B=progress.waited_B, full_B=full_B,
+                     ready_B=emission.rows_B & ~crowded_B & (goes_on_B | run.policy.verifies))
+    if run.policy.verifies and s == plan.last:
+        state, token_B = run_if(due, lambda carry: verify(run, carry[0]), (state, emission.verified_B))
+        fresh_B = token_B >= 0
+        return state, emission._replace(exit_B=jnp.where(fresh_B, s, emission.exit_B), verified_B=token_B)
 
-    arrived_B = due & state.active_B & (state.parked_B == s)
-    newest_B = state.length_B - 1
-    said = {n: state.held_BPCD[:, 0, 0] for n in run.heard(s) if n > run.plan.exits[s - 1]}
+    here_B = due & state.text.active_B & (progress.waiting_B == s)
+    state, states = _through_segment(run, state, s, jnp.where(due, pending_B.max(), 0))
+    if s == plan.last:
+        progress = state.progress.replace(waiting_B=jnp.where(here_B, 0, state.progress.waiting_B))
+        emit = lambda: emission.at(s, here_B, run.readout.fuse(run.fusion, states, plan.exits[s]))  # noqa: E731
+        return state.replace(progress=progress), jax.lax.cond(here_B.any(), emit, lambda: emission)
+
+    def decide():
+        return run.policy.at_exit(_view(run, state, s, here_B, states))
+
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(decide))
+    decision = jax.lax.cond(here_B.any(), decide, lambda: nothing._replace(memory=state.memory))
+    return _decided(run, state, s, here_B, decision, states, emission)
+
+
+def _through_segment(run: Context, state: DecodeState, s: int, longest):
+    """Segment s over blocks of at most `longest` (traced) pending tokens, 0 for none.
+
+    Returns the state, and the newest tokens' hidden states [B, D] that a decision at exit s may look at.
+    """
+    plan, newest_B = run.plan, state.text.length_B - 1
+    below, _ = plan.bounds(s)
+    rows = jnp.arange(newest_B.shape[0])
+    decisive = plan.decisive_layers(s)
+    new = {n: jnp.zeros_like(state.progress.buffers[0][:, 0]) for n in decisive if n > below}
 
     def block(size, carry):
         state, _ = carry
-        first_B = state.done_BE[:, s]
-        state, states, _ = _run_block(run, s, size, state)
+        first_B = state.progress.kv_len_BE[:, s]
+        state, states, _ = run_block(run, state, s, size)
         at_B = jnp.clip(newest_B - first_B, 0, size - 1)
-        return state, {n: states[n][jnp.arange(at_B.shape[0]), at_B] for n in said}
+        return state, {n: states[n][rows, at_B] for n in new}
 
-    longest, above = jnp.where(due, pending_B.max(), 0), 0
-    for size in _block_sizes(run.plan.window):
-        state, said = run_if((longest > above) & (longest <= size), functools.partial(block, size), (state, said))
+    above = 0
+    for size in block_sizes(plan.window):
+        state, new = run_if((longest > above) & (longest <= size), functools.partial(block, size), (state, new))
         above = size
-    slot_B = newest_B % state.window
-    kept = {n: state.held_BPCD[jnp.arange(slot_B.shape[0]), slot_B, c] for c, n in enumerate(run.plan.kept)}
-    return arrive(run, state, s, arrived_B, {**kept, **said})
+    slot_B = newest_B % plan.window
+    buffered = {n: buffer_BPD[rows, slot_B]
+                for n, buffer_BPD in zip(plan.buffered_layers, state.progress.buffers, strict=True)}
+    return state, {**buffered, **new}
 
 
-def _block_sizes(window: int) -> tuple[int, ...]:
-    """Block lengths that a deeper segment is compiled for: 1, 4, 16, .. and the whole window."""
-    sizes = [1]
-    while sizes[-1] * 4 < window:
-        sizes.append(sizes[-1] * 4)
-    return (*sizes, window) if window > 1 else (1,)
+def block_sizes(window: int) -> tuple[int, ...]:
+    """Block lengths that a deeper segment is compiled for: one token, and the whole window."""
+    return (1, window) if window > 1 else (1,)
 
 
-def _run_block(run: Run, s: int, size: int, state: DecodeState):
-    """Segment s over every row's pending tokens, at most `size` of them.
+def _emit(run: Context, state: DecodeState, emission: Emission) -> DecodeState:
+    """Chooses and writes the next token of every row that has one in this step."""
+    text, rows_B, policy = state.text, emission.rows_B, run.policy
+    logits_BV = processed_logits(emission.logits_BV, lambda: seen_tokens(text.tokens_BS, text.length_B,
+                                                                         emission.logits_BV.shape[-1]), run.sampling)
+    token_B = choose(logits_BV, run.sampling, text.keys_B, text.length_B)
+    if policy.verifies:
+        token_B = jnp.where(emission.verified_B >= 0, emission.verified_B, token_B)
+    # As a choice for every position: on a CPU a scatter runs as a loop of its own.
+    here_BS = rows_B[:, None] & (jnp.arange(state.capacity) == text.length_B[:, None])
+    exit_BS = text.exit_BS if run.plan.last == 0 else jnp.where(
+        here_BS, emission.exit_B[:, None].astype(text.exit_BS.dtype), text.exit_BS)
+    length_B = text.length_B + rows_B
+    ends_B = rows_B & (run.ends_B(token_B) | (length_B >= text.limit_B))
+    if policy.verifies:  # a draft that ends its row, or comes to where it pauses, waits for its verification
+        draft_B = rows_B & (emission.verified_B < 0)
+        waits_B = draft_B & (ends_B | (length_B >= run.pause_len_B))
+        progress = state.progress.replace(
+            waiting_B=jnp.where(waits_B, emission.exit_B + 1, state.progress.waiting_B))
+        state, ends_B = state.replace(progress=progress), ends_B & ~draft_B
+    return state.replace(text=text.replace(
+        tokens_BS=jnp.where(here_BS, token_B[:, None], text.tokens_BS), exit_BS=exit_BS, length_B=length_B,
+        active_B=text.active_B & ~ends_B))
 
-    Returns the state, the tokens' hidden states [B, size, D] by layer, and their positions.
-    """
-    network, plan = run.network, run.plan
-    below, top = plan.exits[s - 1], plan.exits[s]
-    rows_B1 = jnp.arange(state.length_B.shape[0])[:, None]
-    first_B, end_B = state.done_BE[:, s], state.done_BE[:, s - 1]
-    position_BT = first_B[:, None] + jnp.arange(size)
-    held_BTCD = state.held_BPCD[rows_B1, position_BT % state.window]
-    states = {n: held_BTCD[:, :, c] for c, n in enumerate(plan.kept) if n <= below}
-    position_BT = jnp.where(state.active_B[:, None] & (position_BT < end_B[:, None]), position_BT, state.capacity)
-    new, caches = network.run_layers(states[below], position_BT, state.caches[below:top], below, top)
-    states |= dict(enumerate(new, below + 1))
-    judged = run.policy.verifies and s == len(plan.exits) - 1  # then `verify` says how far the row is done
-    done_B = first_B if judged else jnp.where(state.active_B, end_B, first_B)
-    return _ran(run, state, s, states, position_BT, caches, done_B), states, position_BT
 
-
-def _ran(run: Run, state: DecodeState, s: int, states, position_BT, caches, done_B) -> DecodeState:
-    """The state after segment s ran: its caches, what deeper segments will want, how far it is done."""
-    plan = run.plan
-    below, top = ((0, *plan.exits)[s], plan.exits[s])
-    wanted = [c for c, n in enumerate(plan.kept) if (n > below or s == 0) and n <= top]
-    held_BPCD = state.held_BPCD
-    if wanted and s < len(plan.exits) - 1:
-        rows_B1 = jnp.arange(state.length_B.shape[0])[:, None]
-        slot_BT = jnp.where(position_BT < state.capacity, position_BT % state.window, state.window)
-        for c in wanted:
-            held_BPCD = held_BPCD.at[rows_B1, slot_BT, c].set(states[plan.kept[c]], mode="drop")
-    tally = dataclasses.replace(state.tally, runs_E=state.tally.runs_E.at[s].add(1))
-    state = dataclasses.replace(state, held_BPCD=held_BPCD, tally=tally,
-                                caches=[*state.caches[:below], *caches, *state.caches[top:]])
-    done_BE = state.done_BE.at[:, s].set(done_B)
-    complete = s == len(plan.exits) - 1 and not run.policy.verifies
-    return settle(state, done_BE) if complete else dataclasses.replace(state, done_BE=done_BE)
+def _wait(run: Context, state: DecodeState) -> DecodeState:
+    """Counts the step for rows that stand still."""
+    held_B = run.unfinished_B(state) & ~run.ready_B(state)
+    waited_B = jnp.where(held_B, state.progress.waited_B + 1, 0)
+    return state.replace(progress=state.progress.replace(waited_B=waited_B),
+                         tally=state.tally.replace(held_B=state.tally.held_B + held_B))

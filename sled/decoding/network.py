@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-
-from sled.errors import SettingError
-from sled.fusion.projection import SharedHead, default_tile
 
 KV = tuple[jax.Array, jax.Array]
 
@@ -69,69 +65,3 @@ class Network(Protocol):
 # Rebuilds the network from its parameters inside a traced function. Hashable: equal builders share
 # compiled programs.
 Build = Callable[[Any], Network]
-
-
-def candidates(network: Network, states: Mapping[int, jax.Array], early: tuple[int, ...], norm_early: bool,
-               last: int) -> jax.Array:
-    """Hidden states [..., C, D] for a fusion: the early layers asked for, each in its form (`form_of`), then layer
-    `last`, read by its exit head.
-    """
-    def early_one(n):
-        form = form_of(network, n, norm_early)
-        if form == "head":
-            return network.exit_head(n).read(states[n])
-        return network.normalise(states[n]) if form == "normed" else states[n]
-
-    return jnp.stack([*map(early_one, early), read(network, states[last], last)], axis=-2)
-
-
-def form_of(network: Network, layer: int, norm_early: bool) -> Literal["raw", "normed", "head"]:
-    """How early layer `layer` goes into a fusion: as it is, through the final norm, or read by its exit head.
-
-    A layer with a head is read by it whatever `norm_early` says: a head is trained for what it gives. Not if the head
-    has its own projection, which says nothing of how the state looks to the one that a fusion shares.
-    """
-    head = network.exit_head(layer)
-    if head is not None and head.projection is None:
-        return "head"
-    return "normed" if norm_early else "raw"
-
-
-def read(network: Network, h, layer: int) -> jax.Array:
-    """Hidden state `layer` [..., D] made ready for projection: by that exit's head, or else by the final norm."""
-    head = network.exit_head(layer)
-    return network.normalise(h) if head is None else head.read(h)
-
-
-def own_projection(network: Network, layer: int) -> jax.Array | None:
-    """The projection [V, D] that only the exit after `layer` has, or None where it takes the shared one."""
-    head = network.exit_head(layer)
-    return None if head is None else head.projection
-
-
-def fused_layers(network: Network, fusion, last: int) -> tuple[int, ...]:
-    """The early layers that the fusion looks at where `last` speaks last.
-
-    Raises SettingError for layers that the model lacks, and for several layers at an exit with its own projection:
-    a fusion compares logits of one projection.
-    """
-    early = fusion.early_layers(last, tied=network.tied_head)
-    if early and own_projection(network, last) is not None:
-        raise SettingError(f"{type(fusion).__name__} looks at layers {early} at the exit after layer {last}, whose "
-                           "head has a projection of its own, so that their logits cannot be compared; use FinalLayer "
-                           "there, or a head with tied=True")
-    return early
-
-
-def fuse(network: Network, fusion, states: Mapping[int, jax.Array], last: int, *, places: int | None = None):
-    """The fusion's logits [P, V] at P places where layer `last` speaks last: the model's end, or an exit.
-
-    states: hidden states [P, D] by layer, at least those that the fusion looks at. places: how many
-    there are in all, where P is only a part of them (under `vmap`).
-    """
-    early = fused_layers(network, fusion, last)
-    h_PCD = candidates(network, states, early, fusion.norm_early, last)
-    own_VD = own_projection(network, last)
-    w_VD = network.head_weight if own_VD is None else own_VD
-    rows = (places or h_PCD.shape[0]) * h_PCD.shape[1]
-    return fusion.logits(h_PCD, SharedHead(w_VD, tile=default_tile(rows, w_VD.shape[0])))

@@ -7,49 +7,44 @@ mixture of greedy and sampling rows; work that no row asks for is skipped at run
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from sled.fusion.statistics import max_and_index
-from sled.settings.pytree import traced
-from sled.settings.rules import LARGEST, Number, Whole, settle
+from sled.fusion.partial import max_and_index
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Number, Whole
 
 
-@traced(temperature="B", top_k="B", top_p="B", min_p="B", repetition_penalty="B")
-@dataclasses.dataclass(frozen=True)
+@settings
 class Sampling:
-    """How the next token is drawn. The default is greedy.
+    """The draw of the next token. The default is greedy.
 
-    temperature: 0 takes the most likely token; above 0 divides the logits (Gumbel-max draw).
-    top_k: keep the k most likely tokens; 0 keeps all.
-    top_p: keep the smallest set of most likely tokens whose probabilities reach top_p; 1 keeps all.
-    min_p: keep tokens with at least min_p times the highest probability; 0 keeps all.
-    repetition_penalty: positive logits of tokens already in the prompt or the text are divided by
-        it, negative ones multiplied (Keskar et al. 2019); 1 changes nothing. SLED's authors
-        recommend 1.01 to 1.05 for open text. Also applies when greedy.
-
-    Each is a number, or an array [B] with one per row.
-
-    Raises: SettingError for a number out of range.
+    Keskar et al. 2019 for the repetition penalty, which also applies when greedy: positive logits of tokens already in
+    the prompt or the text are divided by it, negative ones multiplied.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float = setting(
+        Number(0, hint="0 takes the most likely token, 1 samples the model's own distribution"), default=0.0, rows="B",
+        help="what divides the logits before the draw (Gumbel-max)")
+    top_k: int = setting(Whole(0, hint="0 keeps all tokens"), default=0, rows="B",
+                         help="keep the k most likely tokens")
+    top_p: float = setting(Number(0, 1, open_low=True, hint="1 keeps all tokens"), default=1.0, rows="B",
+                           help="keep the most likely tokens that together reach this probability")
+    min_p: float = setting(Number(0, 1, hint="0 keeps all tokens"), default=0.0, rows="B",
+                           help="keep tokens with at least this fraction of the highest probability")
+    repetition_penalty: float = setting(
+        Number(0, open_low=True, hint="1 changes nothing, and 1.01 to 1.05 goes well with SLED on open text"),
+        default=1.0, rows="B", help="what divides the logits of tokens that were already seen")
 
-    def __post_init__(self):
-        settle(
-            self,
-            temperature=Number(0, hint="0 is greedy, 1 samples the model's own distribution"),
-            top_k=Whole(0, LARGEST, hint="it counts tokens; 0 keeps all"),
-            top_p=Number(0, 1, open_low=True, hint="it is a probability; 1 keeps all tokens"),
-            min_p=Number(0, 1, hint="it is a fraction of the highest probability; 0 keeps all tokens"),
-            repetition_penalty=Number(0, open_low=True, hint="it divides logits; 1 changes nothing"))
+
+def seen_tokens(tokens_BS, length_B, vocabulary: int):
+    """The tokens of each row's first `length_B` positions, marked [B, V], for the repetition penalty."""
+    rows_B1 = jnp.arange(tokens_BS.shape[0])[:, None]
+    known_BS = jnp.arange(tokens_BS.shape[1]) < length_B[:, None]
+    return jnp.zeros((tokens_BS.shape[0], vocabulary), bool).at[rows_B1, tokens_BS].max(known_BS)
 
 
 def penalise(logits_BV, seen_BV, penalty_B):

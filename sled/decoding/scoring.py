@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.decoding.buckets import bucket
-from sled.decoding.network import Build, fuse
-from sled.decoding.state import Plan, start
+from sled.decoding.network import Build
+from sled.decoding.readout import Readout
+from sled.decoding.state import Plan, bucket, start
 from sled.exits import FullDepth
+from sled.fusion.partial import max_and_index
 
 LOGITS_AT_ONCE = 2**25  # places x candidates x vocabulary of one pass: 128 MiB of float32
 
@@ -71,16 +72,16 @@ def _block(rows, height: int, longest: int, capacity: int):
 
 @functools.partial(jax.jit, static_argnames=("build", "normalise"))
 def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, fusion, normalise: bool):
-    network = build(params)
+    readout = Readout(network := build(params))
     caches = jax.tree.map(lambda x: x[which_B], caches)
     h0 = network.embed(inputs_BT)
     states, _ = network.run_layers(h0, positions_BT, caches, 0, network.num_layers)
     flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  every place is a row of its own
 
     def judge(states_PD, target_P):
-        logits_PV = fuse(network, fusion, states_PD, network.num_layers)
+        logits_PV = readout.fuse(fusion, states_PD, network.num_layers)
         scores_PV = jax.nn.log_softmax(logits_PV, axis=-1) if normalise else logits_PV
-        return jnp.take_along_axis(scores_PV, target_P[:, None], axis=-1)[:, 0], jnp.argmax(logits_PV, axis=-1)
+        return jnp.take_along_axis(scores_PV, target_P[:, None], axis=-1)[:, 0], max_and_index(logits_PV)[1][:, 0]
 
     inputs = ([flat(h) for h in (h0, *states)], flat(targets_BT))
     layers = 1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.decoding import loop, state
-from sled.decoding.generation import NO_LIMIT
+from sled.decoding.batch import NO_LIMIT
 from sled.decoding.network import Build
 from sled.decoding.sampling import Sampling
 from sled.exits.schedule import Timing
@@ -19,8 +19,8 @@ from sled.exits.schedule import Timing
 PREFILL_BLOCK = 64  # prompt tokens per row and round; the room is not known beforehand, so no longer than a short one
 
 
-class Said(NamedTuple):
-    """tokens_BS: prompt and text. length_B: of both. layers_BS: the layer that said each token of the text."""
+class Generated(NamedTuple):
+    """tokens_BS: prompt and text. length_B: of both. layers_BS: the layer that chose each token of the text."""
 
     tokens_BS: jax.Array
     length_B: jax.Array
@@ -28,7 +28,7 @@ class Said(NamedTuple):
 
 
 def generate(build: Build, params: Any, *, policy, timing: Timing, fusion, sampling: Sampling, tokens_BS, length_B,
-             new_B, seeds_B, stop_ids, max_positions: int) -> Said:
+             new_B, seeds_B, stop_ids, max_positions: int) -> Generated:
     """Continues each row's prompt until a token of `stop_ids` [K] (it included), for `new_B` tokens, or to the end of
     the row's S places or of the model's `max_positions`.
 
@@ -38,7 +38,8 @@ def generate(build: Build, params: Any, *, policy, timing: Timing, fusion, sampl
     room = tokens_BS.shape[1]
     plan = state.Plan.of(policy, fusion, build(params))
     limit_B = jnp.minimum(length_B + jnp.minimum(new_B, room), jnp.minimum(room, max_positions))
-    begun = state.empty_state(build, params, tokens_BS, length_B, limit_B, seeds_B, plan=plan)
+    begun = state.empty_state(build, params, tokens_BS, length_B, limit_B, seeds_B,
+                              policy.initial_memory(tokens_BS.shape[0]), plan=plan)
 
     def fill(carry):
         at, filled = carry
@@ -48,6 +49,6 @@ def generate(build: Build, params: Any, *, policy, timing: Timing, fusion, sampl
     _, filled = jax.lax.while_loop(lambda carry: carry[0] < length_B.max() - 1, fill, begins)
     done = loop.decode(build, params, filled, policy, timing, fusion, sampling, stop_ids, limit_B, jnp.int32(NO_LIMIT),
                        jnp.int32(1))
-    known_B = done.deep_B + 1 if policy.verifies else done.length_B
-    layers_BS = jnp.asarray(plan.exits, jnp.int32)[done.exit_BS]
-    return Said(done.tokens_BS, known_B, layers_BS)
+    known_B = done.progress.complete_B + 1 if policy.verifies else done.text.length_B
+    layers_BS = jnp.asarray(plan.exits, jnp.int32)[done.text.exit_BS]
+    return Generated(done.text.tokens_BS, known_B, layers_BS)

@@ -3,9 +3,9 @@
 from sled.exits.confidence import Classifier
 from sled.exits.early_exit import EarlyExit
 from sled.exits.full_depth import FullDepth
-from sled.exits.policy import Policy
+from sled.exits.policy import Decision, ExitView, Policy
 from sled.exits.schedule import Gather, Immediate, Lockstep, Schedule
 from sled.exits.speculation import SelfSpeculation
 
-__all__ = ["Classifier", "EarlyExit", "FullDepth", "Gather", "Immediate", "Lockstep", "Policy", "Schedule",
-           "SelfSpeculation"]
+__all__ = ["Classifier", "Decision", "EarlyExit", "ExitView", "FullDepth", "Gather", "Immediate", "Lockstep", "Policy",
+           "Schedule", "SelfSpeculation"]

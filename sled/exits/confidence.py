@@ -12,7 +12,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-MEASURES = ("max_probability", "margin", "entropy", "saturation", "classifier")
+PROJECTING = ("max_probability", "margin", "entropy")  # measures of the exit's logits
+MEASURES = (*PROJECTING, "saturation", "classifier")
 
 
 @jax.tree_util.register_dataclass

@@ -13,18 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from sled.errors import SettingError
-from sled.exits.confidence import MEASURES, Classifier
-from sled.exits.policy import Exits, with_last
-from sled.exits.schedule import Immediate
-from sled.settings.pytree import traced
-from sled.settings.rules import LARGEST, Each, Instance, Number, OneOf, Whole, settle
+from sled.exits.confidence import MEASURES, PROJECTING, Classifier, confidence
+from sled.exits.policy import Decision, Exits, ExitView, Policy, only_if, with_last
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Each, Instance, Number, OneOf, OrNone, Whole
 
 DECAYS = ("none", "calm-paper", "calm-code")
 
 
-@traced("classifier", threshold="BE", decay_temperature="B", min_layer="B")
-@dataclasses.dataclass(frozen=True)
-class EarlyExit:
+@settings
+class EarlyExit(Policy):
     """A token leaves after the first of `layers` whose confidence is above the threshold.
 
     The exit speaks with the fusion in use, on the layers up to the exit, through its own head where the
@@ -32,56 +31,40 @@ class EarlyExit:
     change what a row says. A confidence that is not finite goes on to the last layer, and so do the tokens of the
     prompt, but for the last one, after which the first new token may leave as any other.
 
-    layers: the exits, n = after layer n of 1 .. L - 1. Static.
-    threshold: in [0, 1]; 1 never leaves. A number, one per exit (a tuple or an array (E,)), or per row
-        (B, E) or (B, 1). Traced.
-    measure: "max_probability", "margin", "entropy" (1 - entropy / log V), "saturation" (cosine with the
-        layer below, no projection) or "classifier" (then give `classifier`). Static.
-    decay: how the threshold lambda falls with t, the tokens made so far, of at most N. "none";
-        "calm-paper": 0.9 lambda + 0.1 exp(-decay_temperature t / N); "calm-code", as in t5x:
-        0.9 lambda + 0.1 lambda exp(-decay_temperature t / N). Static.
-    decay_temperature, min_layer: traced, each a number or one per row (B,); no token leaves before layer
-        `min_layer`.
-    kv: "exact": a token that left is run through the deeper layers later, in a block, when a token next
-        goes that deep; "propagate": its exit's hidden state stands for those layers' inputs at once
-        (CALM; approximate). Static.
-    max_deferred: how many tokens of a row may wait for their exact K/V; then the row itself waits. Static.
-
-    Raises `SettingError` for a value out of range.
+    With "calm-paper" the threshold lambda falls with t, the tokens made so far of at most N, to 0.9 lambda +
+    0.1 exp(-decay_temperature t / N); with "calm-code", as in t5x, to 0.9 lambda +
+    0.1 lambda exp(-decay_temperature t / N).
     """
 
-    layers: int | tuple[int, ...]
-    threshold: float | tuple[float, ...] | jax.Array = 0.9
-    measure: str = "max_probability"
-    decay: str = "none"
-    decay_temperature: float = 4.0
-    min_layer: int = 0
-    kv: str = "exact"
-    max_deferred: int = 8
-    classifier: Classifier | None = None
-
-    verifies = False
-    schedule = Immediate()
-    positions_per_token = 1  # a token that left runs the deeper layers once, later
+    layers: int | tuple[int, ...] = setting(Exits(), help="layers after which a token may leave, one or several")
+    threshold: float | tuple[float, ...] | jax.Array = setting(
+        Each(Number(0, 1, hint="lower leaves earlier and errs more, and 1 never leaves early"), one=True), default=0.9,
+        rows="BE", help="how sure an exit must be, one number for all exits or one per exit")
+    measure: str = setting(OneOf(MEASURES), default="max_probability", help=(
+        "what sure means: max_probability, of the most likely token; margin, its lead over the second; entropy, 1 - "
+        "entropy / log V; saturation, the cosine with the hidden state of the layer below, which needs no projection; "
+        "or that of a trained classifier"))
+    decay: str = setting(OneOf(DECAYS), default="none", help=(
+        "how the threshold falls as the text grows, since early errors cost more: calm-paper as in CALM's paper, "
+        "calm-code as in its code"))
+    decay_temperature: float = setting(Number(0, hint="CALM uses 4"), default=4.0, rows="B",
+                                       help="how fast the threshold falls")
+    min_layer: int = setting(Whole(0, hint="0 is no bound"), default=0, rows="B",
+                             help="no token leaves before this layer")
+    kv: str = setting(OneOf(("exact", "propagate")), default="exact", help=(
+        "the keys and values of a token in the layers it skipped: exact, made later in a block when a token of the row "
+        "next goes that deep; propagate, made at once from the exit's hidden state, which is cheaper and approximate"))
+    max_deferred: int = setting(Whole(1, hint="8 is usual"), default=8, help=(
+        "how many tokens of a row may wait for their exact keys and values before the row itself waits"))
+    classifier: Classifier | None = setting(
+        OrNone(Instance(Classifier, hint="sled.Classifier(weights, bias) is one")), default=None, traced=True,
+        help='trained measure, which measure="classifier" needs')
 
     def __post_init__(self):
-        settle(
-            self,
-            layers=Exits(),
-            threshold=Each(Number(0, 1, hint="a confidence lies in [0, 1]; 1 never leaves early"), one=True),
-            measure=OneOf(MEASURES),
-            decay=OneOf(DECAYS),
-            kv=OneOf(("exact", "propagate")),
-            decay_temperature=Number(0, hint="CALM uses 4"),
-            min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"),
-            max_deferred=Whole(1, hint="it counts tokens of a row that wait for their K/V; 8 is usual"),
-        )
         given = len(self.threshold) if isinstance(self.threshold, tuple) else (1, *jnp.shape(self.threshold))[-1]
         if given not in (1, len(self.layers)):
             raise SettingError(f"EarlyExit.threshold has {given} numbers for {len(self.layers)} exits; "
                                "give one number for all, one per exit, or an array (rows, exits)")
-        if self.classifier is not None:
-            Instance(Classifier, hint="give sled.Classifier(weights, bias)")("EarlyExit.classifier", self.classifier)
         if (self.measure == "classifier") != (self.classifier is not None):
             raise SettingError('EarlyExit: measure="classifier" and a trained `classifier` go together; '
                                "give both or neither")
@@ -109,15 +92,30 @@ class EarlyExit:
         lowest = float(np.min(np.asarray(self.threshold)))
         return lowest if self.decay == "none" else 0.9 * lowest
 
-    def thresholds(self, made_B, most_B):
-        """lambda' [B, exits], after `made_B` new tokens of at most `most_B`."""
+    def first_exit(self, num_layers: int) -> int:
+        """The first of `layers` from `min_layer` on, or the last layer."""
+        return min((n for n in self.layers if n >= np.min(self.min_layer)), default=num_layers)
+
+    def with_threshold(self, threshold: float) -> EarlyExit:
+        return dataclasses.replace(self, threshold=threshold)
+
+    def at_exit(self, view: ExitView) -> Decision:
+        """Rows whose confidence is finite and above the threshold leave, with the exit's fused logits."""
+        logits_BV = view.fused_logits() if self.measure in PROJECTING else None
+        sure_B = confidence(self.measure, logits_BV, view.states[view.layer], view.states[view.layer - 1],
+                            self.classifier, view.index)
+        limit_B = self.thresholds(view.emitted_B, view.most_B)[:, view.index]
+        leaves_B = view.here_B & jnp.isfinite(sure_B) & (sure_B > limit_B) & (view.layer >= self.min_layer)
+        if logits_BV is None:
+            logits_BV = only_if(leaves_B.any(), view.fused_logits)
+        return Decision(leaves_B, logits_BV, view.memory)
+
+    def thresholds(self, emitted_B, most_B):
+        """lambda' [B, exits], after `emitted_B` new tokens of at most `most_B`."""
         limit = jnp.stack(self.threshold) if isinstance(self.threshold, tuple) else jnp.asarray(self.threshold)
-        limit = jnp.broadcast_to(limit, (made_B.shape[0], len(self.layers)))
+        limit = jnp.broadcast_to(limit, (emitted_B.shape[0], len(self.layers)))
         if self.decay == "none":
             return limit
-        fade_B1 = jnp.exp(-self.decay_temperature * made_B / jnp.maximum(most_B, 1))[:, None]
+        fade_B1 = jnp.exp(-self.decay_temperature * emitted_B / jnp.maximum(most_B, 1))[:, None]
         late = limit if self.decay == "calm-code" else 1.0
         return jnp.clip(0.9 * limit + 0.1 * late * fade_B1, 0, 1)
-
-    def prepare(self, network) -> None:
-        """Nothing is taken from the network beforehand."""

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from sled.exits.schedule import Immediate
-from sled.settings.pytree import traced
+from sled.exits.policy import Decision, ExitView, Policy
+from sled.settings.decorator import settings
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
-class FullDepth:
+@settings
+class FullDepth(Policy):
     """No token leaves early: the baseline that every other policy is compared with."""
 
-    verifies = False
-    propagates = False
     window = 1
-    positions_per_token = 1
-    schedule = Immediate()
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         return (num_layers,)
 
-    def prepare(self, network) -> None:
-        """Nothing is taken from the network beforehand."""
+    def at_exit(self, view: ExitView) -> Decision:
+        raise AssertionError("there is no early exit")

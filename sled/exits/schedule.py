@@ -5,14 +5,14 @@ A schedule decides about time alone. What a row says does not depend on it.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
-from sled.settings.pytree import traced
-from sled.settings.rules import LARGEST, Whole, settle
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Whole
 
 NEVER = 2**30
 
@@ -44,8 +44,7 @@ class Schedule(Protocol):
         ...
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class Immediate:
     """Deeper layers run as soon as one row waits for them."""
 
@@ -53,8 +52,7 @@ class Immediate:
         return Timing(1, 0)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class Lockstep:
     """All rows go at the pace of the slowest: the baseline of batched early exit.
 
@@ -66,21 +64,18 @@ class Lockstep:
         return Timing(NEVER, NEVER) if verifies else Timing(1, 0)
 
 
-@traced("rows", "patience")
-@dataclasses.dataclass(frozen=True)
+@settings
 class Gather:
     """Rows that need deeper layers wait until `rows` of them do; the others go on meanwhile.
 
     The deeper layers also run when one row has waited `patience` ticks, when a row has no room to defer
-    another token, and when no row can go on without them. Both numbers are traced.
+    another token, and when no row can go on without them.
     """
 
-    rows: int = 4
-    patience: int = 16
-
-    def __post_init__(self):
-        settle(self, rows=Whole(1, LARGEST, hint="it counts the rows that wait for each other"),
-               patience=Whole(0, LARGEST, hint="it counts the ticks a row waits at most"))
+    rows: int = setting(Whole(1, hint="the others go on meanwhile"), default=4, traced=True,
+                        help="how many rows wait for each other")
+    patience: int = setting(Whole(0, hint="0 never waits"), default=16, traced=True,
+                            help="how many steps a row waits at most")
 
     def timing(self, verifies: bool) -> Timing:
         return Timing(self.rows, self.patience)

@@ -7,26 +7,28 @@ tokens per layer as in Entezari Zarch et al., "DEL", 2025 (arXiv 2504.05598).
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sled.errors import SettingError
-from sled.exits.policy import Exits, with_last
+from sled.exits.confidence import max_probability
+from sled.exits.policy import Decision, Exits, ExitView, Policy, Verification, only_if, with_last
 from sled.exits.schedule import Lockstep
+from sled.fusion.partial import max_and_index
 from sled.fusion.projection import SharedHead
-from sled.settings.pytree import traced
-from sled.settings.rules import Flag, Number, is_array, settle, settle_bounded
+from sled.settings.decorator import settings
+from sled.settings.field import bound_of, setting
+from sled.settings.rules import Flag, Number, Whole, is_array
 
 KEEP = 0.95  # how much of the acceptance seen so far is kept at each verification (DEL)
 PRIOR = (3.0, 4.0)  # accepted and judged drafts before any was seen
 
 
-@traced("vocabulary", draft="B", confidence="B")
-@dataclasses.dataclass(frozen=True)
-class SelfSpeculation:
+@settings
+class SelfSpeculation(Policy):
     """Tokens are guessed after `layer` and verified by all layers together, as one block.
 
     The text is the one that plain decoding with the same fusion, sampling and seed gives, token for
@@ -34,35 +36,26 @@ class SelfSpeculation:
     Daliri et al. 2024, arXiv 2408.07978), so a guess is right when both choose alike, and a wrong one is
     replaced by what plain decoding would have drawn. Rows of a batch keep prefixes of different length.
 
-    layer: where guesses are made, 1 .. L - 1, through the exit's own head where the model has one; with
-        `adaptive`, a tuple offers several. Static.
-    draft: how many tokens are guessed before verification, 1 <= draft <= max_draft. Traced; a number or
-        one per row (B,).
-    confidence: guessing also stops at a guess whose probability is below this, in [0, 1]; 0 never
-        stops. Traced; a number or one per row (B,).
-    adaptive: each row chooses its own draft length (at most `draft`), and its layer where several are
-        offered, by the acceptance it has seen: the most accepted tokens per layer run. Static.
-    vocabulary: token ids (V',) to guess from; None: all. A small set makes guessing cheaper where the
-        projection is a large part of it. Traced.
-    max_draft: static bound of `draft`; None: the next of 8, 16, 32, ...
-
-    Raises `SettingError` for a value out of range.
+    A draft is made through the exit's own head where the model has one.
     """
 
-    layer: int | tuple[int, ...]
-    draft: int = 6
-    confidence: float = 0.0
-    adaptive: bool = False
-    vocabulary: jax.Array | None = None
-    max_draft: int | None = None
+    layer: int | tuple[int, ...] = setting(Exits(), help="layer after which to draft; several with adaptive")
+    draft: int = setting(Whole(1, hint="6 is usual"), default=6, rows="B",
+                         help="how many tokens are drafted before they are verified")
+    confidence: float = setting(Number(0, 1, hint="0 never stops a draft"), default=0.0, rows="B",
+                                help="stop drafting at a token less probable than this")
+    adaptive: bool = setting(Flag(hint="True chooses what promises most accepted tokens per layer run"), default=False,
+                             help=("whether each row chooses the length of its draft, up to draft, and its layer, by "
+                                   "what was accepted so far"))
+    vocabulary: jax.Array | None = setting(default=None, traced=True, help=(
+        "token ids [V'] to draft from, None being all; a small set makes drafting cheaper where the projection is a "
+        "large part of it"))
+    max_draft: int | None = bound_of("draft", least=8)
 
     verifies = True
-    propagates = False
     schedule = Lockstep()  # a verification that does not wait for the others' drafts cuts them short
 
     def __post_init__(self):
-        settle(self, layer=Exits(), confidence=Number(0, 1, hint="it is a probability; 0 never stops a draft"),
-               adaptive=Flag(hint="True lets each row choose its draft length"))
         if self.vocabulary is not None:
             ids = self.vocabulary if is_array(self.vocabulary) else np.asarray(self.vocabulary)
             if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
@@ -72,7 +65,6 @@ class SelfSpeculation:
         if len(self.layer) > 1 and not self.adaptive:
             raise SettingError(f"SelfSpeculation.layer is {self.layer}, but only adaptive=True chooses among several; "
                                "give one layer, or adaptive=True")
-        settle_bounded(self, "draft", "max_draft", least=8, hint="it counts the tokens guessed before verification")
 
     @property
     def window(self) -> int:
@@ -86,55 +78,104 @@ class SelfSpeculation:
     def exits(self, num_layers: int) -> tuple[int, ...]:
         return with_last("SelfSpeculation.layer", self.layer, num_layers)
 
-    def prepare(self, network) -> Guesser:
-        """What guessing needs of a network, taken from it once, outside the loop."""
-        w_VD = network.head_weight
-        rows = lambda w_VD: SharedHead(w_VD if self.vocabulary is None else w_VD[self.vocabulary])  # noqa: E731
-        shared, exits = rows(w_VD), [network.exit_head(n) for n in self.layer]
-        heads = tuple(shared if exit is None or exit.projection is None else rows(exit.projection) for exit in exits)
-        return Guesser(heads, self.vocabulary, w_VD.shape[0], network.num_layers)
+    def prepare(self, readout) -> Drafter:
+        """The projections of the drafts, the rows of the draft vocabulary gathered once."""
+        some = lambda head: head if self.vocabulary is None else SharedHead(head.w_VD[self.vocabulary])  # noqa: E731
+        heads = tuple(some(readout.head(n)) for n in self.layer)
+        return Drafter(readout, self.layer, heads, self.vocabulary)
+
+    def initial_memory(self, batch: int):
+        """Drafts verified so far at each exit, right ones and all of them, older ones fading; [B, E - 1] each."""
+        if not self.adaptive:
+            return ()
+        none_BE = jnp.zeros((batch, len(self.layer)))
+        return Acceptance(none_BE, none_BE)
+
+    def at_exit(self, view: ExitView) -> Decision:
+        """Rows that draft at this exit leave with its logits, until their draft is long enough or not sure enough."""
+        layer_B, draft_B = self._choose_draft(view.memory, view.prepared, view.here_B.shape[0])
+        may_B = view.here_B & (layer_B == view.index) & (view.drafted_B < draft_B)
+
+        def draft():
+            logits_BV = view.prepared.logits(view.states[view.layer], view.index)
+            picky = jnp.any(jnp.asarray(self.confidence) > 0)
+            sure_B = only_if(picky, lambda: max_probability(logits_BV))
+            return ~picky | (sure_B >= self.confidence), logits_BV
+
+        sure_B, logits_BV = only_if(may_B.any(), draft)
+        return Decision(may_B & sure_B, logits_BV, view.memory)
+
+    def observe(self, memory, verification: Verification, prepared: Drafter):
+        """The acceptance after a verification, of an adaptive policy.
+
+        Places up to and including the first wrong draft count. Where several exits are offered, each is asked what it
+        would have drafted there ("shadow tokens" of DEL), its most likely token being its draft.
+        """
+        if not self.adaptive:
+            return memory
+        drafted_BT, accepted_B, chosen_BT, _ = verification
+        counts_BT = drafted_BT & (jnp.arange(drafted_BT.shape[1]) <= accepted_B[:, None])
+
+        def right_B(e: int, layer: int):
+            if len(self.layer) == 1:
+                return jnp.minimum(accepted_B, counts_BT.sum(1))
+            drafts = lambda h_BD: max_and_index(prepared.logits(h_BD, e))[1][:, 0]  # noqa: E731
+            return (counts_BT & (jax.vmap(drafts, 1, 1)(verification.states[layer]) == chosen_BT)).sum(1)
+
+        fade_B1 = jnp.where(counts_BT.any(1), KEEP, 1.0)[:, None]
+        right_BE = jnp.stack([right_B(e, layer) for e, layer in enumerate(self.layer)], axis=1)
+        return Acceptance(fade_B1 * memory.accepted_BE + right_BE,
+                          fade_B1 * memory.drafted_BE + counts_BT.sum(1)[:, None])
+
+    def _choose_draft(self, memory, drafter: Drafter, batch: int):
+        """The exit (an index) where each row drafts, and the length of its draft: both [B].
+
+        With `adaptive`, the pair that promises most accepted tokens per layer run (DEL's TPL, with this loop's
+        costs: d drafts after layer e, one more pass through it, and the other layers once).
+        """
+        most_B = jnp.broadcast_to(jnp.asarray(self.draft), (batch,))
+        if not self.adaptive:
+            return jnp.zeros(batch, jnp.int32), most_B
+        rate_BE1 = ((memory.accepted_BE + PRIOR[0]) / (memory.drafted_BE + PRIOR[1]))[:, :, None]
+        drafts_N = jnp.arange(1, self.max_draft + 1)
+        expected_BEN = 1 + jnp.cumsum(rate_BE1 ** drafts_N, axis=-1)
+        layers_E1 = jnp.array(self.layer)[:, None]
+        cost_EN = (drafts_N + 1) * layers_E1 + drafter.depth - layers_E1 + (drafts_N + 1) * drafter.head_layers
+        worth_BEN = jnp.where(drafts_N <= most_B[:, None, None], expected_BEN / cost_EN, 0)
+        best_B = worth_BEN.reshape(batch, -1).argmax(-1)
+        return best_B // self.max_draft, 1 + best_B % self.max_draft
 
 
-@dataclasses.dataclass(frozen=True)
-class Guesser:
-    """The projection for the guesses of each exit, the shared one or its own: all rows, or the draft vocabulary's."""
+class Acceptance(NamedTuple):
+    """Drafts that were right at each exit, and all that were verified, [B, exits] each; older ones fade."""
 
+    accepted_BE: jax.Array
+    drafted_BE: jax.Array
+
+
+class Drafter(NamedTuple):
+    """What drafting takes from the network. heads: each exit's projection, all rows or the draft vocabulary's."""
+
+    readout: Any
+    layers: tuple[int, ...]
     heads: tuple[SharedHead, ...]
     ids: jax.Array | None
-    vocabulary: int
-    depth: int
 
-    def project(self, h_BD, exit_index: int):
-        """Logits [B, V] of hidden states made ready by the exit; -inf for tokens outside the draft vocabulary."""
-        logits_BV = self.heads[exit_index].project(h_BD)
+    def logits(self, h_BD, exit_index: int):
+        """An exit's logits [B, V] of its hidden states, without fusion; -inf outside the draft vocabulary."""
+        layer = self.layers[exit_index]
+        logits_BV = self.heads[exit_index].project(self.readout.ready(h_BD, layer))
         if self.ids is None:
             return logits_BV
-        everything = jnp.full((h_BD.shape[0], self.vocabulary), -jnp.inf, logits_BV.dtype)
+        everything = jnp.full((h_BD.shape[0], self.readout.head(layer).vocabulary), -jnp.inf, logits_BV.dtype)
         return everything.at[:, self.ids].set(logits_BV)
 
     @property
+    def depth(self) -> int:
+        return self.readout.num_layers
+
+    @property
     def head_layers(self) -> float:
-        """What the projection costs, in layers: its weights over the 12 D^2 of a usual layer."""
+        """The cost of the projection, in layers: its weights over the 12 D^2 of a usual layer."""
         rows, width = self.heads[0].w_VD.shape
         return rows / (12 * width)
-
-
-def choose_draft(policy: SelfSpeculation, guesser: Guesser, accepted_BE, judged_BE):
-    """The exit (an index) where each row guesses, and how many tokens it guesses: both [B].
-
-    With `adaptive`, the pair that promises most accepted tokens per layer run (DEL's TPL, with this loop's
-    costs: d guesses after layer e, one more pass through it, and the other layers once).
-    """
-    batch = accepted_BE.shape[0]
-    most_B = jnp.broadcast_to(jnp.asarray(policy.draft), (batch,))
-    if not policy.adaptive:
-        return jnp.zeros(batch, jnp.int32), most_B
-    exits = len(policy.layer)
-    rate_BE1 = ((accepted_BE + PRIOR[0]) / (judged_BE + PRIOR[1]))[:, :exits, None]
-    drafts_N = jnp.arange(1, policy.max_draft + 1)
-    expected_BEN = 1 + jnp.cumsum(rate_BE1 ** drafts_N, axis=-1)
-    layers_E1 = jnp.array(policy.layer)[:, None]
-    cost_EN = (drafts_N + 1) * layers_E1 + guesser.depth - layers_E1 + (drafts_N + 1) * guesser.head_layers
-    worth_BEN = jnp.where(drafts_N <= most_B[:, None, None], expected_BEN / cost_EN, 0)
-    best_B = worth_BEN.reshape(batch, -1).argmax(-1)
-    return best_B // policy.max_draft, 1 + best_B % policy.max_draft

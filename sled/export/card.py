@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,30 +13,26 @@ from huggingface_hub import ModelCardData
 from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.record import Calibration
 from sled.errors import CalibrationError, SettingError
-from sled.export.source import Given
+from sled.export.source import SourceModel, cast
 from sled.models import Decoder
+from sled.settings.decorator import settings
 from sled.settings.describe import describe, differences
-from sled.settings.rules import Number, settle
+from sled.settings.field import setting
+from sled.settings.rules import Number
 
 DTYPES = (None, "float32", "bfloat16", "float16")  # in which a model may have been loaded to be calibrated
 
 
-@dataclasses.dataclass(frozen=True)
+@settings
 class Card:
-    """What the card says on the word of whoever exports.
+    """The statements of a card on the word of whoever exports."""
 
-    license: such as "apache-2.0"; None: unknown. base: hub id of the model that this one was trained from.
-    margin: how far a recommended exit's held-out accuracy may be below the last layer's, 0 to 1.
-
-    Raises SettingError for a value out of range.
-    """
-
-    license: str | None = None
-    base: str | None = None
-    margin: float = 0.02
+    license: str | None = setting(default=None, help='such as "apache-2.0"; None is unknown')
+    base: str | None = setting(default=None, help="hub id of the model that this one was trained from")
+    margin: float = setting(Number(0, 1, hint="0.02 is usual"), default=0.02, help=(
+        "how far a recommended exit's held-out accuracy may be below the last layer's"))
 
     def __post_init__(self):
-        settle(self, margin=Number(0, 1, hint="it is a difference of accuracies; 0.02 is usual"))
         for field in ("license", "base"):
             value = getattr(self, field)
             if value is not None and not value.strip():
@@ -76,7 +71,7 @@ def check_bound(record: Calibration, decoder: Decoder, name: str) -> None:
     """Raises CalibrationError unless the record is of these weights, in whatever type they were loaded."""
     changed = list(differences("model", record.serving.get("model"), describe(decoder.config)))
     weights = nnx.state(decoder)
-    if not changed and not any(record.serving.get("weights") == digest_of_weights(_cast(weights, dtype))
+    if not changed and not any(record.serving.get("weights") == digest_of_weights(cast(weights, dtype))
                                for dtype in DTYPES):
         changed = ["weights have another digest"]
     if changed:
@@ -84,60 +79,56 @@ def check_bound(record: Calibration, decoder: Decoder, name: str) -> None:
                                f"{'; '.join(changed)}; calibrate this model (sled calibrate), or leave it out")
 
 
-def _cast(weights, dtype: str | None):
-    return weights if dtype is None else jax.tree.map(lambda leaf: leaf.astype(dtype), weights)
-
-
-def model_card(card: Card, given: Given, decoder: Decoder, name: str, calibration: Calibration | None) -> str:
+def model_card(card: Card, model: SourceModel, decoder: Decoder, name: str, calibration: Calibration | None) -> str:
     """The README.md of a folder `name` with this decoder, which is the one given or that without its exit heads."""
-    found = None if given.run is None else measured(given.run, given.step)
+    found = None if model.run is None else measured(model.run, model.step)
     front = ModelCardData(license=card.license or "unknown", library_name="transformers",
                           pipeline_tag="text-generation", tags=["sled", "early-exit"],
-                          base_model=card.base or given.hub_id)
-    heads = given.decoder.config.exit_heads
+                          base_model=card.base or model.hub_id)
+    heads = model.decoder.config.exit_heads
     recommended = found.within(card.margin, without=() if heads is None else heads.layers) if found else []
-    parts = [f"---\n{front.to_yaml()}\n---", f"# {name}", _origin(given, decoder, card.base)]
+    parts = [f"---\n{front.to_yaml()}\n---", f"# {name}", _origin(model, decoder, card.base)]
     if decoder.config.exit_heads is not None:
         parts.append("Its early exits have heads of their own, in `exit_heads.safetensors`, which only sled reads: to "
                      "transformers the exits share the final norm and projection.")
-    elif given.decoder.config.exit_heads is not None:
+    elif model.decoder.config.exit_heads is not None:
         parts.append("The model that this was exported from had heads at its early exits; they were left behind.")
-    parts += [_layers(found, recommended, card.margin, given), _use(name, recommended, decoder.config.num_layers)]
+    parts += [_layers(found, recommended, card.margin, model), _use(name, recommended, decoder.config.num_layers)]
     if calibration is not None:
         parts.append(_calibration(calibration))
     return "\n\n".join(parts) + "\n"
 
 
-def _origin(given: Given, decoder: Decoder, base: str | None) -> str:
+def _origin(model: SourceModel, decoder: Decoder, base: str | None) -> str:
     c, count = decoder.config, sum(leaf.size for leaf in jax.tree.leaves(nnx.state(decoder)))
     dtype = decoder.embedding.weight.dtype.name
     shape = f"A {c.family} model of {c.num_layers} layers, {c.width} wide, {count:,} parameters ({dtype})."
-    if given.run is None:
-        of = {"demo": "the model bundled with sled"}.get(given.name, f"`{given.name}`")
-        return f"{shape} Exported from {of}{f' at {given.revision}' if given.revision else ''}."
-    origin: Any = given.settings["model"]
+    if model.run is None:
+        of = {"demo": "the model bundled with sled"}.get(model.name, f"`{model.name}`")
+        return f"{shape} Exported from {of}{f' at {model.revision}' if model.revision else ''}."
+    origin: Any = model.settings["model"]
     if base:
         begun = f"`{base}`"
     else:
         known = {"new": "random weights", "demo": "the model bundled with sled"}
         begun = known.get(origin["name"]) or f"a model whose digest was {origin['digest'][:16]}"
-    return f"{shape} Trained by `sled train` for {given.step} steps, from {begun}."
+    return f"{shape} Trained by `sled train` for {model.step} steps, from {begun}."
 
 
-def _layers(found: Measured | None, good: list[int], margin: float, given: Given) -> str:
+def _layers(found: Measured | None, good: list[int], margin: float, model: SourceModel) -> str:
     if found is None:
-        why = ("no training run came with it" if given.run is None else
-               f"its run measured no held-out data at step {given.step}")
+        why = ("no training run came with it" if model.run is None else
+               f"its run measured no held-out data at step {model.step}")
         return f"## Layers\n\nHow well the early layers speak was not measured: {why}. No exit is recommended."
-    heads = given.decoder.config.exit_heads
+    heads = model.decoder.config.exit_heads
     rows = [f"| {n} | {loss:.4f} | {accuracy:.4f} |" for n, (loss, accuracy) in
             enumerate(zip(*found, strict=True), 1)]
     advice = (f"Here: {', '.join(map(str, good))}; the shallowest, {good[0]}, is the first to try." if good else
               "Here there is none.")
     return "\n".join([
         "## Layers", "", "What each layer says through the final norm and projection, on the run's held-out data "
-        f"(step {given.step}):" if given.decoder.config.exit_heads is None else
-        f"What each layer says, by its exit head where it has one, on the run's held-out data (step {given.step}):", "",
+        f"(step {model.step}):" if model.decoder.config.exit_heads is None else
+        f"What each layer says, by its exit head where it has one, on the run's held-out data (step {model.step}):", "",
         "| layer | loss, nats per token | accuracy |", "|---|---|---|", *rows, "",
         "Accuracy is the share of tokens that the layer finds most likely, given all before them. Recommended as exits "
         f"are layers whose accuracy is at most {margin:g} below the last layer's. {advice} "

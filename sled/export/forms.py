@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
 import shutil
 from pathlib import Path
@@ -13,16 +11,16 @@ from flax import nnx
 
 from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.record import Calibration
-from sled.decoding.options import FINAL_LAYER, FULL_DEPTH
+from sled.decoding.options import Decoding
 from sled.errors import CheckpointError
-from sled.exits import Policy, Schedule
 from sled.export.card import Card, check_bound, model_card
-from sled.export.program import PACKAGES, save_program
-from sled.export.source import Given, read_source
-from sled.export.target import RECORD, replacing
+from sled.export.program import save_program
+from sled.export.source import SourceModel, read_source
+from sled.export.target import RECORD, replacing, versions
+from sled.io import write_json
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 NO_WORD = Card()
 
@@ -42,49 +40,49 @@ def export_hf(source: str | os.PathLike, to: str | Path, card: Card = NO_WORD, *
     """
     with replacing(to) as folder:
         record = None if calibration is None else Calibration.load(calibration)
-        given = read_source(source, **reading)
-        decoder = _without_or_beside(given, heads)
+        model = read_source(source, **reading)
+        decoder = _without_or_beside(model, heads)
         if record is not None:
-            check_bound(record, decoder, given.name)
-        save_folder(decoder, folder, tokenizer_from=given.files)
-        written = model_card(card, given, decoder, Path(to).resolve().name, record)
+            check_bound(record, decoder, model.name)
+        save_folder(decoder, folder, tokenizer_from=model.files)
+        written = model_card(card, model, decoder, Path(to).resolve().name, record)
         (folder / "README.md").write_text(written, encoding="utf-8")
         if calibration is not None:
             shutil.copyfile(calibration, folder / "calibration.json")
-        _write_record(folder, "hf", given, decoder)
+        _write_record(folder, "hf", model, decoder)
 
 
 def export_orbax(source: str | os.PathLike, to: str | Path, **reading) -> None:
     """Writes an Orbax folder, exit heads included, which `sled.load` reads. Otherwise as `export_hf`."""
     with replacing(to) as folder:
-        given = read_source(source, **reading)
-        save_orbax(given.decoder, folder, tokenizer_from=given.files)
-        _write_record(folder, "orbax", given, given.decoder)
+        model = read_source(source, **reading)
+        save_orbax(model.decoder, folder, tokenizer_from=model.files)
+        _write_record(folder, "orbax", model, model.decoder)
 
 
-def export_program(source: str | os.PathLike, to: str | Path, *, fusion=FINAL_LAYER, exits: Policy = FULL_DEPTH,
-                   schedule: Schedule | None = None, **reading) -> None:
-    """Writes a portable program (see `sled.export.program`), exit heads included. Otherwise as `export_hf`."""
+def export_program(source: str | os.PathLike, to: str | Path, decoding: Decoding, **reading) -> None:
+    """Writes a portable program of this decoding (see `sled.export.program`), exit heads included.
+
+    Otherwise as `export_hf`."""
     with replacing(to) as folder:
-        given = read_source(source, **reading)
-        lm = LM(given.decoder, Text.from_folder(given.files), name=given.name)
-        save_program(lm, folder, fusion=fusion, exits=exits, schedule=schedule, tokenizer_from=given.files,
-                     source=given.record())
+        model = read_source(source, **reading)
+        lm = LM(model.decoder, Tokenizer.from_folder(model.files), name=model.name)
+        save_program(lm, folder, decoding, tokenizer_from=model.files, source=model.record())
 
 
-def _without_or_beside(given: Given, heads: str | None) -> Decoder:
-    settings = given.decoder.config.exit_heads
+def _without_or_beside(model: SourceModel, heads: str | None) -> Decoder:
+    settings = model.decoder.config.exit_heads
     if settings is not None and heads is None:
         raise CheckpointError(
-            f"the exits of {given.name} after layers {', '.join(map(str, settings.layers))} have heads of their own "
+            f"the exits of {model.name} after layers {', '.join(map(str, settings.layers))} have heads of their own "
             f"({settings.kind}{'' if settings.tied else ', untied'}), which transformers cannot run; leave them behind "
             "by --heads drop (early exits then share the final norm and projection), keep them in files that only sled "
             "reads by --heads beside, or choose --form orbax or program, which hold them")
-    return given.decoder.with_exit_heads(None) if settings is not None and heads == "drop" else given.decoder
+    return model.decoder.with_exit_heads(None) if settings is not None and heads == "drop" else model.decoder
 
 
-def _write_record(folder: Path, form: str, given: Given, decoder: Decoder) -> None:
+def _write_record(folder: Path, form: str, model: SourceModel, decoder: Decoder) -> None:
     about: dict[str, Any] = {
-        "form": form, **given.record(), "weights_sha256": digest_of_weights(nnx.state(decoder)),
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES}}
-    (folder / RECORD).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        "form": form, **model.record(), "weights_sha256": digest_of_weights(nnx.state(decoder)),
+        "versions": versions()}
+    write_json(folder / RECORD, about)

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -30,20 +28,20 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
-from sled.decoding.network import form_of, fused_layers
-from sled.decoding.options import A_POLICY, A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, which_schedule
+from sled.decoding.options import Decoding
+from sled.decoding.readout import Readout
 from sled.decoding.whole import generate
-from sled.exits import Policy, Schedule
 from sled.exits.schedule import Timing
 from sled.export.settings import Parts, take_apart
-from sled.fusion import SharedHead, default_tile
+from sled.export.target import versions
+from sled.fusion.projection import fused_logits
+from sled.io import json_numbers, write_json
 from sled.lm import LM
 from sled.settings.describe import describe
 
 FORMAT = 2  # of program.json
 ABOUT, WEIGHTS, RUN = "program.json", "weights.safetensors", "run.py"
 PLATFORMS = ("cpu", "cuda", "tpu")
-PACKAGES = ("sled-jax", "jax", "jaxlib", "flax")
 
 
 class Traced(NamedTuple):
@@ -53,22 +51,20 @@ class Traced(NamedTuple):
     about: dict[str, Any]
 
 
-def save_program(lm: LM, folder: Path, *, fusion=FINAL_LAYER, exits: Policy = FULL_DEPTH,
-                 schedule: Schedule | None = None, tokenizer_from: Path | None = None,
+def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Path | None = None,
                  source: dict[str, Any]) -> None:
     """Writes the program that generates as `lm.generate` does with these settings into the empty folder `folder`.
 
     source: what the record says the model comes from.
     Raises SettingError for settings that the model cannot use, or that have an entry per row.
     """
-    A_STRATEGY("fusion", fusion), A_POLICY("exits", exits)
-    config = lm.config
+    config, exits = lm.config, decoding.exits
     counts = {"E": len(exits.exits(config.num_layers)) - 1}
     parts = [take_apart(name, settings, counts)
-             for name, settings in (("fusion", fusion), ("exits", exits), ("sampling", GREEDY))]
+             for name, settings in (("fusion", decoding.fusion), ("exits", exits), ("sampling", decoding.sampling))]
     weights = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(lm.params)}
     arrays = weights | {name: array for part in parts for name, array in part.arrays.items()}
-    timing = Timing(*which_schedule(schedule, exits).timing(exits.verifies)) if counts["E"] else None
+    timing = Timing(*decoding.chosen_schedule.timing(exits.verifies)) if counts["E"] else None
     with tqdm(total=3, desc="Exporting", unit="part") as bar:
         whole = trace_generation(lm, parts, arrays, timing)
         bar.update()
@@ -96,9 +92,9 @@ def save_program(lm: LM, folder: Path, *, fusion=FINAL_LAYER, exits: Policy = FU
         "weights": {"file": WEIGHTS, "sha256": digest_of_weights(lm.params)},
         "tokenizer": tokenizer.name if has_tokenizer else None,
         "source": source,
-        "versions": {package: importlib.metadata.version(package) for package in PACKAGES},
+        "versions": versions(),
     }
-    (folder / ABOUT).write_text(json.dumps(about, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(folder / ABOUT, about)
 
 
 def trace_generation(lm: LM, parts: list[Parts], arrays: dict[str, np.ndarray], timing: Timing | None) -> Traced:
@@ -131,15 +127,14 @@ def trace_generation(lm: LM, parts: list[Parts], arrays: dict[str, np.ndarray], 
 def trace_step(lm: LM, fusion: Parts, arrays: dict[str, np.ndarray]) -> Traced:
     """The fusion's logits [b, V] of hidden states [b, C, D] as they enter the projection [V, D]; b is symbolic.
 
-    Candidate layers as in program.json, the last one last; they come in the form that it says (`form_of`).
+    Candidate layers as in program.json, the last one last; they come in the form that it says (`Readout.form`).
     """
     network, last = lm.build(lm.params), lm.config.num_layers
-    early = fused_layers(network, fusion.whole, last)
+    readout = Readout(network)
+    early = readout.early_layers(fusion.whole, last)
 
     def run(projection, numbers, hidden):
-        tile = default_tile(hidden.shape[0] * hidden.shape[1], projection.shape[0])
-        settings = fusion.put_together(numbers, {})
-        return {"logits": settings.logits(hidden, SharedHead(projection, tile=tile))}
+        return {"logits": fused_logits(fusion.put_together(numbers, {}), hidden, projection)}
 
     b, = export.symbolic_shape("b")
     w_VD = network.head_weight
@@ -151,7 +146,7 @@ def trace_step(lm: LM, fusion: Parts, arrays: dict[str, np.ndarray]) -> Traced:
     head = "embedding.weight" if network.tied_head else "head.weight"
     return traced._replace(about=traced.about | {
         "projection": head, "layers": [*early, last],
-        "states": [*(form_of(network, n, fusion.whole.norm_early) for n in early), "normed"]})
+        "states": [*(readout.form(n, fusion.whole.norm_early) for n in early), "normed"]})
 
 
 def _export(name: str, run: Callable, arguments: dict[str, Any]) -> Traced:
@@ -184,14 +179,9 @@ def _numbers(parts: list[Parts], timing: Timing | None) -> dict[str, dict[str, A
     for part in parts:
         for name, (default, most) in part.numbers.items():
             found[name] = {"dtype": default.dtype.name, "rows": True, "shape": list(default.shape),
-                           "default": _plain(default.tolist())} | ({} if most is None else {"most": most})
+                           "default": json_numbers(default.tolist())} | ({} if most is None else {"most": most})
     for field, value in zip(Timing._fields, timing or (), strict=False):
         found[f"schedule.{field}"] = {"dtype": "int32", "rows": False, "shape": [], "default": int(value)}
     return found
 
 
-def _plain(value):
-    """JSON has no infinity: it stands as a string."""
-    if isinstance(value, list):
-        return [_plain(entry) for entry in value]
-    return value if np.isfinite(value) else str(value)

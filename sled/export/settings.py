@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.settings.rules import check_rows, one_row, stack_rows
+from sled.settings.field import declared
+from sled.settings.per_row import check_rows, one_row, stack_rows
 
 NARROW = {"f": np.float32, "i": np.int32}  # what a traced number is, by the kind of a Python one
 
@@ -44,18 +45,18 @@ class Parts(NamedTuple):
 def take_apart(name: str, settings, sizes: Mapping[str, int]) -> Parts:
     """`settings` (a strategy, a policy, `Sampling`) in parts; its strings, layers and bounds are fixed.
 
-    sizes: of axes other than rows, by letter (see `sled.settings.pytree.traced`).
+    sizes: of axes other than rows, by letter (see `sled.settings.field.setting`).
     Raises SettingError for an array with an entry per row: the rows come when the program runs.
     """
     check_rows(settings, 1, hint="a program gets its rows when it runs, so give one value")
     whole = one_row(settings)
     of_rows = stack_rows([whole], whole, sizes)
-    numbers = {}
+    numbers, bounds = {}, {of.bounds: bound for bound, of in declared(type(whole)).items()}
     for field in getattr(whole, "row_axes", {}):
         if getattr(whole, field) is not None:
             default = getattr(of_rows, field)[0]
             numbers[f"{name}.{field}"] = Number(default.astype(NARROW[default.dtype.kind]),
-                                                getattr(whole, f"max_{field}", None))
+                                                getattr(whole, bounds[field]) if field in bounds else None)
     arrays = {_array_name(name, field, path): np.asarray(jnp.asarray(leaf)) for field in _shared(whole)
               for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(whole, field))[0]}
     return Parts(name, whole, numbers, arrays)

@@ -4,7 +4,7 @@ from sled.fusion.average import LayerAverage
 from sled.fusion.confident import ConfidentDecoding
 from sled.fusion.dola import DoLa
 from sled.fusion.final import FinalLayer
-from sled.fusion.projection import SharedHead, default_tile
+from sled.fusion.projection import SharedHead, default_tile, fused_logits
 from sled.fusion.sled import SLED, ClampOnly
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import Strategy
@@ -20,5 +20,6 @@ __all__ = [
     "SharedHead",
     "Strategy",
     "default_tile",
+    "fused_logits",
     "layer_statistics",
 ]

@@ -1,40 +1,31 @@
 """A weighted average of the layers' distributions: what popular accounts of SLED describe. It is not SLED."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
-from sled.fusion.strategy import explicit_layers
-from sled.settings.pytree import traced
-from sled.settings.rules import Each, Layers, Number, OrNone, is_array, settle
+from sled.fusion.strategy import explicit_layers, layers_setting, norm_setting
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Each, Number, OrNone, is_array
 
 
-@traced(weights="BC")
-@dataclasses.dataclass(frozen=True)
+@settings
 class LayerAverage:
     """log sum_n w_n P_n over the early layers and the final one, as log-probabilities (B, V).
 
-    weights: one per candidate, final layer last, not all zero; scaled to sum to 1. None: equal weights.
-        Traced: a tuple of numbers, or an array (C,) or, per row, (B, C).
-    layers: None or "all": every hidden state before the final one, embeddings included; or indices. Static.
-    norm_early: whether early hidden states go through the final norm; without it their distributions are
-        not on the final one's scale.
+    None as `layers` is "all": every hidden state before the final one, embeddings included.
     """
 
-    weights: tuple[float, ...] | jax.Array | None = None
-    layers: str | tuple[int, ...] | None = None
-    norm_early: bool = True
+    weights: tuple[float, ...] | jax.Array | None = setting(
+        OrNone(Each(Number(0, hint="give one per early layer and one for the final layer; they are scaled to sum to 1, "
+                                   "and None weighs all alike"))),
+        default=None, rows="BC", help="weights of the candidate layers, the final one last, not all zero")
+    layers: str | tuple[int, ...] | None = layers_setting(None, "all", help="all, which is the default")
+    norm_early: bool = norm_setting(True, hint="without, their distributions are not on the final one's scale")
 
     def __post_init__(self):
-        weight = Number(0, hint="give one per early layer and one for the final layer; they are scaled to sum to 1, "
-                                "and None weighs all alike")
-        settle(self, layers=Layers((None, "all")))
-        if is_array(self.weights):
-            return
-        settle(self, weights=OrNone(Each(weight)))
         if isinstance(self.weights, tuple) and not any(is_array(w) or w > 0 for w in self.weights):
             raise SettingError(f"LayerAverage.weights is {self.weights}, but must not be all 0; None weighs all alike")
 
@@ -44,7 +35,7 @@ class LayerAverage:
     def logits(self, h_BCD, head):
         share_BC = self._shares(h_BCD.shape[1], head.dtype(h_BCD))
         stats = layer_statistics(h_BCD, head, 1)
-        # log(w_n / Z_n), to be added to the layer's logits; the streaming form passes over W a second time.
+        # log(w_n / Z_n), to be added to the layer's logits; the tiled form passes over W a second time.
         offset_BC = jnp.log(share_BC) - stats.log_norm_BC
 
         def mixture(l_xCV):

@@ -3,17 +3,16 @@
 Zhang, Zhoubian et al., "Deeper is Not Always Better", arXiv 2606.21906 (Qwen team, June 2026).
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 
 from sled.fusion.statistics import layer_statistics
-from sled.settings.pytree import traced
-from sled.settings.rules import Whole, settle
+from sled.fusion.strategy import norm_setting
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Whole
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class ConfidentDecoding:
     """Walk back from the final layer while the entropy strictly falls, and use that layer's logits.
 
@@ -21,16 +20,11 @@ class ConfidentDecoding:
     norm and projection, take the first l from the end with H(l - 1) >= H(l); if the entropy falls all the
     way, the shallowest of the window (as the authors' vLLM code does). Decided per row. A NaN entropy ends
     the walk.
-
-    window: M, how many layers take part, the final one among them (static; 10 in the authors' examples).
-    norm_early: True in the paper.
     """
 
-    window: int = 10
-    norm_early: bool = True
-
-    def __post_init__(self):
-        settle(self, window=Whole(1, hint="it counts the final layer too; 10 is the authors' choice"))
+    window: int = setting(Whole(1, hint="it counts the final layer too; 10 is the authors' choice"), default=10,
+                          help="how many of the last layers take part, M")
+    norm_early: bool = norm_setting(True, hint="the paper norms them")
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         # Outputs of layers only: the embeddings are no candidate.

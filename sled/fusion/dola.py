@@ -4,19 +4,17 @@ Chuang et al., ICLR 2024, arXiv 2309.03883, with the candidate layers and the fi
 (which no longer ships it). There the layer was chosen for the whole batch; here every row has its own.
 """
 
-import dataclasses
-
 import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
-from sled.fusion.strategy import explicit_layers, per_row
-from sled.settings.pytree import traced
-from sled.settings.rules import Layers, Number, settle
+from sled.fusion.strategy import explicit_layers, layers_setting, left_out_setting, norm_setting, per_row
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Number
 
 
-@traced(relative_top="B", lower_bound="B")
-@dataclasses.dataclass(frozen=True)
+@settings
 class DoLa:
     """log P_N - log P_n for the early layer n with the largest divergence from the final layer N.
 
@@ -24,24 +22,16 @@ class DoLa:
     M (log M - log P_N) + M (log M - log P_n). Only tokens with P_N >= relative_top * max P_N are kept, the
     others get `lower_bound`.
 
-    layers: "low", "high" (every second layer of the lower or upper half; of the first or last 20 in models
-        of more than 40 layers; with tied embeddings "low" starts at 2), or indices. Static.
-    relative_top: in (0, 1]; lower_bound. Traced, each a number or one per row (B,).
-    norm_early: whether early hidden states go through the final norm (released code: no).
+    In models of more than 40 layers, "low" and "high" are taken from the first or last 20; with tied embeddings "low"
+    starts at 2.
     """
 
-    layers: str | tuple[int, ...] = "low"
-    relative_top: float = 0.1
-    lower_bound: float = float("-inf")
-    norm_early: bool = False
-
-    def __post_init__(self):
-        settle(
-            self,
-            relative_top=Number(0, 1, open_low=True, hint="it is a share; 0.1 is usual"),
-            lower_bound=Number(hint="-inf or a large negative number leaves a token out"),
-            layers=Layers(("low", "high")),
-        )
+    layers: str | tuple[int, ...] = layers_setting(
+        "low", "high", help="low or high, which are every second layer of that half")
+    relative_top: float = setting(Number(0, 1, open_low=True, hint="0.1 is usual"), default=0.1, rows="B",
+                                  help="share of the highest probability below which tokens are left out")
+    lower_bound: float = left_out_setting(float("-inf"))
+    norm_early: bool = norm_setting(False, hint="the released code does not norm them")
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         if not isinstance(self.layers, str):
@@ -76,7 +66,7 @@ class DoLa:
 def final_divergence(h_BCD, head, log_norm_BC):
     """DoLa's divergence (B, E) of each early layer from the final one, given the log-normalisers.
 
-    A second pass over the projection in the streaming form: M needs both distributions normalised.
+    A second pass over the projection in the tiled form: M needs both distributions normalised.
     """
 
     def total(l_xCV):

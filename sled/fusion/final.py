@@ -1,12 +1,9 @@
 """Plain decoding, as a fusion strategy: the final layer speaks alone."""
 
-import dataclasses
-
-from sled.settings.pytree import traced
+from sled.settings.decorator import settings
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class FinalLayer:
     """The final layer's logits, unchanged: the baseline every other strategy is compared with."""
 

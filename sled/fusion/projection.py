@@ -5,14 +5,13 @@ together with the choice of how to use it: at once (`tile=None`, the definition)
 vocabulary rows, so that the logits of all candidate layers never exist together.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
-from sled.settings.pytree import traced
-from sled.settings.rules import Whole, settle
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import OrNone, Whole
 
 # Above this many bytes of logits the temporaries leave the processor's cache (CPU) or start to crowd
 # out the K/V cache (accelerators), and streaming wins. Measured on a CPU with 32 MB of L3, see `sled bench`.
@@ -22,27 +21,21 @@ _TILE = {"cpu": 1024}
 _TILE_ELSEWHERE = 8192
 
 
-@traced("w_VD")
-@dataclasses.dataclass(frozen=True)
+@settings
 class SharedHead:
     """The projection from hidden states to logits.
 
-    w_VD: one row per token of the vocabulary.
-    tile: None for the plain definition; a number streams that many vocabulary rows at a time.
-    shards: over how many devices the vocabulary axis of `w_VD` is split. The streaming form then walks
-        every shard's own rows side by side, so that no device needs another's rows.
-
-    Raises `SettingError` for a tile or shards below 1, and when `shards` does not divide the vocabulary.
+    Where `shards` devices split the vocabulary axis of `w_VD`, the tiled form walks every shard's own rows side
+    by side, so that no device needs another's rows.
     """
 
-    w_VD: jax.Array
-    tile: int | None = None
-    shards: int = 1
+    w_VD: jax.Array = setting(traced=True, help="one row per token of the vocabulary")
+    tile: int | None = setting(OrNone(Whole(1, hint="it counts vocabulary rows; None takes all at once")), default=None,
+                               help="how many vocabulary rows to stream at a time")
+    shards: int = setting(Whole(1, hint="it must divide the vocabulary"), default=1,
+                          help="how many devices split the vocabulary axis")
 
     def __post_init__(self):
-        if self.tile is not None:
-            settle(self, tile=Whole(1, hint="it counts vocabulary rows; None takes all at once"))
-        settle(self, shards=Whole(1, hint="it counts devices"))
         if self.vocabulary % self.shards:
             raise SettingError(
                 f"SharedHead.shards is {self.shards}, but does not divide the vocabulary of {self.vocabulary} rows; "
@@ -100,9 +93,9 @@ class SharedHead:
 def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int | None:
     """A sensible `tile` for `rows` = batch x candidate layers, on the given (or the default) platform.
 
-    None, the plain form, while the logits of all candidates are small: XLA then multiplies by the whole
+    None, the dense form, while the logits of all candidates are small: XLA then multiplies by the whole
     matrix in place, where a tile is copied first (on a CPU 15 to 20% of a step at batch 1). A tile beyond
-    that: it bounds the memory, and on a CPU at batch 8 it is 1.1 to 1.3 times as fast as the plain form.
+    that: it bounds the memory, and on a CPU at batch 8 it is 1.1 to 1.3 times as fast as the dense form.
 
     Rows that are not a number are the symbolic batch of an exported program, which may come to any and run anywhere:
     then a tile wherever it is less than the vocabulary.
@@ -113,3 +106,16 @@ def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int
     if 4 * rows * vocabulary <= _DENSE_BYTES.get(platform, _DENSE_BYTES_ELSEWHERE):
         return None
     return _TILE.get(platform, _TILE_ELSEWHERE)
+
+
+def fused_logits(fusion, h_BCD, w_VD, rows: int | None = None):
+    """A strategy's logits (B, V), by the tile that suits the platform for which the computation is lowered.
+
+    rows: batch x candidate layers, where `h_BCD` holds only a part of them (under `vmap`).
+    """
+    rows = h_BCD.shape[0] * h_BCD.shape[1] if rows is None else rows
+    on_cpu, elsewhere = (SharedHead(w_VD, default_tile(rows, w_VD.shape[0], name)) for name in ("cpu", "elsewhere"))
+    if on_cpu.tile == elsewhere.tile:
+        return fusion.logits(h_BCD, on_cpu)
+    return jax.lax.platform_dependent(
+        h_BCD, cpu=lambda h_BCD: fusion.logits(h_BCD, on_cpu), default=lambda h_BCD: fusion.logits(h_BCD, elsewhere))

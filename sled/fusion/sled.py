@@ -4,16 +4,15 @@ Zhang et al., NeurIPS 2024, arXiv 2411.02433; the numbers at the k evolved token
 released code. `ClampOnly` is the baseline that separates SLED's effect from that of its clamp.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.fusion.statistics import LayerStatistics, layer_statistics
-from sled.fusion.strategy import explicit_layers, per_row
-from sled.settings.pytree import traced
-from sled.settings.rules import LARGEST, Layers, Number, Whole, settle, settle_bounded
+from sled.fusion.strategy import explicit_layers, layers_setting, left_out_setting, norm_setting, per_row
+from sled.settings.decorator import settings
+from sled.settings.field import bound_of, setting
+from sled.settings.rules import Flag, Number, Whole
 
 _PRESETS = {
     "official-code": {},
@@ -23,8 +22,17 @@ _PRESETS = {
 }
 
 
-@traced(rate="B", scale="B", steps="B", temperature="B", lower_bound="B")
-@dataclasses.dataclass(frozen=True)
+def _scale_setting():
+    return setting(Whole(1, hint="5, 10 or 20 is usual"), default=10, rows="B",
+                   help="how many of the final layer's top tokens take part, k")
+
+
+def _log_softmax_setting():
+    return setting(Flag(hint="True gives log-probabilities over the tokens that stay and the others' lower bound"),
+                   default=False, help="whether the result goes through a log-softmax")
+
+
+@settings
 class SLED:
     """Evolve the final layer's top tokens; every other token gets `lower_bound`.
 
@@ -34,36 +42,20 @@ class SLED:
         l <- l - rate (1 - t / steps) / temperature (softmax(l / temperature) - P_latent), t = 0 .. steps - 1
     the softmax over the whole vocabulary at every step.
 
-    rate: the evolution rate alpha, >= 0. scale: the evolution scale k, 1 <= scale <= max_scale.
-    layers: None or "all": every hidden state before the final one, embeddings included; "blocks": without
-        the embeddings; or indices.
-    norm_early: whether early hidden states go through the final norm (the released code: no).
-    log_softmax: return log-probabilities over the clamped vocabulary.
-    max_scale: static bound of `scale`, which itself is traced; None: the next of 16, 32, 64, ...
-    rate, scale, steps, temperature and lower_bound are traced, each a number or one per row (B,).
-
-    Raises `SettingError` for a value out of range.
+    None as `layers` is "all": every hidden state before the final one, embeddings included.
     """
 
-    rate: float = 2.0
-    scale: int = 10
-    steps: int = 1
-    temperature: float = 1.0
-    lower_bound: float = -1000.0
-    log_softmax: bool = False
-    norm_early: bool = False
-    layers: str | tuple[int, ...] | None = None
-    max_scale: int | None = None
-
-    def __post_init__(self):
-        settle(
-            self,
-            rate=Number(0, hint="0.5 to 3 is usual"),
-            steps=Whole(1, LARGEST, hint="1 is usual"),
-            temperature=Number(0, open_low=True, hint="1 is usual"),
-            layers=Layers((None, "all", "blocks")),
-        )
-        settle_clamp(self)
+    rate: float = setting(Number(0, hint="0.5 to 3 is usual"), default=2.0, rows="B", help="evolution rate, alpha")
+    scale: int = _scale_setting()
+    steps: int = setting(Whole(1, hint="1 is usual"), default=1, rows="B", help="evolution steps")
+    temperature: float = setting(Number(0, open_low=True, hint="1 is usual"), default=1.0, rows="B",
+                                 help="what divides the logits in every softmax, and the update")
+    lower_bound: float = left_out_setting(-1000.0)
+    log_softmax: bool = _log_softmax_setting()
+    norm_early: bool = norm_setting(False, hint="the released code does not norm them")
+    layers: str | tuple[int, ...] | None = layers_setting(
+        None, "all", "blocks", help="all, which is the default, or blocks, which are all but the embeddings")
+    max_scale: int | None = bound_of("scale", least=16)
 
     @classmethod
     def preset(cls, name: str, **changes) -> "SLED":
@@ -129,23 +121,18 @@ class SLED:
         return jax.lax.cond(steps == 1, once, many)
 
 
-@traced(scale="B", lower_bound="B")
-@dataclasses.dataclass(frozen=True)
+@settings
 class ClampOnly:
     """The final layer's top `scale` tokens with their own logits, every other token at `lower_bound`.
 
     SLED at rate 0, which needs no early layers: what remains of a gain here is the clamp's, not SLED's.
-    scale and lower_bound are traced, each a number or one per row (B,); `max_scale` as in `SLED`.
     """
 
-    scale: int = 10
-    lower_bound: float = -1000.0
-    log_softmax: bool = False
-    max_scale: int | None = None
+    scale: int = _scale_setting()
+    lower_bound: float = left_out_setting(-1000.0)
+    log_softmax: bool = _log_softmax_setting()
+    max_scale: int | None = bound_of("scale", least=16)
     norm_early = False
-
-    def __post_init__(self):
-        settle_clamp(self)
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         return ()
@@ -174,9 +161,3 @@ def clamp_to_top(top_BK, ids_BK, scale, lower_bound, like_BV):
 
 def _kept(top_BK, scale):
     return jnp.arange(top_BK.shape[-1]) < per_row(scale, top_BK)
-
-
-def settle_clamp(self) -> None:
-    """Check `scale`, `lower_bound` and `max_scale`, and choose `max_scale` where it is None."""
-    settle(self, lower_bound=Number(hint="a large negative number, as -1000, or -inf leaves a token out"))
-    settle_bounded(self, "scale", "max_scale", least=16, hint="5, 10 or 20 is usual")

@@ -2,45 +2,21 @@
 
 Hidden states of the candidate layers and the shared projection go in; log-normalisers, entropies,
 confidences, the final layer's top tokens and SLED's cosines at them come out. The vocabulary enters only
-through sums that can be taken piece by piece (`Partial`, a monoid under `merge`), so the plain form here
-and the streaming form in `tiled.py` share one definition.
-
-Written so that float32 is enough. The textbook form of SLED's cosine subtracts nearly equal numbers once a
-layer is confident; here each layer's most likely token is kept out of the sums, and the sums are scaled by
-the second most likely one, so no term cancels or underflows however confident the layer is.
+through the mergeable sums of `partial.py`, so the dense form and the tiled form, which streams over tiles of
+vocabulary rows, share one definition.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-# Tokens per block when the statistics of a large vocabulary are taken from logits that are there already.
-_BLOCK = 16_384
-
-
-class Partial(NamedTuple):
-    """Statistics of logits l_j over a set of tokens, per row and layer; d_j = l_j - (final layer's l_j).
-
-    With a = the most likely token of the set, n = the logit of the second most likely one and beta =
-    1 / temperature:  peak = l_a;  peak_id = a (the lowest index among equals);  peak_gap = d_a;  next = n;
-    over j != a, x_j = exp(beta (l_j - n)):  mass = sum x_j;  mass_sq = sum x_j^2;
-    slope = sum (l_j - n) x_j;  cross = sum d_j x_j;  and over all j:  gap_sq = sum d_j^2.
-    """
-
-    peak: jax.Array
-    peak_id: jax.Array
-    peak_gap: jax.Array
-    next: jax.Array
-    mass: jax.Array
-    mass_sq: jax.Array
-    slope: jax.Array
-    cross: jax.Array
-    gap_sq: jax.Array
+from sled.fusion.partial import Partial, blockwise_statistics, empty_partial, inverse, merge, partial_statistics
 
 
 class LayerStatistics(NamedTuple):
-    """What the methods need, for B rows, C candidate layers (final last, E = C - 1 early), K top tokens.
+    """The numbers that the methods need, for B rows, C candidate layers (final last, E = C - 1 early), K top tokens.
 
     Distributions are softmax(logits / temperature); what is called logits is not divided.
     """
@@ -60,118 +36,62 @@ def layer_statistics(h_BCD, head, k: int, temperature=1.0) -> LayerStatistics:
     """Statistics of the candidate layers' next-token distributions, final layer last.
 
     h_BCD: hidden states as they enter the projection (already normed where that is wanted).
-    head: a `SharedHead`; its `tile` selects the plain or the streaming form.
+    head: a `SharedHead`; its `tile` selects the dense or the tiled form.
     k: how many of the final layer's top tokens to describe (static; cut to the vocabulary).
     temperature: a number or one per row (B,), traced.
 
     The cosines are those of SLED (arXiv 2411.02433, phase 1), in closed form: with d = l_n - l_N,
     <P - e_i, d> = <P, d> - d_i and |P - e_i|^2 = |P|^2 - 2 P_i + 1. Logits must be finite.
     """
-    if head.tile is not None:
-        from sled.fusion.tiled import tiled_statistics
+    beta_B1 = inverse(temperature, head.dtype(h_BCD))
+    form = _dense if head.tile is None else _tiled
+    return finish(*form(h_BCD, head, min(k, head.vocabulary), beta_B1), beta_B1)
 
-        return tiled_statistics(h_BCD, head, k, temperature)
+
+def _dense(h_BCD, head, k: int, beta_B1):
+    """Take the sums and the top tokens from the logits of all candidates at once."""
     l_BCV = head.project(h_BCD)
-    beta_B1 = inverse(temperature, l_BCV.dtype)
     final_BV = l_BCV[:, -1]
-    top_ids_BK = jax.lax.top_k(final_BV, min(k, head.vocabulary))[1]
+    top_ids_BK = jax.lax.top_k(final_BV, k)[1]
     top_logits_BCK = jnp.take_along_axis(l_BCV, top_ids_BK[:, None], axis=-1)
-    if head.shards == 1 and head.vocabulary > 2 * _BLOCK:
-        partial = _blockwise(l_BCV, beta_B1)
-    else:
-        partial = partial_statistics(l_BCV, 0, beta_B1)
-    return finish(partial, top_logits_BCK, top_ids_BK, final_BV, beta_B1)
+    partial = blockwise_statistics(l_BCV, beta_B1) if head.shards == 1 else partial_statistics(l_BCV, 0, beta_B1)
+    return partial, top_logits_BCK, top_ids_BK, final_BV
 
 
-def inverse(temperature, dtype):
-    """1 / temperature as a column (1, 1) or, given one per row, (B, 1)."""
-    return 1 / jnp.asarray(temperature, dtype).reshape(-1, 1)
+def _tiled(h_BCD, head, k: int, beta_B1):
+    """Take the sums and the top tokens in one pass over tiles of vocabulary rows, every shard's own side by side.
 
-
-def partial_statistics(l_xCV, first, beta_x1) -> Partial:
-    """`Partial` of logits (..., C, V), final layer last, over the V tokens numbered from `first` (..., 1)."""
-    peak, at = max_and_index(l_xCV)
-    others = jnp.arange(l_xCV.shape[-1]) != at
-    lowest = jnp.finfo(l_xCV.dtype).min  # finite: a set of one token then merges without inf - inf
-    second = jnp.where(others, l_xCV, lowest).max(-1, keepdims=True)
-    x = jnp.where(others, jnp.exp(beta_x1[..., None] * (l_xCV - second)), 0)
-    d = l_xCV - l_xCV[..., -1:, :]
-    return Partial(
-        peak=peak[..., 0],
-        peak_id=(first + at[..., 0]).astype(jnp.int32),
-        peak_gap=jnp.take_along_axis(d, at, axis=-1)[..., 0],
-        next=second[..., 0],
-        mass=x.sum(-1),
-        mass_sq=_dot(x, x),
-        slope=_dot(x, l_xCV - second),
-        cross=_dot(x, d),
-        gap_sq=_dot(d, d),
-    )
-
-
-def max_and_index(x_xV):
-    """The maximum over the last axis and the lowest index that attains it, both (..., 1).
-
-    Two reductions that vectorise, where argmax does not on a CPU (6 times as slow at V = 1,000).
+    Holds per row and layer the nine numbers of `Partial`, and the final layer's logits (B x V); never the logits of all
+    candidate layers. With a projection split over devices, only the small statistics travel.
     """
-    peak = x_xV.max(-1, keepdims=True)
-    index = jnp.arange(x_xV.shape[-1])
-    return peak, jnp.where(x_xV == peak, index, x_xV.shape[-1] - 1).min(-1, keepdims=True)
+    batch, candidates, _ = h_BCD.shape
+    shards, rows = head.shards, head.vocabulary // head.shards
+    first_S11 = rows * jnp.arange(shards).reshape(-1, 1, 1)
+
+    def step(carry, l_SBCV, start):
+        partial, final_SBV = carry
+        final_SBV = jax.lax.dynamic_update_slice_in_dim(final_SBV, l_SBCV[:, :, -1], start, axis=2)
+        return merge(partial, partial_statistics(l_SBCV, first_S11 + start, beta_B1), beta_B1), final_SBV
+
+    nothing = empty_partial((shards, batch, candidates), beta_B1.dtype)
+    partial, final_SBV = head.stream(h_BCD, (nothing, jnp.zeros((shards, batch, rows), beta_B1.dtype)), step)
+    parts = (jax.tree.map(lambda x, s=s: x[s], partial) for s in range(shards))
+    partial = functools.reduce(lambda p, q: merge(p, q, beta_B1), parts)
+    top_ids_BK = _top_ids(final_SBV, k)
+    # The early logits at the top tokens are known to be wanted only now: project on those K rows alone.
+    top_logits_BCK = head.project_rows(h_BCD, top_ids_BK)
+    return partial, top_logits_BCK, top_ids_BK, final_SBV.swapaxes(0, 1).reshape(batch, -1)
 
 
-def _dot(x, y):
-    # As dot products, not sum(x * y): on a CPU, XLA vectorises the former only (8x), and recomputes the
-    # exponentials for every sum. `highest` keeps accelerators from rounding the operands.
-    return jnp.einsum("...v,...v->...", x, y, precision="highest")
-
-
-def merge(p: Partial, q: Partial, beta_x1) -> Partial:
-    """`Partial` of the union of two disjoint sets, of which `p` holds the lower token numbers.
-
-    The token that loses the first place joins the sums; the sums are rescaled to the new second place.
-    """
-    p_wins = p.peak >= q.peak
-    pick = lambda mine, other: jnp.where(p_wins, mine, other)  # noqa: E731
-    loser, loser_gap = pick(q.peak, p.peak), pick(q.peak_gap, p.peak_gap)
-    second = jnp.maximum(loser, jnp.maximum(p.next, q.next))
-    shift_p, shift_q, shift_loser = p.next - second, q.next - second, loser - second
-    scale_p, scale_q, y = (jnp.exp(beta_x1 * shift) for shift in (shift_p, shift_q, shift_loser))
-    return Partial(
-        peak=jnp.maximum(p.peak, q.peak),
-        peak_id=pick(p.peak_id, q.peak_id),
-        peak_gap=pick(p.peak_gap, q.peak_gap),
-        next=second,
-        mass=p.mass * scale_p + q.mass * scale_q + y,
-        mass_sq=p.mass_sq * scale_p**2 + q.mass_sq * scale_q**2 + y**2,
-        slope=(p.slope + shift_p * p.mass) * scale_p + (q.slope + shift_q * q.mass) * scale_q + shift_loser * y,
-        cross=p.cross * scale_p + q.cross * scale_q + loser_gap * y,
-        gap_sq=p.gap_sq + q.gap_sq,
-    )
-
-
-def empty_partial(shape, dtype) -> Partial:
-    """The neutral element of `merge`: no tokens. Finite, so that rescaling it gives 0, not 0 * inf."""
-    zero, lowest = jnp.zeros(shape, dtype), jnp.full(shape, jnp.finfo(dtype).min)
-    return Partial(lowest, jnp.zeros(shape, jnp.int32), zero, lowest, zero, zero, zero, zero, zero)
-
-
-def _blockwise(l_BCV, beta_B1) -> Partial:
-    """As `partial_statistics`, with temporaries of one block instead of twice the logits.
-
-    On a CPU that keeps them in cache and spares the system fresh pages: 8% of a step at V = 128,256.
-    """
-    vocabulary = l_BCV.shape[-1]
-
-    def add(partial, l_BCv, first):
-        return merge(partial, partial_statistics(l_BCv, first, beta_B1), beta_B1)
-
-    def body(i, partial):
-        l_BCv = jax.lax.dynamic_slice_in_dim(l_BCV, i * _BLOCK, _BLOCK, axis=-1)
-        return add(partial, l_BCv, i * _BLOCK)
-
-    whole = vocabulary // _BLOCK
-    partial = jax.lax.fori_loop(0, whole, body, empty_partial(l_BCV.shape[:-1], l_BCV.dtype))
-    return add(partial, l_BCV[..., whole * _BLOCK :], whole * _BLOCK) if vocabulary % _BLOCK else partial
+def _top_ids(final_SBV, k):
+    """Numbers (B, K) of the largest logits, ties to the lower number; each shard picks its own first."""
+    shards, batch, rows = final_SBV.shape
+    top_SBK, ids_SBK = jax.lax.top_k(final_SBV, min(k, rows))
+    if shards == 1:
+        return ids_SBK[0]
+    ids_SBK += rows * jnp.arange(shards).reshape(-1, 1, 1)
+    join = lambda x_SBK: x_SBK.swapaxes(0, 1).reshape(batch, -1)  # noqa: E731
+    return jnp.take_along_axis(join(ids_SBK), jax.lax.top_k(join(top_SBK), k)[1], axis=-1)
 
 
 def finish(partial: Partial, top_logits_BCK, top_ids_BK, final_BV, beta_B1) -> LayerStatistics:

@@ -1,22 +1,24 @@
-"""What all fusion strategies share: the small interface the decoding loop knows, and small helpers.
+"""The interface of fusion strategies that the decoding loop knows, and the settings and helpers they share.
 
-A strategy is a frozen dataclass and a jax pytree. Numbers that users tune are leaves: traced, so that
-changing them never recompiles. What decides shapes or the computation itself is static.
+A strategy is a class of `sled.settings.decorator.settings`. Numbers that users tune are traced, so that changing them
+never recompiles. What decides shapes or the computation itself is static.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 
 from sled.errors import SettingError
+from sled.settings.field import setting
+from sled.settings.rules import Flag, Layers, Number
 
 
 @runtime_checkable
 class Strategy(Protocol):
-    """How the candidate layers become one distribution over the next token."""
+    """Makes one distribution over the next token of the candidate layers."""
 
     norm_early: bool
-    """Whether the caller must apply the final norm to the early hidden states (the final one always is)."""
+    """True where the caller must apply the final norm to early hidden states too, as to the final one."""
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         """Ascending hidden states wanted besides the final one: 0 = embeddings, n = after layer n."""
@@ -25,6 +27,20 @@ class Strategy(Protocol):
     def logits(self, h_BCD, head):
         """Logits (B, V), float32, of hidden states in the order early_layers + (final,), already normed."""
         ...
+
+
+def layers_setting(*words: str | None, help: str) -> Any:
+    """The early layers to use: one of `words`, of which the first is the default and `help` tells, or indices."""
+    return setting(Layers(words), default=words[0], help=f"early layers to use, by index or {help}")
+
+
+def norm_setting(default: bool, *, hint: str) -> Any:
+    return setting(Flag(hint=hint), default=default, help="whether early hidden states go through the final norm")
+
+
+def left_out_setting(default: float) -> Any:
+    return setting(Number(hint="-inf or a large negative number, as -1000, leaves a token out"), default=default,
+                   rows="B", help="logit of the tokens that are left out")
 
 
 def explicit_layers(self, num_layers: int) -> tuple[int, ...]:

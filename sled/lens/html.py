@@ -11,21 +11,35 @@ import hashlib
 import json
 from html import escape
 from importlib.resources import files
+from pathlib import Path
 from string import Template
 
 import numpy as np
 
 from sled.errors import SettingError
+from sled.io import replace_text
 from sled.lens.lens import Lens, show
 
 CELLS = 20_000  # layers x positions of a page: what a browser still draws without a pause that annoys
 
 
-def render(lens: Lens, *, title: str | None, threshold: float, layers, first: int, count: int | None) -> str:
-    """The page of `sled.Lens.page`, which says what the arguments mean.
+def page(lens: Lens, path: str | Path | None = None, *, title: str | None = None, threshold: float = 0.9,
+         layers: int | tuple[int, ...] | None = None, first: int = 0, count: int | None = None) -> str | Path:
+    """The lens as one HTML page to explore, without network: written to `path`, which is returned, or as a string.
 
-    Raises SettingError for more positions than a page holds.
+    The page shows positions first .. first + count - 1, with what each layer says there, and marks where a token
+    would leave at the given `threshold` and `layers` (see `Lens.exits`), which can be changed on the page, and where
+    the fusion corrects the last layer. It reads without JavaScript too. See docs/lens.md.
+
+    count: None shows all positions from `first` on, or of more than a page holds the last ones, and says so.
+
+    Raises SettingError for more positions than a page holds, and where the file cannot be written.
     """
+    text = _render(lens, title=title, threshold=threshold, layers=layers, first=first, count=count)
+    return text if path is None else replace_text("the lens page", Path(path), text)
+
+
+def _render(lens: Lens, *, title: str | None, threshold: float, layers, first: int, count: int | None) -> str:
     title = (title or "What each layer would say next").encode(errors="replace").decode()  # a path may be no text
     shown, notice = _positions(lens, first, count)
     part = slice(shown.start, shown.stop)
@@ -51,7 +65,7 @@ def render(lens: Lens, *, title: str | None, threshold: float, layers, first: in
         data=_json({**_arrays(lens, shown), "depth": depth, "columns": len(shown), "first": shown.start,
                     "kept": lens.best.shape[-1], "vocabulary": lens.vocabulary, "fusion": lens.fusion,
                     "threshold": threshold, "exits": exits, "leaves": leaves.tolist(),
-                    "settled": lens.settled[part].tolist()}))
+                    "agreesFrom": lens.agrees_from[part].tolist()}))
 
 
 def _positions(lens: Lens, first: int, count: int | None) -> tuple[range, str]:
@@ -64,7 +78,7 @@ def _positions(lens: Lens, first: int, count: int | None) -> tuple[range, str]:
         raise SettingError(f"count is {count}, but a page holds {most} positions of a model of {len(lens.top) - 1} "
                            "layers; show fewer, or write several pages with first=...")
     return shown[-most:], (f"The last {most} positions are shown; positions {shown.start} to {shown[-most] - 1} are "
-                           "left out, for a page holds no more. Lens.page(first=..., count=...) shows any part.")
+                           "left out, for a page holds no more. sled.lens.page shows any part by first and count.")
 
 
 def _decisions(lens: Lens, shown: range, leaves: np.ndarray):
@@ -79,20 +93,20 @@ def _decisions(lens: Lens, shown: range, leaves: np.ndarray):
     yield _row("leaves", "leaves after", (
         "<td>last layer</td>" if n == depth else f"<td>layer {n} ✓</td>" if agrees[n, t] else
         f'<td class="changed">layer {n} ≠</td>' for t, n in zip(shown, leaves.tolist(), strict=True)))
-    yield _row("settled", "settled from", (f"<td>{'layer ' if n else ''}{n or 'embeddings'}</td>"
-                                           for n in lens.settled[shown.start:shown.stop].tolist()))
+    yield _row("agrees-from", "agrees from", (f"<td>{'layer ' if n else ''}{n or 'embeddings'}</td>"
+                                              for n in lens.agrees_from[shown.start:shown.stop].tolist()))
 
 
 def _layer(lens: Lens, n: int, shown: range, leaves: np.ndarray) -> str:
     depth = len(lens.top) - 1
-    agrees, settled = lens.agreement[n], lens.settled
+    agrees, agrees_from = lens.agreement[n], lens.agrees_from
     sure = lens.probability[n].astype(float)
     level = np.minimum(np.nan_to_num(10 * sure), 9).astype(int)  # half precision may overflow to NaN
     cells = []
     for t, leaves_after in zip(shown, leaves.tolist(), strict=True):
         exits = n == leaves_after < depth
         classes = [f"s{level[t]}", *["same"] * bool(agrees[t]), *["exit"] * exits,
-                   *["settled"] * bool(settled[t] == n)]
+                   *["agrees-from"] * bool(agrees_from[t] == n)]
         cells.append(f'<td class="{" ".join(classes)}">{_token(lens.names[n][t])}<small>{100 * sure[t]:.0f}%'
                      f"{' ✓' if agrees[t] else ''}</small>{'<b>exit</b>' if exits else ''}</td>")
     return _row(n, f"layer {n}{' (last)' if n == depth else ''}" if n else "embed&shy;dings", cells)

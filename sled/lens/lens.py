@@ -1,4 +1,4 @@
-"""The lens: what every layer would say after each token of a text, as arrays, a table, a picture, a page.
+"""The lens: what every layer would say after each token of a text, as arrays and as a table.
 
 Each hidden state goes through the final norm and the shared projection ("logit lens",
 nostalgebraist 2020), or through the exit head that the model has there; the last row is the model's own prediction.
@@ -10,18 +10,17 @@ import dataclasses
 import functools
 import unicodedata
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.decoding.buckets import bucket
-from sled.decoding.network import Build, fuse, own_projection, read
+from sled.decoding.network import Build
+from sled.decoding.readout import Readout
 from sled.decoding.scoring import map_places
+from sled.decoding.state import bucket
 from sled.exits.policy import Exits, with_last
-from sled.fusion import SharedHead
 from sled.settings.rules import Number, Whole
 
 BEST = 5  # tokens kept of every layer's distribution, or all of a smaller vocabulary
@@ -88,8 +87,11 @@ class Lens:
         return self.top == self.top[-1]
 
     @property
-    def settled(self) -> np.ndarray:
-        """[T]: the first layer from which on every layer makes the final layer's choice."""
+    def agrees_from(self) -> np.ndarray:
+        """[T]: the first layer from which on every layer makes the final layer's choice.
+
+        The "prediction depth" of Baldock et al. 2021 (arXiv 2106.09647).
+        """
         disagrees = ~self.agreement[::-1]
         return len(self.top) - np.where(disagrees.any(axis=0), disagrees.argmax(axis=0), len(self.top))
 
@@ -124,33 +126,6 @@ class Lens:
                            f"{'*' if self.agreement[n, t] else ''}" for t in columns)])
         widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-    def picture(self, path: str | Path, *, title: str | None = None, first: int = 0, count: int = 48) -> Path:
-        """Draws the lens into an image file (format by its ending: .png, .svg or .pdf) and returns its path.
-
-        Raises SettingError for another ending, or a path that cannot be written.
-        """
-        from sled.lens.plot import draw
-
-        return draw(self, Path(path), title=title, first=first, count=count)
-
-    def page(self, path: str | Path | None = None, *, title: str | None = None, threshold: float = 0.9,
-             layers: int | tuple[int, ...] | None = None, first: int = 0, count: int | None = None) -> str | Path:
-        """The lens as one HTML page to explore, without network: written to `path`, which is returned, or as a string.
-
-        The page shows positions first .. first + count - 1, with what each layer says there, and marks where a token
-        would leave at the given `threshold` and `layers` (see `exits`), which can be changed on the page, and where
-        the fusion corrects the last layer. It reads without JavaScript too. See docs/lens.md.
-
-        count: None shows all positions from `first` on, or of more than a page holds the last ones, and says so.
-
-        Raises SettingError for more positions than a page holds, and where the file cannot be written.
-        """
-        from sled.io import replace_text
-        from sled.lens.html import render
-
-        page = render(self, title=title, threshold=threshold, layers=layers, first=first, count=count)
-        return page if path is None else replace_text("the lens page", Path(path), page)
 
     def columns(self, first: int, count: int) -> range:
         """Positions first .. first + count - 1, as far as the text goes."""
@@ -203,7 +178,8 @@ def _say(build: Build, params, ids_T, fusion):
     h0 = network.embed(ids_T[None])
     states, _ = network.run_layers(h0, positions_1T, None, 0, network.num_layers)
     states_TCD = jnp.stack([h[0] for h in (h0, *states)], axis=1)
-    head = SharedHead(network.head_weight)
+    readout = Readout(network)
+    head = readout.head(network.num_layers)
 
     def best(logits_PV, logp_PV):
         """The likeliest tokens and their probabilities; by the logits, since rounding makes ties among the others."""
@@ -219,20 +195,20 @@ def _say(build: Build, params, ids_T, fusion):
 
     def places(h_PCD):
         """One layer's logits at a time, never those of all; the final layer's first, for its choice."""
-        h_CPD = jnp.stack([read(network, h_PCD[:, n], n) for n in range(h_PCD.shape[1])])
+        h_CPD = jnp.stack([readout.ready(h_PCD[:, n], n) for n in range(h_PCD.shape[1])])
         final_PV = head.project(h_CPD[-1])
         final_top_P = jnp.argmax(final_PV, axis=-1)
         final = describe(final_PV, final_top_P)
         early = jax.lax.map(lambda h_PD: describe(head.project(h_PD), final_top_P), h_CPD[:-1])
         for n in range(network.num_layers):
-            if (own_VD := own_projection(network, n)) is not None:
-                said = describe(SharedHead(own_VD).project(h_CPD[n]), final_top_P)
+            if readout.own_projection(n) is not None:
+                said = describe(readout.head(n).project(h_CPD[n]), final_top_P)
                 early = jax.tree.map(lambda rows_EP, row_P, n=n: rows_EP.at[n].set(row_P), early, said)
         return jax.tree.map(lambda early_EP, final_P: jnp.concatenate([early_EP, final_P[None]]).swapaxes(0, 1),
                             early, final)
 
     def fused(h_PCD):
-        logits_PV = fuse(network, fusion, list(jnp.moveaxis(h_PCD, 1, 0)), network.num_layers)
+        logits_PV = readout.fuse(fusion, list(jnp.moveaxis(h_PCD, 1, 0)), network.num_layers)
         return best(logits_PV, jax.nn.log_softmax(logits_PV, axis=-1))
 
     said = map_places(places, (states_TCD,), head.vocabulary)

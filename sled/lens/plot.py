@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-
 from sled.errors import SettingError
-from sled.io import writable_picture
 from sled.lens.lens import Lens, show
+from sled.plots import DPI, new_figure, save_figure, writable_picture
 
 CELL_WIDTH, CELL_HEIGHT = 0.62, 0.3  # inches
-DPI = 150
 
 
-def draw(lens: Lens, path: Path, *, title: str | None, first: int, count: int) -> Path:
-    """Layers upwards, positions to the right; colour = probability of the layer's own choice.
+def picture(lens: Lens, path: str | Path, *, title: str | None = None, first: int = 0, count: int = 48) -> Path:
+    """Draws the lens into an image file (format by its ending: .png, .svg or .pdf) and returns its path.
 
+    Layers upwards, positions first .. first + count - 1 to the right; colour = probability of the layer's own choice.
     A bold cell agrees with the final layer; the line marks from where on all layers do. Where a
     fusion was given, its choice stands on top, red where it differs from the final layer's.
+
+    Raises SettingError for another ending, a path that cannot be written, and more positions than an image holds.
     """
-    path = writable_picture("the lens picture", path)
+    from matplotlib.patches import Rectangle  # imported here: it is slow, and few draw
+
+    path = writable_picture("the lens picture", Path(path))
     shown, rows = lens.columns(first, count), len(lens.top)
     columns, last = len(shown), shown.stop
     width, height = 1.9 + columns * CELL_WIDTH, 1.9 + rows * CELL_HEIGHT
     if max(width, height) * DPI >= 2**16 and path.suffix.lower() == ".png":
         raise SettingError(f"a picture of {columns} positions and {rows} layers has more pixels than matplotlib draws; "
                            "show fewer positions, or draw a .svg or .pdf")
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(width, height)
     axes = figure.add_subplot()
     image = axes.imshow(lens.probability[:, first:last], origin="lower", aspect="auto", cmap="YlGnBu", vmin=0, vmax=1)
     for n in range(rows):
@@ -39,8 +37,8 @@ def draw(lens: Lens, path: Path, *, title: str | None, first: int, count: int) -
             axes.text(x, n, _short(lens.names[n][t]), ha="center", va="center", fontsize=7,
                       color="white" if lens.probability[n, t] > 0.55 else "black",
                       fontweight="bold" if lens.agreement[n, t] else "normal")
-    for x, settled in enumerate(lens.settled[first:last]):
-        axes.plot([x - 0.5, x + 0.5], [settled - 0.5] * 2, color="#d9480f", linewidth=2)
+    for x, layer in enumerate(lens.agrees_from[first:last]):
+        axes.plot([x - 0.5, x + 0.5], [layer - 0.5] * 2, color="#d9480f", linewidth=2)
     axes.set_yticks(range(rows), ["embed", *(f"layer {n}" for n in range(1, rows))], fontsize=8)
     axes.set_xticks(range(columns), [_short(lens.tokens[t]) for t in shown], fontsize=8, rotation=45,
                     ha="right", rotation_mode="anchor")
@@ -54,9 +52,7 @@ def draw(lens: Lens, path: Path, *, title: str | None, first: int, count: int) -
     axes.add_patch(Rectangle((-0.5, rows - 1.5), columns, 1, fill=False, edgecolor="#212529", linewidth=1.2))
     axes.set_title(title or "What each layer would say next", fontsize=11, pad=22 if lens.fused is not None else 8)
     figure.colorbar(image, ax=axes, label="probability of the layer's choice", pad=0.01, fraction=0.02)
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    figure.savefig(path, dpi=DPI)
-    return path
+    return save_figure(figure, path)
 
 
 def _short(name: str) -> str:

@@ -9,29 +9,20 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from sled.decoding.options import (
-    A_POLICY,
-    A_SAMPLING,
-    A_STRATEGY,
-    FINAL_LAYER,
-    FULL_DEPTH,
-    GREEDY,
-    NEW_TOKENS,
-    stop_strings,
-    which_schedule,
-)
+from sled.decoding.batch import Entry, Slots
+from sled.decoding.options import FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
 from sled.decoding.sampling import Sampling
-from sled.decoding.slots import Entry, Slots
 from sled.errors import PromptError, RequestError, SettingError
 from sled.exits import Policy, Schedule
+from sled.fusion import Strategy
 from sled.lm import LM
 from sled.serving.request import Limits, Request
-from sled.settings.rules import Instance, Whole, check_alike, check_rows, one_row
+from sled.settings.rules import Instance, Whole
 from sled.text.prompts import Prompt, prompt_ids
-from sled.text.stop_strings import Row
+from sled.text.stop_strings import StopStrings
 
 LIMITS = Limits()
-ROUNDS = 8  # of the loop, between two looks at what is new
+STEPS = 8  # of the loop, between two looks at what is new
 
 
 class Engine:
@@ -62,9 +53,9 @@ class Engine:
     Raises SettingError for a value out of range, and where the engine's own settings are beyond its limits.
     """
 
-    def __init__(self, lm: LM, *, slots: int = 8, capacity: int | None = None, fusion=FINAL_LAYER,
-                 exits: Policy = FULL_DEPTH, schedule: Schedule | None = None, sampling: Sampling = GREEDY,
-                 limits: Limits = LIMITS):
+    def __init__(self, lm: LM, *, slots: int = 8, capacity: int | None = None,
+                 fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
+                 schedule: Schedule | None = None, sampling: Sampling = GREEDY, limits: Limits = LIMITS):
         Instance(LM, traced=False, hint="give what sled.load returns")("lm", lm)
         slots = Whole(1, hint="it counts the requests served at a time")("slots", slots)
         most = lm.config.max_positions
@@ -72,18 +63,17 @@ class Engine:
             "capacity", min(most, 1024) if capacity is None else capacity)
         self.limits = Instance(Limits, traced=False, hint="give sled.Limits(...)")("limits", limits)
         self._lm, self._waiting, self._lock = lm, deque(), threading.Lock()
-        self._defaults = dict(policy=A_POLICY("exits", exits), fusion=A_STRATEGY("fusion", fusion),
-                              sampling=A_SAMPLING("sampling", sampling))
+        defaults = Decoding(fusion, exits, schedule, sampling)
         exits.exits(lm.config.num_layers)  # for its error, which constant depth would not raise
-        self._defaults = self._checked(self._defaults)
-        self._slots = Slots(lm.build, lm.params, slots=slots, capacity=capacity,
-                            schedule=which_schedule(schedule, exits), stop_ids=lm.config.eos_ids,
-                            **self._served(self._defaults))
+        self._defaults = self._allowed(defaults, defaults)
+        self._slots = Slots(lm.build, lm.params, self._served(self._defaults), slots=slots, capacity=capacity,
+                            stop_ids=lm.config.eos_ids)
         self._running: list[Request | None] = [None] * slots
         self._spoilt = False  # whether a failure has left the slots in no good state
 
-    def submit(self, prompt: Prompt, *, max_new_tokens: int = NEW_TOKENS, fusion=None, exits: Policy | None = None,
-               sampling=None, seed: int = 0, stop: str | Sequence[str] = ()) -> Request:
+    def submit(self, prompt: Prompt, *, fusion: Strategy | None = None, exits: Policy | None = None,
+               sampling: Sampling | None = None, max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = (),
+               seed: int = 0) -> Request:
         """A request that waits for a slot.
 
         prompt: a string or a list of token ids. max_new_tokens, seed, stop: as for `LM.generate`.
@@ -91,12 +81,11 @@ class Engine:
 
         Raises PromptError, SettingError, TokenizerError; RequestError where the budget has no room for one new token.
         """
-        new = Whole(1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
         seed = Whole(0, 2**32 - 1, hint="it names one of 2**32 random streams")("seed", seed)
-        own = dict(policy=exits, fusion=fusion, sampling=sampling)
-        settings = self._checked({name: self._defaults[name] if given is None else given
-                                  for name, given in own.items()})
-        served = self._served(settings)
+        own = dict(fusion=fusion, exits=exits, sampling=sampling)
+        served = self._served(self._allowed(self._defaults.replace(
+            max_new_tokens=max_new_tokens, stop=stop,
+            **{name: given for name, given in own.items() if given is not None}), self._defaults))
         self._slots.check(served)
         [ids, *more] = prompt_ids(prompt, self._lm.text, self._lm.config)
         if more:
@@ -104,17 +93,16 @@ class Engine:
         if len(ids) >= self._slots.capacity:
             raise PromptError(f"the prompt is {len(ids)} tokens long, but a request may have {self._slots.capacity}, "
                               "the new ones included; shorten it, or make the engine with a larger capacity")
-        affordable = self.limits.affordable(len(ids), served["policy"], self._lm.config.num_layers)
+        affordable = self.limits.affordable(len(ids), served.exits, self._lm.config.num_layers)
         if affordable is not None and affordable < 1:
             raise RequestError(f"the prompt of {len(ids)} tokens leaves no room for a new one within the budget of "
                                f"{self.limits.budget:,} layer-tokens; shorten it, or ask the operator for more")
-        limit = min(new, self._slots.capacity - len(ids))
+        limit = min(served.max_new_tokens, self._slots.capacity - len(ids))
         budgeted = affordable is not None and affordable < limit
         entry = Entry(ids, affordable if budgeted else limit, seed, served)
-        stop = stop_strings(stop)
-        if stop:
+        if served.stop:
             self._lm.text.decode([])  # for its error, where there is no tokenizer
-        row = Row(self._lm.text, stop, self._lm.config.eos_ids)
+        row = StopStrings(self._lm.text, served.stop, self._lm.config.eos_ids)
         request = Request(entry, row, budgeted=budgeted, shown=self.limits.show_exits,
                           text=self._lm.text.available, step=self.step)
         self._waiting.append(request)
@@ -143,7 +131,7 @@ class Engine:
                 self._free()
                 self._fill()
                 if self.running:
-                    self._slots.advance(ROUNDS, rows=self.running if self._waiting else 1)
+                    self._slots.advance(STEPS, min_active=self.running if self._waiting else 1)
                     self._deliver()
             except BaseException as reason:  # also an interrupt: the loop has given up its state
                 failure = reason if isinstance(reason, Exception) else RuntimeError("interrupted")
@@ -160,22 +148,20 @@ class Engine:
                 self.step()
                 bar.update(left - self.waiting - self.running)
 
-    def _checked(self, settings: dict) -> dict:
+    def _allowed(self, decoding: Decoding, defaults: Decoding) -> Decoding:
         """Settings of a request, in plain numbers. Raises SettingError for those that it cannot or may not have."""
-        for name, field in (("exits", "policy"), ("fusion", "fusion"), ("sampling", "sampling")):
-            check_alike(name, settings[field], self._defaults[field])
-            check_rows(settings[field], 1, hint="a request is one row, so give one value")
-        settings = {name: one_row(of_row) for name, of_row in settings.items()}
-        self.limits.check(settings["policy"])
-        asked, most = (getattr(fusion["fusion"], "steps", None) for fusion in (settings, self._defaults))
+        decoding.check_alike(defaults)
+        decoding = decoding.one_row()
+        self.limits.check(decoding.exits, self._lm.config.num_layers)
+        asked, most = (getattr(settings.fusion, "steps", None) for settings in (decoding, defaults))
         if asked is not None and asked > np.min(most):  # all rows take as many steps as the one that asks for most
-            raise SettingError(f"{type(settings['fusion']).__name__}.steps is {asked}, but this engine allows {most}; "
+            raise SettingError(f"{type(decoding.fusion).__name__}.steps is {asked}, but this engine allows {most}; "
                                "give at most that many")
-        return settings
+        return decoding
 
-    def _served(self, settings: dict) -> dict:
+    def _served(self, decoding: Decoding) -> Decoding:
         """Settings as they are served: at constant depth every token goes through all layers."""
-        return settings | dict(policy=FULL_DEPTH) if self.limits.constant_depth else settings
+        return decoding.replace(exits=FULL_DEPTH) if self.limits.constant_depth else decoding
 
     def _free(self) -> None:
         """Takes requests that have ended out of their slots."""

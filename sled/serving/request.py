@@ -8,54 +8,48 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sled.decoding.slots import Entry
+from sled.decoding.batch import Entry
 from sled.errors import RequestError, SettingError
-from sled.exits import EarlyExit, Policy
-from sled.settings.rules import LARGEST, Flag, Number, OrNone, Whole, settle
-from sled.text.stop_strings import Row
+from sled.exits import Policy
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import LARGEST, Flag, Number, OrNone, Whole
+from sled.text.stop_strings import StopStrings
 
 
-@dataclasses.dataclass(frozen=True)
+@settings
 class Limits:
-    """What the operator of an engine allows each request, whatever it asks for.
+    """The operator's bounds on every request, whatever it asks for."""
 
-    threshold_floor: in [0, 1]; no token may leave early at a lower threshold, decay included.
-    min_layer: no token may leave before this layer.
-    budget: layer-tokens (one token through one layer) that a request may cost at worst, its prompt included; None: no
-        bound. Every token is charged for all layers, so that no text costs more by leaving late; with self-speculation
-        every token is charged for a whole draft of wrong guesses. What is cut off ends for the reason "budget".
-    constant_depth: every token goes through all layers, whatever exits are asked for, so that the time it takes tells
-        nothing. With self-speculation the text stays the same; with early exit it is the full model's.
-    show_exits: give requesters the layers their tokens left at and counts of guesses, which tell how hard a text is.
-        Time and the sizes of streamed pieces still tell something; only `constant_depth` hides that too.
+    threshold_floor: float = setting(Number(0, 1, hint="0 is no bound"), default=0.0, help=(
+        "no token may leave early at a lower threshold, decay included"))
+    min_layer: int = setting(Whole(0, LARGEST, hint="0 is no bound"), default=0, help=(
+        "no token may leave before this layer"))
+    budget: int | None = setting(OrNone(Whole(1, hint="None is no bound")), default=None, help=(
+        "layer-tokens (one token through one layer) that a request may cost at worst, its prompt included. Every token "
+        "is charged for all layers, so that no text costs more by leaving late; with self-speculation every token is "
+        'charged for a whole draft of wrong tokens. What is cut off ends for the reason "budget"'))
+    constant_depth: bool = setting(Flag(hint="True sends every token through all layers"), default=False, help=(
+        "every token goes through all layers, whatever exits are asked for, so that the time it takes tells nothing; "
+        "with self-speculation the text stays the same, with early exit it is the full model's"))
+    show_exits: bool = setting(Flag(hint="True shows requesters the layers their tokens left at"), default=False, help=(
+        "give requesters the layers their tokens left at and counts of drafts, which tell how hard a text is; time and "
+        "the sizes of streamed pieces still tell something, and only constant_depth hides that too"))
 
-    Raises `SettingError` for a value out of range.
-    """
-
-    threshold_floor: float = 0.0
-    min_layer: int = 0
-    budget: int | None = None
-    constant_depth: bool = False
-    show_exits: bool = False
-
-    def __post_init__(self):
-        settle(self, threshold_floor=Number(0, 1, hint="a threshold is a confidence; 0 is no bound"),
-               min_layer=Whole(0, LARGEST, hint="it is the first layer to leave after; 0 is no bound"),
-               constant_depth=Flag(hint="True sends every token through all layers"),
-               show_exits=Flag(hint="True shows requesters the layers their tokens left at"),
-               budget=OrNone(Whole(1, hint="it counts layer-tokens; None is no bound")))
-
-    def check(self, exits: Policy) -> None:
-        """Raises SettingError for early exit that leaves earlier than is allowed."""
-        if not isinstance(exits, EarlyExit):
+    def check(self, exits: Policy, num_layers: int) -> None:
+        """Raises SettingError for a policy whose trusted tokens may leave earlier than is allowed."""
+        if exits.verifies or exits.exits(num_layers) == (num_layers,):
             return
-        if np.float32(exits.lowest_threshold) < np.float32(self.threshold_floor):  # as precise as thresholds are
-            raise SettingError(f"EarlyExit.threshold comes down to {exits.lowest_threshold:g}, but the operator allows "
+        name, lowest = type(exits).__name__, exits.lowest_threshold
+        if lowest is None and self.threshold_floor > 0:
+            raise SettingError(f"{name} has no threshold, but the operator allows {self.threshold_floor:g} at the "
+                               "lowest; give a policy that has one, as sled.EarlyExit(...)")
+        if lowest is not None and np.float32(lowest) < np.float32(self.threshold_floor):  # as precise as thresholds are
+            raise SettingError(f"{name}.threshold comes down to {lowest:g}, but the operator allows "
                                f"{self.threshold_floor:g} at the lowest; give a higher one")
-        first = min((n for n in exits.layers if n >= np.min(exits.min_layer)), default=self.min_layer)
-        if first < self.min_layer:
-            raise SettingError(f"EarlyExit leaves after layer {first}, but the operator allows {self.min_layer} at the "
-                               f"earliest; give min_layer={self.min_layer}")
+        if (first := exits.first_exit(num_layers)) < min(self.min_layer, num_layers):
+            raise SettingError(f"{name} leaves after layer {first}, but the operator allows {self.min_layer} at the "
+                               "earliest; give later exits, or a larger min_layer")
 
     def affordable(self, prompt: int, exits: Policy, num_layers: int) -> int | None:
         """New tokens that the budget has room for after a prompt of so many tokens; None: no bound."""
@@ -99,7 +93,8 @@ class Request:
     status: "waiting", "running", "done", "cancelled" or "failed".
     """
 
-    def __init__(self, entry: Entry, row: Row, *, budgeted: bool, shown: bool, text: bool, step: Callable[[], object]):
+    def __init__(self, entry: Entry, row: StopStrings, *, budgeted: bool, shown: bool, text: bool,
+                 step: Callable[[], object]):
         self.status = "waiting"
         self.entry = entry
         self.failure: Exception | None = None
@@ -152,7 +147,7 @@ class Request:
                 ended, layers, now = self.ended, self._exit_layers, self._row.tokens
                 said = None
                 if self._text:
-                    said = self._row.text() if ended else self._row.settled_text()
+                    said = self._row.text() if ended else self._row.final_text()
             if len(now) > tokens or (said and said != text):
                 yield Piece(text=None if said is None else said[len(text):], tokens=now[tokens:],
                             exit_layers=layers[tokens:len(now)] if self._shown else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 import numbers
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from sled.errors import SettingError
+from sled.io import add_array, json_numbers, shorten
 from sled.settings.rules import is_array
 
 
@@ -32,7 +32,7 @@ def describe(value, *, leave_out: Sequence[str] = ()) -> Any:
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        return float(value) if math.isfinite(value) else str(float(value))  # JSON knows no infinity
+        return json_numbers(float(value))
     if isinstance(value, (tuple, list)):
         return [describe(x) for x in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -54,12 +54,6 @@ def differences(name: str, then: Any, now: Any) -> Iterator[str]:
     yield f"{name} was {_short(then)} and is {_short(now)}"
 
 
-def add_array(total, array: np.ndarray) -> None:
-    """Add an array's type, shape and bytes to a hash."""
-    total.update(f"{array.dtype} {array.shape}\n".encode())
-    total.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-
-
 def _kind(cls: type) -> str:
     """A class by its package and name, which stay when it moves to another module of the package."""
     return f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}"
@@ -69,5 +63,4 @@ def _short(described: Any) -> str:
     if isinstance(described, dict):
         kind = described.get("kind", "an array")
         return f"{kind} with SHA-256 {described['sha256'][:12]}..." if "sha256" in described else kind
-    text = repr(described)
-    return text if len(text) <= 40 else f"{text[:16]}..."
+    return shorten(repr(described), 40)

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence, Set
 import numpy as np
 
 from sled.errors import PromptError
+from sled.io import shorten
 from sled.models import DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Prompts = Prompt | Sequence[Prompt]
@@ -20,17 +21,13 @@ def is_one(prompts: Prompts, what: str = "a prompt") -> bool:
         return True
     entries = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays of any library
     if not isinstance(entries, Collection) or isinstance(entries, Mapping | Set):
-        raise PromptError(f"{what} must be a string, a list of token ids, or a list of either, but {_short(prompts)} "
-                          "was given; of a generator give list(...), of what a tokenizer returned its input_ids")
+        raise PromptError(f"{what} must be a string, a list of token ids, or a list of either, but "
+                          f"{shorten(repr(prompts), 60)} was given; of a generator give list(...), of what a tokenizer "
+                          "returned its input_ids")
     return len(entries) > 0 and all(isinstance(x, int | np.integer) for x in entries)
 
 
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def prompt_ids(prompts: Prompts, text: Text, config: DecoderConfig) -> list[np.ndarray]:
+def prompt_ids(prompts: Prompts, text: Tokenizer, config: DecoderConfig) -> list[np.ndarray]:
     """Token ids [T] of each prompt. Raises PromptError for one that cannot be continued."""
     several = [prompts] if is_one(prompts) else prompts
     if len(several) == 0:
@@ -39,7 +36,7 @@ def prompt_ids(prompts: Prompts, text: Text, config: DecoderConfig) -> list[np.n
     return [check_ids(x, config, f"prompt {i}" if len(ids) > 1 else "the prompt") for i, x in enumerate(ids)]
 
 
-def pair_ids(prompt: Prompt, continuation: Prompt, text: Text, config: DecoderConfig):
+def pair_ids(prompt: Prompt, continuation: Prompt, text: Tokenizer, config: DecoderConfig):
     """Token ids of a prompt and its continuation, for scoring."""
     if isinstance(prompt, str) != isinstance(continuation, str):
         raise PromptError("a prompt and its continuation must both be strings or both lists of token ids")
@@ -75,7 +72,7 @@ def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarr
         raise PromptError(f"{what} is empty: there is no token to start from; give at least one "
                           "(the model's BOS token, if it has one)")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise PromptError(f"{what} is neither a string nor a list of token ids: {_short(ids.tolist())}; "
+        raise PromptError(f"{what} is neither a string nor a list of token ids: {shorten(repr(ids.tolist()), 60)}; "
                           "give text, or whole numbers")
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if outside.size:

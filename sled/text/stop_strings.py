@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 
 
-class Row:
-    """Follows a row's new tokens. `stopped` turns true when a stop string has appeared."""
+class StopStrings:
+    """Follows a row's new tokens and looks for stop strings. `stopped` turns true when one has appeared."""
 
-    def __init__(self, text: Text, stop: Sequence[str], eos_ids: Sequence[int]):
+    def __init__(self, text: Tokenizer, stop: Sequence[str], eos_ids: Sequence[int]):
         self._text, self._stop, self._eos_ids = text, stop, eos_ids
         self.tokens: list[int] = []
         self.stopped = False
@@ -30,7 +30,7 @@ class Row:
         text = self._text.decode(self.tokens)
         return text[:self._stop_at(text)]
 
-    def settled_text(self) -> str:
+    def final_text(self) -> str:
         """The part of `text()` that no further token can change."""
         text = self.text().rstrip("\ufffd")  # a character whose last bytes are still to come
         pending = max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)

@@ -6,26 +6,26 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
+import tokenizers
 
 from sled.errors import TokenizerError
 
 
-class Text:
+class Tokenizer:
     """A checkpoint's tokenizer, or the lack of one: every use then raises TokenizerError."""
 
-    def __init__(self, tokenizer: Tokenizer | None, source: str, folder: Path | None = None):
+    def __init__(self, tokenizer: tokenizers.Tokenizer | None, source: str, folder: Path | None = None):
         self._tokenizer = tokenizer
         self._source = source
         self.folder = folder  # where the tokenizer's own settings lie, its chat template among them
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Text:
+    def from_folder(cls, folder: Path) -> Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             return cls(None, str(folder), folder)
         try:
-            tokenizer = Tokenizer.from_file(str(path))
+            tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as reason:  # the library raises bare Exception
             raise TokenizerError(f"{path} cannot be read as a tokenizer: {reason}") from reason
         tokenizer.no_truncation()  # the file may hold what it was last used with
@@ -98,7 +98,7 @@ class Text:
         """SHA-256 of the tokenizer: what was made with another one has another digest."""
         return hashlib.sha256(self._get().to_str().encode()).hexdigest()
 
-    def _get(self) -> Tokenizer:
+    def _get(self) -> tokenizers.Tokenizer:
         if self._tokenizer is None:
             raise TokenizerError(
                 f"{self._source} has no tokenizer.json, so text cannot be read or written; "

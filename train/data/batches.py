@@ -10,10 +10,10 @@ import numpy as np
 
 from sled.errors import DataError, SettingError
 from sled.settings.rules import Whole
-from sled.train.data.rows import Batch, Rows
+from sled.train.data.rows import TrainingBatch, TrainingRows
 
 
-class Batches(Iterator[Batch]):
+class Batches(Iterator[TrainingBatch]):
     """Endless batches of shuffled rows, or those of some epochs; see `__init__`. One process has its part of each.
 
     An epoch holds every row once, in `per_epoch` batches. All rows of a batch are of one length: packed rows have
@@ -21,10 +21,10 @@ class Batches(Iterator[Batch]):
     The last batch of the longest rows is filled up with rows of weight and segment 0.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, *, seed: int = 0, epochs: int | None = None,
+    def __init__(self, rows: TrainingRows, batch_size: int, *, seed: int = 0, epochs: int | None = None,
                  process_index: int | None = None, process_count: int | None = None, threads: int = 2):
         """
-        rows: from `sled.train.data.rows.read`.
+        rows: from `sled.train.data.rows.read_rows`.
         batch_size: rows of a batch, over all processes; each gets an equal part of consecutive rows.
         seed: of the shuffling, anew for every epoch; 0 to 2^32 - 1.
         epochs: None for no end.
@@ -61,11 +61,11 @@ class Batches(Iterator[Batch]):
         self._iterator = iter(batches.to_iter_dataset(
             grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)))
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> TrainingBatch:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the iteration stands, to be kept as JSON. It is the same in every process."""
+        """The position of the iteration, to be kept as JSON. It is the same in every process."""
         return {**self._made_of, "position": self._iterator.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -81,8 +81,8 @@ class Batches(Iterator[Batch]):
         self._iterator.set_state(state["position"])
 
 
-def some_batches(rows: Rows, count: int, batch_size: int, *, seed: int = 0, process_index: int = 0,
-                 process_count: int = 1) -> Iterator[Batch]:
+def some_batches(rows: TrainingRows, count: int, batch_size: int, *, seed: int = 0, process_index: int = 0,
+                 process_count: int = 1) -> Iterator[TrainingBatch]:
     """`count` of the rows, or all, chosen at random; they do not depend on the size of a batch. Each once, shortest
     first; the last batch is filled up as in `Batches`. One process has its part of each."""
     chosen = np.random.default_rng(seed).permutation(len(rows))[:count]
@@ -94,7 +94,7 @@ def some_batches(rows: Rows, count: int, batch_size: int, *, seed: int = 0, proc
         yield rows.batch(together[process_index * part:(process_index + 1) * part], part, length)
 
 
-def _groups(rows: Rows, size: int) -> list[tuple[int, np.ndarray]]:
+def _groups(rows: TrainingRows, size: int) -> list[tuple[int, np.ndarray]]:
     """Each length of batches, with the numbers of its rows: whole batches of all lengths but the longest."""
     order = np.argsort(rows.lengths_R, kind="stable")
     ends = np.searchsorted(rows.lengths_R[order], rows.buckets, side="right")

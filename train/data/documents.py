@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from sled.errors import DataError
+from sled.io import folder_written_whole, json_digest, unfinished_folder
 from sled.models.config import DecoderConfig
-from sled.text.tokenizer import Text
+from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Example, Reading, Source
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)  # what numpy and json raise
@@ -44,16 +44,16 @@ class Documents(NamedTuple):
 
 
 def default_cache() -> Path:
-    """Where documents are kept if no folder is named: sled/data in $XDG_CACHE_HOME, or in ~/.cache."""
+    """The folder where documents are kept if none is named: sled/data in $XDG_CACHE_HOME, or in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sled" / "data"
 
 
-def tokenise(source: Source, text: Text, config: DecoderConfig, *, cache: str | Path | None = None,
+def tokenise(source: Source, text: Tokenizer, config: DecoderConfig, *, cache: str | Path | None = None,
              progress: bool = True) -> Documents:
     """The documents of `source`, from the cache where it has them.
 
     Prompt and completion are tokenised as one text; a token that straddles them belongs to the completion
-    (`Text.encode_continuation`). `config.eos_ids[0]` ends every document that ends in none of `eos_ids` yet.
+    (`Tokenizer.encode_continuation`). `config.eos_ids[0]` ends every document that ends in none of `eos_ids` yet.
     Examples without text, completion or tokens are skipped and counted. Processes that ask for the same documents at
     once wait for the first. Raises DataError, DownloadError, TokenizerError.
     """
@@ -65,19 +65,14 @@ def tokenise(source: Source, text: Text, config: DecoderConfig, *, cache: str | 
                    completion=source.completion, tokens=source.tokens, limit=source.limit,
                    tokenizer=None if source.tokens else text.digest, eos=config.eos_ids, vocabulary=config.vocab_size)
     root = default_cache() if cache is None else Path(cache).expanduser()
-    folder = root / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+    folder = root / json_digest(made_of)[:32]
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if (found := _load(folder)) is None:
-            shutil.rmtree(folder, ignore_errors=True)  # if it is there, it is damaged
-            for left in root.glob(f"{folder.name}.*.partial"):  # by a process that was killed
+            for left in root.glob(unfinished_folder(folder.name)):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".partial", dir=root))
-            try:
-                _write(partial, reading, text, config, progress=progress)
-                partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+            with folder_written_whole(folder) as beside:  # a folder that is there is damaged
+                _write(beside, reading, text, config, progress=progress)
             found = _load(folder)
     return found
 
@@ -98,7 +93,7 @@ def _load(folder: Path) -> Documents | None:
     return Documents(folder, digest, np.memmap(folder / "tokens.bin", "<i4", "r"), starts_N, prompts_N, skipped)
 
 
-def _write(folder: Path, reading: Reading, text: Text, config: DecoderConfig, *, progress: bool) -> None:
+def _write(folder: Path, reading: Reading, text: Tokenizer, config: DecoderConfig, *, progress: bool) -> None:
     starts, prompts, skipped, total = [0], [], Counter(), hashlib.sha256()
     with (open(folder / "tokens.bin", "wb") as file,
           tqdm(desc="tokenising", total=reading.total, unit="example", disable=not progress) as bar):
@@ -122,7 +117,7 @@ def _write(folder: Path, reading: Reading, text: Text, config: DecoderConfig, *,
     (folder / "about.json").write_text(json.dumps({"digest": total.hexdigest(), "skipped": skipped}))
 
 
-def _encode(reading: Reading, text: Text) -> Iterator[tuple[Example, list[int], list[int] | str]]:
+def _encode(reading: Reading, text: Tokenizer) -> Iterator[tuple[Example, list[int], list[int] | str]]:
     """Each example with the ids of its two parts, in order; or with the reason for skipping it as the second."""
     source, examples = reading.source, iter(reading)
     while together := list(itertools.islice(examples, TOGETHER)):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sled.errors import DataError
+from sled.io import first_line
 
 READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 REMEDY = ("give a file, a folder or a glob of " + ", ".join(READERS) + " files, a hub id (owner/name), 'demo', or rows "
@@ -69,11 +70,6 @@ class Files:
         return total.hexdigest()
 
 
-def first_line(error: BaseException) -> str:
-    """What other libraries say in many lines, in one."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _rows(path: Path) -> Iterator[Mapping]:
     import datasets  # imported where it is needed: it is slow
 
@@ -105,7 +101,7 @@ def reading(paths: Sequence[Path], what: str) -> Iterator[None]:
 
 
 def _bad_line(path: Path) -> str:
-    """Where a JSON file is broken, as ", line 3,"; it is one list of objects, or an object on each line."""
+    """The place where a JSON file is broken, as ", line 3,"; it is one list of objects, or an object on each line."""
     raw = path.read_bytes()
     parts = [raw] if raw.lstrip().startswith(b"[") else raw.split(b"\n")
     for before, part in enumerate(parts):

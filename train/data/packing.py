@@ -1,4 +1,4 @@
-"""Which documents stand together in a row: several, packed, or one, padded.
+"""The documents that stand together in a row: several, packed, or one, padded.
 
 Pure functions of the documents' lengths and the layout, so that every process arrives at the same rows.
 """
@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from sled.errors import DataError
-from sled.settings.pytree import traced
-from sled.settings.rules import Number, OneOf, Whole, settle
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Number, OneOf, Whole
 
 SHAPES = ("packed", "padded")
 TOO_LONG = ("skip", "truncate", "error")
@@ -21,32 +22,22 @@ OPEN_ROWS = 1024  # rows that are being filled at a time, at most
 STEP = 16  # padded rows are multiples of it long
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class Layout:
-    """How documents become rows.
+    """The way in which documents become rows.
 
-    context: tokens of a row at most, its first included, which no token predicts; at most the model's context.
-    shape: "packed" puts several documents into each row, a segment each; "padded" one, into rows of a few lengths.
-    too_long: what happens to a document longer than the context: "skip", "truncate" (its end is lost) or "error".
-    prompt_weight: of a prompt's token in the loss, where a completion's counts 1.
-    buckets: how many lengths padded rows have, at most; each compiles.
-
-    Raises SettingError.
+    "packed" puts several documents into each row, a segment each; "padded" one, into rows of a few lengths, each of
+    which compiles. A document longer than the context is left out, truncated (its end is lost), or an error.
     """
 
-    context: int
+    context: int = setting(Whole(2, hint="a row holds a token and its target at least"),
+                           help="the most tokens of a row, at most the model's context")
     _: dataclasses.KW_ONLY
-    shape: str = "packed"
-    too_long: str = "skip"
-    prompt_weight: float = 0.0
-    buckets: int = 4
-
-    def __post_init__(self):
-        settle(self, context=Whole(2, hint="a row holds a token and its target at least"),
-               prompt_weight=Number(0, hint="0 trains on completions alone, 1 on prompts as much"),
-               buckets=Whole(1, hint="it counts the lengths of padded rows"),
-               shape=OneOf(SHAPES), too_long=OneOf(TOO_LONG))
+    shape: str = setting(OneOf(SHAPES), default="packed", help="several examples in a row, or one")
+    too_long: str = setting(OneOf(TOO_LONG), default="skip", help="what becomes of examples longer than the context")
+    prompt_weight: float = setting(Number(0, hint="0 trains on completions alone, 1 on prompts as much"), default=0.0,
+                                   help="how much a prompt's token counts in the loss, where a completion's counts 1")
+    buckets: int = setting(Whole(1, hint="it counts the lengths of padded rows"), default=4)
 
 
 class Arrangement(NamedTuple):

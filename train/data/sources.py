@@ -1,4 +1,4 @@
-"""Where training examples come from: the hub, local files, rows in memory, or the bundled problem generator.
+"""Sources of training examples: the hub, local files, rows in memory, or the bundled problem generator.
 
 The first station of the data's way: `Source` says what to read and which columns mean what; `documents.py`
 tokenises its examples once, `packing.py` lays them out in rows, `batches.py` draws batches of those.
@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, DownloadError, SettingError
+from sled.io import first_line
 from sled.settings.rules import Whole
-from sled.train.data.files import REMEDY, Files, find, first_line
+from sled.train.data.files import REMEDY, Files, find
 
 DEMO_EXAMPLES = 20_000  # of the endless problems, where no limit is given
 
@@ -33,7 +34,7 @@ class Example(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What to read, and which columns are the example.
+    """The data to read, and the columns that make an example.
 
     data: "demo" (the problems of sled.demo), a file, folder or glob, a list of files, a hub id (owner/name), or
         rows: any iterable of mappings, a `datasets.Dataset` among them. Files end in .json, .jsonl, .parquet, .arrow
@@ -80,7 +81,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What it reads, for messages."""
+        """The name of the data, for messages."""
         if isinstance(self.data, str | Path):
             return str(self.data)
         several = isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data)
@@ -135,7 +136,7 @@ class Reading:
 
     @property
     def total(self) -> int | None:
-        """How many examples there are, where that is known before reading."""
+        """The number of examples, or None where it is not known before reading."""
         known = len(self.rows) if hasattr(self.rows, "__len__") else None
         return known if known is None or self.source.limit is None else min(known, self.source.limit)
 

@@ -16,31 +16,31 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from sled.decoding.network import own_projection
+from sled.decoding.readout import Readout
 from sled.decoding.scoring import map_places
 from sled.errors import DataError
 from sled.exits.confidence import Classifier
 from sled.exits.policy import Exits, with_last
-from sled.fusion.projection import SharedHead
-from sled.fusion.statistics import max_and_index
+from sled.fusion.partial import max_and_index
 from sled.models.decoder import Decoder
 from sled.models.layers import Block
 from sled.settings.rules import Number, Whole
-from sled.train.data.rows import Batch
+from sled.train.data.rows import TrainingBatch
 from sled.train.objective.exit_heads import read_exits
 from sled.train.objective.forward import exit_states
 
 
-def train_classifier(model: Decoder | Any, batches: Iterable[Batch], layers: int | tuple[int, ...], *,
-                     steps: int = 500, rate: float = 0.01, progress: bool = True) -> Classifier:
+def train_classifier(model: Decoder | Any, batches: Iterable[TrainingBatch], layers: int | tuple[int, ...], *,
+                     steps: int = 500, learning_rate: float = 0.01, progress: bool = True) -> Classifier:
     """A classifier for `sled.EarlyExit(layers, measure="classifier", classifier=...)`.
 
     model: a decoder in either form, or an `LM`. A separate one is stacked first, which takes its layers' memory twice.
     batches: rows of text, such as `sled.train.data.batches.Batches`; a token of weight above 0 counts as a place where
         the exit is judged by what it would have said there.
     layers: the exits, within 1..L-1. Each speaks as it does in `FinalLayer`: through its head, if it has one.
-    steps: batches to learn from, one step each. rate: of Adam, falling to 0; on hidden states whose every feature is
-        scaled to mean 0 and deviation 1 by the first batch (which the result undoes).
+    steps: batches to learn from, one step each.
+    learning_rate: of Adam, falling to 0; on hidden states whose every feature is scaled to mean 0 and deviation 1 by
+        the first batch (which the result undoes).
     progress: shows a bar with the loss, and how often classifier and truth are on the same side of one half.
 
     Raises SettingError for a layer that is no early exit, DataError where the batches end before `steps`, or the first
@@ -50,7 +50,7 @@ def train_classifier(model: Decoder | Any, batches: Iterable[Batch], layers: int
     layers = Exits()("layers", layers)
     exits = with_last("layers", layers, model.num_layers)
     steps = Whole(1, hint="each learns from one batch")("steps", steps)
-    rate = Number(0, open_low=True, hint="0.01 is usual")("rate", rate)
+    learning_rate = Number(0, open_low=True, hint="0.01 is usual")("learning_rate", learning_rate)
     graph, weights = nnx.split(model if isinstance(model.layers, Block) else model.stack())
     adam = optax.scale_by_adam()
 
@@ -76,7 +76,7 @@ def train_classifier(model: Decoder | Any, batches: Iterable[Batch], layers: int
                 scaling = _scaling(examples[0], examples[2])
                 learned = jnp.zeros_like(scaling[0]), jnp.zeros(len(layers), scaling[0].dtype)
                 state = adam.init(learned)
-            learned, state, measured = update(learned, state, scaling, examples, rate * (1 - step / steps))
+            learned, state, measured = update(learned, state, scaling, examples, learning_rate * (1 - step / steps))
             if progress and (step % 20 == 0 or step == steps - 1):  # not at each: it waits for the device
                 bar.set_postfix(loss=f"{measured[0]:.4f}", right=f"{measured[1]:.1%}")
             bar.update()
@@ -85,7 +85,7 @@ def train_classifier(model: Decoder | Any, batches: Iterable[Batch], layers: int
     return Classifier(weight_ED, bias_E - (weight_ED * mean_ED).sum(-1), layers)
 
 
-def _examples(model: Decoder, exits: tuple[int, ...], batch: Batch):
+def _examples(model: Decoder, exits: tuple[int, ...], batch: TrainingBatch):
     h_EBTD = exit_states(model, batch.tokens_BT[:, :-1], exits, segments_BT=batch.segments_BT[:, :-1], remat="none")
     read_END = read_exits(model, h_EBTD, exits).reshape(len(exits), -1, h_EBTD.shape[-1])
     says_EN = jnp.stack([_most_likely(model, h_ND, n) for h_ND, n in zip(read_END, exits, strict=True)])
@@ -97,8 +97,7 @@ def _examples(model: Decoder, exits: tuple[int, ...], batch: Batch):
 
 def _most_likely(model: Decoder, h_ND, layer: int):
     """The token [N] that hidden states made ready at `layer` give most; never all their logits at once."""
-    own_VD = own_projection(model, layer)
-    head = SharedHead(model.head_weight if own_VD is None else own_VD)
+    head = Readout(model).head(layer)
     return map_places(lambda h_PD: max_and_index(head.project(h_PD))[1][:, 0], (h_ND,), head.vocabulary)
 
 

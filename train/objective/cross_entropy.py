@@ -19,14 +19,14 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sled.errors import SettingError
 from sled.settings.rules import Number, Whole, is_array
-from sled.train.objective.terms import Coefficients, Vocabulary, exit_terms, product, psum, wide_dtype
 
 _CHUNK = 512  # the fewest tokens at a time, unless told: fewer make slower products
+_NO_TOKEN = -1e30  # the logit of a row that only pads the vocabulary; finite, since differences of it are taken
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """How a mesh splits the loss: the batch over the axes `data`, the vocabulary over the axes `tensor`.
+    """The way in which a mesh splits the loss: the batch over the axes `data`, the vocabulary over the axes `tensor`.
 
     Axes of the mesh that neither names hold copies. Inside a `shard_map` over other axes (pipeline stages) the mesh is
     `jax.sharding.get_abstract_mesh()`, and a projection that all stages share is cast to vary over them.
@@ -52,7 +52,7 @@ class Split:
 
 
 class ExitMetrics(NamedTuple):
-    """What the loss was made of: weighted means over the targets, NaN for an exit of weight 0, not differentiable.
+    """The parts of the loss: weighted means over the targets, NaN for an exit of weight 0, not differentiable.
 
     nll_E: negative log-likelihood in nats.
     accuracy_E: how often no token's logit was above the target's.
@@ -69,10 +69,10 @@ class ExitMetrics(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is static. `chunk`: tokens at a time on a device."""
+class _StaticLoss:
+    """The static arguments of the loss. chunk: tokens at a time on a device."""
 
-    vocabulary: Vocabulary
+    vocabulary: _Vocabulary
     chunk: int
     split: Split | None
 
@@ -109,12 +109,12 @@ def exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, *, z_loss=N
     if split and batch % split.ways(split.data):
         raise SettingError(f"the batch has {batch} rows, which axes {split.data} of {split.ways(split.data)} devices "
                            "cannot split; give a multiple")
-    wide = wide_dtype(h_EBTD, w_VD)
+    wide = _wide_dtype(h_EBTD, w_VD)
     chunk = max(_CHUNK, width) if chunk is None else Whole(1, hint="it counts tokens")("chunk", chunk)
-    plan = _Plan(Vocabulary(vocabulary, split.tensor if split else ()), chunk, split)
+    plan = _StaticLoss(_Vocabulary(vocabulary, split.tensor if split else ()), chunk, split)
     if vocabulary % ways:
         w_VD = jnp.pad(w_VD, ((0, -vocabulary % ways), (0, 0)))
-    coefficients = Coefficients(_number("z_loss", z_loss, wide), _number("distill", distill, wide),
+    coefficients = _Coefficients(_number("z_loss", z_loss, wide), _number("distill", distill, wide),
                                 None if distill is None else _number("temperature", temperature, wide, positive=True))
     return _loss(plan, h_EBTD, w_VD, targets_BT, mask_BT.astype(wide), weights_E.astype(wide), coefficients)
 
@@ -174,7 +174,7 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
     exits, width, count = h_EBTD.shape[0], h_EBTD.shape[-1], targets_BT.size
     h_END, targets_N, mask_N = h_EBTD.reshape(exits, count, width), targets_BT.ravel(), mask_BT.ravel()
     data, tensor = (plan.split.data, plan.split.tensor) if plan.split else ((), ())
-    targets = psum(mask_N.sum(), data)
+    targets = _psum(mask_N.sum(), data)
     share_N = jnp.where(mask_N == 0, 0, mask_N / targets)
     chunks = -(-count // plan.chunk)
     size = -(-count // chunks)
@@ -196,29 +196,29 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
             e, ids_C = jax.lax.optimization_barrier((order_E[j], targets_C))
             h_CD = h_ECD[e]
             logits_CV = plan.vocabulary.logits(h_CD, w_VD)
-            terms_4C, slope_CV = exit_terms(plan.vocabulary, logits_CV, ids_C, coefficients, teacher_CV)
+            terms_4C, slope_CV = _token_loss(plan.vocabulary, logits_CV, ids_C, coefficients, teacher_CV)
             sums_E4 = sums_E4.at[e].add(jnp.where(live_C1.T, share_C * terms_4C, 0).sum(1))
             # Rows that do not count leave every product: 0 times their infinities would be NaN.
             slope_CV = jnp.where(live_C1, weights_E[e] * share_C[:, None] * slope_CV, 0)
             slope_CV = slope_CV.astype(jnp.promote_types(h_CD.dtype, w_VD.dtype))
             if dh_END is not None:
-                dh_CD = psum(product(slope_CV, w_VD), tensor).astype(h_CD.dtype)
+                dh_CD = _psum(_product(slope_CV, w_VD), tensor).astype(h_CD.dtype)
                 dh_CD = jnp.where(new_C[:, None], dh_CD, cut(dh_END[e]))
                 dh_END = jax.lax.dynamic_update_slice(dh_END, dh_CD[None], (e, start, 0))
             if dw_VD is not None:
-                dw_VD += product(slope_CV.T, jnp.where(live_C1, h_CD, 0))
+                dw_VD += _product(slope_CV.T, jnp.where(live_C1, h_CD, 0))
             return sums_E4, dh_END, dw_VD
 
         return jax.lax.fori_loop(0, computed, exit_step, carry)
 
-    wide, rows = wide_dtype(h_EBTD, w_VD), (h_END, share_N, weights_E)
+    wide, rows = _wide_dtype(h_EBTD, w_VD), (h_END, share_N, weights_E)
     sums_E4, dh_END, dw_VD = jax.lax.fori_loop(0, chunks, chunk_step, (
         _zeros((exits, 4), wide, *rows),
         _zeros(h_END.shape, h_END.dtype, *rows) if wanted[0] else None,
         _zeros(w_VD.shape, wide, *rows, w_VD) if wanted[1] else None))
     dh_EBTD = None if dh_END is None else dh_END.reshape(h_EBTD.shape)
-    dw_VD = None if dw_VD is None else psum(dw_VD, data).astype(w_VD.dtype)
-    return _summary(psum(sums_E4, data), weights_E, coefficients, targets), (dh_EBTD, dw_VD)
+    dw_VD = None if dw_VD is None else _psum(dw_VD, data).astype(w_VD.dtype)
+    return _summary(_psum(sums_E4, data), weights_E, coefficients, targets), (dh_EBTD, dw_VD)
 
 
 def _zeros(shape, dtype, *like):
@@ -235,3 +235,98 @@ def _summary(sums_E4, weights_E, coefficients, targets):
         loss_E += coefficients.distill * distillation_E
     loss = jnp.where(weights_E == 0, 0, weights_E * loss_E).sum()
     return loss, ExitMetrics(nll_E, accuracy_E, z_E, None if coefficients.distill is None else distillation_E, targets)
+
+
+class _Coefficients(NamedTuple):
+    """Traced weights of the terms beside the likelihood, and the distillation's temperature; None is off."""
+
+    z_loss: jax.Array | None
+    distill: jax.Array | None
+    temperature: jax.Array | None
+
+
+def _wide_dtype(a, b):
+    """The type in which products of a and b are summed: float32, or float64 where one of them is."""
+    return jnp.promote_types(jnp.float32, jnp.promote_types(a.dtype, b.dtype))
+
+
+def _product(a, b):
+    """a @ b, summed and returned in `_wide_dtype`."""
+    return jnp.matmul(a, b, preferred_element_type=_wide_dtype(a, b))
+
+
+def _psum(x, axes: tuple[str, ...]):
+    """The sum over mesh axes, of which there may be none."""
+    return jax.lax.psum(x, axes) if axes else x
+
+
+@dataclasses.dataclass(frozen=True)
+class _Vocabulary:
+    """`size` tokens, their rows of the projection split evenly over the mesh axes `axes`, the last rows padding."""
+
+    size: int
+    axes: tuple[str, ...] = ()
+
+    def first(self, rows: int):
+        """The number of this device's first row, where each has `rows`."""
+        return jax.lax.axis_index(self.axes) * rows if self.axes else 0
+
+    def logits(self, h_CD, w_VD):
+        """[C, V] over this device's rows."""
+        logits_CV = _product(h_CD, w_VD.T)
+        rows = w_VD.shape[0]
+        if rows * self._ways() > self.size:
+            logits_CV = jnp.where(self.first(rows) + jnp.arange(rows) < self.size, logits_CV, _NO_TOKEN)
+        return logits_CV
+
+    def sum(self, x_CV):
+        """Over all tokens: [C]."""
+        return _psum(x_CV.sum(1), self.axes)
+
+    def log_sum(self, logits_CV):
+        """Logarithm of the softmax's denominator, and the largest logit: [C] each."""
+        peak_C = logits_CV.max(1)
+        peak_C = jax.lax.pmax(peak_C, self.axes) if self.axes else peak_C
+        return peak_C + jnp.log(self.sum(jnp.exp(logits_CV - peak_C[:, None]))), peak_C
+
+    def pick(self, logits_CV, ids_C):
+        """The logit of one token each, [C], from the device that has it; NaN where none has."""
+        rows = logits_CV.shape[1]
+        ids_C1 = (ids_C - self.first(rows))[:, None]
+        mine_C1 = (ids_C1 >= 0) & (ids_C1 < rows)
+        picked_C1 = jnp.take_along_axis(logits_CV, jnp.clip(ids_C1, 0, rows - 1), axis=1)
+        return jnp.where((ids_C >= 0) & (ids_C < self.size), self.sum(jnp.where(mine_C1, picked_C1, 0)), jnp.nan)
+
+    def one_hot(self, ids_C, rows: int):
+        """A mask [C, V], true where this device's row is the token."""
+        return self.first(rows) + jnp.arange(rows) == ids_C[:, None]
+
+    def _ways(self) -> int:
+        return jax.lax.axis_size(self.axes) if self.axes else 1
+
+
+def _token_loss(vocabulary: _Vocabulary, logits_CV, targets_C, coefficients: _Coefficients, teacher_CV=None):
+    """Each token's terms [4, C]: nll, hit, z, divergence; and the slope [C, V] of what they add up to, by the logits.
+
+    A hit is a target that no other token's logit exceeds. `teacher_CV` are the last exit's logits, where
+    `coefficients.distill` is on.
+    """
+    log_sum_C, peak_C = vocabulary.log_sum(logits_CV)
+    target_C = vocabulary.pick(logits_CV, targets_C)
+    softmax_CV = jnp.exp(logits_CV - log_sum_C[:, None])
+    if coefficients.z_loss is not None:
+        softmax_CV *= 1 + 2 * coefficients.z_loss * log_sum_C[:, None]
+    slope_CV = softmax_CV - vocabulary.one_hot(targets_C, logits_CV.shape[1])
+    divergence_C = jnp.zeros_like(log_sum_C)
+    if teacher_CV is not None:
+        # The last exit meets itself here: its divergence and slope are 0 without a case of their own.
+        temperature = coefficients.temperature
+        log_p_CV, log_q_CV = (_log_softmax(vocabulary, l_CV / temperature) for l_CV in (teacher_CV, logits_CV))
+        p_CV = jnp.exp(log_p_CV)
+        divergence_C = temperature**2 * vocabulary.sum(p_CV * (log_p_CV - log_q_CV))
+        slope_CV += coefficients.distill * temperature * (jnp.exp(log_q_CV) - p_CV)
+    return jnp.stack([log_sum_C - target_C, target_C >= peak_C, log_sum_C**2, divergence_C]), slope_CV
+
+
+def _log_softmax(vocabulary, logits_CV):
+    return logits_CV - vocabulary.log_sum(logits_CV)[0][:, None]

@@ -22,7 +22,7 @@ from sled.errors import SettingError
 from sled.models.config import ExitHeads
 from sled.models.decoder import Decoder
 from sled.models.layers import Block
-from sled.models.sharding.sharding import Placing
+from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.cross_entropy import ExitMetrics, exit_cross_entropy
 from sled.train.objective.forward import exit_states
@@ -33,7 +33,7 @@ EXIT_HEADS = nnx.PathContains("exit_heads")
 def with_heads(model: Decoder, heads: ExitHeads, *, mesh: jax.sharding.Mesh | None = None, seed: int = 0) -> Decoder:
     """The stacked decoder with new exit heads (`Decoder.with_exit_heads`), its other weights shared.
 
-    mesh: where the model lies on one, the heads are made where `Placing` puts them, never whole on one device.
+    mesh: where the model lies on one, the heads are made where `Sharding` puts them, never whole on one device.
     """
     if not isinstance(model.layers, Block):
         raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
@@ -45,13 +45,8 @@ def with_heads(model: Decoder, heads: ExitHeads, *, mesh: jax.sharding.Mesh | No
     def make(weights):
         return partition(nnx.state(nnx.merge(bare, weights).with_exit_heads(heads, rngs=nnx.Rngs(seed))))[0]
 
-    made = Placing(config, mesh).create(make, weights)
+    made = Sharding(config, mesh).create(make, weights)
     return nnx.merge(nnx.graphdef(abstract_stacked(config)), merge(made, weights))
-
-
-def trainable_paths(weights: nnx.State) -> tuple[str, ...]:
-    """Dotted names of the parameters that exit tuning changes. None where the decoder has no exit heads."""
-    return tuple(".".join(map(str, path)) for path, _ in nnx.to_flat_state(weights) if "exit_heads" in path)
 
 
 def partition(weights: nnx.State) -> tuple[nnx.State, nnx.State]:
@@ -95,17 +90,18 @@ def read_exits(model: Decoder, h_EBTD, exits: Sequence[int]) -> jax.Array:
 
 def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mask_BT, weights_E,
                    **options) -> tuple[jax.Array, ExitMetrics]:
-    """`exit_cross_entropy` of hidden states number `exits`, every exit by its own head. Stacked form.
+    """`exit_cross_entropy` of hidden states number `exits`, each read by its exit's head if it has one. Stacked form.
 
-    h_EBTD: as `exit_states` gives them, not normed; exits: their numbers, static. The rest, `options` too, is as for
-    `exit_cross_entropy`. Exits with a projection of their own are summed one by one after those that share it.
+    h_EBTD: as `exit_states` gives them, not normed; exits: their numbers, static where the model has heads. The rest,
+    `options` too, is as for `exit_cross_entropy`. Exits with a projection of their own are summed one by one after
+    those that share it.
     Raises SettingError as it does, and for distillation into a projection of its own: the last layer's logits are then
     not at hand.
     """
     read_EBTD, weights_E = read_exits(model, h_EBTD, exits).astype(h_EBTD.dtype), jnp.asarray(weights_E)
     settings = model.config.exit_heads
-    untied = settings is not None and not settings.tied
-    own = [e for e, n in enumerate(exits) if untied and n in settings.layers]
+    tied = settings is None or settings.tied
+    own = [] if tied else [e for e, n in enumerate(exits) if n in settings.layers]
     shared_VD = model.head_weight.astype(h_EBTD.dtype)
     if not own:
         return exit_cross_entropy(read_EBTD, shared_VD, targets_BT, mask_BT, weights_E, **options)

@@ -1,4 +1,4 @@
-"""How much each exit's loss counts at a step: which exits learn (curricula), and their weights (profiles).
+"""The weight of each exit's loss at a step: which exits learn (curricula), and how much each counts (profiles).
 
 An exit is a hidden state by its number n = 1..L, as everywhere in this library; the papers count layers
 l = n - 1 = 0..L-1, whose loss is taken on the hidden state after the layer. Everything is a function of the step
@@ -13,7 +13,6 @@ whose turn it is not. The last layer is always among them, in the last place.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -21,13 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
-from sled.settings.pytree import traced
-from sled.settings.rules import LARGEST, Each, Instance, Layers, Number, Whole, is_array, settle
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Each, Instance, Layers, Number, Whole
 
 
 @runtime_checkable
 class Profile(Protocol):
-    """How much an exit counts beside the others, whatever the step."""
+    """The weight of an exit beside the others, whatever the step."""
 
     def weigh(self, layers_E, num_layers: int) -> jax.Array:
         """Positive numbers [E], float32, of hidden states `layers_E`; 0 for an exit that never counts."""
@@ -36,15 +36,14 @@ class Profile(Protocol):
 
 @runtime_checkable
 class Curriculum(Protocol):
-    """Which exits learn at a step."""
+    """The exits that learn at a step."""
 
     def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
         """`layers_E`, ascending within 1..L-1, and whether each is on [E]. The last layer is none of them."""
         ...
 
 
-@traced("scale")
-@dataclasses.dataclass(frozen=True)
+@settings
 class LayerSkipWeights:
     """LayerSkip's e(l) (arXiv 2404.16710, section 4.1.2): scale * sum_{i<=l} i, and for the last layer
     L - 1 + scale * sum_{i<=L-2} i.
@@ -52,10 +51,8 @@ class LayerSkipWeights:
     The first layer counts nothing (its sum is 0). A model of one layer has e = 1, where the formula says 0.
     """
 
-    scale: float = 0.2
-
-    def __post_init__(self):
-        settle(self, scale=Number(0, hint="0.1 or 0.2 to pre-train or continue, 1 to fine-tune"))
+    scale: float = setting(Number(0, hint="0.1 or 0.2 to pre-train or continue, 1 to fine-tune"), default=0.2,
+                           traced=True, help="how fast the weight grows with the layer")
 
     def weigh(self, layers_E, num_layers: int) -> jax.Array:
         n = jnp.asarray(layers_E, jnp.float32)
@@ -64,8 +61,7 @@ class LayerSkipWeights:
         return bonus + self.scale * below * (below - 1) / 2
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class ProportionalWeights:
     """Each exit in proportion to its number (CALM, arXiv 2207.07061, equation 6)."""
 
@@ -73,8 +69,7 @@ class ProportionalWeights:
         return jnp.asarray(layers_E, jnp.float32)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class UniformWeights:
     """Every exit alike."""
 
@@ -82,24 +77,11 @@ class UniformWeights:
         return jnp.ones(jnp.shape(layers_E), jnp.float32)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
-class DoublingWeights:
-    """Each layer counts twice as much as the one below it: 2^n, as 2^(n - L)."""
-
-    def weigh(self, layers_E, num_layers: int) -> jax.Array:
-        return jnp.exp2(jnp.asarray(layers_E, jnp.float32) - num_layers)
-
-
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class AllExits:
     """The same exits at every step: `layers` and the last one, or every layer. E = their number."""
 
-    layers: tuple[int, ...] | None = None
-
-    def __post_init__(self):
-        settle(self, layers=Layers((None,)))
+    layers: tuple[int, ...] | None = setting(Layers((None,)), default=None)
 
     def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
         chosen = range(1, num_layers + 1) if self.layers is None else self.layers
@@ -108,8 +90,7 @@ class AllExits:
         return early_E, jnp.ones(early_E.shape, bool)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class Rotational:
     """Every R-th layer, one further at each step (LayerSkip's C_rot,R): those with l = step modulo R.
 
@@ -117,10 +98,7 @@ class Rotational:
     E = ceil((L - 1) / R) + 1. Where a turn has one layer less, layer L - 1 fills its place with weight 0.
     """
 
-    every: int
-
-    def __post_init__(self):
-        settle(self, every=Whole(1, hint="it is the distance between the exits of a step; LayerSkip takes 8 to L - 1"))
+    every: int = setting(Whole(1, hint="it is the distance between the exits of a step; LayerSkip takes 8 to L - 1"))
 
     def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
         every = max(min(self.every, num_layers - 1), 1)
@@ -129,18 +107,14 @@ class Rotational:
         return jnp.minimum(layers_E, num_layers - 1), layers_E < num_layers
 
 
-@traced("steps")
-@dataclasses.dataclass(frozen=True)
+@settings
 class Gradual:
     """From the last layer down to the first, one more every T / (2 L) steps (LayerSkip's C_grad), T = `steps`.
 
     Layer l learns from step T (L - 1 - l) / (2 L) on. E = L: exits whose time has not come have weight 0.
     """
 
-    steps: int
-
-    def __post_init__(self):
-        settle(self, steps=Whole(1, LARGEST, hint="it counts the steps of the whole run"))
+    steps: int = setting(Whole(1, hint="it counts the steps of the whole run"), traced=True)
 
     def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
         layers_E = jnp.arange(1, num_layers, dtype=jnp.int32)
@@ -153,7 +127,7 @@ class Gradual:
 
 @runtime_checkable
 class ExitPlan(Protocol):
-    """What a train step asks."""
+    """The exits that a train step computes, and the weights of their losses."""
 
     def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
         """Exits of this step and the weights of their losses: [E] int32 strictly ascending, [E] float32.
@@ -163,8 +137,7 @@ class ExitPlan(Protocol):
         ...
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class LastOnly:
     """No early exit learns: a model is trained as usual."""
 
@@ -173,8 +146,7 @@ class LastOnly:
         return jnp.array([num_layers], jnp.int32), jnp.ones(1, jnp.float32)
 
 
-@traced("profile", "curriculum")
-@dataclasses.dataclass(frozen=True)
+@settings
 class WeightedExits:
     """Weights of a profile, normalised over the exits that are on at the step: they add up to 1.
 
@@ -182,12 +154,10 @@ class WeightedExits:
     CALM: `ProportionalWeights` and `AllExits`.
     """
 
-    profile: Profile = dataclasses.field(default_factory=LayerSkipWeights)
-    curriculum: Curriculum = dataclasses.field(default_factory=AllExits)
-
-    def __post_init__(self):
-        settle(self, profile=Instance(Profile, hint="LayerSkipWeights(), for example"),
-               curriculum=Instance(Curriculum, hint="Rotational(8), for example"))
+    profile: Profile = setting(Instance(Profile, hint="LayerSkipWeights(), for example"), default=LayerSkipWeights(),
+                               traced=True)
+    curriculum: Curriculum = setting(Instance(Curriculum, hint="Rotational(8), for example"), default=AllExits(),
+                                     traced=True)
 
     def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
         """See `ExitPlan`."""
@@ -197,8 +167,18 @@ class WeightedExits:
         return layers_E, weights_E / weights_E.sum()
 
 
-@traced("weights", "initial", "warmup")
-@dataclasses.dataclass(frozen=True)
+_WEIGHT = Number(0, hint="it is the weight of an exit's loss; 0.1 to 0.5 is usual")
+
+
+def _ascending(name: str, value) -> tuple[int, ...]:
+    layers = Layers()(name, value)
+    if tuple(value) != layers:
+        raise SettingError(f"{name} is {value!r}, but must be ascending and name each layer once; give the weights in "
+                           "that order too")
+    return layers
+
+
+@settings
 class FixedExits:
     """EE-LLM's plan (arXiv 2312.04916): early exits at `layers` with a weight each beside the last layer's 1.
 
@@ -206,21 +186,12 @@ class FixedExits:
     `layers` are hidden states, which EE-LLM calls post-exit; its pre-exit layer n is hidden state n - 1 here.
     """
 
-    layers: tuple[int, ...]
-    weights: tuple[float, ...]
-    initial: float = 0.0
-    warmup: int = 0
+    layers: tuple[int, ...] = setting(_ascending)
+    weights: tuple[float, ...] = setting(Each(_WEIGHT), traced=True)
+    initial: float = setting(_WEIGHT, default=0.0, traced=True)
+    warmup: int = setting(Whole(0, hint="it counts the steps until the weights are reached"), default=0, traced=True)
 
     def __post_init__(self):
-        given = self.layers
-        weight = Number(0, hint="it is the weight of an exit's loss; 0.1 to 0.5 is usual")
-        settle(self, layers=Layers(), initial=weight,
-               warmup=Whole(0, LARGEST, hint="it counts the steps until the weights are reached"))
-        if tuple(given) != self.layers:
-            raise SettingError(f"FixedExits.layers is {given!r}, but must be ascending and name each layer once; give "
-                               "the weights in that order too")
-        if not is_array(self.weights):
-            settle(self, weights=Each(weight))
         if len(self.weights) != len(self.layers):
             raise SettingError(f"FixedExits.weights has {len(self.weights)} entries for {len(self.layers)} layers; "
                                "give one per layer, none for the last layer of the model")
@@ -254,7 +225,7 @@ def fixed_layers(plan: ExitPlan, num_layers: int, steps: int) -> tuple[tuple[int
     if not same:
         raise SettingError(f"the exits of {plan} change from step to step, but the model has exit heads, whose exits "
                            "must stay; give FixedExits(layers, weights), or WeightedExits with AllExits(layers) "
-                           "(--exits)")
+                           "(--exit-layers)")
     return tuple(layers_E.tolist()), tuple(layers_E[learns_E].tolist())
 
 

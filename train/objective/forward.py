@@ -17,8 +17,8 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.decoder import Decoder
 from sled.models.layers import Block, rotary_angles
-from sled.settings.rules import OneOf, Whole, is_array
-from sled.train.objective.dropping import Drops
+from sled.settings.rules import OneOf, is_array
+from sled.train.objective.layer_dropout import Drops
 
 REMAT = {
     "none": None,
@@ -29,16 +29,15 @@ REMAT = {
 REMAT_RULE = OneOf(tuple(REMAT), hint="full needs the least memory")
 
 
-def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, stop: int | None = None,
-                segments_BT=None, drops: Drops | None = None, remat: str = "full", compute_dtype=None,
+def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, segments_BT=None,
+                drops: Drops | None = None, remat: str = "full", compute_dtype=None,
                 place: Callable[[jax.Array], jax.Array] = lambda h_BTD: h_BTD) -> jax.Array:
     """The hidden states number `exits` of whole sequences: [E, B, T, D], none of them normed.
 
     model: in the stacked form. Its parameters keep their type; every layer's are cast to `compute_dtype` (None: as
         they are) where the layer runs, and so are the hidden states. Norms and softmax take float32 all the same.
-    exits: numbers within 1..L, strictly ascending; E is static, the numbers may be traced.
-    stop: the layers above are not run; by default the last exit, or L where the exits are traced. Of traced exits
-        above `stop` the first gives hidden state `stop` and the others zeros.
+    exits: numbers within 1..L, strictly ascending; E is static, the numbers may be traced. Layers above the last exit
+        are not run, unless the numbers are traced.
     segments_BT: which document of a packed row each token belongs to. A token sees only the run of equal numbers
         that it lies in, and positions start anew with each run. Padding is a document of its own.
     drops: what layer dropout drops at this step (`LayerDropout.draw`).
@@ -46,15 +45,15 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
         nothing, "dots" every matrix product, "projections" the products with weights, not attention's. Less stored
         is more computed again, which where memory is slow (a CPU) may still be the faster.
     place: is called on the embeddings and on every layer's output, to hold them to their place on a mesh
-        (`Placing.activations`).
+        (`Sharding.activations`).
 
-    Raises SettingError for a model in the separate form, and for exits, stop or remat out of their range.
+    Raises SettingError for a model in the separate form, and for exits or remat out of their range.
     """
     depth = model.num_layers
     if not isinstance(model.layers, Block):
         raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
     remat = REMAT_RULE("remat", remat)
-    stop = _checked_stop(exits, stop, depth)
+    stop = _last_layer(exits, depth)
     dtype = jnp.dtype(compute_dtype or model.embedding.weight[...].dtype)
     rows = _rows_of(model, tokens_BT, segments_BT)
     graph, weights_L = nnx.split(model.layers)
@@ -64,7 +63,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
             block = nnx.merge(graph, _cast(weights, dtype))
             return block(h, rows["positions"], rows["angles"], None, window, rows["segments"])[0]
 
-        return run(h_BTD, rows) if drop is None else drop.way.apply(run, h_BTD, rows, drop, number)
+        return run(h_BTD, rows) if drop is None else drop.strategy.apply(run, h_BTD, rows, drop, number)
 
     exits_E = jnp.asarray(exits, jnp.int32)
     count = exits_E.shape[0]
@@ -72,7 +71,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     h_BTD = place(_cast(model.embed(tokens_BT), dtype))
     carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype)
     begin = 0
-    lengths = [depth] if drops is None else drops.way.stretches(depth)
+    lengths = [depth] if drops is None else drops.strategy.stretches(depth)
     for length, part in _parts(lengths, stop, (weights_L, model.windows_L, slots_L, drops)):
 
         def body(carry, xs, begin=begin):
@@ -91,22 +90,20 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     return carry[1]
 
 
-def _checked_stop(exits, stop: int | None, depth: int) -> int:
+def _last_layer(exits, depth: int) -> int:
     """The number of layers to run."""
-    if stop is not None:
-        Whole(1, depth, hint="it is the last layer that is run")("stop", stop)
     if is_array(exits):
-        return depth if stop is None else stop
+        return depth
     numbers = list(exits)
     ascending = numbers == sorted({int(n) for n in numbers})
-    if not numbers or not ascending or not 1 <= numbers[0] <= numbers[-1] <= (stop or depth):
-        raise SettingError(f"exits is {exits!r}, but must be numbers of hidden states within 1..{stop or depth}, "
-                           "strictly ascending")
-    return stop or numbers[-1]
+    if not numbers or not ascending or not 1 <= numbers[0] <= numbers[-1] <= depth:
+        raise SettingError(f"exits is {exits!r}, but must be numbers of hidden states within 1..{depth}, strictly "
+                           "ascending")
+    return numbers[-1]
 
 
 def _rows_of(model: Decoder, tokens_BT, segments_BT) -> dict:
-    """What a block reads besides hidden states, the rows' axis first (1 where all rows share it)."""
+    """The arrays that a block reads besides hidden states, the rows' axis first (1 where all rows share it)."""
     index_1T = jnp.arange(tokens_BT.shape[1])[None]
     if segments_BT is None:
         positions = index_1T
@@ -118,7 +115,7 @@ def _rows_of(model: Decoder, tokens_BT, segments_BT) -> dict:
 
 
 def _parts(lengths: list[int], stop: int, stacked) -> list[tuple[int, Any]]:
-    """What is stacked over all layers, for the first `stop` of them, cut into stretches of these lengths."""
+    """Stacked arrays of the first `stop` layers, cut into stretches of these lengths, each with its length."""
     ends = [end for end in itertools.accumulate(lengths) if end < stop] + [stop]
     sizes = [end - begin for begin, end in itertools.pairwise([0, *ends])]
     beyond = [sum(lengths) - stop] if stop < sum(lengths) else []

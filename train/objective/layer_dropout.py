@@ -2,14 +2,9 @@
 
 A layer is h <- h + f(h). Where it is dropped, h stays as it is; where it is kept, f(h) may be rescaled, so that
 the expectation stays what it is without dropout. A `LayerDropout` is composed of
-
-    rate       p_max, the largest probability of dropping
-    profile    how it grows with the layer: `ExponentialProfile`, `LinearProfile`
-    schedule   how it moves with the step: `Steady`, `Rising`, `Falling`
-    rescale    whether what is kept is divided by 1 - p
-    way        how rows are dropped: `Masked`, `FixedRows`, `WholeBatch`
-
-and `layerskip` and `dont_drop_dropout` are the published recipes. What is dropped is a function of a key and the
+a profile over the layers (`ExponentialProfile`, `LinearProfile`), a schedule over the steps (`Steady`, `Rising`,
+`Falling`) and a strategy that drops rows (`Masked`, `FixedRows`, `WholeBatch`); `layerskip` and `dont_drop_dropout` are
+the published recipes. What is dropped is a function of a key and the
 step alone: a run that resumes at a step goes on exactly as it would have.
 """
 
@@ -17,15 +12,174 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from itertools import groupby
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.settings.pytree import traced
-from sled.settings.rules import LARGEST, Flag, Instance, Number, Whole, settle
-from sled.train.objective.dropping import Drops, Masked, Way
+from sled.errors import SettingError
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Each, Flag, Instance, Number, Whole
+
+RunLayer = Callable[[jax.Array, Any], jax.Array]
+
+
+@runtime_checkable
+class DropStrategy(Protocol):
+    """Drops a layer for some rows of a batch: draws which at the start of a step, and applies it where the layer runs.
+
+    `run(h, rows)` is the layer, h + f(h), on any number of rows; `rows` is a pytree of what else it reads per row
+    (positions, masks), each leaf with the rows' axis first, of length 1 where all rows share it.
+
+    With s = 0 where a row is dropped, else 1 or 1 / (1 - p), the layer becomes h + s f(h): h itself where s = 0, and
+    run(h) itself where s = 1.
+    """
+
+    def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
+        """A draw of what each layer drops, with probabilities `rates_L`; `scale_L` multiplies what is kept."""
+        ...
+
+    def saving(self, rates_L: np.ndarray, batch: int) -> DropStrategy:
+        """The same strategy for steps whose probabilities are at least `rates_L`, so that work can be saved."""
+        return self
+
+    def stretches(self, num_layers: int) -> list[int]:
+        """Lengths of the runs of layers that are compiled alike."""
+        return [num_layers]
+
+    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
+        """The layer's output [B, T, D]. `drops` is one layer's; `layer` is any of its stretch (0-based)."""
+        ...
+
+
+@settings
+class Drops:
+    """A draw, for all layers or (under `lax.scan`, or mapped over the first axis) one.
+
+    scale_LB: s of each row, [L, B], or [L, 1] where all rows share it. order_LB: the rows, those to drop first,
+    only where the strategy needs it.
+    """
+
+    scale_LB: jax.Array = setting(traced=True)
+    order_LB: jax.Array | None = setting(traced=True)
+    strategy: DropStrategy = setting(traced=True)
+
+
+@settings
+class Masked(DropStrategy):
+    """Drops each sequence on its own, with probability p: all rows are computed and dropped ones masked. Saves nothing.
+
+    The definition that the papers give, and the baseline of the other strategies.
+    """
+
+    def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
+        kept_LB = jax.random.uniform(key, (rates_L.shape[0], batch)) >= rates_L[:, None]
+        return Drops(kept_LB * scale_L[:, None], None, self)
+
+    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
+        return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
+
+
+@settings
+class WholeBatch(DropStrategy):
+    """Drops all sequences together, with probability p: a dropped layer costs nothing, forward or backward.
+
+    Sequences are no longer independent, so a step's gradient varies more than with the other strategies.
+    """
+
+    def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
+        kept_L = jax.random.uniform(key, rates_L.shape) >= rates_L
+        return Drops((kept_L * scale_L)[:, None], None, self)
+
+    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
+        keep = lambda h: _blend(run(h, rows), h, drops.scale_LB)  # noqa: E731
+        return jax.lax.cond(drops.scale_LB[0] > 0, keep, lambda h: h, h_BTD)
+
+
+@settings
+class FixedRows(DropStrategy):
+    """Drops R p of R sequences in each layer, chosen at random, R p being rounded up or down at random.
+
+    Each row is dropped with probability p exactly, at any step; unlike with `Masked`, how many rows a layer drops
+    varies by less than one. Of these rows `saved` are static and left out of the computation (the rows that stay are
+    gathered, run, and put back); the others, at most one where the counts fit the step's p, are computed and masked.
+    So `saved` says what is saved, and never what is dropped: it may follow a schedule in coarse stretches of steps
+    (`LayerDropout.saving`), with a compilation for each. A step whose p is too small for `saved` gives NaN: its counts
+    were made for other steps.
+
+    Rows are chosen within each of `shards` equal parts of the batch. Where the batch lies on several devices, take
+    their number: no row then moves between them. R is the rows of a part: below 1 / p it saves nothing.
+    """
+
+    saved: tuple[int, ...] = setting(
+        Each(Whole(0, hint="LayerDropout.saving gives the counts that fit a stretch of steps")), default=(),
+        help="rows left out of each shard, per layer; () leaves out none")
+    shards: int = setting(Whole(1, hint="it is the number of parts that the batch is divided into"), default=1)
+
+    def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
+        rows, layers = self._rows_per_shard(batch), rates_L.shape[0]
+        saved_L1 = jnp.asarray(self.saved or (0,) * layers)[:, None]
+        of_order, of_count = jax.random.split(key)
+        order_LGR = jnp.argsort(jax.random.uniform(of_order, (layers, self.shards, rows)), axis=-1)
+        expected_L1 = rows * rates_L[:, None]
+        dropped_LG = jnp.floor(expected_L1 + jax.random.uniform(of_count, (layers, self.shards)))
+        dropped_LG = jnp.maximum(dropped_LG, saved_L1)  # float32 may put expected_L1 a hair below a whole number
+        kept_LGR = jnp.argsort(order_LGR, axis=-1) >= dropped_LG[..., None]
+        fits_L1 = saved_L1 <= expected_L1 + 2 * _SLACK
+        scale_LB = (kept_LGR * scale_L[:, None, None]).reshape(layers, batch)
+        return Drops(jnp.where(fits_L1, scale_LB, jnp.nan), order_LGR.reshape(layers, batch), self)
+
+    def saving(self, rates_L: np.ndarray, batch: int) -> FixedRows:
+        whole_L = np.floor(self._rows_per_shard(batch) * rates_L + _SLACK)
+        return dataclasses.replace(self, saved=tuple(int(rows) for rows in whole_L))
+
+    def stretches(self, num_layers: int) -> list[int]:
+        if self.saved and len(self.saved) != num_layers:
+            raise SettingError(f"FixedRows.saved has {len(self.saved)} counts for {num_layers} layers; give one per "
+                               "layer: LayerDropout.saving makes them")
+        return [len(list(equal)) for _, equal in groupby(self.saved or (0,) * num_layers)]
+
+    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
+        saved = self.saved[layer] if self.saved else 0
+        if saved == 0:
+            return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
+        kept_GK = drops.order_LB.reshape(self.shards, -1)[:, saved:]
+
+        def split(x):
+            return x.reshape(self.shards, -1, *x.shape[1:])
+
+        def take(x):
+            if x.shape[0] == 1:
+                return x
+            taken = jax.vmap(lambda part, kept: part[kept])(split(x), kept_GK)
+            return taken.reshape(-1, *x.shape[1:])
+
+        h_KTD = take(h_BTD)
+        new_KTD = _blend(run(h_KTD, jax.tree.map(take, rows)), h_KTD, take(drops.scale_LB))
+        # No promise that indices are unique: with it the gradient is wrong where parts span devices (jax 0.10).
+        put = lambda part, kept, new: part.at[kept].set(new)  # noqa: E731
+        return jax.vmap(put)(split(h_BTD), kept_GK, split(new_KTD)).reshape(h_BTD.shape)
+
+    def _rows_per_shard(self, batch: int) -> int:
+        if batch % self.shards:
+            raise SettingError(f"FixedRows.shards is {self.shards}, which does not divide a batch of {batch}; give a "
+                               "divisor")
+        return batch // self.shards
+
+
+_SLACK = 1e-3  # rows; what float32 may take from R p
+
+
+def _blend(out_BTD, h_BTD, scale_B):
+    """h + s f(h) of out = h + f(h). By selection, since rounding would show even in the gradients of s = 1."""
+    wide = jnp.promote_types(h_BTD.dtype, jnp.float32)
+    s = scale_B.astype(wide)[:, None, None]
+    h, out = h_BTD.astype(wide), out_BTD.astype(wide)
+    return jnp.where(s == 1, out, jnp.where(s == 0, h, h + s * (out - h))).astype(h_BTD.dtype)
 
 
 @runtime_checkable
@@ -42,8 +196,7 @@ class DropSchedule(Protocol):
         ...
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class ExponentialProfile:
     """exp(l ln2 / (L - 1)) - 1 for layer l = 0..L-1 (LayerSkip, arXiv 2404.16710, section 4.1.1)."""
 
@@ -51,8 +204,7 @@ class ExponentialProfile:
         return np.expm1(_depth(num_layers) * math.log(2)).astype(np.float32)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class LinearProfile:
     """l / (L - 1) for layer l = 0..L-1 (stochastic depth, arXiv 1603.09382; arXiv 2609.05275)."""
 
@@ -64,8 +216,7 @@ def _depth(num_layers: int) -> np.ndarray:
     return np.arange(num_layers) / max(num_layers - 1, 1)
 
 
-@traced()
-@dataclasses.dataclass(frozen=True)
+@settings
 class Steady:
     """The same probabilities at every step (LayerSkip, when continuing or fine-tuning)."""
 
@@ -73,95 +224,81 @@ class Steady:
         return jnp.ones((), jnp.float32)
 
 
-@traced("steps")
-@dataclasses.dataclass(frozen=True)
+_STEPS = Whole(2, hint="it counts the steps of the whole run")
+
+
+@settings
 class Rising:
     """exp(t ln2 / (T - 1)) - 1 at step t = 0..T-1, T = `steps` (LayerSkip's S_exp, from scratch); 1 afterwards."""
 
-    steps: int
-
-    def __post_init__(self):
-        _settle_steps(self)
+    steps: int = setting(_STEPS, traced=True)
 
     def share(self, step) -> jax.Array:
         return jnp.expm1(_progress(step, self.steps) * math.log(2))
 
 
-@traced("steps")
-@dataclasses.dataclass(frozen=True)
+@settings
 class Falling:
     """1 - t / (T - 1) at step t = 0..T-1, T = `steps` (arXiv 2609.05275); 0 afterwards."""
 
-    steps: int
-
-    def __post_init__(self):
-        _settle_steps(self)
+    steps: int = setting(_STEPS, traced=True)
 
     def share(self, step) -> jax.Array:
         return 1 - _progress(step, self.steps)
-
-
-def _settle_steps(self) -> None:
-    settle(self, steps=Whole(2, LARGEST, hint="it counts the steps of the whole run"))
 
 
 def _progress(step, steps) -> jax.Array:
     return jnp.clip(jnp.float32(step) / (jnp.float32(steps) - 1), 0, 1)
 
 
-@traced("rate", "profile", "schedule", "way")
-@dataclasses.dataclass(frozen=True)
+@settings
 class LayerDropout:
-    """See the module. `rate` and a schedule's steps are traced; `rescale` and the way are static.
+    """Drops layer l at step t with probability p_l(t) = schedule(t) * profile(l) * rate.
 
-    p_l(t) = schedule(t) * profile(l) * rate. A rate of 0 changes no bit of what is computed.
+    The rate and a schedule's steps are traced; `rescale` and the strategy are static. A rate of 0 changes no bit of
+    what is computed.
     """
 
-    rate: float
-    profile: DropProfile = dataclasses.field(default_factory=LinearProfile)
-    schedule: DropSchedule = dataclasses.field(default_factory=Steady)
-    rescale: bool = True
-    way: Way = dataclasses.field(default_factory=Masked)
-
-    def __post_init__(self):
-        settle(self, rate=Number(0, 1, open_high=True, hint="0.1 or 0.2 is usual"),
-               profile=Instance(DropProfile, hint="LinearProfile(), for example"),
-               schedule=Instance(DropSchedule, hint="Falling(steps), for example"),
-               rescale=Flag(hint="True divides what is kept by 1 - p"),
-               way=Instance(Way, hint="Masked(), for example"))
+    rate: float = setting(Number(0, 1, open_high=True, hint="0.1 or 0.2 is usual"), traced=True,
+                          help="the largest probability of dropping")
+    profile: DropProfile = setting(Instance(DropProfile, hint="LinearProfile(), for example"), default=LinearProfile(),
+                                   traced=True, help="how the probability grows with the layer")
+    schedule: DropSchedule = setting(Instance(DropSchedule, hint="Falling(steps), for example"), default=Steady(),
+                                     traced=True, help="how the probability moves with the step")
+    rescale: bool = setting(Flag(hint="True divides what is kept by 1 - p"), default=True)
+    strategy: DropStrategy = setting(Instance(DropStrategy, hint="Masked(), for example"), default=Masked(),
+                                     traced=True, help="how rows are dropped")
 
     def rates(self, step, num_layers: int) -> jax.Array:
         """The probability of dropping each layer at this step: [L] float32."""
         return self.schedule.share(step) * self.rate * self.profile.shares(num_layers)
 
     def draw(self, key, step, batch: int, num_layers: int) -> Drops:
-        """What is dropped at this step, of a batch of `batch` sequences. `key` is the run's, the same at every step."""
+        """A draw for this step, of a batch of `batch` sequences. `key` is the run's, the same at every step."""
         rates_L = self.rates(step, num_layers)
         scale_L = 1 / (1 - rates_L) if self.rescale else jnp.ones_like(rates_L)
-        return self.way.draw(jax.random.fold_in(key, step), rates_L, scale_L, batch)
+        return self.strategy.draw(jax.random.fold_in(key, step), rates_L, scale_L, batch)
 
     def saving(self, batch: int, num_layers: int, first_step: int, last_step: int) -> LayerDropout:
-        """The same dropout, its way told how much work the steps first..last save at least (see `FixedRows`).
+        """The same dropout, which saves the work that the steps first..last save at least (see `FixedRows`).
 
         The counts are static, so a train step compiles again when they change: ask for long stretches of steps.
         """
         ends = [np.asarray(self.rates(step, num_layers), np.float64) for step in (first_step, last_step)]
-        return dataclasses.replace(self, way=self.way.saving(np.minimum(*ends), batch))
+        return dataclasses.replace(self, strategy=self.strategy.saving(np.minimum(*ends), batch))
 
 
-def layerskip(rate: float, *, steps: int | None = None, way: Way | None = None) -> LayerDropout:
+def layerskip(rate: float, *, steps: int | None = None, strategy: DropStrategy | None = None) -> LayerDropout:
     """LayerSkip's recipe (arXiv 2404.16710): exponential profile, nothing rescaled.
 
     `steps`: of a run from scratch, over which the probabilities rise; None where a trained model is continued.
     The paper's rates are 0.1 or 0.2.
     """
     schedule = Steady() if steps is None else Rising(steps)
-    return LayerDropout(rate, ExponentialProfile(), schedule, rescale=False, way=Masked() if way is None else way)
+    return LayerDropout(rate, ExponentialProfile(), schedule, rescale=False, strategy=strategy or Masked())
 
 
-def dont_drop_dropout(rate: float, *, steps: int, way: Way | None = None) -> LayerDropout:
+def dont_drop_dropout(rate: float, *, steps: int, strategy: DropStrategy | None = None) -> LayerDropout:
     """The later recipe (arXiv 2609.05275): linear profile, probabilities fall to 0 over the run, rescaled."""
-    return LayerDropout(rate, LinearProfile(), Falling(steps), rescale=True, way=Masked() if way is None else way)
+    return LayerDropout(rate, LinearProfile(), Falling(steps), rescale=True, strategy=strategy or Masked())
 
-
-RECIPES = {"layerskip": layerskip, "dont-drop-dropout": dont_drop_dropout}

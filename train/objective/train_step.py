@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,20 +14,21 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
-from sled.models.sharding.sharding import ROWS, Placing
-from sled.train.data.rows import Batch
-from sled.train.objective.cross_entropy import Split, exit_cross_entropy
+from sled.models.sharding.sharding import ROWS, Sharding
+from sled.train.data.rows import TrainingBatch
+from sled.train.objective.cross_entropy import Split
 from sled.train.objective.exit_heads import exit_head_loss, merge, partition, tuning_loss
 from sled.train.objective.exit_weights import fixed_layers
 from sled.train.objective.forward import exit_states
 from sled.train.objective.layer_dropout import LayerDropout
-from sled.train.recipes import HEADS, Recipe
+from sled.train.recipes import ALL, HEADS, Recipe
 
+TABLES = ("embedding", "weight"), ("head", "weight")
 EVALUATED = 4096  # tokens that are evaluated at a time on each device, if a row is not longer
 
 
 class TrainState(NamedTuple):
-    """All that a step changes, a pytree that a checkpoint holds whole. step: how many were taken."""
+    """The arrays that a step changes, which a checkpoint holds whole. step: how many were taken."""
 
     weights: nnx.State
     optimizer: optax.OptState
@@ -34,8 +36,11 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """What a step tells: the loss it went down; of the exits that learnt, their layers and likelihoods (nats per
-    target, NaN where an exit's weight is 0); the last one's accuracy; the gradient's norm before it is clipped."""
+    """The measurements of a step.
+
+    loss: what it went down. layers_E, nll_E: of the exits that learnt, their layers and likelihoods in nats per target,
+    NaN where an exit's weight is 0. accuracy: the last exit's. gradient_norm: before it is clipped.
+    """
 
     loss: jax.Array
     layers_E: jax.Array
@@ -44,7 +49,7 @@ class StepMetrics(NamedTuple):
     gradient_norm: jax.Array
 
 
-class LayerMeans(NamedTuple):
+class LayerSums(NamedTuple):
     """Sums over held-out targets, to be added up and divided: [L] for the layers 1..L, and how many targets."""
 
     nll_L: jax.Array
@@ -52,22 +57,22 @@ class LayerMeans(NamedTuple):
     targets: jax.Array
 
 
-def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, placing: Placing | None = None, *,
-               learns: str = "all") -> TrainState:
+def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, sharding: Sharding | None = None, *,
+               trainable: str = ALL) -> TrainState:
     """The state before the first step; on a mesh the optimiser's part lies like the weights.
 
     The weights are copied: a step gives up the state that it is given, and the model may outlive that.
-    learns: as in the recipe; the optimiser keeps nothing for what does not learn.
+    trainable: as in the recipe; the optimiser keeps nothing for what does not learn.
     """
     weights = jax.tree.map(jnp.copy, weights)
 
     def make(weights):
-        own, _ = _parted(weights, learns)
-        return optimizer.init(own) if placing is None else placing.create(optimizer.init, own)
+        own, _ = _parted(weights, trainable)
+        return optimizer.init(own) if sharding is None else sharding.create(optimizer.init, own)
 
     step = jnp.zeros((), jnp.int32)
-    if placing is not None:
-        step = jax.device_put(step, placing.shardings(step))
+    if sharding is not None:
+        step = jax.device_put(step, sharding.shardings(step))
     return TrainState(weights, make(weights), step)
 
 
@@ -78,57 +83,58 @@ def static_exits(config: DecoderConfig, recipe: Recipe) -> tuple[int, ...] | Non
     a head to learn nothing.
     """
     recipe.exits.exits_at(0, config.num_layers)
-    if config.exit_heads is None or recipe.learns == HEADS:
+    if config.exit_heads is None or recipe.trainable == HEADS:
         return None
     exits, learning = fixed_layers(recipe.exits, config.num_layers, recipe.steps)
     if idle := [n for n in config.exit_heads.layers if n not in learning]:
         layers = " ".join(map(str, config.exit_heads.layers))
         raise SettingError(f"the model's exit after layer {idle[0]} has a head, but with {recipe.exits} it learns "
-                           "nothing, while all below it changes; give WeightedExits with AllExits (--exits "
+                           "nothing, while all below it changes; give WeightedExits with AllExits (--exit-layers "
                            f"{layers}) and weights that are not 0 for it, or leave the heads out")
     return exits
 
 
 def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTransformation,
-                    placing: Placing | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
+                    sharding: Sharding | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """A compiled `step(state, batch, dropout) -> (state, metrics)`; the state given is given up.
 
     model: in the stacked form, for its structure alone. batch: of `recipe.batch` rows, on a mesh a global array
-    (`Placing.batch`). dropout: the recipe's, or one that saves work (`LayerDropout.saving`), or None; its counts are
+    (`Sharding.batch`). dropout: the recipe's, or one that saves work (`LayerDropout.saving`), or None; its counts are
     static, all else is traced.
     """
     graph, _ = nnx.split(model)
     seed, parts = recipe.seed, recipe.accumulate
     heads, depth = model.config.exit_heads, model.num_layers
-    if recipe.learns == HEADS:
+    if recipe.trainable == HEADS:
         partition(nnx.state(model))  # raises where there are none
     exits = static_exits(model.config, recipe)
 
-    def part_loss(own, rest, batch: Batch, dropout: LayerDropout | None, step, part, share):
+    def part_loss(own, rest, batch: TrainingBatch, dropout: LayerDropout | None, step, part, share):
         """The loss of one part of the batch, which holds this share of the batch's targets."""
-        model = _placed(graph, _joined(own, rest), placing)
-        if recipe.learns == HEADS:
-            loss, metrics = _tuning_loss(model, batch, recipe, placing)
-            return share * loss, (jnp.array(heads.layers), (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
-        layers_E, weights_E = recipe.exits.exits_at(step, depth)
-        rows = batch.tokens_BT.shape[0]
-        key = jax.random.fold_in(jax.random.key(seed), part)
-        drops = None if dropout is None else dropout.draw(key, step, rows, depth)
-        loss, metrics = _exit_losses(model, batch, layers_E if exits is None else exits, weights_E, recipe, placing,
-                                     drops=drops, z_loss=recipe.z_loss, distill=recipe.distill,
-                                     temperature=recipe.temperature)
+        model = _placed(graph, _joined(own, rest), sharding)
+        if recipe.trainable == HEADS:
+            layers_E = jnp.array(heads.layers)
+            loss, metrics = tuning_loss(model, batch.tokens_BT, **_targets(batch, recipe, sharding),
+                                        segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
+                                        **_place(sharding))
+        else:
+            layers_E, weights_E = recipe.exits.exits_at(step, depth)
+            key = jax.random.fold_in(jax.random.key(seed), part)
+            drops = None if dropout is None else dropout.draw(key, step, batch.tokens_BT.shape[0], depth)
+            loss, metrics = _exit_losses(model, batch, layers_E if exits is None else exits, weights_E, recipe,
+                                         sharding, drops=drops, distill=recipe.distill, temperature=recipe.temperature)
         return share * loss, (layers_E, (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
 
     gradient = jax.value_and_grad(part_loss, has_aux=True)
 
     def whole(own, rest, batch, dropout, step):
-        """Loss, what it tells, and gradient of the whole batch."""
+        """Loss, measurements and gradient of the whole batch."""
         targets_A = batch.weights_BT[:, :, 1:].sum((1, 2))
         parts_A = jnp.arange(parts), batch, targets_A / jnp.maximum(targets_A.sum(), 1e-9)
 
         def of_part(part, batch, share):
-            (loss, (layers_E, told)), change = gradient(own, rest, batch, dropout, step, part, share)
-            return (loss, told, change), layers_E
+            (loss, (layers_E, measured)), change = gradient(own, rest, batch, dropout, step, part, share)
+            return (loss, measured, change), layers_E
 
         if parts == 1:
             return of_part(*jax.tree.map(lambda x: x[0], parts_A))
@@ -142,102 +148,86 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         total, layers_AE = jax.lax.scan(add, zeros, parts_A)
         return total, layers_AE[0]
 
-    def step(state: TrainState, batch: Batch, dropout: LayerDropout | None):
-        batch = jax.tree.map(lambda x: _in_parts(x, parts, placing), batch)
-        own, rest = _parted(state.weights, recipe.learns)
+    def step(state: TrainState, batch: TrainingBatch, dropout: LayerDropout | None):
+        batch = jax.tree.map(lambda x: _in_parts(x, parts, sharding), batch)
+        own, rest = _parted(state.weights, recipe.trainable)
         (loss, (nll_E, accuracy), change), layers_E = whole(own, rest, batch, dropout, state.step)
         moved, optimizer_state = optimizer.update(change, state.optimizer, own)
         metrics = StepMetrics(loss, layers_E, nll_E, accuracy, optax.global_norm(change))
         weights = _joined(optax.apply_updates(own, moved), rest)
         made = TrainState(weights, optimizer_state, state.step + 1), metrics
         # Held to its place: the partitioner might put it elsewhere, and the next step would compile again.
-        return made if placing is None else jax.lax.with_sharding_constraint(made, placing.shardings(made))
+        return made if sharding is None else jax.lax.with_sharding_constraint(made, sharding.shardings(made))
 
     return jax.jit(step, donate_argnums=0)
 
 
-def make_evaluation(model: Decoder, recipe: Recipe, placing: Placing | None = None) -> Callable[..., LayerMeans]:
-    """A compiled `evaluate(weights, batch) -> LayerMeans` of every layer, by its exit's head or what all share.
+def make_evaluation(model: Decoder, recipe: Recipe, sharding: Sharding | None = None) -> Callable[..., LayerSums]:
+    """A compiled `evaluate(weights, batch) -> LayerSums` of every layer, by its exit's head or what all share.
 
     All layers' hidden states are held, but only those of some `EVALUATED` tokens on each device, or of one row.
     """
     graph, _ = nnx.split(model)
     depth = model.num_layers
 
-    def evaluate(weights, batch: Batch) -> LayerMeans:
-        model = _placed(graph, weights, placing)
+    def evaluate(weights, batch: TrainingBatch) -> LayerSums:
+        model = _placed(graph, weights, sharding)
 
-        def of_part(batch: Batch) -> LayerMeans:
-            _, metrics = _exit_losses(model, batch, range(1, depth + 1), jnp.ones(depth), recipe, placing)
-            return LayerMeans(metrics.nll_E * metrics.targets, metrics.accuracy_E * metrics.targets, metrics.targets)
+        def of_part(batch: TrainingBatch) -> LayerSums:
+            _, metrics = _exit_losses(model, batch, range(1, depth + 1), jnp.ones(depth), recipe, sharding)
+            return LayerSums(metrics.nll_E * metrics.targets, metrics.accuracy_E * metrics.targets, metrics.targets)
 
         rows, length = batch.tokens_BT.shape
-        ways = 1 if placing is None else _split(placing).ways(ROWS)
+        ways = 1 if sharding is None else math.prod(sharding.mesh.shape[axis] for axis in ROWS)
         parts = next(n for n in range(1, rows + 1) if rows % (n * ways) == 0
                      and (rows // (n * ways) * length <= EVALUATED or n * ways == rows))
-        sums = jax.lax.map(of_part, jax.tree.map(lambda x: _in_parts(x, parts, placing), batch))
+        sums = jax.lax.map(of_part, jax.tree.map(lambda x: _in_parts(x, parts, sharding), batch))
         return jax.tree.map(lambda x: x.sum(0), sums)
 
     return jax.jit(evaluate)
 
 
-def _exit_losses(model: Decoder, batch: Batch, layers_E, weights_E, recipe: Recipe, placing: Placing | None, *,
-                 drops=None, **terms):
+def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, recipe: Recipe,
+                 sharding: Sharding | None, *, drops=None, **options):
     """The loss of these exits with its metrics. A model with exit heads takes static exits."""
-    dtype = jnp.dtype(recipe.compute_dtype)
     h_EBTD = exit_states(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
-                         remat=recipe.remat, compute_dtype=dtype, **_place(placing))
-    asked = dict(targets_BT=_following(batch.tokens_BT), mask_BT=_following(batch.weights_BT), weights_E=weights_E,
-                 split=_split(placing), **terms)
-    if model.config.exit_heads is not None:
-        return exit_head_loss(model, h_EBTD, layers_E, **asked)
-    return exit_cross_entropy(model.normalise(h_EBTD).astype(dtype), model.head_weight.astype(dtype), **asked)
+                         remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype), **_place(sharding))
+    return exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, **_targets(batch, recipe, sharding), **options)
 
 
-def _tuning_loss(model: Decoder, batch: Batch, recipe: Recipe, placing: Placing | None):
-    """The loss of the exit heads alone, with its metrics."""
-    return tuning_loss(model, batch.tokens_BT, _following(batch.tokens_BT), _following(batch.weights_BT),
-                       segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                       split=_split(placing), z_loss=recipe.z_loss, **_place(placing))
+def _targets(batch: TrainingBatch, recipe: Recipe, sharding: Sharding | None) -> dict[str, Any]:
+    """At each position the token that follows and how much it counts; and what is common to all losses."""
+    following = lambda x_BT: jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
+    return dict(targets_BT=following(batch.tokens_BT), mask_BT=following(batch.weights_BT), z_loss=recipe.z_loss,
+                split=None if sharding is None else Split(sharding.mesh, data=ROWS))
 
 
-def _following(x_BT):
-    """What position t is asked for: the entry of token t + 1."""
-    return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
+def _place(sharding: Sharding | None) -> dict[str, Callable]:
+    return {} if sharding is None else dict(place=sharding.activations)
 
 
-def _split(placing: Placing | None) -> Split | None:
-    return None if placing is None else Split(placing.mesh, data=ROWS)
-
-
-def _place(placing: Placing | None) -> dict[str, Callable]:
-    return {} if placing is None else dict(place=placing.activations)
-
-
-def _parted(weights: nnx.State, learns: str) -> tuple[nnx.State, nnx.State | None]:
-    """What learns, and what stays as it is."""
-    return partition(weights) if learns == HEADS else (weights, None)
+def _parted(weights: nnx.State, trainable: str) -> tuple[nnx.State, nnx.State | None]:
+    """The weights that learn, and those that stay as they are."""
+    return partition(weights) if trainable == HEADS else (weights, None)
 
 
 def _joined(own: nnx.State, rest: nnx.State | None) -> nnx.State:
     return own if rest is None else merge(own, rest)
 
 
-def _placed(graph, weights, placing: Placing | None) -> Decoder:
+def _placed(graph, weights, sharding: Sharding | None) -> Decoder:
     """The model of these weights, its tables held to their place."""
-    model = nnx.merge(graph, weights)
-    if placing is not None:
-        tables = [model.embedding] if model.head is None else [model.embedding, model.head]
-        for table in tables:
-            table.weight[...] = placing.table(table.weight[...])
-    return model
+    if sharding is not None:
+        weights = nnx.from_flat_state([(path, leaf.replace(sharding.table(leaf[...])) if path in TABLES else leaf)
+                                       for path, leaf in nnx.to_flat_state(weights)])
+    return nnx.merge(graph, weights)
 
 
-def _in_parts(x: Any, parts: int, placing: Placing | None):
+def _in_parts(x: Any, parts: int, sharding: Sharding | None):
     """[B, ...] as [parts, B / parts, ...]. A part takes every so-manieth row: on a mesh each device keeps its own."""
     x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
-    if placing is None:
+    if sharding is None:
         return x
-    spec = placing.rows.spec
+    spec = sharding.rows.spec
     return jax.lax.with_sharding_constraint(
-        x, jax.sharding.NamedSharding(placing.mesh, jax.sharding.PartitionSpec(None, *spec)))
+        x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *spec)))

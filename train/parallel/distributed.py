@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -11,10 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather
+from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather, sync_global_devices
 
 from sled.errors import SettingError
-from sled.settings.rules import Whole
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import OneOf, OrNone, Whole
 
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
@@ -22,25 +23,23 @@ CLUSTERS = ("tpu", "slurm")
 MESSAGE = 4096  # bytes of the longest text that processes tell each other
 
 
-@dataclasses.dataclass(frozen=True)
+@settings
 class Processes:
     """The processes of a run. By default what the environment says: a SLURM step, a TPU pod, or one process alone.
 
-    cluster: "tpu" or "slurm" insists on that one; a TPU VM that does not name its pod's hosts in the environment
-        needs "tpu", which asks Google's metadata server.
-    coordinator: host:port of process 0, with `count` processes of which this is number `index` (from 0): for machines
-        without a cluster manager. All three belong together.
+    A TPU VM that does not name its pod's hosts in the environment needs the cluster "tpu", which asks Google's metadata
+    server. Machines without a cluster manager need coordinator, count and index, which belong together.
     """
 
-    cluster: str | None = None
-    coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
+    cluster: str | None = setting(OrNone(OneOf(CLUSTERS, hint="None is what the environment says")), default=None,
+                                  help="join the processes of a TPU pod slice or a SLURM step")
+    coordinator: str | None = setting(default=None, help="without a cluster manager: host:port of process 0")
+    count: int | None = setting(OrNone(Whole(1, hint="it counts the processes of the run")), default=None,
+                                help="without a cluster manager: how many processes there are")
+    index: int | None = setting(OrNone(Whole(0, hint="each process has its own, from 0")), default=None,
+                                help="without a cluster manager: which of them this is")
 
     def __post_init__(self):
-        if self.cluster not in (None, *CLUSTERS):
-            raise SettingError(f"Processes.cluster is {self.cluster!r}, but must be {' or '.join(map(repr, CLUSTERS))},"
-                               " or None for what the environment says")
         given = {name: getattr(self, name) is not None for name in ("coordinator", "count", "index")}
         if not any(given.values()):
             return
@@ -54,10 +53,7 @@ class Processes:
         if not host or not port.isdigit():
             raise SettingError(f"Processes.coordinator is {self.coordinator!r}, but must be host:port, such as "
                                "'10.0.0.1:8476', the same on all processes")
-        count = Whole(1, hint="it counts the processes of the run")("Processes.count", self.count)
-        index = Whole(0, count - 1, hint="each process has its own, from 0")("Processes.index", self.index)
-        object.__setattr__(self, "count", count)
-        object.__setattr__(self, "index", index)
+        Whole(0, self.count - 1, hint="each process has its own, from 0")("Processes.index", self.index)
 
 
 def initialize(processes: Processes | None = None) -> str:
@@ -85,8 +81,14 @@ def initialize(processes: Processes | None = None) -> str:
     return f"process {jax.process_index()} of {jax.process_count()}, {cluster}"
 
 
-def of_the_first(text: str | None) -> str | None:
-    """What the first process gives, in all of them; they call it together."""
+def synchronise(point: str) -> None:
+    """Returns in every process once all of them have reached this `point` of the program."""
+    if jax.process_count() > 1:
+        sync_global_devices(f"sled: {point}")
+
+
+def from_first_process(text: str | None) -> str | None:
+    """The text that the first process gives, in all of them; they call it together."""
     if jax.process_count() == 1:
         return text
     raw = np.zeros(MESSAGE, np.uint8)
@@ -96,18 +98,18 @@ def of_the_first(text: str | None) -> str | None:
     return bytes(broadcast_one_to_all(raw)).rstrip(b"\0").decode(errors="replace") or None
 
 
-def check_alike(settings: Mapping[str, Any]) -> None:
+def check_same_everywhere(values: Mapping[str, Any]) -> None:
     """Raises SettingError, in all processes, where one was given other settings than the first: each would compute a
     part of something else.
 
-    settings: as JSON has them, with the same keys everywhere. Names beside digests (`sled.train.run.resume`)
-    may differ, as machines have paths of their own.
+    values: of the settings, as JSON has them, with the same keys everywhere. Names beside digests
+        (`sled.train.run.resume`) may differ, as machines have paths of their own.
     """
     if jax.process_count() == 1:
         return
-    digests_KD = np.stack([_digest(value) for value in settings.values()])
+    digests_KD = np.stack([_digest(value) for value in values.values()])
     differs_PK = (process_allgather(digests_KD) != digests_KD).any(-1)
-    for name, differs_P in zip(settings, differs_PK.T, strict=True):
+    for name, differs_P in zip(values, differs_PK.T, strict=True):
         if differs_P.any():
             raise SettingError(f"{name} is not the same in process {jax.process_index()} and in process "
                                f"{differs_P.argmax()}; start all of them with the same options and the same data")

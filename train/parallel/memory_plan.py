@@ -1,4 +1,4 @@
-"""What training takes on each device, before there is any device: the plan that `Placing` makes, in bytes.
+"""The memory of training on each device, before there is any device: the plan that `Sharding` makes, in bytes.
 
 Everything here follows from shapes alone (`jax.eval_shape`), so the plan of 70B parameters on 64
 devices takes a second on a laptop.
@@ -15,38 +15,36 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sled.models.sharding.sharding import LARGE, RULES, Placing
+from sled.models.sharding.sharding import RULES, Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.exit_heads import partition
 from sled.train.recipes import ALL, HEADS
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class ParameterBytes:
     """One parameter and its optimiser state, in bytes on each device.
 
-    copies: how many devices hold the same part of it. spare: of these, how many the data axis does not account for;
-    1 where fsdp and tensor both split it.
+    copies: how many devices hold the same part of it.
     """
 
     name: str
     shape: tuple[int, ...]
     spec: PartitionSpec
     copies: int
-    spare: int
     weights: int
     optimizer: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """The share of each parameter. In bytes on each device: `gradients`, and `other`, optimiser state of none of them.
+class MemoryPlan:
+    """The memory of each parameter. In bytes on each device: `gradients`, and `other`, optimiser state of none of them.
 
     `undivided` are axes that stay whole because they do not divide, with the reason.
     """
 
     mesh: dict[str, int]
-    shares: list[Share]
+    shares: list[ParameterBytes]
     gradients: int
     other: int
     undivided: dict[str, str]
@@ -60,10 +58,6 @@ class Plan:
     def optimizer(self) -> int:
         """Bytes of optimiser state on each device."""
         return sum(share.optimizer for share in self.shares) + self.other
-
-    def whole(self, least: int = LARGE) -> list[Share]:
-        """Parameters that fsdp or tensor leaves whole, although their weights take `least` bytes on each device."""
-        return [share for share in self.shares if share.spare > 1 and share.weights >= least]
 
     def text(self) -> str:
         """A table with a line for each parameter, the sums, and what was left whole."""
@@ -81,35 +75,34 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan(placing: Placing, optimizer: optax.GradientTransformation, *, dtype=jnp.float32, learns: str = ALL) -> Plan:
-    """Bytes on each device of the weights in `dtype` and of `optimizer`'s state for them. Allocates nothing.
+def memory_plan(sharding: Sharding, optimizer: optax.GradientTransformation, *, trainable: str = ALL) -> MemoryPlan:
+    """Bytes on each device of float32 weights and of `optimizer`'s state for them. Allocates nothing.
 
-    learns: as in the recipe; for what does not learn there are neither gradients nor optimiser state.
+    trainable: as in the recipe; for what does not learn there are neither gradients nor optimiser state.
     """
-    shapes = nnx.state(abstract_stacked(placing.config), nnx.Param)
-    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-    own = partition(weights)[0] if learns == HEADS else weights
+    shapes = nnx.state(abstract_stacked(sharding.config), nnx.Param)
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
+    own = partition(weights)[0] if trainable == HEADS else weights
     state = jax.eval_shape(optimizer.init, own)
-    taken = {name: [0, 0, 0] for name in placing.parameters}
+    taken = {name: [0, 0, 0] for name in sharding.parameters}
     other = 0
     for kind, tree in enumerate((weights, state, own)):
-        shardings = jax.tree.leaves(placing.shardings(tree))
+        shardings = jax.tree.leaves(sharding.shardings(tree))
         for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
             size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            name = placing.parameter_at(path, leaf.shape)
+            name = sharding.parameter_at(path, leaf.shape)
             if name:
                 taken[name][kind] += size
             else:
                 other += size
-    return Plan(dict(placing.mesh.shape), [_share(placing, name, *taken[name][:2]) for name in taken],
-                sum(gradients for *_, gradients in taken.values()), other, placing.undivided)
+    return MemoryPlan(dict(sharding.mesh.shape), [_bytes_of(sharding, name, *taken[name][:2]) for name in taken],
+                sum(gradients for *_, gradients in taken.values()), other, sharding.undivided)
 
 
-def _share(placing: Placing, name: str, weights: int, optimizer: int) -> Share:
-    shape, spec = placing.parameters[name]
-    parts = math.prod(shape) // math.prod(NamedSharding(placing.mesh, spec).shard_shape(shape))
-    copies = placing.mesh.size // parts
-    return Share(name, shape, spec, copies, copies // placing.mesh.shape["data"], weights, optimizer)
+def _bytes_of(sharding: Sharding, name: str, weights: int, optimizer: int) -> ParameterBytes:
+    shape, spec = sharding.parameters[name]
+    parts = math.prod(shape) // math.prod(NamedSharding(sharding.mesh, spec).shard_shape(shape))
+    return ParameterBytes(name, shape, spec, sharding.mesh.size // parts, weights, optimizer)
 
 
 def _spell(spec: PartitionSpec, mesh: dict[str, int]) -> str:

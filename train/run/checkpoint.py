@@ -14,25 +14,25 @@ call everything here together, and hold the same host state, which the first of 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental.multihost_utils import sync_global_devices
 from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError, SettingError
 from sled.settings.rules import Whole
 from sled.train.run.named_arrays import checksums, mismatch, named, nested, rebuilt, targets
-from sled.train.run.resume import Rule, check_same_run
+from sled.train.run.resume import Rule, check_resumable
 
-FORMAT = 2  # of what is written here; raised when another sled could not read it
+FORMAT = 3  # of what is written here; raised when another sled could not read it
 _DROPPED = "dropped-"
 PACKAGES = ("sled-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -52,6 +52,12 @@ def complete_steps(folder: str | Path) -> list[int]:
     folder = Path(folder)
     held = folder.iterdir() if folder.is_dir() else ()
     return sorted(int(entry.name) for entry in held if entry.name.isdecimal() and entry.is_dir())
+
+
+def check_format(folder: str | Path, step: int | None = None) -> None:
+    """Raises CheckpointError where the checkpoint of `step`, or the latest, has another format or is damaged."""
+    folder = Path(folder).absolute()
+    _metadata(folder / str(_choose(folder, step)))
 
 
 def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partial: bool = False) -> Restored:
@@ -88,7 +94,7 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partia
 class Checkpoints:
     """The checkpoints that a run writes to its folder; close it, or use it as a context manager.
 
-        with Checkpoints(folder, settings, every=500, may_change={"folder": anything}) as checkpoints:
+        with Checkpoints(folder, settings, save_every=500, may_change={"folder": anything}) as checkpoints:
             if checkpoints.steps:
                 step, state, host, *_ = checkpoints.restore(state)
             for step in range(step + 1, last + 1):
@@ -97,20 +103,16 @@ class Checkpoints:
 
     folder: made if missing; belongs to this run alone, and is cleaned of what a killed one left half-written.
     settings: all that decides what the run computes, as JSON has it.
-    every: steps between two checkpoints. keep: how many of the latest stay.
-    keep_every: also stay those of steps divisible by it (None: no others).
+    save_every: steps between two checkpoints. keep: how many of the latest stay.
     may_change, follow: which of the settings a resumed run may change, each with its rule, and which change because
         others do (`sled.train.run.resume`).
     Raises CheckpointError where the folder cannot be written, SettingError for a setting out of range.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any], *, every: int, keep: int = 3,
-                 keep_every: int | None = None, may_change: Mapping[str, Rule] | None = None,
-                 follow: Mapping[str, Sequence[str]] | None = None):
-        self.every = Whole(1, hint="it is the steps between two checkpoints")("every", every)
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any], *, save_every: int, keep: int = 3,
+                 may_change: Mapping[str, Rule] | None = None, follow: Mapping[str, Sequence[str]] | None = None):
+        self.save_every = Whole(1, hint="it is the steps between two checkpoints")("save_every", save_every)
         self.keep = Whole(1, hint="it counts the latest checkpoints, which stay")("keep", keep)
-        self.keep_every = None if keep_every is None else Whole(
-            1, hint="checkpoints of steps divisible by it stay; None keeps the latest only")("keep_every", keep_every)
         self.folder = Path(folder).absolute()
         self.settings = _as_json("settings", settings)
         self.may_change, self.follow = dict(may_change or {}), dict(follow or {})
@@ -125,11 +127,11 @@ class Checkpoints:
         """The steps whose checkpoints are whole, ascending."""
         return complete_steps(self.folder)
 
-    def restore(self, like, step: int | None = None) -> Restored:
-        """As `load_checkpoint`; before that, CheckpointError where the run had settings that may not differ."""
-        step = _choose(self.folder, step)
+    def restore(self, like) -> Restored:
+        """The latest, as `load_checkpoint`; before that, CheckpointError where settings differ that may not."""
+        step = _choose(self.folder, None)
         _, saved = _metadata(self.folder / str(step))
-        check_same_run(f"{self.folder}", saved["settings"], self.settings, step, self.may_change, self.follow)
+        check_resumable(f"{self.folder}", saved["settings"], self.settings, step, self.may_change, self.follow)
         return load_checkpoint(self.folder, like, step)
 
     def save(self, step: int, state, host: Mapping[str, Any], *, force: bool = False) -> bool:
@@ -141,23 +143,23 @@ class Checkpoints:
         Raises CheckpointError where this checkpoint or the one before cannot be written, or where there is one of a
         later step.
         """
-        if not (force or step % self.every == 0):
+        if not (force or step % self.save_every == 0):
             return False
         self.wait()
         if step in self._written:
             return True
         if self._written and step < self._written[-1]:
             raise CheckpointError(f"{self.folder} holds a checkpoint of step {self._written[-1]}, so step {step} is of "
-                                  "another run or of a repeated part of this one; give another folder, or call "
-                                  "drop_after(step) with the step that the run goes on from")
-        self._drop(self._superseded())
+                                  "another run or of a repeated part of this one; give another folder, or remove the "
+                                  "checkpoints of the later steps")
+        self._drop_superseded()
         if (kept := _as_json("host", host)) != host:
             raise SettingError(f"host is {host!r}, but would come back as {kept!r}; give only dicts with names as "
                                "keys, lists, numbers, strings, booleans and None")
         arrays = named(state)
         about = {"format": FORMAT, "host": kept, "settings": self.settings, "versions": _versions()}
         self._under_way = step
-        with _WriteErrors(self):
+        with self._write_errors():
             self._checkpointer.save_async(step, {"arrays": nested(arrays), "checksums": checksums(arrays)},
                                           force=True, custom_metadata=about)
         return True
@@ -166,24 +168,16 @@ class Checkpoints:
         """Return once the checkpoint under way is whole. Raises CheckpointError where it could not be written."""
         if self._under_way is None:
             return
-        with _WriteErrors(self):
+        with self._write_errors():
             self._checkpointer.wait()
         self._written.append(self._under_way)
         self._under_way = None
-
-    def drop_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: before a run goes on from an earlier one than the latest."""
-        self.wait()
-        self._drop([later for later in self._written if later > step])
-        if jax.process_count() > 1:
-            sync_global_devices("sled drops checkpoints")
-        self._checkpointer.reload()
 
     def close(self) -> None:
         """Finish what is under way. Raises CheckpointError where that cannot be written."""
         try:
             self.wait()
-            self._drop(self._superseded())
+            self._drop_superseded()
             self._checkpointer.close()
         finally:
             self._trash.shutdown()
@@ -205,33 +199,27 @@ class Checkpoints:
             raise CheckpointError(f"checkpoints cannot be written to {self.folder} ({reason.strerror}); give a folder "
                                   "of your own") from reason
 
-    def _superseded(self) -> list[int]:
-        return [step for step in self._written[:-self.keep] if not (self.keep_every and step % self.keep_every == 0)]
+    @contextlib.contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Turns whatever goes wrong within into a CheckpointError that names the step under way."""
+        try:
+            yield
+        except Exception as error:
+            step, self._under_way = self._under_way, None
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint of step {step} could not be written ({_reason(error)}); the older ones "
+                "are whole: make room or take another disk, and run again") from error
 
-    def _drop(self, steps: list[int]) -> None:
-        """Renamed first, at once: what a kill leaves of a removal is no checkpoint."""
-        for step in reversed(steps):
-            self._written.remove(step)
+    def _drop_superseded(self) -> None:
+        """Renamed first, at once: what a kill leaves of a removal is no checkpoint.
+
+        Orbax's own `preservation_policy` removes a checkpoint under its own name, and still counts what a kill left.
+        """
+        dropped, self._written = self._written[:-self.keep], self._written[-self.keep:]
+        for step in dropped:
             if jax.process_index() == 0:
                 gone = (self.folder / str(step)).rename(self.folder / f"{_DROPPED}{step}")
                 self._trash.submit(shutil.rmtree, gone)
-
-
-class _WriteErrors:
-    """Whatever goes wrong within, as a CheckpointError that names the step under way."""
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, Exception):
-            step, self.checkpoints._under_way = self.checkpoints._under_way, None
-            raise CheckpointError(
-                f"{self.checkpoints.folder}: the checkpoint of step {step} could not be written ({_reason(error)}); "
-                "the older ones are whole: make room or take another disk, and run again") from error
 
 
 def _choose(folder: Path, step: int | None) -> int:
@@ -284,7 +272,7 @@ def _damaged(at: Path, reason: str) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    """What it all began with, in one line; TensorStore ends its messages with a page of its own settings."""
+    """The first cause, in one line; TensorStore ends its messages with a page of its own settings."""
     while error.__cause__:
         error = error.__cause__
     text = (str(error).partition(" [tensorstore_spec")[0].strip() or type(error).__name__).splitlines()[0]

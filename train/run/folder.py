@@ -1,76 +1,54 @@
 """The folder of a run: what lies where in it, and that it belongs to one run, and to one process group at a time.
 
-    form/          config.json and tokenizer of the run's model
+    model_config/  config.json and tokenizer of the run's model
     checkpoints/   the latest states, each whole
-    metrics.jsonl  a line for every step that was told, each once
+    metrics.jsonl  a line for every step that was logged, each once
     layers.png     held-out loss of every layer
-    tensorboard/   what TensorBoard reads, if asked for
+    tensorboard/   the same numbers for TensorBoard, if asked for
     model/         the trained model, when the run has reached its end
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 from filelock import FileLock, Timeout
-from jax.experimental.multihost_utils import sync_global_devices
+from flax import nnx
 
-from sled.errors import SettingError
-from sled.train.parallel.distributed import of_the_first
-from sled.train.run.checkpoint import complete_steps
+from sled.errors import CheckpointError, SettingError
+from sled.models import Decoder, read_config
+from sled.models.stored import abstract_stacked
+from sled.train.parallel.distributed import from_first_process, synchronise
+from sled.train.run.checkpoint import check_format, complete_steps, load_checkpoint
 
-_LOCK, _UNFINISHED = ".run.lock", ".unfinished-form"
+_LOCK, _UNFINISHED = ".run.lock", ".unfinished-model_config"
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what network file systems without locks say
 
 
-@dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """See the module."""
+    """The paths within a run's folder, and the right to write there."""
 
-    path: Path
-
-    def __post_init__(self):
-        object.__setattr__(self, "path", Path(self.path))
-
-    @property
-    def form(self) -> Path:
-        return self.path / "form"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def picture(self) -> Path:
-        return self.path / "layers.png"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def model(self) -> Path:
-        return self.path / "model"
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.model_config, self.checkpoints = self.path / "model_config", self.path / "checkpoints"
+        self.metrics, self.picture = self.path / "metrics.jsonl", self.path / "layers.png"
+        self.tensorboard, self.model = self.path / "tensorboard", self.path / "model"
 
     @property
     def steps(self) -> list[int]:
-        """Those of its whole checkpoints."""
+        """The steps of its whole checkpoints."""
         return complete_steps(self.checkpoints)
 
     def is_run(self) -> bool:
-        """Whether a run has put down the form of its model here."""
-        return (self.form / "config.json").is_file()
+        """True where a run has begun here."""
+        return (self.model_config / "config.json").is_file() or bool(self.steps)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
@@ -96,7 +74,7 @@ class RunFolder:
             if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
                 why = "is a file" if os.path.isfile(self.path) else f"cannot be written ({error.strerror})"
                 reason = f"the run's folder is {str(self.path)!r}, which {why}; give a folder of your own"
-        if reason := of_the_first(reason):
+        if reason := from_first_process(reason):
             raise SettingError(reason)
         try:
             yield
@@ -110,7 +88,7 @@ class RunFolder:
                 lock.release()
 
     def _foreign(self) -> str | None:
-        """Why no run may begin or go on here, or None."""
+        """The reason why no run may begin or go on here, or None."""
         if self.steps:
             return None
         if self.is_run() or (self.path / _UNFINISHED).is_dir():
@@ -123,11 +101,11 @@ class RunFolder:
                 "folder") if others else None
 
     @contextlib.contextmanager
-    def new_form(self) -> Iterator[Path]:
-        """A folder that takes the place of `form` when the block ends, and goes when it raises.
+    def new_model_config(self) -> Iterator[Path]:
+        """A folder that takes the place of `model_config` when the block ends, and goes when it raises.
 
-        All processes enter and leave together; the first one writes. Until `form` is in its place the folder under its
-        other name tells that this is a run.
+        All processes enter and leave together; the first one writes. Until `model_config` is in its place, the folder
+        under its other name tells that this is a run.
         """
         first, unfinished = jax.process_index() == 0, self.path / _UNFINISHED
         try:
@@ -136,16 +114,37 @@ class RunFolder:
                 for left in unfinished.iterdir():  # by a run that was killed
                     left.unlink()
             yield unfinished
-            _sync("sled has read the form of its model")
+            synchronise("the model's configuration is read")
             if first:
-                shutil.rmtree(self.form, ignore_errors=True)
-                unfinished.rename(self.form)
-            _sync("sled puts down the form of its model")
+                shutil.rmtree(self.model_config, ignore_errors=True)
+                unfinished.rename(self.model_config)
+            synchronise("the model's configuration is in its place")
         finally:
             if first:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _sync(name: str) -> None:
-    if jax.process_count() > 1:
-        sync_global_devices(name)
+class TrainedModel(NamedTuple):
+    """A checkpoint's decoder, stacked form, float32; the folder of its config.json and tokenizer; its step, and the
+    settings that its run had."""
+
+    decoder: Decoder
+    model_config: Path
+    step: int
+    settings: dict[str, Any]
+
+
+def read_checkpoint(run: str | Path, step: int | None = None) -> TrainedModel:
+    """The model of a checkpoint of the run in folder `run`, on one device; its optimiser is not read.
+
+    step: the checkpoint's; None for the latest.
+    Raises CheckpointError for a folder that holds no run, or none of this step, and for a damaged one.
+    """
+    run = RunFolder(run)
+    if not run.is_run():
+        raise CheckpointError(f"{run.path} holds neither checkpoints nor model_config/config.json, so it is no folder "
+                              "of a training run; give the one that sled train has as --out")
+    check_format(run.checkpoints, step)
+    graph, weights = nnx.split(abstract_stacked(read_config(run.model_config)))
+    restored = load_checkpoint(run.checkpoints, {"weights": weights}, step, partial=True)
+    return TrainedModel(nnx.merge(graph, restored.state["weights"]), run.model_config, restored.step, restored.settings)

@@ -2,7 +2,7 @@
 
     {"step": 100, "loss": 2.31, "held_out": [4.1, 3.2, 2.4], "tokens_per_second": 5121.4}
 
-`held_out` is the loss of each layer 1..L on held-out text, in nats per token; `sled.train.run.picture` draws it.
+`held_out` is the loss of each layer 1..L on held-out text, in nats per token, which `draw` draws.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib
 import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from tqdm import tqdm
 
 from sled.errors import CheckpointError, SettingError
 from sled.io import writable
+from sled.plots import grid, new_figure, save_figure, writable_picture
 
 HELD_OUT = "held_out"
+COLOURS = matplotlib.colormaps["viridis_r"]  # dark where the model is deep
 
 
 class Metrics:
@@ -93,13 +98,43 @@ def progress_bar(steps: int, start: int) -> tqdm:
 
 
 def progress_line(values: Mapping[str, Any]) -> str:
-    """What stands behind the bar: each number by its name, short, the last entry of a list (the last layer's).
+    """The text behind the bar: each number by its name, short, the last entry of a list (the last layer's).
 
         bar.set_postfix_str(progress_line({"loss": 2.31, "held_out": [4.1, 2.4]}))
     """
     shown = {name: value[-1] if isinstance(value, list) and value else value
              for name, value in ((name, _plain(value)) for name, value in values.items())}
     return ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in shown.items())
+
+
+def draw(metrics: str | Path, path: str | Path) -> Path:
+    """Held-out loss of every layer over the steps of the run; the last layer's is the thick line.
+
+    metrics: the file that `Metrics` wrote, which may still be growing. path: .png, .svg or .pdf.
+    Raises SettingError where the run has measured nothing yet or the picture cannot be written, CheckpointError for a
+    file that cannot be read.
+    """
+    lines = [line for line in read_metrics(metrics) if HELD_OUT in line]
+    if not lines:
+        raise SettingError(f"the metrics file is {str(metrics)!r}, which has no {HELD_OUT!r} yet: a list with each "
+                           "layer's loss; wait for the run's first evaluation")
+    path = writable_picture("the picture", Path(path))
+    steps = [line["step"] for line in lines]
+    layers = len(lines[0][HELD_OUT])
+    number = Normalize(1, max(layers, 2))
+    figure = new_figure(8, 5)
+    axes = figure.add_subplot()
+    marker = "o" if len(steps) == 1 else None
+    for layer in range(1, layers + 1):
+        losses = [float(line[HELD_OUT][layer - 1]) for line in lines]
+        axes.plot(steps, losses, color=COLOURS(number(layer)), linewidth=2.4 if layer == layers else 1.2, marker=marker)
+    axes.set_title("Held-out loss of every layer", fontsize=11)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss in nats per token")
+    grid(axes)
+    figure.colorbar(ScalarMappable(number, COLOURS), ax=axes, label="layer", pad=0.01,
+                    ticks=sorted({1, *range(layers, 1, -max(1, layers // 8))}))
+    return save_figure(figure, path)
 
 
 def _cut(path: Path, last: int) -> None:

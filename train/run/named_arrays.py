@@ -67,7 +67,7 @@ def targets(arrays: Mapping[str, jax.Array]) -> tuple[dict[str, jax.ShapeDtypeSt
 
 
 def mismatch(there: Mapping[str, jax.ShapeDtypeStruct], here: Mapping[str, jax.ShapeDtypeStruct]) -> str:
-    """Where two sets of named arrays differ, in words: the first few; empty where they agree."""
+    """The first few differences of two sets of named arrays, in words; empty where they agree."""
     words = []
     for name in dict.fromkeys([*here, *there]):
         if name not in there or name not in here:
@@ -114,7 +114,7 @@ def _is_key(leaf) -> bool:
 
 
 def _implementation(key):
-    """Of a key that may be abstract, which only a trace tells."""
+    """The implementation of a random key, which may be abstract: then only a trace knows it."""
     found = []
     jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), key)
     return found[0]

@@ -44,7 +44,7 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._before)
 
     def reached(self, step: int) -> bool:
-        """Whether to save and leave after this step. Every process asks after every step."""
+        """True where the run is to save and leave after this step. Every process asks after every step."""
         return self._asked if self._alone else reached_preemption_sync_point(step)
 
     def _ask(self, number, frame) -> None:

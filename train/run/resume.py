@@ -1,4 +1,4 @@
-"""Whether a run may go on with the settings it is given: those that decide what it computes must be those it had.
+"""The check that a resumed run has the settings it had: those that decide what it computes may not change.
 
 Some may change within rules, such as the number of steps. A rule is a function of the value then, the value now and
 the step that the run has reached; it returns why they may not differ, or None.
@@ -50,7 +50,7 @@ def same_rates(schedule: Callable[[int], Callable]) -> Rule:
     return rule
 
 
-def check_same_run(run: str, then: Mapping[str, Any], now: Mapping[str, Any], step: int,
+def check_resumable(run: str, then: Mapping[str, Any], now: Mapping[str, Any], step: int,
                    may_change: Mapping[str, Rule], follow: Mapping[str, Sequence[str]] | None = None) -> None:
     """Raises CheckpointError that names each setting of `run` that differs and may not, with both values.
 

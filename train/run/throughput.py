@@ -1,4 +1,4 @@
-"""How fast a run trains: tokens per second, and which share of the devices' peak the model's arithmetic makes up.
+"""The speed of training: tokens per second, and the share of the devices' peak that the model's arithmetic makes up.
 
 Model FLOPs utilisation (PaLM, arXiv 2204.02311, appendix B) counts the arithmetic that the model needs, not what was
 executed: recomputed activations and recomputed logits count once.
@@ -36,8 +36,8 @@ class Flops(NamedTuple):
     model: float
     """6 N + 12 L N H T: what PaLM's formula counts for a model with one loss, at its last layer."""
     exit: float
-    """What the loss of one earlier layer adds: another projection onto the vocabulary, 6 D V, after its head if it
-    has one."""
+    """The arithmetic that the loss of one earlier layer adds: another projection onto the vocabulary, 6 D V, after its
+    head if it has one."""
 
 
 def flops_per_token(config: DecoderConfig, parameters: int, heads: int, length: int) -> Flops:

@@ -11,7 +11,7 @@
   const whole = (text) => new Uint32Array(bytes(text)); // indices of names
   const best = whole(data.best), bestProbability = floats(data.best_probability);
   const entropy = floats(data.entropy), finalProbability = floats(data.final_probability);
-  const read = whole(data.read), settled = data.settled;
+  const read = whole(data.read), agreesFrom = data.agreesFrom;
   const fused = data.fusion && { best: whole(data.fused_best), probability: floats(data.fused_probability) };
 
   const grid = byId("grid");
@@ -112,7 +112,7 @@
     }
     facts.push(["Exit", leaves[c] < n ? `the token has left after layer ${leaves[c]}` : leaves[c] > n ? "not yet"
       : n === depth ? "the token goes through all layers" : `the token leaves here, at threshold ${threshold}`]);
-    facts.push(["Settled", n >= settled[c] ? `yes, from ${layerName(settled[c])} on` : "not yet"]);
+    facts.push(["All agree", n >= agreesFrom[c] ? `yes, from ${layerName(agreesFrom[c])} on` : "not yet"]);
     return facts;
   }
 
@@ -125,7 +125,7 @@
   function describe() {
     const what = current.parentElement.dataset.what, c = current.cellIndex - 1;
     const byFusion = what === "fused";
-    const n = what === "leaves" ? leaves[c] : what === "settled" ? settled[c] : Number(what);
+    const n = what === "leaves" ? leaves[c] : what === "agrees-from" ? agreesFrom[c] : Number(what);
     const [from, of, start] = byFusion ? [fused.best, fused.probability, c] : [best, bestProbability, at(n, c)];
     const ranks = Array.from({ length: kept }, (_, k) => start * kept + k).filter((i, k) => k === 0 || of[i] > 0);
     const speaker = byFusion ? data.fusion : layerName(n);

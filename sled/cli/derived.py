@@ -1,0 +1,137 @@
+"""Options derived from settings: an option's type, default and help are those of the field that it sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from sled.errors import SettingError
+from sled.exits.policy import Exits
+from sled.settings.field import Rule, declared
+from sled.settings.rules import Each, Flag, Layers, Number, OneOf, OrNone, Whole
+
+UNSERVED = ("classifier",)  # a measure that no option can give its trained weights
+
+
+class Offer(NamedTuple):
+    """A class of settings that the command can build. options: its fields, by the names that they have as options."""
+
+    kind: type
+    options: Mapping[str, str]
+
+
+def offer(kind: type, *fields: str, **renamed: str) -> Offer:
+    """These fields of a class as options of the same names, and others under names of their own."""
+    return Offer(kind, {**renamed, **{field: field for field in fields}})
+
+
+def derive(name: str, *fields: tuple[str, Any, Any]) -> type:
+    """A frozen dataclass of options to inherit from."""
+    return dataclasses.make_dataclass(name, fields, frozen=True)
+
+
+def choice(name: str, of: Collection[str], *, default: str | None, help: str) -> tuple[str, Any, Any]:
+    """The option that chooses among classes by name."""
+    words = Literal[tuple(dict.fromkeys([*filter(None, [default]), *of]))]
+    return name, Annotated[words if default else words | None, tyro.conf.arg(help=help)], default
+
+
+def settings_of(of: Offer) -> list[tuple[str, Any, Any]]:
+    """An option for each field on offer of one class, with its default."""
+    kind, options = of
+    return [(name, Annotated[option_type(kind, field), tyro.conf.arg(help=option_help(kind, field))],
+             dataclasses.field(default=getattr(kind, field, dataclasses.MISSING))) for name, field in options.items()]
+
+
+def settings_by_choice(offers: Mapping[str, Offer]) -> list[tuple[str, Any, Any]]:
+    """An option for each field of the classes that a choice builds, by whose words its help is told.
+
+    Left out, it is None and the class's default holds; a flag that is False by default is a plain switch.
+    """
+    options = []
+    for name in dict.fromkeys(name for of in offers.values() for name in of.options):
+        fields = {word: (of.kind, of.options[name]) for word, of in offers.items() if name in of.options}
+        of_type = functools.reduce(operator.or_, (option_type(*field) for field in fields.values()))
+        switch = of_type is bool and not any(getattr(*field) for field in fields.values())
+        texts = _grouped({word: declared(kind)[field].explanation for word, (kind, field) in fields.items()})
+        help = "\n".join(f"{', '.join(words)}: {text}." for text, words in texts.items())
+        argument = tyro.conf.arg(help=help, help_behavior_hint=None if switch else f"(default: {_defaults(fields)})")
+        options.append((name, Annotated[of_type if switch else of_type | None, argument], False if switch else None))
+    return options
+
+
+def option_help(kind: type, field: str) -> str:
+    text = declared(kind)[field].explanation
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _defaults(fields: Mapping[str, tuple[type, str]]) -> str:
+    """The defaults of an option's classes."""
+    values = {word: getattr(*field, None) for word, field in fields.items()}
+    texts = _grouped({word: f"{value:g}" if isinstance(value, float) else str(value) for word, value in values.items()})
+    return ", ".join(text if len(texts) == 1 else f"{text} for {' and '.join(words)}" for text, words in texts.items())
+
+
+def _grouped(texts: Mapping[str, str]) -> dict[str, list[str]]:
+    """The words that have a text in common, by that text."""
+    words: dict[str, list[str]] = {}
+    for word, text in texts.items():
+        words.setdefault(text, []).append(word)
+    return words
+
+
+def option_type(kind: type, field: str) -> Any:
+    return _type(declared(kind)[field].rule)
+
+
+def _type(rule: Rule) -> Any:
+    """The type of what satisfies a rule, as one can write it behind an option."""
+    match rule:
+        case Number():
+            return float
+        case Whole():
+            return int
+        case Flag():
+            return bool
+        case OneOf(words):
+            return Literal[tuple(word for word in words if word not in UNSERVED)]
+        case Layers(words) if any(words):
+            return Literal[tuple(filter(None, words))] | tuple[int, ...]
+        case Layers() | Exits():
+            return tuple[int, ...]
+        case Each(entry):
+            return tuple[_type(entry), ...]
+        case OrNone(rule):
+            return _type(rule)
+    raise TypeError(rule)
+
+
+def given(options) -> dict[str, Any]:
+    """The options that were given: those that are not at their default."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
+            if getattr(options, field.name) != field.default}
+
+
+def build(options, of: Offer):
+    """Build what is on offer, of the options that were given for it."""
+    values = {of.options[name]: value for name, value in given(options).items() if name in of.options}
+    for field, value in values.items():
+        rule = declared(of.kind)[field].rule
+        if isinstance(rule, Each) and rule.one and len(value) == 1:
+            values[field] = value[0]
+    return of.kind(**values)
+
+
+def refuse_others(options, choice: str, has: Collection[str]) -> None:
+    """Raises SettingError for an option given that what --`choice` chose does not have (`has`)."""
+    for name in given(options):
+        if name != choice and name not in has:
+            chosen = getattr(options, choice)
+            where = f"without --{choice}" if chosen is None else f"for --{choice} {chosen}"
+            raise SettingError(f"--{name.replace('_', '-')} has no meaning {where}; "
+                               f"leave it out or choose another --{choice}")

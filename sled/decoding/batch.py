@@ -1,0 +1,184 @@
+"""Rows in flight, as the host sees them: drives the jitted loop, and reads what it emitted.
+
+    Generation    one batch of prompts from beginning to end, chunk by chunk
+    Slots         continuous batching: requests come into rows and leave them, while the others go on
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from sled.decoding import loop, state
+from sled.decoding.network import Build
+from sled.decoding.options import Decoding
+from sled.decoding.state import bucket
+from sled.exits.schedule import Timing
+from sled.settings.per_row import stack_rows
+
+HEADROOM = 256  # new positions allocated at first: attention costs by the slot, growing costs a compilation
+NO_LIMIT = np.int32(2**31 - 1)
+
+
+class Batch:
+    """Rows in flight. A subclass fills `_state`, and calls `_fetch` when it changed.
+
+    decoding: a `Decoding` whose settings fit the rows; stop_ids: token ids that end a row.
+    """
+
+    _state: state.DecodeState
+
+    def __init__(self, build: Build, params: Any, decoding: Decoding, *, stop_ids: tuple[int, ...]):
+        self._build, self._params, self._decoding = build, params, decoding
+        self._timing = Timing(*map(np.int32, decoding.chosen_schedule.timing(decoding.exits.verifies)))
+        self._stop_ids = np.array(stop_ids or (-1,), np.int32)
+        self._plan = state.Plan.of(decoding.exits, decoding.fusion, build(params))
+
+    def stop(self, rows: list[int]) -> None:
+        """End these rows where they are; the others do not notice."""
+        self.active[rows] = False
+        self._state = state.set_active(self._state, self.active)
+
+    def new_tokens(self, row: int) -> list[int]:
+        """Tokens made so far for a row, an ending token included."""
+        return self._text.tokens_BS[row, self._new(row)].tolist()
+
+    def exit_layers(self, row: int) -> list[int]:
+        """The layer that chose each of `new_tokens`."""
+        return [self._plan.exits[e] for e in self._text.exit_BS[row, self._new(row)].tolist()]
+
+    @property
+    def tally(self) -> state.Tally:
+        return self._state.tally
+
+    def arguments(self, pause_len_B, *, max_steps=NO_LIMIT, min_active: int = 1) -> dict[str, Any]:
+        """The arguments of `loop.decode`, by name."""
+        now = self._decoding
+        return dict(build=self._build, params=self._params, state=self._state, policy=now.exits, timing=self._timing,
+                    fusion=now.fusion, sampling=now.sampling, stop_ids=self._stop_ids,
+                    pause_len_B=pause_len_B.astype(np.int32), max_steps=np.int32(max_steps),
+                    min_active=np.int32(min_active))
+
+    def _start(self, prompts, limits, seeds, capacity: int) -> state.DecodeState:
+        return state.start(self._build, self._params, prompts, limits, seeds, capacity=capacity, plan=self._plan,
+                           memory=self._decoding.exits.initial_memory(len(prompts)))
+
+    def _decode(self, pause_len_B, **named) -> None:
+        self._state = loop.decode(**self.arguments(pause_len_B, **named))
+        self._fetch()
+
+    def _fetch(self) -> None:
+        text = self._state.text
+        self._text = jax.device_get(text.replace(keys_B=None))
+        self.lengths = self._text.length_B
+        if self._decoding.exits.verifies:
+            self.lengths = np.asarray(self._state.progress.complete_B) + 1
+        self.active = self._text.active_B.copy()  # `stop` writes to it
+
+    def _new(self, row: int) -> slice:
+        return slice(self._text.prompt_B[row], self.lengths[row])
+
+
+class Generation(Batch):
+    """One batch of prompts, from beginning to end.
+
+    prompts: token ids [T_b] of each row; limits: new tokens each row may get, 0 for a row that only
+    fills the batch; seeds: one per row; the rest is as for `Batch`.
+
+    After `__init__` the prompts are in the caches; every `advance` makes tokens for all active rows.
+    """
+
+    def __init__(self, build: Build, params: Any, prompts: list[np.ndarray], decoding: Decoding, *, limits: list[int],
+                 seeds: list[int], stop_ids: tuple[int, ...]):
+        super().__init__(build, params, decoding, stop_ids=stop_ids)
+        lengths = np.array([len(p) for p in prompts])
+        self._ends = lengths + limits
+        begun = time.perf_counter()
+        capacity = bucket(min(int(self._ends.max()), int(lengths.max()) + HEADROOM))
+        self._state = self._start(prompts, list(self._ends), seeds, capacity)
+        self._fetch()
+        self.prefill_seconds = time.perf_counter() - begun
+        self.decode_seconds = 0.0
+
+    def advance(self, count: int | None = None) -> None:
+        """Up to `count` more tokens per active row, or all that are left."""
+        begun = time.perf_counter()
+        most = int(self._ends.max())  # `count` may be more than an int32 holds
+        goal_B = self._ends if count is None else np.minimum(self._ends, self.lengths + min(count, most))
+        while (self.active & (self.lengths < goal_B)).any():
+            if (self.active & (self.lengths == self._state.capacity)).any():
+                self._state = state.grow(self._state, capacity=bucket(self._state.capacity + 1))
+            self._decode(np.minimum(goal_B, self._state.capacity))
+        self.decode_seconds += time.perf_counter() - begun
+
+
+class Entry(NamedTuple):
+    """A request on its way into a slot.
+
+    prompt: token ids [T]; limit: new tokens it may get, such that all fit into the capacity; decoding: its own
+    settings, of one row, in plain numbers, and alike with those of the slots (`Decoding.check_alike`).
+    """
+
+    prompt: np.ndarray
+    limit: int
+    seed: int
+    decoding: Decoding
+
+
+class Slots(Batch):
+    """A fixed number of rows of fixed capacity (positions, prompt included); all programs are compiled for these.
+
+    decoding: for one row; what it has by row is replaced by every entry's own.
+    """
+
+    def __init__(self, build: Build, params: Any, decoding: Decoding, *, slots: int, capacity: int,
+                 stop_ids: tuple[int, ...]):
+        super().__init__(build, params, decoding, stop_ids=stop_ids)
+        self._like, self.capacity = decoding, capacity
+        self._of_slot = [decoding] * slots  # an empty slot has the default, so that nobody pays for a past entry
+        self._sizes = {"E": len(self._plan.exits) - 1}
+        self.clear()
+
+    def clear(self) -> None:
+        """Empty slots, whatever was in them."""
+        nothing, slots = np.zeros(1, np.int32), len(self._of_slot)
+        self._state = self._start([nothing] * slots, [0] * slots, [0] * slots, self.capacity)
+        self._of_slot = [self._like] * slots
+        self._fetch()
+
+    def stop(self, rows: list[int]) -> None:
+        super().stop(rows)
+        for row in rows:
+            self._of_slot[row] = self._like
+
+    def check(self, decoding: Decoding) -> None:
+        """Raises SettingError where numbers of one row's settings have another shape than the other rows' have."""
+        self._stacked([decoding])
+
+    def enter(self, entries: Mapping[int, Entry]) -> dict[int, Exception]:
+        """Puts entries into slots, in which nothing of their past is left. Returns what went wrong, by slot."""
+        failed = {}
+        for slot, entry in entries.items():
+            try:
+                row = self._start([entry.prompt], [len(entry.prompt) + entry.limit], [entry.seed], self.capacity)
+            except Exception as reason:  # of this entry alone: the state of the others is not touched yet
+                failed[slot] = reason
+                continue
+            self._state = state.put_row(self._state, row, np.int32(slot))
+            self._of_slot[slot] = entry.decoding
+        if len(entries) > len(failed):
+            self._fetch()
+        return failed
+
+    def advance(self, steps: int, *, min_active: int = 1) -> None:
+        """All rows go on, for so many steps of the loop or until fewer than `min_active` of them are left."""
+        self._decoding = self._stacked(self._of_slot)
+        self._decode(np.full(len(self._of_slot), self.capacity), max_steps=steps, min_active=min_active)
+
+    def _stacked(self, rows: list[Decoding]) -> Decoding:
+        return self._like.by_row(lambda name, like: stack_rows([getattr(row, name) for row in rows], like,
+                                                               self._sizes))

@@ -1,0 +1,144 @@
+"""Running the layers: the first segment on every row's newest token, a deeper one on the tokens that wait for it.
+
+    first_segment    the newest token of every row that can go on, to the first exit
+    run_block        a deeper segment over the pending tokens of all rows, as one block
+    propagate_kv     K/V of tokens that left, made from their exit's hidden state (CALM)
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from sled.decoding.readout import Readout
+from sled.decoding.sampling import Sampling
+from sled.decoding.state import DecodeState, Plan
+
+
+class Context(NamedTuple):
+    """What one call of `decode` works with, and what may be said of a state under it.
+
+    pause_len_B: known tokens at which a row pauses or stops. prepared: see `Policy.prepare`.
+    """
+
+    readout: Readout
+    plan: Plan
+    policy: Any
+    fusion: Any
+    sampling: Sampling
+    stop_ids: jax.Array
+    pause_len_B: jax.Array
+    prepared: Any
+
+    def known_B(self, state: DecodeState):
+        """Known tokens that will not change any more."""
+        return state.progress.complete_B + 1 if self.policy.verifies else state.text.length_B
+
+    def unfinished_B(self, state: DecodeState):
+        """Rows that have not come to their end, nor to where they pause."""
+        return state.text.active_B & (self.known_B(state) < self.pause_len_B)
+
+    def deferred_B(self, state: DecodeState):
+        """Tokens of a row, its newest one aside, that lack K/V in some layer."""
+        return state.text.length_B - 1 - state.progress.complete_B
+
+    def free_B(self, state: DecodeState):
+        """Rows whose newest token has not begun."""
+        return state.text.active_B & (state.progress.waiting_B == 0) & (state.text.length_B < self.pause_len_B)
+
+    def ready_B(self, state: DecodeState):
+        """Rows whose newest token the first segment can take: free ones with room for another pending token."""
+        return self.free_B(state) & (self.deferred_B(state) < self.plan.window)
+
+    def ends_B(self, token_B):
+        """Whether a token ends its row."""
+        return jnp.any(token_B[:, None] == self.stop_ids, axis=1)
+
+
+def first_segment(run: Context, state: DecodeState, ready_B):
+    """The newest token of rows `ready_B` through the first segment.
+
+    Returns the state, and the tokens' hidden states [B, D] by layer.
+    """
+    network, text, top = run.readout.network, state.text, run.plan.exits[0]
+    position_B1 = jnp.where(ready_B, text.length_B - 1, state.capacity)[:, None]
+    h0 = network.embed(text.newest_B[:, None])
+    new, caches = network.run_layers(h0, position_B1, state.caches[:top], 0, top)
+    states = dict(enumerate([h0, *new]))
+    state = _ran(run, state, 0, states, position_B1, caches, jnp.where(
+        ready_B, text.length_B, state.progress.kv_len_BE[:, 0]))
+    return state, {n: h[:, 0] for n, h in states.items()}
+
+
+def run_block(run: Context, state: DecodeState, s: int, size: int):
+    """Segment s over every active row's pending tokens, at most `size` of them.
+
+    Returns the state, the tokens' hidden states [B, size, D] by layer, and their positions [B, size], which are the
+    capacity where there is no token. What is verified does not count as done yet.
+    """
+    network, plan, progress = run.readout.network, run.plan, state.progress
+    below, top = plan.bounds(s)
+    first_B, end_B = progress.kv_len_BE[:, s], progress.kv_len_BE[:, s - 1]
+    position_BT = first_B[:, None] + jnp.arange(size)
+    slot_BT = position_BT % plan.window
+    states = {n: jnp.take_along_axis(buffer_BPD, slot_BT[:, :, None], axis=1)
+              for n, buffer_BPD in zip(plan.buffered_layers, progress.buffers, strict=True) if n <= below}
+    position_BT = jnp.where(state.text.active_B[:, None] & (position_BT < end_B[:, None]), position_BT, state.capacity)
+    new, caches = network.run_layers(states[below], position_BT, state.caches[below:top], below, top)
+    states |= dict(enumerate(new, below + 1))
+    verified_later = run.policy.verifies and s == plan.last
+    kv_len_B = first_B if verified_later else jnp.where(
+        state.text.active_B, jnp.minimum(end_B, first_B + size), first_B)
+    return _ran(run, state, s, states, position_BT, caches, kv_len_B), states, position_BT
+
+
+def _ran(run: Context, state: DecodeState, s: int, states, position_BT, caches, kv_len_B) -> DecodeState:
+    """The state after segment s ran: its caches, its K/V lengths, and hidden states for deeper segments."""
+    plan, progress = run.plan, state.progress
+    below, top = plan.bounds(s)
+    buffers = [
+        _buffered(buffer_BPD, states[n], position_BT, state.capacity) if n in states and (n > below or s == 0)
+        else buffer_BPD for n, buffer_BPD in zip(plan.buffered_layers, progress.buffers, strict=True)]
+    progress = progress.replace(buffers=tuple(buffers), kv_len_BE=progress.kv_len_BE.at[:, s].set(kv_len_B))
+    return state.replace(progress=progress, caches=[*state.caches[:below], *caches, *state.caches[top:]])
+
+
+def _buffered(buffer_BPD, h_BTD, position_BT, capacity: int):
+    """The buffer with the hidden states of consecutive positions in their slots; positions at capacity write nothing.
+
+    Every slot looks up what it gets: on a CPU a scatter runs as a loop of its own.
+    """
+    window, size = buffer_BPD.shape[1], h_BTD.shape[1]
+    at_BP = (jnp.arange(window) - position_BT[:, :1]) % window  # the place in the block that belongs into each slot
+    at_BP = jnp.minimum(at_BP, size - 1)
+    position_BP = jnp.take_along_axis(position_BT, at_BP, axis=1)
+    mine_BP = (position_BP < capacity) & (position_BP % window == jnp.arange(window))
+    h_BPD = jnp.take_along_axis(h_BTD, at_BP[:, :, None], axis=1)
+    return jnp.where(mine_BP[:, :, None], h_BPD, buffer_BPD)
+
+
+def propagate_kv(run: Context, state: DecodeState, s: int, leaves_B, h_BD) -> DecodeState:
+    """K/V of tokens that leave at exit s: every deeper layer takes the exit's hidden state as its input."""
+    top, last = run.plan.exits[s], run.plan.exits[-1]
+
+    def write(state: DecodeState) -> DecodeState:
+        length_B, progress = state.text.length_B, state.progress
+        position_B1 = jnp.where(leaves_B, length_B - 1, state.capacity)[:, None]
+        caches = run.readout.network.write_kv(h_BD[:, None], position_B1, state.caches[top:], top, last)
+        deeper_E = jnp.arange(len(run.plan.exits)) > s
+        kv_len_BE = jnp.where(leaves_B[:, None] & deeper_E, length_B[:, None], progress.kv_len_BE)
+        return state.replace(progress=progress.replace(kv_len_BE=kv_len_BE), caches=[*state.caches[:top], *caches])
+
+    return run_if(leaves_B.any(), write, state)
+
+
+def run_if(condition, f, state):
+    """f(state) if the condition holds, else the state.
+
+    A loop of at most one round: XLA updates a loop's arrays in place, where it copies the caches through
+    the branch of a conditional that leaves them alone (measured: 12 copies a token, half of its time).
+    """
+    return jax.lax.while_loop(lambda carry: carry[0], lambda carry: (jnp.zeros_like(carry[0]), f(carry[1])),
+                              (condition, state))[1]

@@ -1,0 +1,71 @@
+"""Verification: the last layers over all drafts of a row as one block, which keeps what they would have chosen too.
+
+Where the drafts come from does not matter: whatever follows a pending position in the row's text is held against the
+last layer's choice there. Greedy, that is the longest matching prefix; sampling, drafts and choices take the same
+random numbers at a position (Gumbel-max coupling, Daliri et al. 2024, arXiv 2408.07978), so the text is the one of
+plain decoding.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sled.decoding.sampling import choose, processed_logits, seen_tokens
+from sled.decoding.segments import Context, run_block
+from sled.decoding.state import DecodeState
+from sled.exits.policy import Verification
+
+
+def verify(run: Context, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+    """Runs the last segment over all pending positions, and keeps each row's drafts as far as they are right.
+
+    Returns the state, cut to what is right, and the last layer's token after that [B], to be emitted by the step; -1
+    for rows that get none: their last pending position is followed by a draft that was right, or nothing was pending.
+    """
+    last = run.plan.last
+    state, states, position_BT = run_block(run, state, last, run.plan.window)
+    text, progress, size = state.text, state.progress, position_BT.shape[1]
+    pending_BT = position_BT < state.capacity
+    count_B = pending_BT.sum(1)
+    chosen_BT = _last_layer_choices(run, state, states, position_BT)
+
+    drafted_BT = pending_BT & (position_BT + 1 < text.length_B[:, None])
+    draft_BT = jnp.take_along_axis(text.tokens_BS, jnp.where(drafted_BT, position_BT + 1, 0), axis=1)
+    accepted_B = jnp.cumprod((drafted_BT & (draft_BT == chosen_BT)).astype(jnp.int32), axis=1).sum(1)
+
+    # A new token: in place of the first wrong draft, or after the last pending position if no draft follows it.
+    fresh_B = accepted_B < count_B
+    token_B = jnp.take_along_axis(chosen_BT, jnp.minimum(accepted_B, size - 1)[:, None], axis=1)[:, 0]
+    length_B = jnp.where(fresh_B, progress.complete_B + accepted_B + 1, text.length_B)
+    # What was computed after a wrong draft is void: nothing is erased, the lengths forget it.
+    kv_len_BE = progress.kv_len_BE.at[:, last].add(jnp.where(fresh_B, accepted_B + 1, count_B))
+    kv_len_BE = jnp.where(fresh_B[:, None], jnp.minimum(kv_len_BE, length_B[:, None]), kv_len_BE)
+
+    done_B = fresh_B | (progress.waiting_B == last) & (count_B > 0)
+    text = text.replace(length_B=length_B)
+    over_B = (count_B > 0) & ~fresh_B & (kv_len_BE[:, last] + 1 == length_B) & (
+        run.ends_B(text.newest_B) | (length_B >= text.limit_B))
+    tally = state.tally.replace(
+        drafted_B=state.tally.drafted_B + drafted_BT.sum(1), accepted_B=state.tally.accepted_B + accepted_B,
+        verifications_B=state.tally.verifications_B + (count_B > 0))
+    memory = run.policy.observe(state.memory, Verification(drafted_BT, accepted_B, chosen_BT, states), run.prepared)
+    state = state.replace(
+        text=text.replace(active_B=text.active_B & ~over_B), tally=tally, memory=memory,
+        progress=progress.replace(kv_len_BE=kv_len_BE, waiting_B=jnp.where(done_B, 0, progress.waiting_B)))
+    return state, jnp.where(fresh_B, token_B, -1)
+
+
+def _last_layer_choices(run: Context, state: DecodeState, states, position_BT):
+    """The last layer's token after every position [B, T], as plain decoding would choose it there."""
+    places = position_BT.size
+
+    def choose_at(states, position_B):
+        logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[-1], places=places)
+        seen_BV = lambda: seen_tokens(state.text.tokens_BS, position_B + 1, logits_BV.shape[-1])  # noqa: E731
+        return choose(processed_logits(logits_BV, seen_BV, run.sampling), run.sampling, state.text.keys_B,
+                      position_B + 1)
+
+    # Place by place under vmap, not as more rows: numbers per row [B] of the fusion keep their meaning.
+    needed = {n: states[n] for n in run.plan.decisive_layers(run.plan.last) if n in states}
+    return jax.vmap(choose_at, in_axes=1, out_axes=1)(needed, position_BT)

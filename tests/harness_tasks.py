@@ -1,0 +1,89 @@
+"""A model so small that it has nothing to tell, with one token per character, and tasks of the harness for it.
+
+A test module imports the fixtures that it takes: `model_fixture` is called tiny_model there, and so on.
+"""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+from lm_eval.api.instance import Instance
+from tokenizers import Tokenizer, decoders, models, processors
+
+import sled
+from sled.eval.harness import tasks as loading
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+CHARACTERS = " \n.,?:#=*0123456789abcdefghijklmnopqrstuvwxyz"
+QUESTIONS = ["what is 2 times three", "how many stones are 7", "is it so with stones", "nine less four is",
+             "why are there stones", "x " * 60]  # of like lengths, but for the last, which is beyond the context
+TASKS = {
+    "tiny_text": dict(output_type="generate_until", doc_to_text="q: {{question}}\na:", doc_to_target="answer",
+                      generation_kwargs=dict(until=["\n", "ab", "<unk>"], max_gen_toks=12, do_sample=False),
+                      metric_list=[dict(metric="exact_match", aggregation="mean", higher_is_better=True)]),
+    "tiny_choice": dict(output_type="multiple_choice", doc_to_text="q: {{question}}\na: ", doc_to_target=0,
+                        doc_to_choice="{{[answer, 'no', 'it is so']}}", target_delimiter="",
+                        metric_list=[dict(metric="acc", aggregation="mean", higher_is_better=True)]),
+    "tiny_rolling": dict(output_type="loglikelihood_rolling", doc_to_text="", doc_to_target="question",
+                         metric_list=[dict(metric="byte_perplexity", aggregation="weighted_perplexity",
+                                           higher_is_better=False)]),
+}
+
+
+def write_tokenizer(folder: Path, **config) -> None:
+    """tokenizer.json, which begins texts with <s>, and tokenizer_config.json with these fields besides."""
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False) | config))
+
+
+def write_tasks(folder: Path) -> Path:
+    """YAML files of `TASKS`, which read rows.jsonl beside them. JSON is YAML too."""
+    rows = [dict(question=question, answer=str(7 * n)) for n, question in enumerate(QUESTIONS)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, task in TASKS.items():
+        data = dict(dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(folder / "rows.jsonl"))))
+        (folder / f"{name}.yaml").write_text(json.dumps(dict(task=name, test_split="test", **data, **task)))
+    return folder
+
+
+@pytest.fixture(scope="session", name="tiny_model")
+def model_fixture(tmp_path_factory, tiny_folder):
+    """The folder of the model."""
+    path = tmp_path_factory.mktemp("model")
+    for file in tiny_folder("llama").iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session", name="lm")
+def lm_fixture(tiny_model):
+    return sled.load(tiny_model)
+
+
+@pytest.fixture(scope="session", name="tiny_tasks")
+def tasks_fixture(tmp_path_factory):
+    """The folder of TASKS."""
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(name="no_listing")
+def listing_fixture(monkeypatch):
+    """The harness's own tasks take seconds to list."""
+    manager = loading.TaskManager
+    monkeypatch.setattr(loading, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "level", logging.ERROR)
+
+
+def text_request(context, doc=0, repeats=1, **given):
+    """A request of the harness to go on from `context`."""
+    return Instance("generate_until", {}, (context, dict(until=["\n"], max_gen_toks=12) | given), 0,
+                    ("t", doc, repeats))

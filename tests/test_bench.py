@@ -1,0 +1,209 @@
+"""Benchmarks on toy sizes: reports are whole, without torch and transformers too, and measure what they say."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from demo_toy import TWO, demo_toy
+
+import sled
+from sled.bench import decode, engine, exits, layers, solving
+from sled.bench.fusion import FINAL, FLOOR, TORCH, run_fusion_bench
+from sled.bench.report import BenchReport, column
+from sled.demo.problems import problems, prompt
+from sled.errors import SettingError
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """It takes the bundled model's place, and the benchmarks measure less."""
+    monkeypatch.setattr(sled, "load", lambda *_, **__: demo_toy())
+    for module, settings in ((solving, dict(MAX_NEW_TOKENS=6)), (layers, dict(MAX_NEW_TOKENS=6)),
+                             (engine, dict(POLICIES={"no early exit": None})),
+                             (exits, dict(DRAFTS=((1, 2),), EXITS=(1,), THRESHOLDS=(0.0, 1.0)))):
+        for name, value in settings.items():
+            monkeypatch.setattr(module, name, value)
+    return demo_toy()
+
+
+@pytest.mark.parametrize(("run", "settings", "says"), [
+    (run_fusion_bench, dict(rounds=0), "rounds is 0"),
+    (exits.run_exits_bench, dict(problems=0), "at least 1"), (exits.run_exits_bench, dict(rounds=0), "at least 1"),
+    (engine.run_engine_bench, dict(requests=0), "at least 1"), (engine.run_engine_bench, dict(slots=0), "at least 1"),
+    (decode.run_decode_bench, dict(new_tokens=1024), "context"), (decode.run_decode_bench, dict(rounds=0), "at least"),
+    *((layers.run_layers_bench, dict(models=models), "must be 1 to 4 different ones")
+      for models in ((), ("one", "one"), tuple("abcde"))),
+])
+def test_settings_that_measure_nothing_are_refused(run, settings, says):
+    with pytest.raises(SettingError, match=says):
+        run(**settings)
+
+
+# The form of every report
+
+@dataclasses.dataclass
+class Lap:
+    way: str = column("the way")
+    batch: int = column("batch")
+    best: float | None = column("best s")
+
+
+@dataclasses.dataclass
+class Speed:
+    speed: float = column("speed")
+
+
+def test_a_report_is_a_table_per_kind_of_row_under_its_head_and_json_by_name():
+    rows = [Lap("left", 1, 1 / 3), Lap("right", 8, None), Speed(2.0), Speed(3.0)]
+    report = BenchReport("Racing", {"laps": 3}, rows, ["No wind."], date="2026-11-24", hardware="a track",
+                         versions={"shoes": "2.0", "socks": "1.0"})
+    assert report.markdown().split("\n") == [
+        "Racing; 2026-11-24; a track; shoes 2.0, socks 1.0", "",
+        "| the way | batch | best s |", "|---|---|---|", "| left | 1 | 0.33 |", "| right | 8 | - |", "",
+        "| speed |", "|---|", "| 2.00 |", "| 3.00 |", "", "No wind."]
+    assert json.loads(report.json()) == {
+        "date": "2026-11-24", "hardware": "a track", "versions": {"shoes": "2.0", "socks": "1.0"}, "laps": 3,
+        "notes": ["No wind."], "rows": [{"way": "left", "batch": 1, "best": 1 / 3},
+                                        {"way": "right", "batch": 8, "best": None}, {"speed": 2.0}, {"speed": 3.0}]}
+
+
+def test_a_report_says_when_and_with_what_it_was_made():
+    report = BenchReport("Racing", {}, [Lap("left", 1, 0.5)])
+    assert report.date and report.hardware and report.versions["jax"]
+    assert report.markdown().endswith("| left | 1 | 0.50 |")
+
+
+# The fused step
+
+def fusion_report():
+    return run_fusion_bench(sizes=((16, 300),), batches=(1,), rounds=2, memory=False, progress=False)
+
+
+def test_the_fused_step_is_measured_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "sled.bench.torch_sled", raising=False)
+    report = fusion_report()
+    assert [row.form for row in report.rows][:2] == [FINAL, FLOOR] and len(report.rows) == 4
+    assert all(row.torch_speedup is None and row.best_ms > 0 for row in report.rows)
+    assert "parity" in report.notes[0] and report.notes[0] in report.markdown()
+    assert json.loads(report.json())["rows"][0]["vocabulary"] == 300
+
+
+def test_the_fused_step_is_measured_with_torch():
+    pytest.importorskip("torch")
+    report = fusion_report()
+    assert [row.form for row in report.rows].count(TORCH) == 1
+    assert report.rows[1].torch_speedup > 0 and report.versions["torch"]
+
+
+def test_the_port_is_the_released_algorithm():
+    torch = pytest.importorskip("torch")
+    from sled.bench.torch_sled import torch_sled_logits
+
+    reference = np.load(Path(__file__).parent / "fixtures" / "sled_reference.npz")
+    for case in range(8):
+        scale, rate, bound = reference[f"gen{case}_params"]
+        h_CD = torch.from_numpy(reference[f"gen{case}_logits"])
+        out_V = torch_sled_logits(h_CD, torch.eye(h_CD.shape[-1]), float(rate), int(scale), float(bound))
+        np.testing.assert_allclose(out_V.numpy(), reference[f"gen{case}_out"], atol=1e-5)
+
+
+# Decoding, exits, serving
+
+def no_transformers(*_):
+    raise ImportError("no torch", name="torch")
+
+
+def test_decoding_is_measured_without_transformers(monkeypatch):
+    monkeypatch.setattr(decode, "transformers_twin", no_transformers)
+    report = decode.run_decode_bench(new_tokens=2, rounds=1, config=TWO, batches=(1,))
+    assert [row.way for row in report.rows] == ["greedy", "SLED"] and report.rows[0].over_greedy == 1
+    assert all(row.first_call > 0 and row.transformers_over_this is None for row in report.rows)
+    assert "parity" in report.notes[0]
+
+
+def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
+    def two_of_them(lm, questions, entries=exits.speculation_entries):
+        return dict(itertools.islice(entries(lm, questions).items(), 2))
+
+    monkeypatch.setattr(exits, "transformers_twin", no_transformers)
+    monkeypatch.setattr(exits, "speculation_entries", two_of_them)  # each is a program to compile, and so is a schedule
+    monkeypatch.setattr(exits, "SCHEDULES", {name: exits.SCHEDULES[name] for name in ("immediate", "lockstep",
+                                                                                       "gather 2")})
+    report = exits.run_exits_bench(problems=8, rounds=1, picture=tmp_path / "deep" / "exits.png")
+    alone = [row for row in report.rows if isinstance(row, exits.SpeculationRow)]
+    full, *early = [row for row in report.rows if isinstance(row, exits.EarlyExitRow)]
+    assert len(alone) == 2 and len(early) == 2 * 3 * 2 and len(report.rows) == 15
+    assert all(row.best > 0 and row.plain_over_this > 0 and row.transformers_over_this is None for row in alone)
+    assert all(row.same_texts == 1 for row in alone)
+    assert alone[0].acceptance is None and 0 <= alone[1].acceptance <= 1
+    assert (full.depth, full.threshold, full.same_tokens, full.no_exit_over_this) == (2, None, 1, 1)
+    assert all(row.depth == (1 if row.threshold == 0 else 2) and row.lockstep_over_this > 0 for row in early)
+    assert all(row.same_tokens == row.same_answers == 1 for row in early if row.threshold == 1)
+    assert "parity" in report.notes[-1]
+    assert len(json.loads(report.json())["rows"]) == 15 and report.markdown().count("\n|---|") == 2
+    assert (tmp_path / "deep" / "exits.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_way_has_its_plain_one(toy):
+    entries = exits.speculation_entries(toy, [[1]])
+    assert {entry.plain for entry in entries.values()} == {exits.GREEDY, exits.SLED} <= entries.keys()
+    assert all((entry.plain == exits.SLED) == name.startswith("SLED") for name, entry in entries.items())
+
+
+def test_transformers_has_the_same_texts_plain_and_assisted(toy):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    questions = solving.mixed_questions(toy, 4)
+    plain = solving.our_way(toy, questions, 1)()
+    entries = exits.transformers_entries(toy, questions)
+    assert len(entries) == 3
+    ran = [entry.way() for entry in entries.values()]
+    assert all(made.tokens == plain.tokens for made in ran)
+    assert ran[0].acceptance is None and all(0 <= made.acceptance <= 1 for made in ran[1:])
+
+
+def test_problems_are_mixed_and_frequent_tokens_end_texts(toy):
+    questions = solving.mixed_questions(toy, 6)
+    assert len(questions) == 8 and len(set(map(tuple, questions))) == 8
+    few = solving.frequent_tokens(toy, 16)
+    assert len(few) == 16 and 0 in few
+
+
+def test_the_engine_is_measured_beside_batches(toy):
+    report = engine.run_engine_bench(requests=4, slots=2, rounds=1)
+    assert [(row.exits, row.way) for row in report.rows] == [("no early exit", "batches"), ("no early exit", "engine")]
+    assert all(row.same_texts == 1 and 0 < row.mean_wait <= row.best for row in report.rows)
+    assert report.rows[0].batches_over_this == 1
+
+
+# Layers
+
+def test_layers_are_measured_on_the_solutions_and_on_what_the_last_one_generates(toy, tmp_path):
+    """Against the model's own logits, one text at a time."""
+    report = layers.run_layers_bench(("one",), count=3, picture=tmp_path / "layers.png")
+    assert [(row.model, row.layer) for row in report.rows] == [("one", 1), ("one", 2)]
+    model = toy.build(toy.params)
+    logits = jax.jit(lambda tokens_BT: model.logits(model.hidden_states(tokens_BT)[1:, 0]))
+    loss, right, same = [], [], []
+    for problem in problems("heldout", 3):
+        question = toy.text.encode(prompt(problem.question))
+        answer = [*toy.text.encode(" " + problem.solution), 0]
+        generated = toy.generate(question, max_new_tokens=6).tokens[0]
+        for text, of_text in ((answer, (loss, right)), (generated, (same,))):
+            padded_BT = np.array([[*question, *text, *[0] * 256][:256]])  # one program; padding comes later than texts
+            states = slice(len(question) - 1, len(question) + len(text) - 1)
+            logp_LTV = jax.nn.log_softmax(logits(padded_BT)[:, states])
+            hits_LT = logp_LTV.argmax(-1) == np.array(text)
+            for kept, value in zip(of_text, (-logp_LTV[:, np.arange(len(text)), text], hits_LT), strict=False):
+                kept.append(value if of_text[-1] is right else hits_LT)
+    means = [np.concatenate(each, axis=1).mean(1) for each in (loss, right, same)]
+    for name, expected in zip(("loss", "accuracy", "agreement"), means, strict=True):
+        np.testing.assert_allclose([getattr(row, name) for row in report.rows], expected, rtol=1e-5)
+    assert report.rows[1].agreement == 1 and all(0 <= row.solved <= 1 for row in report.rows)
+    assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"

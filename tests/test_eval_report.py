@@ -1,0 +1,185 @@
+"""Evaluations: methods compared on the same samples, and a report that is written whole and replaces nobody's files."""
+
+import dataclasses
+import json
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
+
+import lm_eval
+from harness_tasks import listing_fixture, lm_fixture, model_fixture, tasks_fixture  # noqa: F401
+
+import sled
+from sled import cli
+from sled.cli.evaluate import Eval
+from sled.cli.options import FusionOptions, SamplingOptions
+from sled.errors import EvaluationError, SettingError
+from sled.eval.methods import Method, baselines
+from sled.eval.report import report as report_module
+from sled.eval.report.report import EvaluationReport, report_folder
+from sled.eval.report.run import evaluate
+from sled.io import written_whole
+
+pytestmark = pytest.mark.usefixtures("no_listing")
+BASE, OTHER = np.arange(80) % 3 > 0, np.arange(80) % 4 > 0
+
+
+@pytest.mark.parametrize("method, idle", [
+    (Method("early", exits=sled.EarlyExit((1,), threshold=0.5)), "exits"),
+    (Method("draft", exits=sled.SelfSpeculation(1)), "exits"),
+    (Method("warm", sampling=sled.Sampling(temperature=1.0)), "sampling"),
+])
+def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tiny_tasks, method, idle):
+    with pytest.raises(EvaluationError, match=f"'tiny_choice' asks for log-likelihoods, which never depend on "
+                                              f"the {idle} of a method: the figures of '{method.name}' would"):
+        evaluate(lm, "tiny_choice", [method], include_path=[tiny_tasks], progress=False)
+
+
+@pytest.mark.parametrize("given, name", [
+    (dict(), "greedy"), (dict(sampling_options=SamplingOptions(seed=3)), "greedy"),
+    (dict(sampling_options=SamplingOptions(temperature=0.5, top_k=4, seed=3)), "final layer, temperature 0.5, top k 4"),
+    (dict(sampling_options=SamplingOptions(temperature=1), fusion_options=FusionOptions("sled", rate=2.0)),
+     "SLED, rate 2, temperature 1"),
+])
+def test_the_command_calls_a_method_by_its_options(given, name):
+    assert Eval(tasks=("sled_demo",), **given)._name() == name
+
+
+def test_a_model_is_no_name():
+    with pytest.raises(SettingError, match=r"lm is 'demo', but must be an instance, .* give what sled\.load returns"):
+        evaluate("demo", "sled_demo", [Method("greedy")])
+
+
+def test_baselines_are_plain_decoding_and_the_clamp():
+    method = Method("mine", fusion=sled.SLED(rate=3.0, scale=20, lower_bound=-500.0), exits=sled.SelfSpeculation(2))
+    assert [(b.name, b.fusion, b.exits) for b in baselines(method)] == [
+        ("greedy", sled.FinalLayer(), None), ("clamp only", sled.ClampOnly(scale=20, lower_bound=-500.0), None)]
+    assert [b.name for b in baselines(Method("dola", fusion=sled.DoLa()))] == ["greedy"]
+    assert baselines(Method("g")) == ()
+    with pytest.raises(SettingError, match=r"Method\.fusion"):
+        Method("x", fusion="sled")
+
+
+def test_a_task_that_keeps_to_no_examples_says_so(lm, capsys):
+    told = dict(metadata={"problems": 2}, max_new_tokens=4, limit=1)
+    report = evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=3, **told)
+    assert report.tasks["greedy"][0].num_fewshot == 0
+    assert "warning: 3 examples before each question were asked for, but the task 'sled_demo' keeps to the 0 that" in \
+        capsys.readouterr().err
+    evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=0, **told)
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_every_method_sees_the_same_examples(lm, tiny_tasks, tmp_path):
+    """Examples are drawn at random: the second method finds all answers of the first only if its prompts are alike."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": f"w {n}", "answer": str(n)}) + "\n"
+                                                 for n in range(8)))
+    report = evaluate(lm, "tiny_text", [Method("one"), Method("two")], include_path=[tiny_tasks], num_fewshot=2,
+                      data=tmp_path / "rows.jsonl", max_new_tokens=4, batch_size=8, progress=False)
+    one, two = (method["counts"] for method in report.methods)
+    assert one["computed"] == 8 and two["computed"] == 0 and not any(m["verifies"] for m in report.methods)
+    assert report.tasks["one"][0].documents() == report.tasks["two"][0].documents()
+
+
+def test_the_command_writes_a_report_and_computes_nothing_twice(tiny_model, tiny_tasks, tmp_path, capsys):
+    arguments = ["eval", "--tasks", "tiny_text", "--model", str(tiny_model), "--include-path", str(tiny_tasks),
+                 "--fusion", "sled", "--scale", "5", "--batch-size", "6", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [m["name"] for m in report["methods"]] == ["greedy", "clamp only", "SLED, scale 5"]
+    assert [m["counts"]["computed"] for m in report["methods"]] == [6, 6, 6]
+    assert report["tasks"]["greedy"][0]["n"] == 6 and report["against"] == "greedy"
+    assert report["model"]["weights"] and report["versions"]["lm_eval"] == lm_eval.__version__
+    assert report["methods"][2]["settings"]["fusion"]["scale"] == 5
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"report.json", "report.md", "samples.jsonl", "answers.sqlite", "tiny_text-exact_match.png"}
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 18 and "doc" not in samples[0]
+    assert "tiny_text: 6 samples" in capsys.readouterr().out
+    assert cli.main(arguments) == 0
+    again = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [m["counts"]["computed"] for m in again["methods"]] == [0, 0, 0]
+    assert again["comparisons"] == report["comparisons"]
+
+
+def test_a_report_is_replaced_whole_or_not_at_all(lm, tiny_tasks, tmp_path, monkeypatch):
+    report = evaluate(lm, "tiny_text", [Method("greedy")], include_path=[tiny_tasks], batch_size=6, progress=False)
+    report.write(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert len(before) == 4
+    other = dataclasses.replace(report, date="today")
+
+    def half_of_it(_, path):
+        path.write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken, pytest.raises(SettingError, match="No space left"):
+        broken.setattr(report_module, "draw_comparison", half_of_it)
+        other.write(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    other.pictures["tiny_text: exact_match"] = "renamed.png"
+    other.write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md", "samples.jsonl", "renamed.png"}
+
+
+@pytest.mark.parametrize("held, says", [
+    ({"report.md": "mine"}, "holds report.md that sled did not write"),
+    ({"samples.jsonl": "{}", "report.json": '{"mine": 1}'}, "holds report.json and samples.jsonl that sled did not"),
+    ({"report.json": "[1]"}, "holds report.json"),
+    (None, "'.*out', which is a file; name a folder"),
+])
+def test_a_folder_with_files_of_ones_own_is_refused_before_any_work(tmp_path, monkeypatch, capsys, held, says):
+    monkeypatch.setattr(sled, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    out = tmp_path / "out"
+    out.write_text("mine") if held is None else out.mkdir()
+    for name, text in (held or {}).items():
+        (out / name).write_text(text)
+    assert cli.main(["eval", "--tasks", "sled_demo", "--out", str(out)]) == 1
+    assert re.search(f"SettingError: --out is .*{says}", capsys.readouterr().err)
+    assert held is None or {path.name: path.read_text() for path in out.iterdir()} == held
+
+
+def test_a_report_whose_writing_was_killed_does_not_bar_its_folder(tmp_path):
+    (tmp_path / "report.md").touch()
+    with pytest.raises(SettingError, match=r"report\.md that sled did not write or did not finish"):
+        report_folder("out", tmp_path)
+    with written_whole(tmp_path / "report.json") as beside:
+        beside.touch()
+        report_folder("out", tmp_path)
+def report_of(scores, methods=()):
+    model = dict(name="m", weights="0" * 64, dtype="float32", layers=2)
+    return EvaluationReport(tasks={"base": []}, scores=scores, methods=list(methods), settings={}, versions={},
+                            hardware="h", model=model, date="d", against="base", seed=0)
+
+
+def test_a_report_counts_the_p_values_of_all_its_tables():
+    scores = {"a": {"base": BASE, "x": OTHER, "y": OTHER}, "b": {"base": BASE, "x": OTHER, "y": OTHER},
+              "c": {"base": BASE, "x": BASE / 2, "y": BASE / 2}}
+    said = report_of(scores).markdown().split("\n## ")
+    assert [part.count("Of the 4 in all tables of this report") for part in said] == [0, 1, 1, 0, 0]
+    assert [part.count("compare with 0.013 instead") for part in said] == [0, 1, 1, 0, 0]
+    assert "Bonferroni" not in report_of({"a": {"base": BASE, "x": OTHER}}).markdown()
+
+
+def test_verified_drafts_have_no_mean_layer():
+    methods = [Method("exit", exits=sled.EarlyExit(1)), Method("draft", exits=sled.SelfSpeculation(1, draft=3))]
+    counts = dict(requests=2, computed=2, truncated=0, unfinished=0, new_tokens=8, layers=12)
+    about = [{"name": m.name, "verifies": m.verifies, "counts": counts} for m in methods]
+    report = dataclasses.replace(report_of({}, about), tasks={"exit": [], "draft": []})
+    _, _, exit, draft = report.answers().splitlines()
+    assert exit == "| exit | 2 | 2 | 0 | 0 | - | 1.50 of 2 |" and draft == "| draft | 2 | 2 | 0 | 0 | - | - |"
+
+
+def test_pictures_have_names_of_their_own_and_earlier_ones_go(tmp_path):
+    def write(*scores):
+        report_of({score: {"base": [1, 0]} for score in scores}).write(tmp_path)
+        return {path.name for path in tmp_path.glob("*.png")}
+
+    (tmp_path / "mine.png").write_bytes(b"")
+    assert write("t: a,b", "t: a b", "T: a b", "t: c") == {"mine.png", "t-a-b.png", "t-a-b-2.png", "T-a-b-3.png",
+                                                          "t-c.png"}
+    assert "(t-a-b-2.png)" in (tmp_path / "report.md").read_text()
+    assert write("t: c") == {"mine.png", "t-c.png"}

@@ -1,0 +1,156 @@
+"""Tasks by name, and with data of one's own: what each reads and shows, and what is refused before any work."""
+
+import json
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
+
+import lm_eval
+from harness_tasks import QUESTIONS, TASKS, listing_fixture, tasks_fixture  # noqa: F401
+from lm_eval.api.model import LM as HarnessModel
+
+from sled.demo.problems import problems
+from sled.errors import DataError, EvaluationError, SettingError
+from sled.eval.harness.tasks import load_tasks
+from sled.eval.report.scores import TaskResult
+
+pytestmark = pytest.mark.usefixtures("no_listing")
+
+
+def test_metadata_that_a_task_may_read_are_taken(tmp_path):
+    """A function that takes any name, and a class of one's own, may read what cannot be known."""
+    (tmp_path / "own.py").write_text("""import datasets
+from lm_eval.api.task import ConfigurableTask
+
+class Own(ConfigurableTask):
+    def __init__(self, config):
+        super().__init__(config={key: value for key, value in config.items() if key != "class"})
+
+def rows(**told):
+    return datasets.DatasetDict(test=datasets.Dataset.from_list([dict(question="q", answer=told["word"])]))
+
+def one_row(word, **_):
+    return rows(word=word)
+""")
+    tags = {"made": "custom_dataset: !function own.rows",
+            "classed": "class: !function own.Own\ncustom_dataset: !function own.one_row"}
+    for name, tag in tags.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\ntest_split: test\noutput_type: generate_until\n"
+                                               f"doc_to_text: question\ndoc_to_target: answer\n{tag}\n")
+        loaded = load_tasks([name], include_path=[tmp_path], metadata={"word": "w", "other": 1})
+        assert loaded["tasks"][name].eval_docs[0]["answer"] == "w"
+    with pytest.raises(SettingError, match=r"problems is 'abc', but must be a whole number of at least 1; it counts"):
+        load_tasks(["sled_demo"], metadata={"problems": "abc"})
+
+
+class Solver(HarnessModel):
+    """Answers with the solution, with another number, or with none."""
+
+    def generate_until(self, requests):
+        solution = {p.question: p.solution for p in problems("heldout", 3)}
+        texts = [" " + solution[r.args[0].removeprefix("Question: ").removesuffix("\nAnswer:")] for r in requests]
+        return [texts[0], texts[1] + "9", "I think so. #### none"]
+
+    def loglikelihood(self, requests):
+        raise NotImplementedError
+
+    loglikelihood_rolling = loglikelihood
+
+
+def test_the_demo_task_counts_an_answer_without_a_number_wrong():
+    loaded = load_tasks(["sled_demo"], metadata={"problems": 3})
+    results = lm_eval.evaluate(lm=Solver(), task_dict=loaded, bootstrap_iters=0)
+    task = TaskResult.of(results, "sled_demo", loaded["tasks"]["sled_demo"])
+    [scores] = task.scores().values()
+    assert scores.tolist() == [1, 0, 0] and task.unanswered == {"answer": 1} and task.n == 3
+
+
+GOOD = {"question": "why", "answer": "so"}
+
+
+@pytest.mark.parametrize("name, rows, says", [
+    ("rows.jsonl", None, "there is no"),
+    ("rows.jsonl", [], "is empty"),
+    ("rows.txt", [GOOD], "says nothing about its format"),
+    ("rows.jsonl", [{"problem": "why", "answer": "so"}], "the columns problem, answer, but the task tiny_text reads"),
+    ("rows.jsonl", [GOOD, {"question": "how"}], "no 'answer' in row 2"),
+    ("rows.jsonl", [GOOD, "not JSON"], r"rows\.jsonl, line 2, cannot be read as json \(JSON parse error: "),
+    ("data/test.jsonl", [GOOD, GOOD, '{"question": 1'], r"test\.jsonl, line 3, cannot be read as data \((?!An error)"),
+    ("rows.parquet", ["no Parquet"], r"rows\.parquet cannot be read as parquet \((?!An error)"),
+    ("data/train.jsonl", [GOOD], "the splits train, but the task tiny_text is evaluated on 'test'"),
+])
+def test_data_that_do_not_fit_are_named(tiny_tasks, tmp_path, capfd, name, rows, says):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if rows is not None:
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    with pytest.raises(DataError, match=says):
+        load_tasks(["tiny_text"], include_path=[tiny_tasks], data=path if path.parent == tmp_path else path.parent)
+    assert "rror" not in capfd.readouterr().err  # what is raised is not logged besides
+
+
+def test_local_data_take_the_place_of_a_tasks_own(tiny_tasks, tmp_path):
+    rows = [{"question": f"what {n}", "answer": str(n)} for n in range(5)]
+    write = lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
+    write(tmp_path / "rows.jsonl", rows[:3])
+    loaded = load_tasks(["tiny_text", "tiny_rolling"], include_path=[tiny_tasks], num_fewshot=2,
+                        data=[f"tiny_text={tmp_path / 'rows.jsonl'}"])
+    task = loaded["tasks"]["tiny_text"]
+    assert [doc["question"] for doc in task.eval_docs] == ["what 0", "what 1", "what 2"]
+    for doc in task.eval_docs:  # examples come from the same file, without the row that is asked
+        shown = task.fewshot_context(doc, 2)
+        assert shown.count(doc["question"]) == 1 and shown.count("q: ") == 3
+    assert len(loaded["tasks"]["tiny_rolling"].eval_docs) == len(QUESTIONS)
+    assert not loaded["groups"]
+    (tmp_path / "splits").mkdir()
+    write(tmp_path / "splits" / "test.jsonl", rows[:2])
+    write(tmp_path / "splits" / "train.jsonl", rows[2:])
+    config = dict(TASKS["tiny_text"], task="with_train", dataset_path="nobody/nothing", test_split="test",
+                  training_split="train", fewshot_split="train", num_fewshot=3)
+    (tmp_path / "with_train.yaml").write_text(json.dumps(config))
+    task = load_tasks(["with_train"], include_path=[tmp_path], data=tmp_path / "splits")["tasks"]["with_train"]
+    assert all(f"what {n}" in task.fewshot_context(task.eval_docs[0], 3) for n in (0, 2, 3, 4))
+
+
+@pytest.mark.parametrize("name, asked, questions, says", [
+    ("tiny_text", 3, "abc", "'tiny_text' shows 3 examples .* 3 rows, 2 besides .*--num-fewshot. to 2, or give"),
+    ("tiny_text", 2, "abb", "shows 2 examples .* 3 rows, 1 besides"),  # b is not shown to b
+    ("tiny_text", 1, "a", "hold 1 row, 0 besides the one that is asked; give more rows"),
+    ("gsm8k_cot8_rows", None, "abc", "'gsm8k_cot8_rows' shows 8 examples .* 3 rows, 2 besides"),
+    ("listed", 2, "abc", "'listed' shows 2 examples .* the data they come from hold 1 row; lower"),
+])
+def test_more_examples_than_rows_are_refused_before_any_work(tiny_tasks, tmp_path, name, asked, questions, says):
+    listed = dict(TASKS["tiny_text"], task="listed", dataset_path="nobody/nothing", test_split="test",
+                  fewshot_config=dict(sampler="first_n", samples=[{"question": "q", "answer": "a"}]))
+    (tmp_path / "listed.yaml").write_text(json.dumps(listed))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": q, "answer": "#### 1"}) + "\n"
+                                                 for q in questions))
+    load = lambda count: load_tasks([name], include_path=[tiny_tasks, tmp_path], num_fewshot=count,  # noqa: E731
+                                    data=tmp_path / "rows.jsonl")
+    with pytest.raises(DataError, match=says):
+        load(asked)
+    if name == "tiny_text":  # one less is shown to every row
+        task = load(asked - 1)["tasks"][name]
+        assert all(task.fewshot_context(doc, asked - 1).count("q: ") == asked for doc in task.eval_docs)
+
+
+@pytest.mark.parametrize("names, given, says", [
+    (["tiny_texts"], {}, "no task 'tiny_texts'; did you mean tiny_text"),
+    (["tiny_text", "tiny_text"], {}, "named twice"),
+    ([], {}, "no task was given"),
+    (["tiny_text"], {"data": "other=rows.jsonl"}, "data are given for other, but the tasks are tiny_text"),
+    (["tiny_text", "tiny_choice"], {"data": "rows.jsonl"}, "TASK=PATH"),
+    (["tiny_text"], {"include_path": ["nowhere"]}, "no folder nowhere"),
+    (["tiny_text"], {"data": ["tiny_text=a.jsonl", "tiny_text=b.jsonl"]}, "twice for 'tiny_text', a.jsonl and b.jsonl"),
+    (["tiny_text"], {"data": ["a.jsonl", "b.jsonl"]}, "twice for 'tiny_text', a.jsonl and b.jsonl"),
+    (["tiny_text", "sled_demo"], {"metadata": {"problems": 2, "nosuch": 1}}, "'nosuch', .* one of problems, seed, ver"),
+    (["factor_news"], {"metadata": {"primer_file": "x"}, "data": "FACTOR"}, "'primer_file', which no task here reads"),
+])
+def test_tasks_that_cannot_be_had_are_named(tiny_tasks, tmp_path, names, given, says):
+    if given.get("data") == "FACTOR":
+        given = {**given, "data": tmp_path / "rows.jsonl"}
+        given["data"].write_text(json.dumps({"full_prefix": "a", "turncated_prefixes": "a", "completion": "b",
+                                             **{f"contradiction_{n}": str(n) for n in range(3)}}) + "\n")
+    with pytest.raises(EvaluationError, match=says):
+        load_tasks(names, **{"include_path": [tiny_tasks], **given})
