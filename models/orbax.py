@@ -23,7 +23,7 @@ from sled.models.decoder import Decoder
 from sled.models.families.registry import format_config, read_config
 from sled.models.huggingface import write_form
 from sled.models.layers import Block
-from sled.models.stored import abstract, progress
+from sled.models.stored import abstract, check_tensors, progress
 
 WEIGHTS = "weights"
 TYPES = ("float32", "bfloat16", "float16")
@@ -73,9 +73,10 @@ def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
     graph, state = nnx.split(abstract(read_config(folder)))
     wanted = nnx.to_pure_dict(state)
     stored = _read(folder, lambda: ocp.metadata(folder / WEIGHTS).metadata or _unreadable())
-    _check_metadata(folder, _named(stored), _named(wanted))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     kinds = _named(stored)
+    check_tensors(folder, {name: (tuple(kind.shape), str(kind.dtype)) for name, kind in kinds.items()},
+                  {name: leaf.shape for name, leaf in _named(wanted).items()}, TYPES)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[_name(path)].dtype, sharding=here), wanted)
     with progress("Loading", sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in kinds.values())) as bar:
@@ -92,19 +93,6 @@ def _name(path) -> str:
 
 def _named(tree) -> dict:
     return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _check_metadata(folder: Path, stored: dict, wanted: dict) -> None:
-    """Raises CheckpointError unless exactly the arrays that config.json asks for are stored."""
-    wrong = [f"{name} is {'missing' if name in wanted else 'not accounted for'}"
-             for name in dict.fromkeys([*wanted, *stored]) if name not in wanted or name not in stored]
-    wrong += [f"{name} has shape {tuple(kind.shape)}, not {wanted[name].shape}" for name, kind in stored.items()
-              if name in wanted and tuple(kind.shape) != wanted[name].shape]
-    wrong += [f"{name} is stored as {kind.dtype}" for name, kind in stored.items() if str(kind.dtype) not in TYPES]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(f"{folder}: {', '.join(wrong[:3])}{more}, by its config.json; restore the one that "
-                              "belongs to these weights, or export again")
 
 
 @jax.jit

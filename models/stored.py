@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -80,7 +80,11 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
         twin = head if config.tied_head and head in stored else None
         if twin:
             shapes[twin] = (config.vocab_size, config.width)
-        yield StoredWeights(folder, config, names, _check_headers(folder, stored, shapes), stored, twin)
+        headers = {name: file.get_slice(name) for name, file in stored.items()}
+        found = {name: (tuple(header.get_shape()), header.get_dtype()) for name, header in headers.items()}
+        check_tensors(folder, found, shapes, STORED_TYPES)
+        sizes = {name: math.prod(shape) * STORED_TYPES[kind] for name, (shape, kind) in found.items()}
+        yield StoredWeights(folder, config, names, sizes, stored, twin)
 
 
 def tensor_name(config: DecoderConfig, path: tuple) -> str:
@@ -164,29 +168,29 @@ def _open(files: list[Path], stack: contextlib.ExitStack) -> dict:
     return stored
 
 
-def _check_headers(folder: Path, stored: Mapping, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Raises CheckpointError unless exactly these tensors are stored; returns the bytes of each."""
+def check_tensors(folder: Path, found: Mapping[str, tuple[tuple[int, ...], str]],
+                  wanted: Mapping[str, tuple[int, ...]], types: Collection[str]) -> None:
+    """Raises CheckpointError unless exactly the tensors of these names and shapes are stored, in one of these types.
+
+    found: shape and type of each stored tensor.
+    """
     def some(names):
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
-    if missing := [name for name in shapes if name not in stored]:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shapes)} tensors: {some(missing)}; the "
+    if missing := [name for name in wanted if name not in found]:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors: {some(missing)}; the "
                               "files are incomplete or config.json is another model's: fetch them again")
-    if surplus := sorted(set(stored) - set(shapes)):
+    if surplus := sorted(set(found) - set(wanted)):
         raise CheckpointError(f"{folder} holds {len(surplus)} tensors that config.json does not account for: "
                               f"{some(surplus)}; correct config.json or remove them")
-    sizes = {}
-    for name, shape in shapes.items():
-        header = stored[name].get_slice(name)
-        found, kind = tuple(header.get_shape()), header.get_dtype()
-        if found != shape:
-            raise CheckpointError(f"{folder}: {name} has shape {found}, but config.json asks for {shape}; "
+    for name, shape in wanted.items():
+        stored, kind = found[name]
+        if stored != shape:
+            raise CheckpointError(f"{folder}: {name} has shape {stored}, but config.json asks for {shape}; "
                                   "use the config.json that belongs to these weights")
-        if kind not in STORED_TYPES:
-            raise CheckpointError(f"{folder}: {name} is stored as {kind}, but only {', '.join(STORED_TYPES)} "
+        if kind not in types:
+            raise CheckpointError(f"{folder}: {name} is stored as {kind}, but only {', '.join(types)} "
                                   "are read; use the checkpoint before quantisation")
-        sizes[name] = math.prod(shape) * STORED_TYPES[kind]
-    return sizes
 
 
 def finite(source, name: str, weight: np.ndarray, dtype) -> np.ndarray:

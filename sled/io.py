@@ -20,11 +20,8 @@ from sled.errors import CheckpointError, SettingError
 
 def writable(name: str, path: Path) -> Path:
     """`path`, whose folder is made; what is there already stays. Raises SettingError where none can be written."""
-    try:
+    with _naming(name, path):
         _try(path)
-    except OSError as reason:
-        raise SettingError(f"{name} is {str(path)!r}, which cannot be written ({reason.strerror}); "
-                           "name a file in a folder of your own") from reason
     return path
 
 
@@ -44,6 +41,16 @@ def writable_folder(name: str, folder: Path, files: Collection[str], *, owns: Ca
         why = "is a file" if os.path.isfile(folder) else f"cannot be written to ({reason.strerror})"
         raise SettingError(f"{name} is {str(folder)!r}, which {why}; name a folder of your own") from reason
     return folder
+
+
+@contextlib.contextmanager
+def _naming(name: str, path: Path) -> Iterator[None]:
+    """Makes of an OSError a SettingError that names the file."""
+    try:
+        yield
+    except OSError as reason:
+        raise SettingError(f"{name} is {str(path)!r}, which cannot be written ({reason.strerror}); "
+                           "name a file in a folder of your own") from reason
 
 
 def _try(path: Path) -> None:
@@ -124,12 +131,8 @@ def replace_text(name: str, path: Path, text: str) -> Path:
     Raises SettingError where it cannot be written.
     """
     writable(name, path)
-    try:
-        with written_whole(path) as beside:
-            beside.write_text(text, encoding="utf-8", newline="\n")
-    except OSError as reason:
-        raise SettingError(f"{name} is {str(path)!r}, which cannot be written ({reason.strerror}); "
-                           "name a file in a folder of your own") from reason
+    with _naming(name, path), written_whole(path) as beside:
+        beside.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 

@@ -1,6 +1,7 @@
 """Folders in and out: what is written reads back the same, here and in transformers."""
 
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 from sled.errors import CheckpointError, SettingError
 from sled.models import Decoder, load_folder, read_config, save_folder
+
+EMBED, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"
 
 
 def stored(folder) -> dict:
@@ -83,24 +86,17 @@ def test_shards_hold_what_one_file_holds(tiny_folder, tmp_path):
     same(stored(save_folder(load_folder(folder), tmp_path / "one")), whole)
 
 
-def test_the_stacked_form_is_saved_like_the_separate_one(tiny_folder, tmp_path):
-    decoder = load_folder(tiny_folder("llama-biases"))
-    same(stored(save_folder(decoder.stack(), tmp_path / "stacked")), stored(tiny_folder("llama-biases")))
-
-
-def test_a_tied_checkpoint_may_store_its_head(tiny_folder, tmp_path, write_model):
-    weights = stored(tiny_folder("llama-mha-tied"))
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
-    decoder = load_folder(write_model(tmp_path / "twin", "llama-mha-tied", weights))
-    assert decoder.head is None
-    same(stored(save_folder(decoder, tmp_path / "saved")), stored(tiny_folder("llama-mha-tied")))
-
-
-def test_rotary_buffers_of_old_checkpoints_are_passed_over(tiny_folder, tmp_path, write_model):
-    weights = stored(tiny_folder("llama"))
-    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
-    decoder = load_folder(write_model(tmp_path / "old", "llama", weights))
-    same(stored(save_folder(decoder, tmp_path / "saved")), stored(tiny_folder("llama")))
+@pytest.mark.parametrize("name, change, form", [
+    ("llama-biases", lambda w: None, Decoder.stack),
+    ("llama-mha-tied", lambda w: w.update({"lm_head.weight": w[EMBED].copy()}), lambda decoder: decoder),
+    ("llama", lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}),
+     lambda decoder: decoder),
+], ids=["stacked", "tied-with-a-head", "rotary-buffers"])
+def test_other_layouts_are_written_as_the_usual_one(name, change, form, tiny_folder, tmp_path, write_model):
+    weights = stored(tiny_folder(name))
+    change(weights)
+    decoder = load_folder(write_model(tmp_path / "in", name, weights))
+    same(stored(save_folder(form(decoder), tmp_path / "out")), stored(tiny_folder(name)))
 
 
 def test_token_ids_are_written_for_both_readers(tiny_folder, tmp_path, write_model):
@@ -131,27 +127,18 @@ def test_tokenizer_files_come_along(tiny_folder, tmp_path):
     assert (folder / "tokenizer.json").read_text() == "{}"
 
 
-def test_an_interrupted_save_leaves_no_model(tiny_folder, tmp_path, monkeypatch):
-    def full_disk(*args, **kwargs):
-        raise OSError("no space left on device")
-
-    decoder = load_folder(tiny_folder("llama"))
-    monkeypatch.setattr("sled.models.huggingface.save_file", full_disk)
-    with pytest.raises(OSError, match="no space"):
-        save_folder(decoder, tmp_path / "model")
-    assert list((tmp_path / "model").iterdir()) == []
-    monkeypatch.undo()
-    (tmp_path / "model" / ".unfinished-killed").mkdir()  # what a killed process leaves
-    load_folder(save_folder(decoder, tmp_path / "model"))
-
-
-def test_an_interrupted_save_leaves_the_old_model(tiny_folder, tmp_path, monkeypatch):
-    folder = save_folder(load_folder(tiny_folder("llama")), tmp_path / "model")
-    monkeypatch.setattr("sled.models.huggingface.save_file", lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        save_folder(load_folder(tiny_folder("qwen3")), folder)
-    same(stored(folder), stored(tiny_folder("llama")))
-    assert load_folder(folder).config.family == "llama"
+@pytest.mark.parametrize("earlier", [None, "llama"])
+def test_an_interrupted_save_leaves_what_was_there(earlier, tiny_folder, tmp_path, monkeypatch):
+    folder, decoder = tmp_path / "model", load_folder(tiny_folder("qwen3"))
+    if earlier:
+        save_folder(load_folder(tiny_folder(earlier)), folder)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("sled.models.huggingface.save_file", lambda *a, **k: 1 / 0)
+        save_folder(decoder, folder)
+    same(stored(folder), stored(tiny_folder(earlier)) if earlier else {})
+    assert (earlier is None and list(folder.iterdir()) == []) or load_folder(folder).config.family == earlier
+    (folder / ".unfinished-killed").mkdir()  # what a killed process leaves
+    assert load_folder(save_folder(decoder, folder)).config == decoder.config
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["raised", "killed"])
@@ -242,10 +229,7 @@ def break_weights(change):
 
 
 def break_index(change):
-    def prepare(folder):
-        save_folder(load_folder(folder), folder, max_shard_bytes=20_000)
-        change(folder)
-    return prepare
+    return lambda folder: change(save_folder(load_folder(folder), folder, max_shard_bytes=20_000))
 
 
 def put(name, value):
@@ -253,11 +237,7 @@ def put(name, value):
 
 
 def first_not_finite(bad):
-    def change(array):
-        array = array.copy()
-        array.flat[0] = bad
-        return array
-    return change
+    return lambda array: np.concatenate([[bad], array.ravel()[1:]]).astype(array.dtype).reshape(array.shape)
 
 
 def truncate(folder):
@@ -265,18 +245,11 @@ def truncate(folder):
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def only_pickle(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
 def other_config(**fields):
     def prepare(folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **fields}))
     return prepare
-
-
-EMBED, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"
 
 
 @pytest.mark.parametrize("name, prepare, says", [
@@ -291,7 +264,8 @@ EMBED, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weigh
     ("llama", put(EMBED, first_not_finite(np.inf)), f"{EMBED} holds values that are not finite"),
     ("llama", truncate, "model.safetensors is damaged or cut short .*; fetch it again"),
     ("llama", lambda folder: (folder / "model.safetensors").write_bytes(b"{}"), "is damaged or cut short"),
-    ("llama", only_pickle, "holds only PyTorch pickles, .* not loaded; convert it"),
+    ("llama", lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+     "holds only PyTorch pickles, .* not loaded; convert it"),
     ("llama", lambda folder: (folder / "model.safetensors").unlink(),
      "has no model.safetensors and no .*; give"),
     ("llama", lambda folder: (folder / "config.json").unlink(), "has no config.json, so it is no model's folder; give"),
@@ -304,20 +278,15 @@ EMBED, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weigh
     ("llama-mha-tied", put("lm_head.weight", lambda _: np.ones((48, 32), np.float32)),
      f"lm_head.weight differs from {EMBED}, but config.json ties them; set tie_word_embeddings"),
     ("llama-mha-tied", other_config(tie_word_embeddings=False), "lacks 1 of 30 tensors: lm_head.weight"),
+    ("llama", put(NORM, lambda a: a * 1e6), f"{NORM} has values up to .*, too large for float16"),
+    ("llama", shutil.rmtree, r"model is not a folder; give a folder with config\.json"),
 ])
 def test_what_is_wrong_with_a_folder_is_said(name, prepare, says, tmp_path, write_model):
     folder = write_model(tmp_path / "model", name)
     prepare(folder)
     with pytest.raises(CheckpointError, match=says) as error:
-        load_folder(folder)
-    assert str(folder) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_weight_too_large_for_the_type_asked_for_is_said(tmp_path, write_model):
-    folder = write_model(tmp_path / "model", "llama")
-    put(NORM, lambda a: a * 1e6)(folder)
-    with pytest.raises(CheckpointError, match=f"{NORM} has values up to .*, too large for float16"):
         load_folder(folder, dtype="float16")
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_model_within_the_folder_given_is_named(tmp_path, write_model):
@@ -325,8 +294,3 @@ def test_a_model_within_the_folder_given_is_named(tmp_path, write_model):
     for read in (load_folder, read_config):
         with pytest.raises(CheckpointError, match=r"run has no config\.json.*; give .*model, which is one"):
             read(tmp_path / "run")
-
-
-def test_a_path_that_does_not_exist_is_said(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nowhere is not a folder; give a folder with config\.json"):
-        load_folder(tmp_path / "nowhere")

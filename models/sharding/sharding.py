@@ -167,10 +167,6 @@ class Sharding:
 
         return jax.tree.map(assemble, tree)
 
-    @property
-    def _vocab(self) -> str | None:
-        return None if "vocab" in self._misfits else RULES["vocab"]
-
     def activations(self, h_BTD):
         """The same hidden states, held to their place: rows over data and fsdp, all else whole.
 
@@ -185,4 +181,5 @@ class Sharding:
         For the forward pass to call before looking tokens up or projecting. Without it the partitioner looks up
         columns of all groups' tokens, and replicates the result to put it right.
         """
-        return jax.lax.with_sharding_constraint(w_VD, NamedSharding(self.mesh, P(self._vocab, None)))
+        vocab = None if "vocab" in self._misfits else RULES["vocab"]
+        return jax.lax.with_sharding_constraint(w_VD, NamedSharding(self.mesh, P(vocab, None)))
