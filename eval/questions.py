@@ -28,7 +28,7 @@ class Questions:
                                "of one as of the other, at least one")
 
     def right(self, texts: list[str]) -> list[bool]:
-        """Whether each text ends with the right answer, after its last `####`."""
+        """True for each text that ends with the right answer, after its last `####`."""
         return [final_answer(text) == answer for text, answer in zip(texts, self.answers, strict=True)]
 
 
@@ -50,9 +50,9 @@ def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | N
     for example in Source(data, prompt=prompt, completion=answer, limit=limit).open():
         right = right_answer(example.body)
         if right is None:
-            said = example.body.rpartition("####")[2].strip()
-            raise DataError(f"{example.place} has the answer {said[:60]!r}, in which no number stands alone; give one "
-                            "such as 54, -1,234, 0.75 or 1e-5, by itself or after the #### that ends a solution")
+            written = example.body.rpartition("####")[2].strip()
+            raise DataError(f"{example.place} has the answer {written[:60]!r}, in which no number stands alone; give "
+                            "one such as 54, -1,234, 0.75 or 1e-5, by itself or after the #### that ends a solution")
         prompts.append(example.prompt)
         answers.append(right)
     if not prompts:

@@ -43,8 +43,8 @@ _HOME = {
     "Lockstep": "sled.exits",
     "Gather": "sled.exits",
     **dict.fromkeys(("SledError", "SettingError", "PromptError", "TokenizerError", "CheckpointError", "ConfigError",
-                     "CalibrationError", "RequestError", "DataError", "DownloadError",
-                     "EvaluationError"), "sled.errors"),
+                     "CalibrationError", "RequestError", "DataError", "DownloadError", "TrainingError",
+                     "EvaluationError", "VersionError"), "sled.errors"),
 }
 __all__ = list(_HOME)
 

@@ -176,7 +176,7 @@ class LM:
         return Scores(*columns)
 
     def lens(self, text: str | Sequence[int], *, fusion=None) -> Lens:
-        """What each layer would say after every token of `text`: see `sled.Lens`.
+        """Every layer's own next tokens after every token of `text`: see `sled.Lens`.
 
         fusion: a strategy whose choice is shown beside the layers', such as `sled.SLED()`.
         """

@@ -12,11 +12,11 @@ import numpy as np
 class Stats:
     """Counts and times of one `generate`. Seconds include compilation where a shape is new.
 
-    mean_depth: mean over the new tokens of the layer that said them; L without early exits.
-    drafted, accepted: guesses judged by the last layer, and those of them that were right.
-    verifications: how many blocks of guesses were judged, over all rows.
+    mean_depth: mean over the new tokens of the layer that emitted them; L without early exits.
+    drafted, accepted: drafts verified by the last layer, and those of them that were right.
+    verifications: how many blocks of drafts were verified, over all rows.
     deferred: tokens that left before the last layer, whose deeper K/V came later or were propagated.
-    held: rounds in which a row stood still for deeper layers, over all rows.
+    held: steps in which a row stood still for deeper layers, over all rows.
     """
 
     prompt_tokens: int
@@ -32,7 +32,7 @@ class Stats:
 
     @classmethod
     def of(cls, runs, *, prompt_tokens: int, exit_layers: Iterable[list[int]], num_layers: int) -> Stats:
-        """From finished generations and the layer that said each of their tokens."""
+        """From finished generations and the layer that emitted each of their tokens."""
         layers = [layer for row in exit_layers for layer in row]
         total = lambda name: sum(int(np.sum(getattr(run.tally, name))) for run in runs)  # noqa: E731
         return cls(prompt_tokens=prompt_tokens, new_tokens=len(layers),
@@ -49,12 +49,12 @@ class Stats:
 
     @property
     def acceptance(self) -> float | None:
-        """Share of the judged guesses that were right; None where nothing was guessed."""
+        """Share of the verified drafts that were right; None where nothing was drafted."""
         return self.accepted / self.drafted if self.drafted else None
 
     @property
     def mean_accepted(self) -> float | None:
-        """Right guesses per verification; None where nothing was verified."""
+        """Right drafts per verification; None where nothing was verified."""
         return self.accepted / self.verifications if self.verifications else None
 
 
@@ -65,7 +65,7 @@ class Output:
     texts: the new text, without special tokens and cut before a stop string; None without a tokenizer.
     tokens: the new token ids; an ending token is included, and so is the token that completes a stop string.
     finish_reasons: "eos", "stop" (a stop string) or "length".
-    exit_layers: the layer that said each new token; of a verified guess, the layer that guessed it.
+    exit_layers: the layer that emitted each new token; of a verified draft, the layer that drafted it.
     """
 
     texts: list[str] | None

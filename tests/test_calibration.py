@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import binom
+from tiny_lm import compiled
 
 import sled
 from sled.calibration.learn_then_test import choose_threshold, fewest_losses, p_value, walk
 from sled.calibration.losses import common_subsequence, consistency, rouge
-from sled.decoding import loop
 from sled.demo.problems import problems, prompt
 from sled.errors import CalibrationError, PromptError, SettingError
 from sled.eval.numbers import final_answer
@@ -162,27 +162,20 @@ def test_the_guarantee_is_not_vacuous(risks, n):
     assert np.mean([c == FALLING[sum(r <= DELTA for r in risks) - 1] for c in chosen]) > 0.9
 
 
-@pytest.mark.parametrize(("delta", "epsilon"), [(0, 0.05), (1, 0.05), (0.1, 0), (0.1, 1), (float("nan"), 0.05)])
-def test_delta_and_epsilon_lie_between_0_and_1(delta, epsilon):
-    with pytest.raises(SettingError, match=r"(delta|epsilon) is .* number in \(0, 1\)"):
-        choose_threshold(table(0.0), (0.9,), delta, epsilon)
-
-
-@pytest.mark.parametrize(("grid", "says"), [
-    ((0.8, 0.9), "grid has 0.9 after 0.8, but must descend"), ((0.9, 0.9), "must descend"), ((), "descending tuple"),
-    (0.9, "descending tuple"), ("0.9", "descending tuple"), ((1.5, 0.9), "grid\\[0\\] is 1.5"),
-    ((0.9, -0.1), "grid\\[1\\] is -0.1")])
-def test_grids_descend_within_0_and_1(grid, says):
-    with pytest.raises(SettingError, match=says):
-        choose_threshold(table(0.0, 0.0), grid, DELTA, EPSILON)
-
-
-@pytest.mark.parametrize(("losses", "says"), [
-    ([[0.0, 1.2]], "is 1.2 for prompt 1"), ([[-0.1, 0.0]], "is -0.1 for prompt 0"), ([[0.0, None]], "is nan"),
-    ([["a"]], "not a number"), ([[]], "shape"), ([0.5], "shape"), ([[0.0], [0.0]], "2 rows of losses")])
-def test_losses_lie_in_the_unit_interval(losses, says):
-    with pytest.raises(CalibrationError, match=says):
-        choose_threshold(losses, (0.9,), DELTA, EPSILON)
+@pytest.mark.parametrize(("changed", "error", "says"), [
+    *((dict(zip(("delta", "epsilon"), pair, strict=True)), SettingError, r"(delta|epsilon) is .* number in \(0, 1\)")
+      for pair in ((0, 0.05), (1, 0.05), (0.1, 0), (0.1, 1), (float("nan"), 0.05))),
+    *((dict(grid=grid), SettingError, says) for grid, says in (
+        ((0.8, 0.9), "grid has 0.9 after 0.8, but must descend"), ((0.9, 0.9), "must descend"),
+        ((), "descending tuple"), (0.9, "descending tuple"), ("0.9", "descending tuple"),
+        ((1.5, 0.9), "grid\\[0\\] is 1.5"), ((0.9, -0.1), "grid\\[1\\] is -0.1"))),
+    *((dict(losses=losses), CalibrationError, says) for losses, says in (
+        ([[0.0, 1.2]], "is 1.2 for prompt 1"), ([[-0.1, 0.0]], "is -0.1 for prompt 0"), ([[0.0, None]], "is nan"),
+        ([["a"]], "not a number"), ([[]], "shape"), ([0.5], "shape"), ([[0.0], [0.0]], "2 rows of losses"))),
+], ids=str)
+def test_chances_grids_and_losses_out_of_range_are_named(changed, error, says):
+    with pytest.raises(error, match=says):
+        choose_threshold(*(dict(losses=table(0.0), grid=(0.9,), delta=DELTA, epsilon=EPSILON) | changed).values())
 
 
 def output(*tokens, texts=None):
@@ -255,9 +248,9 @@ QUICK = dict(exits=sled.EarlyExit(1), delta=0.2, epsilon=0.1, max_new_tokens=40,
 
 def test_a_whole_calibration_of_the_bundled_model(lm, asked, capsys):
     prompts = [prompt(p.question) for p in asked]
-    before = loop.decode._cache_size()
+    before, *_ = compiled()
     made = sled.calibrate(lm, prompts, **{**QUICK, "progress": True}, grid=(0.95, 0.9, 0.05, 0.01))
-    assert loop.decode._cache_size() <= before + 2  # with and without exits: no threshold compiles again
+    assert compiled()[0] <= before + 2  # with and without exits: no threshold compiles again
     assert made.threshold in (0.95, 0.9) and made.loss == "rouge" and made.prompts == 24
     assert [step.threshold for step in made.steps] == [0.95, 0.9, 0.05]  # ended at the first that failed
     assert made.steps[0].mean_depth >= made.steps[1].mean_depth > made.steps[2].mean_depth >= 1

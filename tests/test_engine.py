@@ -240,7 +240,7 @@ def test_the_operators_floor_holds_for_every_request(lm):
     for exits, message in (
             (dataclasses.replace(floor, threshold=(0.9, 0.4)), "0.4.*0.5 at the lowest"),
             (dataclasses.replace(floor, threshold=np.array([0.9, 0.1])), "0.1.*0.5 at the lowest"),
-            (dataclasses.replace(floor, min_layer=1), "after layer 1.*min_layer=2")):
+            (dataclasses.replace(floor, min_layer=1), "after layer 1.*allows 2")):
         with pytest.raises(SettingError, match=message):
             engine.submit([7], exits=exits)
     for hidden in (dict(threshold=np.array([np.nan, 0.0])), dict(threshold=(np.array(np.nan), 0.0)),

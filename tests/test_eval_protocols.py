@@ -88,7 +88,7 @@ def test_gsm8k_number(text, number):
     ("", True, None),
 ])
 def test_strategyqa_yes_or_no(text, yes, said):
-    assert strategyqa.says_yes(text) == yes
+    assert strategyqa.is_yes(text) == yes
     assert strategyqa.stated(text) == said
 
 

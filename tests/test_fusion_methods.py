@@ -1,7 +1,5 @@
 """DoLa, Confident Decoding, layer averaging and plain decoding against direct numpy forms."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +12,7 @@ from sled.fusion.dola import final_divergence
 FORMS = [(None, 1), (16, 1), (10, 3)]  # vocabulary 99: neither 16 nor 10 divides its part
 
 
-@functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+@jax.jit
 def fuse(strategy, h_BCD, head):
     return strategy.logits(h_BCD, head)
 

@@ -1,6 +1,5 @@
 """SLED's numbers: against the released code, an extended-precision oracle, and the textbook form."""
 
-import functools
 import pathlib
 
 import jax
@@ -19,11 +18,7 @@ REFERENCE = np.load(FIXTURES / "sled_reference.npz")
 FORMS = [(None, 1), (50, 4)]
 
 
-# Compiled in haste: the tests are about numbers.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@jit
+@jax.jit
 def fuse(strategy, h_BCD, head):
     """Compiled once per shape: every setting below is traced."""
     stats = layer_statistics(h_BCD, head, strategy.max_scale, strategy.temperature)
@@ -186,10 +181,10 @@ def test_half_precision_weights_give_float32_statistics():
 def test_large_vocabulary_by_blocks(monkeypatch):
     logits_BCV = 5 * jax.random.normal(jax.random.key(0), (2, 4, 77))
     head = identity_head(77)
-    whole = jit(layer_statistics, static_argnums=2)(logits_BCV, head, 10)
+    whole = jax.jit(layer_statistics, static_argnums=2)(logits_BCV, head, 10)
     for block in (11, 20):
         monkeypatch.setattr(partial, "_BLOCK", block)
-        blocks = jit(lambda h, head: layer_statistics(h, head, 10))(logits_BCV, head)
+        blocks = jax.jit(lambda h, head: layer_statistics(h, head, 10))(logits_BCV, head)
         for a, b in zip(whole, blocks, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
@@ -210,7 +205,7 @@ def test_rows_do_not_see_each_other(tile):
     together = jax.tree.map(lambda *leaves: jnp.asarray(leaves), *rows)
     *_, batch_BV = fuse(together, h_BCD, head)
     np.testing.assert_allclose(batch_BV, alone_BV, rtol=1e-5, atol=1e-5)
-    mapped_BV = jit(jax.vmap(lambda s, h_CD: s.logits(h_CD[None], head)[0]))(together, h_BCD)
+    mapped_BV = jax.jit(jax.vmap(lambda s, h_CD: s.logits(h_CD[None], head)[0]))(together, h_BCD)
     np.testing.assert_allclose(mapped_BV, alone_BV, rtol=1e-5, atol=1e-5)
 
 
@@ -222,7 +217,7 @@ def test_clamp_only_is_sled_at_rate_zero(tile, log_softmax):
     clamp = ClampOnly(7, log_softmax=log_softmax)
     assert clamp.early_layers(12, tied=True) == ()
     *_, sled_BV = fuse(SLED(0.0, 7, log_softmax=log_softmax), h_BCD, head)
-    clamp_BV = jit(lambda s, h, head: s.logits(h, head))(clamp, h_BCD[:, -1:], head)
+    clamp_BV = jax.jit(lambda s, h, head: s.logits(h, head))(clamp, h_BCD[:, -1:], head)
     np.testing.assert_allclose(clamp_BV, sled_BV, rtol=1e-5)
 
 

@@ -316,7 +316,7 @@ def test_a_vocabulary_that_does_not_divide_stays_whole_over_tensor():
     (dict(coordinator="a:1"), "lacks count and index: "), (dict(count=2, index=0), "lacks coordinator: "),
     (dict(coordinator="a", count=2, index=0), "coordinator is 'a', but must be host:port"),
     (dict(coordinator="a:1", count=2, index=2), r"Processes\.index is 2, but must be a whole number from 0 to 1"),
-    (dict(cluster="k8s"), "cluster is 'k8s', but must be 'tpu' or 'slurm'"),
+    (dict(cluster="k8s"), "cluster is 'k8s', but must be one of 'tpu', 'slurm'; None is what the environment says"),
     (dict(cluster="tpu", coordinator="a:1", count=2, index=0), "give one of the two"),
 ])
 def test_settings_of_processes_that_do_not_belong_together_are_refused(settings, says):

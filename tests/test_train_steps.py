@@ -37,6 +37,7 @@ CONFIG = DecoderConfig("llama", vocab_size=20, width=16, mlp_width=24, num_layer
 RECIPE = Recipe(batch=4, context=9, exits=WeightedExits(LayerSkipWeights(1.0), Rotational(2)), z_loss=1e-2, distill=0.3,
                 temperature=2.0)  # layers 1 and 3 at step 0, where 1 weighs 0, and layers 2 and 3 at step 1
 SGD = optax.sgd(1.0)  # a step's change is its gradient
+NEVER = LayerDropout(0.0, rescale=False)  # it is traced, so one program serves all rates
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,10 @@ def batch():
 
 @pytest.fixture(scope="module")
 def step(model):
-    """`step(batch, dropout=None, **changes)`: a step with SGD from the first state; compiled once per recipe."""
+    """`step(batch, dropout, **changes)`: a step with SGD from the first state; compiled once per recipe."""
     compiled = {}
 
-    def taken(batch, dropout=None, number=1, **changes):
+    def taken(batch, dropout=NEVER, number=1, **changes):
         key = tuple(sorted(changes.items()))
         if key not in compiled:
             compiled[key] = make_train_step(model, dataclasses.replace(RECIPE, **changes), SGD)
@@ -116,7 +117,7 @@ def test_a_step_goes_down_the_plain_formula(model, step, batch, log_p):
     best = log_p[2].argmax(-1) == batch.tokens_BT[:, 1:]
     np.testing.assert_allclose(taken.metrics.accuracy, (best * share_BT).sum(), rtol=1e-5)
     before = step(batch, number=0)
-    assert before.metrics.layers_E.tolist() == [1, 3] and before.programs == taken.programs
+    assert before.metrics.layers_E.tolist() == [1, 3] and before.programs == 1
     np.testing.assert_allclose(before.metrics.nll_E, [np.nan, nll_L[2]], rtol=1e-5)  # layer 1 weighs 0
 
 
@@ -130,12 +131,9 @@ def test_parts_of_a_batch_add_up_to_the_whole(step, batch):
 
 def test_dropped_layers_are_those_of_the_draw(step, batch):
     """At a rate near 1 the last layer is left out of every row, and the first, whose rate is 0, of none."""
-    never = LayerDropout(0.0, rescale=False)
     for changes in ({}, {"accumulate": 2}):
-        plain, without = step(batch, **changes), step(batch, never, **changes)
-        close(without.gradient, plain.gradient, rtol=1e-6, atol=1e-7)
         dropped = step(batch, LayerDropout(0.999, rescale=False), **changes)
-        assert dropped.programs == without.programs  # another rate compiles nothing
+        assert dropped.programs == 1  # another rate compiles nothing
         moved = [np.asarray(leaf).any(axis=(1, 2)) for leaf in jax.tree.leaves(dropped.gradient["layers"]["mlp"])]
         assert all(leaf[0] and not leaf[-1] for leaf in moved)
 

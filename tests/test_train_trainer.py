@@ -266,12 +266,12 @@ def run_of(tmp_path, data, **changes):
 
 
 def test_exits_of_ones_own_are_weighted_as_the_recipe_does():
-    assert RecipeOptions("finetune", exits=(2, 4)).made().exits == WeightedExits(LayerSkipWeights(1.0),
+    assert RecipeOptions("finetune", exit_layers=(2, 4)).made().exits == WeightedExits(LayerSkipWeights(1.0),
                                                                                  AllExits((2, 4)))
-    assert RecipeOptions("plain", exits=(3,)).made().exits == WeightedExits(UniformWeights(), AllExits((3,)))
+    assert RecipeOptions("plain", exit_layers=(3,)).made().exits == WeightedExits(UniformWeights(), AllExits((3,)))
     assert RecipeOptions("finetune").made().exits.curriculum == Rotational(16)
     with pytest.raises(SettingError, match="names layer 1, which learns nothing with --recipe finetune"):
-        RecipeOptions("finetune", exits=(1, 2)).made()
+        RecipeOptions("finetune", exit_layers=(1, 2)).made()
 
 
 def test_a_run_that_is_ended_saves_no_weights_that_are_not_finite(tmp_path, data, monkeypatch, capsys):

@@ -37,7 +37,7 @@ class SledLM(TemplateLM):
 
     batch_size: prompts decoded, and continuations scored, together.
     max_new_tokens: the most tokens for an answer, whatever the task asks for; None: what it asks for, or 256.
-    normalise: whether scores are log-probabilities, or the fusion's own values as they are (`LM.score`).
+    normalise: True makes scores log-probabilities, False the fusion's own values as they are (`LM.score`).
     seed: of methods and tasks that draw; text r of document d draws from random stream seed + d * repeats + r.
     cache: answers made before; None keeps them in memory.
     weights: the digest of `lm`'s weights, where it is known already.
@@ -65,7 +65,7 @@ class SledLM(TemplateLM):
         self._answers = (cache or Cache()).under(self.settings())
 
     def settings(self) -> dict[str, Any]:
-        """All that decides an answer besides the request, as JSON has it."""
+        """The settings that decide an answer besides the request, as JSON has them."""
         return {"weights": self.weights, "model": describe(self.lm.config), "tokenizer": self.lm.text.digest,
                 "dtype": str(jax.tree.leaves(self.lm.params)[0].dtype), "method": self.method.settings(),
                 "normalise": self.normalise, "device": jax.devices()[0].device_kind,
@@ -88,7 +88,7 @@ class SledLM(TemplateLM):
 
     @functools.cached_property
     def prefix_token_id(self) -> int:
-        """What an empty context is: the model's BOS token, or else its EOS token."""
+        """The token of an empty context: the model's BOS token, or else its EOS token."""
         return self._named_id("bos_token", ()) if "bos_token" in self.special.tokens else self.eot_token_id
 
     def _named_id(self, name: str, otherwise: Sequence[int]) -> int:
@@ -163,7 +163,7 @@ class SledLM(TemplateLM):
                 for (total, greedy), (_, continuation) in zip(answers, pairs, strict=True)]
 
     def _window(self, texts, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What fits of a context and its continuation, cut from the left; the last token takes no place."""
+        """A context cut from the left so that it and the continuation fit; the last token takes no place."""
         if not 1 <= len(continuation) <= self.max_length:
             why = ("shares its only token with the context" if not continuation else
                    f"is {len(continuation)} tokens long, but the model's context holds {self.max_length}")

@@ -1,4 +1,4 @@
-"""What a model's folder says about its tokenizer besides `tokenizer.json`: special tokens, and the chat template.
+"""Special tokens and the chat template of a model's folder: its tokenizer's settings besides `tokenizer.json`.
 
 Read as transformers reads it, and without it: `tokenizer_config.json`, `special_tokens_map.json`,
 `chat_template.jinja`.
@@ -24,7 +24,7 @@ CONTINUE = "<<the message goes on here>> "  # the blank tells whether a template
 class TokenizerSettings:
     """tokens: the special tokens by name (`bos_token`, ...). template: the chat template, or None.
 
-    What else these files say is not read: with which tokens texts begin and end is in `tokenizer.json`, and
+    Nothing else of these files is read: the tokens that begin and end texts are in `tokenizer.json`, and
     transformers, too, drops `add_bos_token` and `add_eos_token` where there is one.
     """
 

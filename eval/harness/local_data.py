@@ -20,7 +20,7 @@ Data = str | os.PathLike | Sequence[str] | Mapping[str, str | os.PathLike]
 
 
 def paths_by_task(data: Data | None, tasks: Sequence[str]) -> dict[str, Path]:
-    """Which task's data lie where.
+    """The path of each task's data.
 
     data: a mapping from tasks to paths, or strings "TASK=PATH", or a single path, when there is one task.
     Raises EvaluationError where it names no task of these, or one twice, or does not say which is meant.
@@ -49,7 +49,7 @@ def paths_by_task(data: Data | None, tasks: Sequence[str]) -> dict[str, Path]:
 
 
 def overrides(name: str, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What changes in a task's configuration when its data are those of `path`.
+    """The changes to a task's configuration that give it the data of `path`.
 
     config: the task's own, its functions not resolved. path: a file (JSON Lines, JSON, Parquet or CSV), which is what
         the task is evaluated on, or a folder of such files that are called after splits (`test.jsonl`, `train.jsonl`).

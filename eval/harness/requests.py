@@ -58,12 +58,12 @@ class GenerationRequest:
     seed: int | None
 
     def described(self) -> dict[str, Any]:
-        """All that decides the text, besides model and method, as JSON has it."""
+        """The fields as JSON has them: with model and method, they decide the text."""
         return {"ids": self.ids, **vars(self.settings), "sampling": describe(self.settings.sampling), "seed": self.seed}
 
 
 def _sampling(asked: Mapping[str, Any]) -> Sampling:
-    """Of a greedy request only the repetition penalty has a meaning."""
+    """The request's sampling; if it is greedy, only the repetition penalty has a meaning."""
     names = OF_SAMPLING if asked["do_sample"] else ("repetition_penalty",)
     try:
         return Sampling(**{name: asked[name] for name in names if name in asked})

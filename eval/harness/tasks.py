@@ -51,7 +51,7 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
     """Tasks as `lm_eval.evaluate` takes them: {"tasks": ..., "groups": ..., "group_map": ...}.
 
     names: of tasks, groups or tags, or YAML files. data: as `paths_by_task` has it, in place of a task's own.
-    include_path: folders with more tasks, which go before others of the same name. metadata: what tasks may be told.
+    include_path: folders with more tasks, which go before others of the same name. metadata: values for tasks to read.
     num_fewshot: examples before each question; None: what the task says. A task that says 0 keeps it, as in the
         harness. seed: of what tasks draw from Python's random numbers; fewshot_seed: of their choice of examples.
 
@@ -82,7 +82,7 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
             loaded["groups"] |= some["groups"]
             loaded["group_map"] |= some["group_map"]
     for task in loaded["tasks"].values():
-        _settle(task, num_fewshot)
+        _prepare(task, num_fewshot)
         _check_examples(task)
     _check_metadata(loaded["tasks"].values(), metadata or {})
     begin_anew(loaded["tasks"].values(), seed, fewshot_seed)
@@ -112,8 +112,8 @@ def _load(found: TaskManager, name: str, spec: Any) -> dict[str, Any]:
                               "does it fit its data, and is what it imports installed?") from reason
 
 
-def _settle(task: Any, num_fewshot: int | None) -> None:
-    """What `lm_eval.simple_evaluate` does to tasks, without its survey of the machine, which takes seconds a call."""
+def _prepare(task: Any, num_fewshot: int | None) -> None:
+    """Prepares a task as `lm_eval.simple_evaluate` does, without its survey of the machine, which takes seconds."""
     name = task.config.task
     if getattr(task, "MULTIMODAL", False):
         raise EvaluationError(f"the task {name!r} shows images or sounds, but the models here read text; "

@@ -1,4 +1,4 @@
-"""Which of several scored answers wins: the arithmetic of FACTOR and of TruthfulQA's MC1, MC2 and MC3.
+"""The winner among several scored answers: the arithmetic of FACTOR and of TruthfulQA's MC1, MC2 and MC3.
 
 Scores are log-probabilities of whole answers, or what a fusion of layers makes of them. Plain Python.
 """
@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 
 class Scored(tuple):
-    """What the harness expects for a continuation, (sum of its tokens' log-probabilities, whether greedy decoding
-    would say it), and besides, how many `tokens` were summed: the harness has no place for that.
+    """The harness's pair for a continuation, (sum of its tokens' log-probabilities, whether greedy decoding gives it),
+    with the number of `tokens` that were summed, for which the harness has no place.
     """
 
     tokens: int
@@ -27,9 +27,9 @@ class Scored(tuple):
 
 
 def first_wins(scores: Sequence[float]) -> bool:
-    """FACTOR: whether no other score is above the first one, that of the true completion. A tie is a win.
+    """FACTOR: no other score is above the first one, that of the true completion. A tie is a win.
 
-    As in the authors' code, but for scores that say nothing: with minus infinity or NaN for the true completion, or
+    As in the authors' code, but for scores that are no numbers: with minus infinity or NaN for the true completion, or
     NaN for another, it does not win. (Theirs would let it: such scores are never less than another.)
     """
     first, *others = scores

@@ -51,7 +51,7 @@ def stated_number(text: str) -> str | None:
 
 
 def same_value(number: str, text: str) -> bool:
-    """Whether math-verify finds `number` in what the text gives as its answer; another spelling of it is right too."""
+    """True if math-verify finds `number` in the text's answer; another spelling of it is right too."""
     from math_verify import parse, verify  # not needed for the rest
 
     return verify(parse(number), parse(answer_part(text)[0]))

@@ -26,21 +26,21 @@ def row_with_facts(raw: Mapping, place: str) -> dict:
 
 
 def stated(text: str) -> str | None:
-    """What stands between the first "answer is" and the next full stop, in lower case; None without "answer is"."""
+    """The text between the first "answer is" and the next full stop, in lower case; None without "answer is"."""
     _, *after = text.lower().split("answer is")
     return after[0].partition(".")[0].strip() if after else None
 
 
-def says_yes(text: str) -> bool:
+def is_yes(text: str) -> bool:
     """The answer that the authors read: yes where "yes" is what is stated; no where anything else is.
 
-    A text that states nothing is taken for no where it contains the letters "no" (as in "know"), and else for yes:
-    an empty text says yes.
+    A text that states nothing is taken for no where it contains the letters "no" (as in "know"), and else for yes: an
+    empty text is a yes.
     """
-    said = stated(text)
-    return "no" not in text.lower() if said is None else said == "yes"
+    answer = stated(text)
+    return "no" not in text.lower() if answer is None else answer == "yes"
 
 
 def results(doc: Mapping, texts: Sequence[str]) -> dict[str, float]:
-    """acc, the authors' accuracy; stated, the share of texts that state yes or no: the rest of acc is guessed."""
-    return {"acc": float(says_yes(texts[0]) == doc["answer"]), "stated": float(stated(texts[0]) in ("yes", "no"))}
+    """acc, the authors' accuracy; stated, the share of texts that state yes or no: the rest of acc is chance."""
+    return {"acc": float(is_yes(texts[0]) == doc["answer"]), "stated": float(stated(texts[0]) in ("yes", "no"))}

@@ -37,15 +37,15 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     """Scores of every method on every task, and how sure the differences from a baseline are.
 
     tasks: names of tasks, groups or tags of the harness, of this library (`sled_demo`) or of `include_path`.
-    methods: what is compared; see `sled.eval.methods.baselines` for what belongs beside a method.
+    methods: those to compare; `sled.eval.methods.baselines` gives those that belong beside a method.
     against: the name of the baseline; None: the first method that is plain decoding, or else the first.
     data: a task's data from local files: a mapping from tasks to paths, "TASK=PATH", or a path for a single task.
-    include_path: folders with more tasks, as YAML files. metadata: what tasks may be told.
+    include_path: folders with more tasks, as YAML files. metadata: values that tasks may read.
     limit: only so many samples of each task, the first; None: all.
     num_fewshot: examples before each question; None: as the task says. A task that says 0 keeps to it.
     apply_chat_template: prompts as the model's chat template has them. system_instruction: put before all else.
     max_new_tokens: the most tokens for an answer; None: what the task says, or 256.
-    normalise: whether tasks of log-likelihoods get these, or what the fusion gives as it is (`LM.score`).
+    normalise: True gives tasks of log-likelihoods these, False the fusion's own values as they are (`LM.score`).
     cache: a file that keeps every answer as it is made; the same call, after a kill, goes on from there.
     out: a folder for the report, written at the end; `report.json` comes last, so where it is, all is complete.
     seed: of methods and tasks that draw, of the bootstrap, and of Python's and numpy's random numbers; fewshot_seed: of

@@ -105,7 +105,8 @@ def _drafts(axes, lines: Sequence[Sequence[SweepRow]], styles: dict[str, tuple[s
         name, at = "place in the order of the sweep", lambda row: next(line.index(row) for line in lines if row in line)
     for line in lines:
         colour, marker = styles[line[0].layers]
-        axes.plot([at(row) for row in line], [row.relative_speed for row in line], color=colour, marker=marker,
+        ordered = sorted(line, key=at)
+        axes.plot(list(map(at, ordered)), [row.relative_speed for row in ordered], color=colour, marker=marker,
                   markersize=7, markerfacecolor="white", linewidth=1.4)
     axes.axhline(1, color=INK, linewidth=0.8, zorder=1)
     axes.set_xticks(sorted({at(row) for row in rows}))
@@ -137,7 +138,7 @@ def _differing(rows: Sequence[SweepRow]) -> list[str]:
 
 
 def _variant(swept: Swept, line: Sequence[SweepRow]) -> str:
-    """What tells a program of early exit from others besides its layers and what is swept in it: "margin"."""
+    """The settings that tell a program of early exit from others, besides its layers and those swept: "margin"."""
     lines = _lines(swept, verifies=False)
     swept_names = {name for each in lines for name in _differing(each)}
     apart = [name for name in _differing([each[0] for each in lines]) if name not in swept_names]

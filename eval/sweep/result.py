@@ -1,4 +1,4 @@
-"""What a sweep found: a row per method, in a file that survives a kill; its table; and the certified choice."""
+"""The result of a sweep: a row per method, in a file that survives a kill; the table; and the certified choice."""
 
 from __future__ import annotations
 

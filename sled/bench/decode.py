@@ -15,7 +15,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from sled.bench.report import BenchReport, column
-from sled.bench.rival import NOT_INSTALLED, transformers_twin
+from sled.bench.rival import NOT_INSTALLED, greedy, transformers_twin
 from sled.fusion import SLED, FinalLayer
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
@@ -95,25 +95,12 @@ def _measure(ways, batch: int, new_tokens: int, rounds: int, vocabulary: int, ba
 
 
 def _own_ways(lm: LM):
-    def way(fusion):
-        def run(prompts, tokens):
-            return lm.generate(prompts.tolist(), max_new_tokens=tokens, fusion=fusion).stats.new_tokens
-        return run
-
+    way = lambda fusion: lambda prompts, tokens: lm.generate(  # noqa: E731
+        prompts.tolist(), max_new_tokens=tokens, fusion=fusion).stats.new_tokens
     return {"greedy": way(FinalLayer()), "SLED": way(SLED())}
 
 
 def _transformers_way(model: Decoder):
-    rival = transformers_twin(model)
-    import torch
-
-    rival.generation_config.eos_token_id = None
-    rival.generation_config.pad_token_id = 0
-
-    def run(prompts, tokens):
-        ids = torch.tensor(prompts)
-        with torch.no_grad():
-            out = rival.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
-        return out.numel() - ids.numel()
-
-    return run
+    twin = transformers_twin(model)
+    twin.generation_config.update(eos_token_id=None, pad_token_id=0)
+    return lambda prompts, tokens: greedy(twin, prompts, tokens).numel()

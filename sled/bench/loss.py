@@ -97,7 +97,7 @@ def _again(h_END, w_VD, targets_N, weights_E):
 
 
 def _three_products(h_END, w_VD, targets_N, weights_E):
-    """As many and as large products as loss and gradient need, with nothing between them."""
+    """The products that loss and gradient need, in number and size, with nothing between them."""
 
     def step(dw_VD, h_ND):
         logits_NV = h_ND @ w_VD.T

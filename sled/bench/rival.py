@@ -18,3 +18,14 @@ def transformers_twin(decoder: Decoder):
     with tempfile.TemporaryDirectory() as folder:
         save_folder(decoder, Path(folder) / "model")
         return AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=torch.float32).eval()
+
+
+def greedy(twin, prompts, max_new_tokens: int, **how):
+    """The new tokens [B, T] of transformers' greedy `generate` after prompts of one length."""
+    import torch
+
+    ids_BT = torch.tensor(prompts)
+    with torch.no_grad():
+        out_BT = twin.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), do_sample=False,
+                               max_new_tokens=max_new_tokens, **how)
+    return out_BT[:, ids_BT.shape[1]:]

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from sled.bench.rival import greedy
 from sled.demo.problems import problems, prompt, stream
 from sled.lm import LM
 from sled.timing import Times, interleave
@@ -109,8 +110,6 @@ def their_way(twin, questions: list[list[int]], exit_layer: int | None = None, d
 
     draft: tokens before verification; None keeps its own way, 20 or up to one less probable than 0.4.
     """
-    import torch
-
     passes = Counter()
     layers = twin.model.layers
     drafting = dict(num_assistant_tokens=draft, num_assistant_tokens_schedule=draft and "constant",
@@ -120,13 +119,8 @@ def their_way(twin, questions: list[list[int]], exit_layer: int | None = None, d
         twin.generation_config.update(**drafting)  # it reads these nowhere else
         hooks = [layers[at].register_forward_hook(lambda *_, at=at: passes.update([at])) for at in (0, -1)]
         passes.clear()
-        made = []
-        for question in questions:
-            ids = torch.tensor([question])
-            with torch.no_grad():
-                out = twin.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                                    max_new_tokens=MAX_NEW_TOKENS, assistant_early_exit=exit_layer)
-            made.append(out[0, len(question):].tolist())
+        made = [greedy(twin, [question], MAX_NEW_TOKENS, assistant_early_exit=exit_layer)[0].tolist()
+                for question in questions]
         for hook in hooks:
             hook.remove()
         # A draft is a pass of the first layer without the last; a verification adds a token to the accepted drafts.

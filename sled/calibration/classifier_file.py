@@ -1,4 +1,4 @@
-"""A trained classifier on disk: one safetensors file, whose header says for which model and exits it holds."""
+"""A trained classifier on disk: one safetensors file, whose header names the model and the exits it holds for."""
 
 from __future__ import annotations
 

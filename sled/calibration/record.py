@@ -31,7 +31,7 @@ class Step:
     """One threshold that was tried.
 
     mean_loss: over the prompts; p_value: of "the expected loss is more than delta"; mean_depth: mean over the new
-    tokens of the layer that said them.
+    tokens of the layer that emitted them.
     """
 
     threshold: float

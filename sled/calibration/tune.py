@@ -21,7 +21,7 @@ class Trial:
     """One way to decode the prompts.
 
     seconds: of the fastest round, compilation not included; median: of the median round.
-    mean_depth: mean over the new tokens of the layer that said them.
+    mean_depth: mean over the new tokens of the layer that emitted them.
     same_texts: share of the prompts whose tokens are all as without early exit.
     """
 

@@ -53,9 +53,9 @@ class Sweep:
     """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4.
     Left out: an eighth, a quarter, half and three quarters of the layers."""
     thresholds: tuple[float, ...] = (0.98, 0.9, 0.8, 0.7, 0.5)
-    """Early exit: how sure an exit must be. None behind the option: no early exit in the sweep."""
+    """Early exit: the confidence that an exit must have. None behind the option: no early exit in the sweep."""
     measures: tuple[Measure, ...] = (sled.EarlyExit.measure,)
-    """Early exit: what sure means."""
+    """Early exit: the measure of confidence."""
     kv: KV = sled.EarlyExit.kv
     draft_layers: tuple[int, ...] | None = None
     """Self-speculation: after which layers to draft. Left out: as for --exit-layers."""

@@ -2,7 +2,7 @@
 
 The exits of a policy cut the layers into segments. A step runs the first segment on the newest token of every row that
 can go on. At an exit the policy decides: a row leaves, and the exit's logits are those of its next token, or it waits
-for the next segment. A deeper segment runs when the schedule says so, over all rows' pending tokens as one block:
+for the next segment. A deeper segment runs when it is due by the schedule, over all rows' pending tokens as one block:
 waiting rows get what they wait for, tokens that left earlier get their exact K/V in passing. Where the policy's tokens
 are drafts, the last segment verifies them instead (`verify.py`). At its end the step emits: one choice and one write
 for all rows that got logits. Plain decoding is the case of one segment.

@@ -48,8 +48,8 @@ class Readout(NamedTuple):
     def form(self, layer: int, norm_early: bool) -> Literal["raw", "normed", "head"]:
         """The form in which early layer `layer` enters a fusion: as it is, normed, or made ready by its exit head.
 
-        A layer with a head goes through it whatever `norm_early` says: a head is trained for what it gives. Not if the
-        head has its own projection, which says nothing of how the state looks to the one that a fusion shares.
+        A layer with a head goes through it whatever `norm_early` is: a head is trained for what it gives. Not if the
+        head has its own projection: then its state is made for that, not for the projection that a fusion shares.
         """
         head = self.network.exit_head(layer)
         if head is not None and head.projection is None:
@@ -82,12 +82,12 @@ class Readout(NamedTuple):
 
         return jnp.stack([*map(early_one, early), self.ready(states[last], last)], axis=-2)
 
-    def fuse(self, fusion, states: Mapping[int, jax.Array], last: int, *, places: int | None = None) -> jax.Array:
-        """The fusion's logits [P, V] at P places where `last` is the last layer: the model's end, or an exit.
+    def fuse(self, fusion, states: Mapping[int, jax.Array], last: int, *, positions: int | None = None) -> jax.Array:
+        """The fusion's logits [P, V] at P positions where `last` is the last layer: the model's end, or an exit.
 
-        states: hidden states [P, D] by layer, at least those that the fusion looks at. places: how many
+        states: hidden states [P, D] by layer, at least those that the fusion looks at. positions: how many
         there are in all, where P is only a part of them (under `vmap`).
         """
         h_PCD = self.candidates(states, self.early_layers(fusion, last), fusion.norm_early, last)
-        rows = (places or h_PCD.shape[0]) * h_PCD.shape[1]
+        rows = (positions or h_PCD.shape[0]) * h_PCD.shape[1]
         return fused_logits(fusion, h_PCD, self.head(last).w_VD, rows)

@@ -18,7 +18,7 @@ from sled.decoding.state import DecodeState, Plan
 
 
 class Context(NamedTuple):
-    """What one call of `decode` works with, and what may be said of a state under it.
+    """All that one call of `decode` works with, and predicates of a state under it.
 
     pause_len_B: known tokens at which a row pauses or stops. prepared: see `Policy.prepare`.
     """

@@ -189,7 +189,7 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
 
 @functools.partial(jax.jit, static_argnames=("build", "plan"))
 def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, memory, *, plan: Plan) -> DecodeState:
-    """A state with these tokens and no K/V yet; `start` says what the arguments are."""
+    """A state with these tokens and no K/V yet; the arguments are those of `start`."""
     network = build(params)
     batch, slots = tokens_BS.shape
     zero_B = jnp.zeros(batch, jnp.int32)

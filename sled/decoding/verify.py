@@ -34,7 +34,7 @@ def verify(run: Context, state: DecodeState) -> tuple[DecodeState, jax.Array]:
     draft_BT = jnp.take_along_axis(text.tokens_BS, jnp.where(drafted_BT, position_BT + 1, 0), axis=1)
     accepted_B = jnp.cumprod((drafted_BT & (draft_BT == chosen_BT)).astype(jnp.int32), axis=1).sum(1)
 
-    # A new token: in place of the first wrong draft, or after the last pending position if no draft follows it.
+    # A new token: instead of the first wrong draft, or after the last pending position if no draft follows it.
     fresh_B = accepted_B < count_B
     token_B = jnp.take_along_axis(chosen_BT, jnp.minimum(accepted_B, size - 1)[:, None], axis=1)[:, 0]
     length_B = jnp.where(fresh_B, progress.complete_B + accepted_B + 1, text.length_B)
@@ -58,14 +58,13 @@ def verify(run: Context, state: DecodeState) -> tuple[DecodeState, jax.Array]:
 
 def _last_layer_choices(run: Context, state: DecodeState, states, position_BT):
     """The last layer's token after every position [B, T], as plain decoding would choose it there."""
-    places = position_BT.size
 
     def choose_at(states, position_B):
-        logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[-1], places=places)
+        logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[-1], positions=position_BT.size)
         seen_BV = lambda: seen_tokens(state.text.tokens_BS, position_B + 1, logits_BV.shape[-1])  # noqa: E731
         return choose(processed_logits(logits_BV, seen_BV, run.sampling), run.sampling, state.text.keys_B,
                       position_B + 1)
 
-    # Place by place under vmap, not as more rows: numbers per row [B] of the fusion keep their meaning.
+    # Position by position under vmap, not as more rows: numbers per row [B] of the fusion keep their meaning.
     needed = {n: states[n] for n in run.plan.decisive_layers(run.plan.last) if n in states}
     return jax.vmap(choose_at, in_axes=1, out_axes=1)(needed, position_BT)

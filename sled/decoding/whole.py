@@ -30,7 +30,7 @@ class Generated(NamedTuple):
 def generate(build: Build, params: Any, *, policy, timing: Timing, fusion, sampling: Sampling, tokens_BS, length_B,
              new_B, seeds_B, stop_ids, max_positions: int) -> Generated:
     """Continues each row's prompt until a token of `stop_ids` [K] (it included), for `new_B` tokens, or to the end of
-    the row's S places or of the model's `max_positions`.
+    the row's S positions or of the model's `max_positions`.
 
     tokens_BS: prompts, from the left; length_B: of each, 1 .. S. A row with `new_B` 0 gets nothing. The same tokens as
     `Generation` gives; B and S may be symbolic dimensions (`jax.export`).

@@ -26,9 +26,9 @@ DECAYS = ("none", "calm-paper", "calm-code")
 class EarlyExit(Policy):
     """A token leaves after the first of `layers` whose confidence is above the threshold.
 
-    The exit speaks with the fusion in use, on the layers up to the exit, through its own head where the
+    The exit's logits are those of the fusion in use, on the layers up to the exit, through its own head where the
     model has one (`sled.models.ExitHeads`). Rows decide alone: neither batch-mates nor the schedule
-    change what a row says. A confidence that is not finite goes on to the last layer, and so do the tokens of the
+    change a row's tokens. A confidence that is not finite goes on to the last layer, and so do the tokens of the
     prompt, but for the last one, after which the first new token may leave as any other.
 
     With "calm-paper" the threshold lambda falls with t, the tokens made so far of at most N, to 0.9 lambda +

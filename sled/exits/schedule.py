@@ -1,6 +1,6 @@
 """When the deeper layers run: at once, when nobody can go on without them, or when it pays.
 
-A schedule decides about time alone. What a row says does not depend on it.
+A schedule decides about time alone. A row's tokens do not depend on it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NEVER = 2**30
 class Timing(NamedTuple):
     """What every schedule comes down to; traced, so that changing the schedule compiles nothing.
 
-    Deeper layers run when `rows` rows wait for them, or when one has waited for `patience` ticks.
+    Deeper layers run when `rows` rows wait for them, or when one has waited for `patience` steps.
     """
 
     rows: int
@@ -29,7 +29,7 @@ class Timing(NamedTuple):
     def due(self, waiting_B, waited_B, full_B, ready_B) -> jax.Array:
         """Whether a segment runs now (a scalar). All [B].
 
-        waiting: rows that cannot go on without it; waited: for how many ticks; full: waiting because no
+        waiting: rows that cannot go on without it; waited: for how many steps; full: waiting because no
         further token of the row may be deferred; ready: can go on without it.
         """
         longest = jnp.where(waiting_B, waited_B, -1).max()
@@ -56,7 +56,7 @@ class Immediate:
 class Lockstep:
     """All rows go at the pace of the slowest: the baseline of batched early exit.
 
-    With early exit every row makes one token a tick, so deeper layers run in each tick in which any row
+    With early exit every row makes one token a step, so deeper layers run in each step in which any row
     needs them, as in `Immediate`. With self-speculation all rows end their drafts before any is verified.
     """
 
@@ -68,7 +68,7 @@ class Lockstep:
 class Gather:
     """Rows that need deeper layers wait until `rows` of them do; the others go on meanwhile.
 
-    The deeper layers also run when one row has waited `patience` ticks, when a row has no room to defer
+    The deeper layers also run when one row has waited `patience` steps, when a row has no room to defer
     another token, and when no row can go on without them.
     """
 

@@ -1,4 +1,4 @@
-"""Self-speculation: the first layers guess, the whole model verifies, nothing is lost.
+"""Self-speculation: the first layers draft, the whole model verifies, nothing is lost.
 
 Elhoushi et al., "LayerSkip", ACL 2024 (arXiv 2404.16710); stopping below a confidence as in Zhang et
 al., "Draft & Verify", ACL 2024 (arXiv 2309.08168); the choice of draft length and exit by expected
@@ -24,16 +24,16 @@ from sled.settings.field import bound_of, setting
 from sled.settings.rules import Flag, Number, Whole, is_array
 
 KEEP = 0.95  # how much of the acceptance seen so far is kept at each verification (DEL)
-PRIOR = (3.0, 4.0)  # accepted and judged drafts before any was seen
+PRIOR = (3.0, 4.0)  # accepted drafts and all verified ones, before any was seen
 
 
 @settings
 class SelfSpeculation(Policy):
-    """Tokens are guessed after `layer` and verified by all layers together, as one block.
+    """Tokens are drafted after `layer` and verified by all layers together, as one block.
 
     The text is the one that plain decoding with the same fusion, sampling and seed gives, token for
-    token: when sampling, guess and verification take the same random numbers (Gumbel-max coupling,
-    Daliri et al. 2024, arXiv 2408.07978), so a guess is right when both choose alike, and a wrong one is
+    token: when sampling, draft and verification take the same random numbers (Gumbel-max coupling,
+    Daliri et al. 2024, arXiv 2408.07978), so a draft is right when both choose alike, and a wrong one is
     replaced by what plain decoding would have drawn. Rows of a batch keep prefixes of different length.
 
     A draft is made through the exit's own head where the model has one.
@@ -60,7 +60,7 @@ class SelfSpeculation(Policy):
             ids = self.vocabulary if is_array(self.vocabulary) else np.asarray(self.vocabulary)
             if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
                 raise SettingError(f"SelfSpeculation.vocabulary is {self.vocabulary!r}, but must be a list of token "
-                                   "ids; None guesses from all")
+                                   "ids; None drafts from all")
             object.__setattr__(self, "vocabulary", ids)
         if len(self.layer) > 1 and not self.adaptive:
             raise SettingError(f"SelfSpeculation.layer is {self.layer}, but only adaptive=True chooses among several; "
@@ -72,7 +72,7 @@ class SelfSpeculation(Policy):
 
     @property
     def positions_per_token(self):
-        """Where every guess is wrong: the draft, and the token it began with."""
+        """Where every draft is wrong: their number, and the token they began with."""
         return self.draft + 1
 
     def exits(self, num_layers: int) -> tuple[int, ...]:

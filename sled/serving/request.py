@@ -63,7 +63,7 @@ class Piece:
     """What `Request.stream` yields: what is new of a request.
 
     text: held back while it may still be the beginning of a stop string or half a character; None without a tokenizer.
-    exit_layers: the layer that said each token; None unless the operator shows it.
+    exit_layers: the layer that emitted each token; None unless the operator shows it.
     """
 
     text: str | None
@@ -129,7 +129,7 @@ class Request:
         self._become("failed", reason)
 
     def take(self, tokens: list[int], exit_layers: list[int], drafted: int, accepted: int) -> None:
-        """All new tokens so far, the layers that said them, and the guesses judged and accepted."""
+        """All new tokens so far, the layers that emitted them, and the drafts verified and accepted."""
         with self._lock:
             if not self.ended:
                 self._row.update(tokens)
@@ -145,13 +145,13 @@ class Request:
         while True:
             with self._lock:
                 ended, layers, now = self.ended, self._exit_layers, self._row.tokens
-                said = None
+                whole = None
                 if self._text:
-                    said = self._row.text() if ended else self._row.final_text()
-            if len(now) > tokens or (said and said != text):
-                yield Piece(text=None if said is None else said[len(text):], tokens=now[tokens:],
+                    whole = self._row.text() if ended else self._row.final_text()
+            if len(now) > tokens or (whole and whole != text):
+                yield Piece(text=None if whole is None else whole[len(text):], tokens=now[tokens:],
                             exit_layers=layers[tokens:len(now)] if self._shown else None)
-                tokens, text = len(now), said or ""
+                tokens, text = len(now), whole or ""
             if ended:
                 self._raise()
                 return
@@ -171,7 +171,7 @@ class Request:
             exit_layers=self._exit_layers if self._shown else None, drafted=drafted, accepted=accepted)
 
     def _drive(self) -> None:
-        """A step of the engine. Where it fails, and this request with it, `_raise` says so."""
+        """A step of the engine. Where it fails, and this request with it, `_raise` raises."""
         try:
             self._step()
         except Exception:
@@ -179,7 +179,7 @@ class Request:
                 raise
 
     def _become(self, status: str, failure: Exception | None = None) -> None:
-        """Takes the status, unless the request has ended: whoever ends it first has the say."""
+        """Takes the status, unless the request has ended: whoever ends it first decides."""
         with self._lock:
             if not self.ended:
                 self.failure, self.status = failure, status

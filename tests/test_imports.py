@@ -1,0 +1,94 @@
+"""The order of the rooms, as CONTRIBUTING.md has it, holds over every import of the package; and rooms stay small."""
+
+import ast
+import collections
+import functools
+import graphlib
+import re
+from pathlib import Path
+
+import pytest
+
+import sled
+import sled.models
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"sled": "sled", "models": "sled.models", "train": "sled.train", "eval": "sled.eval"}
+
+
+def _module(file: Path) -> str:
+    folder, *rest = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join([FOLDERS[folder], *(part for part in rest if part != "__init__")])
+
+
+MODULES = {_module(file): file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))}
+
+
+def _room(module: str) -> str:
+    """The first folder below `sled`, or the file there; `sled` itself is its __init__.py."""
+    return module.split(".")[1] if "." in module else module
+
+
+def _imported(file: Path) -> list[tuple[str, int]]:
+    """Every name that a file imports, inside functions and for type checkers too, with its line."""
+    names = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names += [(alias.name, node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}:{node.lineno}: write the whole name of the module"
+            names += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
+    return names
+
+
+@functools.cache
+def _edges() -> list[tuple[str, str, str]]:
+    """(importing module, imported module, where) for all imports within the package, lazy ones included."""
+    edges = []
+    for module, file in MODULES.items():
+        for name, line in _imported(file):
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]
+            if name and name != module:
+                edges.append((module, name, f"{file.relative_to(ROOT)}:{line}"))
+    lazy = [("sled", home) for home in sled._HOME.values()]
+    lazy += [("sled.models", f"sled.models.{home}") for home in sled.models._HOMES.values()]
+    return [*edges, *((module, home, f"{module}.__getattr__") for module, home in lazy)]
+
+
+def _levels() -> list[list[str]]:
+    """The order that CONTRIBUTING.md has in its block, from the ground up; rooms between commas stand side by side."""
+    [block] = re.findall(r"^```\n(errors\b.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
+    return [level.replace(",", " ").split() for level in block.split("<")]
+
+
+def test_the_order_names_every_room_once():
+    named = [room for level in _levels() for room in level]
+    assert sorted(named) == sorted({_room(module) for module in MODULES})
+
+
+def test_imports_go_downwards():
+    level = {room: height for height, rooms in enumerate(_levels()) for room in rooms}
+    wrong = [f"{where}: {_room(module)} imports {name}" for module, name, where in _edges()
+             if _room(module) != _room(name) and level[_room(module)] <= level[_room(name)]]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("part", [_room, str], ids=["rooms", "modules"])
+def test_nothing_imports_in_a_circle(part):
+    needs = collections.defaultdict(set)
+    for module, name, _ in _edges():
+        if part(module) != part(name):
+            needs[part(module)].add(part(name))
+    graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize("folder", ["sled", "train", "eval"])
+def test_few_files_stand_outside_a_room(folder):
+    assert len(list((ROOT / folder).glob("*.py"))) <= 8
+
+
+def test_files_are_readable_in_one_sitting():
+    lines = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines())
+             for file in MODULES.values()}
+    assert not {file: count for file, count in lines.items() if count > 400}
