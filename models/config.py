@@ -1,7 +1,7 @@
-"""What a decoder looks like: one frozen record, from which shapes, weights and checkpoints follow.
+"""The configuration of a decoder: one frozen record, from which shapes, weights and checkpoints follow.
 
-A family (llama.py, mistral.py, qwen.py) fills it in from a Hugging Face `config.json` and writes
-it back; the decoder reads nothing else.
+A family (see families/) fills it in from a Hugging Face `config.json` and writes it back; the decoder reads
+nothing else.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True)
 class ExitHeads:
-    """What early exits have of their own on the way from a hidden state to logits. Without, they share everything.
+    """The parts that early exits have of their own on the way from a hidden state to logits; by default none.
 
     layers: the hidden states that have a head, n = the output of layer n, within 1 .. L - 1 (EE-LLM's post-exit;
         see `from_pre_exit`).

@@ -66,7 +66,7 @@ class Decoder(nnx.Module):
 
     @property
     def tied_head(self) -> bool:
-        """Whether the shared projection is the embedding table itself."""
+        """True where the shared projection is the embedding table itself."""
         return self.head is None
 
     @property
@@ -76,7 +76,7 @@ class Decoder(nnx.Module):
 
     @property
     def windows_L(self) -> jax.Array:
-        """How many positions back each layer sees, as numbers for a scan over layers: [L]."""
+        """The number of positions back that each layer sees, for a scan over layers: [L]."""
         unlimited = jnp.iinfo(jnp.int32).max  # not max_positions: a longer sequence would be cut
         return jnp.array([unlimited if w is None else w for w in self.config.windows])
 
@@ -138,7 +138,7 @@ class Decoder(nnx.Module):
         return jnp.matmul(h, self.head_weight.T, preferred_element_type=wide)
 
     def exit_head(self, layer: int) -> BoundHead | None:
-        """What the exit after `layer` has of its own, or None where it shares norm and projection with the last."""
+        """The head of the exit after `layer`, or None where it shares norm and projection with the last layer."""
         heads = self.config.exit_heads
         if heads is None or layer not in heads.layers:
             return None

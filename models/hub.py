@@ -1,4 +1,4 @@
-"""Where a model's folder is: bundled, here, or on the Hugging Face hub, then fetched into huggingface_hub's cache."""
+"""Finds a model's folder: bundled, here, or on the Hugging Face hub, then fetched into huggingface_hub's cache."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ TYPES = ("float32", "bfloat16", "float16")
 
 
 def is_orbax(folder: Path) -> bool:
-    """Whether `folder` is one that `save_orbax` wrote."""
+    """True for a folder that `save_orbax` wrote."""
     return (folder / "config.json").is_file() and (folder / WEIGHTS).is_dir()
 
 

@@ -160,7 +160,7 @@ def add_array(total, array: np.ndarray) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says in many lines, in one of at most 300 characters."""
+    """The first line of an error of another library, which may have many, in at most 300 characters."""
     text = str(error).partition(" [tensorstore_spec")[0].strip()  # TensorStore ends with a page of its own settings
     return shorten((text or type(error).__name__).splitlines()[0], 300)
 

@@ -1,4 +1,4 @@
-"""What families share: reading a `config.json` field by field, writing it back, naming tensors.
+"""The parts that families share: reading a `config.json` field by field, writing it back, naming tensors.
 
 A family is data: how its `config.json` becomes a `DecoderConfig` and back, and one table of module
 names, used in both directions. `Fields` hands the file's fields out one at a time and refuses what

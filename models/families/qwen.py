@@ -6,7 +6,7 @@ from sled.models.families.family import MODULES, Family, Fields, read_shape
 
 
 def _read_windows(f: Fields, num_layers: int) -> tuple[int | None, ...]:
-    """Which layers slide: `layer_types` where given, otherwise those from `max_window_layers` on.
+    """The window of each layer. Layers slide by `layer_types` where given, otherwise those from `max_window_layers` on.
 
     `sliding_window` counts only under `use_sliding_window`, as in transformers.
     """

@@ -25,7 +25,7 @@ REST = -1  # as a size: what is left of the devices
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """How many ways to split along each axis; the product is the number of devices, -1 is what is left of them.
+    """The number of ways to split along each axis; the product is the number of devices, -1 is what is left of them.
 
     data: rows of the batch; every group holds all weights.
     fsdp: rows of the batch AND weights with their optimiser state (ZeRO-3, arXiv 1910.02054); weights are
@@ -84,7 +84,7 @@ class Mesh:
 
 
 def across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
-    """How many slices each axis spans: the outermost as many as it can, the last (`tensor`) only one."""
+    """The number of slices that each axis spans: the outermost as many as it can, the last (`tensor`) only one."""
     left, outer = slices, []
     for size in sizes[:-1]:
         outer.append(math.gcd(size, left))

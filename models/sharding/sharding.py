@@ -1,4 +1,4 @@
-"""What lies where: which axis of the mesh splits each axis of a parameter.
+"""The sharding of a model: the axis of the mesh that splits each axis of a parameter.
 
 Parameters name their logical axes where they are made (models/layers.py), `RULES` maps those names to the mesh.
 All shardings follow: of weights in either form, of any optax state (its leaves that are shaped like a parameter lie
@@ -41,7 +41,7 @@ LARGE = 2**24  # bytes: what is no parameter may be this large and still lie who
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """Where everything of a model of `config` lies on `mesh`.
+    """The shardings of all arrays of a model of `config` on `mesh`.
 
     `mesh` has the axes of `sled.models.sharding.mesh.AXES`; an abstract one serves for planning.
     Raises SettingError where width, heads or feed-forward width do not divide over their mesh axis. Vocabulary and
@@ -139,7 +139,7 @@ class Sharding:
         return NamedSharding(self.mesh, P(ROWS))
 
     def local_rows(self, batch: int) -> slice:
-        """Which rows of a global batch this process has to supply.
+        """The rows of a global batch that this process has to supply.
 
         Raises SettingError where `batch` does not divide over the mesh, or this process' rows are not neighbours.
         """

@@ -56,7 +56,7 @@ class Measured(NamedTuple):
 
 
 def measured(run: Path, step: int) -> Measured | None:
-    """What the run measured at this very step, or None where it did not."""
+    """The held-out figures that the run wrote at this very step, or None where it wrote none."""
     from sled.train.run.metrics import HELD_OUT, read_metrics
 
     file = Path(run) / "metrics.jsonl"

@@ -174,7 +174,7 @@ def _described(name: str, argument) -> list[dict[str, Any]]:
 
 
 def _numbers(parts: list[Parts], timing: Timing | None) -> dict[str, dict[str, Any]]:
-    """What program.json says of every number: type, axes besides the rows', default, and bound where it has one."""
+    """Every number for program.json: its type, axes besides the rows', default, and bound where it has one."""
     found = {}
     for part in parts:
         for name, (default, most) in part.numbers.items():

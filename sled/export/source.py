@@ -32,7 +32,7 @@ class SourceModel(NamedTuple):
     settings: dict[str, Any] | None = None
 
     def record(self) -> dict[str, Any]:
-        """Where it came from, as JSON has it."""
+        """The origin of the model as JSON has it: source, revision, step."""
         known = {"source": self.name, "revision": self.revision, "step": self.step}
         return {name: value for name, value in known.items() if value is not None}
 

@@ -58,7 +58,7 @@ def _is(name: str, pattern: str) -> bool:
 
 
 def _has(record: Path, key: str) -> bool:
-    """Whether the file is a JSON object with such a key."""
+    """True for a file that holds a JSON object with such a key."""
     try:
         found = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -140,7 +140,7 @@ def _outcome(agrees: np.ndarray, leaves: np.ndarray, threshold: float) -> str:
 
 
 def _arrays(lens: Lens, shown: range) -> dict:
-    """What the script computes with: float32 as they are, and tokens as indices into `names`, in base64."""
+    """The arrays that the script computes with: float32 as they are, and tokens as indices into `names`, in base64."""
     part = slice(shown.start, shown.stop)
     arrays = {"read": lens.ids[part], "best": lens.best[:, part]}
     following = lens.ids[shown.stop:shown.stop + 1]

@@ -28,7 +28,7 @@ BEST = 5  # tokens kept of every layer's distribution, or all of a smaller vocab
 
 @dataclasses.dataclass(frozen=True)
 class Lens:
-    """What the layers say. Rows are hidden states 0 (embeddings) .. L, columns the T tokens read.
+    """The choices of every layer. Rows are hidden states 0 (embeddings) .. L, columns the T tokens read.
 
     ids: [T] the text's tokens.
     best: [L + 1, T, K] the K = 5 most likely next tokens by layer, likeliest first.

@@ -88,8 +88,8 @@ def memory_plan(sharding: Sharding, optimizer: optax.GradientTransformation, *, 
     other = 0
     for kind, tree in enumerate((weights, state, own)):
         shardings = jax.tree.leaves(sharding.shardings(tree))
-        for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
-            size = math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
+            size = math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
             name = sharding.parameter_at(path, leaf.shape)
             if name:
                 taken[name][kind] += size
