@@ -1,5 +1,6 @@
 """Tiny checkpoints of every family and variant, made of fixed random numbers, for all tests."""
 
+import functools
 import gc
 import json
 import os
@@ -21,8 +22,9 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_back
 gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live on; looking through them took a tenth of all
 
 # Files that take longest begin: one of them at the end would keep one process waiting for the other.
-LONG = ["test_train_trainer.py", "test_exits.py", "test_notebook.py", "test_decoding.py", "test_engine.py",
-        "test_export_program.py", "test_settings_by_row.py", "test_exits_face.py"]
+LONG = ["test_train_trainer.py", "test_train_mesh.py", "test_bench.py", "test_exits.py", "test_notebook.py",
+        "test_checkpoint.py", "test_export_program.py", "test_decoding.py", "test_eval_adapter.py", "test_lossless.py",
+        "test_fusion_sled.py", "test_engine.py", "test_face.py", "test_settings_by_row.py"]
 
 BASE = dict(vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu",
@@ -141,33 +143,23 @@ def variants() -> dict[str, dict]:
     return VARIANTS
 
 
+def written(folder: Path, config: str | dict, weights=None, **fields) -> Path:
+    """A Hugging Face folder of the variant `config` (a name or a dict), `fields` changed in its config.json."""
+    config = {**(VARIANTS[config] if isinstance(config, str) else config), **fields}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors(config) if weights is None else weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 @pytest.fixture
 def write_model():
-    """`write_model(folder, config, weights=None, **fields)`: a Hugging Face folder of the variant `config`
-    (a name or a dict), `fields` changed in its config.json."""
-
-    def write(folder, config, weights=None, **fields):
-        config = {**(VARIANTS[config] if isinstance(config, str) else config), **fields}
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(config))
-        save_file(tensors(config) if weights is None else weights, folder / "model.safetensors",
-                  metadata={"format": "pt"})
-        return folder
-
-    return write
+    """`write_model(folder, config, weights=None, **fields)`: see `written`."""
+    return written
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """`tiny_folder(name)`: the folder of a variant, written once per run. Do not change it."""
     root = tmp_path_factory.mktemp("tiny")
-
-    def folder(name):
-        path = root / name
-        if not path.exists():
-            path.mkdir()
-            (path / "config.json").write_text(json.dumps(VARIANTS[name]))
-            save_file(tensors(VARIANTS[name]), path / "model.safetensors", metadata={"format": "pt"})
-        return path
-
-    return folder
+    return functools.cache(lambda name: written(root / name, name))

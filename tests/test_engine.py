@@ -248,10 +248,10 @@ def test_the_operators_floor_holds_for_every_request(lm):
         with pytest.raises(SettingError, match="must be a"):  # numbers in arrays have the same rules
             engine.submit([7], exits=dataclasses.replace(floor, **hidden))
     sled.Engine(lm, exits=dataclasses.replace(floor, threshold=np.float32([0.9, 0.9])), limits=Limits(0.9))
-    limits.check(sled.EarlyExit(2, threshold=0.6))  # it has no exit before layer 2
-    limits.check(sled.EarlyExit((1, 2), threshold=0.6, min_layer=3))  # none leaves
+    limits.check(sled.EarlyExit(2, threshold=0.6), 4)  # it has no exit before layer 2
+    limits.check(sled.EarlyExit((1, 2), threshold=0.6, min_layer=3), 4)  # none leaves
     with pytest.raises(SettingError, match=r"comes down to 0\.45"):  # CALM's decay takes a tenth off
-        limits.check(dataclasses.replace(floor, decay="calm-paper"))
+        limits.check(dataclasses.replace(floor, decay="calm-paper"), 4)
     with pytest.raises(SettingError, match="at the lowest"):
         sled.Engine(lm, exits=sled.EarlyExit(2, threshold=0.1), limits=limits)
 
