@@ -235,8 +235,6 @@ def test_streams_see_verified_tokens_only(lm):
 
 @pytest.mark.parametrize(("build", "says"), [
     (lambda: sled.EarlyExit(2, threshold=40.0), "threshold is 40.0"),
-    (lambda: sled.EarlyExit(2, threshold=-0.1), "threshold"),
-    (lambda: sled.EarlyExit(2, threshold=float("nan")), "threshold"),
     (lambda: sled.EarlyExit((1, 2), threshold=(0.5, 0.5, 0.5)), "3 numbers for 2 exits"),
     (lambda: sled.EarlyExit((1, 2), threshold=(0.5, 1.5)), "1.5"),
     (lambda: sled.EarlyExit(0), "layers is 0"),
@@ -261,7 +259,6 @@ def test_streams_see_verified_tokens_only(lm):
     (lambda: sled.Gather(rows=0), "rows is 0"),
     (lambda: sled.Gather(patience=-1), "patience is -1"),
     (lambda: sled.Gather(rows=2**40), "rows is 1099511627776"),
-    (lambda: sled.Gather(patience=2**31), "patience is 2147483648"),
     (lambda: sled.EarlyExit(2, min_layer=2**40), "min_layer"),
     (lambda: sled.SelfSpeculation(2, max_draft=2**40), "max_draft"),
 ])
