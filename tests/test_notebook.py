@@ -22,8 +22,8 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "JAX_PLATFORMS", "cpu")
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3",
                             resources={"metadata": {"path": str(tmp_path)}}).execute()
-    said = "".join(output.get("text", "") or str(output.get("data", "")) for cell in code for output in cell.outputs)
-    assert "of the guesses right" in said and "sled_demo: exact_match" in said and "50 samples" in said
+    printed = "".join(output.get("text", "") or str(output.get("data", "")) for cell in code for output in cell.outputs)
+    assert "of the drafts accepted" in printed and "sled_demo: exact_match" in printed and "50 samples" in printed
     for left in ("lens.html", "lens.png", "eval/report.json", "run/model/config.json", "exported/README.md",
                  "program/run.py"):
         assert (tmp_path / left).is_file(), left

@@ -1,4 +1,4 @@
-"""`LM.tune`: what it tries, and what it chooses from what was measured."""
+"""`sled.tune`: what it tries, and what it chooses from what was measured."""
 
 import pytest
 from tiny_lm import PROMPTS, generate, tiny_lm

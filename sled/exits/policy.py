@@ -69,7 +69,7 @@ class Verification(NamedTuple):
 
 
 class Policy(abc.ABC):
-    """Where tokens may leave early, and who leaves. Subclasses are settings (`sled.settings.settings`).
+    """Where tokens may leave early, and who leaves. Subclasses are `sled.settings.decorator.settings` classes.
 
     Rows must be decided alone: no value of one row may depend on another, or a text would depend on its batch-mates.
     """

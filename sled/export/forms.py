@@ -32,7 +32,7 @@ def export_hf(source: str | os.PathLike, to: str | Path, card: Card = NO_WORD, *
 
     heads: what becomes of exit heads, which transformers does not have: "drop" leaves them behind; "beside" keeps them
         in files that only sled reads. None refuses a model that has any.
-    calibration: a record of `LM.calibrate` for these weights; it is shown in the card, and its file comes along.
+    calibration: a record of `sled.calibrate` for these weights; it is shown in the card, and its file comes along.
     reading: step, revision and dtype of `read_source`.
 
     Raises CheckpointError for exit heads, CalibrationError for a record of other weights, SettingError; and what

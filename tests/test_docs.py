@@ -1,0 +1,125 @@
+"""What the documentation names exists: modules, classes, functions, their arguments, commands and options, files."""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sled.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
+NOTEBOOK = ROOT / "scripts" / "sled_colab.ipynb"
+# Of an exported program, SLURM, gcloud and pip.
+OF_OTHERS = {"--set", "--nodes", "--gpus-per-node", "--ntasks-per-node", "--job-name", "--output", "--kill-on-bad-exit",
+             "--zone", "--worker", "--command", "--quiet"}
+# Variables of the examples, by the classes whose methods they call.
+VARIABLES = {"lm": "sled.LM", "big": "sled.LM", "math": "sled.LM", "engine": "sled.Engine", "lens": "sled.Lens",
+             "record": "sled.Calibration"}
+
+
+def _notebook() -> list[tuple[str, str]]:
+    """(kind, text) of each of the notebook's cells."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    return [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+
+
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES if
+         page.name != "CHANGELOG.md"}  # which names what is gone, too
+TEXTS["notebook"] = "\n".join(text for _, text in _notebook())
+TEXTS |= {script.name: script.read_text(encoding="utf-8") for script in SCRIPTS}
+CODE = [(name, block) for name, text in TEXTS.items()
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
+CODE += [("notebook", re.sub(r"^ *%.*$", "    pass", text, flags=re.M)) for kind, text in _notebook() if kind == "code"]
+
+
+def _named(name: str):
+    """The module, class, function or attribute of such a dotted name. Raises AttributeError."""
+    parts = name.split(".")
+    found = importlib.import_module(parts[0])
+    for at, part in enumerate(parts[1:], 2):
+        if not hasattr(found, part):
+            try:
+                importlib.import_module(".".join(parts[:at]))
+            except ModuleNotFoundError as error:
+                if not error.name.startswith("sled"):
+                    pytest.skip(f"{name} needs {error.name}")
+                raise AttributeError(f"{name}: there is no {part}") from None
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_names_exist(name):
+    for found in sorted(set(re.findall(r"(?<![\w./-])sled(?:\.[A-Za-z_]\w*)+", TEXTS[name]))):
+        _named(found)
+
+
+@pytest.mark.parametrize(("name", "code"), CODE, ids=[f"{name}-{i}" for i, (name, _) in enumerate(CODE)])
+def test_examples_call_what_there_is(name, code):
+    known = dict(VARIABLES)
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "sled":
+            known |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            for alias in node.names:
+                _named(f"{node.module}.{alias.name}")
+    for call in (node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)):
+        first, *rest = ast.unparse(call.func).split(".")
+        target = ".".join([known.get(first, first), *rest])
+        if not re.fullmatch(r"sled(\.\w+)+", target):
+            continue
+        called = inspect.signature(_named(target))
+        own = [None] if first in VARIABLES else []  # self
+        if not any(isinstance(given, ast.Starred) for given in call.args) and all(of.arg for of in call.keywords):
+            called.bind(*own, *call.args, **{of.arg: of.value for of in call.keywords})
+
+
+COMMANDS = [*("demo generate score lens eval sweep train export calibrate".split()),
+            *(f"bench {what}" for what in "decode engine exits fusion layers loss".split())]
+
+
+@pytest.fixture(scope="module")
+def options():
+    """The options of every command, as its --help defines them: at the start of a line, unlike its explanations."""
+    found = {}
+    for command in COMMANDS:
+        text = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+            patch.setenv("COLUMNS", "80")
+            main([*command.split(), "--help"])
+        defined = re.findall(r"^[│ ] (-.*?)(?:  |│|$)", text.getvalue(), re.M)
+        found[command] = {option for line in defined for option in re.findall(r"(?<![\w-])--?[a-z][\w-]*", line)}
+    return found
+
+
+def test_commands_take_the_options_of_the_examples(options):
+    for name, text in TEXTS.items():
+        text = re.sub(r"\\\n\s*", " ", text)
+        for line in re.findall(r"^\s*(sled [a-z].*)$|`(sled [a-z][^`]*)`", text, re.M):
+            words = shlex.split("".join(line), comments=True)[1:]
+            command = " ".join(words[:2] if words[0] == "bench" else words[:1])
+            if command == "bench":
+                continue
+            assert command in options, f"{name}: sled {' '.join(words)}"
+            given = {word for word in words if re.fullmatch("-[a-z]|--[a-z-]+", word)}
+            assert given <= options[command], f"{name}: {given - options[command]} of sled {' '.join(words)}"
+
+
+def test_options_exist(options):
+    known = set().union(*options.values(), OF_OTHERS)
+    for name, text in TEXTS.items():
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?!\w)", text)) <= known, name
+
+
+def test_links_lead_to_files():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
