@@ -126,5 +126,5 @@ def end_line(stats: Stats, num_layers: int, *, exits: bool) -> str:
         else:
             parts.append(f"mean depth {stats.mean_depth:.2f} of {num_layers} layers, {stats.deferred} tokens left "
                          "before the last")
-        parts.append(f"{stats.held} rounds spent waiting for deeper layers")
+        parts.append(f"{stats.held} steps spent waiting for deeper layers")
     return "; ".join(parts)
