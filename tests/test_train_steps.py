@@ -77,7 +77,7 @@ def step(model):
 @pytest.fixture(scope="module")
 def log_p(model, batch):
     """Plain log softmax of layers 1..3 for the tokens 1..T-1: [3, B, T - 1, V]."""
-    return jax.jit(lambda tokens: jax.nn.log_softmax(model.logits(model.hidden_states(tokens)[1:, :, :-1])))(
+    return jax.jit(lambda tokens: jax.nn.log_softmax(model.logits(model.unstack().hidden_states(tokens)[1:, :, :-1])))(
         batch.tokens_BT)
 
 
@@ -99,7 +99,7 @@ def test_a_step_goes_down_the_plain_formula(model, step, batch, log_p):
 
     def plain(weights):
         model = nnx.merge(graph, weights)
-        logits = model.logits(model.hidden_states(batch.tokens_BT)[2:, :, :-1])
+        logits = model.logits(model.unstack().hidden_states(batch.tokens_BT)[2:, :, :-1])
         log_p = jax.nn.log_softmax(logits)
         z_E = (jax.nn.logsumexp(logits, -1) ** 2 * share_BT).sum((1, 2))
         p, q = (jax.nn.log_softmax(x / 2.0) for x in (jax.lax.stop_gradient(logits[-1:]), logits))
@@ -169,7 +169,7 @@ def headed_nll(headed, batch):
 
     @jax.jit
     def log_p(tokens):
-        h_LBTD = headed.hidden_states(tokens)[1:, :, :-1]
+        h_LBTD = headed.unstack().hidden_states(tokens)[1:, :, :-1]
         read = [headed.exit_head(n).read(h_LBTD[n - 1]) for n in (1, 2)] + [headed.normalise(h_LBTD[2])]
         return jax.nn.log_softmax(headed.logits(jnp.stack(read), norm=False))
 
