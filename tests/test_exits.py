@@ -277,3 +277,13 @@ def test_full_depth_is_the_default():
     out = generate(exits=FullDepth())
     assert out.exit_layers == [[4] * len(tokens) for tokens in generate().tokens]
     assert out.stats.acceptance is None and out.stats.mean_accepted is None
+
+
+@pytest.mark.parametrize("layers", [(1, 2), (1, 3)])
+def test_adaptive_drafts_end_their_rows_under_every_schedule(layers):
+    """A draft that ends its row waits for its verification, whatever layer the row would draft at by then."""
+    plain = generate().tokens
+    for schedule in (sled.Immediate(), sled.Gather(1, 0), sled.Gather(2, 1), sled.Lockstep()):
+        out = generate(exits=sled.SelfSpeculation(layers, draft=5, adaptive=True), schedule=schedule)
+        assert out.tokens == plain
+        check_endings(out)

@@ -29,7 +29,8 @@ from sled.exits.schedule import Timing
 class Emission(NamedTuple):
     """The next token of the rows that get one in this step.
 
-    exit_B: the exit whose logits decide, -1 for rows that get no token; logits_BV: fused, before any processor.
+    exit_B: the exit whose logits decide, -1 for rows that get no token; logits_BV: of the exit, before any processor
+    (repetition penalty, temperature, truncation).
     verified_B: the token, where a verification has already chosen it; else -1. None where the policy does not verify.
     """
 
@@ -82,7 +83,7 @@ def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fus
 
 
 def _first_decision(run: Context, state: DecodeState, ready_B, states) -> tuple[DecodeState, Emission]:
-    """The decision at the first exit, where every step comes by."""
+    """The decision at the first exit, which every step takes."""
     if run.plan.last == 0:
         logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[0])
         return state, Emission(jnp.where(ready_B, 0, -1), logits_BV, None)
@@ -112,16 +113,16 @@ def _decided(run: Context, state: DecodeState, s: int, here_B, decision, states,
 
 
 def _deeper_segment(run: Context, timing: Timing, state: DecodeState, s: int, emission: Emission):
-    """Segment s over all pending tokens, if somebody waits for it and it is time."""
+    """Segment s over all pending tokens, if a row waits for it and the schedule runs it now."""
     plan, progress = run.plan, state.progress
     pending_B = jnp.where(state.text.active_B, progress.kv_len_BE[:, s - 1] - progress.kv_len_BE[:, s], 0)
     # As it will be once this step has emitted. A draft counts as going on: if it ends its row, the next step verifies.
     crowded_B = run.deferred_B(state) + emission.rows_B >= plan.window
     goes_on_B = state.text.length_B + emission.rows_B < run.pause_len_B
     full_B = run.free_B(state) & crowded_B & goes_on_B & (pending_B > 0)
-    due = timing.due(waiting_B=run.unfinished_B(state) & ((progress.waiting_B == s) | full_B),
+    due = timing.due(blocked_B=run.unfinished_B(state) & ((progress.waiting_B == s) | full_B),
                      waited_B=progress.waited_B, full_B=full_B,
-                     ready_B=emission.rows_B & ~crowded_B & (goes_on_B | run.policy.verifies))
+                     moving_B=emission.rows_B & ~crowded_B & (goes_on_B | run.policy.verifies))
     if run.policy.verifies and s == plan.last:
         state, token_B = run_if(due, lambda carry: verify(run, carry[0]), (state, emission.verified_B))
         fresh_B = token_B >= 0
@@ -134,11 +135,15 @@ def _deeper_segment(run: Context, timing: Timing, state: DecodeState, s: int, em
         emit = lambda: emission.at(s, here_B, run.readout.fuse(run.fusion, states, plan.exits[s]))  # noqa: E731
         return state.replace(progress=progress), jax.lax.cond(here_B.any(), emit, lambda: emission)
 
+    # A draft that ends its row waits without having come here; its verification begins with the tokens before it.
+    came_B = here_B & (state.progress.kv_len_BE[:, s] == state.text.length_B)
+
     def decide():
-        return run.policy.at_exit(_view(run, state, s, here_B, states))
+        return run.policy.at_exit(_view(run, state, s, came_B, states))
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(decide))
-    decision = jax.lax.cond(here_B.any(), decide, lambda: nothing._replace(memory=state.memory))
+    decision = jax.lax.cond(came_B.any(), decide, lambda: nothing._replace(memory=state.memory))
+    decision = decision._replace(leaves_B=decision.leaves_B & came_B)
     return _decided(run, state, s, here_B, decision, states, emission)
 
 

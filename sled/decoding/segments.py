@@ -33,7 +33,7 @@ class Context(NamedTuple):
     prepared: Any
 
     def known_B(self, state: DecodeState):
-        """Known tokens that will not change any more."""
+        """Tokens that will not change any more: drafts are left out until they are verified."""
         return state.progress.complete_B + 1 if self.policy.verifies else state.text.length_B
 
     def unfinished_B(self, state: DecodeState):
@@ -45,7 +45,7 @@ class Context(NamedTuple):
         return state.text.length_B - 1 - state.progress.complete_B
 
     def free_B(self, state: DecodeState):
-        """Rows whose newest token has not begun."""
+        """Rows that wait for no segment, and may go on."""
         return state.text.active_B & (state.progress.waiting_B == 0) & (state.text.length_B < self.pause_len_B)
 
     def ready_B(self, state: DecodeState):
@@ -76,7 +76,7 @@ def run_block(run: Context, state: DecodeState, s: int, size: int):
     """Segment s over every active row's pending tokens, at most `size` of them.
 
     Returns the state, the tokens' hidden states [B, size, D] by layer, and their positions [B, size], which are the
-    capacity where there is no token. What is verified does not count as done yet.
+    capacity where there is no token. In the last segment of a policy that verifies, the K/V length is left to `verify`.
     """
     network, plan, progress = run.readout.network, run.plan, state.progress
     below, top = plan.bounds(s)

@@ -23,6 +23,7 @@ import numpy as np
 
 from sled.decoding.network import KV, Build, Network
 from sled.decoding.readout import Readout
+from sled.errors import SettingError
 
 PREFILL_BLOCK = 512  # tokens per row and call: bounds the attention scores to [B, N, 512, S]
 
@@ -58,7 +59,10 @@ class Plan(NamedTuple):
     def of(cls, policy, fusion, network: Network) -> Plan:
         """Raises SettingError for a layer that the model lacks, and where `Readout.early_layers` does."""
         exits, readout = policy.exits(network.num_layers), Readout(network)
-        fused = exits[-1:] if policy.verifies else exits  # drafts are not
+        if policy.verifies and (policy.propagates or len(exits) == 1):
+            raise SettingError(f"{type(policy).__name__} verifies its drafts, but has no early exit to draft at, or "
+                               "propagates K/V that no verification has seen; give it an exit, and propagates = False")
+        fused = exits[-1:] if policy.verifies else exits  # drafts are made without fusion
         looked_at = tuple(readout.early_layers(fusion, top) if top in fused else () for top in exits)
         buffered = set(exits[:-1])
         for (below, _), layers in zip(itertools.pairwise(exits), looked_at[1:], strict=True):
@@ -116,8 +120,10 @@ class Progress:
     """How far the K/V of every row have come.
 
     kv_len_BE: how many positions have their K/V through each segment. Never increasing along E; the
-        positions from kv_len[b, s] to kv_len[b, s - 1] are pending before segment s.
-    waiting_B: 0, or the segment that the row's newest token waits for.
+        positions from kv_len[b, s] to kv_len[b, s - 1] are pending before segment s: with (12, 9, 9), the tokens at
+        positions 9, 10 and 11 have left at the first exit, and their states wait in the buffers.
+    waiting_B: 0, or the segment that the row's newest token waits for; of a draft that ends or pauses its row, the segment
+        with which its verification begins.
     waited_B: steps since the row was last able to go on.
     buffers: for each of `Plan.buffered_layers`, hidden states [B, P, D] of pending tokens, slot = position modulo P.
     """

@@ -20,8 +20,8 @@ from sled.exits.policy import Verification
 def verify(run: Context, state: DecodeState) -> tuple[DecodeState, jax.Array]:
     """Runs the last segment over all pending positions, and keeps each row's drafts as far as they are right.
 
-    Returns the state, cut to what is right, and the last layer's token after that [B], to be emitted by the step; -1
-    for rows that get none: their last pending position is followed by a draft that was right, or nothing was pending.
+    Returns the state, cut to what is right, and a token [B] for the step to emit: the last layer's choice after that.
+    It is -1 for rows that get none: the last pending position is followed by a right draft, or nothing was pending.
     """
     last = run.plan.last
     state, states, position_BT = run_block(run, state, last, run.plan.window)

@@ -28,8 +28,8 @@ class EarlyExit(Policy):
 
     The exit's logits are those of the fusion in use, on the layers up to the exit, through its own head where the
     model has one (`sled.models.ExitHeads`). Rows decide alone: neither batch-mates nor the schedule
-    change a row's tokens. A confidence that is not finite goes on to the last layer, and so do the tokens of the
-    prompt, but for the last one, after which the first new token may leave as any other.
+    change a row's tokens. A row whose confidence is not finite goes on to the next exit. The tokens of the
+    prompt go through all layers, but for the last one, after which the first new token may leave as any other.
 
     With "calm-paper" the threshold lambda falls with t, the tokens made so far of at most N, to 0.9 lambda +
     0.1 exp(-decay_temperature t / N); with "calm-code", as in t5x, to 0.9 lambda +
@@ -52,10 +52,10 @@ class EarlyExit(Policy):
     min_layer: int = setting(Whole(0, hint="0 is no bound"), default=0, rows="B",
                              help="no token leaves before this layer")
     kv: str = setting(OneOf(("exact", "propagate")), default="exact", help=(
-        "the keys and values of a token in the layers it skipped: exact, made later in a block when a token of the row "
-        "next goes that deep; propagate, made at once from the exit's hidden state, which is cheaper and approximate"))
+        "the keys and values of a token in the layers it skipped: exact, made later in a block, when a segment next "
+        "runs for any row; propagate, made at once from the exit's hidden state, which is cheaper and approximate"))
     max_deferred: int = setting(Whole(1, hint="8 is usual"), default=8, help=(
-        "how many tokens of a row may wait for their exact keys and values before the row itself waits"))
+        "how many tokens of a row may wait for their exact keys and values before the deeper layers must run"))
     classifier: Classifier | None = setting(
         OrNone(Instance(Classifier, hint="sled.Classifier(weights, bias) is one")), default=None, traced=True,
         help='trained measure, which measure="classifier" needs')

@@ -26,6 +26,7 @@ class ExitView(NamedTuple):
     here_B: rows whose newest token has come to this exit.
     states: hidden states [B, D] by layer: `layer`, the layer below it, and the early layers of the fusion.
     fused_logits: computes the exit's logits [B, V] under the fusion in use, through the exit's own head if it has one.
+        A policy that verifies drafts without fusion instead, by what it took from the network in `prepare`.
     emitted_B: new tokens so far; most_B: how many the row may get.
     drafted_B: tokens that follow the last verified one (of a policy that verifies).
     memory: the policy's own arrays, see `Policy.initial_memory`.
@@ -47,7 +48,8 @@ class ExitView(NamedTuple):
 class Decision(NamedTuple):
     """What a policy answers: rows that leave [B], the logits [B, V] of their next token, and its memory.
 
-    Rows that are here and do not leave go on to the next exit. Logits of other rows are ignored.
+    Rows that are here and do not leave go on to the next exit. Logits of other rows are ignored. The memory replaces
+    the one before, in the same shapes and types: a policy keeps the entries of rows that are not here.
     """
 
     leaves_B: jax.Array

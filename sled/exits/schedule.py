@@ -18,7 +18,7 @@ NEVER = 2**30
 
 
 class Timing(NamedTuple):
-    """What every schedule comes down to; traced, so that changing the schedule compiles nothing.
+    """The two numbers that every schedule comes down to; traced, so that changing the schedule compiles nothing.
 
     Deeper layers run when `rows` rows wait for them, or when one has waited for `patience` steps.
     """
@@ -26,15 +26,16 @@ class Timing(NamedTuple):
     rows: int
     patience: int
 
-    def due(self, waiting_B, waited_B, full_B, ready_B) -> jax.Array:
-        """Whether a segment runs now (a scalar). All [B].
+    def due(self, blocked_B, waited_B, full_B, moving_B) -> jax.Array:
+        """A scalar: true where a segment runs now. All arguments are [B].
 
-        waiting: rows that cannot go on without it; waited: for how many steps; full: waiting because no
-        further token of the row may be deferred; ready: can go on without it.
+        blocked: rows that cannot go on without it; waited: for how many steps they have waited for any segment; full:
+        rows whose next token could not be deferred; moving: rows that go on without it. A segment runs for blocked
+        rows when there are `rows` of them, one has waited `patience` steps, one is full, or none is moving.
         """
-        longest = jnp.where(waiting_B, waited_B, -1).max()
-        urgent = (waiting_B.sum() >= self.rows) | (longest >= self.patience) | full_B.any() | ~ready_B.any()
-        return waiting_B.any() & urgent
+        longest = jnp.where(blocked_B, waited_B, -1).max()
+        urgent = (blocked_B.sum() >= self.rows) | (longest >= self.patience) | full_B.any() | ~moving_B.any()
+        return blocked_B.any() & urgent
 
 
 @runtime_checkable

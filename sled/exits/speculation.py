@@ -118,7 +118,7 @@ class SelfSpeculation(Policy):
 
         def right_B(e: int, layer: int):
             if len(self.layer) == 1:
-                return jnp.minimum(accepted_B, counts_BT.sum(1))
+                return accepted_B
             drafts = lambda h_BD: max_and_index(prepared.logits(h_BD, e))[1][:, 0]  # noqa: E731
             return (counts_BT & (jax.vmap(drafts, 1, 1)(verification.states[layer]) == chosen_BT)).sum(1)
 
