@@ -122,8 +122,8 @@ class Progress:
     kv_len_BE: how many positions have their K/V through each segment. Never increasing along E; the
         positions from kv_len[b, s] to kv_len[b, s - 1] are pending before segment s: with (12, 9, 9), the tokens at
         positions 9, 10 and 11 have left at the first exit, and their states wait in the buffers.
-    waiting_B: 0, or the segment that the row's newest token waits for; of a draft that ends or pauses its row, the segment
-        with which its verification begins.
+    waiting_B: 0, or the segment that the row's newest token waits for; of a draft that ends or pauses its row, the
+        segment with which its verification begins.
     waited_B: steps since the row was last able to go on.
     buffers: for each of `Plan.buffered_layers`, hidden states [B, P, D] of pending tokens, slot = position modulo P.
     """
