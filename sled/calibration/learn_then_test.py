@@ -106,23 +106,6 @@ def last_rejected(walked: Iterable[Tested], epsilon: float) -> float | None:
     return next((t.threshold for t in reversed(list(walked)) if t.p_value <= epsilon), None)
 
 
-def choose_threshold(losses_KN, grid_K: Sequence[float], delta: float, epsilon: float) -> float | None:
-    """The smallest threshold of the grid that the walk from its top reaches, or None: no early exit.
-
-    losses_KN: losses [K, N] in [0, 1] of N prompts at each of K thresholds. grid_K: descending, in [0, 1].
-    delta: the expected loss that is tolerated; epsilon: with what probability, over the draw of the prompts, the
-    choice may exceed it; both in (0, 1).
-
-    Raises SettingError for settings out of range, CalibrationError for losses out of range or not K rows of them.
-    """
-    grid = descending(grid_K)
-    if len(losses_KN) != len(grid):
-        raise CalibrationError(f"{len(losses_KN)} rows of losses were given for {len(grid)} thresholds; "
-                               "give one row per threshold, in the grid's order")
-    rows = dict(zip(grid, losses_KN, strict=True))
-    return last_rejected(walk(grid, rows.__getitem__, delta=delta, epsilon=epsilon), epsilon)
-
-
 def in_unit(values: Sequence[float], what: str) -> np.ndarray:
     """`values` as float64 [N], at least one. Raises CalibrationError for one that is not a number in [0, 1]."""
     try:
