@@ -177,7 +177,7 @@ def test_the_guarantee_is_not_vacuous(risks, n):
         ((1.5, 0.9), "grid\\[0\\] is 1.5"), ((0.9, -0.1), "grid\\[1\\] is -0.1"))),
     *((dict(losses=losses), CalibrationError, says) for losses, says in (
         ([[0.0, 1.2]], "is 1.2 for prompt 1"), ([[-0.1, 0.0]], "is -0.1 for prompt 0"), ([[0.0, None]], "is nan"),
-        ([["a"]], "not a number"), ([[]], "shape"), ([0.5], "shape")))),
+        ([["a"]], "not a number"), ([[]], "shape"), ([0.5], "shape"))),
 ], ids=str)
 def test_chances_grids_and_losses_out_of_range_are_named(changed, error, says):
     with pytest.raises(error, match=says):
