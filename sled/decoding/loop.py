@@ -25,6 +25,8 @@ from sled.decoding.verify import verify
 from sled.exits.policy import ExitView
 from sled.exits.schedule import Timing
 
+BLOCK = 4  # pending tokens that a deeper segment takes at a time: it is compiled for one token, and for so many
+
 
 class Emission(NamedTuple):
     """The next token of the rows that get one in this step.
@@ -115,7 +117,7 @@ def _decided(run: Context, state: DecodeState, s: int, here_B, decision, states,
 def _deeper_segment(run: Context, timing: Timing, state: DecodeState, s: int, emission: Emission):
     """Segment s over all pending tokens, if a row waits for it and the schedule runs it now."""
     plan, progress = run.plan, state.progress
-    pending_B = jnp.where(state.text.active_B, progress.kv_len_BE[:, s - 1] - progress.kv_len_BE[:, s], 0)
+    pending_B = _pending_B(state, s)
     # As it will be once this step has emitted. A draft counts as going on: if it ends its row, the next step verifies.
     crowded_B = run.deferred_B(state) + emission.rows_B >= plan.window
     goes_on_B = state.text.length_B + emission.rows_B < run.pause_len_B
@@ -148,7 +150,7 @@ def _deeper_segment(run: Context, timing: Timing, state: DecodeState, s: int, em
 
 
 def _through_segment(run: Context, state: DecodeState, s: int, longest):
-    """Segment s over blocks of at most `longest` (traced) pending tokens, 0 for none.
+    """Segment s over all pending tokens, of which a row has at most `longest` (traced; 0 for none).
 
     Returns the state, and the newest tokens' hidden states [B, D] that a decision at exit s may look at.
     """
@@ -159,25 +161,29 @@ def _through_segment(run: Context, state: DecodeState, s: int, longest):
     new = {n: jnp.zeros_like(state.progress.buffers[0][:, 0]) for n in decisive if n > below}
 
     def block(size, carry):
-        state, _ = carry
-        first_B = state.progress.kv_len_BE[:, s]
+        state, new = carry
+        at_B = newest_B - state.progress.kv_len_BE[:, s]
         state, states, _ = run_block(run, state, s, size)
-        at_B = jnp.clip(newest_B - first_B, 0, size - 1)
-        return state, {n: states[n][rows, at_B] for n in new}
+        picked = {n: states[n][rows, jnp.clip(at_B, 0, size - 1)] for n in new}
+        inside_B1 = ((at_B >= 0) & (at_B < size))[:, None]
+        return state, {n: jnp.where(inside_B1, picked[n], new[n]) for n in new}
 
-    above = 0
-    for size in block_sizes(plan.window):
-        state, new = run_if((longest > above) & (longest <= size), functools.partial(block, size), (state, new))
-        above = size
+    carry = run_if(longest == 1, functools.partial(block, 1), (state, new))
+    if plan.window > 1:
+        size = min(BLOCK, plan.window)
+        left = lambda carry: (longest > 1) & (_pending_B(carry[0], s).max() > 0)  # noqa: E731
+        carry = jax.lax.while_loop(left, functools.partial(block, size), carry)
+    state, new = carry
     slot_B = newest_B % plan.window
     buffered = {n: buffer_BPD[rows, slot_B]
                 for n, buffer_BPD in zip(plan.buffered_layers, state.progress.buffers, strict=True)}
     return state, {**buffered, **new}
 
 
-def block_sizes(window: int) -> tuple[int, ...]:
-    """Block lengths that a deeper segment is compiled for: one token, and the whole window."""
-    return (1, window) if window > 1 else (1,)
+def _pending_B(state: DecodeState, s: int):
+    """Positions of active rows that segment s has still to run."""
+    kv_len_BE = state.progress.kv_len_BE
+    return jnp.where(state.text.active_B, kv_len_BE[:, s - 1] - kv_len_BE[:, s], 0)
 
 
 def _emit(run: Context, state: DecodeState, emission: Emission) -> DecodeState:
