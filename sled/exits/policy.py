@@ -7,7 +7,6 @@ is a subclass of `Policy` in a file of its own.
 from __future__ import annotations
 
 import abc
-import dataclasses
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -129,11 +128,6 @@ class Policy(abc.ABC):
         """
         raise SettingError(f"exits is {type(self).__name__}, which has no threshold to calibrate; only a policy that "
                            "trusts tokens above a threshold has one, as sled.EarlyExit(...)")
-
-    def describe(self) -> dict[str, Any]:
-        """The settings by name, for tables; those that are None are left out."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 class Exits(NamedTuple):
