@@ -18,11 +18,11 @@ import jax.numpy as jnp
 
 from sled.decoding.network import Build
 from sled.decoding.readout import Readout
-from sled.decoding.sampling import Sampling, choose, processed_logits, seen_tokens
+from sled.decoding.sampling import Sampling, choose, position_keys, processed_logits, seen_tokens
 from sled.decoding.segments import Context, first_segment, propagate_kv, run_block, run_if
 from sled.decoding.state import DecodeState, Plan
 from sled.decoding.verify import verify
-from sled.exits.policy import ExitView
+from sled.exits.policy import Decision, ExitView
 from sled.exits.schedule import Timing
 
 BLOCK = 4  # pending tokens that a deeper segment takes at a time: it is compiled for one token, and for so many
@@ -63,8 +63,9 @@ def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fus
     """
     readout = Readout(build(params))
     plan = Plan.of(policy, fusion, readout.network)
-    run = Context(readout, plan, policy, fusion, sampling, stop_ids, jnp.minimum(state.text.limit_B, pause_len_B),
-                  policy.prepare(readout))
+    run = Context(
+        readout, plan, policy, fusion, sampling, position_keys(sampling, state.text.keys_B, state.capacity), stop_ids,
+        jnp.minimum(state.text.limit_B, pause_len_B), policy.prepare(readout))
 
     def step(carry):
         state, taken = carry
@@ -86,13 +87,13 @@ def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fus
 
 def _first_decision(run: Context, state: DecodeState, ready_B, states) -> tuple[DecodeState, Emission]:
     """The decision at the first exit, which every step takes."""
+    none_B = jnp.full_like(ready_B, -1, jnp.int32)
     if run.plan.last == 0:
         logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[0])
-        return state, Emission(jnp.where(ready_B, 0, -1), logits_BV, None)
+        return state, Emission(jnp.where(ready_B, 0, none_B), logits_BV, None)
     decision = run.policy.at_exit(_view(run, state, 0, ready_B, states))
-    none_B = jnp.full_like(ready_B, -1, jnp.int32)
     emission = Emission(none_B, decision.logits_BV, none_B if run.policy.verifies else None)
-    return _decided(run, state, 0, ready_B, decision, states, emission)
+    return _leave(run, state, 0, ready_B, ready_B & decision.leaves_B, states, emission, decision)
 
 
 def _view(run: Context, state: DecodeState, s: int, here_B, states) -> ExitView:
@@ -104,10 +105,10 @@ def _view(run: Context, state: DecodeState, s: int, here_B, states) -> ExitView:
         drafted_B=run.deferred_B(state), memory=state.memory, prepared=run.prepared)
 
 
-def _decided(run: Context, state: DecodeState, s: int, here_B, decision, states, emission: Emission):
-    """The policy's decision at early exit s: rows leave with its logits, or wait for the next segment."""
-    leaves_B = decision.leaves_B & here_B
-    waiting_B = jnp.where(here_B & ~leaves_B, s + 1, jnp.where(here_B, 0, state.progress.waiting_B))
+def _leave(run: Context, state: DecodeState, s: int, here_B, leaves_B, states, emission: Emission, decision: Decision):
+    """After the decision at early exit s: rows leave with its logits, and others that are here wait for the next
+    segment."""
+    waiting_B = jnp.where(here_B, jnp.where(leaves_B, 0, s + 1), state.progress.waiting_B)
     state = state.replace(memory=decision.memory, progress=state.progress.replace(waiting_B=waiting_B))
     if run.policy.propagates:
         state = propagate_kv(run, state, s, leaves_B, states[run.plan.exits[s]])
@@ -117,40 +118,41 @@ def _decided(run: Context, state: DecodeState, s: int, here_B, decision, states,
 def _deeper_segment(run: Context, timing: Timing, state: DecodeState, s: int, emission: Emission):
     """Segment s over all pending tokens, if a row waits for it and the schedule runs it now."""
     plan, progress = run.plan, state.progress
-    pending_B = _pending_B(state, s)
     # As it will be once this step has emitted. A draft counts as going on: if it ends its row, the next step verifies.
     crowded_B = run.deferred_B(state) + emission.rows_B >= plan.window
     goes_on_B = state.text.length_B + emission.rows_B < run.pause_len_B
-    full_B = run.free_B(state) & crowded_B & goes_on_B & (pending_B > 0)
+    full_B = run.free_B(state) & crowded_B & goes_on_B & (_pending_B(state, s) > 0)
     due = timing.due(blocked_B=run.unfinished_B(state) & ((progress.waiting_B == s) | full_B),
                      waited_B=progress.waited_B, full_B=full_B,
                      moving_B=emission.rows_B & ~crowded_B & (goes_on_B | run.policy.verifies))
-    if run.policy.verifies and s == plan.last:
-        state, token_B = run_if(due, lambda carry: verify(run, carry[0]), (state, emission.verified_B))
-        fresh_B = token_B >= 0
-        return state, emission._replace(exit_B=jnp.where(fresh_B, s, emission.exit_B), verified_B=token_B)
+    through = _verify if run.policy.verifies and s == plan.last else _through_segment
+    return run_if(due, lambda carry: through(run, carry[0], s, carry[1]), (state, emission))
 
-    here_B = due & state.text.active_B & (progress.waiting_B == s)
-    state, states = _through_segment(run, state, s, jnp.where(due, pending_B.max(), 0))
-    if s == plan.last:
+
+def _verify(run: Context, state: DecodeState, s: int, emission: Emission):
+    """The last segment over the drafts of all rows."""
+    state, token_B = verify(run, state)
+    return state, emission._replace(exit_B=jnp.where(token_B >= 0, s, emission.exit_B), verified_B=token_B)
+
+
+def _through_segment(run: Context, state: DecodeState, s: int, emission: Emission):
+    """Segment s over all pending tokens, and what follows for rows that have waited for it."""
+    here_B = state.text.active_B & (state.progress.waiting_B == s)
+    state, states = _run_pending(run, state, s)
+    if s == run.plan.last:
         progress = state.progress.replace(waiting_B=jnp.where(here_B, 0, state.progress.waiting_B))
-        emit = lambda: emission.at(s, here_B, run.readout.fuse(run.fusion, states, plan.exits[s]))  # noqa: E731
+        emit = lambda: emission.at(s, here_B, run.readout.fuse(run.fusion, states, run.plan.exits[s]))  # noqa: E731
         return state.replace(progress=progress), jax.lax.cond(here_B.any(), emit, lambda: emission)
 
     # A draft that ends its row waits without having come here; its verification begins with the tokens before it.
     came_B = here_B & (state.progress.kv_len_BE[:, s] == state.text.length_B)
-
-    def decide():
-        return run.policy.at_exit(_view(run, state, s, came_B, states))
-
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(decide))
-    decision = jax.lax.cond(came_B.any(), decide, lambda: nothing._replace(memory=state.memory))
-    decision = decision._replace(leaves_B=decision.leaves_B & came_B)
-    return _decided(run, state, s, here_B, decision, states, emission)
+    decision = jax.lax.cond(came_B.any(), lambda: run.policy.at_exit(_view(run, state, s, came_B, states)),
+                            lambda: Decision(jnp.zeros_like(came_B), emission.logits_BV, state.memory))
+    return _leave(run, state, s, here_B, came_B & decision.leaves_B, states, emission, decision)
 
 
-def _through_segment(run: Context, state: DecodeState, s: int, longest):
-    """Segment s over all pending tokens, of which a row has at most `longest` (traced; 0 for none).
+def _run_pending(run: Context, state: DecodeState, s: int):
+    """Segment s over all pending tokens.
 
     Returns the state, and the newest tokens' hidden states [B, D] that a decision at exit s may look at.
     """
@@ -168,12 +170,13 @@ def _through_segment(run: Context, state: DecodeState, s: int, longest):
         inside_B1 = ((at_B >= 0) & (at_B < size))[:, None]
         return state, {n: jnp.where(inside_B1, picked[n], new[n]) for n in new}
 
-    carry = run_if(longest == 1, functools.partial(block, 1), (state, new))
-    if plan.window > 1:
-        size = min(BLOCK, plan.window)
-        left = lambda carry: (longest > 1) & (_pending_B(carry[0], s).max() > 0)  # noqa: E731
-        carry = jax.lax.while_loop(left, functools.partial(block, size), carry)
-    state, new = carry
+    if plan.window == 1:
+        state, new = block(1, (state, new))
+    else:
+        left = lambda carry: _pending_B(carry[0], s).max()  # noqa: E731
+        carry = run_if(left((state, new)) == 1, functools.partial(block, 1), (state, new))
+        state, new = jax.lax.while_loop(lambda carry: left(carry) > 0,
+                                        functools.partial(block, min(BLOCK, plan.window)), carry)
     slot_B = newest_B % plan.window
     buffered = {n: buffer_BPD[rows, slot_B]
                 for n, buffer_BPD in zip(plan.buffered_layers, state.progress.buffers, strict=True)}
@@ -191,7 +194,7 @@ def _emit(run: Context, state: DecodeState, emission: Emission) -> DecodeState:
     text, rows_B, policy = state.text, emission.rows_B, run.policy
     logits_BV = processed_logits(emission.logits_BV, lambda: seen_tokens(text.tokens_BS, text.length_B,
                                                                          emission.logits_BV.shape[-1]), run.sampling)
-    token_B = choose(logits_BV, run.sampling, text.keys_B, text.length_B)
+    token_B = choose(logits_BV, run.sampling, run.keys_BS2, text.length_B)
     if policy.verifies:
         token_B = jnp.where(emission.verified_B >= 0, emission.verified_B, token_B)
     # As a choice for every position: on a CPU a scatter runs as a loop of its own.

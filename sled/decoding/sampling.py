@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from sled.exits.policy import only_if
 from sled.fusion.partial import max_and_index
 from sled.settings.decorator import settings
 from sled.settings.field import setting
@@ -84,17 +85,25 @@ def processed_logits(logits_BV, seen_BV: Callable[[], jax.Array], sampling: Samp
         lambda x: x, logits_BV)
 
 
-def choose(logits_BV, sampling: Sampling, keys_B, positions_B):
-    """The next token of each row, from processed logits. int32 [B].
+def position_keys(sampling: Sampling, keys_B, positions: int) -> jax.Array:
+    """The data of the random key for the draw of the token at every position [B, positions, 2]; zeros where no row draws.
 
-    The draw depends on the row's own key and on the token's position alone, so that neither
-    batch-mates nor the way the work is cut into calls change it.
+    A draw depends on the row's own key and on the token's position alone, so that neither batch-mates nor the way the
+    work is cut into calls change it.
     """
+    at_S = jnp.arange(positions)
+    return only_if(jnp.any(jnp.asarray(sampling.temperature) > 0), lambda: jax.random.key_data(
+        jax.vmap(lambda key: jax.vmap(lambda at: jax.random.fold_in(key, at))(at_S))(keys_B)))
+
+
+def choose(logits_BV, sampling: Sampling, keys_BS2, position_B):
+    """The next token of each row, at `position_B`, from processed logits. int32 [B]. keys_BS2: see `position_keys`."""
     warm_B = jnp.broadcast_to(jnp.asarray(sampling.temperature) > 0, logits_BV.shape[:1])
 
     def draw(logits):
-        keys = jax.vmap(jax.random.fold_in)(keys_B, positions_B)
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(keys)
+        keys_B2 = jnp.take_along_axis(keys_BS2, position_B[:, None, None], axis=1, mode="clip")[:, 0]
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(
+            jax.random.wrap_key_data(keys_B2))
         return jnp.where(warm_B[:, None], logits + noise, logits)
 
     logits_BV = jax.lax.cond(jnp.any(warm_B), draw, lambda x: x, logits_BV)

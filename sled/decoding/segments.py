@@ -20,7 +20,8 @@ from sled.decoding.state import DecodeState, Plan
 class Context(NamedTuple):
     """All that one call of `decode` works with, and predicates of a state under it.
 
-    pause_len_B: known tokens at which a row pauses or stops. prepared: see `Policy.prepare`.
+    keys_BS2: see `sled.decoding.sampling.position_keys`. pause_len_B: known tokens at which a row pauses or stops.
+    prepared: see `Policy.prepare`.
     """
 
     readout: Readout
@@ -28,6 +29,7 @@ class Context(NamedTuple):
     policy: Any
     fusion: Any
     sampling: Sampling
+    keys_BS2: jax.Array
     stop_ids: jax.Array
     pause_len_B: jax.Array
     prepared: Any

@@ -62,7 +62,7 @@ def _last_layer_choices(run: Context, state: DecodeState, states, position_BT):
     def choose_at(states, position_B):
         logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[-1], positions=position_BT.size)
         seen_BV = lambda: seen_tokens(state.text.tokens_BS, position_B + 1, logits_BV.shape[-1])  # noqa: E731
-        return choose(processed_logits(logits_BV, seen_BV, run.sampling), run.sampling, state.text.keys_B,
+        return choose(processed_logits(logits_BV, seen_BV, run.sampling), run.sampling, run.keys_BS2,
                       position_B + 1)
 
     # Position by position under vmap, not as more rows: numbers per row [B] of the fusion keep their meaning.
