@@ -140,7 +140,7 @@ def test_the_lens_and_fusions_read_by_the_heads(bare):
         other = model.normalise(states[2]) if norm else states[2]
         found = Readout(tied).candidates(states, (1, 2), norm, 3)
         np.testing.assert_array_equal(found, jnp.stack(
-            [Readout(tied).ready(states[1], 1), other, Readout(tied).ready(states[3], 3)], 1))
+            [Readout(tied).pre_logits(states[1], 1), other, Readout(tied).pre_logits(states[3], 3)], 1))
         found = Readout(model).candidates(states, (1, 2), norm, 4)
         plain = model.normalise(states[1]) if norm else states[1]
         np.testing.assert_array_equal(found, jnp.stack([plain, other, model.normalise(states[4])], 1))

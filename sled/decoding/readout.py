@@ -28,9 +28,9 @@ class Readout(NamedTuple):
 
     def __call__(self, h, layer: int) -> tuple[jax.Array, SharedHead]:
         """Hidden state `layer` [..., D] made ready for projection, and the projection that its logits come from."""
-        return self.ready(h, layer), self.head(layer)
+        return self.pre_logits(h, layer), self.head(layer)
 
-    def ready(self, h, layer: int) -> jax.Array:
+    def pre_logits(self, h, layer: int) -> jax.Array:
         """Hidden state `layer` [..., D] made ready for projection: by its exit head, or else by the final norm."""
         head = self.network.exit_head(layer)
         return self.network.normalise(h) if head is None else head.read(h)
@@ -75,12 +75,12 @@ class Readout(NamedTuple):
         def early_one(n: int):
             match self.form(n, norm_early):
                 case "head":
-                    return self.ready(states[n], n)
+                    return self.pre_logits(states[n], n)
                 case "normed":
                     return self.network.normalise(states[n])
             return states[n]
 
-        return jnp.stack([*map(early_one, early), self.ready(states[last], last)], axis=-2)
+        return jnp.stack([*map(early_one, early), self.pre_logits(states[last], last)], axis=-2)
 
     def fuse(self, fusion, states: Mapping[int, jax.Array], last: int, *, positions: int | None = None) -> jax.Array:
         """The fusion's logits [P, V] at P positions where `last` is the last layer: the model's end, or an exit.

@@ -86,7 +86,7 @@ def processed_logits(logits_BV, seen_BV: Callable[[], jax.Array], sampling: Samp
 
 
 def position_keys(sampling: Sampling, keys_B, positions: int) -> jax.Array:
-    """The data of the random key for the draw of the token at every position [B, positions, 2]; zeros where no row draws.
+    """The random key's data for the draw of the token at every position: [B, positions, 2], zeros if no row draws.
 
     A draw depends on the row's own key and on the token's position alone, so that neither batch-mates nor the way the
     work is cut into calls change it.

@@ -90,7 +90,7 @@ def run_block(run: Context, state: DecodeState, s: int, size: int):
     position_BT = jnp.where(state.text.active_B[:, None] & (position_BT < end_B[:, None]), position_BT, state.capacity)
     new, caches = network.run_layers(states[below], position_BT, state.caches[below:top], below, top)
     states |= dict(enumerate(new, below + 1))
-    verified_later = run.policy.verifies and s == plan.last
+    verified_later = run.policy.verifies and s == plan.last_exit
     kv_len_B = first_B if verified_later else jnp.where(
         state.text.active_B, jnp.minimum(end_B, first_B + size), first_B)
     return _ran(run, state, s, states, position_BT, caches, kv_len_B), states, position_BT

@@ -70,7 +70,7 @@ class Plan(NamedTuple):
         return cls(exits, looked_at, tuple(sorted(buffered)), policy.window)
 
     @property
-    def last(self) -> int:
+    def last_exit(self) -> int:
         """The number of the last exit, which is the last layer's."""
         return len(self.exits) - 1
 

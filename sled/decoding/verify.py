@@ -23,7 +23,7 @@ def verify(run: Context, state: DecodeState) -> tuple[DecodeState, jax.Array]:
     Returns the state, cut to what is right, and a token [B] for the step to emit: the last layer's choice after that.
     It is -1 for rows that get none: the last pending position is followed by a right draft, or nothing was pending.
     """
-    last = run.plan.last
+    last = run.plan.last_exit
     state, states, position_BT = run_block(run, state, last, run.plan.window)
     text, progress, size = state.text, state.progress, position_BT.shape[1]
     pending_BT = position_BT < state.capacity
@@ -66,5 +66,5 @@ def _last_layer_choices(run: Context, state: DecodeState, states, position_BT):
                       position_B + 1)
 
     # Position by position under vmap, not as more rows: numbers per row [B] of the fusion keep their meaning.
-    needed = {n: states[n] for n in run.plan.decisive_layers(run.plan.last) if n in states}
+    needed = {n: states[n] for n in run.plan.decisive_layers(run.plan.last_exit) if n in states}
     return jax.vmap(choose_at, in_axes=1, out_axes=1)(needed, position_BT)

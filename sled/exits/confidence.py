@@ -72,7 +72,10 @@ def entropy(logits_BV):
 
 
 def saturation(h_BD, below_BD):
-    """Cosine of a hidden state with the layer below's, negative ones as 0. Needs no projection."""
+    """Cosine of a hidden state with the layer below's, negative ones as 0. Needs no projection.
+
+    At most 1 whatever the rounding, so that a threshold of 1 never leaves early.
+    """
     h, below = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (h_BD, below_BD))
     lengths = jnp.linalg.norm(h, axis=-1) * jnp.linalg.norm(below, axis=-1)
-    return jnp.maximum((h * below).sum(-1) / lengths, 0)
+    return jnp.clip((h * below).sum(-1) / lengths, 0, 1)

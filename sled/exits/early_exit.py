@@ -104,18 +104,18 @@ class EarlyExit(Policy):
         logits_BV = view.fused_logits() if self.measure in PROJECTING else None
         sure_B = confidence(self.measure, logits_BV, view.states[view.layer], view.states[view.layer - 1],
                             self.classifier, view.index)
-        limit_B = self.thresholds(view.emitted_B, view.most_B)[:, view.index]
-        leaves_B = view.here_B & jnp.isfinite(sure_B) & (sure_B > limit_B) & (view.layer >= self.min_layer)
+        threshold_B = self.thresholds(view.emitted_B, view.most_B)[:, view.index]
+        leaves_B = view.here_B & jnp.isfinite(sure_B) & (sure_B > threshold_B) & (view.layer >= self.min_layer)
         if logits_BV is None:
             logits_BV = only_if(leaves_B.any(), view.fused_logits)
         return Decision(leaves_B, logits_BV, view.memory)
 
     def thresholds(self, emitted_B, most_B):
         """lambda' [B, exits], after `emitted_B` new tokens of at most `most_B`."""
-        limit = jnp.stack(self.threshold) if isinstance(self.threshold, tuple) else jnp.asarray(self.threshold)
-        limit = jnp.broadcast_to(limit, (emitted_B.shape[0], len(self.layers)))
+        threshold = jnp.stack(self.threshold) if isinstance(self.threshold, tuple) else jnp.asarray(self.threshold)
+        threshold = jnp.broadcast_to(threshold, (emitted_B.shape[0], len(self.layers)))
         if self.decay == "none":
-            return limit
+            return threshold
         fade_B1 = jnp.exp(-self.decay_temperature * emitted_B / jnp.maximum(most_B, 1))[:, None]
-        late = limit if self.decay == "calm-code" else 1.0
-        return jnp.clip(0.9 * limit + 0.1 * late * fade_B1, 0, 1)
+        late = threshold if self.decay == "calm-code" else 1.0
+        return jnp.clip(0.9 * threshold + 0.1 * late * fade_B1, 0, 1)

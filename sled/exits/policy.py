@@ -27,7 +27,7 @@ class ExitView(NamedTuple):
     fused_logits: computes the exit's logits [B, V] under the fusion in use, through the exit's own head if it has one.
         A policy that verifies drafts without fusion instead, by what it took from the network in `prepare`.
     emitted_B: new tokens so far; most_B: how many the row may get.
-    drafted_B: tokens that follow the last verified one (of a policy that verifies).
+    unverified_B: drafts that follow the last verified token (of a policy that verifies).
     memory: the policy's own arrays, see `Policy.initial_memory`.
     prepared: what `Policy.prepare` returned.
     """
@@ -39,7 +39,7 @@ class ExitView(NamedTuple):
     fused_logits: Callable[[], jax.Array]
     emitted_B: jax.Array
     most_B: jax.Array
-    drafted_B: jax.Array
+    unverified_B: jax.Array
     memory: Any
     prepared: Any
 

@@ -94,7 +94,7 @@ class SelfSpeculation(Policy):
     def at_exit(self, view: ExitView) -> Decision:
         """Rows that draft at this exit leave with its logits, until their draft is long enough or not sure enough."""
         layer_B, draft_B = self._choose_draft(view.memory, view.prepared, view.here_B.shape[0])
-        may_B = view.here_B & (layer_B == view.index) & (view.drafted_B < draft_B)
+        may_B = view.here_B & (layer_B == view.index) & (view.unverified_B < draft_B)
 
         def draft():
             logits_BV = view.prepared.logits(view.states[view.layer], view.index)
@@ -164,7 +164,7 @@ class Drafter(NamedTuple):
     def logits(self, h_BD, exit_index: int):
         """An exit's logits [B, V] of its hidden states, without fusion; -inf outside the draft vocabulary."""
         layer = self.layers[exit_index]
-        logits_BV = self.heads[exit_index].project(self.readout.ready(h_BD, layer))
+        logits_BV = self.heads[exit_index].project(self.readout.pre_logits(h_BD, layer))
         if self.ids is None:
             return logits_BV
         everything = jnp.full((h_BD.shape[0], self.readout.head(layer).vocabulary), -jnp.inf, logits_BV.dtype)

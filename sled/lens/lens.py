@@ -195,7 +195,7 @@ def _say(build: Build, params, ids_T, fusion):
 
     def places(h_PCD):
         """One layer's logits at a time, never those of all; the final layer's first, for its choice."""
-        h_CPD = jnp.stack([readout.ready(h_PCD[:, n], n) for n in range(h_PCD.shape[1])])
+        h_CPD = jnp.stack([readout.pre_logits(h_PCD[:, n], n) for n in range(h_PCD.shape[1])])
         final_PV = head.project(h_CPD[-1])
         final_top_P = jnp.argmax(final_PV, axis=-1)
         final = describe(final_PV, final_top_P)
