@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from sled.cli.derived import arguments
 from sled.cli.options import print_devices
 from sled.io import writable
 
@@ -20,8 +22,10 @@ class Measurement:
     """Also write the report to this file."""
 
     def report(self):
-        """Measure, and report."""
-        raise NotImplementedError
+        """Measures: BenchX by `run_x_bench` of `sled.bench.x`, which takes the options by their names."""
+        name = type(self).__name__.removeprefix("Bench").lower()
+        run = getattr(importlib.import_module(f"sled.bench.{name}"), f"run_{name}_bench")
+        return run(**arguments(self, run))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +34,6 @@ class BenchFusion(Measurement):
 
     Needs the `parity` extra for the torch side; without it the rest is measured. About three minutes.
     """
-
-    def report(self):
-        from sled.bench.fusion import run_fusion_bench
-
-        return run_fusion_bench()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +48,6 @@ class BenchDecode(Measurement):
     """Tokens per row and run."""
     rounds: int = 4
     """Interleaved rounds; ratios are taken between the fastest."""
-
-    def report(self):
-        from sled.bench.decode import run_decode_bench
-
-        return run_decode_bench(new_tokens=self.new_tokens, rounds=self.rounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +65,6 @@ class BenchExits(Measurement):
     picture: Path | None = None
     """Also draw speed, depth and agreement over the thresholds into this file (.png, .svg or .pdf)."""
 
-    def report(self):
-        from sled.bench.exits import run_exits_bench
-
-        return run_exits_bench(problems=self.problems, rounds=self.rounds, picture=self.picture)
-
 
 @dataclasses.dataclass(frozen=True)
 class BenchEngine(Measurement):
@@ -91,11 +80,6 @@ class BenchEngine(Measurement):
     rounds: int = 5
     """Interleaved rounds; ratios are taken between the fastest."""
 
-    def report(self):
-        from sled.bench.engine import run_engine_bench
-
-        return run_engine_bench(requests=self.requests, slots=self.slots, rounds=self.rounds)
-
 
 @dataclasses.dataclass(frozen=True)
 class BenchLoss(Measurement):
@@ -106,11 +90,6 @@ class BenchLoss(Measurement):
 
     rounds: int = 2
     """Interleaved rounds; ratios are taken between the fastest."""
-
-    def report(self):
-        from sled.bench.loss import run_loss_bench
-
-        return run_loss_bench(rounds=self.rounds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,11 +107,6 @@ class BenchLayers(Measurement):
     """Held-out problems."""
     picture: Path | None = None
     """Also draw the layers into this file (.png, .svg or .pdf)."""
-
-    def report(self):
-        from sled.bench.layers import run_layers_bench
-
-        return run_layers_bench(self.models, count=self.problems, picture=self.picture)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -117,6 +118,17 @@ def given(options) -> dict[str, Any]:
             if getattr(options, field.name) != field.default}
 
 
+def arguments(options, function: Callable) -> dict[str, Any]:
+    """The options that a function, or a class, takes as arguments of the same names."""
+    taken = inspect.signature(function).parameters
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in taken}
+
+
+def dashed(name: str) -> str:
+    """An option as one writes it: --exit-layers."""
+    return f"--{name.replace('_', '-')}"
+
+
 def build(options, of: Offer):
     """Build what is on offer, of the options that were given for it."""
     values = {of.options[name]: value for name, value in given(options).items() if name in of.options}
@@ -133,5 +145,4 @@ def refuse_others(options, choice: str, has: Collection[str]) -> None:
         if name != choice and name not in has:
             chosen = getattr(options, choice)
             where = f"without --{choice}" if chosen is None else f"for --{choice} {chosen}"
-            raise SettingError(f"--{name.replace('_', '-')} has no meaning {where}; "
-                               f"leave it out or choose another --{choice}")
+            raise SettingError(f"{dashed(name)} has no meaning {where}; leave it out or choose another --{choice}")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import given, refuse_others
+from sled.cli.derived import arguments, dashed, given, refuse_others
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions
 from sled.errors import SettingError
@@ -73,8 +73,7 @@ class Export:
 
         reading = dict(step=self.step, revision=self.revision, dtype=self.dtype)
         if self.form == "hf":
-            forms.export_hf(self.source, self.to, Card(self.license, self.base, self.margin), heads=self.heads,
-                            calibration=self.calibration, **reading)
+            forms.export_hf(**arguments(self, forms.export_hf), card=Card(**arguments(self, Card)), **reading)
         elif self.form == "orbax":
             forms.export_orbax(self.source, self.to, **reading)
         else:
@@ -86,5 +85,5 @@ class Export:
 def refuse_decoding(form: str, *options) -> None:
     """Raises SettingError for an option that says how to decode, which only a program has in it."""
     for name in (name for some in options for name in given(some)):
-        raise SettingError(f"--{name.replace('_', '-')} has no meaning for --form {form}, which holds a model and not "
-                           "how to decode with it; leave it out, or choose --form program")
+        raise SettingError(f"{dashed(name)} has no meaning for --form {form}, which holds a model and not how to "
+                           "decode with it; leave it out, or choose --form program")

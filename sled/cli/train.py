@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sled.cli.derived import derive, given, option_help, option_type
+from sled.cli.derived import arguments, dashed, derive, given, option_help, option_type
 from sled.errors import SettingError
 from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
@@ -52,15 +52,12 @@ class DataOptions:
 
         if not self.data:
             raise SettingError("--data is missing, so there is nothing to learn; name files, a hub data set, or demo")
-        columns = {name: getattr(self, name) for name in ("text", "prompt", "completion", "tokens")}
         several = lambda names: names[0] if len(names) == 1 else list(names)  # noqa: E731
-        how = dict(columns, subset=self.subset)
-        source = Source(several(self.data), split=self.split, limit=self.limit, **how)
+        source = Source(**arguments(self, Source) | dict(data=several(self.data)))
         if not self.held_out:
             return source, None
-        demo = self.held_out == ("demo",)
-        return source, Source(several(self.held_out), split="heldout" if demo else self.split,
-                              limit=500 if demo else None, **how)
+        others = dict(split="heldout", limit=500) if self.held_out == ("demo",) else dict(limit=None)
+        return source, Source(**arguments(self, Source) | dict(data=several(self.held_out), **others))
 
 
 def _overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> list[tuple[str, Any, Any]]:
@@ -157,8 +154,8 @@ class HeadOptions:
 
         if not self.exit_heads:
             if wanted := given(self):
-                raise SettingError(f"--{next(iter(wanted)).replace('_', '-')} was given without --exit-heads; say "
-                                   "after which layers, such as --exit-heads 2 4")
+                raise SettingError(f"{dashed(next(iter(wanted)))} was given without --exit-heads; say after which "
+                                   "layers, such as --exit-heads 2 4")
             return None
         return ExitHeads(self.exit_heads, self.head_kind, tied=not self.untied_heads)
 
@@ -232,12 +229,9 @@ class Train:
 
         print_devices()
         source, held_out = self.data_options.sources()
-        run = TrainingRun(
-            self.out, self._model(), source, self.recipe_options.made(), held_out, shape=self.data_options.shape,
-            too_long=self.data_options.too_long, prompt_weight=self.data_options.prompt_weight,
-            heads=self.head_options.heads(),
-            mesh=Mesh(where.data_parallel, where.fsdp, where.tensor), save_every=self.save_every,
-            keep=self.keep, log_every=self.log_every, held_out_rows=self.held_out_rows, tensorboard=self.tensorboard)
+        run = TrainingRun(**arguments(self, TrainingRun) | arguments(self.data_options, TrainingRun) | dict(
+            folder=self.out, model=self._model(), source=source, held_out=held_out, recipe=self.recipe_options.made(),
+            heads=self.head_options.heads(), mesh=Mesh(where.data_parallel, where.fsdp, where.tensor)))
         if self.dry_run:
             print(f"recipe: {run.recipe}\n{memory_plan_of(run).text()}")
             return
@@ -248,6 +242,6 @@ class Train:
         if self.model == "new":
             return NewModel(**wanted)
         if wanted:
-            raise SettingError(f"--{next(iter(wanted)).replace('_', '-')} describes a new model, but --model is "
-                               f"{self.model}; leave it out, or give --model new")
+            raise SettingError(f"{dashed(next(iter(wanted)))} describes a new model, but --model is {self.model}; "
+                               "leave it out, or give --model new")
         return self.model
