@@ -30,7 +30,7 @@ from sled.eval.questions import Questions
 from sled.eval.sweep.grid import no_exit
 from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.result import SweepFile, SweepRow, Swept
-from sled.io import json_digest, writable_folder, written_whole
+from sled.io import json_digest, replace_text, writable_folder, written_whole
 from sled.lm import LM
 from sled.results import Output
 from sled.settings.describe import describe
@@ -96,8 +96,7 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
                   delta=delta, epsilon=epsilon, num_layers=lm.config.num_layers,
                   what=f"{lm.name}, {len(questions.prompts)} {questions.source}, at most {max_new_tokens} new tokens, "
                        f"batches of {batch_size}, fastest of {rounds} rounds")
-    with written_whole(Path(folder) / FILES[1]) as beside:
-        beside.write_text(swept.markdown() + "\n", encoding="utf-8")
+    replace_text("the sweep's table", Path(folder) / FILES[1], swept.markdown() + "\n")
     with written_whole(Path(folder) / FILES[2]) as beside:
         draw_sweep(swept, beside)
     return swept

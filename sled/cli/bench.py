@@ -5,9 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from sled.cli.derived import arguments
 from sled.cli.options import print_devices
@@ -22,14 +19,14 @@ class Measurement:
     """Also write the report to this file."""
 
     def report(self):
-        """Measures: BenchX by `run_x_bench` of `sled.bench.x`, which takes the options by their names."""
-        name = type(self).__name__.removeprefix("Bench").lower()
+        """Class X is measured by `run_x_bench` of `sled.bench.x`, which takes the options by their names."""
+        name = type(self).__name__.lower()
         run = getattr(importlib.import_module(f"sled.bench.{name}"), f"run_{name}_bench")
         return run(**arguments(self, run))
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchFusion(Measurement):
+class Fusion(Measurement):
     """The fused SLED step against the released algorithm in torch, and against the projections it cannot avoid.
 
     Needs the `parity` extra for the torch side; without it the rest is measured. About three minutes.
@@ -37,7 +34,7 @@ class BenchFusion(Measurement):
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchDecode(Measurement):
+class Decode(Measurement):
     """Decoding a random 134M-parameter Llama, against transformers' generate on the same weights.
 
     Greedy and SLED, batch 1 and 8, float32; time to first token and compile time. Needs the `parity`
@@ -51,7 +48,7 @@ class BenchDecode(Measurement):
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchExits(Measurement):
+class Exits(Measurement):
     """Early exit and self-speculation on the bundled model's held-out problems, against plain decoding.
 
     Batch 1: self-speculation, with and without SLED, and transformers' assisted_early_exit on the same weights
@@ -67,7 +64,7 @@ class BenchExits(Measurement):
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchEngine(Measurement):
+class Engine(Measurement):
     """Continuous batching on the bundled model's held-out problems, against batches that wait for their slowest row.
 
     Without early exit and with self-speculation. About a minute.
@@ -82,7 +79,7 @@ class BenchEngine(Measurement):
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchLoss(Measurement):
+class Loss(Measurement):
     """The training loss of twelve exits with its gradient, against its plain form: time and memory.
 
     Holds seven gigabytes for the plain form. About four minutes.
@@ -93,7 +90,7 @@ class BenchLoss(Measurement):
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchLayers(Measurement):
+class Layers(Measurement):
     """The predictions of each layer on held-out word problems, of one or several models side by side.
 
     sled bench layers --models demo twin/model --picture layers.png
@@ -113,12 +110,7 @@ class BenchLayers(Measurement):
 class Bench:
     """Measure the fused step, decoding, exits, serving, layers, or the training loss, others in the same run."""
 
-    what: (Annotated[BenchFusion, tyro.conf.subcommand("fusion")]
-           | Annotated[BenchDecode, tyro.conf.subcommand("decode")]
-           | Annotated[BenchExits, tyro.conf.subcommand("exits")]
-           | Annotated[BenchEngine, tyro.conf.subcommand("engine")]
-           | Annotated[BenchLayers, tyro.conf.subcommand("layers")]
-           | Annotated[BenchLoss, tyro.conf.subcommand("loss")])
+    what: Fusion | Decode | Exits | Engine | Layers | Loss
 
     def run(self) -> None:
         if self.what.json:
