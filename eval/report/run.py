@@ -19,7 +19,7 @@ from sled.eval.harness.adapter import SledLM
 from sled.eval.harness.cache import Cache
 from sled.eval.harness.local_data import Data, paths_by_task
 from sled.eval.harness.tasks import begin_anew, load_tasks
-from sled.eval.methods import A_MODEL, Method, plain
+from sled.eval.methods import A_MODEL, Method, checked_methods, plain
 from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.scores import TaskResult, scores_of
 from sled.lm import LM
@@ -61,7 +61,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     if out is not None:
         report_folder("out", Path(out))
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    methods = _checked(methods)
+    methods = checked_methods(methods)
     against = _baseline(methods, against)
     limit = OrNone(Whole(1, hint="it counts the samples of each task"))("limit", limit)
     num_fewshot = OrNone(Whole(0, hint="it counts the examples before each question"))("num_fewshot", num_fewshot)
@@ -120,18 +120,11 @@ def _warn_of_fixed_examples(tasks: Mapping[str, Any], num_fewshot: int | None) -
                   f"to the {kept} that it says itself", file=sys.stderr)
 
 
-def _checked(methods: Sequence[Method]) -> list[Method]:
-    methods = [methods] if isinstance(methods, Method) else list(methods)
-    if not methods or not all(isinstance(method, Method) for method in methods):
-        raise EvaluationError(f"methods is {methods!r}, but must be a list of sled.eval.methods.Method, at least one")
+def _baseline(methods: list[Method], against: str | None) -> str:
+    """The baseline's name. Raises EvaluationError where no method has it, or several have one name."""
     names = [method.name for method in methods]
     if twice := [name for name in names if names.count(name) > 1]:
         raise EvaluationError(f"two methods are called {twice[0]!r}; give each a name of its own")
-    return methods
-
-
-def _baseline(methods: list[Method], against: str | None) -> str:
-    names = [method.name for method in methods]
     if against is None:
         return next((method.name for method in methods if plain(method)), names[0])
     if against not in names:

@@ -44,9 +44,13 @@ def choice(name: str, of: Collection[str], *, default: str | None, help: str) ->
 
 def settings_of(of: Offer) -> list[tuple[str, Any, Any]]:
     """An option for each field on offer of one class, with its default."""
-    kind, options = of
-    return [(name, Annotated[option_type(kind, field), tyro.conf.arg(help=option_help(kind, field))],
-             dataclasses.field(default=getattr(kind, field, dataclasses.MISSING))) for name, field in options.items()]
+    options = []
+    for name, field in of.options.items():
+        default, kind = getattr(of.kind, field, dataclasses.MISSING), option_type(of.kind, field)
+        argument = tyro.conf.arg(help=option_help(of.kind, field))
+        options.append((name, Annotated[kind | None if default is None else kind, argument],
+                        dataclasses.field(default=default)))
+    return options
 
 
 def settings_by_choice(offers: Mapping[str, Offer]) -> list[tuple[str, Any, Any]]:
@@ -90,7 +94,7 @@ def option_type(kind: type, field: str) -> Any:
     return _type(declared(kind)[field].rule)
 
 
-def _type(rule: Rule) -> Any:
+def _type(rule: Rule | None) -> Any:
     """The type of what satisfies a rule, as one can write it behind an option."""
     match rule:
         case Number():
@@ -109,6 +113,8 @@ def _type(rule: Rule) -> Any:
             return tuple[_type(entry), ...]
         case OrNone(rule):
             return _type(rule)
+        case None:
+            return str
     raise TypeError(rule)
 
 

@@ -9,16 +9,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sled.cli.derived import arguments, dashed, derive, given, option_help, option_type
+from sled.cli.derived import arguments, build, dashed, derive, given, offer, option_help, option_type, settings_of
 from sled.errors import SettingError
+from sled.train.data.packing import Layout
 from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
 from sled.train.objective.layer_dropout import FixedRows, Masked, WholeBatch, layerskip
+from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe, named
+
+PROCESSES = offer(Processes, "cluster", "coordinator", processes="count", process="index")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions:
+class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "too_long", "prompt_weight")))):
     """The data to train on. --text, or --prompt with --completion, or --tokens names the columns."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-d"])] = ()
@@ -39,12 +43,6 @@ class DataOptions:
     """Subset (configuration) of a hub data set."""
     limit: int | None = None
     """Read at most this many examples (demo: 20,000)."""
-    shape: Literal["packed", "padded"] = "packed"
-    """packed: several examples share a row, each seeing only itself. padded: one example a row."""
-    too_long: Literal["skip", "truncate", "error"] = "skip"
-    """The fate of examples longer than the context."""
-    prompt_weight: float = 0.0
-    """Weight of a prompt's token in the loss, where a completion's counts 1."""
 
     def sources(self):
         """The data, and what is measured on or None. Raises SettingError."""
@@ -161,8 +159,8 @@ class HeadOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshOptions:
-    """The use of several devices; -1 is what is left of them."""
+class MeshOptions(derive("ProcessFields", *settings_of(PROCESSES))):
+    """The use of several devices; -1 is what is left of them. scripts/launch_*.sh start several processes."""
 
     data_parallel: int = 1
     """Groups of devices that hold all weights each."""
@@ -170,14 +168,6 @@ class MeshOptions:
     """Devices over which weights and optimiser are spread."""
     tensor: int = 1
     """Devices that share each layer's products."""
-    cluster: Literal["tpu", "slurm"] | None = None
-    """Join the processes of a TPU pod slice or a SLURM step (scripts/launch_*.sh)."""
-    coordinator: str | None = None
-    """Without a cluster manager: host:port of process 0."""
-    processes: int | None = None
-    """Without a cluster manager: how many processes there are."""
-    process: int | None = None
-    """Without a cluster manager: which of them this is, from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,10 +209,8 @@ class Train:
     """Only say what the recipe is and what each device would hold, and stop."""
 
     def run(self) -> None:
-        from sled.train.parallel.distributed import Processes, initialize
-
         where = self.mesh_options
-        initialize(Processes(where.cluster, where.coordinator, where.processes, where.process))
+        initialize(build(where, PROCESSES))
         from sled.cli.options import print_devices
         from sled.models.sharding.mesh import Mesh
         from sled.train.trainer import TrainingRun, memory_plan_of, train
