@@ -44,8 +44,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     limit: only so many samples of each task, the first; None: all.
     num_fewshot: examples before each question; None: as the task says. A task that says 0 keeps to it.
     apply_chat_template: prompts as the model's chat template has them. system_instruction: put before all else.
-    max_new_tokens: the most tokens for an answer; None: what the task says, or 256.
-    normalise: True gives tasks of log-likelihoods these, False the fusion's own values as they are (`LM.score`).
+    max_new_tokens, normalise, batch_size: as of `sled.eval.harness.adapter.SledLM`.
     cache: a file that keeps every answer as it is made; the same call, after a kill, goes on from there.
     out: a folder for the report, written at the end; `report.json` comes last, so where it is, all is complete.
     seed: of methods and tasks that draw, of the bootstrap, and of Python's and numpy's random numbers; fewshot_seed: of
@@ -70,8 +69,11 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     with _quiet():
         loaded = load_tasks(names, data=data, include_path=include_path, metadata=metadata, num_fewshot=num_fewshot,
                             seed=seed, fewshot_seed=fewshot_seed)
-        if progress:
-            _warn_of_fixed_examples(loaded["tasks"], num_fewshot)
+        for name, task in loaded["tasks"].items():
+            kept = task.get_config("num_fewshot")
+            if progress and num_fewshot not in (None, kept):
+                print(f"warning: {num_fewshot} examples before each question were asked for, but the task {name!r} "
+                      f"keeps to the {kept} that it says itself", file=sys.stderr)
         store, weights = Cache(cache), digest_of_weights(lm.params)
         models = {method.name: SledLM(lm, method, batch_size=batch_size, max_new_tokens=max_new_tokens,
                                       normalise=normalise, seed=seed, cache=store, weights=weights, progress=progress,
@@ -110,14 +112,6 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     if out is not None:
         report.write(Path(out))
     return report
-
-
-def _warn_of_fixed_examples(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
-    """A warning for each task that shows other than the examples asked for."""
-    for name, task in tasks.items():
-        if num_fewshot is not None and (kept := task.get_config("num_fewshot")) != num_fewshot:
-            print(f"warning: {num_fewshot} examples before each question were asked for, but the task {name!r} keeps "
-                  f"to the {kept} that it says itself", file=sys.stderr)
 
 
 def _baseline(methods: list[Method], against: str | None) -> str:

@@ -1,7 +1,4 @@
-"""Decoding speed: greedy and SLED here, greedy in transformers, on the same random weights in one run.
-
-The sides run interleaved; ratios are taken between the fastest rounds.
-"""
+"""Decoding speed: greedy and SLED here, greedy in transformers, on the same random weights."""
 
 from __future__ import annotations
 

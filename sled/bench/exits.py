@@ -3,7 +3,7 @@
 Batch 1: self-speculation against plain decoding, with and without SLED, and against transformers' on the same
 weights. Batch 8: early exit by threshold, schedule and treatment of K/V, against no early exit. Held-out problems of
 1 to 4 steps, as many of each in every batch; float32; greedy. Seconds are of whole `generate` calls, over all
-problems; the ways of one batch size run interleaved, and ratios are taken between the fastest rounds.
+problems; the ways of one batch size are timed together.
 """
 
 from __future__ import annotations

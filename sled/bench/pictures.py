@@ -58,7 +58,7 @@ def draw_exits(rows, path: Path) -> Path:
     agreement.set_xlabel("threshold")
     depth.set_ylabel("mean depth in layers", color="#0072B2")
     depth.set_ylim(0, 1.03 * full.depth)
-    agreement.legend(handles=[*agreement.lines, *depth.lines[:-1]], fontsize=8, loc="center")
+    agreement.legend(handles=[*agreement.lines, *depth.lines[:-1]], fontsize=8, loc="lower right")
     return save_figure(figure, path)
 
 

@@ -16,7 +16,6 @@ from sled.cli.options import FusionOptions
 from sled.errors import SettingError
 
 OF_HF = {"heads", "license", "base", "margin", "calibration"}
-OF_ALL = {"source", "to", "step", "revision", "dtype", "fusion_options", "exit_options"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +64,11 @@ class Export:
     exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
 
     def run(self) -> None:
-        refuse_others(self, "form", OF_ALL | OF_HF if self.form == "hf" else OF_ALL)
-        if self.form != "program":
-            refuse_decoding(self.form, self.fusion_options, self.exit_options)
+        if self.form != "hf":
+            refuse_others(self, "form", {field.name for field in dataclasses.fields(self)} - OF_HF)
+        if self.form != "program" and (decoding := {**given(self.fusion_options), **given(self.exit_options)}):
+            raise SettingError(f"{dashed(next(iter(decoding)))} has no meaning for --form {self.form}, which holds a "
+                               "model and not how to decode with it; leave it out, or choose --form program")
         from sled.export import forms
         from sled.export.card import Card
 
@@ -80,10 +81,3 @@ class Export:
             decoding = sled.Decoding(self.fusion_options.strategy(), **self.exit_options.settings())
             forms.export_program(self.source, self.to, decoding, **reading)
         print(f"the {self.form} export is in {self.to}", file=sys.stderr)
-
-
-def refuse_decoding(form: str, *options) -> None:
-    """Raises SettingError for an option that says how to decode, which only a program has in it."""
-    for name in (name for some in options for name in given(some)):
-        raise SettingError(f"{dashed(name)} has no meaning for --form {form}, which holds a model and not how to "
-                           "decode with it; leave it out, or choose --form program")
