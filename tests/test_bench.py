@@ -186,7 +186,7 @@ def test_the_engine_is_measured_beside_batches(toy):
 
 def test_layers_are_measured_on_the_solutions_and_on_what_the_last_one_generates(toy, tmp_path):
     """Against the model's own logits, one text at a time."""
-    report = layers.run_layers_bench(("one",), count=3, picture=tmp_path / "layers.png")
+    report = layers.run_layers_bench(("one",), problems=3, picture=tmp_path / "layers.png")
     assert [(row.model, row.layer) for row in report.rows] == [("one", 1), ("one", 2)]
     model = toy.build(toy.params)
     logits = jax.jit(lambda tokens_BT: model.logits(model.hidden_states(tokens_BT)[1:, 0]))

@@ -215,7 +215,7 @@ def test_the_fastest_certified_setting(scripted, tmp_path):
 
 
 @pytest.mark.parametrize(("methods", "how", "says"), [
-    (["no exit"], {}, "methods holds 'no exit'"), ([], {}, "methods holds nothing"),
+    (["no exit"], {}, r"methods is \['no exit'\], but"), ([], {}, r"methods is \[\], but"),
     (EARLY, dict(questions=[]), r"questions is \[\], which is no Questions; give what demo_questions"),
     (EARLY, dict(lm="demo"), "lm is 'demo', but must be an instance, .* give what sled.load returns"),
     (EARLY, dict(max_new_tokens=1000), "holds 512 tokens, and question 1 of sums takes 11 .* ask for at most 501 "),

@@ -15,15 +15,17 @@ from typing import Any
 import jax
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.options import A_SAMPLING
 from sled.errors import EvaluationError
-from sled.eval.harness.cache import Cache, RequestCounts, cached_answers
+from sled.eval.harness.cache import Cache, RequestCounts
 from sled.eval.harness.chat import TokenizerSettings, render
 from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
 from sled.eval.methods import Method, deciding_versions
 from sled.eval.protocols.choices import Scored
+from sled.io import json_digest
 from sled.lm import LM
 from sled.settings.describe import describe
 from sled.settings.rules import Flag, Whole
@@ -189,8 +191,25 @@ class SledLM(TemplateLM):
             yield dict(zip(indices, values, strict=True))
 
     def _answer(self, described: list[dict[str, Any]], compute: Callable[[list[int]], Found]) -> list[Any]:
-        return cached_answers(described, compute, kept=self._answers, counts=self.counts, name=self.method.name,
-                              progress=self.progress)
+        """The answer of each request. Those not kept yet are computed, equal ones once; each batch is kept at once.
+
+        described: all that decides each answer, besides `settings()`. compute: takes the indices of requests.
+        """
+        keys = [json_digest(request) for request in described]
+        answers = self._answers.find(dict.fromkeys(keys))
+        new = [i for i, key in enumerate(keys) if key not in answers]
+        first = {keys[i]: i for i in reversed(new)}
+        self.counts.requests += len(keys)
+        self.counts.repeated += len(new) - len(first)
+        with tqdm(total=len(keys), initial=len(keys) - len(first), unit="request", desc=self.method.name,
+                  disable=not self.progress) as bar:
+            for found in compute(sorted(first.values())):
+                computed = {keys[i]: answer for i, answer in found.items()}
+                self._answers.add(computed)
+                answers |= computed
+                self.counts.computed += len(computed)
+                bar.update(len(computed))
+        return [answers[key] for key in keys]
 
     # Texts.
 

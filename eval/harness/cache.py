@@ -14,12 +14,10 @@ import dataclasses
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from sled.errors import EvaluationError
 from sled.io import json_digest, writable
@@ -118,28 +116,3 @@ class RequestCounts:
         """Counts a request that lost so many tokens."""
         self.truncated += tokens > 0
         self.cut_tokens += tokens
-
-
-def cached_answers(requests: list[dict[str, Any]], compute: Callable[[list[int]], Iterator[dict[int, Any]]], *,
-                   kept: Answers, counts: RequestCounts, name: str, progress: bool) -> list[Any]:
-    """The answer of each request. Those not kept yet are computed, equal ones once, under a bar over all.
-
-    requests: all that decides each answer, besides the settings of `kept`, as JSON has it.
-    compute: takes the indices of the requests to answer, and yields answers by index, batch by batch; each batch is
-        kept at once.
-    """
-    keys = [json_digest(request) for request in requests]
-    answers = kept.find(dict.fromkeys(keys))
-    new = [i for i, key in enumerate(keys) if key not in answers]
-    first = {keys[i]: i for i in reversed(new)}
-    counts.requests += len(keys)
-    counts.repeated += len(new) - len(first)
-    with tqdm(total=len(keys), initial=len(keys) - len(new), unit="request", desc=name, disable=not progress) as bar:
-        for found in compute(sorted(first.values())):
-            computed = {keys[i]: answer for i, answer in found.items()}
-            kept.add(computed)
-            answers |= computed
-            counts.computed += len(computed)
-            bar.update(len(computed))
-        bar.update(len(new) - len(first))
-    return [answers[key] for key in keys]

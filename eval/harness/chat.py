@@ -40,7 +40,13 @@ class TokenizerSettings:
         tokens = {name: config[name]["content"] if isinstance(config[name], dict) else config[name]
                   for name in NAMED_TOKENS if config.get(name)}
         own = folder / "chat_template.jinja"
-        template = own.read_text(encoding="utf-8") if own.is_file() else _one(config.get("chat_template"), folder)
+        template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+        if isinstance(template, list):  # folders of older models keep several under names
+            by_name = {entry["name"]: entry["template"] for entry in template}
+            if "default" not in by_name:
+                raise EvaluationError(f"{folder} has the chat templates {', '.join(by_name)}, none of them the default;"
+                                      " put the one to use into chat_template.jinja in the model's folder")
+            template = by_name["default"]
         return cls(tokens, template)
 
 
@@ -52,17 +58,6 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise TokenizerError(f"{path} holds no JSON object; fetch it again")
     return found
-
-
-def _one(templates: Any, folder: Path) -> str | None:
-    """Folders of older models keep several templates under names."""
-    if not isinstance(templates, list):
-        return templates
-    by_name = {entry["name"]: entry["template"] for entry in templates}
-    if "default" not in by_name:
-        raise EvaluationError(f"{folder} has the chat templates {', '.join(by_name)}, none of them the default; put "
-                              "the one to use into chat_template.jinja in the model's folder")
-    return by_name["default"]
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str], *,

@@ -46,7 +46,13 @@ class GenerationSettings:
         if any(not isinstance(s, str) for s in until):
             raise EvaluationError(f"the task's stop strings are {list(until)!r}; give strings")
         most = asked["max_gen_toks"] if at_most is None else min(asked["max_gen_toks"], at_most)
-        return cls(until, most, sampling or _sampling(asked))
+        if sampling is None:
+            names = OF_SAMPLING if asked["do_sample"] else ("repetition_penalty",)  # all that greedy decoding reads
+            try:
+                sampling = Sampling(**{name: asked[name] for name in names if name in asked})
+            except SettingError as reason:
+                raise EvaluationError(f"the task's generation_kwargs cannot be followed: {reason}") from reason
+        return cls(until, most, sampling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +66,6 @@ class GenerationRequest:
     def described(self) -> dict[str, Any]:
         """The fields as JSON has them: with model and method, they decide the text."""
         return {"ids": self.ids, **vars(self.settings), "sampling": describe(self.settings.sampling), "seed": self.seed}
-
-
-def _sampling(asked: Mapping[str, Any]) -> Sampling:
-    """The request's sampling; if it is greedy, only the repetition penalty has a meaning."""
-    names = OF_SAMPLING if asked["do_sample"] else ("repetition_penalty",)
-    try:
-        return Sampling(**{name: asked[name] for name in names if name in asked})
-    except SettingError as reason:
-        raise EvaluationError(f"the task's generation_kwargs cannot be followed: {reason}") from reason
 
 
 def batches(requests: list[GenerationRequest], which: Iterable[int], size: int) -> Iterator[list[int]]:

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from sled.eval.report.compare import Comparison
-from sled.plots import grid, new_figure, save_figure, writable_picture
+from sled.plots import INK, STYLES, grid, new_figure, save_figure, writable_picture
 
-APART, UNDECIDED = "#0072B2", "#495057"
+APART, UNDECIDED = STYLES[0][0], "#495057"
 
 
 def draw_comparison(comparison: Comparison, path: str | os.PathLike) -> Path:
@@ -21,7 +21,7 @@ def draw_comparison(comparison: Comparison, path: str | os.PathLike) -> Path:
     [base] = [row for row in comparison.rows if row.method == comparison.against]
     figure = new_figure(8, 1.6 + 0.42 * max(len(others), 1))
     axes = figure.add_subplot()
-    axes.axvline(0, color="#212529", linewidth=1.4)
+    axes.axvline(0, color=INK, linewidth=1.4)
     for place, row in enumerate(others):
         low, high = row.difference_interval
         apart = low > 0 or high < 0
@@ -31,7 +31,7 @@ def draw_comparison(comparison: Comparison, path: str | os.PathLike) -> Path:
                   markerfacecolor=colour if apart else "white")
         p = "" if row.p_value is None else f"   p {row.p_value:.2g}"
         axes.annotate(f"+{row.wins} \N{MINUS SIGN}{row.losses}{p}", (1.01, place), xycoords=("axes fraction", "data"),
-                      va="center", fontsize=8, color="#495057")
+                      va="center", fontsize=8, color=UNDECIDED)
     axes.set_yticks(range(len(others)), [f"{row.method}  ({row.mean:.3f})" for row in others])
     axes.set_ylim(max(len(others), 1) - 0.5, -0.5)  # the first on top
     axes.set_xlabel(f"difference of the mean score from {comparison.against}  ({base.mean:.3f}, n = {base.n}), with "

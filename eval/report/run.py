@@ -19,7 +19,7 @@ from sled.eval.harness.adapter import SledLM
 from sled.eval.harness.cache import Cache
 from sled.eval.harness.local_data import Data, paths_by_task
 from sled.eval.harness.tasks import begin_anew, load_tasks
-from sled.eval.methods import A_MODEL, Method, plain
+from sled.eval.methods import A_MODEL, Method, checked_methods, plain
 from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.scores import TaskResult, scores_of
 from sled.lm import LM
@@ -44,8 +44,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     limit: only so many samples of each task, the first; None: all.
     num_fewshot: examples before each question; None: as the task says. A task that says 0 keeps to it.
     apply_chat_template: prompts as the model's chat template has them. system_instruction: put before all else.
-    max_new_tokens: the most tokens for an answer; None: what the task says, or 256.
-    normalise: True gives tasks of log-likelihoods these, False the fusion's own values as they are (`LM.score`).
+    max_new_tokens, normalise, batch_size: as of `sled.eval.harness.adapter.SledLM`.
     cache: a file that keeps every answer as it is made; the same call, after a kill, goes on from there.
     out: a folder for the report, written at the end; `report.json` comes last, so where it is, all is complete.
     seed: of methods and tasks that draw, of the bootstrap, and of Python's and numpy's random numbers; fewshot_seed: of
@@ -61,7 +60,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     if out is not None:
         report_folder("out", Path(out))
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    methods = _checked(methods)
+    methods = checked_methods(methods)
     against = _baseline(methods, against)
     limit = OrNone(Whole(1, hint="it counts the samples of each task"))("limit", limit)
     num_fewshot = OrNone(Whole(0, hint="it counts the examples before each question"))("num_fewshot", num_fewshot)
@@ -70,8 +69,11 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     with _quiet():
         loaded = load_tasks(names, data=data, include_path=include_path, metadata=metadata, num_fewshot=num_fewshot,
                             seed=seed, fewshot_seed=fewshot_seed)
-        if progress:
-            _warn_of_fixed_examples(loaded["tasks"], num_fewshot)
+        for name, task in loaded["tasks"].items():
+            kept = task.get_config("num_fewshot")
+            if progress and num_fewshot not in (None, kept):
+                print(f"warning: {num_fewshot} examples before each question were asked for, but the task {name!r} "
+                      f"keeps to the {kept} that it says itself", file=sys.stderr)
         store, weights = Cache(cache), digest_of_weights(lm.params)
         models = {method.name: SledLM(lm, method, batch_size=batch_size, max_new_tokens=max_new_tokens,
                                       normalise=normalise, seed=seed, cache=store, weights=weights, progress=progress,
@@ -112,26 +114,11 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     return report
 
 
-def _warn_of_fixed_examples(tasks: Mapping[str, Any], num_fewshot: int | None) -> None:
-    """A warning for each task that shows other than the examples asked for."""
-    for name, task in tasks.items():
-        if num_fewshot is not None and (kept := task.get_config("num_fewshot")) != num_fewshot:
-            print(f"warning: {num_fewshot} examples before each question were asked for, but the task {name!r} keeps "
-                  f"to the {kept} that it says itself", file=sys.stderr)
-
-
-def _checked(methods: Sequence[Method]) -> list[Method]:
-    methods = [methods] if isinstance(methods, Method) else list(methods)
-    if not methods or not all(isinstance(method, Method) for method in methods):
-        raise EvaluationError(f"methods is {methods!r}, but must be a list of sled.eval.methods.Method, at least one")
+def _baseline(methods: list[Method], against: str | None) -> str:
+    """The baseline's name. Raises EvaluationError where no method has it, or several have one name."""
     names = [method.name for method in methods]
     if twice := [name for name in names if names.count(name) > 1]:
         raise EvaluationError(f"two methods are called {twice[0]!r}; give each a name of its own")
-    return methods
-
-
-def _baseline(methods: list[Method], against: str | None) -> str:
-    names = [method.name for method in methods]
     if against is None:
         return next((method.name for method in methods if plain(method)), names[0])
     if against not in names:

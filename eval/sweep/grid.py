@@ -30,7 +30,7 @@ def early_exits(exits: Sequence[Layers], thresholds: Iterable[float], *, measure
             policy = EarlyExit(layers, threshold, measure=measure, kv=kv)
             by = "" if measure == "max_probability" else f" {measure}"
             how = "" if kv == "exact" else f" {kv},"
-            name = f"exit after {_listed(policy.layers)},{how}{by} threshold {threshold:g}"
+            name = f"exit after {listed(policy.layers)},{how}{by} threshold {threshold:g}"
             methods.append(Method(_under(fusion, name), fusion=fusion, exits=policy))
     return methods
 
@@ -62,5 +62,6 @@ def _under(fusion: Strategy, name: str) -> str:
     return f"{type(fusion).__name__}{said}, {name}"
 
 
-def _listed(layers: tuple[int, ...]) -> str:
+def listed(layers: tuple[int, ...]) -> str:
+    """1 2 4."""
     return " ".join(map(str, layers))

@@ -171,10 +171,13 @@ class Swept:
                   None if row.acceptance is None else f"{row.acceptance:.2f}", f"{row.tokens_per_second:,.0f}",
                   f"{row.relative_speed:.2f}", f"{row.against_median_seconds / row.median_seconds:.2f}",
                   None if row.method not in tested else "yes" if row.method in passed else "no") for row in self.rows]
+        machines = dict.fromkeys(f"{row.machine}; {row.versions}; {row.run[:10]}" for row in self.rows)
+        depth, speed = ("; ".join(row.method for row in front) for front in self.fronts())
         headings = ("method", "accuracy", "95%", "lost", "same texts", "same tokens", "mean depth", "acceptance",
                     "tokens/s", "times as fast", "by medians", "certified")
-        return "\n\n".join(["# Sweep", f"{self.what}; {'; '.join(self._machines())}.", table(headings, cells),
-                            self.verdict(), *self._fronts(), *self._notes()])
+        return "\n\n".join(["# Sweep", f"{self.what}; {'; '.join(machines)}.", table(headings, cells), self.verdict(),
+                            f"Not beaten in both accuracy and mean depth: {depth}.",
+                            f"Not beaten in both accuracy and speed: {speed}.", *self._notes()])
 
     def verdict(self) -> str:
         """The choice in words."""
@@ -188,9 +191,8 @@ class Swept:
                  "without the exits and lost with them.")
         if not passed:
             few = fewest_losses(self.delta, self.epsilon / len(self.sequences))
-            found = (f"No method could be shown to have an expected loss of at most {self.delta:g}. Even without any "
-                     f"loss it takes {few:.0f} questions here, and {n} were asked.")
-            return found
+            return (f"No method could be shown to have an expected loss of at most {self.delta:g}. Even without any "
+                    f"loss it takes {few:.0f} questions here, and {n} were asked.")
         if method is None:
             return f"{found} **None of them was faster than no exit**, so leave nothing early here."
         [row] = [row for row in self.rows if row.method == method]
@@ -219,15 +221,6 @@ class Swept:
         shallow, accuracy = self.by_depth(), lambda rows: [row.accuracy for row in rows]
         return ([shallow[i] for i in pareto([-row.mean_depth for row in shallow], accuracy(shallow))],
                 [self.rows[i] for i in pareto([self.speed(row) for row in self.rows], accuracy(self.rows))])
-
-    def _fronts(self) -> list[str]:
-        listed = lambda rows: "; ".join(row.method for row in rows)  # noqa: E731
-        depth, speed = self.fronts()
-        return [f"Not beaten in both accuracy and mean depth: {listed(depth)}.",
-                f"Not beaten in both accuracy and speed: {listed(speed)}."]
-
-    def _machines(self) -> list[str]:
-        return list(dict.fromkeys(f"{row.machine}; {row.versions}; {row.run[:10]}" for row in self.rows))
 
     def _notes(self) -> list[str]:
         against = dict.fromkeys(row.against for row in self.rows)

@@ -25,12 +25,12 @@ from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.learn_then_test import DELTA, EPSILON
 from sled.decoding.options import NEW_TOKENS
 from sled.errors import SettingError
-from sled.eval.methods import A_MODEL, Method, deciding_versions
+from sled.eval.methods import A_MODEL, Method, checked_methods, deciding_versions
 from sled.eval.questions import Questions
-from sled.eval.sweep.grid import no_exit
+from sled.eval.sweep.grid import listed, no_exit
 from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.result import SweepFile, SweepRow, Swept
-from sled.io import json_digest, writable_folder, written_whole
+from sled.io import json_digest, replace_text, writable_folder, written_whole
 from sled.lm import LM
 from sled.results import Output
 from sled.settings.describe import describe
@@ -96,8 +96,7 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
                   delta=delta, epsilon=epsilon, num_layers=lm.config.num_layers,
                   what=f"{lm.name}, {len(questions.prompts)} {questions.source}, at most {max_new_tokens} new tokens, "
                        f"batches of {batch_size}, fastest of {rounds} rounds")
-    with written_whole(Path(folder) / FILES[1]) as beside:
-        beside.write_text(swept.markdown() + "\n", encoding="utf-8")
+    replace_text("the sweep's table", Path(folder) / FILES[1], swept.markdown() + "\n")
     with written_whole(Path(folder) / FILES[2]) as beside:
         draw_sweep(swept, beside)
     return swept
@@ -111,13 +110,7 @@ def sweep_folder(name: str, folder: Path) -> Path:
 
 def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict[str, int]) -> list[Point]:
     """The baselines that are needed, then the methods; each once. Raises SettingError for methods that do not fit."""
-    if not methods:
-        raise SettingError("methods holds nothing to measure; give sled.eval.methods.Method(name, ...), or what "
-                           "sled.eval.sweep.grid makes")
-    for method in methods:
-        if not isinstance(method, Method):
-            raise SettingError(f"methods holds {method!r}, but must hold methods; give sled.eval.methods.Method(name, "
-                               "...), or what sled.eval.sweep.grid makes")
+    methods = checked_methods(methods)
     common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), "tokenizer": lm.text.digest,
               "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given,
               "questions": json_digest([list(questions.prompts), list(map(str, questions.answers))])}
@@ -202,7 +195,7 @@ def _row(point: Point, outs: dict[str, Output], times: dict[str, Times], questio
     mine, base = times[method.name], times[point.against.name]
     return SweepRow(
         digest=point.digest, **where, method=method.name, against=point.against.name,
-        layers=" ".join(map(str, point.layers)), verifies=method.verifies,
+        layers=listed(point.layers), verifies=method.verifies,
         policy=json.dumps(method.settings()["exits"]), n=n,
         accuracy=sum(right) / n, low=float(low), high=float(high),
         lost=sum(b and not a for a, b in zip(right, right_full, strict=True)) / n,

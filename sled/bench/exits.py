@@ -3,7 +3,7 @@
 Batch 1: self-speculation against plain decoding, with and without SLED, and against transformers' on the same
 weights. Batch 8: early exit by threshold, schedule and treatment of K/V, against no early exit. Held-out problems of
 1 to 4 steps, as many of each in every batch; float32; greedy. Seconds are of whole `generate` calls, over all
-problems; the ways of one batch size run interleaved, and ratios are taken between the fastest rounds.
+problems; the ways of one batch size are timed together.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from sled.bench.rival import NOT_INSTALLED, transformers_twin
 from sled.bench.solving import Way, frequent_tokens, measure, mixed_questions, our_way, their_way
 from sled.eval.numbers import final_answer
 from sled.eval.sweep.sweep import same_tokens
+from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
 BATCH = 8
@@ -87,6 +88,8 @@ def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None
     """
     problems = Whole(1, hint="it counts the problems to solve")("problems", problems)
     rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
+    if picture:
+        writable_picture("--picture", picture)
     lm = sled.load("demo", dtype="float32")
     questions = mixed_questions(lm, problems)
     few = questions[:max(1, len(questions) // 3)]
@@ -104,9 +107,9 @@ def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None
         first = speculation_rows(alone, rounds, bar)
         second = early_exit_rows(lm, together, rounds, bar)
     if picture:
-        from sled.bench.exits_picture import draw
+        from sled.bench.pictures import draw_exits  # imported here: matplotlib is slow
 
-        draw(second, picture)
+        draw_exits(second, picture)
     title = (f"Exits on the demo model ({lm.config.num_layers} layers of width {lm.config.width}, float32); "
              f"{len(few)} and {len(questions)} held-out problems of 1 to 4 steps; early exits after layers {EXITS}")
     settings = {"problems": len(questions), "problems_alone": len(few), "rounds": rounds, "exits": EXITS,
@@ -152,7 +155,7 @@ def speculation_rows(entries: dict[str, Entry], rounds: int, bar: tqdm) -> list[
     for name, (_, plain, like) in entries.items():
         this, best = measured[name].first, measured[name].times.best
         rows.append(SpeculationRow(
-            batch=1, way=name, **measured[name].speeds(), depth=this.depth, acceptance=this.acceptance,
+            batch=1, way=name, **measured[name].speeds(), depth=this.mean_depth, acceptance=this.acceptance,
             mean_accepted=this.mean_accepted,
             same_texts=fmean(map(list.__eq__, this.tokens, measured[plain].first.tokens)),
             plain_over_this=measured[plain].times.best / best,
@@ -179,7 +182,7 @@ def early_exit_rows(lm, ways: dict[tuple, Way], rounds: int, bar: tqdm) -> list[
     for (kv, schedule, threshold), this in measured.items():
         lockstep = measured.get((kv, "lockstep", threshold))
         rows.append(EarlyExitRow(
-            batch=BATCH, kv=kv, schedule=schedule, threshold=threshold, **this.speeds(), depth=this.first.depth,
+            batch=BATCH, kv=kv, schedule=schedule, threshold=threshold, **this.speeds(), depth=this.first.mean_depth,
             held=this.first.held, same_tokens=same_tokens(this.first.tokens, full.first.tokens),
             same_answers=fmean(a == b for a, b in zip(answers(this), answers(full), strict=True)),
             no_exit_over_this=full.times.best / this.times.best,

@@ -1,8 +1,7 @@
 """The cost of a fused SLED step, against plain decoding, the floor, and the released algorithm.
 
 The floor is the projection of every candidate layer, which no method that looks at all layers can avoid.
-All forms of one size run interleaved; ratios are taken between the fastest rounds. Peak memory is measured in
-fresh processes.
+Peak memory is measured in fresh processes.
 """
 
 import ctypes

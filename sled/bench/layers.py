@@ -21,7 +21,7 @@ from sled.bench.report import BenchReport, column
 from sled.bench.solving import MAX_NEW_TOKENS
 from sled.decoding.readout import Readout
 from sled.decoding.state import bucket
-from sled.demo.problems import problems, prompt
+from sled.demo import problems as demo
 from sled.errors import SettingError
 from sled.eval.numbers import exact_match
 from sled.lm import LM
@@ -44,36 +44,35 @@ class LayerRow:
     solved: float = column("solved, all tokens leaving here", decimals=3)
 
 
-def run_layers_bench(models: Sequence[str], *, count: int = 200, picture: Path | None = None) -> BenchReport:
-    """Measures every layer of every model on `count` held-out problems; draws them into `picture`, if given.
+def run_layers_bench(models: Sequence[str], *, problems: int = 200, picture: Path | None = None) -> BenchReport:
+    """Measures every layer of every model on `problems` held-out problems; draws them into `picture`, if given.
 
     models: 1 to 4, as for `sled.load`, all trained on the bundled word problems. Raises SettingError for another
     number of them, and what loading raises.
     """
-    count = Whole(1, hint="it counts the problems")("problems", count)
+    problems = Whole(1, hint="it counts the problems")("problems", problems)
     if not 1 <= len(models) <= MODELS or len(set(models)) < len(models):
         raise SettingError(f"the models are {list(models)}, but must be 1 to {MODELS} different ones, such as demo")
     if picture:
-        picture = writable_picture("--picture", picture)
+        writable_picture("--picture", picture)
     loaded = {str(name): sled.load(name, dtype="float32") for name in models}
     rows = []
     with tqdm(total=sum(lm.config.num_layers for lm in loaded.values()), desc="sled bench layers", unit="layer") as bar:
         for name, lm in loaded.items():
-            rows += _layers_of(name, lm, count, bar)
+            rows += _layers_of(name, lm, demo.problems("heldout", problems), bar)
     if picture:
-        from sled.bench.layers_picture import draw
+        from sled.bench.pictures import draw_layers  # imported here: matplotlib is slow
 
-        draw(rows, picture)
+        draw_layers(rows, picture)
     return BenchReport("Every layer of a model, read as an exit, on held-out word problems",
-                  {"problems": count, "max_new_tokens": MAX_NEW_TOKENS}, rows,
+                  {"problems": problems, "max_new_tokens": MAX_NEW_TOKENS}, rows,
                   ["The solutions that loss and accuracy are taken on are the problems' own, the end of the text "
                    "included; agreement is over the tokens that the last layer generates, each read after the ones "
                    "before it."])
 
 
-def _layers_of(name: str, lm: LM, count: int, bar: tqdm) -> list[LayerRow]:
-    asked = problems("heldout", count)
-    questions = [lm.text.encode(prompt(problem.question)) for problem in asked]
+def _layers_of(name: str, lm: LM, asked: list[demo.Problem], bar: tqdm) -> list[LayerRow]:
+    questions = [lm.text.encode(demo.prompt(problem.question)) for problem in asked]
     solutions = [lm.text.encode(" " + problem.solution) + list(lm.config.eos_ids[:1]) for problem in asked]
     depth = lm.config.num_layers
     rows, generated = [], None

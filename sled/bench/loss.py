@@ -1,7 +1,7 @@
 """The cost of the multi-exit loss, value and gradient, against its plain form and the products it cannot avoid.
 
-The floor are three products for each exit: logits, and the gradients of hidden states and of the projection. All
-forms run interleaved; ratios are taken between the fastest rounds, of which the first is the warm-up.
+The floor are three products for each exit: logits, and the gradients of hidden states and of the projection. The
+first round is the warm-up.
 """
 
 from __future__ import annotations

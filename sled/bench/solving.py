@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,35 +15,18 @@ from tqdm import tqdm
 from sled.bench.rival import greedy
 from sled.demo.problems import problems, prompt, stream
 from sled.lm import LM
+from sled.results import Stats
 from sled.timing import Times, interleave
 
 MAX_NEW_TOKENS = 96
 STEPS = (1, 2, 3, 4)
 
 
-@dataclasses.dataclass(frozen=True)
-class Solved:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Solved(Stats):
     """All problems, solved once in one way. Numbers that the way does not tell are None or 0."""
 
     tokens: list[list[int]]
-    decode_seconds: float | None = None
-    depth: float | None = None
-    drafted: int = 0
-    accepted: int = 0
-    verifications: int = 0
-    held: int = 0
-
-    @property
-    def count(self) -> int:
-        return sum(map(len, self.tokens))
-
-    @property
-    def acceptance(self) -> float | None:
-        return self.accepted / self.drafted if self.drafted else None
-
-    @property
-    def mean_accepted(self) -> float | None:
-        return self.accepted / self.verifications if self.drafted else None
 
 
 Way = Callable[[], Solved]
@@ -61,7 +45,7 @@ class Measured:
 
     def speeds(self) -> dict[str, float | None]:
         """Columns of a row, where the runs are `Solved`: seconds, and tokens per second."""
-        count, decode = self.first.count, [run.decode_seconds for run in self.runs[1:]]
+        count, decode = self.first.new_tokens, [run.decode_seconds for run in self.runs[1:]]
         return dict(best=self.times.best, median=self.times.median, tokens_per_second=count / self.times.best,
                     decode_tokens_per_second=None if None in decode else count / min(decode))
 
@@ -96,11 +80,9 @@ def our_way(lm: LM, questions: list[list[int]], batch: int, **how) -> Way:
 
     def solve() -> Solved:
         outs = [lm.generate(ids, max_new_tokens=MAX_NEW_TOKENS, batch_size=batch, **how) for ids in batches]
-        total = lambda name: sum(getattr(out.stats, name) for out in outs)  # noqa: E731
-        layers = [layer for out in outs for row in out.exit_layers for layer in row]
-        return Solved(tokens=[row for out in outs for row in out.tokens], decode_seconds=total("decode_seconds"),
-                      depth=sum(layers) / len(layers), drafted=total("drafted"), accepted=total("accepted"),
-                      verifications=total("verifications"), held=total("held"))
+        total = {field.name: sum(getattr(out.stats, field.name) for out in outs) for field in dataclasses.fields(Stats)}
+        total["mean_depth"] = fmean(layer for out in outs for row in out.exit_layers for layer in row)
+        return Solved(**total, tokens=[row for out in outs for row in out.tokens])
 
     return solve
 
@@ -124,8 +106,10 @@ def their_way(twin, questions: list[list[int]], exit_layer: int | None = None, d
         for hook in hooks:
             hook.remove()
         # A draft is a pass of the first layer without the last; a verification adds a token to the accepted drafts.
-        return Solved(made, drafted=passes[0] - passes[-1], accepted=sum(map(len, made)) - passes[-1],
-                      verifications=passes[-1])
+        drafts = dict(drafted=passes[0] - passes[-1], accepted=sum(map(len, made)) - passes[-1],
+                      verifications=passes[-1]) if exit_layer else {}
+        return Solved(tokens=made, prompt_tokens=sum(map(len, questions)), new_tokens=sum(map(len, made)),
+                      prefill_seconds=0, decode_seconds=None, mean_depth=None, **drafts)
 
     return solve
 

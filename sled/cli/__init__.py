@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from typing import Annotated
 
 import tyro
 
@@ -21,11 +20,7 @@ from sled.cli.sweep import Sweep
 from sled.cli.train import Train
 from sled.errors import SledError
 
-sub = tyro.conf.subcommand
-Command = (Annotated[Demo, sub("demo")] | Annotated[Generate, sub("generate")] | Annotated[Score, sub("score")]
-           | Annotated[Lens, sub("lens")] | Annotated[Eval, sub("eval")] | Annotated[Sweep, sub("sweep")]
-           | Annotated[Train, sub("train")] | Annotated[Export, sub("export")]
-           | Annotated[Calibrate, sub("calibrate")] | Annotated[Bench, sub("bench")])
+Command = Demo | Generate | Score | Lens | Eval | Sweep | Train | Export | Calibrate | Bench
 
 DESCRIPTION = """Let every layer of a language model speak.
 

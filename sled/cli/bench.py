@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
+from sled.cli.derived import arguments
 from sled.cli.options import print_devices
 from sled.io import writable
 
@@ -20,25 +19,22 @@ class Measurement:
     """Also write the report to this file."""
 
     def report(self):
-        """Measure, and report."""
-        raise NotImplementedError
+        """Class X is measured by `run_x_bench` of `sled.bench.x`, which takes the options by their names."""
+        name = type(self).__name__.lower()
+        run = getattr(importlib.import_module(f"sled.bench.{name}"), f"run_{name}_bench")
+        return run(**arguments(self, run))
 
 
 @dataclasses.dataclass(frozen=True)
-class BenchFusion(Measurement):
+class Fusion(Measurement):
     """The fused SLED step against the released algorithm in torch, and against the projections it cannot avoid.
 
     Needs the `parity` extra for the torch side; without it the rest is measured. About three minutes.
     """
 
-    def report(self):
-        from sled.bench.fusion import run_fusion_bench
-
-        return run_fusion_bench()
-
 
 @dataclasses.dataclass(frozen=True)
-class BenchDecode(Measurement):
+class Decode(Measurement):
     """Decoding a random 134M-parameter Llama, against transformers' generate on the same weights.
 
     Greedy and SLED, batch 1 and 8, float32; time to first token and compile time. Needs the `parity`
@@ -50,14 +46,9 @@ class BenchDecode(Measurement):
     rounds: int = 4
     """Interleaved rounds; ratios are taken between the fastest."""
 
-    def report(self):
-        from sled.bench.decode import run_decode_bench
-
-        return run_decode_bench(new_tokens=self.new_tokens, rounds=self.rounds)
-
 
 @dataclasses.dataclass(frozen=True)
-class BenchExits(Measurement):
+class Exits(Measurement):
     """Early exit and self-speculation on the bundled model's held-out problems, against plain decoding.
 
     Batch 1: self-speculation, with and without SLED, and transformers' assisted_early_exit on the same weights
@@ -71,14 +62,9 @@ class BenchExits(Measurement):
     picture: Path | None = None
     """Also draw speed, depth and agreement over the thresholds into this file (.png, .svg or .pdf)."""
 
-    def report(self):
-        from sled.bench.exits import run_exits_bench
-
-        return run_exits_bench(problems=self.problems, rounds=self.rounds, picture=self.picture)
-
 
 @dataclasses.dataclass(frozen=True)
-class BenchEngine(Measurement):
+class Engine(Measurement):
     """Continuous batching on the bundled model's held-out problems, against batches that wait for their slowest row.
 
     Without early exit and with self-speculation. About a minute.
@@ -91,14 +77,9 @@ class BenchEngine(Measurement):
     rounds: int = 5
     """Interleaved rounds; ratios are taken between the fastest."""
 
-    def report(self):
-        from sled.bench.engine import run_engine_bench
-
-        return run_engine_bench(requests=self.requests, slots=self.slots, rounds=self.rounds)
-
 
 @dataclasses.dataclass(frozen=True)
-class BenchLoss(Measurement):
+class Loss(Measurement):
     """The training loss of twelve exits with its gradient, against its plain form: time and memory.
 
     Holds seven gigabytes for the plain form. About four minutes.
@@ -107,14 +88,9 @@ class BenchLoss(Measurement):
     rounds: int = 2
     """Interleaved rounds; ratios are taken between the fastest."""
 
-    def report(self):
-        from sled.bench.loss import run_loss_bench
-
-        return run_loss_bench(rounds=self.rounds)
-
 
 @dataclasses.dataclass(frozen=True)
-class BenchLayers(Measurement):
+class Layers(Measurement):
     """The predictions of each layer on held-out word problems, of one or several models side by side.
 
     sled bench layers --models demo twin/model --picture layers.png
@@ -129,22 +105,12 @@ class BenchLayers(Measurement):
     picture: Path | None = None
     """Also draw the layers into this file (.png, .svg or .pdf)."""
 
-    def report(self):
-        from sled.bench.layers import run_layers_bench
-
-        return run_layers_bench(self.models, count=self.problems, picture=self.picture)
-
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """Measure the fused step, decoding, exits, serving, layers, or the training loss, others in the same run."""
 
-    what: (Annotated[BenchFusion, tyro.conf.subcommand("fusion")]
-           | Annotated[BenchDecode, tyro.conf.subcommand("decode")]
-           | Annotated[BenchExits, tyro.conf.subcommand("exits")]
-           | Annotated[BenchEngine, tyro.conf.subcommand("engine")]
-           | Annotated[BenchLayers, tyro.conf.subcommand("layers")]
-           | Annotated[BenchLoss, tyro.conf.subcommand("loss")])
+    what: Fusion | Decode | Exits | Engine | Layers | Loss
 
     def run(self) -> None:
         if self.what.json:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import derive, offer, settings_of
+from sled.cli.derived import arguments, derive, offer, settings_of
 from sled.cli.exit_options import SCHEDULE, ExitOptions
 from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
 from sled.errors import PromptError
@@ -72,10 +72,9 @@ class Calibrate(derive("Exits", *EXITS)):
         prompts = self._prompts()
         output = writable("--output", self.output)
         lm = self.model_options.load()
-        record = sled.calibrate(lm, prompts, **exits, fusion=fusion, sampling=sampling, delta=self.delta,
-                              epsilon=self.epsilon, grid=self.grid, loss=self.loss, seed=self.sampling_options.seed,
-                              max_new_tokens=self.max_new_tokens, stop=[unescape(s) for s in self.stop],
-                              batch_size=self.batch_size)
+        record = sled.calibrate(lm, prompts, **exits, fusion=fusion, sampling=sampling, seed=self.sampling_options.seed,
+                                max_new_tokens=self.max_new_tokens, stop=[unescape(s) for s in self.stop],
+                                **arguments(self, sled.calibrate))
         record.save(output)
         print(f"{record.table()}\n\n{record.verdict()}")
         print(f"written to {output}", file=sys.stderr)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
@@ -43,9 +44,13 @@ def choice(name: str, of: Collection[str], *, default: str | None, help: str) ->
 
 def settings_of(of: Offer) -> list[tuple[str, Any, Any]]:
     """An option for each field on offer of one class, with its default."""
-    kind, options = of
-    return [(name, Annotated[option_type(kind, field), tyro.conf.arg(help=option_help(kind, field))],
-             dataclasses.field(default=getattr(kind, field, dataclasses.MISSING))) for name, field in options.items()]
+    options = []
+    for name, field in of.options.items():
+        default, kind = getattr(of.kind, field, dataclasses.MISSING), option_type(of.kind, field)
+        argument = tyro.conf.arg(help=option_help(of.kind, field))
+        options.append((name, Annotated[kind | None if default is None else kind, argument],
+                        dataclasses.field(default=default)))
+    return options
 
 
 def settings_by_choice(offers: Mapping[str, Offer]) -> list[tuple[str, Any, Any]]:
@@ -89,7 +94,7 @@ def option_type(kind: type, field: str) -> Any:
     return _type(declared(kind)[field].rule)
 
 
-def _type(rule: Rule) -> Any:
+def _type(rule: Rule | None) -> Any:
     """The type of what satisfies a rule, as one can write it behind an option."""
     match rule:
         case Number():
@@ -108,6 +113,8 @@ def _type(rule: Rule) -> Any:
             return tuple[_type(entry), ...]
         case OrNone(rule):
             return _type(rule)
+        case None:
+            return str
     raise TypeError(rule)
 
 
@@ -115,6 +122,17 @@ def given(options) -> dict[str, Any]:
     """The options that were given: those that are not at their default."""
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)
             if getattr(options, field.name) != field.default}
+
+
+def arguments(options, function: Callable) -> dict[str, Any]:
+    """The options that a function, or a class, takes as arguments of the same names."""
+    taken = inspect.signature(function).parameters
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in taken}
+
+
+def dashed(name: str) -> str:
+    """An option as one writes it: --exit-layers."""
+    return f"--{name.replace('_', '-')}"
 
 
 def build(options, of: Offer):
@@ -133,5 +151,4 @@ def refuse_others(options, choice: str, has: Collection[str]) -> None:
         if name != choice and name not in has:
             chosen = getattr(options, choice)
             where = f"without --{choice}" if chosen is None else f"for --{choice} {chosen}"
-            raise SettingError(f"--{name.replace('_', '-')} has no meaning {where}; "
-                               f"leave it out or choose another --{choice}")
+            raise SettingError(f"{dashed(name)} has no meaning {where}; leave it out or choose another --{choice}")

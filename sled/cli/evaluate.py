@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from sled.cli.derived import given
+from sled.cli.derived import arguments, given
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FUSIONS, FusionOptions, ModelOptions, SamplingOptions
 from sled.errors import EvaluationError
@@ -92,13 +92,9 @@ class Eval:
         metadata = dict(map(_named, self.metadata))
         report_folder("--out", self.out)
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
-        report = evaluate(
-            self.model_options.load(), self.tasks, methods, data=self.data or None, metadata=metadata,
-            include_path=self.include_path, limit=self.limit, num_fewshot=self.num_fewshot,
-            fewshot_seed=self.fewshot_seed, apply_chat_template=self.apply_chat_template,
-            system_instruction=self.system_instruction, max_new_tokens=self.max_new_tokens,
-            normalise=not self.raw_scores, batch_size=self.batch_size, cache=cache, out=self.out,
-            seed=self.sampling_options.seed)
+        report = evaluate(**arguments(self, evaluate) | dict(
+            lm=self.model_options.load(), methods=methods, metadata=metadata, normalise=not self.raw_scores,
+            cache=cache, seed=self.sampling_options.seed))
         print(report.markdown())
         print(f"written to {self.out}", file=sys.stderr)
 

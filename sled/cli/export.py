@@ -10,13 +10,12 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import given, refuse_others
+from sled.cli.derived import arguments, dashed, given, refuse_others
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions
 from sled.errors import SettingError
 
 OF_HF = {"heads", "license", "base", "margin", "calibration"}
-OF_ALL = {"source", "to", "step", "revision", "dtype", "fusion_options", "exit_options"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,26 +64,20 @@ class Export:
     exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
 
     def run(self) -> None:
-        refuse_others(self, "form", OF_ALL | OF_HF if self.form == "hf" else OF_ALL)
-        if self.form != "program":
-            refuse_decoding(self.form, self.fusion_options, self.exit_options)
+        if self.form != "hf":
+            refuse_others(self, "form", {field.name for field in dataclasses.fields(self)} - OF_HF)
+        if self.form != "program" and (decoding := {**given(self.fusion_options), **given(self.exit_options)}):
+            raise SettingError(f"{dashed(next(iter(decoding)))} has no meaning for --form {self.form}, which holds a "
+                               "model and not how to decode with it; leave it out, or choose --form program")
         from sled.export import forms
         from sled.export.card import Card
 
         reading = dict(step=self.step, revision=self.revision, dtype=self.dtype)
         if self.form == "hf":
-            forms.export_hf(self.source, self.to, Card(self.license, self.base, self.margin), heads=self.heads,
-                            calibration=self.calibration, **reading)
+            forms.export_hf(**arguments(self, forms.export_hf), card=Card(**arguments(self, Card)), **reading)
         elif self.form == "orbax":
             forms.export_orbax(self.source, self.to, **reading)
         else:
             decoding = sled.Decoding(self.fusion_options.strategy(), **self.exit_options.settings())
             forms.export_program(self.source, self.to, decoding, **reading)
         print(f"the {self.form} export is in {self.to}", file=sys.stderr)
-
-
-def refuse_decoding(form: str, *options) -> None:
-    """Raises SettingError for an option that says how to decode, which only a program has in it."""
-    for name in (name for some in options for name in given(some)):
-        raise SettingError(f"--{name.replace('_', '-')} has no meaning for --form {form}, which holds a model and not "
-                           "how to decode with it; leave it out, or choose --form program")

@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from sled.calibration.record import Calibration
-from sled.cli.derived import given
+from sled.cli.derived import dashed, given
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
 from sled.cli.paint import Paint, PaintedRow, has_colours
@@ -64,7 +64,7 @@ class Generate:
     def run(self) -> None:
         prompts = read_prompts(self.prompts, self.file)
         Whole(1, hint="prompts are decoded in batches")("--batch-size", self.batch_size)
-        if self.calibration and (chosen := [f"--{name.replace('_', '-')}" for name in given(self.exit_options)]):
+        if self.calibration and (chosen := list(map(dashed, given(self.exit_options)))):
             raise SettingError(f"{', '.join(chosen)} and --calibration were both given, but the record says how tokens "
                                "leave, and when; give one of the two")
         exits = self.exit_options.settings()

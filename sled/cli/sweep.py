@@ -10,7 +10,7 @@ from typing import Annotated
 import tyro
 
 import sled
-from sled.cli.derived import given, option_help, option_type
+from sled.cli.derived import arguments, given, option_help, option_type
 from sled.cli.options import FusionOptions, ModelOptions, unescape
 from sled.errors import PromptError, SettingError
 
@@ -96,8 +96,7 @@ class Sweep:
                    *grid.sled_settings(self.rates, self.scales)]
         if not methods:
             raise SettingError("nothing is left to sweep: give --thresholds, --drafts, or --rates with --scales")
-        swept = sweep(lm, methods, questions, self.output, rounds=self.rounds, batch_size=self.batch_size,
-                      max_new_tokens=self.max_new_tokens, delta=self.delta, epsilon=self.epsilon)
+        swept = sweep(lm, methods, questions, self.output, **arguments(self, sweep))
         print(swept.markdown())
         print(f"written to {self.output}: sweep.csv, sweep.md, sweep.png", file=sys.stderr)
 

@@ -9,16 +9,20 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sled.cli.derived import derive, given, option_help, option_type
+from sled.cli.derived import arguments, build, dashed, derive, given, offer, option_help, option_type, settings_of
 from sled.errors import SettingError
+from sled.train.data.packing import Layout
 from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
 from sled.train.objective.layer_dropout import FixedRows, Masked, WholeBatch, layerskip
+from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe, named
+
+PROCESSES = offer(Processes, "cluster", "coordinator", processes="count", process="index")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataOptions:
+class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "too_long", "prompt_weight")))):
     """The data to train on. --text, or --prompt with --completion, or --tokens names the columns."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-d"])] = ()
@@ -39,12 +43,6 @@ class DataOptions:
     """Subset (configuration) of a hub data set."""
     limit: int | None = None
     """Read at most this many examples (demo: 20,000)."""
-    shape: Literal["packed", "padded"] = "packed"
-    """packed: several examples share a row, each seeing only itself. padded: one example a row."""
-    too_long: Literal["skip", "truncate", "error"] = "skip"
-    """The fate of examples longer than the context."""
-    prompt_weight: float = 0.0
-    """Weight of a prompt's token in the loss, where a completion's counts 1."""
 
     def sources(self):
         """The data, and what is measured on or None. Raises SettingError."""
@@ -52,15 +50,12 @@ class DataOptions:
 
         if not self.data:
             raise SettingError("--data is missing, so there is nothing to learn; name files, a hub data set, or demo")
-        columns = {name: getattr(self, name) for name in ("text", "prompt", "completion", "tokens")}
         several = lambda names: names[0] if len(names) == 1 else list(names)  # noqa: E731
-        how = dict(columns, subset=self.subset)
-        source = Source(several(self.data), split=self.split, limit=self.limit, **how)
+        source = Source(**arguments(self, Source) | dict(data=several(self.data)))
         if not self.held_out:
             return source, None
-        demo = self.held_out == ("demo",)
-        return source, Source(several(self.held_out), split="heldout" if demo else self.split,
-                              limit=500 if demo else None, **how)
+        others = dict(split="heldout", limit=500) if self.held_out == ("demo",) else dict(limit=None)
+        return source, Source(**arguments(self, Source) | dict(data=several(self.held_out), **others))
 
 
 def _overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> list[tuple[str, Any, Any]]:
@@ -157,15 +152,15 @@ class HeadOptions:
 
         if not self.exit_heads:
             if wanted := given(self):
-                raise SettingError(f"--{next(iter(wanted)).replace('_', '-')} was given without --exit-heads; say "
-                                   "after which layers, such as --exit-heads 2 4")
+                raise SettingError(f"{dashed(next(iter(wanted)))} was given without --exit-heads; say after which "
+                                   "layers, such as --exit-heads 2 4")
             return None
         return ExitHeads(self.exit_heads, self.head_kind, tied=not self.untied_heads)
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshOptions:
-    """The use of several devices; -1 is what is left of them."""
+class MeshOptions(derive("ProcessFields", *settings_of(PROCESSES))):
+    """The use of several devices; -1 is what is left of them. scripts/launch_*.sh start several processes."""
 
     data_parallel: int = 1
     """Groups of devices that hold all weights each."""
@@ -173,14 +168,6 @@ class MeshOptions:
     """Devices over which weights and optimiser are spread."""
     tensor: int = 1
     """Devices that share each layer's products."""
-    cluster: Literal["tpu", "slurm"] | None = None
-    """Join the processes of a TPU pod slice or a SLURM step (scripts/launch_*.sh)."""
-    coordinator: str | None = None
-    """Without a cluster manager: host:port of process 0."""
-    processes: int | None = None
-    """Without a cluster manager: how many processes there are."""
-    process: int | None = None
-    """Without a cluster manager: which of them this is, from 0."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,22 +209,17 @@ class Train:
     """Only say what the recipe is and what each device would hold, and stop."""
 
     def run(self) -> None:
-        from sled.train.parallel.distributed import Processes, initialize
-
         where = self.mesh_options
-        initialize(Processes(where.cluster, where.coordinator, where.processes, where.process))
+        initialize(build(where, PROCESSES))
         from sled.cli.options import print_devices
         from sled.models.sharding.mesh import Mesh
         from sled.train.trainer import TrainingRun, memory_plan_of, train
 
         print_devices()
         source, held_out = self.data_options.sources()
-        run = TrainingRun(
-            self.out, self._model(), source, self.recipe_options.made(), held_out, shape=self.data_options.shape,
-            too_long=self.data_options.too_long, prompt_weight=self.data_options.prompt_weight,
-            heads=self.head_options.heads(),
-            mesh=Mesh(where.data_parallel, where.fsdp, where.tensor), save_every=self.save_every,
-            keep=self.keep, log_every=self.log_every, held_out_rows=self.held_out_rows, tensorboard=self.tensorboard)
+        run = TrainingRun(**arguments(self, TrainingRun) | arguments(self.data_options, TrainingRun) | dict(
+            folder=self.out, model=self._model(), source=source, held_out=held_out, recipe=self.recipe_options.made(),
+            heads=self.head_options.heads(), mesh=Mesh(where.data_parallel, where.fsdp, where.tensor)))
         if self.dry_run:
             print(f"recipe: {run.recipe}\n{memory_plan_of(run).text()}")
             return
@@ -248,6 +230,6 @@ class Train:
         if self.model == "new":
             return NewModel(**wanted)
         if wanted:
-            raise SettingError(f"--{next(iter(wanted)).replace('_', '-')} describes a new model, but --model is "
-                               f"{self.model}; leave it out, or give --model new")
+            raise SettingError(f"{dashed(next(iter(wanted)))} describes a new model, but --model is {self.model}; "
+                               "leave it out, or give --model new")
         return self.model

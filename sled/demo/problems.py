@@ -14,8 +14,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import operator
 import random
 from collections.abc import Iterator
+from fractions import Fraction
 
 from sled.demo.stories import STORIES
 from sled.errors import SettingError
@@ -28,6 +30,8 @@ NAMES = ("Ash Ben Cleo Dan Eva Finn Gita Hugo Ines Jack Kim Leo Mia Noah Omar Pi
 THINGS = ("toys pens books apples cards stickers marbles shells cookies balls plums cups stones stamps "
           "kites beads lemons buttons candles pears").split()
 CURRENCY = "dollars tokens euros coins".split()
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": Fraction,
+              "%": lambda whole, percent: Fraction(whole * percent, 100)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,18 +140,9 @@ class _Telling:
         `sign` is + - * / or %, the last for b percent of a. Redraws unless the result is a whole
         number of 1..999.
         """
-        match sign:
-            case "+":
-                result, rest = a + b, 0
-            case "-":
-                result, rest = a - b, 0
-            case "*":
-                result, rest = a * b, 0
-            case "/":
-                result, rest = divmod(a, b)
-            case "%":
-                result, rest = divmod(a * b, 100)
-        self.need(not rest and 1 <= result <= 999)
+        result = OPERATIONS[sign](a, b)
+        self.need(result.denominator == 1 and 1 <= result <= 999)
+        result = int(result)
         equation = f"{a}*{b}%={result}" if sign == "%" else f"{a}{sign}{b}={result}"
         self.steps.append(f"{label}: {equation}")
         self.answer = result

@@ -33,10 +33,11 @@ class Layout:
     context: int = setting(Whole(2, hint="a row holds a token and its target at least"),
                            help="the most tokens of a row, at most the model's context")
     _: dataclasses.KW_ONLY
-    shape: str = setting(OneOf(SHAPES), default="packed", help="several examples in a row, or one")
-    too_long: str = setting(OneOf(TOO_LONG), default="skip", help="what becomes of examples longer than the context")
+    shape: str = setting(OneOf(SHAPES), default="packed", help=(
+        "packed: several examples share a row, each seeing only itself; padded: one example a row"))
+    too_long: str = setting(OneOf(TOO_LONG), default="skip", help="the fate of examples longer than the context")
     prompt_weight: float = setting(Number(0, hint="0 trains on completions alone, 1 on prompts as much"), default=0.0,
-                                   help="how much a prompt's token counts in the loss, where a completion's counts 1")
+                                   help="weight of a prompt's token in the loss, where a completion's counts 1")
     buckets: int = setting(Whole(1, hint="it counts the lengths of padded rows"), default=4)
 
 
