@@ -28,38 +28,40 @@ _HOME = {
     "Decoding": "sled.decoding.options",
     "calibrate": "sled.calibration.calibrate",
     "tune": "sled.calibration.tune",
-    "SLED": "sled.fusion",
-    "DoLa": "sled.fusion",
-    "ConfidentDecoding": "sled.fusion",
-    "LayerAverage": "sled.fusion",
-    "ClampOnly": "sled.fusion",
-    "FinalLayer": "sled.fusion",
-    "EarlyExit": "sled.exits",
-    "SelfSpeculation": "sled.exits",
     "Classifier": "sled.exits",
     "save_classifier": "sled.calibration.classifier_file",
     "load_classifier": "sled.calibration.classifier_file",
-    "Immediate": "sled.exits",
-    "Lockstep": "sled.exits",
-    "Gather": "sled.exits",
     **dict.fromkeys(("SledError", "SettingError", "PromptError", "TokenizerError", "CheckpointError", "ConfigError",
                      "CalibrationError", "RequestError", "DataError", "DownloadError", "TrainingError",
                      "EvaluationError", "VersionError"), "sled.errors"),
 }
-__all__ = list(_HOME)
+_REGISTERS = (("sled.fusion", "FUSIONS"), ("sled.exits", "POLICIES"), ("sled.exits", "SCHEDULES"))  # classes by word
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module 'sled' has no attribute {name!r}; it has {', '.join(_HOME)}")
-    home = importlib.import_module(_HOME[name])
-    value = home if _HOME[name] == f"sled.{name}" else getattr(home, name)  # a folder of functions, or one of its names
+    if name == "__all__":
+        return [*_HOME, *_registered()]
+    if name in _HOME:
+        home = importlib.import_module(_HOME[name])
+        # A folder of functions, or one of its names.
+        value = home if _HOME[name] == f"sled.{name}" else getattr(home, name)
+    elif not name.startswith("_") and name in (registered := _registered()):
+        value = registered[name]
+    else:
+        raise AttributeError(f"module 'sled' has no attribute {name!r}; it has {', '.join(_HOME)}, and the classes in "
+                             "sled.fusion and sled.exits")
     globals()[name] = value
     return value
 
 
 def __dir__():
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, *_registered()])
+
+
+def _registered() -> dict[str, type]:
+    """The registered fusions, policies and schedules by name."""
+    registers = (getattr(importlib.import_module(home), register) for home, register in _REGISTERS)
+    return {kind.__name__: kind for register in registers for kind in register.values()}
 
 
 # First jax and flax versions of each era, oldest first: a flax below its era's does not run on that jax.

@@ -17,7 +17,7 @@ from sled.errors import PromptError
 from sled.io import writable
 from sled.settings.rules import Whole
 
-EXITS = (*settings_of(offer(sled.EarlyExit, "measure", "kv", "decay", exit_layers="layers")), *SCHEDULE)
+EXITS = (*settings_of(offer(sled.EarlyExit, "layers", "measure", "kv", "decay")), *SCHEDULE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,9 +26,20 @@ class Offer(NamedTuple):
     options: Mapping[str, str]
 
 
-def offer(kind: type, *fields: str, **renamed: str) -> Offer:
-    """These fields of a class as options of the same names, and others under names of their own."""
-    return Offer(kind, {**renamed, **{field: field for field in fields}})
+def offer(kind: type, *fields: str) -> Offer:
+    """The settings of a class, or of them these fields, as options under the names that they declare."""
+    return Offer(kind, {of.option or field: field for field, of in declared(kind).items()
+                        if of.option is not None and (not fields or field in fields)})
+
+
+def offers(register: Mapping[str, type]) -> dict[str, Offer]:
+    """Every class of a register by its word, with all its options."""
+    return {word: offer(kind) for word, kind in register.items()}
+
+
+def explained(register: Mapping[str, type]) -> str:
+    """The help of the option that chooses from a register: each word, and what its class says of itself first."""
+    return "\n".join(f"{word}: {kind.__doc__.partition(chr(10))[0]}" for word, kind in register.items())
 
 
 def derive(name: str, *fields: tuple[str, Any, Any]) -> type:

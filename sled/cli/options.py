@@ -11,19 +11,12 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import build, choice, derive, offer, refuse_others, settings_by_choice, settings_of
+from sled.cli.derived import build, choice, derive, explained, offer, offers, refuse_others, settings_by_choice, settings_of
 from sled.errors import PromptError
-from sled.settings.field import declared
+from sled.fusion import FUSIONS
 
-FUSIONS = {
-    "final": offer(sled.FinalLayer),
-    "sled": offer(sled.SLED, "rate", "scale", "steps", "lower_bound", "layers", "norm_early"),
-    "dola": offer(sled.DoLa, "relative_top", "lower_bound", "layers", "norm_early"),
-    "confident": offer(sled.ConfidentDecoding, "norm_early"),
-    "average": offer(sled.LayerAverage, "layers", "norm_early"),
-    "clamp": offer(sled.ClampOnly, "scale", "lower_bound"),
-}
-SAMPLING = offer(sled.Sampling, *declared(sled.Sampling))
+OFFERS = offers(FUSIONS)
+SAMPLING = offer(sled.Sampling)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +38,13 @@ class ModelOptions:
 @dataclasses.dataclass(frozen=True)
 class FusionOptions(derive(
         "Fusion", choice("fusion", FUSIONS, default="final",
-                         help="final: the last layer alone; clamp: only its top tokens, the honest baseline of sled. "
-                              "Scores need a finite --lower-bound."),
-        *settings_by_choice(FUSIONS))):
+                         help=f"{explained(FUSIONS)}\nScores need a finite --lower-bound."),
+        *settings_by_choice(OFFERS))):
     """The fusion of the layers' predictions. A setting left out keeps the method's own default."""
 
     def strategy(self):
         """The chosen strategy. Raises SettingError for a setting that it does not have."""
-        chosen = FUSIONS[self.fusion]
+        chosen = OFFERS[self.fusion]
         refuse_others(self, "fusion", chosen.options)
         return build(self, chosen)
 

@@ -18,7 +18,7 @@ from sled.train.objective.layer_dropout import FixedRows, Masked, WholeBatch, la
 from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe, named
 
-PROCESSES = offer(Processes, "cluster", "coordinator", processes="count", process="index")
+PROCESSES = offer(Processes)
 
 
 @dataclasses.dataclass(frozen=True)

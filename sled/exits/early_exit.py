@@ -24,8 +24,9 @@ DECAYS = ("none", "calm-paper", "calm-code")
 
 @settings
 class EarlyExit(Policy):
-    """A token leaves after the first of `layers` whose confidence is above the threshold.
+    """A token leaves at the first exit that is sure of it, unchecked: less work, and the text may change.
 
+    It leaves after the first of `layers` whose confidence is above the threshold.
     The exit's logits are those of the fusion in use, on the layers up to the exit, through its own head where the
     model has one (`sled.models.ExitHeads`). Rows decide alone: neither batch-mates nor the schedule
     change a row's tokens. A row whose confidence is not finite goes on to the next exit. The tokens of the
@@ -36,7 +37,7 @@ class EarlyExit(Policy):
     0.1 lambda exp(-decay_temperature t / N).
     """
 
-    layers: int | tuple[int, ...] = setting(Exits(), help="layers after which a token may leave, one or several")
+    layers: int | tuple[int, ...] = setting(Exits(), option="exit_layers", help="layers after which a token may leave, one or several")
     threshold: float | tuple[float, ...] | jax.Array = setting(
         Each(Number(0, 1, hint="lower leaves earlier and errs more, and 1 never leaves early"), one=True), default=0.9,
         rows="BE", help="how sure an exit must be, one number for all exits or one per exit")
@@ -57,7 +58,7 @@ class EarlyExit(Policy):
     max_deferred: int = setting(Whole(1, hint="8 is usual"), default=8, help=(
         "how many tokens of a row may wait for their exact keys and values before the deeper layers must run"))
     classifier: Classifier | None = setting(
-        OrNone(Instance(Classifier, hint="sled.Classifier(weights, bias) is one")), default=None, traced=True,
+        OrNone(Instance(Classifier, hint="sled.Classifier(weights, bias) is one")), default=None, traced=True, option=None,
         help='trained measure, which measure="classifier" needs')
 
     def __post_init__(self):

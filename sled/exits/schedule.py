@@ -74,7 +74,7 @@ class Gather:
     """
 
     rows: int = setting(Whole(1, hint="the others go on meanwhile"), default=4, traced=True,
-                        help="how many rows wait for each other")
+                        option="gather_rows", help="how many rows wait for each other")
     patience: int = setting(Whole(0, hint="0 never waits"), default=16, traced=True,
                             help="how many steps a row waits at most")
 

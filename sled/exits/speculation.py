@@ -29,7 +29,7 @@ PRIOR = (3.0, 4.0)  # accepted drafts and all verified ones, before any was seen
 
 @settings
 class SelfSpeculation(Policy):
-    """Tokens are drafted after `layer` and verified by all layers together, as one block.
+    """The first layers draft, the whole model verifies the drafts as one block: the text stays the same.
 
     The text is the one that plain decoding with the same fusion, sampling and seed gives, token for
     token: when sampling, draft and verification take the same random numbers (Gumbel-max coupling,
@@ -39,15 +39,16 @@ class SelfSpeculation(Policy):
     A draft is made through the exit's own head where the model has one.
     """
 
-    layer: int | tuple[int, ...] = setting(Exits(), help="layer after which to draft; several with adaptive")
+    layer: int | tuple[int, ...] = setting(
+        Exits(), option="exit_layers", help="layer after which to draft; several with adaptive")
     draft: int = setting(Whole(1, hint="6 is usual"), default=6, rows="B",
                          help="how many tokens are drafted before they are verified")
     confidence: float = setting(Number(0, 1, hint="0 never stops a draft"), default=0.0, rows="B",
-                                help="stop drafting at a token less probable than this")
+                                option="draft_confidence", help="stop drafting at a token less probable than this")
     adaptive: bool = setting(Flag(hint="True chooses what promises most accepted tokens per layer run"), default=False,
                              help=("whether each row chooses the length of its draft, up to draft, and its layer, by "
                                    "what was accepted so far"))
-    vocabulary: jax.Array | None = setting(default=None, traced=True, help=(
+    vocabulary: jax.Array | None = setting(default=None, traced=True, option=None, help=(
         "token ids [V'] to draft from, None being all; a small set makes drafting cheaper where the projection is a "
         "large part of it"))
     max_draft: int | None = bound_of("draft", least=8)

@@ -1,4 +1,7 @@
-"""Layer fusion: how the layers' hidden states become one distribution over the next token."""
+"""Layer fusion: how the layers' hidden states become one distribution over the next token.
+
+`FUSIONS` registers the methods that the library has, by the command's words: `sled` and the command take them from there.
+"""
 
 from sled.fusion.average import LayerAverage
 from sled.fusion.confident import ConfidentDecoding
@@ -9,7 +12,11 @@ from sled.fusion.sled import SLED, ClampOnly
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import Strategy
 
+FUSIONS = {"final": FinalLayer, "sled": SLED, "dola": DoLa, "confident": ConfidentDecoding, "average": LayerAverage,
+           "clamp": ClampOnly}
+
 __all__ = [
+    "FUSIONS",
     "SLED",
     "ClampOnly",
     "ConfidentDecoding",

@@ -28,7 +28,7 @@ def _scale_setting():
 
 
 def _log_softmax_setting():
-    return setting(Flag(hint="True gives log-probabilities over the tokens that stay and the others' lower bound"),
+    return setting(Flag(hint="True gives log-probabilities over the tokens that stay and the others' lower bound"), option=None,
                    default=False, help="whether the result goes through a log-softmax")
 
 
@@ -48,7 +48,7 @@ class SLED:
     rate: float = setting(Number(0, hint="0.5 to 3 is usual"), default=2.0, rows="B", help="evolution rate, alpha")
     scale: int = _scale_setting()
     steps: int = setting(Whole(1, hint="1 is usual"), default=1, rows="B", help="evolution steps")
-    temperature: float = setting(Number(0, open_low=True, hint="1 is usual"), default=1.0, rows="B",
+    temperature: float = setting(Number(0, open_low=True, hint="1 is usual"), default=1.0, rows="B", option=None,
                                  help="what divides the logits in every softmax, and the update")
     lower_bound: float = left_out_setting(-1000.0)
     log_softmax: bool = _log_softmax_setting()

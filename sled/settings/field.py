@@ -16,6 +16,7 @@ _KEY = "sled.setting"  # in a dataclass field's metadata
 class Setting:
     """The declaration of a field of a `settings` class; see `setting` and `bound_of`.
 
+    option: what the command calls it; "" as the field, None for a field that the command does not offer.
     bounds: the field that this one is the static bound of, or None; `least` is then the smallest bound chosen.
     """
 
@@ -23,6 +24,7 @@ class Setting:
     rows: str | None = None
     traced: bool = False
     help: str = ""
+    option: str | None = ""
     bounds: str | None = None
     least: int = 1
 
@@ -33,7 +35,7 @@ class Setting:
 
 
 def setting(rule: Rule | None = None, *, default: Any = dataclasses.MISSING, rows: str | None = None,
-            traced: bool = False, help: str = "") -> Any:
+            traced: bool = False, help: str = "", option: str | None = "") -> Any:
     """A field of a `settings` class.
 
         rate: float = setting(Number(0, hint="0.5 to 3 is usual"), default=2.0, rows="B", help="evolution rate")
@@ -44,11 +46,12 @@ def setting(rule: Rule | None = None, *, default: Any = dataclasses.MISSING, row
         [C], or a number) a value is the same for every row. Such a field is traced: other values never recompile.
     traced: a traced field that means the same for every row, whatever its shape. Other fields are static.
     help: what it sets, as the class's documentation and the command's options say it; the rule's hint follows.
+    option: what the command calls it where the field's name would not do; None withholds it.
     """
     traced = traced or rows is not None
     if traced and isinstance(rule, Whole) and rule.high is None:
         rule = dataclasses.replace(rule, high=LARGEST)
-    return dataclasses.field(default=default, metadata={_KEY: Setting(rule, rows, traced, help)})
+    return dataclasses.field(default=default, metadata={_KEY: Setting(rule, rows, traced, help, option)})
 
 
 def bound_of(field: str, *, least: int) -> Any:
@@ -59,7 +62,7 @@ def bound_of(field: str, *, least: int) -> Any:
     rule = OrNone(Whole(1, LARGEST, hint=f"it is static, and None takes the next of {least}, {2 * least}, "
                                          f"{4 * least} and so on"))
     return dataclasses.field(default=None, metadata={
-        _KEY: Setting(rule, help=f"the most that {field} may be", bounds=field, least=least)})
+        _KEY: Setting(rule, help=f"the most that {field} may be", option=None, bounds=field, least=least)})
 
 
 def declared(cls: type) -> dict[str, Setting]:
