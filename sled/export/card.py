@@ -16,7 +16,7 @@ from sled.errors import CalibrationError, SettingError
 from sled.export.source import SourceModel, cast
 from sled.models import Decoder
 from sled.settings.decorator import settings
-from sled.settings.describe import describe, differences
+from sled.settings.describe import changes, describe
 from sled.settings.field import setting
 from sled.settings.rules import Number
 
@@ -69,7 +69,7 @@ def measured(run: Path, step: int) -> Measured | None:
 
 def check_bound(record: Calibration, decoder: Decoder, name: str) -> None:
     """Raises CalibrationError unless the record is of these weights, in whatever type they were loaded."""
-    changed = list(differences("model", record.serving.get("model"), describe(decoder.config)))
+    changed = changes({"model": record.serving.get("model")}, {"model": describe(decoder.config)})
     weights = nnx.state(decoder)
     if not changed and not any(record.serving.get("weights") == digest_of_weights(cast(weights, dtype))
                                for dtype in DTYPES):

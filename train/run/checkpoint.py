@@ -28,6 +28,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError, SettingError
+from sled.io import first_line
 from sled.settings.rules import Whole
 from sled.train.run.named_arrays import checksums, mismatch, named, nested, rebuilt, targets
 from sled.train.run.resume import Rule, check_resumable
@@ -272,11 +273,10 @@ def _damaged(at: Path, reason: str) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause, in one line; TensorStore ends its messages with a page of its own settings."""
+    """The first cause, in one line."""
     while error.__cause__:
         error = error.__cause__
-    text = (str(error).partition(" [tensorstore_spec")[0].strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
+    return first_line(error)
 
 
 def _as_json(name: str, value) -> Any:

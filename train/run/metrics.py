@@ -21,7 +21,7 @@ from matplotlib.colors import Normalize
 from tqdm import tqdm
 
 from sled.errors import CheckpointError, SettingError
-from sled.io import writable
+from sled.io import json_numbers, writable
 from sled.plots import grid, new_figure, save_figure, writable_picture
 
 HELD_OUT = "held_out"
@@ -171,14 +171,7 @@ def _plain(value):
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         array = array.astype(np.float32)  # bfloat16 and the like; raises for what is no number
-    nested = array.tolist()
-    return nested if np.isfinite(array).all() else _spelled(nested)
-
-
-def _spelled(value):
-    if isinstance(value, list):
-        return [_spelled(entry) for entry in value]
-    return value if np.isfinite(value) else str(value)
+    return json_numbers(array.tolist())
 
 
 def _scalars(plain: Mapping[str, Any]):
