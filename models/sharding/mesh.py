@@ -7,7 +7,6 @@ field before `tensor`, and a mesh axis for the logical axis `layers` (sharding.p
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -17,13 +16,22 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType
 
 from sled.errors import SettingError
+from sled.settings.decorator import settings
+from sled.settings.field import setting
 from sled.settings.rules import Whole
 
 AXES = ("data", "fsdp", "tensor")
 REST = -1  # as a size: what is left of the devices
 
 
-@dataclasses.dataclass(frozen=True)
+_SIZE = Whole(1, hint="it counts groups of devices; -1 is what is left of them")
+
+
+def _ways(name: str, value) -> int:
+    return value if value == REST and not isinstance(value, bool) else _SIZE(name, value)
+
+
+@settings
 class Mesh:
     """The number of ways to split along each axis; the product is the number of devices, -1 is what is left of them.
 
@@ -33,17 +41,11 @@ class Mesh:
     tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
     """
 
-    data: int = 1
-    fsdp: int = REST
-    tensor: int = 1
+    data: int = setting(_ways, default=1)
+    fsdp: int = setting(_ways, default=REST)
+    tensor: int = setting(_ways, default=1)
 
     def __post_init__(self):
-        for axis in AXES:
-            size = getattr(self, axis)
-            if size == REST and not isinstance(size, bool):
-                continue
-            size = Whole(1, hint="it counts groups of devices; -1 is what is left of them")(f"Mesh.{axis}", size)
-            object.__setattr__(self, axis, size)
         if (rest := [axis for axis in AXES if getattr(self, axis) == REST])[1:]:
             raise SettingError(f"Mesh has -1 for {' and '.join(rest)}, but only one axis can take what is left of the "
                                "devices; give the others a number")
