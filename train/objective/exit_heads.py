@@ -2,11 +2,6 @@
 
 EE-Tuning (arXiv 2402.00518): the backbone of a trained model stays as it is, its exits learn. Gradients, and an
 optimiser's state, exist only for the heads; layers above the last exit are not run, those below have no backward pass.
-
-    model = with_heads(model, ExitHeads((6, 12), "mlp"))
-    graph, weights = nnx.split(model)
-    heads, backbone = partition(weights)           # the optimiser takes `heads`
-    loss, metrics = tuning_loss(nnx.merge(graph, merge(heads, backbone)), ...)    # differentiated by `heads`
 """
 
 from __future__ import annotations

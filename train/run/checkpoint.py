@@ -8,8 +8,8 @@ removes it. A checkpoint holds
 - the host state: what the loop holds besides, as JSON has it (data position, curricula);
 - the settings of the run and the versions it was made with.
 
-The folder lies on a disk or a mounted file system, as renaming has to be atomic. Several processes share one folder,
-call everything here together, and hold the same host state, which the first of them writes.
+The folder lies on a file system where renaming is atomic. Several processes share it, call everything here together,
+and hold the same host state.
 """
 
 from __future__ import annotations
@@ -76,14 +76,17 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partia
     about, saved = _metadata(at)
     wanted = named(like)
     held = _read(at, lambda: named(about.metadata["state"]["arrays"]))
-    parts = {_top(name) for name in (wanted if partial else held)}
-    stored = {name: leaf for name, leaf in held.items() if _top(name) in parts}
+    parts = {name.partition("/")[0] for name in (wanted if partial else held)}
+    stored = {name: leaf for name, leaf in held.items() if name.partition("/")[0] in parts}
     if different := mismatch(stored, wanted):
         raise CheckpointError(f"{at} holds the state of another model or optimiser: {different}; give the settings "
                               "it was made with, or another folder")
     abstract, whole = targets(wanted)
     sums = jax.ShapeDtypeStruct((len(held),), "uint32", sharding=whole)
-    loaded = _read(at, lambda: _load(at, {"arrays": nested(abstract), "checksums": sums}, partial))
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    with context:
+        loaded = _read(at, lambda: ocp.load(at, {"arrays": nested(abstract), "checksums": sums}))
     arrays = named(loaded["arrays"])
     found, expected = jax.device_get((checksums(arrays), loaded["checksums"]))
     expected = [total for name, total in zip(sorted(held), expected, strict=True) if name in arrays]
@@ -92,15 +95,8 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partia
     return Restored(int(at.name), rebuilt(like, arrays), saved["host"], saved["settings"], saved["versions"])
 
 
-class Checkpoints:
+class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints that a run writes to its folder; close it, or use it as a context manager.
-
-        with Checkpoints(folder, settings, save_every=500, may_change={"folder": anything}) as checkpoints:
-            if checkpoints.steps:
-                step, state, host, *_ = checkpoints.restore(state)
-            for step in range(step + 1, last + 1):
-                ...
-                checkpoints.save(step, state, host, force=step == last)
 
     folder: made if missing; belongs to this run alone, and is cleaned of what a killed one left half-written.
     settings: all that decides what the run computes, as JSON has it.
@@ -158,7 +154,8 @@ class Checkpoints:
             raise SettingError(f"host is {host!r}, but would come back as {kept!r}; give only dicts with names as "
                                "keys, lists, numbers, strings, booleans and None")
         arrays = named(state)
-        about = {"format": FORMAT, "host": kept, "settings": self.settings, "versions": _versions()}
+        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        about = {"format": FORMAT, "host": kept, "settings": self.settings, "versions": versions}
         self._under_way = step
         with self._write_errors():
             self._checkpointer.save_async(step, {"arrays": nested(arrays), "checksums": checksums(arrays)},
@@ -182,9 +179,6 @@ class Checkpoints:
             self._checkpointer.close()
         finally:
             self._trash.shutdown()
-
-    def __enter__(self) -> Checkpoints:
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         self.close()
@@ -246,17 +240,6 @@ def _metadata(at: Path) -> tuple[Any, dict[str, Any]]:
     return about, saved
 
 
-def _top(name: str) -> str:
-    return name.partition("/")[0]
-
-
-def _load(at: Path, target, partial: bool):
-    context = ocp.Context()
-    context.pytree.loading.partial_load = partial
-    with context:
-        return ocp.load(at, target)
-
-
 def _read(at: Path, read):
     """Orbax and TensorStore raise many kinds of errors, bare Exception among them, for files that are damaged."""
     try:
@@ -285,7 +268,3 @@ def _as_json(name: str, value) -> Any:
     except (TypeError, ValueError) as error:
         raise SettingError(f"{name} cannot be written as JSON ({error}); give only dicts with names as keys, lists, "
                            "finite numbers, strings, booleans and None") from None
-
-
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in PACKAGES}

@@ -1,14 +1,4 @@
-"""Leaving in order when the machine is taken away: SIGTERM ends a run after its step, with a checkpoint.
-
-    with Preemption() as preemption, Checkpoints(...) as checkpoints:
-        for step in ...:
-            ...
-            stop = preemption.reached(step)
-            checkpoints.save(step, state, host, force=stop or step == last)
-            if stop:
-                checkpoints.wait()
-                leave(step, checkpoints.folder)
-"""
+"""Leaving in order when the machine is taken away: SIGTERM ends a run after its step, with a checkpoint."""
 
 from __future__ import annotations
 

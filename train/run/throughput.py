@@ -67,12 +67,6 @@ def peak(device) -> float | None:
 class Throughput:
     """A meter of tokens per second.
 
-        throughput = Throughput(flops_per_token(config, parameters, heads, length))
-        ...
-        throughput.count(tokens)            # after each step
-        with throughput.paused(): ...       # evaluation
-        metrics.write(step, throughput.read(lambda: early_exits))
-
     flops: arithmetic per token, for the utilisation. devices: those that train (None: all).
     clock: seconds, ascending.
     """
