@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sled.errors import CheckpointError, SettingError
+from sled.io import write_json
 from sled.models import Decoder, DecoderConfig, load_folder, read_config
 from sled.models.config import ExitHeads
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
@@ -183,8 +183,7 @@ def _write_new(model: NewModel, source: Source, positions: int, folder: Path) ->
             raise SettingError(f"the tokenizer in {model.tokenizer} has no token {model.end_of_text!r}; name the one "
                                "that ends its texts as end_of_text")
         _copy(Path(model.tokenizer), folder, TOKENIZER_FILES)
-    written = json.dumps(format_config(model.config(size, end, positions), "float32"), indent=2)
-    (folder / "config.json").write_text(written + "\n")
+    write_json(folder / "config.json", format_config(model.config(size, end, positions), "float32"))
 
 
 def _texts(source: Source):
@@ -196,11 +195,7 @@ def _texts(source: Source):
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, every digit a token of its own.
-
-    All 256 bytes are in the vocabulary, so any text survives encoding and decoding. Token 0 is
-    `<|endoftext|>`.
-    """
+    """Byte-level BPE of at most `vocab_size` tokens: all 256 bytes, each digit on its own; `END_OF_TEXT` is token 0."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -216,14 +211,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int) -
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
+        "model_max_length": max_length, "clean_up_tokenization_spaces": False})
 
 
 def _random_weights(config: DecoderConfig, key) -> nnx.State:

@@ -51,7 +51,7 @@ class Traced(NamedTuple):
     about: dict[str, Any]
 
 
-def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Path | None = None,
+def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Path,
                  source: dict[str, Any]) -> None:
     """Writes the program that generates as `lm.generate` does with these settings into the empty folder `folder`.
 
@@ -75,9 +75,8 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
     programs = {"generate": whole, "fuse": step}
     for name, traced in programs.items():
         (folder / f"{name}.jax_export").write_bytes(traced.data)
-    tokenizer = None if tokenizer_from is None else Path(tokenizer_from) / "tokenizer.json"
-    has_tokenizer = tokenizer is not None and tokenizer.is_file()
-    if has_tokenizer:
+    tokenizer = tokenizer_from / "tokenizer.json"
+    if tokenizer.is_file():
         shutil.copyfile(tokenizer, folder / tokenizer.name)
     shutil.copyfile(Path(__file__).with_name("run_program.py"), folder / RUN)
     about = {
@@ -90,7 +89,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
         "max_positions": config.max_positions,
         "exit_heads": config.exit_heads and dataclasses.asdict(config.exit_heads),
         "weights": {"file": WEIGHTS, "sha256": digest_of_weights(lm.params)},
-        "tokenizer": tokenizer.name if has_tokenizer else None,
+        "tokenizer": tokenizer.name if tokenizer.is_file() else None,
         "source": source,
         "versions": versions(),
     }
@@ -175,11 +174,9 @@ def _described(name: str, argument) -> list[dict[str, Any]]:
 
 def _numbers(parts: list[Parts], timing: Timing | None) -> dict[str, dict[str, Any]]:
     """Every number for program.json: its type, axes besides the rows', default, and bound where it has one."""
-    found = {}
-    for part in parts:
-        for name, (default, most) in part.numbers.items():
-            found[name] = {"dtype": default.dtype.name, "rows": True, "shape": list(default.shape),
-                           "default": json_numbers(default.tolist())} | ({} if most is None else {"most": most})
+    found = {name: {"dtype": default.dtype.name, "rows": True, "shape": list(default.shape),
+                    "default": json_numbers(default.tolist())} | ({} if most is None else {"most": most})
+             for part in parts for name, (default, most) in part.numbers.items()}
     for field, value in zip(Timing._fields, timing or (), strict=False):
         found[f"schedule.{field}"] = {"dtype": "int32", "rows": False, "shape": [], "default": int(value)}
     return found

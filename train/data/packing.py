@@ -1,7 +1,4 @@
-"""The documents that stand together in a row: several, packed, or one, padded.
-
-Pure functions of the documents' lengths and the layout, so that every process arrives at the same rows.
-"""
+"""The documents that stand together in a row: several, packed, or one, padded; the same in every process."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Sources of training examples: the hub, local files, rows in memory, or the bundled problem generator.
-
-The first station of the data's way: `Source` says what to read and which columns mean what; `documents.py`
-tokenises its examples once, `packing.py` lays them out in rows, `batches.py` draws batches of those.
-"""
+"""Sources of training examples: the hub, local files, rows in memory, or the bundled problem generator."""
 
 from __future__ import annotations
 
@@ -84,8 +80,7 @@ class Source:
         """The name of the data, for messages."""
         if isinstance(self.data, str | Path):
             return str(self.data)
-        several = isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data)
-        return ", ".join(map(str, self.data)) if several else "rows in memory"
+        return ", ".join(map(str, self.data)) if self._is_files() else "rows in memory"
 
     @property
     def how(self) -> dict[str, Any]:
@@ -95,15 +90,19 @@ class Source:
     def open(self) -> Reading:
         """Find the data, without reading it. Raises DataError and DownloadError."""
         if isinstance(self.data, str) and self.data == "demo":
-            return Reading(self, _Demo(self.split, self.limit or DEMO_EXAMPLES))
+            return Reading(self, [{"prompt": prompt(p.question), "completion": f" {p.solution}"}
+                                  for p in problems(self.split, self.limit or DEMO_EXAMPLES)])
         if isinstance(self.data, str | Path):
             files = find(self.data, hub=True)
             return Reading(self, Files(files) if files else self._fetch())
-        if isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data):
+        if self._is_files():
             return Reading(self, Files([file for x in self.data for file in find(x, hub=False)]))
         if not isinstance(self.data, Iterable):
             raise DataError(f"the source is {self.data!r}, which holds no rows; {REMEDY}")
         return Reading(self, self.data)
+
+    def _is_files(self) -> bool:
+        return isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data)
 
     def _fetch(self):
         """The hub's data set, downloaded once; without a network the cache of `datasets` alone serves."""
@@ -166,21 +165,6 @@ class Reading:
             else:
                 yield Example(place, _text(row, "prompt", s.prompt, place),
                               _text(row, "completion", s.completion, place))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Demo:
-    """The bundled problems as rows, in the form in which the bundled model is asked."""
-
-    split: str
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        for p in problems(self.split, self.count):
-            yield {"prompt": prompt(p.question), "completion": f" {p.solution}"}
 
 
 @functools.lru_cache

@@ -1,8 +1,4 @@
-"""The forward pass of training: tokens in, the hidden states of the wanted exits out, the other layers' forgotten.
-
-One `lax.scan` over the stacked layers. What it keeps for the backward pass is a matter of rematerialisation; what
-it hands out is E hidden states, however many layers there are.
-"""
+"""The forward pass of training: tokens in, the hidden states of the wanted exits out, the other layers' forgotten."""
 
 from __future__ import annotations
 

@@ -66,14 +66,11 @@ def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, shar
     """
     weights = jax.tree.map(jnp.copy, weights)
 
-    def make(weights):
-        own, _ = _parted(weights, trainable)
-        return optimizer.init(own) if sharding is None else sharding.create(optimizer.init, own)
-
+    own, _ = _parted(weights, trainable)
     step = jnp.zeros((), jnp.int32)
-    if sharding is not None:
-        step = jax.device_put(step, sharding.shardings(step))
-    return TrainState(weights, make(weights), step)
+    if sharding is None:
+        return TrainState(weights, optimizer.init(own), step)
+    return TrainState(weights, sharding.create(optimizer.init, own), jax.device_put(step, sharding.shardings(step)))
 
 
 def static_exits(config: DecoderConfig, recipe: Recipe) -> tuple[int, ...] | None:
@@ -105,8 +102,7 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
     graph, _ = nnx.split(model)
     seed, parts = recipe.seed, recipe.accumulate
     heads, depth = model.config.exit_heads, model.num_layers
-    if recipe.trainable == HEADS:
-        partition(nnx.state(model))  # raises where there are none
+    _parted(nnx.state(model), recipe.trainable)  # raises where heads are to learn, and there are none
     exits = static_exits(model.config, recipe)
 
     def part_loss(own, rest, batch: TrainingBatch, dropout: LayerDropout | None, step, part, share):
@@ -139,7 +135,7 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         if parts == 1:
             return of_part(*jax.tree.map(lambda x: x[0], parts_A))
         shapes, _ = jax.eval_shape(lambda: of_part(*jax.tree.map(lambda x: x[0], parts_A)))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.tree.map(jnp.zeros_like, shapes)
 
         def add(total, part):
             of_this, layers_E = of_part(*part)
@@ -228,6 +224,5 @@ def _in_parts(x: Any, parts: int, sharding: Sharding | None):
     x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
     if sharding is None:
         return x
-    spec = sharding.rows.spec
-    return jax.lax.with_sharding_constraint(
-        x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *spec)))
+    spec = jax.sharding.PartitionSpec(None, *sharding.rows.spec)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(sharding.mesh, spec))

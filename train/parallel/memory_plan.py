@@ -1,7 +1,6 @@
 """The memory of training on each device, before there is any device: the plan that `Sharding` makes, in bytes.
 
-Everything here follows from shapes alone (`jax.eval_shape`), so the plan of 70B parameters on 64
-devices takes a second on a laptop.
+It follows from shapes alone: the plan of 70B parameters on 64 devices takes a second on a laptop.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class ParameterBytes:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """The memory of each parameter. In bytes on each device: `gradients`, and `other`, optimiser state of none of them.
+    """The memory of each parameter, and of all: bytes on each device. `other` is optimiser state of no parameter.
 
     `undivided` are axes that stay whole because they do not divide, with the reason.
     """
@@ -52,12 +51,10 @@ class MemoryPlan:
 
     @property
     def weights(self) -> int:
-        """Bytes of weights on each device."""
         return sum(share.weights for share in self.shares)
 
     @property
     def optimizer(self) -> int:
-        """Bytes of optimiser state on each device."""
         return sum(share.optimizer for share in self.shares) + self.other
 
     def text(self) -> str:
