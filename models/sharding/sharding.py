@@ -115,8 +115,7 @@ class Sharding:
     def create(self, make: Callable, *args):
         """`make(*args)` with every leaf of the result made where `shardings` wants it, never whole on one device.
 
-        For random weights, `create(lambda: nnx.state(Decoder.init(...).stack()))`; for an optimiser's state,
-        `create(optimizer.init, weights)`.
+        For an optimiser's state: `create(optimizer.init, weights)`.
         """
         return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *args)))(*args)
 
@@ -155,18 +154,16 @@ class Sharding:
         return jax.tree.map(assemble, tree)
 
     def activations(self, h_BTD):
-        """The same hidden states, held to their place: rows over data and fsdp, all else whole.
+        """Hidden states of the forward pass, held to their place: rows over data and fsdp, all else whole.
 
-        For the forward pass to call on the embeddings' and every layer's output. Without it the partitioner might
-        split them as it splits the weights, and gather activations instead.
+        The partitioner might else split them as it splits the weights, and gather activations instead.
         """
         return jax.lax.with_sharding_constraint(h_BTD, self.rows)
 
     def table(self, w_VD):
         """The embedding or the projection, its rows gathered whole over fsdp as both their uses need them.
 
-        For the forward pass to call before looking tokens up or projecting. Without it the partitioner looks up
-        columns of all groups' tokens, and replicates the result to put it right.
+        The partitioner would else look up columns of all groups' tokens, and replicate the result to put it right.
         """
         vocab = None if "vocab" in self.undivided else RULES["vocab"]
         return jax.lax.with_sharding_constraint(w_VD, NamedSharding(self.mesh, P(vocab, None)))
