@@ -27,9 +27,8 @@ from sled.models.layers import Block
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
-from sled.settings.decorator import settings
+from sled.settings.decorator import setting, settings
 from sled.settings.describe import describe
-from sled.settings.field import setting
 from sled.settings.rules import OrNone, Whole
 from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Source

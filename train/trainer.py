@@ -25,9 +25,8 @@ from sled.models.config import ExitHeads
 from sled.models.huggingface import refuse_no_model
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Sharding
-from sled.settings.decorator import settings
+from sled.settings.decorator import setting, settings
 from sled.settings.describe import describe
-from sled.settings.field import setting
 from sled.settings.rules import Instance, OrNone, Whole
 from sled.train.data.batches import Batches, some_batches
 from sled.train.data.packing import Layout

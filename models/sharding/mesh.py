@@ -16,8 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType
 
 from sled.errors import SettingError
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Whole
 
 AXES = ("data", "fsdp", "tensor")

@@ -13,7 +13,7 @@ import tyro
 import sled
 from sled.cli.derived import build, choice, derive, offer, refuse_others, settings_by_choice, settings_of
 from sled.errors import PromptError
-from sled.settings.field import declared
+from sled.settings.decorator import declared
 
 FUSIONS = {
     "final": offer(sled.FinalLayer),

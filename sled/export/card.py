@@ -15,9 +15,8 @@ from sled.calibration.record import Calibration
 from sled.errors import CalibrationError, SettingError
 from sled.export.source import SourceModel, cast
 from sled.models import Decoder
-from sled.settings.decorator import settings
+from sled.settings.decorator import setting, settings
 from sled.settings.describe import changes, describe
-from sled.settings.field import setting
 from sled.settings.rules import Number
 
 DTYPES = (None, "float32", "bfloat16", "float16")  # in which a model may have been loaded to be calibrated

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.settings.field import declared
+from sled.settings.decorator import declared
 from sled.settings.per_row import check_rows, one_row, stack_rows
 
 NARROW = {"f": np.float32, "i": np.int32}  # what a traced number is, by the kind of a Python one
@@ -45,7 +45,7 @@ class Parts(NamedTuple):
 def take_apart(name: str, settings, sizes: Mapping[str, int]) -> Parts:
     """`settings` (a strategy, a policy, `Sampling`) in parts; its strings, layers and bounds are fixed.
 
-    sizes: of axes other than rows, by letter (see `sled.settings.field.setting`).
+    sizes: of axes other than rows, by letter (see `sled.settings.decorator.setting`).
     Raises SettingError for an array with an entry per row: the rows come when the program runs.
     """
     check_rows(settings, 1, hint="a program gets its rows when it runs, so give one value")

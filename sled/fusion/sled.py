@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from sled.errors import SettingError
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import explicit_layers, layers_setting, left_out_setting, norm_setting, per_row
-from sled.settings.decorator import settings
-from sled.settings.field import bound_of, setting
+from sled.settings.decorator import bound_of, setting, settings
 from sled.settings.rules import Flag, Number, Whole
 
 _PRESETS = {

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sled.errors import DataError
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Number, OneOf, Whole
 
 SHAPES = ("packed", "padded")

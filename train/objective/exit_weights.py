@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Each, Instance, Layers, Number, Whole
 
 

@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sled.errors import SettingError
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Each, Flag, Instance, Number, Whole
 
 RunLayer = Callable[[jax.Array, Any], jax.Array]
