@@ -120,20 +120,22 @@ def prepare_initial_model(model: str | Path | NewModel, source: Source, context:
         raise CheckpointError(f"{folder} lacks config.json, which the run of these checkpoints wrote; restore it, or "
                               "start anew in another folder")
     new, name = isinstance(model, NewModel), str(model)
-    model = model if new else folder_of(model)
-    config = None if new else read_config(model)
-    if config is not None and context is not None and context > config.max_positions:
-        raise SettingError(f"context is {context}, but the model in {model} was made for {config.max_positions} "
-                           "positions; give that or less")
-    if config is not None and heads is not None:
-        if config.exit_heads is not None:
+    if new:
+        most = model.positions
+        if most is not None and most < (context or 0):
+            raise SettingError(f"NewModel.positions is {most}, but rows of training have {context} tokens; give that "
+                               "or more, or a shorter context")
+    else:
+        model = folder_of(model)
+        config = read_config(model)
+        most = config.max_positions
+        if context is not None and context > most:
+            raise SettingError(f"context is {context}, but the model in {model} was made for {most} positions; give "
+                               "that or less")
+        if heads is not None and config.exit_heads is not None:
             raise SettingError(f"new exit heads are given, but the model in {model} has some already, after layers "
                                f"{', '.join(map(str, config.exit_heads.layers))}; leave yours out to go on with them")
-        config = dataclasses.replace(config, exit_heads=heads)
-    if new and model.positions is not None and model.positions < (context or 0):
-        raise SettingError(f"NewModel.positions is {model.positions}, but rows of training have {context} tokens; give "
-                           "that or more, or a shorter context")
-    most = model.positions if new else config.max_positions
+        config = config if heads is None else dataclasses.replace(config, exit_heads=heads)
     context = min(CONTEXT, most or CONTEXT) if context is None else context
     if not resumed and jax.process_index() == 0:
         if new:

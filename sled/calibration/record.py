@@ -1,8 +1,4 @@
-"""`Calibration`: the record of a calibrated threshold, bound to what it was calibrated for.
-
-It is made by `calibrate`, kept as a JSON file, and gives back the early exit to serve with (`policy`), or says
-what is not as it was.
-"""
+"""`Calibration`: the record of a calibrated threshold, bound to what it was calibrated for."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from sled.calibration.fingerprint import fingerprint
 from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError
 from sled.exits import Policy, Schedule
-from sled.io import json_digest, writable
+from sled.io import json_digest, writable, write_json
 from sled.lm import LM
 from sled.settings.describe import changes
 
@@ -95,8 +91,7 @@ class Calibration:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the record as JSON, with a digest of itself. Raises SettingError where it cannot be written."""
         written = {"format": FORMAT, **dataclasses.asdict(self)}
-        text = json.dumps({**written, "sha256": json_digest(written)}, indent=2, ensure_ascii=False)
-        writable("path", Path(path)).write_text(text + "\n", encoding="utf-8")
+        write_json(writable("path", Path(path)), {**written, "sha256": json_digest(written)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:

@@ -88,9 +88,9 @@ def _load(folder: Path) -> Documents | None:
             return None
     except DAMAGED:
         return None
-    if starts_N[-1] == 0:  # an empty file cannot be mapped
-        return Documents(folder, digest, np.zeros(0, np.int32), starts_N, prompts_N, skipped)
-    return Documents(folder, digest, np.memmap(folder / "tokens.bin", "<i4", "r"), starts_N, prompts_N, skipped)
+    # An empty file cannot be mapped.
+    tokens_M = np.memmap(folder / "tokens.bin", "<i4", "r") if starts_N[-1] else np.zeros(0, np.int32)
+    return Documents(folder, digest, tokens_M, starts_N, prompts_N, skipped)
 
 
 def _write(folder: Path, reading: Reading, text: Tokenizer, config: DecoderConfig, *, progress: bool) -> None:

@@ -25,7 +25,6 @@ class Profile(Protocol):
 
     def weigh(self, layers_E, num_layers: int) -> jax.Array:
         """Positive numbers [E], float32, of hidden states `layers_E`; 0 for an exit that never counts."""
-        ...
 
 
 @runtime_checkable
@@ -34,7 +33,6 @@ class Curriculum(Protocol):
 
     def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
         """`layers_E`, ascending within 1..L-1, and whether each is on [E]. The last layer is none of them."""
-        ...
 
 
 @settings
@@ -128,7 +126,6 @@ class ExitPlan(Protocol):
 
         The last entry is the last layer. To tune exits on a frozen backbone leave it out (`[:-1]`).
         """
-        ...
 
 
 @settings

@@ -35,7 +35,6 @@ class DropStrategy(Protocol):
 
     def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
         """A draw of what each layer drops, with probabilities `rates_L`; `scale_L` multiplies what is kept."""
-        ...
 
     def saving(self, rates_L: np.ndarray, batch: int) -> DropStrategy:
         """The same strategy for steps whose probabilities are at least `rates_L`, so that work can be saved."""
@@ -47,7 +46,6 @@ class DropStrategy(Protocol):
 
     def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
         """The layer's output [B, T, D]. `drops` is one layer's; `layer` is any of its stretch (0-based)."""
-        ...
 
 
 @settings
@@ -175,14 +173,12 @@ def _blend(out_BTD, h_BTD, scale_B):
 class DropProfile(Protocol):
     def shares(self, num_layers: int) -> np.ndarray:
         """p_l / p_max of each layer [L], float32: 0 for the first layer, never falling, at most 1."""
-        ...
 
 
 @runtime_checkable
 class DropSchedule(Protocol):
     def share(self, step) -> jax.Array:
         """The factor of every probability at a step, in [0, 1]. It only rises, or only falls."""
-        ...
 
 
 @settings

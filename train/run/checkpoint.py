@@ -96,7 +96,7 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partia
 
 
 class Checkpoints(contextlib.AbstractContextManager):
-    """The checkpoints that a run writes to its folder; close it, or use it as a context manager.
+    """The checkpoints that a run writes to its folder; a context manager.
 
     folder: made if missing; belongs to this run alone, and is cleaned of what a killed one left half-written.
     settings: all that decides what the run computes, as JSON has it.

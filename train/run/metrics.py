@@ -30,7 +30,7 @@ COLOURS = matplotlib.colormaps["viridis_r"]  # dark where the model is deep
 
 
 class Metrics(contextlib.AbstractContextManager):
-    """Appends a line per step to a JSON Lines file; close it, or use it as a context manager.
+    """Appends a line per step to a JSON Lines file; a context manager.
 
     path: the file. What it holds of steps after `resumed_from` is cut off, as is a last line that a kill tore, so the
     file goes on as if the run had never stopped and has each step once. 0 begins a run: all that is there goes.

@@ -33,11 +33,8 @@ PEAKS = {
 class Flops(NamedTuple):
     """Arithmetic of training on one token, in FLOPs (a multiply-add is two), forward and backward."""
 
-    model: float
-    """6 N + 12 L N H T: what PaLM's formula counts for a model with one loss, at its last layer."""
-    exit: float
-    """The arithmetic that the loss of one earlier layer adds: another projection onto the vocabulary, 6 D V, after its
-    head if it has one."""
+    model: float  # 6 N + 12 L N H T: what PaLM's formula counts for a model with one loss, at its last layer
+    exit: float  # an earlier layer's loss: another projection onto the vocabulary, 6 D V, after its head if it has one
 
 
 def flops_per_token(config: DecoderConfig, parameters: int, heads: int, length: int) -> Flops:
