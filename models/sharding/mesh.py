@@ -53,14 +53,12 @@ class Mesh:
         """The size of each of `AXES` on so many devices. Raises SettingError where they do not come out even."""
         sizes = [getattr(self, axis) for axis in AXES]
         product = math.prod(size for size in sizes if size != REST)
-        spelled = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        if REST in sizes and devices % product == 0:
-            return tuple(devices // product if size == REST else size for size in sizes)
-        if product != devices or REST in sizes:
+        if devices % product if REST in sizes else devices != product:
+            spelled = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
             wrong = f"{devices} is no multiple of {product}" if REST in sizes else f"takes {product}"
             raise SettingError(f"Mesh is {spelled} ({wrong}), but there are {devices} devices; make the product of "
                                "the axes the number of devices, or give one of them -1")
-        return tuple(sizes)
+        return tuple(devices // product if size == REST else size for size in sizes)
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """The mesh over `devices`, by default all of all processes.

@@ -43,8 +43,6 @@ def setting(rule: Rule | None = None, *, default: Any = dataclasses.MISSING, row
             traced: bool = False, help: str = "") -> Any:
     """A field of a `settings` class.
 
-        rate: float = setting(Number(0, hint="0.5 to 3 is usual"), default=2.0, rows="B", help="evolution rate")
-
     rule: of `sled.settings.rules`, or any function of a name and a value that returns the clean value or raises
         SettingError; None checks nothing. The rule of numbers holds for every entry of an array.
     rows: the axes of an array with an entry per row of a batch, the rows' first: weights "BC". With fewer axes (weights

@@ -1,7 +1,6 @@
 """Rules of settings: a rule takes a setting's name and value, and returns the clean value or raises `SettingError`.
 
-    rate: float = setting(Number(0, hint="0.5 to 3 is usual"), default=2.0)     # a field of a `settings` class
-    count = Whole(1, hint="it counts the tokens")("count", count)               # an argument
+    count = Whole(1, hint="it counts the tokens")("count", count)
 
 Clean means of one type, so that 2 and 2.0 share a trace. `expects` is the rule in words, and `hint` says what to give
 instead, or what the setting is for. `entry`, where a rule has one, is the rule for each number in an array.

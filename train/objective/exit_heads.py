@@ -16,11 +16,10 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
 from sled.models.decoder import Decoder
-from sled.models.layers import Block
 from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.cross_entropy import ExitMetrics, exit_cross_entropy
-from sled.train.objective.forward import exit_states
+from sled.train.objective.forward import check_stacked, exit_states
 
 EXIT_HEADS = nnx.PathContains("exit_heads")
 
@@ -30,8 +29,7 @@ def with_heads(model: Decoder, heads: ExitHeads, *, mesh: jax.sharding.Mesh | No
 
     mesh: where the model lies on one, the heads are made where `Sharding` puts them, never whole on one device.
     """
-    if not isinstance(model.layers, Block):
-        raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
+    check_stacked(model)
     if mesh is None:
         return model.with_exit_heads(heads, rngs=nnx.Rngs(seed))
     bare, weights = nnx.split(model.with_exit_heads(None))
@@ -118,7 +116,7 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
 
 
 def tuning_loss(model: Decoder, tokens_BT, targets_BT, mask_BT, weights_E=None, *, segments_BT=None,
-                compute_dtype=None, place: Callable[[jax.Array], jax.Array] = lambda h_BTD: h_BTD,
+                compute_dtype=None, place: Callable[[jax.Array], jax.Array] | None = None,
                 **options) -> tuple[jax.Array, ExitMetrics]:
     """The loss of the model's exit heads alone, in nats, to be differentiated by them; and its parts.
 

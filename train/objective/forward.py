@@ -27,7 +27,7 @@ REMAT_RULE = OneOf(tuple(REMAT), hint="full needs the least memory")
 
 def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, segments_BT=None,
                 drops: Drops | None = None, remat: str = "full", compute_dtype=None,
-                place: Callable[[jax.Array], jax.Array] = lambda h_BTD: h_BTD) -> jax.Array:
+                place: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
     """The hidden states number `exits` of whole sequences: [E, B, T, D], none of them normed.
 
     model: in the stacked form. Its parameters keep their type; every layer's are cast to `compute_dtype` (None: as
@@ -45,9 +45,8 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
 
     Raises SettingError for a model in the separate form, and for exits or remat out of their range.
     """
-    depth = model.num_layers
-    if not isinstance(model.layers, Block):
-        raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
+    depth, place = model.num_layers, place or (lambda h_BTD: h_BTD)
+    check_stacked(model)
     remat = REMAT_RULE("remat", remat)
     stop = _last_layer(exits, depth)
     dtype = jnp.dtype(compute_dtype or model.embedding.weight[...].dtype)
@@ -84,6 +83,11 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
         carry, _ = jax.lax.scan(body, carry, part)
         begin += length
     return carry[1]
+
+
+def check_stacked(model: Decoder) -> None:
+    if not isinstance(model.layers, Block):
+        raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
 
 
 def _last_layer(exits, depth: int) -> int:

@@ -45,7 +45,11 @@ class DropStrategy(Protocol):
         return [num_layers]
 
     def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
-        """The layer's output [B, T, D]. `drops` is one layer's; `layer` is any of its stretch (0-based)."""
+        """The layer's output [B, T, D]. `drops` is one layer's; `layer` is any of its stretch (0-based).
+
+        By default all rows are computed, and dropped ones masked.
+        """
+        return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
 
 
 @settings
@@ -68,9 +72,6 @@ class Masked(DropStrategy):
     def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
         kept_LB = jax.random.uniform(key, (rates_L.shape[0], batch)) >= rates_L[:, None]
         return Drops(kept_LB * scale_L[:, None], None, self)
-
-    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
-        return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
 
 
 @settings
@@ -135,7 +136,7 @@ class FixedRows(DropStrategy):
     def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
         saved = self.saved[layer] if self.saved else 0
         if saved == 0:
-            return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
+            return super().apply(run, h_BTD, rows, drops, layer)
         kept_GK = drops.order_LB.reshape(self.shards, -1)[:, saved:]
 
         split = lambda x: x.reshape(self.shards, -1, *x.shape[1:])  # noqa: E731
