@@ -51,7 +51,7 @@ from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.run.checkpoint import Checkpoints, check_format
 from sled.train.run.folder import RunFolder
 from sled.train.run.metrics import HELD_OUT, Metrics, draw, progress_bar, progress_line
-from sled.train.run.preemption import Preemption, leave
+from sled.train.run.preemption import leave, preemption
 from sled.train.run.resume import anything, same_rates
 from sled.train.run.throughput import Throughput, flops_per_token
 
@@ -163,7 +163,7 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
     recipe, folder = run.recipe, RunFolder(run.folder)
     with folder.claimed():
         prepared, state = prepare(run, folder, optimizer or _optimizer(recipe))
-        with Preemption() as preemption, prepared.checkpoints() as checkpoints:
+        with preemption() as reached, prepared.checkpoints() as checkpoints:
             begun, state = _resume(checkpoints, prepared, state)
             _announce(prepared)
             flops = flops_per_token(prepared.model.config, *prepared.sizes, prepared.model.context)
@@ -188,7 +188,7 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
                         metrics.write(step, line)
                         bar.set_postfix_str(progress_line({name: line[name] for name in SHOWN if name in line}))
                     bar.update()
-                    preempted = preemption.reached(step)
+                    preempted = reached(step)
                     if preempted:
                         _check_finite(run, step, measured)
                     checkpoints.save(step, state, {"data": prepared.batches.get_state()}, force=preempted or last)
