@@ -17,6 +17,7 @@ from sled.io import first_line
 from sled.settings.rules import Whole
 from sled.train.data.files import REMEDY, Files, find
 
+COLUMNS = ("text", "prompt", "completion", "tokens")
 DEMO_EXAMPLES = 20_000  # of the endless problems, where no limit is given
 
 
@@ -63,17 +64,16 @@ class Source:
             put("limit", Whole(1, hint="it counts examples, or is None for all of them")("Source.limit", self.limit))
         if isinstance(self.data, Iterator):  # else a second reading would find it used up
             put("data", tuple(itertools.islice(self.data, self.limit)))
-        if (self.text, self.prompt, self.completion, self.tokens) == (None,) * 4:
-            for field in ("prompt", "completion") if self.data == "demo" else ("text",):
+        given = [field for field in COLUMNS if getattr(self, field) is not None]
+        if not given:
+            given = ["prompt", "completion"] if self.data == "demo" else ["text"]
+            for field in given:
                 put(field, field)
-        pair = (self.prompt is not None, self.completion is not None)
-        if [self.text is not None, self.tokens is not None, any(pair)].count(True) != 1 or any(pair) != all(pair):
-            given = [f for f in ("text", "prompt", "completion", "tokens") if getattr(self, f) is not None]
+        if given not in (["text"], ["tokens"], ["prompt", "completion"]):
             raise SettingError(f"Source names {' and '.join(given)}{' alone' if len(given) == 1 else ''}; name text, "
                                "or tokens, or prompt with completion")
-        for field in ("text", "prompt", "completion", "tokens"):
-            if getattr(self, field) is not None:
-                _fields(field, getattr(self, field))
+        for field in given:
+            _fields(field, getattr(self, field))
 
     @property
     def name(self) -> str:
