@@ -74,11 +74,10 @@ def read_exits(model: Decoder, h_EBTD, exits: Sequence[int]) -> jax.Array:
         which = jnp.array([settings.layers.index(exits[e]) for e in own])
         heads = jax.tree.map(lambda leaf: leaf[which], heads)
     heads = jax.tree.map(lambda leaf: leaf.astype(h_EBTD.dtype), heads)
-    h_OBTD = h_EBTD if len(own) == len(exits) else h_EBTD[jnp.array(own)]
-    read_OBTD = jax.vmap(lambda head, h: nnx.merge(graph, head)(h, model.norm))(heads, h_OBTD)
+    read = jax.vmap(lambda head, h: nnx.merge(graph, head)(h, model.norm))
     if len(own) == len(exits):
-        return read_OBTD
-    return model.normalise(h_EBTD).at[jnp.array(own)].set(read_OBTD)
+        return read(heads, h_EBTD)
+    return model.normalise(h_EBTD).at[jnp.array(own)].set(read(heads, h_EBTD[jnp.array(own)]))
 
 
 def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mask_BT, weights_E,
@@ -93,8 +92,7 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
     """
     read_EBTD, weights_E = read_exits(model, h_EBTD, exits).astype(h_EBTD.dtype), jnp.asarray(weights_E)
     settings = model.config.exit_heads
-    tied = settings is None or settings.tied
-    own = [] if tied else [e for e, n in enumerate(exits) if n in settings.layers]
+    own = [e for e, n in enumerate(exits) if n in settings.layers] if settings and not settings.tied else []
     shared_VD = model.head_weight.astype(h_EBTD.dtype)
     if not own:
         return exit_cross_entropy(read_EBTD, shared_VD, targets_BT, mask_BT, weights_E, **options)

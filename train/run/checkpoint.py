@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError, SettingError
 from sled.io import first_line
 from sled.settings.rules import Whole
-from sled.train.run.named_arrays import checksums, mismatch, named, nested, rebuilt, targets
+from sled.train.run.named_arrays import checksums, mismatch, named, rebuilt, targets
 from sled.train.run.resume import Rule, check_resumable
 
 FORMAT = 3  # of what is written here; raised when another sled could not read it
@@ -86,7 +87,7 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partia
     context = ocp.Context()
     context.pytree.loading.partial_load = partial
     with context:
-        loaded = _read(at, lambda: ocp.load(at, {"arrays": nested(abstract), "checksums": sums}))
+        loaded = _read(at, lambda: ocp.load(at, {"arrays": unflatten_dict(abstract, sep="/"), "checksums": sums}))
     arrays = named(loaded["arrays"])
     found, expected = jax.device_get((checksums(arrays), loaded["checksums"]))
     expected = [total for name, total in zip(sorted(held), expected, strict=True) if name in arrays]
@@ -156,10 +157,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         arrays = named(state)
         versions = {package: importlib.metadata.version(package) for package in PACKAGES}
         about = {"format": FORMAT, "host": kept, "settings": self.settings, "versions": versions}
+        saved = {"arrays": unflatten_dict(arrays, sep="/"), "checksums": checksums(arrays)}
         self._under_way = step
         with self._write_errors():
-            self._checkpointer.save_async(step, {"arrays": nested(arrays), "checksums": checksums(arrays)},
-                                          force=True, custom_metadata=about)
+            self._checkpointer.save_async(step, saved, force=True, custom_metadata=about)
         return True
 
     def wait(self) -> None:
