@@ -95,14 +95,13 @@ class Decoder(nnx.Module):
         """Layers start+1 .. stop on a block of tokens, separate form.
 
         `h_BTD` is hidden state `start`; `positions_BT` are the tokens' absolute positions; `caches`
-        holds the K/V of exactly those layers, or None for a block that stands alone (prefill,
-        training). Returns the hidden states start+1 .. stop and those layers' new K/V.
+        holds the K/V of exactly those layers, or None for a block that stands alone. Returns the hidden
+        states start+1 .. stop and those layers' new K/V.
         A position without a slot writes nothing that is ever read: so are rows switched off.
         """
         angles = rotary_angles(self.config, positions_BT)
         states, new = [], []
-        for i in range(start, stop):
-            cache = None if caches is None else caches[i - start]
+        for i, cache in zip(range(start, stop), caches or [None] * (stop - start), strict=True):
             h_BTD, kv = self.layers[i](h_BTD, positions_BT, angles, cache, self.config.windows[i])
             states.append(h_BTD)
             new.append(kv)
@@ -152,12 +151,10 @@ class Decoder(nnx.Module):
         the MLP's first matrices (None: seed 0). In either form.
         """
         config, rngs = dataclasses.replace(self.config, exit_heads=heads), rngs or nnx.Rngs(0)
-        made = None if heads is None else nnx.List(
+        made = heads and nnx.List(
             [ExitHead(config, norm=self.norm, projection=self.head_weight, rngs=rngs) for _ in heads.layers])
-        if made is not None and isinstance(self.layers, Block):
-            made = _stacked(made)
-        return Decoder(config, embed=self.embedding, layers=self.layers, norm=self.norm, head=self.head,
-                       exit_heads=made)
+        stacked = made and isinstance(self.layers, Block)
+        return self._with_parts(self.layers, _stacked(made) if stacked else made, config)
 
     def stack(self) -> Decoder:
         """The stacked form: each layer parameter gains a leading axis L, each exit head's an axis E. Copies once."""
@@ -166,11 +163,11 @@ class Decoder(nnx.Module):
     def unstack(self) -> Decoder:
         """The separate form of a stacked decoder. Copies the layers and exit heads once."""
         heads = self.config.exit_heads
-        return self._with_parts(_separated(self.layers, self.config.num_layers),
+        return self._with_parts(_separated(self.layers, self.num_layers),
                                 heads and _separated(self.exit_heads, len(heads.layers)))
 
-    def _with_parts(self, layers, exit_heads) -> Decoder:
-        return Decoder(self.config, embed=self.embedding, layers=layers, norm=self.norm, head=self.head,
+    def _with_parts(self, layers, exit_heads, config: DecoderConfig | None = None) -> Decoder:
+        return Decoder(config or self.config, embed=self.embedding, layers=layers, norm=self.norm, head=self.head,
                        exit_heads=exit_heads)
 
 

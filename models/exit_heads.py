@@ -1,7 +1,6 @@
 """The head of one early exit: from its hidden state to what is projected, and the projection, if it has its own.
 
-Kinds and settings are `ExitHeads` of config.py. Every head starts as the identity: a decoder with new heads says at
-each exit exactly what it said without.
+Every head starts as the identity: a decoder with new heads says at each exit exactly what it said without.
 """
 
 from __future__ import annotations

@@ -40,27 +40,23 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
     from huggingface_hub import errors, snapshot_download  # imported here: it is slow, and not always needed
 
     what = hub_id if revision is None else f"{hub_id} at revision {revision}"
+    reasons = {  # the first that fits
+        errors.GatedRepoError: f"{hub_id} is gated; accept its terms on https://huggingface.co/{hub_id}, then log in "
+                               "with `hf auth login`",
+        errors.RepositoryNotFoundError: f"{hub_id} is not on the hub, or private; check the spelling, or log in with "
+                                        "`hf auth login`",
+        errors.RevisionNotFoundError: f"{hub_id} has no revision {revision!r}; see its branches on "
+                                      f"https://huggingface.co/{hub_id}/tree/main",
+        errors.HFValidationError: f"{hub_id!r} is neither a folder nor a hub id; give a path, or an id such as "
+                                  "'owner/name'",
+        errors.LocalEntryNotFoundError: f"{what} is not in the local cache, and the hub is out of reach (or "
+                                        "HF_HUB_OFFLINE is set); go online, or give a local folder"}
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED),
                                         ignore_patterns=["*/*"]))
-    except errors.GatedRepoError:
-        raise DownloadError(f"{hub_id} is gated; accept its terms on https://huggingface.co/{hub_id}, then "
-                            "log in with `hf auth login`") from None
-    except errors.RepositoryNotFoundError:
-        raise DownloadError(f"{hub_id} is not on the hub, or private; check the spelling, or log in with "
-                            "`hf auth login`") from None
-    except errors.RevisionNotFoundError:
-        raise DownloadError(f"{hub_id} has no revision {revision!r}; see its branches on "
-                            f"https://huggingface.co/{hub_id}/tree/main") from None
-    except errors.HFValidationError:
-        raise DownloadError(f"{hub_id!r} is neither a folder nor a hub id; give a path, or an id such as "
-                            "'owner/name'") from None
-    except errors.LocalEntryNotFoundError:
-        raise DownloadError(f"{what} is not in the local cache, and the hub is out of reach (or "
-                            "HF_HUB_OFFLINE is set); go online, or give a local folder") from None
-    except OSError as error:  # every other HTTP failure, a full disk, an unreachable proxy
-        raise DownloadError(f"{what} could not be fetched ({first_line(error)}); try again, or give a local "
-                            "folder") from None
+    except (OSError, errors.HFValidationError) as error:  # OSError: every HTTP failure, a full disk, a dead proxy
+        other = f"{what} could not be fetched ({first_line(error)}); try again, or give a local folder"
+        raise DownloadError(next((said for kind, said in reasons.items() if isinstance(error, kind)), other)) from None
     if not list(folder.glob("*.safetensors")):
         raise DownloadError(f"{what} has no safetensors, and pickles are not loaded; try revision "
                             "'refs/pr/1' (often a conversion), or convert it with save_pretrained")

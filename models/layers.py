@@ -11,8 +11,7 @@ The token at position p of a row always lies in slot p, so a query at position p
 slots 0..p, whatever the padding to its right holds. One slot more than there are positions takes what
 tokens that are switched off would write.
 
-Every parameter names its logical axes where it is made (`parameter`): "vocab", "width", "heads", "kv_heads", "mlp", and
-"vector" for what is too small to split. `sled.models.sharding` says which axis of a mesh splits each.
+Every parameter names its logical axes where it is made (`parameter`); `sled.models.sharding` splits them over a mesh.
 """
 
 from __future__ import annotations
@@ -108,8 +107,7 @@ def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS):
 
 class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
-        c = config
-        kw = dict(dtype=dtype, rngs=rngs)
+        c, kw = config, dict(dtype=dtype, rngs=rngs)
         heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
         self.head_dim = c.head_dim
         self.q = Linear(c.width, heads, ("width", "heads"), bias=c.qkv_bias, **kw)
@@ -187,9 +185,8 @@ class Block(nnx.Module):
 
         With `cache` None the block attends within itself and returns its own K/V [B, K, T, H];
         otherwise it writes into the cache, attends over it, and returns it.
-        `window`: None, a number, or a traced number (layers under `lax.scan`).
-        `segments_BT`: the document of each token in rows packed with several, where there is no cache: a token
-        sees its own document only.
+        `window`: None, a number, or a traced number. `segments_BT`: without a cache, the document of each token in a
+        packed row, which is all that it sees.
         """
         mixed, kv = self.attention(self.attention_norm(h_BTD), positions_BT, angles, cache, window, segments_BT)
         h_BTD = h_BTD + mixed

@@ -72,8 +72,7 @@ def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
                               "sled export --form orbax wrote")
     graph, state = nnx.split(abstract(read_config(folder)))
     wanted = nnx.to_pure_dict(state)
-    stored = _read(folder, lambda: ocp.metadata(folder / WEIGHTS).metadata or _unreadable())
-    kinds = _named(stored)
+    kinds = _named(_read(folder, lambda: ocp.metadata(folder / WEIGHTS).metadata or _unreadable()))
     check_tensors(folder, {name: (tuple(kind.shape), str(kind.dtype)) for name, kind in kinds.items()},
                   {name: leaf.shape for name, leaf in _named(wanted).items()}, TYPES)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -92,16 +91,12 @@ def _name(path) -> str:
 
 
 def _named(tree) -> dict:
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-@jax.jit
-def _finite(weights) -> dict:
-    return jax.tree.map(lambda x: jnp.isfinite(x).all(), weights)
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _check_finite(source, weights) -> None:
-    for name, good in _named(jax.device_get(_finite(weights))).items():
+    finite = jax.jit(lambda weights: jax.tree.map(lambda x: jnp.isfinite(x).all(), weights))(weights)
+    for name, good in _named(jax.device_get(finite)).items():
         if not good:
             raise CheckpointError(f"{source}: {name} holds values that are not finite, or too large for the type asked "
                                   "for; use float32 or bfloat16, or take an earlier checkpoint")

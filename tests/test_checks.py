@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from sled.errors import SettingError
-from sled.settings.decorator import settings
-from sled.settings.field import bound_of, declared, setting
+from sled.settings.decorator import bound_of, declared, setting, settings
 from sled.settings.rules import Each, Flag, Instance, Layers, Number, OneOf, OrNone, Whole
 
 NAN, INF = float("nan"), float("inf")

@@ -10,8 +10,7 @@ import sled
 from sled.cli.derived import build, choice, derive, offer, settings_by_choice, settings_of
 from sled.cli.exit_options import POLICIES, SCHEDULES, ExitOptions
 from sled.cli.options import FUSIONS, SAMPLING, FusionOptions, SamplingOptions
-from sled.settings.decorator import settings
-from sled.settings.field import declared, setting
+from sled.settings.decorator import declared, setting, settings
 from sled.settings.rules import Flag, Number, OneOf, OrNone, Whole
 
 

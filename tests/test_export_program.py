@@ -21,8 +21,7 @@ from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.readout import Readout
 from sled.errors import SettingError
 from sled.export.forms import export_program
-from sled.export.program import _export, trace_step
-from sled.export.settings import take_apart
+from sled.export.program import _export, take_apart, trace_step
 from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import ExitHeads
@@ -135,7 +134,7 @@ def test_the_fused_step_takes_states_in_the_form_that_it_says(heads, norm_early,
     lm = LM(stirred(random_decoder(heads)) if heads else random_decoder(), Tokenizer(None, "m"), name="m")
     network, fusion = lm.build(lm.params), sled.SLED(layers=(1, 2), scale=5, norm_early=norm_early)
     parts = take_apart("fusion", fusion, {})
-    traced = trace_step(lm, parts, {})
+    traced = trace_step(lm, parts)
     assert traced.about["layers"] == [1, 2, 3] and traced.about["states"] == states
     hidden = network.hidden_states(jnp.arange(6, 30)[None])[:, 0]
     forms = {"raw": lambda n: hidden[n], "normed": lambda n: network.normalise(hidden[n]),

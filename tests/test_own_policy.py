@@ -17,8 +17,7 @@ from sled.eval.sweep.sweep import sweep
 from sled.exits.policy import Decision, ExitView, Policy, with_last
 from sled.export.forms import export_program
 from sled.models import save_folder
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Number, Whole
 
 

@@ -1,5 +1,6 @@
 """Whole runs: killed, resumed, extended, on meshes, over processes, exported; and what they refuse."""
 
+import contextlib
 import json
 import os
 import random
@@ -27,7 +28,7 @@ from sled.train.recipes import named
 from sled.train.run.checkpoint import complete_steps
 from sled.train.run.folder import read_checkpoint
 from sled.train.run.metrics import read_metrics
-from sled.train.run.preemption import EXIT_CODE, Preemption
+from sled.train.run.preemption import EXIT_CODE
 from sled.train.trainer import TrainingRun, memory_plan_of, train
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
@@ -275,7 +276,7 @@ def test_exits_of_ones_own_are_weighted_as_the_recipe_does():
 
 
 def test_a_run_that_is_ended_saves_no_weights_that_are_not_finite(tmp_path, data, monkeypatch, capsys):
-    monkeypatch.setattr(Preemption, "reached", lambda self, step: step == 4)
+    monkeypatch.setattr("sled.train.trainer.preemption", lambda: contextlib.nullcontext(lambda step: step == 4))
     exits = WeightedExits(LayerSkipWeights(), AllExits())  # of 2 layers: the first counts nothing
     recipe = dict(steps=8, learning_rate=1e38, warmup=8, exits=exits)
     run = run_of(tmp_path, data, recipe=recipe, save_every=1000, log_every=1000)

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import json
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +17,7 @@ from flax import nnx
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sled.errors import CheckpointError, SettingError
+from sled.io import write_json
 from sled.models import Decoder, DecoderConfig, load_folder, read_config
 from sled.models.config import ExitHeads
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
@@ -27,9 +27,8 @@ from sled.models.layers import Block
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
-from sled.settings.decorator import settings
+from sled.settings.decorator import setting, settings
 from sled.settings.describe import describe
-from sled.settings.field import setting
 from sled.settings.rules import OrNone, Whole
 from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Source
@@ -121,20 +120,22 @@ def prepare_initial_model(model: str | Path | NewModel, source: Source, context:
         raise CheckpointError(f"{folder} lacks config.json, which the run of these checkpoints wrote; restore it, or "
                               "start anew in another folder")
     new, name = isinstance(model, NewModel), str(model)
-    model = model if new else folder_of(model)
-    config = None if new else read_config(model)
-    if config is not None and context is not None and context > config.max_positions:
-        raise SettingError(f"context is {context}, but the model in {model} was made for {config.max_positions} "
-                           "positions; give that or less")
-    if config is not None and heads is not None:
-        if config.exit_heads is not None:
+    if new:
+        most = model.positions
+        if most is not None and most < (context or 0):
+            raise SettingError(f"NewModel.positions is {most}, but rows of training have {context} tokens; give that "
+                               "or more, or a shorter context")
+    else:
+        model = folder_of(model)
+        config = read_config(model)
+        most = config.max_positions
+        if context is not None and context > most:
+            raise SettingError(f"context is {context}, but the model in {model} was made for {most} positions; give "
+                               "that or less")
+        if heads is not None and config.exit_heads is not None:
             raise SettingError(f"new exit heads are given, but the model in {model} has some already, after layers "
                                f"{', '.join(map(str, config.exit_heads.layers))}; leave yours out to go on with them")
-        config = dataclasses.replace(config, exit_heads=heads)
-    if new and model.positions is not None and model.positions < (context or 0):
-        raise SettingError(f"NewModel.positions is {model.positions}, but rows of training have {context} tokens; give "
-                           "that or more, or a shorter context")
-    most = model.positions if new else config.max_positions
+        config = config if heads is None else dataclasses.replace(config, exit_heads=heads)
     context = min(CONTEXT, most or CONTEXT) if context is None else context
     if not resumed and jax.process_index() == 0:
         if new:
@@ -183,8 +184,7 @@ def _write_new(model: NewModel, source: Source, positions: int, folder: Path) ->
             raise SettingError(f"the tokenizer in {model.tokenizer} has no token {model.end_of_text!r}; name the one "
                                "that ends its texts as end_of_text")
         _copy(Path(model.tokenizer), folder, TOKENIZER_FILES)
-    written = json.dumps(format_config(model.config(size, end, positions), "float32"), indent=2)
-    (folder / "config.json").write_text(written + "\n")
+    write_json(folder / "config.json", format_config(model.config(size, end, positions), "float32"))
 
 
 def _texts(source: Source):
@@ -196,11 +196,7 @@ def _texts(source: Source):
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of at most `vocab_size` tokens, every digit a token of its own.
-
-    All 256 bytes are in the vocabulary, so any text survives encoding and decoding. Token 0 is
-    `<|endoftext|>`.
-    """
+    """Byte-level BPE of at most `vocab_size` tokens: all 256 bytes, each digit on its own; `END_OF_TEXT` is token 0."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -216,14 +212,9 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, max_length: int) -
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "model_max_length": max_length,
-        "clean_up_tokenization_spaces": False,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT,
+        "model_max_length": max_length, "clean_up_tokenization_spaces": False})
 
 
 def _random_weights(config: DecoderConfig, key) -> nnx.State:

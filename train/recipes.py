@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sled.errors import SettingError
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import LARGEST, Instance, Number, OneOf, OrNone, Whole
 from sled.train.objective.exit_weights import (
     ExitPlan,

@@ -25,9 +25,8 @@ from sled.models.config import ExitHeads
 from sled.models.huggingface import refuse_no_model
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Sharding
-from sled.settings.decorator import settings
+from sled.settings.decorator import setting, settings
 from sled.settings.describe import describe
-from sled.settings.field import setting
 from sled.settings.rules import Instance, OrNone, Whole
 from sled.train.data.batches import Batches, some_batches
 from sled.train.data.packing import Layout
@@ -52,7 +51,7 @@ from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.run.checkpoint import Checkpoints, check_format
 from sled.train.run.folder import RunFolder
 from sled.train.run.metrics import HELD_OUT, Metrics, draw, progress_bar, progress_line
-from sled.train.run.preemption import Preemption, leave
+from sled.train.run.preemption import leave, preemption
 from sled.train.run.resume import anything, same_rates
 from sled.train.run.throughput import Throughput, flops_per_token
 
@@ -151,14 +150,6 @@ class Prepared:
         return Checkpoints(self.folder.checkpoints, self.settings, save_every=self.run.save_every, keep=self.run.keep,
                            may_change=may_change, follow=FOLLOW)
 
-    def metrics(self, begun: int) -> Metrics:
-        return Metrics(self.folder.metrics, resumed_from=begun,
-                       tensorboard=self.folder.tensorboard if self.run.tensorboard else None)
-
-    def throughput(self) -> Throughput:
-        """A meter; it counts arithmetic where a whole model is trained."""
-        flops = flops_per_token(self.model.config, *self.sizes, self.model.context)
-        return Throughput(flops if self.run.recipe.trainable == ALL else None)
 
 
 def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = None) -> Path:
@@ -172,11 +163,14 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
     recipe, folder = run.recipe, RunFolder(run.folder)
     with folder.claimed():
         prepared, state = prepare(run, folder, optimizer or _optimizer(recipe))
-        with Preemption() as preemption, prepared.checkpoints() as checkpoints:
+        with preemption() as reached, prepared.checkpoints() as checkpoints:
             begun, state = _resume(checkpoints, prepared, state)
             _announce(prepared)
-            throughput, logged_at = prepared.throughput(), begun
-            with prepared.metrics(begun) as metrics, progress_bar(recipe.steps, begun) as bar:
+            flops = flops_per_token(prepared.model.config, *prepared.sizes, prepared.model.context)
+            throughput, logged_at = Throughput(flops if recipe.trainable == ALL else None), begun
+            board = folder.tensorboard if run.tensorboard else None
+            with (Metrics(folder.metrics, resumed_from=begun, tensorboard=board) as metrics,
+                  progress_bar(recipe.steps, begun) as bar):
                 for step in range(begun + 1, recipe.steps + 1):
                     batch = next(prepared.batches)
                     state, measured = prepared.train_step(state, prepared.on_devices(batch, recipe.batch),
@@ -194,7 +188,7 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
                         metrics.write(step, line)
                         bar.set_postfix_str(progress_line({name: line[name] for name in SHOWN if name in line}))
                     bar.update()
-                    preempted = preemption.reached(step)
+                    preempted = reached(step)
                     if preempted:
                         _check_finite(run, step, measured)
                     checkpoints.save(step, state, {"data": prepared.batches.get_state()}, force=preempted or last)
@@ -323,11 +317,9 @@ def _announce(prepared: Prepared) -> None:
 def _line(run: TrainingRun, step: int, measured: StepMetrics) -> dict[str, Any]:
     """A step's line in the metrics file. Raises TrainingError where its numbers are not finite."""
     _check_finite(run, step, measured)
-    counts_E = np.isfinite(measured.nll_E)  # an exit of weight 0 has none
-    arrays = dict(exits=np.asarray(measured.layers_E)[counts_E], exit_losses=np.asarray(measured.nll_E)[counts_E],
-                  accuracy=np.asarray(measured.accuracy))
-    return dict(loss=float(measured.loss), **{name: value.tolist() for name, value in arrays.items()},
-                gradient_norm=float(measured.gradient_norm))
+    loss, layers_E, nll_E, accuracy, norm = jax.device_get(measured)
+    counts_E = np.isfinite(nll_E)  # an exit of weight 0 has none
+    return dict(loss=loss, exits=layers_E[counts_E], exit_losses=nll_E[counts_E], accuracy=accuracy, gradient_norm=norm)
 
 
 def _check_finite(run: TrainingRun, step: int, measured: StepMetrics) -> None:

@@ -5,6 +5,7 @@ The way back is `sled.models.save_folder`, which takes a decoder on a mesh as an
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
@@ -38,15 +39,13 @@ def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None) -> Decod
 def _read_onto(stored: StoredWeights, at: tuple, shape: tuple[int, ...], where: jax.sharding.Sharding,
                dtype) -> jax.Array:
     """One parameter of the stacked form; parts that several devices hold are read once."""
-    parts: dict[tuple, np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(one.indices(size) for one, size in zip(index, shape, strict=True))
-        if bounds not in parts:
-            parts[bounds] = _read_part(stored, at, shape, tuple(slice(*bound) for bound in bounds), dtype)
-        return parts[bounds]
+    @functools.cache
+    def part(*bounds: tuple[int, int, int]) -> np.ndarray:
+        return _read_part(stored, at, shape, tuple(slice(*bound) for bound in bounds), dtype)
 
-    return jax.make_array_from_callback(shape, where, part)
+    return jax.make_array_from_callback(
+        shape, where, lambda index: part(*(one.indices(size) for one, size in zip(index, shape, strict=True))))
 
 
 def _read_part(stored: StoredWeights, at: tuple, shape: tuple[int, ...], index: tuple[slice, ...],

@@ -7,7 +7,6 @@ field before `tensor`, and a mesh axis for the logical axis `layers` (sharding.p
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -17,13 +16,21 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType
 
 from sled.errors import SettingError
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Whole
 
 AXES = ("data", "fsdp", "tensor")
 REST = -1  # as a size: what is left of the devices
 
 
-@dataclasses.dataclass(frozen=True)
+_SIZE = Whole(1, hint="it counts groups of devices; -1 is what is left of them")
+
+
+def _ways(name: str, value) -> int:
+    return value if value == REST and not isinstance(value, bool) else _SIZE(name, value)
+
+
+@settings
 class Mesh:
     """The number of ways to split along each axis; the product is the number of devices, -1 is what is left of them.
 
@@ -33,17 +40,11 @@ class Mesh:
     tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
     """
 
-    data: int = 1
-    fsdp: int = REST
-    tensor: int = 1
+    data: int = setting(_ways, default=1)
+    fsdp: int = setting(_ways, default=REST)
+    tensor: int = setting(_ways, default=1)
 
     def __post_init__(self):
-        for axis in AXES:
-            size = getattr(self, axis)
-            if size == REST and not isinstance(size, bool):
-                continue
-            size = Whole(1, hint="it counts groups of devices; -1 is what is left of them")(f"Mesh.{axis}", size)
-            object.__setattr__(self, axis, size)
         if (rest := [axis for axis in AXES if getattr(self, axis) == REST])[1:]:
             raise SettingError(f"Mesh has -1 for {' and '.join(rest)}, but only one axis can take what is left of the "
                                "devices; give the others a number")
@@ -52,14 +53,12 @@ class Mesh:
         """The size of each of `AXES` on so many devices. Raises SettingError where they do not come out even."""
         sizes = [getattr(self, axis) for axis in AXES]
         product = math.prod(size for size in sizes if size != REST)
-        spelled = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        if REST in sizes and devices % product == 0:
-            return tuple(devices // product if size == REST else size for size in sizes)
-        if product != devices or REST in sizes:
+        if devices % product if REST in sizes else devices != product:
+            spelled = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
             wrong = f"{devices} is no multiple of {product}" if REST in sizes else f"takes {product}"
             raise SettingError(f"Mesh is {spelled} ({wrong}), but there are {devices} devices; make the product of "
                                "the axes the number of devices, or give one of them -1")
-        return tuple(sizes)
+        return tuple(devices // product if size == REST else size for size in sizes)
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
         """The mesh over `devices`, by default all of all processes.

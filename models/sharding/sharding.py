@@ -52,24 +52,19 @@ class Sharding:
     mesh: jax.sharding.Mesh | AbstractMesh
 
     def __post_init__(self):
-        for axis, reason in self._misfits.items():
+        for axis, reason in self.undivided.items():
             if axis not in MAY_STAY_WHOLE:
                 raise SettingError(f"{reason}; choose a mesh whose {RULES[axis]} axis divides it")
 
     @functools.cached_property
-    def _misfits(self) -> dict[str, str]:
-        """Logical axes that cannot be split as the rules say, with the reason."""
+    def undivided(self) -> dict[str, str]:
+        """Axes that the rules would split, but that stay whole on each device: name and reason. To be shown."""
         c = self.config
         counts = {"vocab": (c.vocab_size, "vocabulary entries"), "width": (c.width, "columns of width"),
                   "heads": (c.num_heads, "query heads"), "kv_heads": (c.num_kv_heads, "key/value heads"),
                   "mlp": (c.mlp_width, "columns of feed-forward width")}
         return {axis: f"{count} {what} do not divide over {RULES[axis]} {self.mesh.shape[RULES[axis]]}"
                 for axis, (count, what) in counts.items() if count % self.mesh.shape[RULES[axis]]}
-
-    @property
-    def undivided(self) -> dict[str, str]:
-        """Axes that the rules would split, but that stay whole on each device: name and reason. To be shown."""
-        return dict(self._misfits)
 
     @functools.cached_property
     def parameters(self) -> dict[str, tuple[tuple[int, ...], P]]:
@@ -80,7 +75,7 @@ class Sharding:
             if len(axes) != len(leaf.shape) or not RULES.keys() >= set(axes):
                 raise SettingError(f"the parameter {'.'.join(path)} of shape {leaf.shape} has axes {axes}, but must "
                                    f"name each by one of {', '.join(RULES)}; make it with models.layers.parameter")
-            found[".".join(path)] = leaf.shape, P(*(None if axis in self._misfits else RULES[axis] for axis in axes))
+            found[".".join(path)] = leaf.shape, P(*(None if axis in self.undivided else RULES[axis] for axis in axes))
         return found
 
     def parameter_at(self, path, shape: tuple[int, ...]) -> str | None:
@@ -88,11 +83,6 @@ class Sharding:
 
         Of the separate form, where layers have numbers, it is the name that all of them have in the stacked one.
         """
-        found = self._place_of(path, shape)
-        return found and found[0]
-
-    def _place_of(self, path, shape: tuple[int, ...]) -> tuple[str, P] | None:
-        """Name and partition of the parameter at this path."""
         parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
         if parts[-1:] == ["value"]:  # inside an nnx.Variable
             parts.pop()
@@ -101,10 +91,7 @@ class Sharding:
             one = part in STACKED and rest and rest[0].isdecimal()  # of a list of layers or heads
             name = ".".join([part, *rest[one:]])
             if name in self.parameters:
-                whole, spec = self.parameters[name]
-                if shape == whole[one:]:
-                    return name, P(*spec[one:])
-                return None
+                return name if shape == self.parameters[name][0][one:] else None
         return None
 
     def shardings(self, tree):
@@ -114,9 +101,9 @@ class Sharding:
         (counters, keys, factored moments) lie whole on every device. Raises SettingError for one above `LARGE` bytes.
         """
         def place(path, leaf):
-            found = self._place_of(path, leaf.shape)
-            if found:
-                return NamedSharding(self.mesh, found[1])
+            if name := self.parameter_at(path, leaf.shape):
+                spec = self.parameters[name][1]
+                return NamedSharding(self.mesh, P(*spec[len(spec) - leaf.ndim:]))  # of one layer without its axis
             if leaf.size * leaf.dtype.itemsize > LARGE:
                 raise SettingError(f"{jax.tree_util.keystr(path)} of shape {leaf.shape} is no parameter of this "
                                    f"{self.config.family} decoder, and would lie whole on all {self.mesh.size} "
@@ -128,8 +115,7 @@ class Sharding:
     def create(self, make: Callable, *args):
         """`make(*args)` with every leaf of the result made where `shardings` wants it, never whole on one device.
 
-        For random weights, `create(lambda: nnx.state(Decoder.init(...).stack()))`; for an optimiser's state,
-        `create(optimizer.init, weights)`.
+        For an optimiser's state: `create(optimizer.init, weights)`.
         """
         return jax.jit(make, out_shardings=self.shardings(jax.eval_shape(make, *args)))(*args)
 
@@ -168,18 +154,16 @@ class Sharding:
         return jax.tree.map(assemble, tree)
 
     def activations(self, h_BTD):
-        """The same hidden states, held to their place: rows over data and fsdp, all else whole.
+        """Hidden states of the forward pass, held to their place: rows over data and fsdp, all else whole.
 
-        For the forward pass to call on the embeddings' and every layer's output. Without it the partitioner might
-        split them as it splits the weights, and gather activations instead.
+        The partitioner might else split them as it splits the weights, and gather activations instead.
         """
         return jax.lax.with_sharding_constraint(h_BTD, self.rows)
 
     def table(self, w_VD):
         """The embedding or the projection, its rows gathered whole over fsdp as both their uses need them.
 
-        For the forward pass to call before looking tokens up or projecting. Without it the partitioner looks up
-        columns of all groups' tokens, and replicates the result to put it right.
+        The partitioner would else look up columns of all groups' tokens, and replicate the result to put it right.
         """
-        vocab = None if "vocab" in self._misfits else RULES["vocab"]
+        vocab = None if "vocab" in self.undivided else RULES["vocab"]
         return jax.lax.with_sharding_constraint(w_VD, NamedSharding(self.mesh, P(vocab, None)))

@@ -16,7 +16,7 @@ from sled.errors import CheckpointError
 from sled.exits.confidence import Classifier
 from sled.io import writable
 from sled.lm import LM
-from sled.settings.describe import describe, differences
+from sled.settings.describe import changes, describe
 
 FORMAT = 1
 
@@ -47,7 +47,8 @@ def load_classifier(path: str | os.PathLike, lm: LM) -> Classifier:
     if written != FORMAT:
         raise CheckpointError(f"the classifier {path} has format {written!r}, but this version of sled reads format "
                               f"{FORMAT}; train it again")
-    if changed := [line for name, now in _model(lm).items() for line in differences(name, header.get(name), now)]:
+    now = _model(lm)
+    if changed := changes({name: header.get(name) for name in now}, now):
         raise CheckpointError(f"the classifier {path} was trained for another model: {'; '.join(changed)}; load that "
                               "model, or train a classifier for this one")
     if weight_ED.shape != (len(layers), lm.config.width) or bias_E.shape != (len(layers),) or not (

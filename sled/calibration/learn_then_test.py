@@ -1,8 +1,7 @@
 """How early a token may leave, with a guarantee: the threshold chosen by Learn-then-Test.
 
 Angelopoulos et al., "Learn then Test", 2021 (arXiv 2110.01052), as Schuster et al., "Confident Adaptive Language
-Modeling", NeurIPS 2022 (arXiv 2207.07061) use it for early exit. numpy alone: what the losses are losses of does
-not matter here.
+Modeling", NeurIPS 2022 (arXiv 2207.07061) use it for early exit.
 
 For each threshold lambda of a descending grid, H(lambda) says: the expected loss at lambda is more than delta. The
 grid is walked down from the safest threshold; each H is rejected if its p-value is at most epsilon, and the walk

@@ -1,15 +1,10 @@
-"""`Calibration`: the record of a calibrated threshold, bound to what it was calibrated for.
-
-It is made by `calibrate`, kept as a JSON file, and gives back the early exit to serve with (`policy`), or says
-what is not as it was.
-"""
+"""`Calibration`: the record of a calibrated threshold, bound to what it was calibrated for."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +13,9 @@ from sled.calibration.fingerprint import fingerprint
 from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError
 from sled.exits import Policy, Schedule
-from sled.io import json_digest, writable
+from sled.io import json_digest, writable, write_json
 from sled.lm import LM
-from sled.settings.describe import differences
+from sled.settings.describe import changes
 
 FORMAT = 1  # of the file; a reader refuses those that it does not know
 AGAIN = "calibrate again (sled.calibrate, or the command `sled calibrate`)"
@@ -82,11 +77,8 @@ class Calibration:
 
         Raises CalibrationError, with every difference, where anything is not as it was calibrated.
         """
-        exits = self._own_exits() if exits is None else exits
-        now = fingerprint(lm, Decoding(exits=exits, **decoding))
-        changed = [line for name in dict.fromkeys([*self.serving, *now])
-                   for line in differences(name, self.serving.get(name), now.get(name))]
-        if changed:
+        exits = self._rebuilt("exits") if exits is None else exits  # the record's own has the default threshold
+        if changed := changes(self.serving, fingerprint(lm, Decoding(exits=exits, **decoding))):
             raise CalibrationError(f"this calibration does not hold here: {'; '.join(changed)}; "
                                    f"serve what was calibrated, or {AGAIN}")
         return FULL_DEPTH if self.threshold is None else exits.with_threshold(self.threshold)
@@ -94,13 +86,12 @@ class Calibration:
     @property
     def schedule(self) -> Schedule:
         """The schedule it was calibrated with."""
-        return self._rebuilt("schedule", vars(our))
+        return self._rebuilt("schedule")
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes the record as JSON, with a digest of itself. Raises SettingError where it cannot be written."""
         written = {"format": FORMAT, **dataclasses.asdict(self)}
-        text = json.dumps({**written, "sha256": json_digest(written)}, indent=2, ensure_ascii=False)
-        writable("path", Path(path)).write_text(text + "\n", encoding="utf-8")
+        write_json(writable("path", Path(path)), {**written, "sha256": json_digest(written)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:
@@ -152,11 +143,7 @@ class Calibration:
         return (f"{sure} the expected loss ({self.loss}) at threshold {self.threshold:g} is at most {self.delta:g}; "
                 f"{end}. Tokens left at layer {depth:.2f} of {self.full_depth} on average.")
 
-    def _own_exits(self) -> Policy:
-        """The policy as it was written down. Its threshold is not: the default stands there."""
-        return self._rebuilt("exits", vars(our))
-
-    def _rebuilt(self, name: str, classes: Mapping[str, Any]):
+    def _rebuilt(self, name: str):
         """Settings of `serving` as an object. Raises CalibrationError where the record does not hold all of them."""
         fields = dict(self.serving[name])
         kind = fields.pop("kind").rpartition(".")[2]
@@ -165,7 +152,7 @@ class Calibration:
             raise CalibrationError(f"the record holds only a digest of {kind}.{arrays[0]}; give the very settings, "
                                    f"as {name}=sled.{kind}(..., {arrays[0]}=...)")
         try:
-            return classes[kind](**fields)
+            return vars(our)[kind](**fields)
         except (TypeError, KeyError) as reason:
             raise CalibrationError(f"the calibrated {name} has a class or settings that this version of sled lacks "
                                    f"({reason}); give the very settings as {name}=..., use the version that made it, "

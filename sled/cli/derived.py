@@ -13,7 +13,7 @@ import tyro
 
 from sled.errors import SettingError
 from sled.exits.policy import Exits
-from sled.settings.field import Rule, declared
+from sled.settings.decorator import Rule, declared
 from sled.settings.rules import Each, Flag, Layers, Number, OneOf, OrNone, Whole
 
 UNSERVED = ("classifier",)  # a measure that no option can give its trained weights

@@ -11,7 +11,17 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import build, choice, derive, explained, offer, offers, refuse_others, settings_by_choice, settings_of
+from sled.cli.derived import (
+    build,
+    choice,
+    derive,
+    explained,
+    offer,
+    offers,
+    refuse_others,
+    settings_by_choice,
+    settings_of,
+)
 from sled.errors import PromptError
 from sled.fusion import FUSIONS
 

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 
 from sled.exits.policy import only_if
 from sled.fusion.partial import max_and_index
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Number, Whole
 
 

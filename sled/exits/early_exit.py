@@ -15,8 +15,7 @@ import numpy as np
 from sled.errors import SettingError
 from sled.exits.confidence import MEASURES, PROJECTING, Classifier, confidence
 from sled.exits.policy import Decision, Exits, ExitView, Policy, only_if, with_last
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Each, Instance, Number, OneOf, OrNone, Whole
 
 DECAYS = ("none", "calm-paper", "calm-code")

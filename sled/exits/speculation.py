@@ -19,8 +19,7 @@ from sled.exits.policy import Decision, Exits, ExitView, Policy, Verification, o
 from sled.exits.schedule import Lockstep
 from sled.fusion.partial import max_and_index
 from sled.fusion.projection import SharedHead
-from sled.settings.decorator import settings
-from sled.settings.field import bound_of, setting
+from sled.settings.decorator import bound_of, setting, settings
 from sled.settings.rules import Flag, Number, Whole, is_array
 
 KEEP = 0.95  # how much of the acceptance seen so far is kept at each verification (DEL)

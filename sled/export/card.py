@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from flax import nnx
@@ -15,9 +15,8 @@ from sled.calibration.record import Calibration
 from sled.errors import CalibrationError, SettingError
 from sled.export.source import SourceModel, cast
 from sled.models import Decoder
-from sled.settings.decorator import settings
-from sled.settings.describe import describe, differences
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
+from sled.settings.describe import changes, describe
 from sled.settings.rules import Number
 
 DTYPES = (None, "float32", "bfloat16", "float16")  # in which a model may have been loaded to be calibrated
@@ -39,6 +38,7 @@ class Card:
                 raise SettingError(f"Card.{field} is empty; leave it out where it is not known")
 
 
+BUNDLED = "the model bundled with sled"
 BY_HEADS = ("Layers with exit heads are not among them: they were measured through these, which transformers does not "
             "have. ")
 
@@ -69,7 +69,7 @@ def measured(run: Path, step: int) -> Measured | None:
 
 def check_bound(record: Calibration, decoder: Decoder, name: str) -> None:
     """Raises CalibrationError unless the record is of these weights, in whatever type they were loaded."""
-    changed = list(differences("model", record.serving.get("model"), describe(decoder.config)))
+    changed = changes({"model": record.serving.get("model")}, {"model": describe(decoder.config)})
     weights = nnx.state(decoder)
     if not changed and not any(record.serving.get("weights") == digest_of_weights(cast(weights, dtype))
                                for dtype in DTYPES):
@@ -104,14 +104,11 @@ def _origin(model: SourceModel, decoder: Decoder, base: str | None) -> str:
     dtype = decoder.embedding.weight.dtype.name
     shape = f"A {c.family} model of {c.num_layers} layers, {c.width} wide, {count:,} parameters ({dtype})."
     if model.run is None:
-        of = {"demo": "the model bundled with sled"}.get(model.name, f"`{model.name}`")
+        of = BUNDLED if model.name == "demo" else f"`{model.name}`"
         return f"{shape} Exported from {of}{f' at {model.revision}' if model.revision else ''}."
-    origin: Any = model.settings["model"]
-    if base:
-        begun = f"`{base}`"
-    else:
-        known = {"new": "random weights", "demo": "the model bundled with sled"}
-        begun = known.get(origin["name"]) or f"a model whose digest was {origin['digest'][:16]}"
+    origin = model.settings["model"]
+    known = {"new": "random weights", "demo": BUNDLED}
+    begun = f"`{base}`" if base else known.get(origin["name"]) or f"a model whose digest was {origin['digest'][:16]}"
     return f"{shape} Trained by `sled train` for {model.step} steps, from {begun}."
 
 
@@ -121,14 +118,13 @@ def _layers(found: Measured | None, good: list[int], margin: float, model: Sourc
                f"its run measured no held-out data at step {model.step}")
         return f"## Layers\n\nHow well the early layers speak was not measured: {why}. No exit is recommended."
     heads = model.decoder.config.exit_heads
-    rows = [f"| {n} | {loss:.4f} | {accuracy:.4f} |" for n, (loss, accuracy) in
-            enumerate(zip(*found, strict=True), 1)]
+    rows = [f"| {n} | {loss:.4f} | {accuracy:.4f} |" for n, (loss, accuracy) in enumerate(zip(*found, strict=True), 1)]
+    through = ", by its exit head where it has one" if heads else " through the final norm and projection"
+    what = f"What each layer says{through}, on the run's held-out data (step {model.step}):"
     advice = (f"Here: {', '.join(map(str, good))}; the shallowest, {good[0]}, is the first to try." if good else
               "Here there is none.")
     return "\n".join([
-        "## Layers", "", "What each layer says through the final norm and projection, on the run's held-out data "
-        f"(step {model.step}):" if model.decoder.config.exit_heads is None else
-        f"What each layer says, by its exit head where it has one, on the run's held-out data (step {model.step}):", "",
+        "## Layers", "", what, "",
         "| layer | loss, nats per token | accuracy |", "|---|---|---|", *rows, "",
         "Accuracy is the share of tokens that the layer finds most likely, given all before them. Recommended as exits "
         f"are layers whose accuracy is at most {margin:g} below the last layer's. {advice} "

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,16 +32,18 @@ from sled.decoding.options import Decoding
 from sled.decoding.readout import Readout
 from sled.decoding.whole import generate
 from sled.exits.schedule import Timing
-from sled.export.settings import Parts, take_apart
 from sled.export.target import versions
 from sled.fusion.projection import fused_logits
 from sled.io import json_numbers, write_json
 from sled.lm import LM
+from sled.settings.decorator import declared
 from sled.settings.describe import describe
+from sled.settings.per_row import check_rows, one_row, stack_rows
 
 FORMAT = 2  # of program.json
 ABOUT, WEIGHTS, RUN = "program.json", "weights.safetensors", "run.py"
 PLATFORMS = ("cpu", "cuda", "tpu")
+NARROW = {"f": np.float32, "i": np.int32}  # what a traced number is, by the kind of a Python one
 
 
 class Traced(NamedTuple):
@@ -51,8 +53,7 @@ class Traced(NamedTuple):
     about: dict[str, Any]
 
 
-def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Path | None = None,
-                 source: dict[str, Any]) -> None:
+def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Path, source: dict[str, Any]) -> None:
     """Writes the program that generates as `lm.generate` does with these settings into the empty folder `folder`.
 
     source: what the record says the model comes from.
@@ -65,19 +66,14 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
     weights = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(lm.params)}
     arrays = weights | {name: array for part in parts for name, array in part.arrays.items()}
     timing = Timing(*decoding.chosen_schedule.timing(exits.verifies)) if counts["E"] else None
-    with tqdm(total=3, desc="Exporting", unit="part") as bar:
-        whole = trace_generation(lm, parts, arrays, timing)
-        bar.update()
-        step = trace_step(lm, parts[0], arrays)
-        bar.update()
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
-        bar.update()
-    programs = {"generate": whole, "fuse": step}
-    for name, traced in programs.items():
-        (folder / f"{name}.jax_export").write_bytes(traced.data)
-    tokenizer = None if tokenizer_from is None else Path(tokenizer_from) / "tokenizer.json"
-    has_tokenizer = tokenizer is not None and tokenizer.is_file()
-    if has_tokenizer:
+    programs = {}
+    for name, make in tqdm((("generate", lambda: trace_generation(lm, parts, arrays, timing)),
+                            ("fuse", lambda: trace_step(lm, parts[0]))), desc="Exporting", unit="program"):
+        programs[name] = make()
+        (folder / f"{name}.jax_export").write_bytes(programs[name].data)
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
+    tokenizer = tokenizer_from / "tokenizer.json"
+    if tokenizer.is_file():
         shutil.copyfile(tokenizer, folder / tokenizer.name)
     shutil.copyfile(Path(__file__).with_name("run_program.py"), folder / RUN)
     about = {
@@ -90,11 +86,67 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
         "max_positions": config.max_positions,
         "exit_heads": config.exit_heads and dataclasses.asdict(config.exit_heads),
         "weights": {"file": WEIGHTS, "sha256": digest_of_weights(lm.params)},
-        "tokenizer": tokenizer.name if has_tokenizer else None,
+        "tokenizer": tokenizer.name if tokenizer.is_file() else None,
         "source": source,
         "versions": versions(),
     }
     write_json(folder / ABOUT, about)
+
+
+class Number(NamedTuple):
+    """A setting that stays an argument. default: of one row, with whatever axes it has besides. most: its static
+    bound, fixed at export, or None."""
+
+    default: np.ndarray
+    most: int | None
+
+
+class Parts(NamedTuple):
+    """Settings in parts. numbers: by names such as "fusion.rate", an entry per row in the program; arrays: by names
+    such as "settings.exits.vocabulary", the same for all rows, kept with the weights."""
+
+    name: str
+    whole: Any
+    numbers: dict[str, Number]
+    arrays: dict[str, np.ndarray]
+
+    def put_together(self, numbers: Mapping[str, jax.Array], arrays: Mapping[str, jax.Array]):
+        """The settings with these numbers [B, ...] and arrays, which may be traced."""
+        changed = {name.rpartition(".")[2]: numbers[name] for name in self.numbers}
+        for field in _shared(self.whole):
+            leaves, tree = jax.tree_util.tree_flatten_with_path(getattr(self.whole, field))
+            changed[field] = tree.unflatten([arrays[_array_name(self.name, field, path)] for path, _ in leaves])
+        return dataclasses.replace(self.whole, **changed) if changed else self.whole
+
+
+def take_apart(name: str, settings, sizes: Mapping[str, int]) -> Parts:
+    """`settings` (a strategy, a policy, `Sampling`) in parts; its strings, layers and bounds are fixed.
+
+    sizes: of axes other than rows, by letter (see `sled.settings.decorator.setting`).
+    Raises SettingError for an array with an entry per row: the rows come when the program runs.
+    """
+    check_rows(settings, 1, hint="a program gets its rows when it runs, so give one value")
+    whole = one_row(settings)
+    of_rows = stack_rows([whole], whole, sizes)
+    numbers, bounds = {}, {of.bounds: bound for bound, of in declared(type(whole)).items()}
+    for field in getattr(whole, "row_axes", {}):
+        if getattr(whole, field) is not None:
+            default = getattr(of_rows, field)[0]
+            numbers[f"{name}.{field}"] = Number(default.astype(NARROW[default.dtype.kind]),
+                                                getattr(whole, bounds[field]) if field in bounds else None)
+    arrays = {_array_name(name, field, path): np.asarray(jnp.asarray(leaf)) for field in _shared(whole)
+              for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(whole, field))[0]}
+    return Parts(name, whole, numbers, arrays)
+
+
+def _shared(settings) -> list[str]:
+    """Fields of arrays that are the same for all rows."""
+    return [field for field in getattr(settings, "traced_fields", ())
+            if field not in settings.row_axes and getattr(settings, field) is not None]
+
+
+def _array_name(name: str, field: str, path) -> str:
+    return ".".join(["settings", name, field, *(jax.tree_util.keystr((key,), simple=True) for key in path)])
 
 
 def trace_generation(lm: LM, parts: list[Parts], arrays: dict[str, np.ndarray], timing: Timing | None) -> Traced:
@@ -115,16 +167,16 @@ def trace_generation(lm: LM, parts: list[Parts], arrays: dict[str, np.ndarray], 
 
     b, s, k = export.symbolic_shape("b, s, k")
     whole = lambda *shape, dtype="int32": jax.ShapeDtypeStruct(shape, dtype)  # noqa: E731
-    numbers = {name: whole(b, *number.default.shape, dtype=number.default.dtype)
-               for part in parts for name, number in part.numbers.items()}
+    numbers = _rows_of(b, *parts)
     if timing is not None:
         numbers |= {"schedule.rows": whole(), "schedule.patience": whole()}
     prompts = {"tokens": whole(b, s), "lengths": whole(b), "max_new_tokens": whole(b),
                "seeds": whole(b, dtype="uint32"), "stop_ids": whole(k)}
-    return _export("generate", run, {"weights": _shapes(arrays), "numbers": numbers, "prompts": prompts})
+    shapes = {name: whole(*array.shape, dtype=array.dtype) for name, array in arrays.items()}
+    return _export("generate", run, {"weights": shapes, "numbers": numbers, "prompts": prompts})
 
 
-def trace_step(lm: LM, fusion: Parts, arrays: dict[str, np.ndarray]) -> Traced:
+def trace_step(lm: LM, fusion: Parts) -> Traced:
     """The fusion's logits [b, V] of hidden states [b, C, D] as they enter the projection [V, D]; b is symbolic.
 
     Candidate layers as in program.json, the last one last; they come in the form that it says (`Readout.form`).
@@ -138,11 +190,9 @@ def trace_step(lm: LM, fusion: Parts, arrays: dict[str, np.ndarray]) -> Traced:
 
     b, = export.symbolic_shape("b")
     w_VD = network.head_weight
-    numbers = {name: jax.ShapeDtypeStruct((b, *number.default.shape), number.default.dtype)
-               for name, number in fusion.numbers.items()}
-    hidden = jax.ShapeDtypeStruct((b, len(early) + 1, lm.config.width), w_VD.dtype)
-    traced = _export("fuse", run, {"projection": jax.ShapeDtypeStruct(w_VD.shape, w_VD.dtype), "numbers": numbers,
-                                   "hidden": hidden})
+    traced = _export("fuse", run, {
+        "projection": jax.ShapeDtypeStruct(w_VD.shape, w_VD.dtype), "numbers": _rows_of(b, fusion),
+        "hidden": jax.ShapeDtypeStruct((b, len(early) + 1, lm.config.width), w_VD.dtype)})
     head = "embedding.weight" if network.tied_head else "head.weight"
     return traced._replace(about=traced.about | {
         "projection": head, "layers": [*early, last],
@@ -161,8 +211,10 @@ def _export(name: str, run: Callable, arguments: dict[str, Any]) -> Traced:
         "results": [line for name, result in results.items() for line in _described(name, result)]})
 
 
-def _shapes(arrays: dict[str, np.ndarray]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in arrays.items()}
+def _rows_of(b, *parts: Parts) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of all numbers of b rows."""
+    return {name: jax.ShapeDtypeStruct((b, *number.default.shape), number.default.dtype)
+            for part in parts for name, number in part.numbers.items()}
 
 
 def _described(name: str, argument) -> list[dict[str, Any]]:
@@ -175,11 +227,9 @@ def _described(name: str, argument) -> list[dict[str, Any]]:
 
 def _numbers(parts: list[Parts], timing: Timing | None) -> dict[str, dict[str, Any]]:
     """Every number for program.json: its type, axes besides the rows', default, and bound where it has one."""
-    found = {}
-    for part in parts:
-        for name, (default, most) in part.numbers.items():
-            found[name] = {"dtype": default.dtype.name, "rows": True, "shape": list(default.shape),
-                           "default": json_numbers(default.tolist())} | ({} if most is None else {"most": most})
+    found = {name: {"dtype": default.dtype.name, "rows": True, "shape": list(default.shape),
+                    "default": json_numbers(default.tolist())} | ({} if most is None else {"most": most})
+             for part in parts for name, (default, most) in part.numbers.items()}
     for field, value in zip(Timing._fields, timing or (), strict=False):
         found[f"schedule.{field}"] = {"dtype": "int32", "rows": False, "shape": [], "default": int(value)}
     return found

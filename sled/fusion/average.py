@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
 from sled.fusion.strategy import explicit_layers, layers_setting, norm_setting
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Each, Number, OrNone, is_array
 
 

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 
 from sled.fusion.statistics import layer_statistics
 from sled.fusion.strategy import norm_setting
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Whole
 
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
 from sled.fusion.strategy import explicit_layers, layers_setting, left_out_setting, norm_setting, per_row
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Number
 
 

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import OrNone, Whole
 
 # Above this many bytes of logits the temporaries leave the processor's cache (CPU) or start to crowd

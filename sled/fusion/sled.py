@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from sled.errors import SettingError
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import explicit_layers, layers_setting, left_out_setting, norm_setting, per_row
-from sled.settings.decorator import settings
-from sled.settings.field import bound_of, setting
+from sled.settings.decorator import bound_of, setting, settings
 from sled.settings.rules import Flag, Number, Whole
 
 _PRESETS = {
@@ -28,8 +27,8 @@ def _scale_setting():
 
 
 def _log_softmax_setting():
-    return setting(Flag(hint="True gives log-probabilities over the tokens that stay and the others' lower bound"), option=None,
-                   default=False, help="whether the result goes through a log-softmax")
+    return setting(Flag(hint="True gives log-probabilities over the tokens that stay and the others' lower bound"),
+                   default=False, option=None, help="whether the result goes through a log-softmax")
 
 
 @settings

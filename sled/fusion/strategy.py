@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax.numpy as jnp
 
 from sled.errors import SettingError
-from sled.settings.field import setting
+from sled.settings.decorator import setting
 from sled.settings.rules import Flag, Layers, Number
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from sled.decoding.batch import Entry
 from sled.errors import RequestError, SettingError
 from sled.exits import Policy
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import LARGEST, Flag, Number, OrNone, Whole
 from sled.text.stop_strings import StopStrings
 

@@ -43,15 +43,40 @@ def describe(value, *, leave_out: Sequence[str] = ()) -> Any:
                        "your own a frozen dataclass of numbers, strings, tuples and arrays")
 
 
-def differences(name: str, then: Any, now: Any) -> Iterator[str]:
-    """Where two descriptions differ, in words: one line for each field, or for the whole where the kinds differ."""
+def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two descriptions differ: each field by its dotted name, or the whole where the kinds differ, then and now.
+
+    What is too large to be written down, such as data, stands as {"name": ..., "digest": ..., ...}: the digest decides,
+    and the rest, how it came to be, is for messages.
+    """
     if then == now:
         return
-    if isinstance(then, dict) and isinstance(now, dict) and then.get("kind") == now.get("kind") and "array" not in now:
-        for field in dict.fromkeys([*then, *now]):
-            yield from differences(f"{name}.{field}", then.get(field), now.get(field))
-        return
-    yield f"{name} was {_short(then)} and is {_short(now)}"
+    if not isinstance(then, dict) or not isinstance(now, dict) or then.get("kind") != now.get("kind") or "array" in now:
+        yield name, then, now
+    elif "digest" not in now:
+        yield from _of_fields(then, now, name)
+    elif then.get("digest") != now["digest"]:
+        alike = then.keys() == now.keys()
+        how = list(_of_fields(then, now, name, but=("name", "digest"))) if alike else []
+        if then["name"] != now["name"] or not how:
+            yield name, then, now
+        yield from how
+
+
+def changes(then: Any, now: Any) -> list[str]:
+    """The differences in words."""
+    return [in_words(*difference) for difference in differences(then, now)]
+
+
+def in_words(name: str, then: Any, now: Any) -> str:
+    before, after = _short(then), _short(now)
+    return (f"{name} is {after} as before, but holds something else" if before == after else
+            f"{name} was {before} and is {after}")
+
+
+def _of_fields(then: dict, now: dict, name: str, but: Sequence[str] = ()) -> Iterator[tuple[str, Any, Any]]:
+    for field in dict.fromkeys(field for field in (*then, *now) if field not in but):
+        yield from differences(then.get(field), now.get(field), f"{name}.{field}" if name else field)
 
 
 def _kind(cls: type) -> str:
@@ -60,7 +85,9 @@ def _kind(cls: type) -> str:
 
 
 def _short(described: Any) -> str:
-    if isinstance(described, dict):
-        kind = described.get("kind", "an array")
-        return f"{kind} with SHA-256 {described['sha256'][:12]}..." if "sha256" in described else kind
-    return shorten(repr(described), 40)
+    if not isinstance(described, dict):
+        return shorten(repr(described), 40)
+    if "name" in described:
+        return repr(described["name"])
+    kind = described.get("kind", "an array")
+    return f"{kind} with SHA-256 {described['sha256'][:12]}..." if "sha256" in described else kind

@@ -1,7 +1,6 @@
 """Rules of settings: a rule takes a setting's name and value, and returns the clean value or raises `SettingError`.
 
-    rate: float = setting(Number(0, hint="0.5 to 3 is usual"), default=2.0)     # a field of a `settings` class
-    count = Whole(1, hint="it counts the tokens")("count", count)               # an argument
+    count = Whole(1, hint="it counts the tokens")("count", count)
 
 Clean means of one type, so that 2 and 2.0 share a trace. `expects` is the rule in words, and `hint` says what to give
 instead, or what the setting is for. `entry`, where a rule has one, is the rule for each number in an array.
@@ -29,12 +28,20 @@ class _Rule:
     expects: str
     hint: str
 
+    def __call__(self, name: str, value):
+        try:
+            return self._clean(value)
+        except (TypeError, ValueError, OverflowError):
+            raise SettingError(f"{name} is {value!r}, but must be {self.expects}; "
+                               f"{self.hint or 'choose one of them'}") from None
+
     @property
     def entry(self) -> Callable:
         return self
 
-    def _refusal(self, name: str, value) -> SettingError:
-        return SettingError(f"{name} is {value!r}, but must be {self.expects}; {self.hint or 'choose one of them'}")
+    def _clean(self, value):
+        """The clean value. Raises TypeError, ValueError or OverflowError for one that is refused."""
+        raise ValueError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +58,18 @@ class Number(_Rule):
     open_high: bool = False
     hint: str
 
-    def __call__(self, name: str, value) -> float:
-        clean = _as_float(value)
-        if clean is None or not self._holds(clean):
-            raise self._refusal(name, value)
-        return clean
-
     @property
     def expects(self) -> str:
         left, right = "(" if self.open_low else "[", ")" if self.open_high or self.high == math.inf else "]"
         return f"a number in {left}{self.low:g}, {self.high:g}{right}"
 
-    def _holds(self, value) -> bool:
-        above = self.low < value if self.open_low else self.low <= value
-        below = value < self.high if self.open_high else value <= self.high
-        return above and below and value < math.inf
+    def _clean(self, value) -> float:
+        clean = float(_real(value))
+        above = self.low < clean if self.open_low else self.low <= clean
+        below = clean < self.high if self.open_high else clean <= self.high
+        if not (above and below and clean < math.inf):
+            raise ValueError
+        return clean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +81,16 @@ class Whole(_Rule):
     _: dataclasses.KW_ONLY
     hint: str
 
-    def __call__(self, name: str, value) -> int:
-        if not _is_number(value) or not self._holds(value):
-            raise self._refusal(name, value)
-        return int(value)
-
     @property
     def expects(self) -> str:
         span = f"of at least {self.low}" if self.high is None else f"from {self.low} to {self.high}"
         return f"a whole number {span}"
 
-    def _holds(self, value) -> bool:
-        return self.low <= value < math.inf and (self.high is None or value <= self.high) and value % 1 == 0
+    def _clean(self, value) -> int:
+        most = math.inf if self.high is None else self.high
+        if not self.low <= _real(value) <= most or int(value) != value:
+            raise ValueError
+        return int(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +100,17 @@ class Layers(_Rule):
     words: tuple[str | None, ...] = ()
     hint = "0 is the embeddings"
 
-    def __call__(self, name: str, value) -> tuple[int, ...] | str | None:
-        if value is None or isinstance(value, str):
-            if value in self.words:
-                return value
-        elif indices := _indices(value):
-            return indices
-        raise self._refusal(name, value)
-
     @property
     def expects(self) -> str:
         return " or ".join([*map(repr, self.words), "a tuple of layer indices such as (0, 8, 16)"])
+
+    def _clean(self, value) -> tuple[int, ...] | str | None:
+        if (value is None or isinstance(value, str)) and value in self.words:
+            return value
+        given = tuple(value)
+        if not given or not all(isinstance(n, numbers.Integral) and _real(n) >= 0 for n in given):
+            raise ValueError
+        return tuple(sorted({int(n) for n in given}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,18 +121,44 @@ class OneOf(_Rule):
     _: dataclasses.KW_ONLY
     hint: str = ""
 
-    def __call__(self, name: str, value) -> str:
-        if not isinstance(value, str) or value not in self.words:
-            raise self._refusal(name, value)
-        return value
-
     @property
     def expects(self) -> str:
         return f"one of {', '.join(map(repr, self.words))}"
 
+    def _clean(self, value) -> str:
+        if not isinstance(value, str) or value not in self.words:
+            raise ValueError
+        return value
+
 
 @dataclasses.dataclass(frozen=True)
-class Each(_Rule):
+class Flag(_Rule):
+    """True or False, and nothing that merely counts as one: the string "no" would count as True."""
+
+    _: dataclasses.KW_ONLY
+    hint: str
+    expects = "True or False"
+
+    def _clean(self, value) -> bool:
+        if not isinstance(value, (bool, np.bool_)):
+            raise ValueError
+        return bool(value)
+
+
+class _Around(_Rule):
+    """A rule that hands what it takes to another one, `rule`."""
+
+    @property
+    def hint(self) -> str:
+        return self.rule.hint
+
+    @property
+    def entry(self) -> Callable:
+        return self.rule.entry
+
+
+@dataclasses.dataclass(frozen=True)
+class Each(_Around):
     """A sequence, as a tuple whose entries satisfy `rule`. What a tracer holds is not known, and passes.
 
     one: whether a single number will do as well; it stays one.
@@ -143,21 +171,11 @@ class Each(_Rule):
     def __call__(self, name: str, value):
         if isinstance(value, (list, tuple)):
             return tuple(self._entry(f"{name}[{i}]", entry) for i, entry in enumerate(value))
-        if self.one:
-            return self.rule(name, value)
-        raise self._refusal(name, value)
+        return (self.rule if self.one else super().__call__)(name, value)
 
     @property
     def expects(self) -> str:
         return "a number or a tuple of them" if self.one else "a tuple of numbers"
-
-    @property
-    def hint(self) -> str:
-        return self.rule.hint
-
-    @property
-    def entry(self) -> Number | Whole:
-        return self.rule
 
     def _entry(self, name: str, value):
         if isinstance(value, jax.core.Tracer):
@@ -166,7 +184,7 @@ class Each(_Rule):
 
 
 @dataclasses.dataclass(frozen=True)
-class OrNone:
+class OrNone(_Around):
     """None, or what `rule` takes."""
 
     rule: Callable[[str, object], object]
@@ -177,14 +195,6 @@ class OrNone:
     @property
     def expects(self) -> str:
         return f"None or {self.rule.expects}"
-
-    @property
-    def hint(self) -> str:
-        return self.rule.hint
-
-    @property
-    def entry(self) -> Number | Whole:
-        return self.rule.entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,20 +220,6 @@ class Instance:
         return value
 
 
-@dataclasses.dataclass(frozen=True)
-class Flag(_Rule):
-    """True or False, and nothing that merely counts as one: the string "no" would count as True."""
-
-    _: dataclasses.KW_ONLY
-    hint: str
-    expects = "True or False"
-
-    def __call__(self, name: str, value) -> bool:
-        if not isinstance(value, (bool, np.bool_)):
-            raise self._refusal(name, value)
-        return bool(value)
-
-
 def is_array(value) -> bool:
     """True for an array of numpy or jax; tracers are arrays."""
     return isinstance(value, (jax.Array, np.ndarray))
@@ -234,23 +230,8 @@ def shorten(value) -> str:
     return _SHORT.repr(value)
 
 
-def _as_float(value) -> float | None:
-    """None where `value` is no number, or too large a one."""
-    try:
-        return float(value) if _is_number(value) else None
-    except OverflowError:
-        return None
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _indices(value) -> tuple[int, ...]:
-    """Ascending indices, or () where `value` holds none or anything else."""
-    try:
-        given = tuple(value)
-    except TypeError:
-        return ()
-    whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) and n >= 0 for n in given)
-    return tuple(sorted({int(n) for n in given})) if whole else ()
+def _real(value):
+    """The value; TypeError where it is no real number. True and False are none."""
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError
+    return value

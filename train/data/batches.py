@@ -14,25 +14,23 @@ from sled.train.data.rows import TrainingBatch, TrainingRows
 
 
 class Batches(Iterator[TrainingBatch]):
-    """Endless batches of shuffled rows, or those of some epochs; see `__init__`. One process has its part of each.
+    """Endless batches of shuffled rows, or those of some epochs. One process has its part of each.
 
     An epoch holds every row once, in `per_epoch` batches. All rows of a batch are of one length: packed rows have
     the context's, padded ones go with others of their bucket (what is left of a bucket goes to the next longer one).
     The last batch of the longest rows is filled up with rows of weight and segment 0.
+
+    rows: from `sled.train.data.rows.read_rows`. batch_size: rows of a batch, over all processes; each gets an equal
+        part of consecutive rows.
+    seed: of the shuffling, anew for every epoch; 0 to 2^32 - 1. epochs: None for no end.
+    process_index, process_count: whose part; by default as jax counts processes.
+    threads: that make batches ahead; 0 to make each when it is asked for.
+
+    Raises SettingError.
     """
 
     def __init__(self, rows: TrainingRows, batch_size: int, *, seed: int = 0, epochs: int | None = None,
                  process_index: int | None = None, process_count: int | None = None, threads: int = 2):
-        """
-        rows: from `sled.train.data.rows.read_rows`.
-        batch_size: rows of a batch, over all processes; each gets an equal part of consecutive rows.
-        seed: of the shuffling, anew for every epoch; 0 to 2^32 - 1.
-        epochs: None for no end.
-        process_index, process_count: whose part; by default as jax counts processes.
-        threads: that make batches ahead; 0 to make each when it is asked for.
-
-        Raises SettingError.
-        """
         import grain  # imported where it is needed: it is slow
 
         count = jax.process_count() if process_count is None else process_count

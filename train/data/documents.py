@@ -88,9 +88,9 @@ def _load(folder: Path) -> Documents | None:
             return None
     except DAMAGED:
         return None
-    if starts_N[-1] == 0:  # an empty file cannot be mapped
-        return Documents(folder, digest, np.zeros(0, np.int32), starts_N, prompts_N, skipped)
-    return Documents(folder, digest, np.memmap(folder / "tokens.bin", "<i4", "r"), starts_N, prompts_N, skipped)
+    # An empty file cannot be mapped.
+    tokens_M = np.memmap(folder / "tokens.bin", "<i4", "r") if starts_N[-1] else np.zeros(0, np.int32)
+    return Documents(folder, digest, tokens_M, starts_N, prompts_N, skipped)
 
 
 def _write(folder: Path, reading: Reading, text: Tokenizer, config: DecoderConfig, *, progress: bool) -> None:
@@ -120,18 +120,14 @@ def _write(folder: Path, reading: Reading, text: Tokenizer, config: DecoderConfi
 def _encode(reading: Reading, text: Tokenizer) -> Iterator[tuple[Example, list[int], list[int] | str]]:
     """Each example with the ids of its two parts, in order; or with the reason for skipping it as the second."""
     source, examples = reading.source, iter(reading)
+    blank = "blank completion" if source.text is None else "blank text"
     while together := list(itertools.islice(examples, TOGETHER)):
         if source.tokens is not None:
-            yield from ((example, [], example.body or "no tokens") for example in together)
-            continue
-        written = [example for example in together if example.body.strip()]
-        if source.text is not None:
-            ids = iter([([], body) for body in text.encode_all([example.body for example in written])])
+            parts = [([], example.body) for example in together]
+        elif source.text is not None:
+            parts = [([], ids) for ids in text.encode_all([example.body for example in together])]
         else:
-            ids = iter(text.encode_continuations([(example.prompt, example.body) for example in written]))
-        for example in together:
-            if example.body.strip():
-                prompt, body = next(ids)
-                yield example, prompt, body or "no tokens"
-            else:
-                yield example, [], "blank text" if source.text is not None else "blank completion"
+            parts = text.encode_continuations([(example.prompt, example.body) for example in together])
+        for example, (prompt, body) in zip(together, parts, strict=True):
+            is_blank = isinstance(example.body, str) and not example.body.strip()
+            yield example, prompt, blank if is_blank else body or "no tokens"

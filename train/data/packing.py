@@ -1,7 +1,4 @@
-"""The documents that stand together in a row: several, packed, or one, padded.
-
-Pure functions of the documents' lengths and the layout, so that every process arrives at the same rows.
-"""
+"""The documents that stand together in a row: several, packed, or one, padded; the same in every process."""
 
 from __future__ import annotations
 
@@ -12,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sled.errors import DataError
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Number, OneOf, Whole
 
 SHAPES = ("packed", "padded")

@@ -102,22 +102,20 @@ class TrainingRows:
         """The rows of these numbers, padded to `length` tokens, and empty ones up to `size` rows."""
         batch = TrainingBatch(*(np.full((size, length), value, dtype) for value, dtype in (
             (self._pad_id, np.int32), (0, np.float32), (0, np.int32))))
-        for b, number in enumerate(numbers):
-            self._write(number, *(array[b] for array in batch))
+        documents, starts_R = self._documents, self._arrangement.starts_R
+        for number, tokens_T, weights_T, segments_T in zip(numbers, *batch, strict=False):
+            at = 0
+            for segment, n in enumerate(self._arrangement.order_K[starts_R[number]:starts_R[number + 1]], 1):
+                start = documents.starts_N[n]
+                length = min(documents.starts_N[n + 1] - start, self._layout.context)
+                here = slice(at, at + length)
+                tokens_T[here] = documents.tokens_M[start:start + length]
+                weights_T[here] = 1
+                weights_T[at:at + documents.prompts_N[n]] = self._layout.prompt_weight
+                weights_T[at] = 0
+                segments_T[here] = segment
+                at += length
         return batch
-
-    def _write(self, number: int, tokens_T, weights_T, segments_T) -> None:
-        documents, starts_R, at = self._documents, self._arrangement.starts_R, 0
-        for segment, n in enumerate(self._arrangement.order_K[starts_R[number]:starts_R[number + 1]], 1):
-            start = documents.starts_N[n]
-            length = min(documents.starts_N[n + 1] - start, self._layout.context)
-            here = slice(at, at + length)
-            tokens_T[here] = documents.tokens_M[start:start + length]
-            weights_T[here] = 1
-            weights_T[at:at + documents.prompts_N[n]] = self._layout.prompt_weight
-            weights_T[at] = 0
-            segments_T[here] = segment
-            at += length
 
 
 def _kept(path: Path, make) -> Arrangement:

@@ -1,8 +1,4 @@
-"""Sources of training examples: the hub, local files, rows in memory, or the bundled problem generator.
-
-The first station of the data's way: `Source` says what to read and which columns mean what; `documents.py`
-tokenises its examples once, `packing.py` lays them out in rows, `batches.py` draws batches of those.
-"""
+"""Sources of training examples: the hub, local files, rows in memory, or the bundled problem generator."""
 
 from __future__ import annotations
 
@@ -21,6 +17,7 @@ from sled.io import first_line
 from sled.settings.rules import Whole
 from sled.train.data.files import REMEDY, Files, find
 
+COLUMNS = ("text", "prompt", "completion", "tokens")
 DEMO_EXAMPLES = 20_000  # of the endless problems, where no limit is given
 
 
@@ -67,25 +64,23 @@ class Source:
             put("limit", Whole(1, hint="it counts examples, or is None for all of them")("Source.limit", self.limit))
         if isinstance(self.data, Iterator):  # else a second reading would find it used up
             put("data", tuple(itertools.islice(self.data, self.limit)))
-        if (self.text, self.prompt, self.completion, self.tokens) == (None,) * 4:
-            for field in ("prompt", "completion") if self.data == "demo" else ("text",):
+        given = [field for field in COLUMNS if getattr(self, field) is not None]
+        if not given:
+            given = ["prompt", "completion"] if self.data == "demo" else ["text"]
+            for field in given:
                 put(field, field)
-        pair = (self.prompt is not None, self.completion is not None)
-        if [self.text is not None, self.tokens is not None, any(pair)].count(True) != 1 or any(pair) != all(pair):
-            given = [f for f in ("text", "prompt", "completion", "tokens") if getattr(self, f) is not None]
+        if given not in (["text"], ["tokens"], ["prompt", "completion"]):
             raise SettingError(f"Source names {' and '.join(given)}{' alone' if len(given) == 1 else ''}; name text, "
                                "or tokens, or prompt with completion")
-        for field in ("text", "prompt", "completion", "tokens"):
-            if getattr(self, field) is not None:
-                _fields(field, getattr(self, field))
+        for field in given:
+            _fields(field, getattr(self, field))
 
     @property
     def name(self) -> str:
         """The name of the data, for messages."""
         if isinstance(self.data, str | Path):
             return str(self.data)
-        several = isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data)
-        return ", ".join(map(str, self.data)) if several else "rows in memory"
+        return ", ".join(map(str, self.data)) if self._is_files() else "rows in memory"
 
     @property
     def how(self) -> dict[str, Any]:
@@ -95,15 +90,19 @@ class Source:
     def open(self) -> Reading:
         """Find the data, without reading it. Raises DataError and DownloadError."""
         if isinstance(self.data, str) and self.data == "demo":
-            return Reading(self, _Demo(self.split, self.limit or DEMO_EXAMPLES))
+            return Reading(self, [{"prompt": prompt(p.question), "completion": f" {p.solution}"}
+                                  for p in problems(self.split, self.limit or DEMO_EXAMPLES)])
         if isinstance(self.data, str | Path):
             files = find(self.data, hub=True)
             return Reading(self, Files(files) if files else self._fetch())
-        if isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data):
+        if self._is_files():
             return Reading(self, Files([file for x in self.data for file in find(x, hub=False)]))
         if not isinstance(self.data, Iterable):
             raise DataError(f"the source is {self.data!r}, which holds no rows; {REMEDY}")
         return Reading(self, self.data)
+
+    def _is_files(self) -> bool:
+        return isinstance(self.data, Sequence) and any(isinstance(x, str | Path) for x in self.data)
 
     def _fetch(self):
         """The hub's data set, downloaded once; without a network the cache of `datasets` alone serves."""
@@ -166,21 +165,6 @@ class Reading:
             else:
                 yield Example(place, _text(row, "prompt", s.prompt, place),
                               _text(row, "completion", s.completion, place))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Demo:
-    """The bundled problems as rows, in the form in which the bundled model is asked."""
-
-    split: str
-    count: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        for p in problems(self.split, self.count):
-            yield {"prompt": prompt(p.question), "completion": f" {p.solution}"}
 
 
 @functools.lru_cache

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -48,7 +49,7 @@ class Split:
 
     def ways(self, axes: tuple[str, ...]) -> int:
         """Into how many parts these axes split."""
-        return functools.reduce(lambda ways, axis: ways * self.mesh.shape[axis], axes, 1)
+        return math.prod(self.mesh.shape[axis] for axis in axes)
 
 
 class ExitMetrics(NamedTuple):
@@ -66,15 +67,6 @@ class ExitMetrics(NamedTuple):
     z_E: jax.Array
     distillation_E: jax.Array | None
     targets: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class _StaticLoss:
-    """The static arguments of the loss. chunk: tokens at a time on a device."""
-
-    vocabulary: _Vocabulary
-    chunk: int
-    split: Split | None
 
 
 def exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, *, z_loss=None, distill=None, temperature=1.0,
@@ -111,7 +103,7 @@ def exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, *, z_loss=N
                            "cannot split; give a multiple")
     wide = _wide_dtype(h_EBTD, w_VD)
     chunk = max(_CHUNK, width) if chunk is None else Whole(1, hint="it counts tokens")("chunk", chunk)
-    plan = _StaticLoss(_Vocabulary(vocabulary, split.tensor if split else ()), chunk, split)
+    plan = _Plan(vocabulary, chunk, *((split.mesh, split.data, split.tensor) if split else (None, (), ())))
     if vocabulary % ways:
         w_VD = jnp.pad(w_VD, ((0, -vocabulary % ways), (0, 0)))
     coefficients = _Coefficients(_number("z_loss", z_loss, wide), _number("distill", distill, wide),
@@ -161,11 +153,11 @@ _loss.defvjp(_forward, _backward, symbolic_zeros=True)
 def _run(plan, wanted, *args):
     """(loss, metrics) and (dh, dw), those of them that are `wanted`, on one device or on each of the mesh."""
     run = functools.partial(_device_loss, plan, wanted)
-    if plan.split is None:
+    if plan.mesh is None:
         return run(*args)
-    data, tensor = plan.split.data or None, plan.split.tensor or None
+    data, tensor = plan.data or None, plan.tensor or None
     h, w, batch, whole = (PartitionSpec(None, data), PartitionSpec(tensor), PartitionSpec(data), PartitionSpec())
-    return jax.shard_map(run, mesh=plan.split.mesh, in_specs=(h, w, batch, batch, whole, whole),
+    return jax.shard_map(run, mesh=plan.mesh, in_specs=(h, w, batch, batch, whole, whole),
                          out_specs=(whole, (h, w)))(*args)
 
 
@@ -173,8 +165,7 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
     """As `_run`, on this device's part of the batch and of the vocabulary."""
     exits, width, count = h_EBTD.shape[0], h_EBTD.shape[-1], targets_BT.size
     h_END, targets_N, mask_N = h_EBTD.reshape(exits, count, width), targets_BT.ravel(), mask_BT.ravel()
-    data, tensor = (plan.split.data, plan.split.tensor) if plan.split else ((), ())
-    targets = _psum(mask_N.sum(), data)
+    targets = _psum(mask_N.sum(), plan.data)
     share_N = jnp.where(mask_N == 0, 0, mask_N / targets)
     chunks = -(-count // plan.chunk)
     size = -(-count // chunks)
@@ -188,21 +179,21 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
         new_C = start + jnp.arange(size) >= i * size
         share_C, targets_C, h_ECD = jnp.where(new_C, cut(share_N), 0), cut(targets_N), cut(h_END, 1)
         live_C1 = (share_C != 0)[:, None]
-        teacher_CV = None if coefficients.distill is None else plan.vocabulary.logits(h_ECD[-1], w_VD)
+        teacher_CV = None if coefficients.distill is None else plan.logits(h_ECD[-1], w_VD)
 
         def exit_step(j, carry):
             sums_E4, dh_END, dw_VD = carry
             # The barrier keeps XLA from making a [C, V] of the targets once for all exits, and holding it.
             e, ids_C = jax.lax.optimization_barrier((order_E[j], targets_C))
             h_CD = h_ECD[e]
-            logits_CV = plan.vocabulary.logits(h_CD, w_VD)
-            terms_4C, slope_CV = _token_loss(plan.vocabulary, logits_CV, ids_C, coefficients, teacher_CV)
+            logits_CV = plan.logits(h_CD, w_VD)
+            terms_4C, slope_CV = _token_loss(plan, logits_CV, ids_C, coefficients, teacher_CV)
             sums_E4 = sums_E4.at[e].add(jnp.where(live_C1.T, share_C * terms_4C, 0).sum(1))
             # Rows that do not count leave every product: 0 times their infinities would be NaN.
             slope_CV = jnp.where(live_C1, weights_E[e] * share_C[:, None] * slope_CV, 0)
             slope_CV = slope_CV.astype(jnp.promote_types(h_CD.dtype, w_VD.dtype))
             if dh_END is not None:
-                dh_CD = _psum(_product(slope_CV, w_VD), tensor).astype(h_CD.dtype)
+                dh_CD = _psum(_product(slope_CV, w_VD), plan.tensor).astype(h_CD.dtype)
                 dh_CD = jnp.where(new_C[:, None], dh_CD, cut(dh_END[e]))
                 dh_END = jax.lax.dynamic_update_slice(dh_END, dh_CD[None], (e, start, 0))
             if dw_VD is not None:
@@ -217,8 +208,8 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
         _zeros(h_END.shape, h_END.dtype, *rows) if wanted[0] else None,
         _zeros(w_VD.shape, wide, *rows, w_VD) if wanted[1] else None))
     dh_EBTD = None if dh_END is None else dh_END.reshape(h_EBTD.shape)
-    dw_VD = None if dw_VD is None else _psum(dw_VD, data).astype(w_VD.dtype)
-    return _summary(_psum(sums_E4, data), weights_E, coefficients, targets), (dh_EBTD, dw_VD)
+    dw_VD = None if dw_VD is None else _psum(dw_VD, plan.data).astype(w_VD.dtype)
+    return _summary(_psum(sums_E4, plan.data), weights_E, coefficients, targets), (dh_EBTD, dw_VD)
 
 
 def _zeros(shape, dtype, *like):
@@ -261,72 +252,70 @@ def _psum(x, axes: tuple[str, ...]):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Vocabulary:
-    """`size` tokens, their rows of the projection split evenly over the mesh axes `axes`, the last rows padding."""
+class _Plan:
+    """What is static: the vocabulary's size, tokens at a time on a device, and the mesh with its axes (see `Split`).
 
-    size: int
-    axes: tuple[str, ...] = ()
+    Rows of the projection are split evenly over the axes `tensor`, the last rows padding.
+    """
 
-    def first(self, rows: int):
-        """The number of this device's first row, where each has `rows`."""
-        return jax.lax.axis_index(self.axes) * rows if self.axes else 0
+    vocabulary: int
+    chunk: int
+    mesh: Mesh | AbstractMesh | None
+    data: tuple[str, ...]
+    tensor: tuple[str, ...]
+
+    def rows(self, count: int):
+        """The numbers of this device's rows, of which each device has `count`."""
+        first = jax.lax.axis_index(self.tensor) * count if self.tensor else 0
+        return first + jnp.arange(count)
 
     def logits(self, h_CD, w_VD):
         """[C, V] over this device's rows."""
-        logits_CV = _product(h_CD, w_VD.T)
-        rows = w_VD.shape[0]
-        if rows * self._ways() > self.size:
-            logits_CV = jnp.where(self.first(rows) + jnp.arange(rows) < self.size, logits_CV, _NO_TOKEN)
-        return logits_CV
+        logits_CV, count = _product(h_CD, w_VD.T), w_VD.shape[0]
+        padded = count * (jax.lax.axis_size(self.tensor) if self.tensor else 1) > self.vocabulary
+        return jnp.where(self.rows(count) < self.vocabulary, logits_CV, _NO_TOKEN) if padded else logits_CV
 
     def sum(self, x_CV):
         """Over all tokens: [C]."""
-        return _psum(x_CV.sum(1), self.axes)
+        return _psum(x_CV.sum(1), self.tensor)
 
     def log_sum(self, logits_CV):
         """Logarithm of the softmax's denominator, and the largest logit: [C] each."""
         peak_C = logits_CV.max(1)
-        peak_C = jax.lax.pmax(peak_C, self.axes) if self.axes else peak_C
+        peak_C = jax.lax.pmax(peak_C, self.tensor) if self.tensor else peak_C
         return peak_C + jnp.log(self.sum(jnp.exp(logits_CV - peak_C[:, None]))), peak_C
+
+    def log_softmax(self, logits_CV):
+        return logits_CV - self.log_sum(logits_CV)[0][:, None]
 
     def pick(self, logits_CV, ids_C):
         """The logit of one token each, [C], from the device that has it; NaN where none has."""
-        rows = logits_CV.shape[1]
-        ids_C1 = (ids_C - self.first(rows))[:, None]
-        mine_C1 = (ids_C1 >= 0) & (ids_C1 < rows)
-        picked_C1 = jnp.take_along_axis(logits_CV, jnp.clip(ids_C1, 0, rows - 1), axis=1)
-        return jnp.where((ids_C >= 0) & (ids_C < self.size), self.sum(jnp.where(mine_C1, picked_C1, 0)), jnp.nan)
-
-    def one_hot(self, ids_C, rows: int):
-        """A mask [C, V], true where this device's row is the token."""
-        return self.first(rows) + jnp.arange(rows) == ids_C[:, None]
-
-    def _ways(self) -> int:
-        return jax.lax.axis_size(self.axes) if self.axes else 1
+        rows = self.rows(logits_CV.shape[1])
+        ids_C1 = (ids_C - rows[0])[:, None]
+        mine_C1 = (ids_C1 >= 0) & (ids_C1 < rows.size)
+        picked_C1 = jnp.take_along_axis(logits_CV, jnp.clip(ids_C1, 0, rows.size - 1), axis=1)
+        inside_C = (ids_C >= 0) & (ids_C < self.vocabulary)
+        return jnp.where(inside_C, self.sum(jnp.where(mine_C1, picked_C1, 0)), jnp.nan)
 
 
-def _token_loss(vocabulary: _Vocabulary, logits_CV, targets_C, coefficients: _Coefficients, teacher_CV=None):
+def _token_loss(plan: _Plan, logits_CV, targets_C, coefficients: _Coefficients, teacher_CV=None):
     """Each token's terms [4, C]: nll, hit, z, divergence; and the slope [C, V] of what they add up to, by the logits.
 
     A hit is a target that no other token's logit exceeds. `teacher_CV` are the last exit's logits, where
     `coefficients.distill` is on.
     """
-    log_sum_C, peak_C = vocabulary.log_sum(logits_CV)
-    target_C = vocabulary.pick(logits_CV, targets_C)
+    log_sum_C, peak_C = plan.log_sum(logits_CV)
+    target_C = plan.pick(logits_CV, targets_C)
     softmax_CV = jnp.exp(logits_CV - log_sum_C[:, None])
     if coefficients.z_loss is not None:
         softmax_CV *= 1 + 2 * coefficients.z_loss * log_sum_C[:, None]
-    slope_CV = softmax_CV - vocabulary.one_hot(targets_C, logits_CV.shape[1])
+    slope_CV = softmax_CV - (plan.rows(logits_CV.shape[1]) == targets_C[:, None])
     divergence_C = jnp.zeros_like(log_sum_C)
     if teacher_CV is not None:
         # The last exit meets itself here: its divergence and slope are 0 without a case of their own.
         temperature = coefficients.temperature
-        log_p_CV, log_q_CV = (_log_softmax(vocabulary, l_CV / temperature) for l_CV in (teacher_CV, logits_CV))
+        log_p_CV, log_q_CV = (plan.log_softmax(l_CV / temperature) for l_CV in (teacher_CV, logits_CV))
         p_CV = jnp.exp(log_p_CV)
-        divergence_C = temperature**2 * vocabulary.sum(p_CV * (log_p_CV - log_q_CV))
+        divergence_C = temperature**2 * plan.sum(p_CV * (log_p_CV - log_q_CV))
         slope_CV += coefficients.distill * temperature * (jnp.exp(log_q_CV) - p_CV)
     return jnp.stack([log_sum_C - target_C, target_C >= peak_C, log_sum_C**2, divergence_C]), slope_CV
-
-
-def _log_softmax(vocabulary, logits_CV):
-    return logits_CV - vocabulary.log_sum(logits_CV)[0][:, None]

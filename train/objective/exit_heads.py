@@ -2,11 +2,6 @@
 
 EE-Tuning (arXiv 2402.00518): the backbone of a trained model stays as it is, its exits learn. Gradients, and an
 optimiser's state, exist only for the heads; layers above the last exit are not run, those below have no backward pass.
-
-    model = with_heads(model, ExitHeads((6, 12), "mlp"))
-    graph, weights = nnx.split(model)
-    heads, backbone = partition(weights)           # the optimiser takes `heads`
-    loss, metrics = tuning_loss(nnx.merge(graph, merge(heads, backbone)), ...)    # differentiated by `heads`
 """
 
 from __future__ import annotations
@@ -21,11 +16,10 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
 from sled.models.decoder import Decoder
-from sled.models.layers import Block
 from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.cross_entropy import ExitMetrics, exit_cross_entropy
-from sled.train.objective.forward import exit_states
+from sled.train.objective.forward import check_stacked, exit_states
 
 EXIT_HEADS = nnx.PathContains("exit_heads")
 
@@ -35,8 +29,7 @@ def with_heads(model: Decoder, heads: ExitHeads, *, mesh: jax.sharding.Mesh | No
 
     mesh: where the model lies on one, the heads are made where `Sharding` puts them, never whole on one device.
     """
-    if not isinstance(model.layers, Block):
-        raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
+    check_stacked(model)
     if mesh is None:
         return model.with_exit_heads(heads, rngs=nnx.Rngs(seed))
     bare, weights = nnx.split(model.with_exit_heads(None))
@@ -81,11 +74,10 @@ def read_exits(model: Decoder, h_EBTD, exits: Sequence[int]) -> jax.Array:
         which = jnp.array([settings.layers.index(exits[e]) for e in own])
         heads = jax.tree.map(lambda leaf: leaf[which], heads)
     heads = jax.tree.map(lambda leaf: leaf.astype(h_EBTD.dtype), heads)
-    h_OBTD = h_EBTD if len(own) == len(exits) else h_EBTD[jnp.array(own)]
-    read_OBTD = jax.vmap(lambda head, h: nnx.merge(graph, head)(h, model.norm))(heads, h_OBTD)
+    read = jax.vmap(lambda head, h: nnx.merge(graph, head)(h, model.norm))
     if len(own) == len(exits):
-        return read_OBTD
-    return model.normalise(h_EBTD).at[jnp.array(own)].set(read_OBTD)
+        return read(heads, h_EBTD)
+    return model.normalise(h_EBTD).at[jnp.array(own)].set(read(heads, h_EBTD[jnp.array(own)]))
 
 
 def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mask_BT, weights_E,
@@ -100,8 +92,7 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
     """
     read_EBTD, weights_E = read_exits(model, h_EBTD, exits).astype(h_EBTD.dtype), jnp.asarray(weights_E)
     settings = model.config.exit_heads
-    tied = settings is None or settings.tied
-    own = [] if tied else [e for e, n in enumerate(exits) if n in settings.layers]
+    own = [e for e, n in enumerate(exits) if n in settings.layers] if settings and not settings.tied else []
     shared_VD = model.head_weight.astype(h_EBTD.dtype)
     if not own:
         return exit_cross_entropy(read_EBTD, shared_VD, targets_BT, mask_BT, weights_E, **options)
@@ -123,7 +114,7 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
 
 
 def tuning_loss(model: Decoder, tokens_BT, targets_BT, mask_BT, weights_E=None, *, segments_BT=None,
-                compute_dtype=None, place: Callable[[jax.Array], jax.Array] = lambda h_BTD: h_BTD,
+                compute_dtype=None, place: Callable[[jax.Array], jax.Array] | None = None,
                 **options) -> tuple[jax.Array, ExitMetrics]:
     """The loss of the model's exit heads alone, in nats, to be differentiated by them; and its parts.
 

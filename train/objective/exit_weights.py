@@ -2,13 +2,8 @@
 
 An exit is a hidden state by its number n = 1..L, as everywhere in this library; the papers count layers
 l = n - 1 = 0..L-1, whose loss is taken on the hidden state after the layer. Everything is a function of the step
-alone, which may be traced: a run that resumes at a step goes on exactly as it would have.
-
-    plan = WeightedExits(LayerSkipWeights(0.2), Rotational(8))
-    layers_E, weights_E = plan.exits_at(step, num_layers)   # for `exit_states` and for the loss
-
-How many exits there are (E) is static, which ones is traced: no step recompiles, and none computes the exits
-whose turn it is not. The last layer is always among them, in the last place.
+alone, which may be traced: a run that resumes goes on exactly as it would have. How many exits there are (E) is static,
+which ones is traced: no step recompiles, and none computes the exits whose turn it is not.
 """
 
 from __future__ import annotations
@@ -20,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Each, Instance, Layers, Number, Whole
 
 
@@ -31,7 +25,6 @@ class Profile(Protocol):
 
     def weigh(self, layers_E, num_layers: int) -> jax.Array:
         """Positive numbers [E], float32, of hidden states `layers_E`; 0 for an exit that never counts."""
-        ...
 
 
 @runtime_checkable
@@ -40,7 +33,6 @@ class Curriculum(Protocol):
 
     def early_exits(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
         """`layers_E`, ascending within 1..L-1, and whether each is on [E]. The last layer is none of them."""
-        ...
 
 
 @settings
@@ -134,7 +126,6 @@ class ExitPlan(Protocol):
 
         The last entry is the last layer. To tune exits on a frozen backbone leave it out (`[:-1]`).
         """
-        ...
 
 
 @settings
@@ -142,7 +133,6 @@ class LastOnly:
     """No early exit learns: a model is trained as usual."""
 
     def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
-        """See `ExitPlan`."""
         return jnp.array([num_layers], jnp.int32), jnp.ones(1, jnp.float32)
 
 
@@ -160,7 +150,6 @@ class WeightedExits:
                                      traced=True)
 
     def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
-        """See `ExitPlan`."""
         early_E, on_E = self.curriculum.early_exits(step, num_layers)
         layers_E, on_E = jnp.append(early_E, num_layers), jnp.append(on_E, True)
         weights_E = jnp.where(on_E, self.profile.weigh(layers_E, num_layers), 0.0)
@@ -197,7 +186,6 @@ class FixedExits:
                                "give one per layer, none for the last layer of the model")
 
     def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
-        """See `ExitPlan`."""
         _check_range(self, (*self.layers, num_layers), num_layers)
         if num_layers in self.layers:
             raise SettingError(f"FixedExits.layers names layer {num_layers}, the last one, whose weight is always 1; "

@@ -1,8 +1,4 @@
-"""The forward pass of training: tokens in, the hidden states of the wanted exits out, the other layers' forgotten.
-
-One `lax.scan` over the stacked layers. What it keeps for the backward pass is a matter of rematerialisation; what
-it hands out is E hidden states, however many layers there are.
-"""
+"""The forward pass of training: tokens in, the hidden states of the wanted exits out, the other layers' forgotten."""
 
 from __future__ import annotations
 
@@ -31,7 +27,7 @@ REMAT_RULE = OneOf(tuple(REMAT), hint="full needs the least memory")
 
 def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, segments_BT=None,
                 drops: Drops | None = None, remat: str = "full", compute_dtype=None,
-                place: Callable[[jax.Array], jax.Array] = lambda h_BTD: h_BTD) -> jax.Array:
+                place: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
     """The hidden states number `exits` of whole sequences: [E, B, T, D], none of them normed.
 
     model: in the stacked form. Its parameters keep their type; every layer's are cast to `compute_dtype` (None: as
@@ -49,9 +45,8 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
 
     Raises SettingError for a model in the separate form, and for exits or remat out of their range.
     """
-    depth = model.num_layers
-    if not isinstance(model.layers, Block):
-        raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
+    depth, place = model.num_layers, place or (lambda h_BTD: h_BTD)
+    check_stacked(model)
     remat = REMAT_RULE("remat", remat)
     stop = _last_layer(exits, depth)
     dtype = jnp.dtype(compute_dtype or model.embedding.weight[...].dtype)
@@ -88,6 +83,11 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
         carry, _ = jax.lax.scan(body, carry, part)
         begin += length
     return carry[1]
+
+
+def check_stacked(model: Decoder) -> None:
+    if not isinstance(model.layers, Block):
+        raise SettingError("the model's layers are separate; training takes the stacked form: model.stack()")
 
 
 def _last_layer(exits, depth: int) -> int:

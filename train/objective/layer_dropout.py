@@ -1,11 +1,8 @@
 """Layer dropout: which layers a sequence skips at a training step, and how skipping them saves work.
 
 A layer is h <- h + f(h). Where it is dropped, h stays as it is; where it is kept, f(h) may be rescaled, so that
-the expectation stays what it is without dropout. A `LayerDropout` is composed of
-a profile over the layers (`ExponentialProfile`, `LinearProfile`), a schedule over the steps (`Steady`, `Rising`,
-`Falling`) and a strategy that drops rows (`Masked`, `FixedRows`, `WholeBatch`); `layerskip` and `dont_drop_dropout` are
-the published recipes. What is dropped is a function of a key and the
-step alone: a run that resumes at a step goes on exactly as it would have.
+the expectation stays what it is without dropout. `layerskip` and `dont_drop_dropout` are the published recipes. What is
+dropped is a function of a key and the step alone: a run that resumes goes on exactly as it would have.
 """
 
 from __future__ import annotations
@@ -21,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sled.errors import SettingError
-from sled.settings.decorator import settings
-from sled.settings.field import setting
+from sled.settings.decorator import setting, settings
 from sled.settings.rules import Each, Flag, Instance, Number, Whole
 
 RunLayer = Callable[[jax.Array, Any], jax.Array]
@@ -33,15 +29,12 @@ class DropStrategy(Protocol):
     """Drops a layer for some rows of a batch: draws which at the start of a step, and applies it where the layer runs.
 
     `run(h, rows)` is the layer, h + f(h), on any number of rows; `rows` is a pytree of what else it reads per row
-    (positions, masks), each leaf with the rows' axis first, of length 1 where all rows share it.
-
-    With s = 0 where a row is dropped, else 1 or 1 / (1 - p), the layer becomes h + s f(h): h itself where s = 0, and
-    run(h) itself where s = 1.
+    (positions, masks), each leaf with the rows' axis first, of length 1 where all rows share it. With s = 0 where a row
+    is dropped, else 1 or 1 / (1 - p), the layer becomes h + s f(h).
     """
 
     def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
         """A draw of what each layer drops, with probabilities `rates_L`; `scale_L` multiplies what is kept."""
-        ...
 
     def saving(self, rates_L: np.ndarray, batch: int) -> DropStrategy:
         """The same strategy for steps whose probabilities are at least `rates_L`, so that work can be saved."""
@@ -52,8 +45,11 @@ class DropStrategy(Protocol):
         return [num_layers]
 
     def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
-        """The layer's output [B, T, D]. `drops` is one layer's; `layer` is any of its stretch (0-based)."""
-        ...
+        """The layer's output [B, T, D]. `drops` is one layer's; `layer` is any of its stretch (0-based).
+
+        By default all rows are computed, and dropped ones masked.
+        """
+        return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
 
 
 @settings
@@ -71,17 +67,11 @@ class Drops:
 
 @settings
 class Masked(DropStrategy):
-    """Drops each sequence on its own, with probability p: all rows are computed and dropped ones masked. Saves nothing.
-
-    The definition that the papers give, and the baseline of the other strategies.
-    """
+    """Drops each sequence on its own, as the papers define it: all rows are computed and dropped ones masked."""
 
     def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
         kept_LB = jax.random.uniform(key, (rates_L.shape[0], batch)) >= rates_L[:, None]
         return Drops(kept_LB * scale_L[:, None], None, self)
-
-    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
-        return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
 
 
 @settings
@@ -146,17 +136,15 @@ class FixedRows(DropStrategy):
     def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
         saved = self.saved[layer] if self.saved else 0
         if saved == 0:
-            return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
+            return super().apply(run, h_BTD, rows, drops, layer)
         kept_GK = drops.order_LB.reshape(self.shards, -1)[:, saved:]
 
-        def split(x):
-            return x.reshape(self.shards, -1, *x.shape[1:])
+        split = lambda x: x.reshape(self.shards, -1, *x.shape[1:])  # noqa: E731
 
         def take(x):
             if x.shape[0] == 1:
                 return x
-            taken = jax.vmap(lambda part, kept: part[kept])(split(x), kept_GK)
-            return taken.reshape(-1, *x.shape[1:])
+            return jax.vmap(lambda part, kept: part[kept])(split(x), kept_GK).reshape(-1, *x.shape[1:])
 
         h_KTD = take(h_BTD)
         new_KTD = _blend(run(h_KTD, jax.tree.map(take, rows)), h_KTD, take(drops.scale_LB))
@@ -186,14 +174,12 @@ def _blend(out_BTD, h_BTD, scale_B):
 class DropProfile(Protocol):
     def shares(self, num_layers: int) -> np.ndarray:
         """p_l / p_max of each layer [L], float32: 0 for the first layer, never falling, at most 1."""
-        ...
 
 
 @runtime_checkable
 class DropSchedule(Protocol):
     def share(self, step) -> jax.Array:
         """The factor of every probability at a step, in [0, 1]. It only rises, or only falls."""
-        ...
 
 
 @settings
@@ -289,10 +275,9 @@ class LayerDropout:
 
 
 def layerskip(rate: float, *, steps: int | None = None, strategy: DropStrategy | None = None) -> LayerDropout:
-    """LayerSkip's recipe (arXiv 2404.16710): exponential profile, nothing rescaled.
+    """LayerSkip's recipe (arXiv 2404.16710): exponential profile, nothing rescaled; the paper's rates are 0.1 or 0.2.
 
     `steps`: of a run from scratch, over which the probabilities rise; None where a trained model is continued.
-    The paper's rates are 0.1 or 0.2.
     """
     schedule = Steady() if steps is None else Rising(steps)
     return LayerDropout(rate, ExponentialProfile(), schedule, rescale=False, strategy=strategy or Masked())

@@ -66,14 +66,11 @@ def init_state(weights: nnx.State, optimizer: optax.GradientTransformation, shar
     """
     weights = jax.tree.map(jnp.copy, weights)
 
-    def make(weights):
-        own, _ = _parted(weights, trainable)
-        return optimizer.init(own) if sharding is None else sharding.create(optimizer.init, own)
-
+    own, _ = _parted(weights, trainable)
     step = jnp.zeros((), jnp.int32)
-    if sharding is not None:
-        step = jax.device_put(step, sharding.shardings(step))
-    return TrainState(weights, make(weights), step)
+    if sharding is None:
+        return TrainState(weights, optimizer.init(own), step)
+    return TrainState(weights, sharding.create(optimizer.init, own), jax.device_put(step, sharding.shardings(step)))
 
 
 def static_exits(config: DecoderConfig, recipe: Recipe) -> tuple[int, ...] | None:
@@ -105,18 +102,17 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
     graph, _ = nnx.split(model)
     seed, parts = recipe.seed, recipe.accumulate
     heads, depth = model.config.exit_heads, model.num_layers
-    if recipe.trainable == HEADS:
-        partition(nnx.state(model))  # raises where there are none
+    _parted(nnx.state(model), recipe.trainable)  # raises where heads are to learn, and there are none
     exits = static_exits(model.config, recipe)
 
     def part_loss(own, rest, batch: TrainingBatch, dropout: LayerDropout | None, step, part, share):
         """The loss of one part of the batch, which holds this share of the batch's targets."""
-        model = _placed(graph, _joined(own, rest), sharding)
+        model = _placed(graph, merge(own, rest), sharding)
         if recipe.trainable == HEADS:
             layers_E = jnp.array(heads.layers)
             loss, metrics = tuning_loss(model, batch.tokens_BT, **_targets(batch, recipe, sharding),
                                         segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                                        **_place(sharding))
+                                        place=sharding and sharding.activations)
         else:
             layers_E, weights_E = recipe.exits.exits_at(step, depth)
             key = jax.random.fold_in(jax.random.key(seed), part)
@@ -139,7 +135,7 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         if parts == 1:
             return of_part(*jax.tree.map(lambda x: x[0], parts_A))
         shapes, _ = jax.eval_shape(lambda: of_part(*jax.tree.map(lambda x: x[0], parts_A)))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zeros = jax.tree.map(jnp.zeros_like, shapes)
 
         def add(total, part):
             of_this, layers_E = of_part(*part)
@@ -154,7 +150,7 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
         (loss, (nll_E, accuracy), change), layers_E = whole(own, rest, batch, dropout, state.step)
         moved, optimizer_state = optimizer.update(change, state.optimizer, own)
         metrics = StepMetrics(loss, layers_E, nll_E, accuracy, optax.global_norm(change))
-        weights = _joined(optax.apply_updates(own, moved), rest)
+        weights = merge(optax.apply_updates(own, moved), rest)
         made = TrainState(weights, optimizer_state, state.step + 1), metrics
         # Held to its place: the partitioner might put it elsewhere, and the next step would compile again.
         return made if sharding is None else jax.lax.with_sharding_constraint(made, sharding.shardings(made))
@@ -191,7 +187,8 @@ def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, reci
                  sharding: Sharding | None, *, drops=None, **options):
     """The loss of these exits with its metrics. A model with exit heads takes static exits."""
     h_EBTD = exit_states(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
-                         remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype), **_place(sharding))
+                         remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype),
+                         place=sharding and sharding.activations)
     return exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, **_targets(batch, recipe, sharding), **options)
 
 
@@ -202,17 +199,9 @@ def _targets(batch: TrainingBatch, recipe: Recipe, sharding: Sharding | None) ->
                 split=None if sharding is None else Split(sharding.mesh, data=ROWS))
 
 
-def _place(sharding: Sharding | None) -> dict[str, Callable]:
-    return {} if sharding is None else dict(place=sharding.activations)
-
-
-def _parted(weights: nnx.State, trainable: str) -> tuple[nnx.State, nnx.State | None]:
+def _parted(weights: nnx.State, trainable: str) -> tuple[nnx.State, nnx.State]:
     """The weights that learn, and those that stay as they are."""
-    return partition(weights) if trainable == HEADS else (weights, None)
-
-
-def _joined(own: nnx.State, rest: nnx.State | None) -> nnx.State:
-    return own if rest is None else merge(own, rest)
+    return partition(weights) if trainable == HEADS else (weights, nnx.State({}))
 
 
 def _placed(graph, weights, sharding: Sharding | None) -> Decoder:
@@ -228,6 +217,5 @@ def _in_parts(x: Any, parts: int, sharding: Sharding | None):
     x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
     if sharding is None:
         return x
-    spec = sharding.rows.spec
-    return jax.lax.with_sharding_constraint(
-        x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(None, *spec)))
+    spec = jax.sharding.PartitionSpec(None, *sharding.rows.spec)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.NamedSharding(sharding.mesh, spec))

@@ -1,13 +1,13 @@
 """The memory of training on each device, before there is any device: the plan that `Sharding` makes, in bytes.
 
-Everything here follows from shapes alone (`jax.eval_shape`), so the plan of 70B parameters on 64
-devices takes a second on a laptop.
+It follows from shapes alone: the plan of 70B parameters on 64 devices takes a second on a laptop.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ class ParameterBytes:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    """The memory of each parameter. In bytes on each device: `gradients`, and `other`, optimiser state of none of them.
+    """The memory of each parameter, and of all: bytes on each device. `other` is optimiser state of no parameter.
 
     `undivided` are axes that stay whole because they do not divide, with the reason.
     """
@@ -51,12 +51,10 @@ class MemoryPlan:
 
     @property
     def weights(self) -> int:
-        """Bytes of weights on each device."""
         return sum(share.weights for share in self.shares)
 
     @property
     def optimizer(self) -> int:
-        """Bytes of optimiser state on each device."""
         return sum(share.optimizer for share in self.shares) + self.other
 
     def text(self) -> str:
@@ -83,26 +81,23 @@ def memory_plan(sharding: Sharding, optimizer: optax.GradientTransformation, *, 
     shapes = nnx.state(abstract_stacked(sharding.config), nnx.Param)
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32), shapes)
     own = partition(weights)[0] if trainable == HEADS else weights
-    state = jax.eval_shape(optimizer.init, own)
-    taken = {name: [0, 0, 0] for name in sharding.parameters}
-    other = 0
-    for kind, tree in enumerate((weights, state, own)):
-        shardings = jax.tree.leaves(sharding.shardings(tree))
-        for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(tree), shardings, strict=True):
-            size = math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-            name = sharding.parameter_at(path, leaf.shape)
-            if name:
-                taken[name][kind] += size
-            else:
-                other += size
-    return MemoryPlan(dict(sharding.mesh.shape), [_bytes_of(sharding, name, *taken[name][:2]) for name in taken],
-                sum(gradients for *_, gradients in taken.values()), other, sharding.undivided)
+    of_weights, of_state, of_gradients = (
+        _taken(sharding, tree) for tree in (weights, jax.eval_shape(optimizer.init, own), own))
+    shares = []
+    for name, (shape, spec) in sharding.parameters.items():
+        parts = math.prod(shape) // math.prod(NamedSharding(sharding.mesh, spec).shard_shape(shape))
+        shares.append(ParameterBytes(name, shape, spec, sharding.mesh.size // parts, of_weights[name], of_state[name]))
+    return MemoryPlan(dict(sharding.mesh.shape), shares, of_gradients.total(), of_state[None], sharding.undivided)
 
 
-def _bytes_of(sharding: Sharding, name: str, weights: int, optimizer: int) -> ParameterBytes:
-    shape, spec = sharding.parameters[name]
-    parts = math.prod(shape) // math.prod(NamedSharding(sharding.mesh, spec).shard_shape(shape))
-    return ParameterBytes(name, shape, spec, sharding.mesh.size // parts, weights, optimizer)
+def _taken(sharding: Sharding, tree) -> Counter[str | None]:
+    """Bytes of the arrays of each parameter, and under None of those of none."""
+    taken = Counter()
+    places = jax.tree.leaves(sharding.shardings(tree))
+    for (path, leaf), where in zip(jax.tree_util.tree_leaves_with_path(tree), places, strict=True):
+        name = sharding.parameter_at(path, leaf.shape)
+        taken[name] += math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return taken
 
 
 def _spell(spec: PartitionSpec, mesh: dict[str, int]) -> str:

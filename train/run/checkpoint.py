@@ -8,8 +8,8 @@ removes it. A checkpoint holds
 - the host state: what the loop holds besides, as JSON has it (data position, curricula);
 - the settings of the run and the versions it was made with.
 
-The folder lies on a disk or a mounted file system, as renaming has to be atomic. Several processes share one folder,
-call everything here together, and hold the same host state, which the first of them writes.
+The folder lies on a file system where renaming is atomic. Several processes share it, call everything here together,
+and hold the same host state.
 """
 
 from __future__ import annotations
@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError, SettingError
+from sled.io import first_line
 from sled.settings.rules import Whole
-from sled.train.run.named_arrays import checksums, mismatch, named, nested, rebuilt, targets
+from sled.train.run.named_arrays import checksums, mismatch, named, rebuilt, targets
 from sled.train.run.resume import Rule, check_resumable
 
 FORMAT = 3  # of what is written here; raised when another sled could not read it
@@ -75,14 +77,17 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partia
     about, saved = _metadata(at)
     wanted = named(like)
     held = _read(at, lambda: named(about.metadata["state"]["arrays"]))
-    parts = {_top(name) for name in (wanted if partial else held)}
-    stored = {name: leaf for name, leaf in held.items() if _top(name) in parts}
+    parts = {name.partition("/")[0] for name in (wanted if partial else held)}
+    stored = {name: leaf for name, leaf in held.items() if name.partition("/")[0] in parts}
     if different := mismatch(stored, wanted):
         raise CheckpointError(f"{at} holds the state of another model or optimiser: {different}; give the settings "
                               "it was made with, or another folder")
     abstract, whole = targets(wanted)
     sums = jax.ShapeDtypeStruct((len(held),), "uint32", sharding=whole)
-    loaded = _read(at, lambda: _load(at, {"arrays": nested(abstract), "checksums": sums}, partial))
+    context = ocp.Context()
+    context.pytree.loading.partial_load = partial
+    with context:
+        loaded = _read(at, lambda: ocp.load(at, {"arrays": unflatten_dict(abstract, sep="/"), "checksums": sums}))
     arrays = named(loaded["arrays"])
     found, expected = jax.device_get((checksums(arrays), loaded["checksums"]))
     expected = [total for name, total in zip(sorted(held), expected, strict=True) if name in arrays]
@@ -91,15 +96,8 @@ def load_checkpoint(folder: str | Path, like, step: int | None = None, *, partia
     return Restored(int(at.name), rebuilt(like, arrays), saved["host"], saved["settings"], saved["versions"])
 
 
-class Checkpoints:
-    """The checkpoints that a run writes to its folder; close it, or use it as a context manager.
-
-        with Checkpoints(folder, settings, save_every=500, may_change={"folder": anything}) as checkpoints:
-            if checkpoints.steps:
-                step, state, host, *_ = checkpoints.restore(state)
-            for step in range(step + 1, last + 1):
-                ...
-                checkpoints.save(step, state, host, force=step == last)
+class Checkpoints(contextlib.AbstractContextManager):
+    """The checkpoints that a run writes to its folder; a context manager.
 
     folder: made if missing; belongs to this run alone, and is cleaned of what a killed one left half-written.
     settings: all that decides what the run computes, as JSON has it.
@@ -157,11 +155,12 @@ class Checkpoints:
             raise SettingError(f"host is {host!r}, but would come back as {kept!r}; give only dicts with names as "
                                "keys, lists, numbers, strings, booleans and None")
         arrays = named(state)
-        about = {"format": FORMAT, "host": kept, "settings": self.settings, "versions": _versions()}
+        versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+        about = {"format": FORMAT, "host": kept, "settings": self.settings, "versions": versions}
+        saved = {"arrays": unflatten_dict(arrays, sep="/"), "checksums": checksums(arrays)}
         self._under_way = step
         with self._write_errors():
-            self._checkpointer.save_async(step, {"arrays": nested(arrays), "checksums": checksums(arrays)},
-                                          force=True, custom_metadata=about)
+            self._checkpointer.save_async(step, saved, force=True, custom_metadata=about)
         return True
 
     def wait(self) -> None:
@@ -181,9 +180,6 @@ class Checkpoints:
             self._checkpointer.close()
         finally:
             self._trash.shutdown()
-
-    def __enter__(self) -> Checkpoints:
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         self.close()
@@ -245,17 +241,6 @@ def _metadata(at: Path) -> tuple[Any, dict[str, Any]]:
     return about, saved
 
 
-def _top(name: str) -> str:
-    return name.partition("/")[0]
-
-
-def _load(at: Path, target, partial: bool):
-    context = ocp.Context()
-    context.pytree.loading.partial_load = partial
-    with context:
-        return ocp.load(at, target)
-
-
 def _read(at: Path, read):
     """Orbax and TensorStore raise many kinds of errors, bare Exception among them, for files that are damaged."""
     try:
@@ -272,11 +257,10 @@ def _damaged(at: Path, reason: str) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    """The first cause, in one line; TensorStore ends its messages with a page of its own settings."""
+    """The first cause, in one line."""
     while error.__cause__:
         error = error.__cause__
-    text = (str(error).partition(" [tensorstore_spec")[0].strip() or type(error).__name__).splitlines()[0]
-    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"
+    return first_line(error)
 
 
 def _as_json(name: str, value) -> Any:
@@ -285,7 +269,3 @@ def _as_json(name: str, value) -> Any:
     except (TypeError, ValueError) as error:
         raise SettingError(f"{name} cannot be written as JSON ({error}); give only dicts with names as keys, lists, "
                            "finite numbers, strings, booleans and None") from None
-
-
-def _versions() -> dict[str, str]:
-    return {package: importlib.metadata.version(package) for package in PACKAGES}

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -21,15 +22,15 @@ from matplotlib.colors import Normalize
 from tqdm import tqdm
 
 from sled.errors import CheckpointError, SettingError
-from sled.io import writable
+from sled.io import json_numbers, writable
 from sled.plots import grid, new_figure, save_figure, writable_picture
 
 HELD_OUT = "held_out"
 COLOURS = matplotlib.colormaps["viridis_r"]  # dark where the model is deep
 
 
-class Metrics:
-    """Appends a line per step to a JSON Lines file; close it, or use it as a context manager.
+class Metrics(contextlib.AbstractContextManager):
+    """Appends a line per step to a JSON Lines file; a context manager.
 
     path: the file. What it holds of steps after `resumed_from` is cut off, as is a last line that a kill tore, so the
     file goes on as if the run had never stopped and has each step once. 0 begins a run: all that is there goes.
@@ -72,9 +73,6 @@ class Metrics:
             if opened is not None:
                 opened.close()
 
-    def __enter__(self) -> Metrics:
-        return self
-
     def __exit__(self, kind, error, trace) -> None:
         self.close()
 
@@ -98,13 +96,10 @@ def progress_bar(steps: int, start: int) -> tqdm:
 
 
 def progress_line(values: Mapping[str, Any]) -> str:
-    """The text behind the bar: each number by its name, short, the last entry of a list (the last layer's).
-
-        bar.set_postfix_str(progress_line({"loss": 2.31, "held_out": [4.1, 2.4]}))
-    """
-    shown = {name: value[-1] if isinstance(value, list) and value else value
-             for name, value in ((name, _plain(value)) for name, value in values.items())}
-    return ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in shown.items())
+    """The text behind the bar: each number by its name, short, the last entry of a list (the last layer's)."""
+    shown = {name.replace("_", " "): _plain(value) for name, value in values.items()}
+    return ", ".join(f"{name} {_short(value[-1] if isinstance(value, list) and value else value)}"
+                     for name, value in shown.items())
 
 
 def draw(metrics: str | Path, path: str | Path) -> Path:
@@ -171,14 +166,7 @@ def _plain(value):
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         array = array.astype(np.float32)  # bfloat16 and the like; raises for what is no number
-    nested = array.tolist()
-    return nested if np.isfinite(array).all() else _spelled(nested)
-
-
-def _spelled(value):
-    if isinstance(value, list):
-        return [_spelled(entry) for entry in value]
-    return value if np.isfinite(value) else str(value)
+    return json_numbers(array.tolist())
 
 
 def _scalars(plain: Mapping[str, Any]):

@@ -29,18 +29,6 @@ def named(tree) -> dict[str, jax.Array]:
     return found
 
 
-def nested(arrays: Mapping[str, jax.Array]) -> dict:
-    """Dicts within dicts, one for each part of a name."""
-    tree: dict = {}
-    for name, array in arrays.items():
-        *parents, last = name.split("/")
-        at = tree
-        for parent in parents:
-            at = at.setdefault(parent, {})
-        at[last] = array
-    return tree
-
-
 def rebuilt(like, arrays: Mapping[str, jax.Array]):
     """The pytree of `like` with the arrays of these names; typed keys are keys again."""
     leaves, tree = jax.tree.flatten(like)

@@ -1,19 +1,11 @@
-"""Leaving in order when the machine is taken away: SIGTERM ends a run after its step, with a checkpoint.
-
-    with Preemption() as preemption, Checkpoints(...) as checkpoints:
-        for step in ...:
-            ...
-            stop = preemption.reached(step)
-            checkpoints.save(step, state, host, force=stop or step == last)
-            if stop:
-                checkpoints.wait()
-                leave(step, checkpoints.folder)
-"""
+"""Leaving in order when the machine is taken away: SIGTERM ends a run after its step, with a checkpoint."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,32 +15,23 @@ from jax.experimental.multihost_utils import reached_preemption_sync_point
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: it failed for now, and the same command may be given again
 
 
-class Preemption:
-    """While it is entered, SIGTERM does not kill but asks the run to stop.
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """While it is entered, SIGTERM does not kill but asks the run to stop: what it gives is true of a step after which
+    the run is to save and leave. Every process asks after every step.
 
     With several processes (after `jax.distributed.initialize`), JAX's own service takes the signal of any of them and
     lets all stop after the same step. Enter it in the main thread, as Python allows signal handlers only there.
     """
-
-    def __init__(self):
-        self._asked = False
-        self._alone = jax.process_count() == 1
-
-    def __enter__(self) -> Preemption:
-        if self._alone:
-            self._before = signal.signal(signal.SIGTERM, self._ask)
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
-
-    def reached(self, step: int) -> bool:
-        """True where the run is to save and leave after this step. Every process asks after every step."""
-        return self._asked if self._alone else reached_preemption_sync_point(step)
-
-    def _ask(self, number, frame) -> None:
-        self._asked = True
+    if jax.process_count() > 1:
+        yield reached_preemption_sync_point
+        return
+    signals = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: signals.append(number))
+    try:
+        yield lambda step: bool(signals)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def leave(step: int, folder: str | Path) -> NoReturn:

@@ -2,20 +2,19 @@
 
 Some may change within rules, such as the number of steps. A rule is a function of the value then, the value now and
 the step that the run has reached; it returns why they may not differ, or None.
-
-What is too large to be written down, such as data, stands as {"name": ..., "digest": ..., ...}: the digest decides,
-and the rest is for messages, how it came to be among it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from sled.errors import CheckpointError
+from sled.settings.describe import differences, in_words
 
 BLOCK = 4096  # steps whose rates are computed at once; always as many, so that nothing compiles twice
 Rule = Callable[[Any, Any, int], str | None]
@@ -58,13 +57,11 @@ def check_resumable(run: str, then: Mapping[str, Any], now: Mapping[str, Any], s
     follow: by the name of a setting those that differ when it does, and are then left unsaid.
     """
     wrong = {}
-    for name, before, after in _differences("", then, now):
+    for name, before, after in differences(then, now):
         rule = next((may_change[prefix] for prefix in _prefixes(name) if prefix in may_change), None)
         reason = rule(before, after, step) if rule else ""
         if reason is not None:
-            said = (f"{name} is {_shown(after)} as before, but holds something else" if before == after else
-                    f"{name} was {_shown(before)} and is {_shown(after)}")
-            wrong[name] = said + (f" ({reason})" if reason else "")
+            wrong[name] = in_words(name, before, after) + (f" ({reason})" if reason else "")
     causes = {prefix for name in wrong for prefix in _prefixes(name)}
     unsaid = {name for cause, names in (follow or {}).items() if cause in causes for name in names}
     if wrong:
@@ -73,32 +70,6 @@ def check_resumable(run: str, then: Mapping[str, Any], now: Mapping[str, Any], s
                               "with, or another folder for a new run")
 
 
-def _how(named: Mapping) -> dict[str, Any]:
-    return {key: value for key, value in named.items() if key not in ("name", "digest")}
-
-
-def _shown(value) -> str:
-    return repr(value["name"] if isinstance(value, Mapping) and "name" in value else value)
-
-
 def _prefixes(name: str) -> list[str]:
     """a.b.c, a.b and a."""
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-
-
-def _differences(prefix: str, then: Mapping, now: Mapping) -> Iterator[tuple[str, Any, Any]]:
-    """Each differing setting by its dotted name, with both values; None stands for one that is missing."""
-    for key in dict.fromkeys([*then, *now]):
-        before, after, name = then.get(key), now.get(key), f"{prefix}{key}"
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            if "digest" not in before and "digest" not in after:
-                yield from _differences(f"{name}.", before, after)
-            elif before.get("digest") != after.get("digest"):
-                alike = before.keys() == after.keys()
-                differing = list(_differences(f"{name}.", _how(before), _how(after))) if alike else []
-                if before["name"] != after["name"] or not differing:
-                    yield name, before["name"], after["name"]
-                yield from differing
-        elif before != after:
-            yield name, before, after
+    return [*itertools.accumulate(name.split("."), "{}.{}".format)][::-1]

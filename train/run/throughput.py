@@ -33,11 +33,8 @@ PEAKS = {
 class Flops(NamedTuple):
     """Arithmetic of training on one token, in FLOPs (a multiply-add is two), forward and backward."""
 
-    model: float
-    """6 N + 12 L N H T: what PaLM's formula counts for a model with one loss, at its last layer."""
-    exit: float
-    """The arithmetic that the loss of one earlier layer adds: another projection onto the vocabulary, 6 D V, after its
-    head if it has one."""
+    model: float  # 6 N + 12 L N H T: what PaLM's formula counts for a model with one loss, at its last layer
+    exit: float  # an earlier layer's loss: another projection onto the vocabulary, 6 D V, after its head if it has one
 
 
 def flops_per_token(config: DecoderConfig, parameters: int, heads: int, length: int) -> Flops:
@@ -66,12 +63,6 @@ def peak(device) -> float | None:
 
 class Throughput:
     """A meter of tokens per second.
-
-        throughput = Throughput(flops_per_token(config, parameters, heads, length))
-        ...
-        throughput.count(tokens)            # after each step
-        with throughput.paused(): ...       # evaluation
-        metrics.write(step, throughput.read(lambda: early_exits))
 
     flops: arithmetic per token, for the utilisation. devices: those that train (None: all).
     clock: seconds, ascending.
