@@ -1,6 +1,6 @@
 """Layer fusion: how the layers' hidden states become one distribution over the next token.
 
-`FUSIONS` registers the methods that the library has, by the command's words: `sled` and the command take them from there.
+`FUSIONS` registers the methods that the library has, by the command's words; `sled` and the command take them from it.
 """
 
 from sled.fusion.average import LayerAverage
