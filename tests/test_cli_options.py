@@ -10,6 +10,7 @@ import sled
 from sled.cli.derived import build, choice, derive, offer, settings_by_choice, settings_of
 from sled.cli.exit_options import POLICIES, SCHEDULES, ExitOptions
 from sled.cli.options import FUSIONS, SAMPLING, FusionOptions, SamplingOptions
+from sled.errors import SettingError
 from sled.settings.decorator import settings
 from sled.settings.field import declared, setting
 from sled.settings.rules import Flag, Number, OneOf, OrNone, Whole
@@ -66,15 +67,20 @@ def test_every_option_of_the_command_is_a_setting_with_a_help(of):
         assert declared(of.kind)[field].help, field
 
 
-@pytest.mark.parametrize(("kind", "arguments", "expected"), [
-    (FusionOptions, ["--fusion", "dola", "--layers", "high"], sled.DoLa(layers="high")),
-    (FusionOptions, ["--fusion", "sled", "--layers", "1", "3", "--norm-early", "True"],
-     sled.SLED(layers=(1, 3), norm_early=True)),
-    (FusionOptions, ["--fusion", "sled", "--layers", "blocks"], sled.SLED.preset("paper")),
-    (FusionOptions, ["--fusion", "clamp", "--lower-bound", "-5"], sled.ClampOnly(lower_bound=-5)),
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--fusion", "dola", "--layers", "high", "--lower-bound", "-2500"], sled.DoLa(layers="high", lower_bound=-2500)),
+    (["--fusion", "sled", "--layers", "1", "3", "--norm-early", "True"], sled.SLED(layers=(1, 3), norm_early=True)),
+    (["--fusion", "sled", "--layers", "blocks"], sled.SLED.preset("paper")),
+    (["--fusion", "sled", "--lower-bound", "-2500"], sled.SLED(lower_bound=-2500)),
+    (["--fusion", "clamp", "--lower-bound", "-5"], sled.ClampOnly(lower_bound=-5)),
 ])
-def test_fusions(kind, arguments, expected):
-    assert tyro.cli(kind, args=arguments).strategy() == expected
+def test_fusions(arguments, expected):
+    assert tyro.cli(FusionOptions, args=arguments).strategy() == expected
+
+
+def test_an_option_of_another_fusion_is_refused():
+    with pytest.raises(SettingError, match="--lower-bound has no meaning"):
+        FusionOptions(lower_bound=-2500.0).strategy()
 
 
 def test_exits_and_draws():

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from export_models import CONFIG, PROMPTS, random_decoder
+from export_folders import CONFIG, PROMPTS, random_decoder
 from flax import nnx
 from headed_models import stirred
 from safetensors.numpy import load_file

@@ -10,17 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tokenizers import normalizers
-from training_data import CONFIG, DEMO, ROWS, loader, one_epoch, tokens_of, write
+from training_data import CONFIG, DEMO, ROWS, one_epoch, tokens_of, write
 
 from sled.errors import DataError
 from sled.text.tokenizer import Tokenizer
 from sled.train.data.documents import default_cache
 from sled.train.data.packing import Layout
 
-
-@pytest.fixture
-def load(tmp_path):
-    return loader(tmp_path / "cache")
+pytest_plugins = ["training_data"]
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from training_data import CONFIG, END, ROWS, TEXT, documents_of, loader, one_epoch, tokens_of, write
+from training_data import CONFIG, END, ROWS, TEXT, documents_of, one_epoch, tokens_of, write
 
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, DownloadError, SettingError, TokenizerError
@@ -15,10 +15,7 @@ from sled.train.data.documents import tokenise
 from sled.train.data.packing import Layout
 from sled.train.data.sources import Source
 
-
-@pytest.fixture
-def load(tmp_path):
-    return loader(tmp_path / "cache")
+pytest_plugins = ["training_data"]
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl", "txt", "parquet", "arrow"])
