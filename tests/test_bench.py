@@ -14,6 +14,7 @@ from demo_toy import TWO, demo_toy
 import sled
 from sled.bench import decode, engine, exits, layers, solving
 from sled.bench.fusion import FINAL, FLOOR, TORCH, run_fusion_bench
+from sled.bench.loss import OURS, PLAIN, run_loss_bench
 from sled.bench.report import BenchReport, column
 from sled.demo.problems import problems, prompt
 from sled.errors import SettingError
@@ -32,7 +33,7 @@ def toy(monkeypatch):
 
 
 @pytest.mark.parametrize(("run", "settings", "says"), [
-    (run_fusion_bench, dict(rounds=0), "rounds is 0"),
+    (run_fusion_bench, dict(rounds=0), "rounds is 0"), (run_loss_bench, dict(rounds=0), "rounds is 0"),
     (exits.run_exits_bench, dict(problems=0), "at least 1"), (exits.run_exits_bench, dict(rounds=0), "at least 1"),
     (engine.run_engine_bench, dict(requests=0), "at least 1"), (engine.run_engine_bench, dict(slots=0), "at least 1"),
     (decode.run_decode_bench, dict(new_tokens=1024), "context"), (decode.run_decode_bench, dict(rounds=0), "at least"),
@@ -111,6 +112,16 @@ def test_the_port_is_the_released_algorithm():
         h_CD = torch.from_numpy(reference[f"gen{case}_logits"])
         out_V = torch_sled_logits(h_CD, torch.eye(h_CD.shape[-1]), float(rate), int(scale), float(bound))
         np.testing.assert_allclose(out_V.numpy(), reference[f"gen{case}_out"], atol=1e-5)
+
+
+# The loss
+
+def test_the_loss_is_measured_in_every_form():
+    report = run_loss_bench(vocabulary=300, width=8, exits=2, tokens=512, rounds=1, progress=False)
+    rows = {row.form: row for row in report.rows}
+    assert rows[PLAIN].over_plain == rows[PLAIN].memory_over_plain == 1 and len(rows) == 5
+    assert rows[OURS].best_s > 0 and rows[OURS].memory_mb > 0
+    assert "x floor" in report.markdown() and json.loads(report.json())["exits"] == 2
 
 
 # Decoding, exits, serving

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +87,10 @@ def test_an_error_leaves_nothing_behind(load, tmp_path):
 
 
 def test_who_asks_at_once_waits_for_the_first(load, encoded):
-    found, at_once = [], threading.Barrier(4)
-    ask = lambda: (at_once.wait(), found.append(load(ROWS).report))  # noqa: E731
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4 and len(encoded) == len(ROWS) and len(set(map(str, found))) == 1
+    at_once = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: at_once.wait() >= 0 and load(ROWS).report, range(4)))
+    assert len(encoded) == len(ROWS) and len(set(map(str, found))) == 1
 
 
 KILLED = """
@@ -106,20 +103,16 @@ from sled.train.data.sources import Source
 
 documents.TOGETHER = 2  # two examples are written, then comes a long wait
 
-def rows():
-    yield {"text": "Ash buys 0 toys."}
-    yield {"text": "Ben buys 1 toys."}
-    print("half", flush=True)
-    time.sleep(60)
-
 class Slow:
     def __iter__(self):
-        return rows()
+        yield {"text": "Ash buys 0 toys."}
+        yield {"text": "Ben buys 1 toys."}
+        print("half", flush=True)
+        time.sleep(60)
 
-source = Source(Slow())
 documents.Reading.digest = lambda self: "same"
 config = DecoderConfig("llama", 1000, 8, 8, 2, 2, 2, 4, 256, eos_ids=(0,))
-documents.tokenise(source, Tokenizer.from_folder(Path(sys.argv[1])), config, cache=sys.argv[2], progress=False)
+documents.tokenise(Source(Slow()), Tokenizer.from_folder(Path(sys.argv[1])), config, cache=sys.argv[2], progress=False)
 """
 
 

@@ -1,6 +1,9 @@
+"""What a run writes of itself: metrics, curves, pictures, throughput."""
+
 import json
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,23 +85,13 @@ def test_a_file_that_cannot_be_read_or_written(tmp_path):
 
 
 def test_tensorboard_gets_the_same_numbers(path, tmp_path, monkeypatch):
-    written, opened = [], []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            opened.append((folder, purge_step))
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-        def close(self):
-            opened.append("closed")
-
-    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
+    writer = Mock()
+    monkeypatch.setitem(sys.modules, "tensorboardX", Mock(SummaryWriter=writer))
     with Metrics(path, resumed_from=1, tensorboard=tmp_path) as metrics:
         metrics.write(2, {"loss": 1.5, "held_out": [3.0, 1.0], "name": "text"})
-    assert written == [("loss", 1.5, 2), ("held_out/1", 3.0, 2), ("held_out/2", 1.0, 2)]
-    assert opened == [(str(tmp_path), 2), "closed"]
+    assert writer.mock_calls == [
+        call(str(tmp_path), purge_step=2), call().add_scalar("loss", 1.5, 2), call().add_scalar("held_out/1", 3.0, 2),
+        call().add_scalar("held_out/2", 1.0, 2), call().close()]
 
 
 def test_tensorboardx_writes_its_file(path, tmp_path):
