@@ -1,10 +1,8 @@
-"""A model so small that it has nothing to tell, with one token per character, and tasks of the harness for it.
-
-A test module imports the fixtures that it takes: `model_fixture` is called tiny_model there, and so on.
-"""
+"""A plugin of pytest: a model so small that it has nothing to tell, one token a character, and tasks for it."""
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,8 +42,23 @@ def write_tokenizer(folder: Path, **config) -> None:
         clean_up_tokenization_spaces=False) | config))
 
 
-def write_tasks(folder: Path) -> Path:
-    """YAML files of `TASKS`, which read rows.jsonl beside them. JSON is YAML too."""
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_folder) -> Path:
+    """The folder of the model."""
+    path = shutil.copytree(tiny_folder("llama"), tmp_path_factory.mktemp("model") / "tiny")
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lm(tiny_model):
+    return sled.load(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory) -> Path:
+    """The folder of TASKS, as YAML files that read rows.jsonl beside them. JSON is YAML too."""
+    folder = tmp_path_factory.mktemp("tasks")
     rows = [dict(question=question, answer=str(7 * n)) for n, question in enumerate(QUESTIONS)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, task in TASKS.items():
@@ -54,36 +67,15 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session", name="tiny_model")
-def model_fixture(tmp_path_factory, tiny_folder):
-    """The folder of the model."""
-    path = tmp_path_factory.mktemp("model")
-    for file in tiny_folder("llama").iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
-    write_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="session", name="lm")
-def lm_fixture(tiny_model):
-    return sled.load(tiny_model)
-
-
-@pytest.fixture(scope="session", name="tiny_tasks")
-def tasks_fixture(tmp_path_factory):
-    """The folder of TASKS."""
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(name="no_listing")
-def listing_fixture(monkeypatch):
+@pytest.fixture
+def no_listing(monkeypatch):
     """The harness's own tasks take seconds to list."""
     manager = loading.TaskManager
     monkeypatch.setattr(loading, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))
     monkeypatch.setattr(logging.getLogger("lm_eval"), "level", logging.ERROR)
 
 
-def text_request(context, doc=0, repeats=1, **given):
-    """A request of the harness to go on from `context`."""
-    return Instance("generate_until", {}, (context, dict(until=["\n"], max_gen_toks=12) | given), 0,
+def text_request(question, doc=0, repeats=1, **given):
+    """A request of the harness to answer."""
+    return Instance("generate_until", {}, (f"q: {question}\na:", dict(until=["\n"], max_gen_toks=12) | given), 0,
                     ("t", doc, repeats))

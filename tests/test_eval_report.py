@@ -10,7 +10,6 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
 
 import lm_eval
-from harness_tasks import listing_fixture, lm_fixture, model_fixture, tasks_fixture  # noqa: F401
 
 import sled
 from sled import cli
@@ -23,6 +22,7 @@ from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.run import evaluate
 from sled.io import written_whole
 
+pytest_plugins = ["harness_tasks"]
 pytestmark = pytest.mark.usefixtures("no_listing")
 BASE, OTHER = np.arange(80) % 3 > 0, np.arange(80) % 4 > 0
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
 
 import lm_eval
-from harness_tasks import QUESTIONS, TASKS, listing_fixture, tasks_fixture  # noqa: F401
+from harness_tasks import QUESTIONS, TASKS
 from lm_eval.api.model import LM as HarnessModel
 
 from sled.demo.problems import problems
@@ -15,6 +15,7 @@ from sled.errors import DataError, EvaluationError, SettingError
 from sled.eval.harness.tasks import load_tasks
 from sled.eval.report.scores import TaskResult
 
+pytest_plugins = ["harness_tasks"]
 pytestmark = pytest.mark.usefixtures("no_listing")
 
 
