@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from training_runs import MESHES, CountedFile, remember_programs
+from training_runs import ASKED, MESHES, counted_open, remember_programs
 
 import sled.models.stored
 from sled.errors import SettingError
@@ -57,9 +57,9 @@ def check_place(prepared, weights):
 
 def losses_on(mesh):
     """Losses of all steps; with notes of what was read, what each device holds, and what the compiled step does."""
-    CountedFile.asked.clear()
+    ASKED.clear()
     prepared, state = prepared_on(mesh)
-    notes["asked"][mesh] = list(CountedFile.asked)
+    notes["asked"][mesh] = list(ASKED)
     check_place(prepared, state.weights)
     if mesh in ("alone", "all"):
         save_folder(nnx.merge(prepared.graph, state.weights), out / "saved" / mesh, max_shard_bytes=20_000)
@@ -150,9 +150,7 @@ def checkpoint_on_meshes(folder):
         return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
 
     def same(one, other):
-        assert one.keys() == other.keys()
-        for name in one:
-            np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]), err_msg=name)
+        jax.tree.map(np.testing.assert_array_equal, named(one), named(other))
 
     with Checkpoints(folder, {}, save_every=1) as checkpoints:
         placed = jax.device_put({name: state[name] for name in specs}, spread((4, 2), specs))
@@ -165,12 +163,12 @@ def checkpoint_on_meshes(folder):
             assert restored[name].sharding.is_equivalent_to(sharding, restored[name].ndim), (name, restored[name])
         assert len(restored["step"].sharding.device_set) == 8  # it was never placed: whole on each device
         jax.jit(lambda state: state)(restored)
-        same(named(restored), named(state))
-    same(named(load_checkpoint(folder, jax.eval_shape(lambda: state)).state), named(state))
+        same(restored, state)
+    same(load_checkpoint(folder, jax.eval_shape(lambda: state)).state, state)
 
 
 checkpoint_on_meshes(out / "checkpoints")
-sled.models.stored.safe_open = CountedFile
+sled.models.stored.safe_open = counted_open
 weights = {mesh: losses_on(mesh) for mesh in MESHES}
 for mesh in MESHES:
     jax.tree.map(np.testing.assert_array_equal, weights[mesh], weights["alone"])

@@ -3,7 +3,6 @@
 import copy
 import csv
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
@@ -25,7 +24,11 @@ from sled.eval.sweep import sweep as sweeping
 from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.sweep import sweep
 from sled.exits import Policy
+from sled.exits.policy import Exits
 from sled.results import Output, Stats
+from sled.settings.decorator import settings
+from sled.settings.field import setting
+from sled.settings.rules import Number
 from sled.timing import Times
 
 # Five, as many as in no other test of the toy: programs that others compiled would not count as this one's.
@@ -78,14 +81,12 @@ def test_grids_go_from_safe_to_risky_and_name_what_is_swept():
     assert [each.threshold for each in exits] == [0.9, 0.5] * 4 and exits[-1].layers == (2, 4)
     assert exits[-1].kv == "propagate" and exits[-1].measure == "max_probability"
     assert [m.decoding.exits.draft for m in grid.self_speculation([2, 1], [4, 2])] == [2, 4, 2, 4]
-    settings = grid.sled_settings([1, 2], [5, 10])
-    assert [(m.decoding.fusion.rate, m.decoding.fusion.scale) for m in settings] == [(1, 5), (1, 10), (2, 5), (2, 10)]
-    assert len({m.name for m in (*methods, *settings)}) == 12 and not any(m.leaves_early for m in settings)
+    fused = grid.sled_settings([1, 2], [5, 10])
+    assert [(m.decoding.fusion.rate, m.decoding.fusion.scale) for m in fused] == [(1, 5), (1, 10), (2, 5), (2, 10)]
+    assert len({m.name for m in (*methods, *fused)}) == 12 and not any(m.leaves_early for m in fused)
     assert grid.no_exit(sled.DoLa()).name == "DoLa, no exit"
     assert grid.usual_layers(8) == (1, 2, 4, 6) and grid.usual_layers(32) == (4, 8, 16, 24)
     assert grid.usual_layers(2) == (1,) and grid.usual_layers(1) == ()
-    with pytest.raises(SettingError, match="threshold"):
-        grid.early_exits([1], [40.0])
 
 
 def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path):
@@ -127,20 +128,15 @@ def test_fusions_are_compared_with_plain_decoding_and_exits_with_their_own_fusio
     assert only.choice() == (None, ()) and "none is chosen" in only.markdown()
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["nerve"], meta_fields=["every"])
-@dataclasses.dataclass(frozen=True)
+@settings
 class Own(Policy):
     """A policy that this package does not know."""
 
-    every: tuple[int, ...]
-    nerve: float
-    verifies, propagates, schedule, window, positions_per_token = False, False, sled.Immediate(), 9, 1
+    every: tuple[int, ...] = setting(Exits(), help="layers")
+    nerve: float = setting(Number(hint="any will do"), help="nerve")
 
     def exits(self, num_layers):
         return (*self.every, num_layers)
-
-    def prepare(self, network):
-        return None
 
     def at_exit(self, view):
         raise NotImplementedError
@@ -152,8 +148,8 @@ def test_a_policy_of_ones_own_is_swept_by_its_settings(scripted, tmp_path):
     assert [row.layers for row in swept.rows] == ["", "1", "1", "1 2", "1 2"] and not swept.rows[1].verifies
     again = run(scripted, tmp_path, methods)
     assert again.rows == swept.rows
-    kind, *settings = again.rows[4].settings.items()
-    assert kind[1].endswith("Own") and settings == [("every", [1, 2]), ("nerve", 0.1)]
+    kind, *values = again.rows[4].settings.items()
+    assert kind[1].endswith("Own") and values == [("every", [1, 2]), ("nerve", 0.1)]
     assert draw_sweep(swept, tmp_path / "own.svg").stat().st_size > 5000
     drafts = [dataclasses.replace(row, verifies=bool(row.layers)) for row in swept.rows]
     assert draw_sweep(dataclasses.replace(swept, rows=tuple(drafts)), tmp_path / "own.svg").exists()
@@ -219,14 +215,13 @@ def test_the_fastest_certified_setting(scripted, tmp_path):
     (EARLY, dict(questions=[]), r"questions is \[\], which is no Questions; give what demo_questions"),
     (EARLY, dict(lm="demo"), "lm is 'demo', but must be an instance, .* give what sled.load returns"),
     (EARLY, dict(max_new_tokens=1000), "holds 512 tokens, and question 1 of sums takes 11 .* ask for at most 501 "),
-    (grid.early_exits([3], [0.5]), {}, "no early exit of a model"),
     ([Method("m", exits=sled.EarlyExit(1)), Method("m", exits=sled.EarlyExit(2))], {}, "two methods are called 'm'"),
     ([Method("a\nb")], {}, "no single line"),
     ([*EARLY, *grid.early_exits([1], [0.5], fusion=sled.SLED())], {}, "several fusions"),
     (EARLY, dict(rounds=0), "rounds is 0"), (EARLY, dict(batch_size=0), "batch_size is 0"),
     (EARLY, dict(delta=0), "must be a number in"), (EARLY, dict(epsilon=1), "must be a number in"),
     (EARLY, dict(folder="/proc/none"), "folder is '/proc/none', which cannot be written to"),
-], ids=range(14))
+], ids=range(13))
 def test_what_cannot_be_swept(scripted, tmp_path, methods, how, says):
     with pytest.raises(SettingError, match=says):
         run(**{"lm": scripted, "folder": tmp_path, "methods": methods, **how})
@@ -256,16 +251,13 @@ def test_questions_from_a_file(tmp_path):
         read_questions(path, prompt="s", answer="q")
     path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": 0.00001}\n')
     assert read_questions(path, prompt="q", answer="a").answers == (1, Fraction(1, 100_000))
-    for value, said in (("3/4", "3/4"), ("s\n#### 1 or 2", "1 or 2"), ("1 000", "1 000"), ("a half?", r"a half\?")):
-        path.write_text("".join(json.dumps({"q": "q?", "a": each}) + "\n" for each in (1, value)))
-        with pytest.raises(DataError, match=f"example 2, has the answer '{said}', .*give one such as 54, .* 1e-5"):
-            read_questions(path, prompt="q", answer="a")
+    path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": "s\\n#### 1 or 2"}\n')
+    with pytest.raises(DataError, match=r"example 2, has the answer '1 or 2', .*give one such as 54, .* 1e-5"):
+        read_questions(path, prompt="q", answer="a")
 
 
 def test_questions_are_checked():
     assert demo_questions(3).prompts[0].startswith("Question: ") and len(demo_questions(3).answers) == 3
-    with pytest.raises(SettingError, match="count is 0"):
-        demo_questions(0)
     with pytest.raises(SettingError, match="2 prompts and 1 answers"):
         Questions(("a", "b"), (1,), "x")
 

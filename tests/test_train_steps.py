@@ -266,7 +266,6 @@ def test_recipes_by_name():
 
 
 @pytest.mark.parametrize("call, words", [
-    (lambda: named("nothing"), "recipe is 'nothing'.*plain"),
     (lambda: named("plain", rates=1), "no rates; it has"),
     (lambda: named("plain", learning_rate=0), "learning_rate is 0"),
     (lambda: named("plain", optimizer="sgd"), "optimizer is 'sgd'.*'adamw', 'muon'"),

@@ -252,57 +252,50 @@ def test_exit_heads_are_tuned_and_exported_and_nothing_else_moves(runs, uninterr
     assert sled.load(folder).config.exit_heads.layers == (1, 2)
 
 
-def test_options_of_layer_dropout():
-    recipe = RecipeOptions("finetune", layer_dropout=0.2, drop="fixed").made()
-    assert recipe.dropout == layerskip(0.2, strategy=FixedRows())
-    assert RecipeOptions("plain", layer_dropout=0.3).made().dropout == layerskip(0.3)
-    assert RecipeOptions("finetune", layer_dropout=0.0).made().dropout is None
-
-
-def run_of(tmp_path, data, **changes):
-    recipe = {"steps": 4, "batch": 2, "context": 32} | changes.pop("recipe", {})
-    return TrainingRun(**{**dict(folder=tmp_path / "run", model=NewModel(layers=2, width=8, heads=2), source=Source(
-        data / "train.jsonl"), recipe=named("plain", **recipe)), **changes})
-
-
-def test_exits_of_ones_own_are_weighted_as_the_recipe_does():
-    assert RecipeOptions("finetune", exit_layers=(2, 4)).made().exits == WeightedExits(LayerSkipWeights(1.0),
-                                                                                 AllExits((2, 4)))
-    assert RecipeOptions("plain", exit_layers=(3,)).made().exits == WeightedExits(UniformWeights(), AllExits((3,)))
-    assert RecipeOptions("finetune").made().exits.curriculum == Rotational(16)
+def test_options_change_the_recipe():
+    made = lambda *recipe, **changes: RecipeOptions(*recipe, **changes).made()  # noqa: E731
+    assert made("finetune", layer_dropout=0.2, drop="fixed").dropout == layerskip(0.2, strategy=FixedRows())
+    assert made("plain", layer_dropout=0.3).dropout == layerskip(0.3)
+    assert made("finetune", layer_dropout=0.0).dropout is None
+    own = made("finetune", exit_layers=(2, 4)).exits  # weighted as the recipe does
+    assert own == WeightedExits(LayerSkipWeights(1.0), AllExits((2, 4)))
+    assert made("plain", exit_layers=(3,)).exits == WeightedExits(UniformWeights(), AllExits((3,)))
+    assert made("finetune").exits.curriculum == Rotational(16)
     with pytest.raises(SettingError, match="names layer 1, which learns nothing with --recipe finetune"):
-        RecipeOptions("finetune", exit_layers=(1, 2)).made()
+        made("finetune", exit_layers=(1, 2))
 
 
-def test_a_run_that_is_ended_saves_no_weights_that_are_not_finite(tmp_path, data, monkeypatch, capsys):
-    monkeypatch.setattr(Preemption, "reached", lambda self, step: step == 4)
+def run_of(tmp_path, data, recipe=None, **changes):
+    """A short run of a small model; `recipe` and `changes`: of its recipe, and of the rest."""
+    recipe = named("plain", **{"steps": 4, "batch": 2, "context": 32, **(recipe or {})})
+    model, source = NewModel(layers=2, width=8, heads=2), Source(data / "train.jsonl")
+    return TrainingRun(**{"folder": tmp_path / "run", "model": model, "source": source, "recipe": recipe, **changes})
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(ended, tmp_path, data, monkeypatch, capsys):
+    """At the step at which SIGTERM came, and where it is to be logged."""
+    every = 1000 if ended else 1
+    monkeypatch.setattr(Preemption, "reached", lambda self, step: ended and step == 4)
     exits = WeightedExits(LayerSkipWeights(), AllExits())  # of 2 layers: the first counts nothing
-    recipe = dict(steps=8, learning_rate=1e38, warmup=8, exits=exits)
-    run = run_of(tmp_path, data, recipe=recipe, save_every=1000, log_every=1000)
-    with pytest.raises(TrainingError, match=r"step 4 has loss .*nan"):
+    run = run_of(tmp_path, data, dict(steps=8, learning_rate=1e38, warmup=8, exits=exits), save_every=every,
+                 log_every=every)
+    with pytest.raises(TrainingError, match=r"step \d has loss .* norm (nan|inf); .* a lower learning rate than 1e\+38"
+                       ) as error:
         train(run)
-    assert complete_steps(tmp_path / "run" / "checkpoints") == []
+    reached = int(re.search(r"step (\d+) has loss", str(error.value))[1])
+    assert (reached == 4 or not ended) and latest(tmp_path / "run" / "checkpoints") < (1 if ended else reached)
+    assert not (tmp_path / "run" / "model").exists()
     said = capsys.readouterr().err
     assert "recipe: Recipe(steps=8, batch=2" in said and "warning: no early exit learns with this recipe" in said
     assert "the learning rate rises over 8 steps, but the run has 8; give a shorter warm-up" in said
     assert re.search(r"the tokenizer has \d+ tokens, not 1000: the data gives no more", said)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(runs, tmp_path):
-    said = runs.refuses(tmp_path, learning_rate=1e38, warmup=0)
-    assert re.search(r"TrainingError: step \d has loss .* norm (nan|inf); .* a lower learning rate than 1e\+38", said)
-    assert not (tmp_path / "model").exists() and latest(tmp_path / "checkpoints") < ended_at(said)
-
-
-def ended_at(said: str) -> int:
-    """The step at which a run says that it ended."""
-    return int(re.search(r"step (\d+) has loss", said)[1])
-
-
 def test_a_new_model_takes_a_tokenizer_that_there_is(tmp_path, data):
     form = Path(sled.__file__).parent / "demo" / "model"
     model = NewModel(layers=2, width=8, heads=2, tokenizer=form)
-    folder = train(run_of(tmp_path, data, model=model, recipe=dict(steps=1, warmup=0)))
+    folder = train(run_of(tmp_path, data, dict(steps=1, warmup=0), model=model))
     lm = sled.load(folder)
     assert lm.config.vocab_size == sled.load("demo").config.vocab_size
     assert lm.text.digest == sled.load("demo").text.digest
@@ -330,32 +323,26 @@ def empty(tmp_path):
      "names 9, but the exits of this model are 1 to 2"),
     (dict(heads=3), SettingError, "heads is 3"),
     (dict(model=NewModel(positions=16)), SettingError, "positions is 16, but rows of training have 32"),
-    (dict(recipe=3), SettingError, "recipe is 3"),
-    (dict(model="/nowhere"), CheckpointError, "'/nowhere' is not a folder"),
 ])
 def test_bad_input_is_refused_by_name(changes, error, words, tmp_path, data, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
     changes = {name: value(tmp_path) if callable(value) else value for name, value in changes.items()}
-    if changes.get("recipe") == 3:
-        with pytest.raises(error, match=words):
-            TrainingRun(tmp_path, "demo", Source(data / "train.jsonl"), 3)
-        return
     with pytest.raises(error, match=words):
         train(run_of(tmp_path, data, **changes))
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_no_run_is_not_exported(tmp_path, uninterrupted):
+def test_what_is_no_run_and_no_recipe(tmp_path):
     with pytest.raises(CheckpointError, match="no folder of a training run"):
         read_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 99; it holds"):
-        read_checkpoint(uninterrupted, 99)
+    with pytest.raises(SettingError, match="recipe is 3"):
+        TrainingRun(tmp_path, "demo", Source([]), 3)
 
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "--data is missing"),
     (["--data", "demo", "--layers", "3"], "--layers describes a new model, but --model is demo"),
-    (["--data", "demo", "--recipe", "nothing"], "recipe is 'nothing'"),
+    (["--data", "demo", "--recipe", "nothing"], "recipe is 'nothing', which is unknown; choose one of"),
     (["--data", "demo", "--tensor", "3"], "Mesh"),
     (["--data", "demo", "--recipe", "plain", "--drop", "fixed"], "--drop fixed was given, but no layer is dropped"),
     (["--data", "demo", "--head-kind", "mlp"], "--head-kind was given without --exit-heads"),

@@ -6,13 +6,14 @@
 DATA is a folder with train.jsonl and held_out.jsonl, FOLDER one with a model.
 """
 
+import contextlib
 import dataclasses
 import json
-import math
 import os
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import safetensors
@@ -80,26 +81,14 @@ def remember_programs(data) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-class CountedFile:
-    """A safetensors file that notes in `asked` the name and number of elements of everything read from it."""
+ASKED = []  # the name and the number of elements of everything that was read through `counted_open`
 
-    asked: list = []  # noqa: RUF012
 
-    def __init__(self, path, framework):
-        self.file = safetensors.safe_open(path, framework=framework)
-
-    def __enter__(self):
-        self.file.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.file.__exit__(*error)
-
-    def keys(self):
-        return self.file.keys()
-
-    def get_slice(self, name):
-        return CountedSlice(name, self.file.get_slice(name))
+@contextlib.contextmanager
+def counted_open(path, framework):
+    """In place of `safe_open`."""
+    with safetensors.safe_open(path, framework=framework) as file:
+        yield SimpleNamespace(keys=file.keys, get_slice=lambda name: CountedSlice(name, file.get_slice(name)))
 
 
 class CountedSlice:
@@ -108,19 +97,19 @@ class CountedSlice:
 
     def __getitem__(self, index):
         part = self.read(index)
-        CountedFile.asked.append((self.name, math.prod(part.shape)))
+        ASKED.append((self.name, part.size))
         return part
 
 
 def in_two_processes(data, address, index, folder, out) -> None:
     said = initialize(Processes(coordinator=address, count=2, index=int(index)))
     remember_programs(data)
-    sled.models.stored.safe_open = CountedFile
+    sled.models.stored.safe_open = counted_open
     decoder = load_onto(folder, Mesh().build())
     save_folder(decoder, Path(out) / "model")
     rows = Sharding(decoder.config, Mesh().build()).local_rows(8)
     notes = {"said": said, "devices": jax.device_count(), "rows": [rows.start, rows.stop],
-             "asked": sum(count for _, count in CountedFile.asked),
+             "asked": sum(count for _, count in ASKED),
              "saved": (Path(out) / "model" / "config.json").exists()}
     (Path(out) / f"process{index}.json").write_text(json.dumps(notes))
     own = Path(out) / f"data{index}"
