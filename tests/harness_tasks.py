@@ -29,6 +29,12 @@ TASKS = {
 }
 
 
+def write_rows(path: Path, rows) -> Path:
+    """JSON Lines; a row that is a text stands as it is."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
 def write_tokenizer(folder: Path, **config) -> None:
     """tokenizer.json, which begins texts with <s>, and tokenizer_config.json with these fields besides."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
@@ -59,8 +65,7 @@ def lm(tiny_model):
 def tiny_tasks(tmp_path_factory) -> Path:
     """The folder of TASKS, as YAML files that read rows.jsonl beside them. JSON is YAML too."""
     folder = tmp_path_factory.mktemp("tasks")
-    rows = [dict(question=question, answer=str(7 * n)) for n, question in enumerate(QUESTIONS)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "rows.jsonl", (dict(question=q, answer=str(7 * n)) for n, q in enumerate(QUESTIONS)))
     for name, task in TASKS.items():
         data = dict(dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(folder / "rows.jsonl"))))
         (folder / f"{name}.yaml").write_text(json.dumps(dict(task=name, test_split="test", **data, **task)))

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
 
 import lm_eval
+from harness_tasks import write_rows
 
 import sled
 from sled import cli
@@ -75,10 +76,9 @@ def test_a_task_that_keeps_to_no_examples_says_so(lm, capsys):
 
 def test_every_method_sees_the_same_examples(lm, tiny_tasks, tmp_path):
     """Examples are drawn at random: the second method finds all answers of the first only if its prompts are alike."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": f"w {n}", "answer": str(n)}) + "\n"
-                                                 for n in range(8)))
+    data = write_rows(tmp_path / "rows.jsonl", ({"question": f"w {n}", "answer": str(n)} for n in range(8)))
     report = evaluate(lm, "tiny_text", [Method("one"), Method("two")], include_path=[tiny_tasks], num_fewshot=2,
-                      data=tmp_path / "rows.jsonl", max_new_tokens=4, batch_size=8, progress=False)
+                      data=data, max_new_tokens=4, batch_size=8, progress=False)
     one, two = (method["counts"] for method in report.methods)
     assert one["computed"] == 8 and two["computed"] == 0 and not any(m["verifies"] for m in report.methods)
     assert report.tasks["one"][0].documents() == report.tasks["two"][0].documents()
