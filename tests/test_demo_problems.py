@@ -101,10 +101,7 @@ def test_an_unknown_split_and_a_count_below_one_are_refused(split, count, says):
 def test_problems_are_short_in_the_bundled_tokens(everything, tokenizer):
     texts = [f"{prompt(p.question)} {p.solution}" for p in everything]
     assert max(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) < 100
-
-
-def test_bundled_tokenizer_has_one_token_a_digit(tokenizer):
-    assert tokenizer.encode("120*3=360").tokens == list("120*3=360")
+    assert tokenizer.encode("120*3=360").tokens == list("120*3=360")  # one a digit
 
 
 @given(text=st.text())

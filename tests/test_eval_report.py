@@ -49,11 +49,6 @@ def test_the_command_calls_a_method_by_its_options(given, name):
     assert Eval(tasks=("sled_demo",), **given)._name() == name
 
 
-def test_a_model_is_no_name():
-    with pytest.raises(SettingError, match=r"lm is 'demo', but must be an instance, .* give what sled\.load returns"):
-        evaluate("demo", "sled_demo", [Method("greedy")])
-
-
 def test_baselines_are_plain_decoding_and_the_clamp():
     method = Method("mine", fusion=sled.SLED(rate=3.0, scale=20, lower_bound=-500.0), exits=sled.SelfSpeculation(2))
     assert [(b.name, b.decoding.fusion, b.leaves_early) for b in baselines(method)] == [
@@ -62,6 +57,8 @@ def test_baselines_are_plain_decoding_and_the_clamp():
     assert baselines(Method("g")) == ()
     with pytest.raises(SettingError, match="fusion is 'sled'"):
         Method("x", fusion="sled")
+    with pytest.raises(SettingError, match=r"lm is 'demo', but must be an instance, .* give what sled\.load returns"):
+        evaluate("demo", "sled_demo", [method])
 
 
 def test_a_task_that_keeps_to_no_examples_says_so(lm, capsys):
@@ -149,6 +146,8 @@ def test_a_report_whose_writing_was_killed_does_not_bar_its_folder(tmp_path):
     with written_whole(tmp_path / "report.json") as beside:
         beside.touch()
         report_folder("out", tmp_path)
+
+
 def report_of(scores, methods=()):
     model = dict(name="m", weights="0" * 64, dtype="float32", layers=2)
     return EvaluationReport(tasks={"base": []}, scores=scores, methods=list(methods), settings={}, versions={},

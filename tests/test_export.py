@@ -36,6 +36,7 @@ def test_orbax_to_hugging_face_to_orbax_is_identical(decoder, tmp_path):
     assert read.embedding.weight.dtype == "bfloat16"
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (second, given))
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert same(load_orbax(save_orbax(decoder.stack(), tmp_path / "stacked")), decoder)
 
 
 def test_orbax_folders_hold_exit_heads_and_their_tokenizer_and_load(headed_folder, tmp_path):
@@ -43,10 +44,6 @@ def test_orbax_folders_hold_exit_heads_and_their_tokenizer_and_load(headed_folde
     assert same(load_orbax(tmp_path / "headed"), load_folder(headed_folder))
     ours, theirs = sled.load(tmp_path / "headed", dtype="bfloat16"), sled.load(headed_folder, dtype="bfloat16")
     assert digest_of_weights(ours.params) == digest_of_weights(theirs.params) and ours.text.digest == theirs.text.digest
-
-
-def test_a_stacked_decoder_is_saved_as_its_separate_form(decoder, tmp_path):
-    assert same(load_orbax(save_orbax(decoder.stack(), tmp_path / "saved")), decoder)
 
 
 def test_orbax_folders_that_do_not_fit_are_refused(decoder, tmp_path):

@@ -132,13 +132,8 @@ def test_only_the_exits_states_are_handed_out(split):
 @pytest.mark.parametrize(("options", "says"), [
     (dict(exits=()), r"exits is \(\)"), (dict(exits=(0, 2)), "within 1..4"), (dict(exits=(2, 5)), "within 1..4"),
     (dict(exits=(3, 1)), "strictly ascending"), (dict(exits=(2, 2)), "strictly ascending"),
-    (dict(exits=(1,), remat="some"), "remat is 'some'"),
+    (dict(exits=(1,), remat="some"), "remat is 'some'"), (dict(exits=(1,)), r"model.stack\(\)"),  # the separate form
 ])
-def test_impossible_passes_are_refused(split, options, says):
+def test_impossible_passes_are_refused(model, options, says):
     with pytest.raises(SettingError, match=says):
-        exit_states(nnx.merge(*split), TOKENS_BT, **options)
-
-
-def test_the_separate_form_is_refused(model):
-    with pytest.raises(SettingError, match=r"model.stack\(\)"):
-        exit_states(model, TOKENS_BT, (1,))
+        exit_states(model if "stack" in says else model.stack(), TOKENS_BT, **options)
