@@ -53,7 +53,7 @@ class Forks:
 
     def start(self, call: str, **arguments) -> int:
         """The number of the process."""
-        self.server.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
+        self.server.stdin.write(json.dumps({"call": call, **arguments}, default=str) + "\n")
         self.server.stdin.flush()
         self.running = int(self.server.stdout.readline())
         return self.running

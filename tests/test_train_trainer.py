@@ -34,26 +34,6 @@ PROGRAM = Path(__file__).parent / "training_runs.py"
 STEPS = 30
 
 
-class Runs(Forks):
-    """Runs of tests/training_runs.py."""
-
-    def __init__(self, data: Path):
-        super().__init__(data / "errors.txt", [PROGRAM, "serve", data],
-                         on_devices(1, XDG_CACHE_HOME=str(data / "cache")))
-        self.data = str(data)
-
-    def begin(self, folder: Path, **changes) -> int:
-        return self.start("train", folder=str(folder), data=self.data, **changes)
-
-    def train(self, folder: Path, **changes) -> Path:
-        """A run from its beginning, or from its last checkpoint, to its end."""
-        self.whole("train", folder=str(folder), data=self.data, **changes)
-        return folder
-
-    def refuses(self, folder: Path, **changes) -> str:
-        return self.refused("train", folder=str(folder), data=self.data, **changes)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
@@ -65,14 +45,16 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(data):
-    runs = Runs(data)
+    runs = Forks(data / "errors.txt", [PROGRAM, "serve", data], on_devices(1, XDG_CACHE_HOME=str(data / "cache")))
     yield runs
     runs.stop()
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(runs, tmp_path_factory) -> Path:
-    return runs.train(tmp_path_factory.mktemp("uninterrupted"))
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    runs.whole("train", folder=folder)
+    return folder
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -99,7 +81,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, unin
     dice, torn = random.Random(kills), 0
     for kill in range(kills):
         left, reached = half_written(tmp_path / "checkpoints"), latest(tmp_path / "checkpoints")
-        pid = runs.begin(tmp_path)
+        pid = runs.start("train", folder=tmp_path)
         if kill % 2:
             until(lambda: latest(tmp_path / "checkpoints") > reached)  # noqa: B023
             until(lambda: half_written(tmp_path / "checkpoints") - left)  # noqa: B023
@@ -111,12 +93,13 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, unin
         assert reached <= latest(tmp_path / "checkpoints") < STEPS
         torn += bool(half_written(tmp_path / "checkpoints") - left)
     assert torn >= kills // 3
-    check_same_end(runs.train(tmp_path), uninterrupted)
+    runs.whole("train", folder=tmp_path)
+    check_same_end(tmp_path, uninterrupted)
     assert not half_written(tmp_path / "checkpoints")
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):
-    pid = runs.begin(tmp_path, save_every=1000)
+    pid = runs.start("train", folder=tmp_path, save_every=1000)
     until(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").stat().st_size)
     os.kill(pid, signal.SIGTERM)
     assert runs.ended() == EXIT_CODE
@@ -127,7 +110,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_pat
     exported(tmp_path, tmp_path / "early")
     expected = exported(uninterrupted, tmp_path / "expected", stopped)
     assert (tmp_path / "early" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    runs.train(tmp_path, save_every=1000)
+    runs.whole("train", folder=tmp_path, save_every=1000)
     ours, others = metrics_of(tmp_path), metrics_of(uninterrupted)
     assert [line["loss"] for line in ours] == [line["loss"] for line in others]
 
@@ -152,9 +135,10 @@ def test_what_a_run_ends_with_is_a_model_with_its_tokenizer(uninterrupted, tmp_p
 
 @pytest.mark.exhaustive
 def test_more_steps_within_the_constant_part_end_as_if_asked_for_at_once(runs, uninterrupted, tmp_path):
-    runs.train(tmp_path, steps=12)
+    runs.whole("train", folder=tmp_path, steps=12)
     first = (tmp_path / "model" / "model.safetensors").read_bytes()
-    check_same_end(runs.train(tmp_path), uninterrupted)
+    runs.whole("train", folder=tmp_path)
+    check_same_end(tmp_path, uninterrupted)
     folder = exported(tmp_path, tmp_path / "exported", 12)
     assert (folder / "model.safetensors").read_bytes() == first
 
@@ -167,7 +151,7 @@ def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, unin
                            ({"optimizer": "muon"}, "recipe.optimizer was 'adamw' and is 'muon'"),
                            ({"context": 60}, "settings: recipe.context was 64 and is 60. Give"),
                            ({"accumulate": 2}, "recipe.accumulate was 1 and is 2")):
-        said = runs.refuses(uninterrupted, **changes)
+        said = runs.refused("train", folder=uninterrupted, **changes)
         assert "CheckpointError" in said and words in said, said
     assert {path: path.read_bytes() for path in (uninterrupted / "model_config").iterdir()} == form
 
@@ -178,7 +162,7 @@ def two(data, runs, tiny_folder, tmp_path_factory):
     out, address = tmp_path_factory.mktemp("two"), free_address()
     run_together([(on_devices(1, XDG_CACHE_HOME=str(data / "cache")),
                    [PROGRAM, "two", data, address, str(index), tiny_folder("llama"), out]) for index in range(2)])
-    runs.train(out / "two", save_every=4, steps=12)
+    runs.whole("train", folder=out / "two", save_every=4, steps=12)
     return out
 
 
@@ -210,22 +194,27 @@ def test_processes_with_different_data_or_settings_are_refused_and_all_say_why(t
     assert complete_steps(two / "unlike" / "checkpoints") == []
 
 
+def by_command(runs, out, data, held_out, options):
+    """`sled train` with these options."""
+    runs.whole("command", arguments=["train", "--out", out, "--data", data, "--held-out", held_out, *options.split()])
+
+
 def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
     lines = [{"question": f"Say {word} backwards.", "answer": f" {word[::-1]}."}
              for word in ("level", "reward", "lemon")]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, lines * 8)))
-    runs.whole("command", arguments=[
-        "train", "--data", str(file), "--held-out", str(file), "--prompt", "question", "--completion", "answer",
-        "--steps", "12", "--warmup", "2", "--learning-rate", "1e-3", "--batch", "4", "--context", "32",
-        "--save-every", "4", "--out", str(tmp_path / "run")])
+    by_command(runs, tmp_path / "run", file, file, "--prompt question --completion answer --steps 12 --warmup 2 "
+               "--learning-rate 1e-3 --batch 4 --context 32 --save-every 4")
     held_out = [line["held_out"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
     assert len(held_out) == 3 and held_out[-1][-1] < held_out[0][-1] / 1.5
     assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
 
 
 def tune(runs, folder, data, model, steps):
-    runs.whole("tune", folder=str(folder), data=str(data), model=str(model), layers=[1, 2], steps=steps)
+    by_command(runs, folder, data / "train.jsonl", data / "held_out.jsonl",
+               f"--recipe tune-exits --exit-heads 1 2 --head-kind mlp --model {model} --steps {steps} --batch 8 "
+               "--context 64 --warmup 2 --learning-rate 1e-2 --schedule constant --save-every 1 --log-every 1 --held-out-rows 8")
 
 
 @pytest.mark.exhaustive

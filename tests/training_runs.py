@@ -8,6 +8,7 @@ DATA is a folder with train.jsonl and held_out.jsonl, FOLDER one with a model.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ import safetensors
 import sled.models.stored
 from sled.cli import main
 from sled.errors import SettingError
-from sled.models import ExitHeads, save_folder
+from sled.models import save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Sharding
@@ -30,7 +31,7 @@ from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import Rotational, UniformWeights, WeightedExits
 from sled.train.objective.layer_dropout import LayerDropout
 from sled.train.parallel.distributed import Processes, initialize
-from sled.train.recipes import Recipe, named
+from sled.train.recipes import Recipe
 from sled.train.trainer import TrainingRun, train
 
 ALL = Mesh()
@@ -58,15 +59,9 @@ def run_of(folder, data, *, model=MODEL, mesh=ALL, save_every=1, **changes) -> T
                        held_out_rows=8)
 
 
-def one(folder: str, data: str, width: int = MODEL.width, **changes) -> None:
+def one(data: str, folder: str, width: int = MODEL.width, **changes) -> None:
     """Trains; changes: `save_every`, or of the recipe."""
     train(run_of(folder, data, model=dataclasses.replace(MODEL, width=width), **changes))
-
-
-def tune(folder: str, data: str, model: str, layers: list[int], steps: int) -> None:
-    """Tunes new exit heads of the model in a folder."""
-    recipe = named("tune-exits", steps=steps, batch=8, context=64, warmup=2, learning_rate=1e-2, schedule="constant")
-    train(dataclasses.replace(run_of(folder, data, model=model), recipe=recipe, heads=ExitHeads(tuple(layers), "mlp")))
 
 
 def command(arguments: list[str]) -> None:
@@ -158,6 +153,6 @@ if __name__ == "__main__":
     call, data, *arguments = sys.argv[1:]
     if call == "serve":
         remember_programs(data)
-        serve({"train": one, "tune": tune, "command": command})
+        serve({"train": functools.partial(one, data), "command": command})
     else:
         in_two_processes(data, *arguments)
