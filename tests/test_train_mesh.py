@@ -1,8 +1,6 @@
 """Meshes and what lies where on them; training over eight devices; how processes find each other."""
 
-import collections
 import dataclasses
-import json
 import math
 import re
 from unittest.mock import Mock
@@ -26,7 +24,6 @@ from sled.models.stored import abstract, abstract_stacked
 from sled.train.parallel import distributed
 from sled.train.parallel.distributed import SLURM, Processes, initialize
 from sled.train.parallel.memory_plan import memory_plan
-from sled.train.run.metrics import read_metrics
 
 LLAMA3 = dict(family="llama", vocab_size=128_256, num_kv_heads=8, head_dim=128, max_positions=8192)
 LLAMA3_8B = DecoderConfig(width=4096, mlp_width=14_336, num_layers=32, num_heads=32, **LLAMA3)
@@ -38,74 +35,10 @@ def parameters_of(config: DecoderConfig):
     return nnx.state(abstract_stacked(config), nnx.Param)
 
 
-# A program on eight devices: the trainer's own steps on every mesh, and what is split besides.
-
-@pytest.fixture(scope="module")
-def eight(tiny_folder, tmp_path_factory):
-    """Its folder, and its notes."""
-    out = tmp_path_factory.mktemp("meshes")
-    run_together([(on_devices(8, XDG_CACHE_HOME=str(out / "cache")), ["mesh_of_eight.py", tiny_folder("llama"), out])])
-    notes = json.loads((out / "notes.json").read_text())
-    assert notes["devices"] == 8
-    return out, notes
-
-
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
-def test_every_mesh_gives_the_losses_of_one_device(mesh, eight):
-    """With layer dropout, whose draws are the same everywhere."""
-    losses = eight[1]["losses"]
-    assert len(losses["alone"]) == 10 and losses["alone"][-1] < losses["alone"][0] - 0.2
-    np.testing.assert_allclose(losses[mesh], losses["alone"], rtol=0, atol=1e-4)
-
-
-def test_a_whole_run_on_a_mesh_is_that_of_one_device(eight):
-    out, notes = eight
-    lines = read_metrics(out / "run" / "metrics.jsonl")
-    np.testing.assert_allclose([line["loss"] for line in lines], notes["losses"]["alone"], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(lines[-1]["held_out"], notes["held_out"], rtol=0, atol=1e-4)
-
-
-def test_a_step_on_a_mesh_changes_the_weights_as_one_device_does(eight):
-    """Where rows that lie on several devices are left out of the computation, and where exit heads learn alone."""
-    assert eight[1]["rows left out"] < 2e-5 and eight[1]["tuned heads"] < 2e-5
-
-
-def test_the_loss_is_split_exactly_and_a_batch_that_does_not_divide_is_refused(eight):
-    assert eight[1]["split loss"].startswith("the batch has 3 rows, which axes ('data', 'fsdp') of 4 devices cannot")
-
-
-def test_weights_are_gathered_layer_by_layer_and_activations_never(eight):
-    gathered = eight[1]["gathered"]
-    assert gathered["data"] == []
-    for mesh, parts in (("fsdp", 1), ("all", 2)):
-        matrices = {(48, 32), (32, 32), (32, 16), (32, 40), (40, 32)}  # table; q and o; k and v; gate and up; down
-        shapes = {tuple(map(int, dims.split(","))) for dims in gathered[mesh]}
-        assert shapes and shapes <= {(rows // m, columns // n) for rows, columns in matrices
-                                     for m, n in ((1, parts), (parts, 1))}, mesh
-
-
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
-def test_loading_asks_for_each_devices_part_once(mesh, eight, tiny_folder):
-    notes = eight[1]
-    stored = load_file(tiny_folder("llama") / "model.safetensors")
-    asked = collections.Counter()
-    family_names = {"mlp.down": "layers.mlp.down.weight", "self_attn.k": "layers.attention.k.weight",
-                    "embed_tokens": "embedding.weight", "input_layernorm": "layers.attention_norm.weight"}
-    for name, count in notes["asked"][mesh]:
-        asked[name] += count
-        for own in (own for part, own in family_names.items() if part in name):
-            shape = notes["parts"][mesh][own]
-            assert count == math.prod(shape[1:] if own.startswith("layers") else shape), name
-    assert asked == {name: array.size for name, array in stored.items()}
-
-
-def test_saving_from_a_mesh_writes_the_same_bytes(eight):
-    alone, ours = (eight[0] / "saved" / mesh for mesh in ("alone", "all"))
-    files = sorted(path.name for path in alone.iterdir())
-    assert len([name for name in files if name.endswith(".safetensors")]) > 2
-    assert files == sorted(path.name for path in ours.iterdir())
-    for name in files:
-        assert (alone / name).read_bytes() == (ours / name).read_bytes(), name
+def test_eight_devices_do_what_one_does(tiny_folder, tmp_path):
+    """The trainer's own steps on every mesh, and what is split besides."""
+    run_together([(on_devices(8, XDG_CACHE_HOME=str(tmp_path / "cache")),
+                   ["mesh_of_eight.py", tiny_folder("llama"), tmp_path])])
 
 
 # Meshes.
@@ -272,13 +205,6 @@ def test_nothing_large_is_replicated(config, mesh, devices, parameters):
     assert all("norm" in share.name for share in made.shares if share.copies > groups)
     assert 1 <= made.weights / (4 * parameters / devices) < 1.01
     assert 1 <= made.optimizer / (8 * parameters / devices) < 1.01
-
-
-def test_the_plan_is_what_the_compiled_step_takes(eight):
-    for mesh, groups in (("data", 8), ("fsdp", 8), ("tensor", 2), ("all", 4)):
-        planned, taken = eight[1]["bytes"][mesh]
-        rows = 3 * 4 * 13 * 8 // groups  # three arrays of its rows
-        assert taken == planned + 4 + 4 + rows, mesh  # the step's number, and the rate of layer dropout
 
 
 def test_what_stays_whole_is_reported():

@@ -214,7 +214,7 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
 def tune(runs, folder, data, model, steps):
     by_command(runs, folder, data / "train.jsonl", data / "held_out.jsonl",
                f"--recipe tune-exits --exit-heads 1 2 --head-kind mlp --model {model} --steps {steps} --batch 8 "
-               "--context 64 --warmup 2 --learning-rate 1e-2 --schedule constant --save-every 1 --log-every 1 --held-out-rows 8")
+               "--context 64 --warmup 2 --learning-rate 1e-2 --schedule constant --save-every 1 --log-every 1")
 
 
 @pytest.mark.exhaustive
