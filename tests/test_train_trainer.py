@@ -146,9 +146,7 @@ def test_more_steps_within_the_constant_part_end_as_if_asked_for_at_once(runs, u
 def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, uninterrupted):
     form = {path: path.read_bytes() for path in (uninterrupted / "model_config").iterdir()}
     for changes, words in (({"seed": 1}, "recipe.seed was 0 and is 1"), ({"steps": 20}, "step 30 is behind it"),
-                           ({"learning_rate": 0.1}, "recipe.learning_rate was 0.01 and is 0.1"),
                            ({"width": 16}, "settings: model.width was 32 and is 16. Give"),
-                           ({"optimizer": "muon"}, "recipe.optimizer was 'adamw' and is 'muon'"),
                            ({"context": 60}, "settings: recipe.context was 64 and is 60. Give"),
                            ({"accumulate": 2}, "recipe.accumulate was 1 and is 2")):
         said = runs.refused("train", folder=uninterrupted, **changes)
@@ -156,42 +154,15 @@ def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, unin
     assert {path: path.read_bytes() for path in (uninterrupted / "model_config").iterdir()} == form
 
 
-@pytest.fixture(scope="module")
-def two(data, runs, tiny_folder, tmp_path_factory):
-    """The folder of a run in two processes, which one process then took further; and their notes."""
-    out, address = tmp_path_factory.mktemp("two"), free_address()
+def test_two_processes_train_save_and_resume_and_one_process_goes_on(runs, uninterrupted, data, tiny_folder, tmp_path):
+    address = free_address()
     run_together([(on_devices(1, XDG_CACHE_HOME=str(data / "cache")),
-                   [PROGRAM, "two", data, address, str(index), tiny_folder("llama"), out]) for index in range(2)])
-    runs.whole("train", folder=out / "two", save_every=4, steps=12)
-    return out
-
-
-def test_two_processes_load_and_save_a_model_each_its_part(two, tiny_folder):
-    both = [json.loads((two / f"process{index}.json").read_text()) for index in range(2)]
-    assert [notes["devices"] for notes in both] == [2, 2] and [notes["rows"] for notes in both] == [[0, 4], [4, 8]]
-    assert re.match(r"process 1 of 2, coordinator localhost:\d+", both[1]["said"])
-    stored = load_file(tiny_folder("llama") / "model.safetensors")
-    vectors = sum(array.size for array in stored.values() if array.ndim == 1)
-    half = (sum(array.size for array in stored.values()) - vectors) // 2 + vectors
-    assert [notes["asked"] for notes in both] == [half, half] and all(notes["saved"] for notes in both)
-    saved = load_file(two / "model" / "model.safetensors")
-    assert saved.keys() == stored.keys() and all(np.array_equal(saved[name], stored[name]) for name in stored)
-
-
-def test_two_processes_train_save_and_resume_and_one_process_goes_on(two, uninterrupted):
-    ours, others = (metrics_of(folder) for folder in (two / "two", uninterrupted))
+                   [PROGRAM, "two", data, address, str(index), tiny_folder("llama"), tmp_path]) for index in range(2)])
+    runs.whole("train", folder=tmp_path / "two", save_every=4, steps=12)
+    ours, others = (metrics_of(folder) for folder in (tmp_path / "two", uninterrupted))
     assert [line["step"] for line in ours] == list(range(1, 13))
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in others[:12]], atol=1e-4)
-    assert complete_steps(two / "two" / "checkpoints") == [4, 8, 12]
-
-
-def test_processes_with_different_data_or_settings_are_refused_and_all_say_why(two):
-    for index in range(2):
-        said = [(two / f"data{index}" / f"said{number}.txt").read_text() for number in range(3)]
-        assert said[0].startswith(f"data is not the same in process {index} and in process {1 - index}; start all")
-        assert said[1].startswith(f"--save-every is not the same in process {index} and")
-        assert "but no run; give a new or empty folder" in said[2]
-    assert complete_steps(two / "unlike" / "checkpoints") == []
+    assert complete_steps(tmp_path / "two" / "checkpoints") == [4, 8, 12]
 
 
 def by_command(runs, out, data, held_out, options):

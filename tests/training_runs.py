@@ -17,7 +17,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import numpy as np
+import pytest
 import safetensors
+from safetensors.numpy import load_file
 
 import sled.models.stored
 from sled.cli import main
@@ -32,6 +35,7 @@ from sled.train.objective.exit_weights import Rotational, UniformWeights, Weight
 from sled.train.objective.layer_dropout import LayerDropout
 from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe
+from sled.train.run.checkpoint import complete_steps
 from sled.train.trainer import TrainingRun, train
 
 ALL = Mesh()
@@ -97,30 +101,34 @@ class CountedSlice:
 
 
 def in_two_processes(data, address, index, folder, out) -> None:
-    said = initialize(Processes(coordinator=address, count=2, index=int(index)))
+    """Each loads and saves its part of a model; what they are given otherwise is refused; they train and resume."""
+    data, folder, out, index = Path(data), Path(folder), Path(out), int(index)
+    said = initialize(Processes(coordinator=address, count=2, index=index))
+    assert said == f"process {index} of 2, coordinator {address}" and jax.device_count() == 2
     remember_programs(data)
     sled.models.stored.safe_open = counted_open
     decoder = load_onto(folder, Mesh().build())
-    save_folder(decoder, Path(out) / "model")
-    rows = Sharding(decoder.config, Mesh().build()).local_rows(8)
-    notes = {"said": said, "devices": jax.device_count(), "rows": [rows.start, rows.stop],
-             "asked": sum(count for _, count in ASKED),
-             "saved": (Path(out) / "model" / "config.json").exists()}
-    (Path(out) / f"process{index}.json").write_text(json.dumps(notes))
-    own = Path(out) / f"data{index}"
+    assert Sharding(decoder.config, Mesh().build()).local_rows(8) == slice(4 * index, 4 * index + 4)
+    stored = load_file(folder / "model.safetensors")
+    vectors = sum(array.size for array in stored.values() if array.ndim == 1)
+    matrices = sum(array.size for array in stored.values()) - vectors
+    assert sum(count for _, count in ASKED) == matrices // 2 + vectors
+    saved = load_file(save_folder(decoder, out / "model") / "model.safetensors")
+    assert saved.keys() == stored.keys() and all(np.array_equal(saved[name], stored[name]) for name in stored)
+    own = out / f"data{index}"
     own.mkdir()
     for name in ("train.jsonl", "held_out.jsonl"):
-        lines = (Path(data) / name).read_text().splitlines()
-        (own / name).write_text("\n".join(lines[int(index) if name == "train.jsonl" else 0:]))
-    unlike = run_of(Path(out) / "unlike", own)
-    for number, run in enumerate((unlike, dataclasses.replace(unlike, save_every=2 + int(index)),
-                                  dataclasses.replace(unlike, folder=data))):
-        try:
+        lines = (data / name).read_text().splitlines()
+        (own / name).write_text("\n".join(lines[index if name == "train.jsonl" else 0:]))
+    unlike = run_of(out / "unlike", own)
+    for run, words in ((unlike, f"^data is not the same in process {index} and in process {1 - index}; start all"),
+                       (dataclasses.replace(unlike, save_every=2 + index), f"^--save-every is not .* process {index}"),
+                       (dataclasses.replace(unlike, folder=data), "but no run; give a new or empty folder")):
+        with pytest.raises(SettingError, match=words):
             train(run)
-        except SettingError as error:
-            (own / f"said{number}.txt").write_text(str(error))
+    assert complete_steps(out / "unlike" / "checkpoints") == []
     for steps in (4, 8):
-        train(run_of(Path(out) / "two", data, save_every=4, steps=steps))
+        train(run_of(out / "two", data, save_every=4, steps=steps))
     jax.distributed.shutdown()
 
 
