@@ -192,19 +192,19 @@ def test_layers_are_measured_on_the_solutions_and_on_what_the_last_one_generates
     assert [(row.model, row.layer) for row in report.rows] == [("one", 1), ("one", 2)]
     model = toy.build(toy.params)
     logits = jax.jit(lambda tokens_BT: model.logits(model.hidden_states(tokens_BT)[1:, 0]))
-    loss, right, same = [], [], []
+
+    def read(question, text):
+        """-log p of the text's tokens, and whether they are the likeliest, each [L, T]."""
+        padded_BT = np.array([[*question, *text, *[0] * 256][:256]])  # one program; padding comes later than texts
+        logp_LTV = jax.nn.log_softmax(logits(padded_BT)[:, len(question) - 1:len(question) + len(text) - 1])
+        return -logp_LTV[:, np.arange(len(text)), text], logp_LTV.argmax(-1) == np.array(text)
+
+    measured = []
     for problem in problems("heldout", 3):
         question = toy.text.encode(prompt(problem.question))
-        answer = [*toy.text.encode(" " + problem.solution), 0]
         generated = toy.generate(question, max_new_tokens=6).tokens[0]
-        for text, of_text in ((answer, (loss, right)), (generated, (same,))):
-            padded_BT = np.array([[*question, *text, *[0] * 256][:256]])  # one program; padding comes later than texts
-            states = slice(len(question) - 1, len(question) + len(text) - 1)
-            logp_LTV = jax.nn.log_softmax(logits(padded_BT)[:, states])
-            hits_LT = logp_LTV.argmax(-1) == np.array(text)
-            for kept, value in zip(of_text, (-logp_LTV[:, np.arange(len(text)), text], hits_LT), strict=False):
-                kept.append(value if of_text[-1] is right else hits_LT)
-    means = [np.concatenate(each, axis=1).mean(1) for each in (loss, right, same)]
+        measured.append((*read(question, [*toy.text.encode(" " + problem.solution), 0]), read(question, generated)[1]))
+    means = [np.concatenate(each, axis=1).mean(1) for each in zip(*measured, strict=True)]
     for name, expected in zip(("loss", "accuracy", "agreement"), means, strict=True):
         np.testing.assert_allclose([getattr(row, name) for row in report.rows], expected, rtol=1e-5)
     assert report.rows[1].agreement == 1 and all(0 <= row.solved <= 1 for row in report.rows)

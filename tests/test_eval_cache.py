@@ -2,11 +2,7 @@
 
 import copy
 import importlib.metadata
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import textwrap
 
 import jax
@@ -14,6 +10,8 @@ import pytest
 import tokenizers
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
+
+from programs import killed
 
 import sled
 from sled.errors import EvaluationError, SettingError
@@ -120,9 +118,7 @@ def test_after_a_kill_whole_batches_are_there(tmp_path):
             print(n, flush=True)
     """)
     path = tmp_path / "answers.sqlite"
-    with subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True) as process:
-        said = [int(process.stdout.readline()) for _ in range(30)][-1]
-        os.kill(process.pid, signal.SIGKILL)
+    said = int(killed(program, path, after=30)[-1])
     answers = Cache(path).under({"method": "plain"})
     rows = [len(answers.find([f"{n}:{i}" for i in range(10)])) for n in range(said + 100)]
     assert set(rows) <= {0, 10} and rows[:said + 1] == [10] * (said + 1)

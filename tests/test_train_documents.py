@@ -1,15 +1,13 @@
 """Tokenised examples are kept: made once, for the same data and settings alone, and never half."""
 
 import dataclasses
-import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import killed
 from tokenizers import normalizers
 from training_data import CONFIG, DEMO, ROWS, one_epoch, tokens_of, write
 
@@ -118,10 +116,7 @@ documents.tokenise(Source(Slow()), Tokenizer.from_folder(Path(sys.argv[1])), con
 
 def test_a_killed_run_leaves_nothing_that_counts(load, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(DEMO), str(cache)], stdout=subprocess.PIPE, text=True)
-    with process:
-        assert process.stdout.readline() == "half\n"
-        process.send_signal(signal.SIGKILL)
+    assert killed(KILLED, DEMO, cache, after=1) == ["half\n"]
     assert len(list(cache.glob("*.unfinished-*"))) == 1
     monkeypatch.setattr("sled.train.data.sources.Reading.digest", lambda self: "same")  # so it is the same entry
     assert load(ROWS).report.examples == 4

@@ -63,17 +63,10 @@ def test_where_locks_are_unknown_a_run_goes_without(folder, monkeypatch):
         assert not [path for path in folder.path.iterdir() if path.name not in ("model_config", ".run.lock")]
 
 
-def test_hidden_files_do_not_make_a_folder_another_ones(folder):
+def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
+    """Also in the middle of putting another configuration in the place of an earlier one, and beside hidden files."""
     folder.path.mkdir()
     (folder.path / ".gitkeep").touch()
-    with folder.claimed():
-        put_config(folder)
-    assert folder.is_run() and (folder.path / ".gitkeep").exists()
-
-
-def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
-    """Also in the middle of putting another configuration in the place of an earlier one."""
-    folder.path.mkdir()
     (folder.path / ".run.lock").touch()
     (folder.path / ".unfinished-model_config").mkdir()
     (folder.path / ".unfinished-model_config" / "old.json").touch()
@@ -81,6 +74,7 @@ def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
     with folder.claimed():
         put_config(folder)
     assert [entry.name for entry in folder.model_config.iterdir()] == ["config.json"]
+    assert folder.is_run() and (folder.path / ".gitkeep").exists()
 
 
 def test_the_lock_of_a_run_that_failed_vouches_for_nothing(folder):

@@ -80,13 +80,10 @@ def test_prompt_and_completion_are_those_of_the_demo_model(load, weight, shape):
     assert sorted(found) == sorted(expected)
 
 
-def test_a_token_that_straddles_prompt_and_completion_is_learned(load):
+def test_templates_fill_in_columns_and_a_token_that_straddles_both_is_learned(load):
     [batch] = one_epoch(load([{"p": "How m", "c": "any"}], prompt="p", completion="c"), 1)
     before, after = TEXT.encode_continuation("How m", "any")
     assert documents_of(batch)[0] == ([*before, *after, END], [0.0] * len(before) + [1.0] * (len(after) + 1))
-
-
-def test_templates_fill_in_columns_and_missing_values_are_empty(load):
     row = {"question": "6 x {10}?", "hint": None, "answer": 60}
     rows = load([row], prompt="{{Q}} {question}{hint}\n", completion="A: {answer}")
     before, after = TEXT.encode_continuation("{Q} 6 x {10}?\n", "A: 60")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import Forks, free_address, half_written, latest, on_devices, run_together, until
+from programs import Forks, free_address, on_devices, run_together, until
 from safetensors.numpy import load_file
 
 import sled
@@ -32,6 +32,14 @@ from sled.train.trainer import TrainingRun, memory_plan_of, train
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
 STEPS = 30
+
+
+def latest(checkpoints: Path) -> int:
+    return max(complete_steps(checkpoints), default=0)
+
+
+def half_written(checkpoints: Path) -> set[Path]:
+    return {path for path in checkpoints.glob("*") if not path.name.isdecimal()}
 
 
 @pytest.fixture(scope="module")
