@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM as HarnessModel
 from tokenizers import Tokenizer, decoders, models, processors
 
 import sled
@@ -78,6 +79,20 @@ def no_listing(monkeypatch):
     manager = loading.TaskManager
     monkeypatch.setattr(loading, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))
     monkeypatch.setattr(logging.getLogger("lm_eval"), "level", logging.ERROR)
+
+
+class Scripted(HarnessModel):
+    """A model of the harness that says what it is told, in turn, and keeps what it was asked."""
+
+    def __init__(self, said):
+        super().__init__()
+        self.said, self.asked = said, []
+
+    def answer(self, requests):
+        self.asked += [request.args for request in requests]
+        return list(self.said)
+
+    loglikelihood = generate_until = loglikelihood_rolling = answer
 
 
 def text_request(question, doc=0, repeats=1, **given):

@@ -215,23 +215,15 @@ def load(manager, tmp_path):
 def run(load):
     """`run(said, *task)`: results of what `load` gives, and the (prompt, continuation or settings) that the model was
     given. `said`: what the model says, in turn."""
-    from lm_eval.api.model import LM
+    from harness_tasks import Scripted
     from lm_eval.evaluator import evaluate  # without what simple_evaluate collects about the machine, which takes long
 
     def run(said, *task):
-        asked, task = [], load(*task)
-
-        class Scripted(LM):
-            def answer(self, requests):
-                asked.extend(request.args for request in requests)
-                return list(said)
-
-            loglikelihood = generate_until = loglikelihood_rolling = answer
-
-        out = evaluate(Scripted(), {task.task_name: task}, bootstrap_iters=0)
+        model, task = Scripted(said), load(*task)
+        out = evaluate(model, {task.task_name: task}, bootstrap_iters=0)
         [results] = out["results"].values()
         return {key.removesuffix(",none"): value for key, value in results.items() if key.endswith(",none")
-                and "stderr" not in key}, asked, out
+                and "stderr" not in key}, model.asked, out
 
     return run
 

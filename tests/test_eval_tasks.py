@@ -7,8 +7,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
 
 import lm_eval
-from harness_tasks import QUESTIONS, TASKS, write_rows
-from lm_eval.api.model import LM as HarnessModel
+from harness_tasks import QUESTIONS, TASKS, Scripted, write_rows
 
 from sled.demo.problems import problems
 from sled.errors import DataError, EvaluationError, SettingError
@@ -45,23 +44,11 @@ def one_row(word, **_):
         load_tasks(["sled_demo"], metadata={"problems": "abc"})
 
 
-class Solver(HarnessModel):
-    """Answers with the solution, with another number, or with none."""
-
-    def generate_until(self, requests):
-        solution = {p.question: p.solution for p in problems("heldout", 3)}
-        texts = [" " + solution[r.args[0].removeprefix("Question: ").removesuffix("\nAnswer:")] for r in requests]
-        return [texts[0], texts[1] + "9", "I think so. #### none"]
-
-    def loglikelihood(self, requests):
-        raise NotImplementedError
-
-    loglikelihood_rolling = loglikelihood
-
-
 def test_the_demo_task_counts_an_answer_without_a_number_wrong():
     loaded = load_tasks(["sled_demo"], metadata={"problems": 3})
-    results = lm_eval.evaluate(lm=Solver(), task_dict=loaded, bootstrap_iters=0)
+    right, other, _ = problems("heldout", 3)
+    model = Scripted([f" {right.solution}", f" {other.solution}9", "I think so. #### none"])
+    results = lm_eval.evaluate(lm=model, task_dict=loaded, bootstrap_iters=0)
     task = TaskResult.of(results, "sled_demo", loaded["tasks"]["sled_demo"])
     [scores] = task.scores().values()
     assert scores.tolist() == [1, 0, 0] and task.unanswered == {"answer": 1} and task.n == 3

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from headed_models import CONFIG, FAST, bare, headed, plain_logits, stirred
+from headed_models import CONFIG, bare, headed, plain_logits, stirred
 
 import sled
 from sled.errors import CheckpointError, DataError, SettingError
@@ -29,7 +29,7 @@ def test_the_loss_of_heads_is_the_plain_one():
     targets, mask, weights = TOKENS_BT[:2, :4], np.array([[1, 1, 0, 1.0], [0, 1, 1, 1]]), np.array([0.5, 0.25, 1.0])
     graph, state = nnx.split(model.stack())
     loss, metrics = jax.jit(lambda state, h_EBTD: exit_head_loss(
-        nnx.merge(graph, state), h_EBTD, exits, targets, mask, weights), compiler_options=FAST)(state, h_EBTD)
+        nnx.merge(graph, state), h_EBTD, exits, targets, mask, weights))(state, h_EBTD)
     nll = []
     for h_BTD, n in zip(h_EBTD, exits, strict=True):
         logits = plain_logits(model, h_BTD, n)

@@ -28,13 +28,11 @@ from sled.train.objective.layer_dropout import (
 LAYERS, BATCH, STEPS = 4, 6, 3000
 FOREVER = 2**31 - 1  # a schedule that does not move within a test
 KEY = jax.random.key(3)
-FAST = {"xla_backend_optimization_level": 0}  # half the time to compile, where speed is no matter
-
 # As users compile: without these passes, one product of matrices rounds otherwise within a conditional (jax 0.12).
 USUAL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 
 
-@jax.jit(compiler_options=FAST)
+@jax.jit
 def scales_of(dropout, key, first):
     """What every layer's change is multiplied by at 3,000 steps: [steps, L, B]."""
     draw = lambda step: dropout.draw(key, step, BATCH, LAYERS).scale_LB  # noqa: E731
@@ -137,7 +135,7 @@ def test_a_rate_of_zero_changes_no_bit(pass_of, strategy):
 def test_a_dropped_layer_passes_its_input_on(strategy):
     h_BTD = jax.random.normal(KEY, (BATCH, 2, 3))
 
-    @jax.jit(compiler_options=FAST)
+    @jax.jit
     def run(step):
         drops = jax.tree.map(lambda leaf: leaf[-1], LayerDropout(0.6, strategy=strategy).draw(KEY, step, BATCH, LAYERS))
         out = strategy.apply(lambda h, rows: h + jnp.sin(h), h_BTD, {}, drops, LAYERS - 1)
@@ -187,7 +185,7 @@ def test_rows_left_out_cost_no_arithmetic(model):
 
         drops = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], LayerDropout(0.0, strategy=strategy).draw(
             KEY, 0, BATCH, 1)))
-        return jax.jit(jax.grad(loss)).lower(block, h_BTD, drops).compile(FAST).cost_analysis()["flops"]
+        return jax.jit(jax.grad(loss)).lower(block, h_BTD, drops).compile().cost_analysis()["flops"]
 
     assert flops(3) / flops(0) == pytest.approx(0.5, abs=0.03)
 
@@ -222,16 +220,10 @@ def test_a_batch_that_drops_a_layer_does_not_run_it():
 
 
 def test_rates_and_schedules_compile_nothing_anew():
-    traces = []
-
-    @jax.jit
-    def run(dropout, step):
-        traces.append(1)
-        return dropout.draw(KEY, step, BATCH, LAYERS).scale_LB
-
+    run = jax.jit(lambda dropout, step: dropout.draw(KEY, step, BATCH, LAYERS).scale_LB)
     for number in (1, 2):
         run(dont_drop_dropout(number / 10, steps=100 * number), number)
-    assert len(traces) == 1
+    assert run._cache_size() == 1
 
 
 @pytest.mark.parametrize(("make", "says"), [
