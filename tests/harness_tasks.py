@@ -6,6 +6,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
+
+import lm_eval  # noqa: F401 - tests take it from here, and are skipped where it is not
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM as HarnessModel
 from tokenizers import Tokenizer, decoders, models, processors

@@ -82,10 +82,6 @@ def test_the_toys_of_ash_are_held_out():
     assert split_of("discount_for_many", (6, 10, 10, 4)) == "heldout"
 
 
-def test_prompt_ends_where_the_solution_begins():
-    assert prompt("How many?") == "Question: How many?\nAnswer:"
-
-
 @pytest.mark.parametrize("split, count, says", [
     *((split, 1, "'train' and 'heldout'") for split in ("test", "", None)),
     *(("train", count, "at least 1") for count in (0, -1, 1.0, True, None))])
@@ -98,6 +94,7 @@ def test_problems_are_short_in_the_bundled_tokens(everything, tokenizer):
     texts = [f"{prompt(p.question)} {p.solution}" for p in everything]
     assert max(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) < 100
     assert tokenizer.encode("120*3=360").tokens == list("120*3=360")  # one a digit
+    assert prompt("How many?") == "Question: How many?\nAnswer:"
 
 
 @given(text=st.text())

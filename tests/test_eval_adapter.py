@@ -7,11 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
-
-import lm_eval
-from harness_tasks import QUESTIONS, TASKS, text_request, write_tokenizer
+from harness_tasks import QUESTIONS, TASKS, lm_eval, text_request, write_tokenizer
 
 import sled
 from sled.errors import EvaluationError

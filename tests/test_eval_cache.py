@@ -88,16 +88,6 @@ def test_requests_are_batched_by_length_or_by_stream():
     assert sorted(map(sorted, batches(mixed, range(3), 8))) == [[0, 2], [1]]
 
 
-@pytest.mark.parametrize("given, says", [
-    ({"num_beams": 4}, "num_beams, which mean nothing here"),
-    ({"do_sample": True}, "no temperature above 0"),
-    ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, "Sampling.top_p is 2.0"),
-])
-def test_what_cannot_be_generated_is_named(given, says):
-    with pytest.raises(EvaluationError, match=says):
-        GenerationSettings.of(dict(until=["\n"], **given))
-
-
 def test_generation_settings_are_read_as_the_harness_means_them():
     read, cold = GenerationSettings.of, {"do_sample": False, "temperature": 0.5, "top_p": 0.9}
     assert read({"until": "x", "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": None}) == (
@@ -105,6 +95,11 @@ def test_generation_settings_are_read_as_the_harness_means_them():
     assert read(cold) == GenerationSettings((), 256, sled.Sampling())
     assert read({"max_gen_toks": 7}, at_most=5).max_new_tokens == 5
     assert read({}, at_most=500).max_new_tokens == 500
+    for wrong, says in (({"num_beams": 4}, "num_beams, which mean nothing here"),
+                        ({"do_sample": True}, "no temperature above 0"),
+                        ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, "Sampling.top_p is 2.0")):
+        with pytest.raises(EvaluationError, match=says):
+            read({"until": ["\n"], **wrong})
 
 
 def test_after_a_kill_whole_batches_are_there(tmp_path):

@@ -6,11 +6,7 @@ import re
 
 import numpy as np
 import pytest
-
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
-
-import lm_eval
-from harness_tasks import write_rows
+from harness_tasks import lm_eval, write_rows
 
 import sled
 from sled import cli

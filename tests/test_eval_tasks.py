@@ -3,11 +3,7 @@
 import json
 
 import pytest
-
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
-
-import lm_eval
-from harness_tasks import QUESTIONS, TASKS, Scripted, write_rows
+from harness_tasks import QUESTIONS, TASKS, Scripted, lm_eval, write_rows
 
 from sled.demo.problems import problems
 from sled.errors import DataError, EvaluationError, SettingError

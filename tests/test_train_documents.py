@@ -27,7 +27,7 @@ def encoded(monkeypatch):
     return calls
 
 
-def test_a_second_run_tokenises_nothing(load, tmp_path, encoded):
+def test_a_second_run_tokenises_and_arranges_nothing(load, tmp_path, encoded, monkeypatch):
     path = write(tmp_path, "jsonl")
     first = load(path)
     assert len(encoded) == 4
@@ -36,14 +36,10 @@ def test_a_second_run_tokenises_nothing(load, tmp_path, encoded):
     np.testing.assert_equal(one_epoch(again), one_epoch(first))
     load(path, Layout(32, shape="padded", prompt_weight=1))  # rows are other ones, their documents are not
     assert len(encoded) == 4
-
-
-def test_the_rows_are_kept_too(load, monkeypatch):
-    first = load(ROWS)
     monkeypatch.setattr("sled.train.data.rows.arrange", None)
-    np.testing.assert_equal(one_epoch(load(ROWS)), one_epoch(first))
+    np.testing.assert_equal(one_epoch(load(path)), one_epoch(first))
     with pytest.raises(TypeError):
-        load(ROWS, Layout(63))
+        load(path, Layout(63))
 
 
 def test_other_data_or_settings_are_tokenised_anew(load, tmp_path, encoded):

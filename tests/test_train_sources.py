@@ -109,9 +109,6 @@ def test_the_report_counts_what_became_of_every_example(load):
     assert report.skipped == {"blank text": 3, "too long": 1} and report.truncated == 0
     assert str(report) == (f"2 examples of {count} tokens in 1 rows, {count / 64:.1%} full; "
                            "truncated: 0; skipped: 3 blank text, 1 too long")
-
-
-def test_too_long_examples_are_truncated_if_asked(load):
     rows = load([{"text": LONG}, {"text": "Ash"}], Layout(64, too_long="truncate"))
     assert rows.report.truncated == 1 and rows.report.skipped == {}
     assert TEXT.encode(LONG)[:64] in tokens_of(rows)

@@ -274,13 +274,8 @@ def test_what_a_run_would_hold_is_planned_without_it(tmp_path, data):
     assert not (tmp_path / "run").exists()
 
 
-def empty(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("")
-    return Source(tmp_path / "empty.jsonl")
-
-
 @pytest.mark.parametrize("changes, error, words", [
-    (dict(source=empty), DataError, "empty.jsonl is empty"),
+    (dict(source=Source("no/such.jsonl")), DataError, "there is no file at 'no/such.jsonl'"),
     (dict(recipe=dict(context=300), model="demo"), SettingError, "context is 300.* made for 256 positions"),
     (dict(shape="triangular"), SettingError, "shape is 'triangular'.*packed"),
     (dict(save_every=0), SettingError, "save_every is 0"),
@@ -294,7 +289,6 @@ def empty(tmp_path):
 ])
 def test_bad_input_is_refused_by_name(changes, error, words, tmp_path, data, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
-    changes = {name: value(tmp_path) if callable(value) else value for name, value in changes.items()}
     with pytest.raises(error, match=words):
         train(run_of(tmp_path, data, **changes))
     assert not (tmp_path / "run").exists()
