@@ -1,5 +1,6 @@
 """Checkpoints: whole, exact, of one run, and honest about damage. Runs are killed in test_train_trainer.py."""
 
+import functools
 import resource
 import shutil
 from pathlib import Path
@@ -26,11 +27,7 @@ def state(number):
 
 
 def check_same(one, other):
-    one, other = named(one), named(other)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype
-        np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]), err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), named(one), named(other))
 
 
 @pytest.fixture(scope="module")

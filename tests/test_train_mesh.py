@@ -1,6 +1,7 @@
 """Meshes and what lies where on them; training over eight devices; how processes find each other."""
 
 import dataclasses
+import functools
 import math
 import re
 from unittest.mock import Mock
@@ -172,8 +173,7 @@ def test_a_mesh_holds_what_plain_loading_gives(name, dtype, tiny_folder):
     placed = load_onto(tiny_folder(name), Mesh().build(jax.devices()[:1]), dtype=dtype)
     assert placed.config == plain.config and placed.num_layers == 3
     ours, theirs = (jax.tree.map(np.asarray, nnx.state(decoder)) for decoder in (placed, plain))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-    assert jax.tree.map(lambda leaf: leaf.dtype, ours) == jax.tree.map(lambda leaf: leaf.dtype, theirs)
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), ours, theirs)
 
 
 @pytest.mark.parametrize("name, tensor, value, says", [
