@@ -19,6 +19,7 @@ import sled
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
                                     "--xla_llvm_disable_expensive_passes=true",
                                     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"])
+pytest.register_assert_rewrite("training_data", "export_folders", "harness_tasks")  # plugins that tests import from too
 gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live on; looking through them took a tenth of all
 
 # Files that take longest begin: one of them at the end would keep one process waiting for the other.

@@ -1,14 +1,17 @@
-"""A model so small that it has nothing to tell, with one token per character, and tasks of the harness for it.
-
-A test module imports the fixtures that it takes: `model_fixture` is called tiny_model there, and so on.
-"""
+"""A plugin of pytest: a model so small that it has nothing to tell, one token a character, and tasks for it."""
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
+
+import lm_eval  # noqa: F401 - tests take it from here, and are skipped where it is not
 from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM as HarnessModel
 from tokenizers import Tokenizer, decoders, models, processors
 
 import sled
@@ -31,6 +34,12 @@ TASKS = {
 }
 
 
+def write_rows(path: Path, rows) -> Path:
+    """JSON Lines; a row that is a text stands as it is."""
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
 def write_tokenizer(folder: Path, **config) -> None:
     """tokenizer.json, which begins texts with <s>, and tokenizer_config.json with these fields besides."""
     vocabulary = {token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}
@@ -44,46 +53,53 @@ def write_tokenizer(folder: Path, **config) -> None:
         clean_up_tokenization_spaces=False) | config))
 
 
-def write_tasks(folder: Path) -> Path:
-    """YAML files of `TASKS`, which read rows.jsonl beside them. JSON is YAML too."""
-    rows = [dict(question=question, answer=str(7 * n)) for n, question in enumerate(QUESTIONS)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_folder) -> Path:
+    """The folder of the model."""
+    path = shutil.copytree(tiny_folder("llama"), tmp_path_factory.mktemp("model") / "tiny")
+    write_tokenizer(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def lm(tiny_model):
+    return sled.load(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def tiny_tasks(tmp_path_factory) -> Path:
+    """The folder of TASKS, as YAML files that read rows.jsonl beside them. JSON is YAML too."""
+    folder = tmp_path_factory.mktemp("tasks")
+    write_rows(folder / "rows.jsonl", (dict(question=q, answer=str(7 * n)) for n, q in enumerate(QUESTIONS)))
     for name, task in TASKS.items():
         data = dict(dataset_path="json", dataset_kwargs=dict(data_files=dict(test=str(folder / "rows.jsonl"))))
         (folder / f"{name}.yaml").write_text(json.dumps(dict(task=name, test_split="test", **data, **task)))
     return folder
 
 
-@pytest.fixture(scope="session", name="tiny_model")
-def model_fixture(tmp_path_factory, tiny_folder):
-    """The folder of the model."""
-    path = tmp_path_factory.mktemp("model")
-    for file in tiny_folder("llama").iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
-    write_tokenizer(path)
-    return path
-
-
-@pytest.fixture(scope="session", name="lm")
-def lm_fixture(tiny_model):
-    return sled.load(tiny_model)
-
-
-@pytest.fixture(scope="session", name="tiny_tasks")
-def tasks_fixture(tmp_path_factory):
-    """The folder of TASKS."""
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
-
-
-@pytest.fixture(name="no_listing")
-def listing_fixture(monkeypatch):
+@pytest.fixture
+def no_listing(monkeypatch):
     """The harness's own tasks take seconds to list."""
     manager = loading.TaskManager
     monkeypatch.setattr(loading, "TaskManager", lambda **given: manager(**{**given, "include_defaults": False}))
     monkeypatch.setattr(logging.getLogger("lm_eval"), "level", logging.ERROR)
 
 
-def text_request(context, doc=0, repeats=1, **given):
-    """A request of the harness to go on from `context`."""
-    return Instance("generate_until", {}, (context, dict(until=["\n"], max_gen_toks=12) | given), 0,
+class Scripted(HarnessModel):
+    """A model of the harness that says what it is told, in turn, and keeps what it was asked."""
+
+    def __init__(self, said):
+        super().__init__()
+        self.said, self.asked = said, []
+
+    def answer(self, requests):
+        self.asked += [request.args for request in requests]
+        return list(self.said)
+
+    loglikelihood = generate_until = loglikelihood_rolling = answer
+
+
+def text_request(question, doc=0, repeats=1, **given):
+    """A request of the harness to answer."""
+    return Instance("generate_until", {}, (f"q: {question}\na:", dict(until=["\n"], max_gen_toks=12) | given), 0,
                     ("t", doc, repeats))

@@ -10,8 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from sled.train.run.checkpoint import complete_steps
-
 HERE = Path(__file__).parent
 
 
@@ -53,7 +51,7 @@ class Forks:
 
     def start(self, call: str, **arguments) -> int:
         """The number of the process."""
-        self.server.stdin.write(json.dumps({"call": call, **arguments}) + "\n")
+        self.server.stdin.write(json.dumps({"call": call, **arguments}, default=str) + "\n")
         self.server.stdin.flush()
         self.running = int(self.server.stdout.readline())
         return self.running
@@ -91,9 +89,9 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.0005)
 
 
-def latest(checkpoints: Path) -> int:
-    return max(complete_steps(checkpoints), default=0)
-
-
-def half_written(checkpoints: Path) -> set[Path]:
-    return {path for path in checkpoints.glob("*") if not path.name.isdecimal()}
+def killed(program: str, *arguments: str | Path, after: int) -> list[str]:
+    """The first lines that a program in Python says, so many; then it is killed."""
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        said = [process.stdout.readline() for _ in range(after)]
+        process.kill()
+    return said

@@ -14,6 +14,7 @@ from demo_toy import TWO, demo_toy
 import sled
 from sled.bench import decode, engine, exits, layers, solving
 from sled.bench.fusion import FINAL, FLOOR, TORCH, run_fusion_bench
+from sled.bench.loss import OURS, PLAIN, run_loss_bench
 from sled.bench.report import BenchReport, column
 from sled.demo.problems import problems, prompt
 from sled.errors import SettingError
@@ -32,7 +33,7 @@ def toy(monkeypatch):
 
 
 @pytest.mark.parametrize(("run", "settings", "says"), [
-    (run_fusion_bench, dict(rounds=0), "rounds is 0"),
+    (run_fusion_bench, dict(rounds=0), "rounds is 0"), (run_loss_bench, dict(rounds=0), "rounds is 0"),
     (exits.run_exits_bench, dict(problems=0), "at least 1"), (exits.run_exits_bench, dict(rounds=0), "at least 1"),
     (engine.run_engine_bench, dict(requests=0), "at least 1"), (engine.run_engine_bench, dict(slots=0), "at least 1"),
     (decode.run_decode_bench, dict(new_tokens=1024), "context"), (decode.run_decode_bench, dict(rounds=0), "at least"),
@@ -70,24 +71,19 @@ def test_a_report_is_a_table_per_kind_of_row_under_its_head_and_json_by_name():
         "date": "2026-11-24", "hardware": "a track", "versions": {"shoes": "2.0", "socks": "1.0"}, "laps": 3,
         "notes": ["No wind."], "rows": [{"way": "left", "batch": 1, "best": 1 / 3},
                                         {"way": "right", "batch": 8, "best": None}, {"speed": 2.0}, {"speed": 3.0}]}
-
-
-def test_a_report_says_when_and_with_what_it_was_made():
-    report = BenchReport("Racing", {}, [Lap("left", 1, 0.5)])
-    assert report.date and report.hardware and report.versions["jax"]
-    assert report.markdown().endswith("| left | 1 | 0.50 |")
+    made_now = BenchReport("Racing", {}, rows)
+    assert made_now.date and made_now.hardware and made_now.versions["jax"]
 
 
 # The fused step
 
-def fusion_report():
-    return run_fusion_bench(sizes=((16, 300),), batches=(1,), rounds=2, memory=False, progress=False)
+FUSION = dict(sizes=((16, 300),), batches=(1,), rounds=2, memory=False, progress=False)
 
 
 def test_the_fused_step_is_measured_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.delitem(sys.modules, "sled.bench.torch_sled", raising=False)
-    report = fusion_report()
+    report = run_fusion_bench(**FUSION)
     assert [row.form for row in report.rows][:2] == [FINAL, FLOOR] and len(report.rows) == 4
     assert all(row.torch_speedup is None and row.best_ms > 0 for row in report.rows)
     assert "parity" in report.notes[0] and report.notes[0] in report.markdown()
@@ -96,7 +92,7 @@ def test_the_fused_step_is_measured_without_torch(monkeypatch):
 
 def test_the_fused_step_is_measured_with_torch():
     pytest.importorskip("torch")
-    report = fusion_report()
+    report = run_fusion_bench(**FUSION)
     assert [row.form for row in report.rows].count(TORCH) == 1
     assert report.rows[1].torch_speedup > 0 and report.versions["torch"]
 
@@ -113,14 +109,20 @@ def test_the_port_is_the_released_algorithm():
         np.testing.assert_allclose(out_V.numpy(), reference[f"gen{case}_out"], atol=1e-5)
 
 
+# The loss
+
+def test_the_loss_is_measured_in_every_form():
+    report = run_loss_bench(vocabulary=300, width=8, exits=2, tokens=512, rounds=1, progress=False)
+    rows = {row.form: row for row in report.rows}
+    assert rows[PLAIN].over_plain == rows[PLAIN].memory_over_plain == 1 and len(rows) == 5
+    assert rows[OURS].best_s > 0 and rows[OURS].memory_mb > 0
+    assert "x floor" in report.markdown() and json.loads(report.json())["exits"] == 2
+
+
 # Decoding, exits, serving
 
-def no_transformers(*_):
-    raise ImportError("no torch", name="torch")
-
-
 def test_decoding_is_measured_without_transformers(monkeypatch):
-    monkeypatch.setattr(decode, "transformers_twin", no_transformers)
+    monkeypatch.setitem(sys.modules, "torch", None)
     report = decode.run_decode_bench(new_tokens=2, rounds=1, config=TWO, batches=(1,))
     assert [row.way for row in report.rows] == ["greedy", "SLED"] and report.rows[0].over_greedy == 1
     assert all(row.first_call > 0 and row.transformers_over_this is None for row in report.rows)
@@ -131,7 +133,7 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
     def two_of_them(lm, questions, entries=exits.speculation_entries):
         return dict(itertools.islice(entries(lm, questions).items(), 2))
 
-    monkeypatch.setattr(exits, "transformers_twin", no_transformers)
+    monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(exits, "speculation_entries", two_of_them)  # each is a program to compile, and so is a schedule
     monkeypatch.setattr(exits, "SCHEDULES", {name: exits.SCHEDULES[name] for name in ("immediate", "lockstep",
                                                                                        "gather 2")})
@@ -190,19 +192,19 @@ def test_layers_are_measured_on_the_solutions_and_on_what_the_last_one_generates
     assert [(row.model, row.layer) for row in report.rows] == [("one", 1), ("one", 2)]
     model = toy.build(toy.params)
     logits = jax.jit(lambda tokens_BT: model.logits(model.hidden_states(tokens_BT)[1:, 0]))
-    loss, right, same = [], [], []
+
+    def read(question, text):
+        """-log p of the text's tokens, and whether they are the likeliest, each [L, T]."""
+        padded_BT = np.array([[*question, *text, *[0] * 256][:256]])  # one program; padding comes later than texts
+        logp_LTV = jax.nn.log_softmax(logits(padded_BT)[:, len(question) - 1:len(question) + len(text) - 1])
+        return -logp_LTV[:, np.arange(len(text)), text], logp_LTV.argmax(-1) == np.array(text)
+
+    measured = []
     for problem in problems("heldout", 3):
         question = toy.text.encode(prompt(problem.question))
-        answer = [*toy.text.encode(" " + problem.solution), 0]
         generated = toy.generate(question, max_new_tokens=6).tokens[0]
-        for text, of_text in ((answer, (loss, right)), (generated, (same,))):
-            padded_BT = np.array([[*question, *text, *[0] * 256][:256]])  # one program; padding comes later than texts
-            states = slice(len(question) - 1, len(question) + len(text) - 1)
-            logp_LTV = jax.nn.log_softmax(logits(padded_BT)[:, states])
-            hits_LT = logp_LTV.argmax(-1) == np.array(text)
-            for kept, value in zip(of_text, (-logp_LTV[:, np.arange(len(text)), text], hits_LT), strict=False):
-                kept.append(value if of_text[-1] is right else hits_LT)
-    means = [np.concatenate(each, axis=1).mean(1) for each in (loss, right, same)]
+        measured.append((*read(question, [*toy.text.encode(" " + problem.solution), 0]), read(question, generated)[1]))
+    means = [np.concatenate(each, axis=1).mean(1) for each in zip(*measured, strict=True)]
     for name, expected in zip(("loss", "accuracy", "agreement"), means, strict=True):
         np.testing.assert_allclose([getattr(row, name) for row in report.rows], expected, rtol=1e-5)
     assert report.rows[1].agreement == 1 and all(0 <= row.solved <= 1 for row in report.rows)

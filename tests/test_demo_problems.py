@@ -1,3 +1,5 @@
+"""The word problems of the demo, and the numbers that answers state."""
+
 import itertools
 import re
 from fractions import Fraction
@@ -11,6 +13,7 @@ from tokenizers import Tokenizer
 from sled.demo.problems import problems, prompt, split_of, stream
 from sled.demo.stories import STORIES
 from sled.errors import SettingError
+from sled.eval.numbers import exact_match, final_answer, right_answer
 
 SPLITS = ("train", "heldout")
 EQUATION = re.compile(r"(?P<a>\d+)(?P<sign>[-+*/])(?P<b>\d+)(?P<percent>%?)=(?P<result>\d+)")
@@ -39,11 +42,13 @@ def left_side(equation: re.Match) -> Fraction:
     return {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[equation["sign"]]
 
 
-def test_every_equation_is_true_and_the_last_one_gives_the_answer(everything):
+def test_questions_are_one_line_and_every_step_of_a_solution_is_true(everything):
     for p in everything:
+        assert "#" not in p.question and "\n" not in p.question
+        numbers = [int(n) for n in re.findall(r"\d+", p.question + p.solution)]
+        assert 1 <= min(numbers) and max(numbers) <= 999, p
         *steps, last = p.solution.split("\n")
-        assert 1 <= len(steps) <= 4
-        assert last == f"#### {p.answer}"
+        assert 1 <= len(steps) <= 4 and last == f"#### {p.answer}"
         for step in steps:
             equation = EQUATION.search(step)
             assert left_side(equation) == int(equation["result"]), p
@@ -51,26 +56,12 @@ def test_every_equation_is_true_and_the_last_one_gives_the_answer(everything):
         assert int(equation["result"]) == p.answer
 
 
-def test_numbers_are_small_and_positive(everything):
-    for p in everything:
-        numbers = [int(n) for n in re.findall(r"\d+", p.question + p.solution)]
-        assert 1 <= min(numbers) and max(numbers) <= 999, p
-
-
-def test_questions_are_one_line_without_the_answer_mark(everything):
-    assert all("#" not in p.question and "\n" not in p.question for p in everything)
-
-
-def test_every_story_is_told_in_both_splits(sample):
-    assert len(STORIES) >= 25
-    for told in sample.values():
-        assert {p.template for p in told} == set(STORIES)
-
-
-def test_splits_never_share_a_story_with_the_same_numbers(sample):
+def test_splits_have_all_stories_and_share_none_with_the_same_numbers(sample):
     def told(p):
         return p.template, tuple(QUANTITY.findall(p.question)), p.solution.count("\n"), p.answer
 
+    assert len(STORIES) >= 25
+    assert all({p.template for p in problems} == set(STORIES) for problems in sample.values())
     assert not {told(p) for p in sample["train"]} & {told(p) for p in sample["heldout"]}
 
 
@@ -82,11 +73,8 @@ def test_about_a_tenth_of_all_quantities_is_held_out():
 
 @given(split=st.sampled_from(SPLITS), seed=st.integers(-5, 10**6), count=st.integers(1, 20))
 def test_a_seed_gives_the_same_problems_however_many_are_taken(split, seed, count):
-    assert problems(split, count, seed) == list(itertools.islice(stream(split, seed), 25))[:count]
-
-
-def test_seeds_differ():
-    assert problems("train", 20, seed=0) != problems("train", 20, seed=1)
+    first, other = (list(itertools.islice(stream(split, of), 25)) for of in (seed, seed + 1))
+    assert problems(split, count, seed) == first[:count] and first != other
 
 
 def test_the_toys_of_ash_are_held_out():
@@ -94,31 +82,70 @@ def test_the_toys_of_ash_are_held_out():
     assert split_of("discount_for_many", (6, 10, 10, 4)) == "heldout"
 
 
-def test_prompt_ends_where_the_solution_begins():
-    assert prompt("How many?") == "Question: How many?\nAnswer:"
-
-
-@pytest.mark.parametrize("split", ["test", "", None])
-def test_an_unknown_split_is_refused(split):
-    with pytest.raises(SettingError, match="'train' and 'heldout'"):
-        problems(split, 1)
-
-
-@pytest.mark.parametrize("count", [0, -1, 1.0, True, None])
-def test_a_count_below_one_is_refused(count):
-    with pytest.raises(SettingError, match="at least 1"):
-        problems("train", count)
+@pytest.mark.parametrize("split, count, says", [
+    *((split, 1, "'train' and 'heldout'") for split in ("test", "", None)),
+    *(("train", count, "at least 1") for count in (0, -1, 1.0, True, None))])
+def test_an_unknown_split_and_a_count_below_one_are_refused(split, count, says):
+    with pytest.raises(SettingError, match=says):
+        problems(split, count)
 
 
 def test_problems_are_short_in_the_bundled_tokens(everything, tokenizer):
     texts = [f"{prompt(p.question)} {p.solution}" for p in everything]
     assert max(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) < 100
-
-
-def test_bundled_tokenizer_has_one_token_a_digit(tokenizer):
-    assert tokenizer.encode("120*3=360").tokens == list("120*3=360")
+    assert tokenizer.encode("120*3=360").tokens == list("120*3=360")  # one a digit
+    assert prompt("How many?") == "Question: How many?\nAnswer:"
 
 
 @given(text=st.text())
 def test_bundled_tokenizer_keeps_any_text(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+# Numbers of answers
+
+@pytest.mark.parametrize("text, answer", [
+    ("Cost: 6*10=60\n#### 54", 54),
+    ("####54", 54),
+    ("####   $1,234 dollars", 1234),
+    ("#### -3", -3),
+    ("#### 54.", 54),
+    ("#### 54.00", 54),
+    ("#### 5\nQuestion: ...\n#### 7", 7),
+    ("#### 54\n#### none", None),
+    ("#### 54\n####", None),
+    ("#### 1.5e3 apples", 1500),
+    ("#### 2e12345", 2),
+    ("54", None),
+    ("the answer is 54", None),
+    ("####", None),
+    ("#### none", None),
+    ("", None),
+])
+def test_the_number_after_the_last_mark(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("text, answer", [
+    ("54", 54), (" $1,234.50 ", Fraction("1234.5")), ("-$3", -3), ("54.", 54), ("1e-05", Fraction(1, 100_000)),
+    ("1.5e3", 1500), ("2E+22", 2 * 10**22), ("6*10=60\n#### 1,234,567\n", 1_234_567), ("#### 1\n#### 2", 2),
+    ("3/4", None), ("1 000", None), ("12 or 13", None), ("\u22123", None), ("7%", None), ("1,5", None), ("10,00", None),
+    ("1,234e5e6", None), ("1e9999", None), ("nan", None), ("\u0663", None), ("", None), ("#### 54 apples", None),
+    ("54\n####", None),
+])
+def test_a_right_answer_is_a_number_alone(text, answer):
+    assert right_answer(text) == answer
+    if answer is not None:
+        assert final_answer(text if "####" in text else f"#### {text}") == answer
+
+
+def test_exact_match_counts_right_answers():
+    assert exact_match(["#### 1", "#### 2", "no", "#### 5"], [1, 3, 4, 5]) == 0.5
+    batch = problems("heldout", 200)
+    assert exact_match([p.solution for p in batch], [p.answer for p in batch]) == 1
+
+
+@pytest.mark.parametrize("texts, answers", [([], []), (["#### 1"], [1, 2])])
+def test_exact_match_needs_as_many_texts_as_answers(texts, answers):
+    with pytest.raises(SettingError, match="answers given"):
+        exact_match(texts, answers)

@@ -7,20 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
-
-import lm_eval
-from harness_tasks import (  # noqa: F401
-    QUESTIONS,
-    TASKS,
-    listing_fixture,
-    lm_fixture,
-    model_fixture,
-    tasks_fixture,
-    text_request,
-    write_tokenizer,
-)
+from harness_tasks import QUESTIONS, TASKS, lm_eval, text_request, write_tokenizer
 
 import sled
 from sled.errors import EvaluationError
@@ -31,14 +18,31 @@ from sled.eval.harness.tasks import load_tasks
 from sled.eval.methods import Method
 from sled.text.tokenizer import Tokenizer
 
+pytest_plugins = ["harness_tasks"]
 pytestmark = pytest.mark.usefixtures("no_listing")
 RECORDED = Path(__file__).parent / "fixtures" / "eval_hflm.json"
-NO_TRANSFORMERS = "transformers is not installed: pip install sled-jax[parity]"
 
 
 @pytest.fixture(scope="module")
 def loaded(tiny_tasks):
     return load_tasks(list(TASKS), include_path=[tiny_tasks])
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    return pytest.importorskip("transformers", reason="transformers is not installed: pip install sled-jax[parity]")
+
+
+def answered(lm, requests, *method, **how):
+    return SledLM(lm, *method, progress=False, **how).generate_until(requests)
+
+
+def with_tokenizer(lm, folder, now=None, **config):
+    """The model with a tokenizer of this configuration."""
+    write_tokenizer(folder, **config)
+    other = copy.copy(lm)
+    other.text = Tokenizer.from_folder(folder)
+    return SledLM(other, progress=False, now=now)
 
 
 def answers(model, loaded):
@@ -82,15 +86,10 @@ def test_hflm_still_answers_so(tiny_model, loaded):
     same(answers(hflm(tiny_model, 8), loaded), json.loads(RECORDED.read_text()))
 
 
-def test_tokens_are_those_of_transformers(lm, tmp_path):
-    transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
+def test_tokens_are_those_of_transformers(lm, tmp_path, transformers):
     for config in ({}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}):
-        path = tmp_path / str(len(config))
-        path.mkdir()
-        write_tokenizer(path, **config)
-        other = copy.copy(lm)
-        other.text = Tokenizer.from_folder(path)
-        model, theirs = SledLM(other, progress=False), transformers.AutoTokenizer.from_pretrained(path)
+        model = with_tokenizer(lm, tmp_path, **config)
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
         assert model.tok_encode("a b") == theirs.encode("a b")
         assert model.tok_encode("<s>a b") == theirs.encode("<s>a b", add_special_tokens=False)
         assert model.tok_encode("a b", add_special_tokens=False) == theirs.encode("a b", add_special_tokens=False)
@@ -110,8 +109,7 @@ CHAT = [{"role": "user", "content": "one <b>"}, {"role": "assistant", "content":
 
 
 @pytest.mark.parametrize("messages, prompt", [(CHAT, True), ([*CHAT, {"role": "assistant", "content": "so "}], False)])
-def test_chat_templates_read_as_in_transformers(tmp_path, messages, prompt):
-    transformers = pytest.importorskip("transformers", reason=NO_TRANSFORMERS)
+def test_chat_templates_read_as_in_transformers(tmp_path, messages, prompt, transformers):
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
     settings = TokenizerSettings.read(tmp_path)
@@ -120,20 +118,13 @@ def test_chat_templates_read_as_in_transformers(tmp_path, messages, prompt):
     assert render(settings.template, messages, settings.tokens, add_generation_prompt=prompt, now=NOW) == expected
 
 
-def test_a_template_writes_the_same_day_throughout(lm, tmp_path):
-    write_tokenizer(tmp_path, chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
-    other = copy.copy(lm)
-    other.text = Tokenizer.from_folder(tmp_path)
-    assert SledLM(other, progress=False, now=NOW).apply_chat_template(CHAT[:1]) == "02 Jan 2025 one <b>"
-
-
 def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
     with pytest.raises(EvaluationError, match="no chat template"):
         SledLM(lm, progress=False).apply_chat_template(CHAT)
-    write_tokenizer(tmp_path, chat_template=[{"name": "default", "template": TEMPLATE}, {"name": "x", "template": ""}])
-    other = copy.copy(lm)
-    other.text = Tokenizer.from_folder(tmp_path)
-    model = SledLM(other, progress=False)
+    model = with_tokenizer(lm, tmp_path, NOW, chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
+    assert model.apply_chat_template(CHAT[:1]) == "02 Jan 2025 one <b>"  # the same day throughout
+    model = with_tokenizer(lm, tmp_path, chat_template=[{"name": "default", "template": TEMPLATE},
+                                                        {"name": "x", "template": ""}])
     system = [{"role": "system", "content": "be brief"}]
     assert model.apply_chat_template(system + CHAT) == model.apply_chat_template(CHAT)  # which the template refuses
     with pytest.raises(EvaluationError, match="refuses these messages"):
@@ -144,44 +135,40 @@ def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
 
 
 def test_a_special_stop_string_ends_the_text(lm):
-    prompt = f"q: {QUESTIONS[0]}\na:"
-    [whole] = SledLM(lm, progress=False).generate_until([text_request(prompt)])
-    out = lm.generate([SledLM(lm, progress=False).tok_encode(prompt)], max_new_tokens=12, stop=["\n"])
+    [whole] = answered(lm, [text_request(QUESTIONS[0])])
+    prompt = SledLM(lm, progress=False).tok_encode(f"q: {QUESTIONS[0]}\na:")
+    out = lm.generate([prompt], max_new_tokens=12, stop=["\n"])
     assert whole == out.texts[0]
     special = next((t for t in out.tokens[0] if t < 2), None)
-    [text] = SledLM(lm, progress=False).generate_until([text_request(prompt, until=["\n", "<unk>", "<s>"])])
+    [text] = answered(lm, [text_request(QUESTIONS[0], until=["\n", "<unk>", "<s>"])])
     assert text == (whole if special is None else lm.text.decode(out.tokens[0][:out.tokens[0].index(special)]))
 
 
 def test_what_is_drawn_depends_on_the_document_alone(lm):
     warm = dict(do_sample=True, temperature=1.5)
-    prompt = f"q: {QUESTIONS[0]}\na:"
-    twice = lambda *docs: [text_request(prompt, doc, 2, **warm) for doc in docs for _ in range(2)]  # noqa: E731
+    twice = lambda *docs: [text_request(QUESTIONS[0], doc, 2, **warm) for doc in docs for _ in range(2)]  # noqa: E731
     model = SledLM(lm, batch_size=6, progress=False)
     texts = model.generate_until(twice(0, 1, 2))
     assert len(set(texts)) > 3 and model.counts.computed == 6
-    others = SledLM(lm, batch_size=6, progress=False).generate_until(twice(3, 2, 1))
-    assert others[2:] == [*texts[4:6], *texts[2:4]]
-    of_method = SledLM(lm, Method("warm", sampling=sled.Sampling(temperature=1.5)), batch_size=6, progress=False)
-    assert of_method.generate_until([text_request(prompt, 0, 2)]) == texts[:1]
+    assert answered(lm, twice(3, 2, 1), batch_size=6)[2:] == [*texts[4:6], *texts[2:4]]
+    method = Method("warm", sampling=sled.Sampling(temperature=1.5))
+    assert answered(lm, [text_request(QUESTIONS[0], 0, 2)], method, batch_size=6) == texts[:1]
 
 
 def test_an_answer_longer_than_the_context_is_named(lm):
     with pytest.raises(EvaluationError, match=r"64 tokens long, but the context of .* holds 64"):
-        SledLM(lm, max_new_tokens=64, progress=False).generate_until([text_request("a", max_gen_toks=None)])
+        answered(lm, [text_request("a", max_gen_toks=None)], max_new_tokens=64)
 
 
 def test_self_speculation_writes_the_same_texts(lm, loaded):
     method = Method("draft", exits=sled.SelfSpeculation(1, draft=3), schedule=sled.Lockstep())
-    model = SledLM(lm, method, batch_size=8, progress=False)
-    texts = model.generate_until([text_request(f"q: {question}\na:", doc, until=["\n", "ab", "<unk>"])
-                                  for doc, question in enumerate(QUESTIONS)])
+    requests = [text_request(question, doc, until=["\n", "ab", "<unk>"]) for doc, question in enumerate(QUESTIONS)]
     recorded = json.loads(RECORDED.read_text())["tiny_text"]
-    assert texts == [text for [[text]] in recorded]
+    assert answered(lm, requests, method, batch_size=8) == [text for [[text]] in recorded]
 
 
 def test_what_was_interrupted_goes_on_where_it_was(lm, tmp_path, monkeypatch):
-    requests = [text_request(f"q: {question}{n}\na:", n) for n in (1, 2) for question in QUESTIONS]
+    requests = [text_request(f"{question}{n}", n) for n in (1, 2) for question in QUESTIONS]
     cache = Cache(tmp_path / "answers.sqlite")
     model = SledLM(lm, batch_size=6, cache=cache, progress=False)
     decode, calls = lm.decode, []
@@ -199,4 +186,4 @@ def test_what_was_interrupted_goes_on_where_it_was(lm, tmp_path, monkeypatch):
     resumed = SledLM(lm, batch_size=6, cache=Cache(tmp_path / "answers.sqlite"), progress=False)
     texts = resumed.generate_until(requests)
     assert model.counts.computed == resumed.counts.computed == 6 and calls == [6, 6, 6]
-    assert texts == SledLM(lm, batch_size=6, progress=False).generate_until(requests)
+    assert texts == answered(lm, requests, batch_size=6)

@@ -2,17 +2,16 @@
 
 import copy
 import importlib.metadata
-import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import textwrap
 
 import jax
 import pytest
+import tokenizers
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
+
+from programs import killed
 
 import sled
 from sled.errors import EvaluationError, SettingError
@@ -21,69 +20,51 @@ from sled.eval.harness.cache import Cache
 from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
 from sled.eval.methods import Method, deciding_versions
 from sled.io import json_digest
+from sled.text.tokenizer import Tokenizer
 
 EARLY = sled.EarlyExit((2,), threshold=0.5)
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return sled.load("demo")
+def changed(lm, **attributes):
+    other = copy.copy(lm)
+    vars(other).update(attributes)
+    return other
 
 
-def other_weights(lm):
-    changed = copy.copy(lm)
-    changed.params = jax.tree.map(lambda w: w + 1e-3, lm.params)
-    return changed
-
-
-def other_tokenizer(lm):
-    from tokenizers import Tokenizer, models
-
-    changed = copy.copy(lm)
-    changed.text = sled.text.tokenizer.Tokenizer(Tokenizer(models.WordLevel({"a": 0}, unk_token="a")), "test")
-    return changed
-
-
-METHODS = {
-    "fusion": dict(fusion=sled.SLED()), "rate": dict(fusion=sled.SLED(rate=3.0)),
-    "scale": dict(fusion=sled.SLED(scale=5)), "clamp": dict(fusion=sled.ClampOnly()),
-    "norm_early": dict(fusion=sled.SLED(norm_early=True)), "early exit": dict(exits=EARLY),
-    "threshold": dict(exits=sled.EarlyExit((2,), threshold=0.6)),
-    "exit layers": dict(exits=sled.EarlyExit((3,), threshold=0.5)),
-    "missing K/V": dict(exits=sled.EarlyExit((2,), threshold=0.5, kv="propagate")),
-    "speculation": dict(exits=sled.SelfSpeculation(2)), "schedule": dict(exits=EARLY, schedule=sled.Gather(2)),
-    "sampling": dict(sampling=sled.Sampling(temperature=0.7)),
-    "repetition penalty": dict(sampling=sled.Sampling(repetition_penalty=1.1)),
-}
-SETTINGS = {
-    **{name: lambda lm, how=how: (lm, Method("m", **how)) for name, how in METHODS.items()},
-    "weights": lambda lm: (other_weights(lm), Method("m")),
-    "dtype": lambda lm: (sled.load("demo", dtype="bfloat16"), Method("m")),
-    "tokenizer": lambda lm: (other_tokenizer(lm), Method("m")),
-    "raw scores": lambda lm: (lm, Method("m"), False),
-}
+METHODS = [
+    dict(fusion=sled.SLED()), dict(fusion=sled.SLED(rate=3.0)), dict(fusion=sled.SLED(scale=5)),
+    dict(fusion=sled.SLED(norm_early=True)), dict(fusion=sled.ClampOnly()), dict(exits=EARLY),
+    dict(exits=sled.EarlyExit((2,), threshold=0.6)), dict(exits=sled.EarlyExit((3,), threshold=0.5)),
+    dict(exits=sled.EarlyExit((2,), threshold=0.5, kv="propagate")), dict(exits=sled.SelfSpeculation(2)),
+    dict(exits=EARLY, schedule=sled.Gather(2)), dict(sampling=sled.Sampling(temperature=0.7)),
+    dict(sampling=sled.Sampling(repetition_penalty=1.1)),
+]
 
 
 def kept(cache, lm, method, normalise=True):
     return harness.SledLM(lm, method, normalise=normalise, cache=cache, progress=False)._answers
 
 
-def test_an_answer_is_found_under_its_own_settings_alone(lm):
+def test_an_answer_is_found_under_its_own_settings_alone(demo):
     cache = Cache()
-    kept(cache, lm, Method("plain")).add({"request": "the answer"})
-    others = {name: kept(cache, *make(lm)) for name, make in SETTINGS.items()}
-    assert all(other.find(["request"]) == {} for other in others.values())
-    assert kept(cache, lm, Method("the same under another name")).find(["request"]) == {"request": "the answer"}
-    assert len({other.digest for other in others.values()}) == len(SETTINGS)
+    kept(cache, demo, Method("plain")).add({"request": "the answer"})
+    tokenizer = Tokenizer(tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a")), "test")
+    models = (changed(demo, params=jax.tree.map(lambda w: w + 1e-3, demo.params)), changed(demo, text=tokenizer),
+              sled.load("demo", dtype="bfloat16"))
+    others = [*(kept(cache, demo, Method("m", **how)) for how in METHODS),
+              *(kept(cache, other, Method("m")) for other in models), kept(cache, demo, Method("m"), normalise=False)]
+    assert all(other.find(["request"]) == {} for other in others)
+    assert kept(cache, demo, Method("the same under another name")).find(["request"]) == {"request": "the answer"}
+    assert len({other.digest for other in others}) == len(METHODS) + 4
 
 
 @pytest.mark.parametrize("package", deciding_versions())
-def test_an_answer_of_another_version_is_not_found(lm, monkeypatch, package):
+def test_an_answer_of_another_version_is_not_found(demo, monkeypatch, package):
     cache = Cache()
-    kept(cache, lm, Method("plain")).add({"request": "the answer"})
+    kept(cache, demo, Method("plain")).add({"request": "the answer"})
     version = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == package else version(name))
-    assert kept(cache, lm, Method("plain")).find(["request"]) == {}
+    assert kept(cache, demo, Method("plain")).find(["request"]) == {}
 
 
 def request(ids=(1, 2), until=("\n",), max_new_tokens=8, seed=None, **sampling):
@@ -107,16 +88,6 @@ def test_requests_are_batched_by_length_or_by_stream():
     assert sorted(map(sorted, batches(mixed, range(3), 8))) == [[0, 2], [1]]
 
 
-@pytest.mark.parametrize("given, says", [
-    ({"num_beams": 4}, "num_beams, which mean nothing here"),
-    ({"do_sample": True}, "no temperature above 0"),
-    ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, "Sampling.top_p is 2.0"),
-])
-def test_what_cannot_be_generated_is_named(given, says):
-    with pytest.raises(EvaluationError, match=says):
-        GenerationSettings.of(dict(until=["\n"], **given))
-
-
 def test_generation_settings_are_read_as_the_harness_means_them():
     read, cold = GenerationSettings.of, {"do_sample": False, "temperature": 0.5, "top_p": 0.9}
     assert read({"until": "x", "max_new_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": None}) == (
@@ -124,6 +95,11 @@ def test_generation_settings_are_read_as_the_harness_means_them():
     assert read(cold) == GenerationSettings((), 256, sled.Sampling())
     assert read({"max_gen_toks": 7}, at_most=5).max_new_tokens == 5
     assert read({}, at_most=500).max_new_tokens == 500
+    for wrong, says in (({"num_beams": 4}, "num_beams, which mean nothing here"),
+                        ({"do_sample": True}, "no temperature above 0"),
+                        ({"do_sample": True, "temperature": 1.0, "top_p": 2.0}, "Sampling.top_p is 2.0")):
+        with pytest.raises(EvaluationError, match=says):
+            read({"until": ["\n"], **wrong})
 
 
 def test_after_a_kill_whole_batches_are_there(tmp_path):
@@ -137,9 +113,7 @@ def test_after_a_kill_whole_batches_are_there(tmp_path):
             print(n, flush=True)
     """)
     path = tmp_path / "answers.sqlite"
-    with subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE, text=True) as process:
-        said = [int(process.stdout.readline()) for _ in range(30)][-1]
-        os.kill(process.pid, signal.SIGKILL)
+    said = int(killed(program, path, after=30)[-1])
     answers = Cache(path).under({"method": "plain"})
     rows = [len(answers.find([f"{n}:{i}" for i in range(10)])) for n in range(said + 100)]
     assert set(rows) <= {0, 10} and rows[:said + 1] == [10] * (said + 1)

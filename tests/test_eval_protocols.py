@@ -1,15 +1,16 @@
-"""The authors' evaluation protocols without the harness: arithmetic, rows, answers and demonstrations."""
+"""The authors' evaluation protocols: arithmetic, rows, answers and demonstrations; then as tasks of the harness."""
 
+import json
 import math
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from sled.cli.options import FusionOptions
-from sled.errors import DataError, SettingError
-from sled.eval.protocols import factor, gsm8k, strategyqa, truthfulqa
+from sled.errors import DataError, DownloadError, SettingError
+from sled.eval.protocols import FOLDER, factor, gsm8k, strategyqa, truthfulqa
 from sled.eval.protocols.choices import Scored, first_wins, multiple_choice
 from sled.eval.protocols.primers import read_primer
 
@@ -102,11 +103,6 @@ GSM_ROW = {"question": "How many?", "answer": "1+1=<<1+1=2>>2 twice\n2000*1=<<20
 STRATEGY_ROW = {"question": "Is it?", "answer": False, "facts": ["It was.", "It is not."]}
 
 
-def test_factor_row():
-    assert factor.truncated(FACTOR_ROW, "row 1") == dict(prefix="Cut. ", choices=["T", "A", "B", "C"])
-    assert factor.full(FACTOR_ROW, "row 1")["prefix"] == "All. "
-
-
 def test_truthfulqa_row_of_the_hub_and_of_the_file():
     expected = dict(question="Why?", choices=["Because.", "So.", "Never."], true=2, best=0)
     of_file = {"Question": "Why?", "Best Answer": " Because ", "Correct Answers": "Because; So.;", "Incorrect Answers":
@@ -114,15 +110,7 @@ def test_truthfulqa_row_of_the_hub_and_of_the_file():
     assert truthfulqa.row(QUESTION, "row 1") == truthfulqa.row(of_file, "row 1") == expected
 
 
-def test_rows_to_reason_about():
-    assert strategyqa.row({"question": "Is it?", "answer": True}, "row 1") == dict(question="Is it?", answer=True)
-    assert strategyqa.row_with_facts(STRATEGY_ROW, "row 1")["solution"] == "It was. It is not. So the answer is no."
-    assert gsm8k.row(GSM_ROW, "row 1") == dict(
-        question="How many?", number="2000", solution="1+1=2 twice 2000*1=2,000 The answer is 2000.")
-
-
 @pytest.mark.parametrize("make, row, message", [
-    (factor.truncated, {"prefix": "x"}, "row 7 has no column 'turncated_prefixes', but 'prefix'; .*AI21Labs/factor"),
     (factor.full, {**FACTOR_ROW, "contradiction_1": None}, "holds nothing in its column 'contradiction_1'.*text"),
     (truthfulqa.row, {"Question": "Why?"}, "no column 'Best Answer'"),
     (truthfulqa.row, {**QUESTION, "best_answer": "Else"}, "'Else.', which is none of its true answers: 'Because.'"),
@@ -155,7 +143,8 @@ def create_demo_text(n=2):
 
 
 def primer(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
+    if text is not None:
+        (tmp_path / name).write_text(text)
     return read_primer("some_task", tmp_path / name, PUBLISHED)
 
 
@@ -175,6 +164,7 @@ def test_demonstrations_in_a_script_are_read_without_running_it(tmp_path):
 
 
 @pytest.mark.parametrize("name, text, message", [
+    ("gone.txt", None, r"gone.txt.*cannot be read"),
     ("demo.txt", "\n", "is empty"),
     ("demo.py", "def (", "no Python file"),
     ("demo.py", "x = 1", "no function create_demo_text"),
@@ -187,23 +177,143 @@ def test_unusable_demonstrations_are_named(tmp_path, name, text, message):
         primer(tmp_path, name, text)
 
 
-def test_demonstrations_must_be_named_and_there(tmp_path):
-    with pytest.raises(SettingError, match=r"download https://example.org/demo.py.*primer_file.*some_task_rows"):
-        read_primer("some_task", None, PUBLISHED)
-    with pytest.raises(DataError, match=r"gone.txt.*cannot be read"):
-        read_primer("some_task", tmp_path / "gone.txt", PUBLISHED)
-
-
 def test_arithmetic_and_reading_need_no_harness():
     code = ("import sys; from sled.eval.protocols import choices, factor, gsm8k, primers, strategyqa, truthfulqa; "
             "sys.exit('lm_eval' in sys.modules or 'datasets' in sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# Commands
+# As tasks of the harness, with a model that says what it is told
 
-@pytest.mark.parametrize("fusion", ["sled", "clamp", "dola"])
-def test_scoring_can_have_the_authors_lower_bound(fusion):
-    assert FusionOptions(fusion=fusion, lower_bound=-2500.0).strategy().lower_bound == -2500.0
-    with pytest.raises(SettingError, match="--lower-bound has no meaning"):
-        FusionOptions(lower_bound=-2500.0).strategy()
+@pytest.fixture(scope="module")
+def manager():
+    tasks = pytest.importorskip("lm_eval.tasks", reason="needs lm_eval (the eval extra)")
+    return tasks.TaskManager(include_path=str(FOLDER), include_defaults=False)
+
+
+@pytest.fixture
+def load(manager, tmp_path):
+    """`load(task, {split: rows}, primer)`: the task on made-up rows, with these demonstrations."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    def load(name, splits, primer=None, manager=manager):
+        config = load_yaml(FOLDER / f"{name}.yaml")
+        if primer is not None:
+            (tmp_path / "primer.txt").write_text(primer)
+            config["metadata"]["primer_file"] = str(tmp_path / "primer.txt")
+        files = {split: str(tmp_path / f"{split}.json") for split in splits}
+        for split, rows in splits.items():
+            if rows is not None:
+                Path(files[split]).write_text(rows if isinstance(rows, str) else json.dumps(rows))
+        config |= dict(dataset_path="json", dataset_kwargs=dict(data_files=files, cache_dir=str(tmp_path / "cache")))
+        return manager.load([config])["tasks"][name]
+
+    return load
+
+
+@pytest.fixture
+def run(load):
+    """`run(said, *task)`: results of what `load` gives, and the (prompt, continuation or settings) that the model was
+    given. `said`: what the model says, in turn."""
+    from harness_tasks import Scripted
+    from lm_eval.evaluator import evaluate  # without what simple_evaluate collects about the machine, which takes long
+
+    def run(said, *task):
+        model, task = Scripted(said), load(*task)
+        out = evaluate(model, {task.task_name: task}, bootstrap_iters=0)
+        [results] = out["results"].values()
+        return {key.removesuffix(",none"): value for key, value in results.items() if key.endswith(",none")
+                and "stderr" not in key}, model.asked, out
+
+    return run
+
+
+def test_all_tasks_are_found(manager):
+    primed = ["gsm8k_cot8", "strategyqa_cot6", "truthfulqa_mc123"]
+    assert manager.all_tasks == sorted([*primed, *(f"{task}_rows" for task in primed), "factor_expert", "factor_news",
+                                        "factor_wiki"])
+
+
+def test_factor_by_sum_and_by_mean(run):
+    rows = [{**FACTOR_ROW, "completion": f"T{i}"} for i in range(2)]
+    said = [Scored(-4.0, False, 2), Scored(-3.0, False, 1), Scored(-9.0, False, 3), Scored(-9.0, False, 4),
+            Scored(-4.0, False, 2), Scored(-5.0, False, 1), Scored(-9.0, False, 1), Scored(-9.0, False, 9)]
+    results, asked, _ = run(said, "factor_wiki", {"test": rows})
+    # by the sum -4 < -3, then -4 is best; by the mean -2 is best (-3, -3, -2.25), then -2 < -1
+    assert results == {"acc_sum": 0.5, "acc_mean": 0.5}
+    assert asked[:4] == [("Cut. ", " T0"), ("Cut. ", " A"), ("Cut. ", " B"), ("Cut. ", " C")]
+    results, asked, _ = run([tuple(score) for score in said], "factor_news", {"test": rows})
+    assert results == {"acc_sum": 0.5}, "without the numbers of tokens there is no mean"
+    assert asked[0] == ("All. ", " T0")
+
+
+def test_truthfulqa_with_demonstrations_of_a_file(run):
+    rows = [QUESTION, {**QUESTION, "question": "Who?"}]
+    scores = [math.log(0.5), math.log(0.1), math.log(0.4), math.log(0.1), math.log(0.7), math.log(0.2)]
+    results, asked, out = run([(score, False) for score in scores], "truthfulqa_mc123", {"validation": rows},
+                              "Q: x\nA: y.\n\n")
+    assert results == pytest.approx({"mc1": 0.5, "mc2": 0.7, "mc3": 0.5})
+    assert asked[:3] == [("Q: x\nA: y.\n\nQ: Why?\nA:", f" {answer}") for answer in ("Because.", "So.", "Never.")]
+    record = out["configs"]["truthfulqa_mc123"]["metadata"]["primer"]
+    assert record["as_published"] is False and len(record["sha256"]) == 64
+
+
+def test_truthfulqa_shows_other_rows(run):
+    rows = [{**QUESTION, "question": f"Why {i}?"} for i in range(8)]
+    _, asked, _ = run([(-1.0, False)] * 24, "truthfulqa_mc123_rows", {"validation": rows})
+    show = lambda shown, last: "".join(f"Q: Why {i}?\nA: Because.\n\n" for i in shown) + f"Q: Why {last}?\nA:"  # noqa: E731
+    assert asked[0][0] == show((1, 2, 3, 4, 5, 6), 0) and asked[-1][0] == show(range(6), 7)
+
+
+def test_strategyqa(run):
+    rows = [{"question": "Is it?", "answer": answer} for answer in (True, False, True)]
+    said = ["It is. So the answer is yes.", "Unknown.", " So the answer is perhaps."]
+    results, asked, _ = run(said, "strategyqa_cot6", {"test": rows}, "Q: x\nA: y. So the answer is no.")
+    assert results == pytest.approx({"acc": 2 / 3, "stated": 1 / 3})
+    prompt, settings = asked[0]
+    assert prompt == "Q: x\nA: y. So the answer is no.\n\nQ: Is it?\nA:"
+    assert settings == {"until": ["Q:", "\n\n##"], "max_gen_toks": 256, "do_sample": False}
+
+
+def test_strategyqa_reads_the_published_rows_and_shows_their_facts(run):
+    rows = [dict(STRATEGY_ROW, question=f"Is {i}?", evidence=[[["a-1"], "operation"], ["no_evidence", ["b", ["c"]]]])
+            for i in range(7)]
+    results, asked, _ = run(["So the answer is no."] * 7, "strategyqa_cot6_rows", {"test": rows})
+    assert results == {"acc": 1, "stated": 1}
+    assert asked[6][0] == "".join(f"Q: Is {i}?\nA: It was. It is not. So the answer is no.\n\n" for i in range(6)) + (
+        "Q: Is 6?\nA:")
+
+
+def test_gsm8k(manager, run, tmp_path):
+    pytest.importorskip("math_verify", reason="needs math-verify (the eval extra)")
+    (tmp_path / "primer.txt").write_text("Q: x\nA: y")
+    of_all_tasks = type(manager)(include_path=str(FOLDER), include_defaults=False,
+                                 metadata={"primer_file": str(tmp_path / "primer.txt")})
+    said = ["The answer is 2,000.", "The answer is 2000.00 dollars.", "1000 * 2 = 2000", "I do not know.", ""]
+    results, asked, _ = run(said, "gsm8k_cot8", {"test": [GSM_ROW] * 5}, None, of_all_tasks)
+    assert results == {"acc": 0.4, "acc_math_verify": 0.6}
+    assert asked[0] == ("Q: x\nA: y\n\nQ: How many?\nA:",
+                        {"until": ["Q:", "\\end{code}"], "max_gen_toks": 256, "do_sample": False})
+
+
+def test_gsm8k_shows_training_rows(run):
+    pytest.importorskip("math_verify", reason="needs math-verify (the eval extra)")
+    train = [dict(GSM_ROW, question=f"Old {i}?") for i in range(9)]
+    _, asked, _ = run(["5"], "gsm8k_cot8_rows", {"train": train, "test": [GSM_ROW]})
+    assert asked[0][0] == "".join(f"Q: Old {i}?\nA: 1+1=2 twice 2000*1=2,000 The answer is 2000.\n\n"
+                                  for i in range(8)) + "Q: How many?\nA:"
+
+
+@pytest.mark.parametrize("task, splits, error, message", [
+    ("factor_wiki", {"test": [{"text": "x"}]}, DataError,
+     r"row 1 of the split 'test' of the data of the task factor_wiki \(json\) has no column "
+     "'turncated_prefixes', but 'text'; .*AI21Labs/factor"),
+    ("factor_wiki", {"test": None}, DownloadError, r"task factor_wiki \(json\) are not there.*test.json"),
+    ("factor_wiki", {"test": "{"}, DataError, "data of the task factor_wiki .json. cannot be read"),
+    ("gsm8k_cot8_rows", {"test": [GSM_ROW]}, DataError, "no split 'train', but 'test'"),
+    ("gsm8k_cot8", {"test": [GSM_ROW]}, SettingError, "gsm8k_eval.py and name it as primer_file.*gsm8k_cot8_rows"),
+])
+def test_unusable_data_are_named(load, task, splits, error, message):
+    with pytest.raises(error, match=message):
+        load(task, splits)
+

@@ -6,11 +6,7 @@ import re
 
 import numpy as np
 import pytest
-
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
-
-import lm_eval
-from harness_tasks import listing_fixture, lm_fixture, model_fixture, tasks_fixture  # noqa: F401
+from harness_tasks import lm_eval, write_rows
 
 import sled
 from sled import cli
@@ -23,6 +19,7 @@ from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.run import evaluate
 from sled.io import written_whole
 
+pytest_plugins = ["harness_tasks"]
 pytestmark = pytest.mark.usefixtures("no_listing")
 BASE, OTHER = np.arange(80) % 3 > 0, np.arange(80) % 4 > 0
 
@@ -48,11 +45,6 @@ def test_the_command_calls_a_method_by_its_options(given, name):
     assert Eval(tasks=("sled_demo",), **given)._name() == name
 
 
-def test_a_model_is_no_name():
-    with pytest.raises(SettingError, match=r"lm is 'demo', but must be an instance, .* give what sled\.load returns"):
-        evaluate("demo", "sled_demo", [Method("greedy")])
-
-
 def test_baselines_are_plain_decoding_and_the_clamp():
     method = Method("mine", fusion=sled.SLED(rate=3.0, scale=20, lower_bound=-500.0), exits=sled.SelfSpeculation(2))
     assert [(b.name, b.decoding.fusion, b.leaves_early) for b in baselines(method)] == [
@@ -61,6 +53,8 @@ def test_baselines_are_plain_decoding_and_the_clamp():
     assert baselines(Method("g")) == ()
     with pytest.raises(SettingError, match="fusion is 'sled'"):
         Method("x", fusion="sled")
+    with pytest.raises(SettingError, match=r"lm is 'demo', but must be an instance, .* give what sled\.load returns"):
+        evaluate("demo", "sled_demo", [method])
 
 
 def test_a_task_that_keeps_to_no_examples_says_so(lm, capsys):
@@ -75,10 +69,9 @@ def test_a_task_that_keeps_to_no_examples_says_so(lm, capsys):
 
 def test_every_method_sees_the_same_examples(lm, tiny_tasks, tmp_path):
     """Examples are drawn at random: the second method finds all answers of the first only if its prompts are alike."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": f"w {n}", "answer": str(n)}) + "\n"
-                                                 for n in range(8)))
+    data = write_rows(tmp_path / "rows.jsonl", ({"question": f"w {n}", "answer": str(n)} for n in range(8)))
     report = evaluate(lm, "tiny_text", [Method("one"), Method("two")], include_path=[tiny_tasks], num_fewshot=2,
-                      data=tmp_path / "rows.jsonl", max_new_tokens=4, batch_size=8, progress=False)
+                      data=data, max_new_tokens=4, batch_size=8, progress=False)
     one, two = (method["counts"] for method in report.methods)
     assert one["computed"] == 8 and two["computed"] == 0 and not any(m["verifies"] for m in report.methods)
     assert report.tasks["one"][0].documents() == report.tasks["two"][0].documents()
@@ -149,6 +142,8 @@ def test_a_report_whose_writing_was_killed_does_not_bar_its_folder(tmp_path):
     with written_whole(tmp_path / "report.json") as beside:
         beside.touch()
         report_folder("out", tmp_path)
+
+
 def report_of(scores, methods=()):
     model = dict(name="m", weights="0" * 64, dtype="float32", layers=2)
     return EvaluationReport(tasks={"base": []}, scores=scores, methods=list(methods), settings={}, versions={},

@@ -3,18 +3,14 @@
 import json
 
 import pytest
-
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install sled-jax[eval]")
-
-import lm_eval
-from harness_tasks import QUESTIONS, TASKS, listing_fixture, tasks_fixture  # noqa: F401
-from lm_eval.api.model import LM as HarnessModel
+from harness_tasks import QUESTIONS, TASKS, Scripted, lm_eval, write_rows
 
 from sled.demo.problems import problems
 from sled.errors import DataError, EvaluationError, SettingError
 from sled.eval.harness.tasks import load_tasks
 from sled.eval.report.scores import TaskResult
 
+pytest_plugins = ["harness_tasks"]
 pytestmark = pytest.mark.usefixtures("no_listing")
 
 
@@ -44,23 +40,11 @@ def one_row(word, **_):
         load_tasks(["sled_demo"], metadata={"problems": "abc"})
 
 
-class Solver(HarnessModel):
-    """Answers with the solution, with another number, or with none."""
-
-    def generate_until(self, requests):
-        solution = {p.question: p.solution for p in problems("heldout", 3)}
-        texts = [" " + solution[r.args[0].removeprefix("Question: ").removesuffix("\nAnswer:")] for r in requests]
-        return [texts[0], texts[1] + "9", "I think so. #### none"]
-
-    def loglikelihood(self, requests):
-        raise NotImplementedError
-
-    loglikelihood_rolling = loglikelihood
-
-
 def test_the_demo_task_counts_an_answer_without_a_number_wrong():
     loaded = load_tasks(["sled_demo"], metadata={"problems": 3})
-    results = lm_eval.evaluate(lm=Solver(), task_dict=loaded, bootstrap_iters=0)
+    right, other, _ = problems("heldout", 3)
+    model = Scripted([f" {right.solution}", f" {other.solution}9", "I think so. #### none"])
+    results = lm_eval.evaluate(lm=model, task_dict=loaded, bootstrap_iters=0)
     task = TaskResult.of(results, "sled_demo", loaded["tasks"]["sled_demo"])
     [scores] = task.scores().values()
     assert scores.tolist() == [1, 0, 0] and task.unanswered == {"answer": 1} and task.n == 3
@@ -84,7 +68,7 @@ def test_data_that_do_not_fit_are_named(tiny_tasks, tmp_path, capfd, name, rows,
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     if rows is not None:
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        write_rows(path, rows)
     with pytest.raises(DataError, match=says):
         load_tasks(["tiny_text"], include_path=[tiny_tasks], data=path if path.parent == tmp_path else path.parent)
     assert "rror" not in capfd.readouterr().err  # what is raised is not logged besides
@@ -92,8 +76,7 @@ def test_data_that_do_not_fit_are_named(tiny_tasks, tmp_path, capfd, name, rows,
 
 def test_local_data_take_the_place_of_a_tasks_own(tiny_tasks, tmp_path):
     rows = [{"question": f"what {n}", "answer": str(n)} for n in range(5)]
-    write = lambda path, rows: path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # noqa: E731
-    write(tmp_path / "rows.jsonl", rows[:3])
+    write_rows(tmp_path / "rows.jsonl", rows[:3])
     loaded = load_tasks(["tiny_text", "tiny_rolling"], include_path=[tiny_tasks], num_fewshot=2,
                         data=[f"tiny_text={tmp_path / 'rows.jsonl'}"])
     task = loaded["tasks"]["tiny_text"]
@@ -104,8 +87,8 @@ def test_local_data_take_the_place_of_a_tasks_own(tiny_tasks, tmp_path):
     assert len(loaded["tasks"]["tiny_rolling"].eval_docs) == len(QUESTIONS)
     assert not loaded["groups"]
     (tmp_path / "splits").mkdir()
-    write(tmp_path / "splits" / "test.jsonl", rows[:2])
-    write(tmp_path / "splits" / "train.jsonl", rows[2:])
+    write_rows(tmp_path / "splits" / "test.jsonl", rows[:2])
+    write_rows(tmp_path / "splits" / "train.jsonl", rows[2:])
     config = dict(TASKS["tiny_text"], task="with_train", dataset_path="nobody/nothing", test_split="test",
                   training_split="train", fewshot_split="train", num_fewshot=3)
     (tmp_path / "with_train.yaml").write_text(json.dumps(config))
@@ -124,10 +107,8 @@ def test_more_examples_than_rows_are_refused_before_any_work(tiny_tasks, tmp_pat
     listed = dict(TASKS["tiny_text"], task="listed", dataset_path="nobody/nothing", test_split="test",
                   fewshot_config=dict(sampler="first_n", samples=[{"question": "q", "answer": "a"}]))
     (tmp_path / "listed.yaml").write_text(json.dumps(listed))
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": q, "answer": "#### 1"}) + "\n"
-                                                 for q in questions))
-    load = lambda count: load_tasks([name], include_path=[tiny_tasks, tmp_path], num_fewshot=count,  # noqa: E731
-                                    data=tmp_path / "rows.jsonl")
+    data = write_rows(tmp_path / "rows.jsonl", ({"question": q, "answer": "#### 1"} for q in questions))
+    load = lambda count: load_tasks([name], include_path=[tiny_tasks, tmp_path], num_fewshot=count, data=data)  # noqa: E731
     with pytest.raises(DataError, match=says):
         load(asked)
     if name == "tiny_text":  # one less is shown to every row
@@ -149,8 +130,7 @@ def test_more_examples_than_rows_are_refused_before_any_work(tiny_tasks, tmp_pat
 ])
 def test_tasks_that_cannot_be_had_are_named(tiny_tasks, tmp_path, names, given, says):
     if given.get("data") == "FACTOR":
-        given = {**given, "data": tmp_path / "rows.jsonl"}
-        given["data"].write_text(json.dumps({"full_prefix": "a", "turncated_prefixes": "a", "completion": "b",
-                                             **{f"contradiction_{n}": str(n) for n in range(3)}}) + "\n")
+        columns = ("full_prefix", "turncated_prefixes", "completion", *(f"contradiction_{n}" for n in range(3)))
+        given = {**given, "data": write_rows(tmp_path / "rows.jsonl", [dict.fromkeys(columns, "a")])}
     with pytest.raises(EvaluationError, match=says):
         load_tasks(names, **{"include_path": [tiny_tasks], **given})

@@ -1,23 +1,26 @@
-"""Exported folders: Hugging Face ones that transformers runs alike, Orbax ones bit for bit; and what is refused."""
+"""Exported folders: Hugging Face ones that transformers runs alike, Orbax ones bit for bit; their cards; refusals."""
 
-import functools
 import json
 import re
-from pathlib import Path
 
+import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from export_models import PROMPTS, random_decoder, same
+from export_folders import PROMPTS, random_decoder, same
 from safetensors.numpy import load_file
 
 import sled
-from sled.calibration.fingerprint import digest_of_weights
+from sled.calibration.fingerprint import digest_of_weights, fingerprint
+from sled.calibration.record import Step
 from sled.cli import main
-from sled.errors import CheckpointError, SettingError
+from sled.errors import CalibrationError, CheckpointError, SettingError
+from sled.export.card import Card, Measured
 from sled.export.forms import export_hf, export_orbax
 from sled.export.target import replacing
+from sled.lm import LM
 from sled.models import load_folder, load_orbax, save_folder, save_orbax
+from sled.train.run.folder import read_checkpoint
 
 pytest_plugins = ["export_folders"]
 
@@ -33,6 +36,7 @@ def test_orbax_to_hugging_face_to_orbax_is_identical(decoder, tmp_path):
     assert read.embedding.weight.dtype == "bfloat16"
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (second, given))
     assert ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    assert same(load_orbax(save_orbax(decoder.stack(), tmp_path / "stacked")), decoder)
 
 
 def test_orbax_folders_hold_exit_heads_and_their_tokenizer_and_load(headed_folder, tmp_path):
@@ -40,10 +44,6 @@ def test_orbax_folders_hold_exit_heads_and_their_tokenizer_and_load(headed_folde
     assert same(load_orbax(tmp_path / "headed"), load_folder(headed_folder))
     ours, theirs = sled.load(tmp_path / "headed", dtype="bfloat16"), sled.load(headed_folder, dtype="bfloat16")
     assert digest_of_weights(ours.params) == digest_of_weights(theirs.params) and ours.text.digest == theirs.text.digest
-
-
-def test_a_stacked_decoder_is_saved_as_its_separate_form(decoder, tmp_path):
-    assert same(load_orbax(save_orbax(decoder.stack(), tmp_path / "saved")), decoder)
 
 
 def test_orbax_folders_that_do_not_fit_are_refused(decoder, tmp_path):
@@ -92,6 +92,67 @@ def test_exit_heads_go_to_transformers_only_on_demand(headed_folder, tmp_path):
     assert "only sled reads" in (tmp_path / "model" / "README.md").read_text()
 
 
+# The card: what a run measured, and a calibration that came along
+
+def test_a_checkpoint_gives_its_weights_without_its_optimiser(run_folder, decoder, monkeypatch):
+    from orbax.checkpoint import v1 as ocp
+
+    targets, load = [], ocp.load
+    monkeypatch.setattr(ocp, "load", lambda path, target: targets.append(target) or load(path, target))
+    first, latest = read_checkpoint(run_folder, 1), read_checkpoint(run_folder)
+    assert same(first.decoder.unstack(), decoder) and (first.step, latest.step) == (1, 2)
+    assert np.array_equal(latest.decoder.norm.weight[...], 2 * decoder.norm.weight[...])
+    assert [target["arrays"].keys() for target in targets] == [{"weights"}, {"weights"}]
+
+
+def test_the_card_says_what_was_measured(run_folder, tmp_path):
+    export_hf(run_folder, tmp_path / "model", Card(license="apache-2.0", base="someone/base"), step=1)
+    card = huggingface_hub.ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.base_model == "someone/base"
+    assert card.data.library_name == "transformers" and "sled" in card.data.tags
+    for words in ("| 2 | 2.2500 | 0.4375 |", "at most 0.02 below", "Here: 2;", "SelfSpeculation(2)",
+                  "assistant_early_exit=2", "for 1 steps, from `someone/base`"):
+        assert words in card.text
+    assert json.loads((tmp_path / "model" / "sled_export.json").read_text())["step"] == 1
+    assert sled.load(tmp_path / "model").text.available
+
+    export_hf(run_folder, tmp_path / "model")
+    card = huggingface_hub.ModelCard.load(tmp_path / "model" / "README.md")
+    assert card.data.license == "unknown" and card.data.base_model is None
+    assert "measured no held-out data at step 2" in card.text and "from random weights" in card.text
+    assert "was not measured" in card.text and "| 1 |" not in card.text
+    found = Measured([3.0, 2.0, 2.0, 1.0], [0.25, 0.75, 0.5, 0.75])  # within a margin of the last layer
+    assert found.within(0) == [2] and found.within(0.25) == [2, 3] and found.within(1) == [1, 2, 3]
+
+
+@pytest.fixture(scope="module")
+def calibration(decoder, tmp_path_factory):
+    serving = fingerprint(LM(decoder), sled.Decoding(sled.SLED(), sled.EarlyExit(1), max_new_tokens=8))
+    record = sled.Calibration(0.9, delta=0.1, epsilon=0.05, loss="exact", prompts=100, grid=(0.9, 0.5), steps=(
+        Step(0.9, 0.01, 0.001, 2.5), Step(0.5, 0.2, 0.9, 1.5)), full_depth=3, serving=serving, model="tiny", seed=0,
+        batch_size=8, date="2026-11-24", versions={}, hardware="cpu")
+    path = tmp_path_factory.mktemp("calibration") / "record.json"
+    record.save(path)
+    return path
+
+
+def test_a_calibration_comes_along_with_its_own_weights_and_no_others(calibration, run_folder, headed_folder,
+                                                                      plain_folder, tmp_path):
+    export_hf(plain_folder, tmp_path / "model", calibration=calibration)
+    card = (tmp_path / "model" / "README.md").read_text()
+    record = sled.Calibration.load(tmp_path / "model" / "calibration.json")
+    assert record.verdict() in card and record.table() in card and record.serving["weights"] in card
+    export_hf(run_folder, tmp_path / "of-run", step=1, calibration=calibration)
+    with pytest.raises(CalibrationError, match="weights have another digest; calibrate this model"):
+        export_hf(run_folder, tmp_path / "other", calibration=calibration)
+    with pytest.raises(CalibrationError, match="exit_heads"):
+        export_hf(headed_folder, tmp_path / "other", heads="beside", calibration=calibration)
+    (tmp_path / "broken.json").write_text("{}")
+    with pytest.raises(CalibrationError, match="no calibration"):
+        export_hf(plain_folder, tmp_path / "other", calibration=tmp_path / "broken.json")
+    assert not (tmp_path / "other").exists()
+
+
 # Where it is written, and the command
 
 
@@ -109,6 +170,8 @@ def test_a_folder_is_written_whole_or_not_at_all_and_over_exports_only(tmp_path)
     with pytest.raises(RuntimeError), replacing(to):
         raise RuntimeError
     assert (to / "two.safetensors").exists() and [path.name for path in to.parent.iterdir()] == ["to"]
+    with pytest.raises(SettingError, match="cannot be written"), replacing("/proc/nothing/here"):
+        pass
 
 
 @pytest.mark.parametrize(("mine", "says"), [
@@ -124,11 +187,6 @@ def test_what_is_no_export_stays(mine, says, tmp_path):
     with pytest.raises(CheckpointError, match=says), replacing(to / mine if mine.startswith("..") else to):
         pass
     assert (to / mine).read_text() == '{"somebody": "else"}'
-
-
-def test_a_folder_that_cannot_be_made_is_named():
-    with pytest.raises(SettingError, match="cannot be written"), replacing(Path("/proc/nothing/here")):
-        pass
 
 
 @pytest.mark.parametrize("arguments, words", [
@@ -148,11 +206,10 @@ def test_the_command_says_what_it_refuses(arguments, words, run_folder, tmp_path
 
 
 def test_the_command_writes_every_form(run_folder, tmp_path, capsys):
-    call = functools.partial(lambda *arguments: main(["export", str(run_folder), *arguments]))
-    assert call("--to", str(tmp_path / "hf"), "--dtype", "bfloat16") == 0
+    for name, options in (("hf", ["--dtype", "bfloat16"]), ("orbax", ["--form", "orbax"]),
+                          ("program", ["--form", "program", "--fusion", "average", "--step", "1"])):
+        assert main(["export", str(run_folder), "--to", str(tmp_path / name), *options]) == 0
     assert load_folder(tmp_path / "hf").embedding.weight.dtype == jnp.bfloat16
-    assert call("--to", str(tmp_path / "orbax"), "--form", "orbax") == 0
-    assert call("--to", str(tmp_path / "program"), "--form", "program", "--fusion", "average", "--step", "1") == 0
     about = json.loads((tmp_path / "program" / "program.json").read_text())
     assert about["source"] == {"source": run_folder.name, "step": 1}
     assert about["settings"]["fusion"]["kind"] == "sled.LayerAverage" and about["tokenizer"] == "tokenizer.json"

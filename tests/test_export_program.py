@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from export_models import CONFIG, PROMPTS, random_decoder
+from export_folders import CONFIG, PROMPTS, random_decoder
 from flax import nnx
 from headed_models import stirred
 from safetensors.numpy import load_file
@@ -97,14 +97,11 @@ def hidden_states():
 
 @pytest.mark.parametrize("name", [pytest.param("plain", marks=pytest.mark.exhaustive), "early", "speculation"])
 def test_a_program_says_what_the_library_says(name, programs, headed_folder, plain_folder):
-    lm = sled.load(headed_folder if name == "early" else plain_folder)
-    way = WAYS[name]
-    sampled, greedy = dict(way), dict(way)
-    if name == "early":
-        sampled["exits"] = dataclasses.replace(way["exits"], threshold=jnp.array(MIXED))
-        greedy["exits"] = dataclasses.replace(way["exits"], threshold=jnp.array([[0.1]] * 3))
-    warm = lm.generate(PROMPTS, max_new_tokens=NEW, sampling=sled.Sampling(**WARM), seed=3, **sampled)
-    cold = lm.generate(PROMPTS, max_new_tokens=NEW, **greedy)
+    lm, way = sled.load(headed_folder if name == "early" else plain_folder), WAYS[name]
+    at = lambda threshold: {} if name != "early" else {"exits": dataclasses.replace(  # noqa: E731
+        way["exits"], threshold=jnp.array(threshold))}
+    warm = lm.generate(PROMPTS, max_new_tokens=NEW, sampling=sled.Sampling(**WARM), seed=3, **way | at(MIXED))
+    cold = lm.generate(PROMPTS, max_new_tokens=NEW, **way | at([[0.1]] * 3))
     for said, out in zip(programs[name], (warm, cold), strict=True):
         count = len(said)  # one row of three, where the program ran it alone
         assert [tokens for tokens, _ in said] == out.tokens[:count]

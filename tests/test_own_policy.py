@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from export_models import random_decoder
+from export_folders import random_decoder
 from tiny_lm import CAPACITY, PROMPTS, begin, caches_of, generate, tiny_lm
 
 import sled

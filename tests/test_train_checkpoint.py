@@ -1,5 +1,6 @@
 """Checkpoints: whole, exact, of one run, and honest about damage. Runs are killed in test_train_trainer.py."""
 
+import functools
 import resource
 import shutil
 from pathlib import Path
@@ -26,11 +27,7 @@ def state(number):
 
 
 def check_same(one, other):
-    one, other = named(one), named(other)
-    assert one.keys() == other.keys()
-    for name in one:
-        assert one[name].dtype == other[name].dtype
-        np.testing.assert_array_equal(np.asarray(one[name]), np.asarray(other[name]), err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), named(one), named(other))
 
 
 @pytest.fixture(scope="module")
@@ -49,19 +46,14 @@ def copy(saved, tmp_path):
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
-def test_the_latest_stay_and_the_last_step_by_force(saved):
-    assert complete_steps(saved) == [10, 12, 13]
-    assert sorted(path.name for path in saved.iterdir()) == ["10", "12", "13"]
-
-
-@pytest.mark.parametrize("step", [None, 10])
-def test_what_was_saved_comes_back(saved, step):
-    for like in (state(0), jax.eval_shape(lambda: state(0))):
-        restored = load_checkpoint(saved, like, step)
-        number = step or 13
-        check_same(restored.state, state(number))
-        assert (restored.step, restored.host, restored.settings) == (number, {"position": [number, None]}, SETTINGS)
-        assert restored.versions["jax"] == jax.__version__
+def test_the_latest_stay_and_come_back(saved):
+    assert complete_steps(saved) == [10, 12, 13] and len(list(saved.iterdir())) == 3
+    for step, number in ((None, 13), (10, 10)):
+        for like in (state(0), jax.eval_shape(lambda: state(0))):
+            restored = load_checkpoint(saved, like, step)
+            check_same(restored.state, state(number))
+            assert (restored.step, restored.host, restored.settings) == (number, {"position": [number, None]}, SETTINGS)
+            assert restored.versions["jax"] == jax.__version__
 
 
 def test_a_step_that_is_there_is_not_written_again_and_an_older_one_is_refused(copy):
@@ -198,25 +190,21 @@ def test_a_full_disk_loses_nothing_older(copy):
     assert complete_steps(copy)[-1] == 15 and all(path.name.isdecimal() for path in copy.iterdir())
 
 
-def test_a_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"cannot be written to .*file/run \(Not a directory\); give a folder"):
-        Checkpoints(tmp_path / "file" / "run", SETTINGS, save_every=1)
-
-
 def test_settings_out_of_range_and_states_that_cannot_be_saved(tmp_path):
     for wrong in ({"save_every": 0}, {"save_every": 1, "keep": 0}):
         with pytest.raises(SettingError, match=f"{list(wrong)[-1]} is "):
             Checkpoints(tmp_path, SETTINGS, **wrong)
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=r"cannot be written to .*file/run \(Not a directory\); give a folder"):
+        Checkpoints(tmp_path / "file" / "run", SETTINGS, save_every=1)
     with pytest.raises(SettingError, match="settings cannot be written as JSON"):
         Checkpoints(tmp_path, {"rate": float("nan")}, save_every=1)
-    with Checkpoints(tmp_path, SETTINGS, save_every=1) as checkpoints:
-        with pytest.raises(SettingError, match="the state's count is 3, but only arrays"):
-            checkpoints.save(1, {"count": 3}, {})
-        with pytest.raises(SettingError, match=r"host is .* but would come back as \{'at': \[1, 2\]\}"):
-            checkpoints.save(1, state(1), {"at": (1, 2)})
-        with pytest.raises(SettingError, match="host cannot be written as JSON"):
-            checkpoints.save(1, state(1), {"at": np.int64(1)})
+    with Checkpoints(tmp_path / "run", SETTINGS, save_every=1) as checkpoints:
+        for held, host, words in (({"count": 3}, {}, "the state's count is 3, but only arrays"),
+                                  (state(1), {"at": (1, 2)}, r"host is .* but would come back as \{'at': \[1, 2\]\}"),
+                                  (state(1), {"at": np.int64(1)}, "host cannot be written as JSON")):
+            with pytest.raises(SettingError, match=words):
+                checkpoints.save(1, held, host)
         assert checkpoints.steps == []
 
 

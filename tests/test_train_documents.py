@@ -1,26 +1,22 @@
 """Tokenised examples are kept: made once, for the same data and settings alone, and never half."""
 
 import dataclasses
-import signal
-import subprocess
-import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import killed
 from tokenizers import normalizers
-from training_data import CONFIG, DEMO, ROWS, loader, one_epoch, tokens_of, write
+from training_data import CONFIG, DEMO, ROWS, one_epoch, tokens_of, write
 
 from sled.errors import DataError
 from sled.text.tokenizer import Tokenizer
 from sled.train.data.documents import default_cache
 from sled.train.data.packing import Layout
 
-
-@pytest.fixture
-def load(tmp_path):
-    return loader(tmp_path / "cache")
+pytest_plugins = ["training_data"]
 
 
 @pytest.fixture
@@ -31,7 +27,7 @@ def encoded(monkeypatch):
     return calls
 
 
-def test_a_second_run_tokenises_nothing(load, tmp_path, encoded):
+def test_a_second_run_tokenises_and_arranges_nothing(load, tmp_path, encoded, monkeypatch):
     path = write(tmp_path, "jsonl")
     first = load(path)
     assert len(encoded) == 4
@@ -40,14 +36,10 @@ def test_a_second_run_tokenises_nothing(load, tmp_path, encoded):
     np.testing.assert_equal(one_epoch(again), one_epoch(first))
     load(path, Layout(32, shape="padded", prompt_weight=1))  # rows are other ones, their documents are not
     assert len(encoded) == 4
-
-
-def test_the_rows_are_kept_too(load, monkeypatch):
-    first = load(ROWS)
     monkeypatch.setattr("sled.train.data.rows.arrange", None)
-    np.testing.assert_equal(one_epoch(load(ROWS)), one_epoch(first))
+    np.testing.assert_equal(one_epoch(load(path)), one_epoch(first))
     with pytest.raises(TypeError):
-        load(ROWS, Layout(63))
+        load(path, Layout(63))
 
 
 def test_other_data_or_settings_are_tokenised_anew(load, tmp_path, encoded):
@@ -89,14 +81,10 @@ def test_an_error_leaves_nothing_behind(load, tmp_path):
 
 
 def test_who_asks_at_once_waits_for_the_first(load, encoded):
-    found, at_once = [], threading.Barrier(4)
-    ask = lambda: (at_once.wait(), found.append(load(ROWS).report))  # noqa: E731
-    threads = [threading.Thread(target=ask) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4 and len(encoded) == len(ROWS) and len(set(map(str, found))) == 1
+    at_once = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: at_once.wait() >= 0 and load(ROWS).report, range(4)))
+    assert len(encoded) == len(ROWS) and len(set(map(str, found))) == 1
 
 
 KILLED = """
@@ -109,29 +97,22 @@ from sled.train.data.sources import Source
 
 documents.TOGETHER = 2  # two examples are written, then comes a long wait
 
-def rows():
-    yield {"text": "Ash buys 0 toys."}
-    yield {"text": "Ben buys 1 toys."}
-    print("half", flush=True)
-    time.sleep(60)
-
 class Slow:
     def __iter__(self):
-        return rows()
+        yield {"text": "Ash buys 0 toys."}
+        yield {"text": "Ben buys 1 toys."}
+        print("half", flush=True)
+        time.sleep(60)
 
-source = Source(Slow())
 documents.Reading.digest = lambda self: "same"
 config = DecoderConfig("llama", 1000, 8, 8, 2, 2, 2, 4, 256, eos_ids=(0,))
-documents.tokenise(source, Tokenizer.from_folder(Path(sys.argv[1])), config, cache=sys.argv[2], progress=False)
+documents.tokenise(Source(Slow()), Tokenizer.from_folder(Path(sys.argv[1])), config, cache=sys.argv[2], progress=False)
 """
 
 
 def test_a_killed_run_leaves_nothing_that_counts(load, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(DEMO), str(cache)], stdout=subprocess.PIPE, text=True)
-    with process:
-        assert process.stdout.readline() == "half\n"
-        process.send_signal(signal.SIGKILL)
+    assert killed(KILLED, DEMO, cache, after=1) == ["half\n"]
     assert len(list(cache.glob("*.unfinished-*"))) == 1
     monkeypatch.setattr("sled.train.data.sources.Reading.digest", lambda self: "same")  # so it is the same entry
     assert load(ROWS).report.examples == 4

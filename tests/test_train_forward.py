@@ -20,10 +20,6 @@ TOKENS_BT = np.random.RandomState(0).randint(1, 24, (3, 11))
 SEGMENTS_BT = np.array([[0] * 11, [1] * 4 + [2] * 3 + [1] * 4, [5] * 6 + [6] * 2 + [0] * 3])
 
 
-# Compiled without the optimisations that take most of the time; what they do to a pass is not the question here.
-FAST = {"xla_backend_optimization_level": 0}
-
-
 @pytest.fixture(scope="module")
 def model():
     return Decoder.init(CONFIG, rngs=nnx.Rngs(0))
@@ -37,7 +33,7 @@ def split(model):
 @pytest.fixture(scope="module")
 def hidden(model):
     """Every hidden state of [3, 11] tokens by the separate form, layer after layer."""
-    return jax.jit(model.hidden_states, compiler_options=FAST)
+    return jax.jit(model.hidden_states)
 
 
 @pytest.fixture(scope="module")
@@ -45,13 +41,12 @@ def whole(hidden):
     return np.asarray(hidden(TOKENS_BT))
 
 
-@functools.partial(jax.jit, compiler_options=FAST, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def states_of(graph, weights, exits, segments_BT):
     return exit_states(nnx.merge(graph, weights), TOKENS_BT, exits, segments_BT=segments_BT)
 
 
-@functools.partial(jax.jit, compiler_options=FAST, static_argnums=0,
-                   static_argnames=("exits", "remat", "compute_dtype"))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("exits", "remat", "compute_dtype"))
 def run(graph, weights, traced=None, *, exits=None, **options):
     """The states of `exits`, or of `traced` numbers, and the gradient of a weighted sum of them."""
 
@@ -132,13 +127,8 @@ def test_only_the_exits_states_are_handed_out(split):
 @pytest.mark.parametrize(("options", "says"), [
     (dict(exits=()), r"exits is \(\)"), (dict(exits=(0, 2)), "within 1..4"), (dict(exits=(2, 5)), "within 1..4"),
     (dict(exits=(3, 1)), "strictly ascending"), (dict(exits=(2, 2)), "strictly ascending"),
-    (dict(exits=(1,), remat="some"), "remat is 'some'"),
+    (dict(exits=(1,), remat="some"), "remat is 'some'"), (dict(exits=(1,)), r"model.stack\(\)"),  # the separate form
 ])
-def test_impossible_passes_are_refused(split, options, says):
+def test_impossible_passes_are_refused(model, options, says):
     with pytest.raises(SettingError, match=says):
-        exit_states(nnx.merge(*split), TOKENS_BT, **options)
-
-
-def test_the_separate_form_is_refused(model):
-    with pytest.raises(SettingError, match=r"model.stack\(\)"):
-        exit_states(model, TOKENS_BT, (1,))
+        exit_states(model if "stack" in says else model.stack(), TOKENS_BT, **options)

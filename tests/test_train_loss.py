@@ -1,6 +1,5 @@
 """The multi-exit loss against its plain form in float64: value, parts, gradients. test_train_mesh.py has it split."""
 
-import json
 import math
 import re
 
@@ -11,25 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
+from plain_loss import plain_loss
 
-from sled.bench.loss import OURS, PLAIN, run_loss_bench
 from sled.errors import SettingError
 from sled.train.objective.cross_entropy import Split, exit_cross_entropy
 
 EXITS, BATCH, TOKENS, WIDTH, VOCABULARY = 4, 2, 9, 8, 21
-
-
-def plain_loss(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, z_loss, distill, temperature):
-    """The definition, with all logits at once, as (loss, (nll_E, accuracy_E, z_E, distillation_E))."""
-    logits = jnp.einsum("ebtd,vd->ebtv", h_EBTD, w_VD)
-    log_sum = jax.nn.logsumexp(logits, -1)
-    picked = jnp.take_along_axis(logits, jnp.where(mask_BT == 0, 0, targets_BT)[None, ..., None], -1)[..., 0]
-    p = jax.lax.stop_gradient(jax.nn.softmax(logits[-1] / temperature))
-    divergence = temperature**2 * jnp.sum(p * (jnp.log(p) - jax.nn.log_softmax(logits / temperature)), -1)
-    divergence = divergence.at[-1].set(0)
-    parts = log_sum - picked, logits.argmax(-1) == jnp.where(mask_BT == 0, 0, targets_BT), log_sum**2, divergence
-    parts = [jnp.sum(jnp.where(mask_BT == 0, 0, mask_BT * x), (1, 2)) / mask_BT.sum() for x in parts]
-    return jnp.sum(weights_E * (parts[0] + z_loss * parts[2] + distill * parts[3])), parts
 
 
 def example(seed=0, dtype=np.float64):
@@ -47,17 +33,10 @@ def graded(loss):
 
 
 @pytest.fixture(scope="module")
-def traces():
-    """An entry for every trace of `ours`."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def ours(traces):
+def ours():
     """Value and gradient with every term on, five tokens (of 18) at a time."""
 
     def loss(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, z_loss, distill, temperature):
-        traces.append(h_EBTD.dtype)
         return exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, z_loss=z_loss, distill=distill,
                                   temperature=temperature, chunk=5)
 
@@ -76,8 +55,8 @@ def assert_close(got, want, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max(initial=0))
 
 
-def test_any_exits_mask_and_coefficients_give_the_plain_loss_in_one_trace(ours, plain, traces):
-    traces.clear()
+def test_any_exits_mask_and_coefficients_give_the_plain_loss_in_one_program(ours, plain):
+    before = ours._cache_size()
 
     @settings(max_examples=25, deadline=None)
     @given(st.integers(0, 10**6), st.lists(st.sampled_from([0.0, 0.4, 1.0]), min_size=EXITS, max_size=EXITS),
@@ -97,7 +76,7 @@ def test_any_exits_mask_and_coefficients_give_the_plain_loss_in_one_trace(ours, 
 
     with jax.enable_x64(True):
         check()
-    assert len(traces) == 1
+    assert ours._cache_size() == before + 1
 
 
 def test_float32(ours, plain):
@@ -113,9 +92,8 @@ def test_one_exit_with_its_own_projection_is_plain_cross_entropy(plain):
     with jax.enable_x64(True):
         alone = h_EBTD[:1], w_VD, targets_BT, mask_BT > 0, [1.0]
         (loss, metrics), gradients = graded(lambda h, w: exit_cross_entropy(h, w, *alone[2:]))(*alone[:2])
-        last_only = np.concatenate([h_EBTD[1:], h_EBTD[:1]]), w_VD, targets_BT, (mask_BT > 0) * 1.0
-        (plain_value, _), (dh, dw) = plain(*last_only, np.eye(EXITS)[-1], 0.0, 0.0, 1.0)
-        assert_close((loss, gradients), (plain_value, (dh[-1:], dw)), 1e-10)
+        (plain_value, _), expected = plain(h_EBTD[:1], w_VD, targets_BT, (mask_BT > 0) * 1.0, np.ones(1), 0.0, 0.0, 1.0)
+        assert_close((loss, gradients), (plain_value, expected), 1e-10)
     assert metrics.distillation_E is None and float(metrics.targets) == (mask_BT > 0).sum()
 
 
@@ -169,31 +147,16 @@ def test_metrics_are_constants_to_differentiation():
 def test_settings_are_refused_by_name():
     h_EBTD, w_VD, targets_BT, mask_BT, weights_E = batch = example(dtype=np.float32)
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    refused = {
-        "hidden states are of shape": (h_EBTD[0], *batch[1:]),
-        "w_VD is of shape": (h_EBTD, w_VD[:, 1:], *batch[2:]),
-        "targets_BT is of shape": (h_EBTD, w_VD, targets_BT[:, 1:], mask_BT, weights_E),
-        "mask_BT is of shape": (h_EBTD, w_VD, targets_BT, mask_BT[0], weights_E),
-        "weights_E is of shape": (*batch[:4], weights_E[1:]),
-    }
-    for message, args in refused.items():
+    for message, args, how in (
+            ("hidden states are of shape", (h_EBTD[0], *batch[1:]), {}),
+            ("w_VD is of shape", (h_EBTD, w_VD[:, 1:], *batch[2:]), {}),
+            ("targets_BT is of shape", (h_EBTD, w_VD, targets_BT[:, 1:], mask_BT, weights_E), {}),
+            ("mask_BT is of shape", (h_EBTD, w_VD, targets_BT, mask_BT[0], weights_E), {}),
+            ("weights_E is of shape", (*batch[:4], weights_E[1:]), {}),
+            ("chunk is 0", batch, dict(chunk=0)), ("temperature is 0", batch, dict(distill=1.0, temperature=0)),
+            ("z_loss is -1", batch, dict(z_loss=-1)), ("distill is nan", batch, dict(distill=float("nan"))),
+            ("only the last exit", (h_EBTD[:1], *batch[1:4], weights_E[:1]), dict(distill=0.5))):
         with pytest.raises(SettingError, match=message):
-            exit_cross_entropy(*args)
-    for message, setting in {"chunk is 0": {"chunk": 0}, "temperature is 0": {"distill": 1.0, "temperature": 0},
-                             "z_loss is -1": {"z_loss": -1}, "distill is nan": {"distill": float("nan")}}.items():
-        with pytest.raises(SettingError, match=message):
-            exit_cross_entropy(*batch, **setting)
-    with pytest.raises(SettingError, match="only the last exit"):
-        exit_cross_entropy(h_EBTD[:1], *batch[1:4], weights_E[:1], distill=0.5)
+            exit_cross_entropy(*args, **how)
     with pytest.raises(SettingError, match=r"Split.tensor names \['model'\]"):
         Split(mesh, tensor="model")
-    with pytest.raises(SettingError, match="rounds is 0"):
-        run_loss_bench(rounds=0)
-
-
-def test_the_benchmark_reports_every_form():
-    report = run_loss_bench(vocabulary=300, width=8, exits=2, tokens=512, rounds=1, progress=False)
-    rows = {row.form: row for row in report.rows}
-    assert rows[PLAIN].over_plain == rows[PLAIN].memory_over_plain == 1 and len(rows) == 5
-    assert rows[OURS].best_s > 0 and rows[OURS].memory_mb > 0
-    assert "x floor" in report.markdown() and json.loads(report.json())["exits"] == 2

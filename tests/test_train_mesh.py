@@ -1,8 +1,7 @@
 """Meshes and what lies where on them; training over eight devices; how processes find each other."""
 
-import collections
 import dataclasses
-import json
+import functools
 import math
 import re
 from unittest.mock import Mock
@@ -26,7 +25,6 @@ from sled.models.stored import abstract, abstract_stacked
 from sled.train.parallel import distributed
 from sled.train.parallel.distributed import SLURM, Processes, initialize
 from sled.train.parallel.memory_plan import memory_plan
-from sled.train.run.metrics import read_metrics
 
 LLAMA3 = dict(family="llama", vocab_size=128_256, num_kv_heads=8, head_dim=128, max_positions=8192)
 LLAMA3_8B = DecoderConfig(width=4096, mlp_width=14_336, num_layers=32, num_heads=32, **LLAMA3)
@@ -38,76 +36,10 @@ def parameters_of(config: DecoderConfig):
     return nnx.state(abstract_stacked(config), nnx.Param)
 
 
-# A program on eight devices: the trainer's own steps on every mesh, and what is split besides.
-
-@pytest.fixture(scope="module")
-def eight(tiny_folder, tmp_path_factory):
-    """Its folder, and its notes."""
-    out = tmp_path_factory.mktemp("meshes")
-    run_together([(on_devices(8, XDG_CACHE_HOME=str(out / "cache")), ["mesh_of_eight.py", tiny_folder("llama"), out])])
-    notes = json.loads((out / "notes.json").read_text())
-    assert notes["devices"] == 8
-    return out, notes
-
-
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
-def test_every_mesh_gives_the_losses_of_one_device(mesh, eight):
-    """With layer dropout, whose draws are the same everywhere."""
-    losses = eight[1]["losses"]
-    assert len(losses["alone"]) == 10 and losses["alone"][-1] < losses["alone"][0] - 0.2
-    np.testing.assert_allclose(losses[mesh], losses["alone"], rtol=0, atol=1e-4)
-
-
-def test_a_whole_run_on_a_mesh_is_that_of_one_device(eight):
-    out, notes = eight
-    lines = read_metrics(out / "run" / "metrics.jsonl")
-    np.testing.assert_allclose([line["loss"] for line in lines], notes["losses"]["alone"], rtol=0, atol=1e-4)
-    np.testing.assert_allclose(lines[-1]["held_out"], notes["held_out"], rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("what", ["rows left out", "tuned heads"])
-def test_a_step_on_a_mesh_changes_the_weights_as_one_device_does(what, eight):
-    """Where rows that lie on several devices are left out of the computation, and where exit heads learn alone."""
-    assert eight[1][what] < 2e-5
-
-
-def test_the_loss_is_split_exactly_and_a_batch_that_does_not_divide_is_refused(eight):
-    assert eight[1]["split loss"].startswith("the batch has 3 rows, which axes ('data', 'fsdp') of 4 devices cannot")
-
-
-def test_weights_are_gathered_layer_by_layer_and_activations_never(eight):
-    gathered = eight[1]["gathered"]
-    assert gathered["data"] == []
-    for mesh, parts in (("fsdp", 1), ("all", 2)):
-        matrices = {(48, 32), (32, 32), (32, 16), (32, 40), (40, 32)}  # table; q and o; k and v; gate and up; down
-        shapes = {tuple(map(int, dims.split(","))) for dims in gathered[mesh]}
-        assert shapes and shapes <= {(rows // m, columns // n) for rows, columns in matrices
-                                     for m, n in ((1, parts), (parts, 1))}, mesh
-
-
-@pytest.mark.parametrize("mesh", ["data", "fsdp", "tensor", "all"])
-def test_loading_asks_for_each_devices_part_once(mesh, eight, tiny_folder):
-    notes = eight[1]
-    stored = load_file(tiny_folder("llama") / "model.safetensors")
-    asked = collections.Counter()
-    family_names = {"mlp.down": "layers.mlp.down.weight", "self_attn.k": "layers.attention.k.weight",
-                    "embed_tokens": "embedding.weight", "input_layernorm": "layers.attention_norm.weight"}
-    for name, count in notes["asked"][mesh]:
-        asked[name] += count
-        for part, own in family_names.items():
-            if part in name:
-                shape = notes["parts"][mesh][own]
-                assert count == math.prod(shape[1:] if own.startswith("layers") else shape), name
-    assert asked == {name: array.size for name, array in stored.items()}
-
-
-def test_saving_from_a_mesh_writes_the_same_bytes(eight):
-    alone, ours = (eight[0] / "saved" / mesh for mesh in ("alone", "all"))
-    files = sorted(path.name for path in alone.iterdir())
-    assert len([name for name in files if name.endswith(".safetensors")]) > 2
-    assert files == sorted(path.name for path in ours.iterdir())
-    for name in files:
-        assert (alone / name).read_bytes() == (ours / name).read_bytes(), name
+def test_eight_devices_do_what_one_does(tiny_folder, tmp_path):
+    """The trainer's own steps on every mesh, and what is split besides."""
+    run_together([(on_devices(8, XDG_CACHE_HOME=str(tmp_path / "cache")),
+                   ["mesh_of_eight.py", tiny_folder("llama"), tmp_path])])
 
 
 # Meshes.
@@ -129,8 +61,17 @@ def test_sizes_of_a_mesh(mesh, devices, sizes):
     (lambda: Mesh(tensor=0), r"Mesh\.tensor is 0, but must be a whole number of at least 1; .*-1 is what is left"),
     (lambda: Mesh(data=-2, fsdp=1), r"Mesh\.data is -2"),
     (lambda: across_slices((1, 1, 8), 2), "2 slices, .*data 1, fsdp 1, tensor 8.*; make data x fsdp a multiple of 2"),
+    (lambda: Sharding(LLAMA3_8B, Mesh(fsdp=3).abstract(3)), "4096 columns of width do not divide over fsdp 3; choose"),
+    (lambda: Sharding(LLAMA3_8B, Mesh(tensor=64).abstract(64)), "32 query heads do not divide over tensor 64"),
+    (lambda: Sharding(LLAMA3_8B, Mesh(data=2).abstract(8)).local_rows(6), "6 rows does not divide .* fsdp = 8 groups"),
+    (lambda: Processes(coordinator="a:1"), "lacks count and index: "),
+    (lambda: Processes(count=2, index=0), "lacks coordinator: "),
+    (lambda: Processes(coordinator="a", count=2, index=0), "coordinator is 'a', but must be host:port"),
+    (lambda: Processes(coordinator="a:1", count=2, index=2), r"\.index is 2, but must be a whole number from 0 to 1"),
+    (lambda: Processes(cluster="k8s"), "'k8s', but must be one of 'tpu', 'slurm'; None is what the environment says"),
+    (lambda: Processes(cluster="tpu", coordinator="a:1", count=2, index=0), "give one of the two"),
 ])
-def test_what_does_not_fit_the_devices_is_said(make, says):
+def test_meshes_and_processes_that_cannot_be_are_refused(make, says):
     with pytest.raises(SettingError, match=says):
         make()
 
@@ -147,35 +88,31 @@ def test_slices_are_crossed_by_the_outer_axes_alone():
 
 # What lies where.
 
+def place(name):
+    """Where a parameter lies: over tensor the columns of products before attention and activation, else the rows."""
+    *_, module, kind = name.split(".")
+    if "norm" in module:
+        spec = (None,)
+    elif module in ("embedding", "head", "o", "down"):
+        spec = ("tensor", "fsdp") if kind == "weight" else (None,)
+    else:
+        spec = ("fsdp", "tensor") if kind == "weight" else ("tensor",)
+    return P(None, *spec) if name.startswith("layers") else P(*spec)
+
+
 def test_every_variants_parameters_have_their_place(variant, tiny_folder):
     config = read_config(tiny_folder(variant))
     weights = parameters_of(config)
     sharding = Sharding(config, Mesh(data=2, fsdp=4, tensor=2).abstract(16))
     assert not sharding.undivided
-    for name, (_, spec) in sharding.parameters.items():
-        split = [axis for axis in spec if axis]
-        assert len(split) == 2 if name.endswith("weight") and "norm" not in name else len(split) <= 1, name
     found = [sharding.parameter_at(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(weights)]
     assert sorted(found) == sorted(sharding.parameters)
     flat = dict(nnx.to_flat_state(nnx.state(abstract(config), nnx.Param)))
-    for name, (shape, _) in sharding.parameters.items():  # the stacked shapes are those of the separate layers
+    for name, (shape, spec) in sharding.parameters.items():  # the stacked shapes are those of the separate layers
         first, *rest = name.split(".")
         path = (first, 0, *rest) if first == "layers" else (first, *rest)
         assert shape == ((config.num_layers,) if first == "layers" else ()) + flat[path].shape
-
-
-@pytest.mark.parametrize("name, specs", [
-    ("qwen3-mha-biases-windows", {
-        "embedding.weight": P("tensor", "fsdp"), "head.weight": P("tensor", "fsdp"), "norm.weight": P(None),
-        "layers.attention.q.weight": P(None, "fsdp", "tensor"), "layers.attention.o.weight": P(None, "tensor", "fsdp"),
-        "layers.attention.k.bias": P(None, "tensor"), "layers.attention.o.bias": P(None, None),
-        "layers.attention.q_norm.weight": P(None, None)}),
-    ("llama-biases", {"layers.mlp.gate.bias": P(None, "tensor"), "layers.mlp.down.bias": P(None, None),
-                      "layers.mlp.down.weight": P(None, "tensor", "fsdp")}),
-])
-def test_specs(name, specs, tiny_folder):
-    sharding = Sharding(read_config(tiny_folder(name)), Mesh(tensor=2).abstract(8))
-    assert {name: sharding.parameters[name][1] for name in specs} == specs
+        assert spec == place(name), name
 
 
 @pytest.mark.parametrize("optimizer", [
@@ -221,39 +158,22 @@ def test_a_parameter_whose_axes_have_no_names_is_named(axes, monkeypatch):
         _ = Sharding(LLAMA3_8B, Mesh().abstract(8)).parameters
 
 
-@pytest.mark.parametrize("mesh, says", [
-    (Mesh(fsdp=3, tensor=1), "4096 columns of width do not divide over fsdp 3; choose a mesh whose fsdp axis divides"),
-    (Mesh(fsdp=1, tensor=64), "32 query heads do not divide over tensor 64"),
-])
-def test_widths_that_do_not_divide_are_refused(mesh, says):
-    with pytest.raises(SettingError, match=says):
-        Sharding(LLAMA3_8B, mesh.abstract(mesh.fsdp * mesh.tensor))
-
-
-def test_a_batch_that_does_not_fit_is_refused():
+def test_a_process_supplies_its_rows():
     sharding = Sharding(LLAMA3_8B, Mesh(fsdp=1).build(jax.devices()[:1]))
     assert sharding.local_rows(5) == slice(0, 5)
     np.testing.assert_array_equal(sharding.batch({"tokens": np.arange(10).reshape(5, 2)}, 5)["tokens"],
                                   np.arange(10).reshape(5, 2))
     with pytest.raises(SettingError, match=r"has shape \(4, 2\), but this process supplies rows 0 to 5 of 5"):
         sharding.batch(np.zeros((4, 2)), 5)
-    with pytest.raises(SettingError, match="a batch of 6 rows does not divide over data x fsdp = 8 groups"):
-        Sharding(LLAMA3_8B, Mesh(data=2).abstract(8)).local_rows(6)
 
 
 @pytest.mark.parametrize("name, dtype", [("qwen3-mha-biases-windows", None), ("llama-mha-tied", "bfloat16")])
 def test_a_mesh_holds_what_plain_loading_gives(name, dtype, tiny_folder):
-    plain = load_folder(tiny_folder(name), dtype=dtype)
+    plain = load_folder(tiny_folder(name), dtype=dtype).stack()
     placed = load_onto(tiny_folder(name), Mesh().build(jax.devices()[:1]), dtype=dtype)
     assert placed.config == plain.config and placed.num_layers == 3
-    expected = {path: np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(nnx.state(plain))}
-    for path, leaf in nnx.to_flat_state(nnx.state(placed)):
-        own = np.asarray(leaf[...])
-        pairs = ([(own, expected[path])] if path[0] != "layers" else
-                 [(own[i], expected["layers", i, *path[1:]]) for i in range(3)])
-        for one, other in pairs:
-            assert one.dtype == other.dtype
-            np.testing.assert_array_equal(one, other, err_msg=str(path))
+    ours, theirs = (jax.tree.map(np.asarray, nnx.state(decoder)) for decoder in (placed, plain))
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), ours, theirs)
 
 
 @pytest.mark.parametrize("name, tensor, value, says", [
@@ -283,13 +203,6 @@ def test_nothing_large_is_replicated(config, mesh, devices, parameters):
     assert 1 <= made.optimizer / (8 * parameters / devices) < 1.01
 
 
-def test_the_plan_is_what_the_compiled_step_takes(eight):
-    for mesh, groups in (("data", 8), ("fsdp", 8), ("tensor", 2), ("all", 4)):
-        planned, taken = eight[1]["bytes"][mesh]
-        rows = 3 * 4 * 13 * 8 // groups  # three arrays of its rows
-        assert taken == planned + 4 + 4 + rows, mesh  # the step's number, and the rate of layer dropout
-
-
 def test_what_stays_whole_is_reported():
     sharding = Sharding(LLAMA3_70B, Mesh(data=2, fsdp=8, tensor=16).abstract(256))
     assert sharding.undivided == {"kv_heads": "8 key/value heads do not divide over tensor 16"}
@@ -301,28 +214,15 @@ def test_what_stays_whole_is_reported():
     assert lines[-1] == "Left whole over tensor: 8 key/value heads do not divide over tensor 16."
     cells = [re.split(r"\s{2,}", line) for line in lines]
     assert ["layers.attention.k.weight", "80 x 8192 x 1024", "-, fsdp 8, -", "32", "320 MiB", "640 MiB"] in cells
-
-
-def test_a_vocabulary_that_does_not_divide_stays_whole_over_tensor():
     odd = DecoderConfig(**{**LLAMA3, "vocab_size": 50_257}, width=64, mlp_width=64, num_layers=1, num_heads=8)
     sharding = Sharding(odd, Mesh(fsdp=1, tensor=8).abstract(8))
     assert sharding.undivided == {"vocab": "50257 vocabulary entries do not divide over tensor 8"}
     assert sharding.parameters["head.weight"][1] == P(None, "fsdp")
 
 
+
+
 # Processes.
-
-@pytest.mark.parametrize("settings, says", [
-    (dict(coordinator="a:1"), "lacks count and index: "), (dict(count=2, index=0), "lacks coordinator: "),
-    (dict(coordinator="a", count=2, index=0), "coordinator is 'a', but must be host:port"),
-    (dict(coordinator="a:1", count=2, index=2), r"Processes\.index is 2, but must be a whole number from 0 to 1"),
-    (dict(cluster="k8s"), "cluster is 'k8s', but must be one of 'tpu', 'slurm'; None is what the environment says"),
-    (dict(cluster="tpu", coordinator="a:1", count=2, index=0), "give one of the two"),
-])
-def test_settings_of_processes_that_do_not_belong_together_are_refused(settings, says):
-    with pytest.raises(SettingError, match=says):
-        Processes(**settings)
-
 
 @pytest.fixture
 def joined(monkeypatch):

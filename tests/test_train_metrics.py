@@ -1,6 +1,9 @@
+"""What a run writes of itself: metrics, curves, pictures, throughput."""
+
 import json
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock, call
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +32,9 @@ def test_lines_come_back_as_they_were_written(path):
     with Metrics(path) as metrics:
         metrics.write(1, {"loss": jnp.float32(0.1), "layers": np.array([1, 2]), "half": jnp.bfloat16(0.5), "text": "a"})
         metrics.write(3, {"loss": float("nan"), "held_out": [1.0, float("inf")], "count": 7})
+        for step in (3, 2):
+            with pytest.raises(SettingError, match=f"step is {step}, but the metrics file holds step 3 already"):
+                metrics.write(step, {})
     assert read_metrics(path) == [
         {"step": 1, "loss": float(np.float32(0.1)), "layers": [1, 2], "half": 0.5, "text": "a"},
         {"step": 3, "loss": "nan", "held_out": [1.0, "inf"], "count": 7}]
@@ -47,20 +53,8 @@ def test_after_a_resume_each_step_stands_once(path, torn):
     path.unlink()
     write(path, range(1, 11))
     assert resumed == path.read_bytes()
-
-
-def test_a_run_from_the_start_begins_the_file_anew(path):
-    write(path, range(1, 9))
-    write(path, [1])
+    write(path, [1])  # a run from the start begins the file anew
     assert [line["step"] for line in read_metrics(path)] == [1]
-
-
-def test_steps_ascend(path):
-    with Metrics(path, resumed_from=4) as metrics:
-        metrics.write(5, {})
-        for step in (5, 2):
-            with pytest.raises(SettingError, match=f"step is {step}, but the metrics file holds step 5 already"):
-                metrics.write(step, {})
 
 
 @pytest.mark.parametrize("line", [b"{}\n", b"[1]\n", b'{"step": "2"}\n', b'{"step": 1}\n', b"garbage\n"])
@@ -73,32 +67,25 @@ def test_damage_before_the_last_line_is_told(path, line):
             use(path)
 
 
-def test_a_file_that_cannot_be_read_or_written(tmp_path):
+def test_what_cannot_be_read_or_written(path, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="none cannot be read"):
         read_metrics(tmp_path / "none")
     (tmp_path / "file").touch()
     with pytest.raises(SettingError, match=r"the metrics file is .* cannot be written"):
         Metrics(tmp_path / "file" / "metrics.jsonl")
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(SettingError, match=r'not installed; install it with pip install "sled-jax\[tensorboard\]"'):
+        Metrics(path, tensorboard="board")
 
 
 def test_tensorboard_gets_the_same_numbers(path, tmp_path, monkeypatch):
-    written, opened = [], []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step):
-            opened.append((folder, purge_step))
-
-        def add_scalar(self, name, value, step):
-            written.append((name, value, step))
-
-        def close(self):
-            opened.append("closed")
-
-    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=SummaryWriter))
+    writer = Mock()
+    monkeypatch.setitem(sys.modules, "tensorboardX", Mock(SummaryWriter=writer))
     with Metrics(path, resumed_from=1, tensorboard=tmp_path) as metrics:
         metrics.write(2, {"loss": 1.5, "held_out": [3.0, 1.0], "name": "text"})
-    assert written == [("loss", 1.5, 2), ("held_out/1", 3.0, 2), ("held_out/2", 1.0, 2)]
-    assert opened == [(str(tmp_path), 2), "closed"]
+    assert writer.mock_calls == [
+        call(str(tmp_path), purge_step=2), call().add_scalar("loss", 1.5, 2), call().add_scalar("held_out/1", 3.0, 2),
+        call().add_scalar("held_out/2", 1.0, 2), call().close()]
 
 
 def test_tensorboardx_writes_its_file(path, tmp_path):
@@ -106,12 +93,6 @@ def test_tensorboardx_writes_its_file(path, tmp_path):
     write(path, [1, 2], tensorboard=tmp_path / "board")
     [events] = (tmp_path / "board").iterdir()
     assert b"held_out/2" in events.read_bytes()
-
-
-def test_without_tensorboardx_the_extra_is_named(path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(SettingError, match=r'not installed; install it with pip install "sled-jax\[tensorboard\]"'):
-        Metrics(path, tensorboard="board")
 
 
 def test_the_progress_line_is_short():
@@ -175,19 +156,13 @@ def test_flops_are_those_of_the_matrix_products(tied, heads):
 
 def test_the_picture_shows_every_layer(path, tmp_path):
     with Metrics(path) as metrics:
-        for step in range(1, 6):
-            metrics.write(step, {"loss": 1.0, **({"held_out": [3.0, 2.0, 1.0 / step]} if step % 2 else {})})
-    for name in ("losses.png", "losses.svg"):
-        assert draw(path, tmp_path / name).stat().st_size > 5000
-    text = (tmp_path / "losses.svg").read_text()
-    assert text.count('id="line2d_') >= 3 and "step" in text
-
-
-def test_a_picture_that_cannot_be_drawn(path, tmp_path):
-    with Metrics(path) as metrics:
         metrics.write(1, {"loss": 1.0})
     with pytest.raises(SettingError, match="has no 'held_out' yet"):
         draw(path, tmp_path / "losses.png")
-    write(path, [1])
+    write(path, [1, 3, 5])
+    for name in ("losses.png", "losses.svg"):
+        assert draw(path, tmp_path / name).stat().st_size > 5000
+    text = (tmp_path / "losses.svg").read_text()
+    assert text.count('id="line2d_') >= 2 and "step" in text
     with pytest.raises(SettingError, match="ending is none of"):
         draw(path, tmp_path / "losses.gif")

@@ -19,30 +19,26 @@ def put_config(folder: RunFolder, text="{}"):
         (config / "config.json").write_text(text)
 
 
+def check_refused(folder: RunFolder, words: str):
+    with pytest.raises(SettingError, match=words), folder.claimed():
+        raise AssertionError
+
+
 def test_a_folder_is_claimed_by_one_run_at_a_time(folder):
     with folder.claimed():
-        with pytest.raises(SettingError, match=r"a run is going on in .*run; wait for its end, or give another folder"):
-            with RunFolder(folder.path).claimed():
-                raise AssertionError
+        check_refused(RunFolder(folder.path), "a run is going on in .*run; wait for its end, or give another folder")
         put_config(folder)
     with folder.claimed():
         assert folder.is_run()
 
 
-@pytest.mark.parametrize("held", ["notes.txt", "model_config", "metrics.jsonl", "model"])
+@pytest.mark.parametrize("held", ["notes.txt", "model_config/mine", "metrics.jsonl", "model/mine"])
 def test_a_folder_of_something_else_is_refused_and_left_as_it_is(folder, held):
     own = folder.path / held
-    if "." in held:
-        folder.path.mkdir()
-        own.write_text("mine")
-    else:
-        own.mkdir(parents=True)
-        (own / "mine.txt").write_text("mine")
-    before = sorted(folder.path.rglob("*"))
-    with pytest.raises(SettingError, match=f"holds '{held}' but no run; give a new or empty folder"):
-        with folder.claimed():
-            raise AssertionError
-    assert sorted(folder.path.rglob("*")) == before
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    check_refused(folder, f"holds '{held.partition('/')[0]}' but no run; give a new or empty folder")
+    assert own.read_text() == "mine" and len(list(folder.path.rglob("*"))) == 1 + held.count("/")
 
 
 def test_a_trained_model_without_its_checkpoints_is_not_overwritten(folder):
@@ -50,9 +46,7 @@ def test_a_trained_model_without_its_checkpoints_is_not_overwritten(folder):
         put_config(folder)
     folder.model.mkdir()
     (folder.model / "config.json").touch()
-    with pytest.raises(SettingError, match="holds a trained model, but none of the checkpoints to go on from"):
-        with folder.claimed():
-            raise AssertionError
+    check_refused(folder, "holds a trained model, but none of the checkpoints to go on from")
     (folder.checkpoints / "5").mkdir(parents=True)
     with folder.claimed():
         pass
@@ -69,17 +63,10 @@ def test_where_locks_are_unknown_a_run_goes_without(folder, monkeypatch):
         assert not [path for path in folder.path.iterdir() if path.name not in ("model_config", ".run.lock")]
 
 
-def test_hidden_files_do_not_make_a_folder_another_ones(folder):
+def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
+    """Also in the middle of putting another configuration in the place of an earlier one, and beside hidden files."""
     folder.path.mkdir()
     (folder.path / ".gitkeep").touch()
-    with folder.claimed():
-        put_config(folder)
-    assert folder.is_run() and (folder.path / ".gitkeep").exists()
-
-
-def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
-    """Also in the middle of putting another configuration in the place of an earlier one."""
-    folder.path.mkdir()
     (folder.path / ".run.lock").touch()
     (folder.path / ".unfinished-model_config").mkdir()
     (folder.path / ".unfinished-model_config" / "old.json").touch()
@@ -87,6 +74,7 @@ def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
     with folder.claimed():
         put_config(folder)
     assert [entry.name for entry in folder.model_config.iterdir()] == ["config.json"]
+    assert folder.is_run() and (folder.path / ".gitkeep").exists()
 
 
 def test_the_lock_of_a_run_that_failed_vouches_for_nothing(folder):
@@ -96,17 +84,13 @@ def test_the_lock_of_a_run_that_failed_vouches_for_nothing(folder):
     assert list(folder.path.iterdir()) == []
     for name in (".run.lock", "notes.txt"):
         (folder.path / name).touch()
-    with pytest.raises(SettingError, match=r"holds 'notes\.txt' but no run"):
-        with folder.claimed():
-            raise AssertionError
+    check_refused(folder, r"holds 'notes\.txt' but no run")
 
 
 def test_what_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("long" * 100)):
-        with pytest.raises(SettingError, match=r"which (is a file|cannot be written .*); give a folder of your own"):
-            with RunFolder(path).claimed():
-                raise AssertionError
+        check_refused(RunFolder(path), r"which (is a file|cannot be written .*); give a folder of your own")
 
 
 def test_a_form_that_fails_leaves_the_earlier_one_and_a_run_that_fails_at_once_nothing(folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from programs import Forks, free_address, half_written, latest, on_devices, run_together, until
+from programs import Forks, free_address, on_devices, run_together, until
 from safetensors.numpy import load_file
 
 import sled
@@ -35,24 +35,12 @@ PROGRAM = Path(__file__).parent / "training_runs.py"
 STEPS = 30
 
 
-class Runs(Forks):
-    """Runs of tests/training_runs.py."""
+def latest(checkpoints: Path) -> int:
+    return max(complete_steps(checkpoints), default=0)
 
-    def __init__(self, data: Path):
-        super().__init__(data / "errors.txt", [PROGRAM, "serve", data],
-                         on_devices(1, XDG_CACHE_HOME=str(data / "cache")))
-        self.data = str(data)
 
-    def begin(self, folder: Path, **changes) -> int:
-        return self.start("train", folder=str(folder), data=self.data, **changes)
-
-    def train(self, folder: Path, **changes) -> Path:
-        """A run from its beginning, or from its last checkpoint, to its end."""
-        self.whole("train", folder=str(folder), data=self.data, **changes)
-        return folder
-
-    def refuses(self, folder: Path, **changes) -> str:
-        return self.refused("train", folder=str(folder), data=self.data, **changes)
+def half_written(checkpoints: Path) -> set[Path]:
+    return {path for path in checkpoints.glob("*") if not path.name.isdecimal()}
 
 
 @pytest.fixture(scope="module")
@@ -66,14 +54,16 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(data):
-    runs = Runs(data)
+    runs = Forks(data / "errors.txt", [PROGRAM, "serve", data], on_devices(1, XDG_CACHE_HOME=str(data / "cache")))
     yield runs
     runs.stop()
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(runs, tmp_path_factory) -> Path:
-    return runs.train(tmp_path_factory.mktemp("uninterrupted"))
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    runs.whole("train", folder=folder)
+    return folder
 
 
 def metrics_of(folder: Path) -> list[dict]:
@@ -100,7 +90,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, unin
     dice, torn = random.Random(kills), 0
     for kill in range(kills):
         left, reached = half_written(tmp_path / "checkpoints"), latest(tmp_path / "checkpoints")
-        pid = runs.begin(tmp_path)
+        pid = runs.start("train", folder=tmp_path)
         if kill % 2:
             until(lambda: latest(tmp_path / "checkpoints") > reached)  # noqa: B023
             until(lambda: half_written(tmp_path / "checkpoints") - left)  # noqa: B023
@@ -112,12 +102,13 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, unin
         assert reached <= latest(tmp_path / "checkpoints") < STEPS
         torn += bool(half_written(tmp_path / "checkpoints") - left)
     assert torn >= kills // 3
-    check_same_end(runs.train(tmp_path), uninterrupted)
+    runs.whole("train", folder=tmp_path)
+    check_same_end(tmp_path, uninterrupted)
     assert not half_written(tmp_path / "checkpoints")
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):
-    pid = runs.begin(tmp_path, save_every=1000)
+    pid = runs.start("train", folder=tmp_path, save_every=1000)
     until(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").stat().st_size)
     os.kill(pid, signal.SIGTERM)
     assert runs.ended() == EXIT_CODE
@@ -128,7 +119,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_pat
     exported(tmp_path, tmp_path / "early")
     expected = exported(uninterrupted, tmp_path / "expected", stopped)
     assert (tmp_path / "early" / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
-    runs.train(tmp_path, save_every=1000)
+    runs.whole("train", folder=tmp_path, save_every=1000)
     ours, others = metrics_of(tmp_path), metrics_of(uninterrupted)
     assert [line["loss"] for line in ours] == [line["loss"] for line in others]
 
@@ -153,9 +144,10 @@ def test_what_a_run_ends_with_is_a_model_with_its_tokenizer(uninterrupted, tmp_p
 
 @pytest.mark.exhaustive
 def test_more_steps_within_the_constant_part_end_as_if_asked_for_at_once(runs, uninterrupted, tmp_path):
-    runs.train(tmp_path, steps=12)
+    runs.whole("train", folder=tmp_path, steps=12)
     first = (tmp_path / "model" / "model.safetensors").read_bytes()
-    check_same_end(runs.train(tmp_path), uninterrupted)
+    runs.whole("train", folder=tmp_path)
+    check_same_end(tmp_path, uninterrupted)
     folder = exported(tmp_path, tmp_path / "exported", 12)
     assert (folder / "model.safetensors").read_bytes() == first
 
@@ -163,52 +155,28 @@ def test_more_steps_within_the_constant_part_end_as_if_asked_for_at_once(runs, u
 def test_a_folder_of_another_run_is_refused_by_name_and_left_as_it_is(runs, uninterrupted):
     form = {path: path.read_bytes() for path in (uninterrupted / "model_config").iterdir()}
     for changes, words in (({"seed": 1}, "recipe.seed was 0 and is 1"), ({"steps": 20}, "step 30 is behind it"),
-                           ({"learning_rate": 0.1}, "recipe.learning_rate was 0.01 and is 0.1"),
                            ({"width": 16}, "settings: model.width was 32 and is 16. Give"),
-                           ({"optimizer": "muon"}, "recipe.optimizer was 'adamw' and is 'muon'"),
                            ({"context": 60}, "settings: recipe.context was 64 and is 60. Give"),
                            ({"accumulate": 2}, "recipe.accumulate was 1 and is 2")):
-        said = runs.refuses(uninterrupted, **changes)
+        said = runs.refused("train", folder=uninterrupted, **changes)
         assert "CheckpointError" in said and words in said, said
     assert {path: path.read_bytes() for path in (uninterrupted / "model_config").iterdir()} == form
 
 
-@pytest.fixture(scope="module")
-def two(data, runs, tiny_folder, tmp_path_factory):
-    """The folder of a run in two processes, which one process then took further; and their notes."""
-    out, address = tmp_path_factory.mktemp("two"), free_address()
+def test_two_processes_train_save_and_resume_and_one_process_goes_on(runs, uninterrupted, data, tiny_folder, tmp_path):
+    address = free_address()
     run_together([(on_devices(1, XDG_CACHE_HOME=str(data / "cache")),
-                   [PROGRAM, "two", data, address, str(index), tiny_folder("llama"), out]) for index in range(2)])
-    runs.train(out / "two", save_every=4, steps=12)
-    return out
-
-
-def test_two_processes_load_and_save_a_model_each_its_part(two, tiny_folder):
-    both = [json.loads((two / f"process{index}.json").read_text()) for index in range(2)]
-    assert [notes["devices"] for notes in both] == [2, 2] and [notes["rows"] for notes in both] == [[0, 4], [4, 8]]
-    assert re.match(r"process 1 of 2, coordinator localhost:\d+", both[1]["said"])
-    stored = load_file(tiny_folder("llama") / "model.safetensors")
-    vectors = sum(array.size for array in stored.values() if array.ndim == 1)
-    half = (sum(array.size for array in stored.values()) - vectors) // 2 + vectors
-    assert [notes["asked"] for notes in both] == [half, half] and all(notes["saved"] for notes in both)
-    saved = load_file(two / "model" / "model.safetensors")
-    assert saved.keys() == stored.keys() and all(np.array_equal(saved[name], stored[name]) for name in stored)
-
-
-def test_two_processes_train_save_and_resume_and_one_process_goes_on(two, uninterrupted):
-    ours, others = (metrics_of(folder) for folder in (two / "two", uninterrupted))
+                   [PROGRAM, "two", data, address, str(index), tiny_folder("llama"), tmp_path]) for index in range(2)])
+    runs.whole("train", folder=tmp_path / "two", save_every=4, steps=12)
+    ours, others = (metrics_of(folder) for folder in (tmp_path / "two", uninterrupted))
     assert [line["step"] for line in ours] == list(range(1, 13))
     np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in others[:12]], atol=1e-4)
-    assert complete_steps(two / "two" / "checkpoints") == [4, 8, 12]
+    assert complete_steps(tmp_path / "two" / "checkpoints") == [4, 8, 12]
 
 
-def test_processes_with_different_data_or_settings_are_refused_and_all_say_why(two):
-    for index in range(2):
-        said = [(two / f"data{index}" / f"said{number}.txt").read_text() for number in range(3)]
-        assert said[0].startswith(f"data is not the same in process {index} and in process {1 - index}; start all")
-        assert said[1].startswith(f"--save-every is not the same in process {index} and")
-        assert "but no run; give a new or empty folder" in said[2]
-    assert complete_steps(two / "unlike" / "checkpoints") == []
+def by_command(runs, out, data, held_out, options):
+    """`sled train` with these options."""
+    runs.whole("command", arguments=["train", "--out", out, "--data", data, "--held-out", held_out, *options.split()])
 
 
 def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
@@ -216,17 +184,17 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
              for word in ("level", "reward", "lemon")]
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, lines * 8)))
-    runs.whole("command", arguments=[
-        "train", "--data", str(file), "--held-out", str(file), "--prompt", "question", "--completion", "answer",
-        "--steps", "12", "--warmup", "2", "--learning-rate", "1e-3", "--batch", "4", "--context", "32",
-        "--save-every", "4", "--out", str(tmp_path / "run")])
+    by_command(runs, tmp_path / "run", file, file, "--prompt question --completion answer --steps 12 --warmup 2 "
+               "--learning-rate 1e-3 --batch 4 --context 32 --save-every 4")
     held_out = [line["held_out"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
     assert len(held_out) == 3 and held_out[-1][-1] < held_out[0][-1] / 1.5
     assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
 
 
 def tune(runs, folder, data, model, steps):
-    runs.whole("tune", folder=str(folder), data=str(data), model=str(model), layers=[1, 2], steps=steps)
+    by_command(runs, folder, data / "train.jsonl", data / "held_out.jsonl",
+               f"--recipe tune-exits --exit-heads 1 2 --head-kind mlp --model {model} --steps {steps} --batch 8 "
+               "--context 64 --warmup 2 --learning-rate 1e-2 --schedule constant --save-every 1 --log-every 1")
 
 
 @pytest.mark.exhaustive
@@ -253,57 +221,51 @@ def test_exit_heads_are_tuned_and_exported_and_nothing_else_moves(runs, uninterr
     assert sled.load(folder).config.exit_heads.layers == (1, 2)
 
 
-def test_options_of_layer_dropout():
-    recipe = RecipeOptions("finetune", layer_dropout=0.2, drop="fixed").made()
-    assert recipe.dropout == layerskip(0.2, strategy=FixedRows())
-    assert RecipeOptions("plain", layer_dropout=0.3).made().dropout == layerskip(0.3)
-    assert RecipeOptions("finetune", layer_dropout=0.0).made().dropout is None
-
-
-def run_of(tmp_path, data, **changes):
-    recipe = {"steps": 4, "batch": 2, "context": 32} | changes.pop("recipe", {})
-    return TrainingRun(**{**dict(folder=tmp_path / "run", model=NewModel(layers=2, width=8, heads=2), source=Source(
-        data / "train.jsonl"), recipe=named("plain", **recipe)), **changes})
-
-
-def test_exits_of_ones_own_are_weighted_as_the_recipe_does():
-    assert RecipeOptions("finetune", exit_layers=(2, 4)).made().exits == WeightedExits(LayerSkipWeights(1.0),
-                                                                                 AllExits((2, 4)))
-    assert RecipeOptions("plain", exit_layers=(3,)).made().exits == WeightedExits(UniformWeights(), AllExits((3,)))
-    assert RecipeOptions("finetune").made().exits.curriculum == Rotational(16)
+def test_options_change_the_recipe():
+    made = lambda *recipe, **changes: RecipeOptions(*recipe, **changes).made()  # noqa: E731
+    assert made("finetune", layer_dropout=0.2, drop="fixed").dropout == layerskip(0.2, strategy=FixedRows())
+    assert made("plain", layer_dropout=0.3).dropout == layerskip(0.3)
+    assert made("finetune", layer_dropout=0.0).dropout is None
+    own = made("finetune", exit_layers=(2, 4)).exits  # weighted as the recipe does
+    assert own == WeightedExits(LayerSkipWeights(1.0), AllExits((2, 4)))
+    assert made("plain", exit_layers=(3,)).exits == WeightedExits(UniformWeights(), AllExits((3,)))
+    assert made("finetune").exits.curriculum == Rotational(16)
     with pytest.raises(SettingError, match="names layer 1, which learns nothing with --recipe finetune"):
-        RecipeOptions("finetune", exit_layers=(1, 2)).made()
+        made("finetune", exit_layers=(1, 2))
 
 
-def test_a_run_that_is_ended_saves_no_weights_that_are_not_finite(tmp_path, data, monkeypatch, capsys):
-    monkeypatch.setattr("sled.train.trainer.preemption", lambda: contextlib.nullcontext(lambda step: step == 4))
+def run_of(tmp_path, data, recipe=None, **changes):
+    """A short run of a small model; `recipe` and `changes`: of its recipe, and of the rest."""
+    recipe = named("plain", **{"steps": 4, "batch": 2, "context": 32, **(recipe or {})})
+    model, source = NewModel(layers=2, width=8, heads=2), Source(data / "train.jsonl")
+    return TrainingRun(**{"folder": tmp_path / "run", "model": model, "source": source, "recipe": recipe, **changes})
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(ended, tmp_path, data, monkeypatch, capsys):
+    """At the step at which SIGTERM came, and where it is to be logged."""
+    every = 1000 if ended else 1
+    monkeypatch.setattr("sled.train.trainer.preemption",
+                        lambda: contextlib.nullcontext(lambda step: ended and step == 4))
     exits = WeightedExits(LayerSkipWeights(), AllExits())  # of 2 layers: the first counts nothing
-    recipe = dict(steps=8, learning_rate=1e38, warmup=8, exits=exits)
-    run = run_of(tmp_path, data, recipe=recipe, save_every=1000, log_every=1000)
-    with pytest.raises(TrainingError, match=r"step 4 has loss .*nan"):
+    run = run_of(tmp_path, data, dict(steps=8, learning_rate=1e38, warmup=8, exits=exits), save_every=every,
+                 log_every=every)
+    with pytest.raises(TrainingError, match=r"step \d has loss .* norm (nan|inf); .* a lower learning rate than 1e\+38"
+                       ) as error:
         train(run)
-    assert complete_steps(tmp_path / "run" / "checkpoints") == []
+    reached = int(re.search(r"step (\d+) has loss", str(error.value))[1])
+    assert (reached == 4 or not ended) and latest(tmp_path / "run" / "checkpoints") < (1 if ended else reached)
+    assert not (tmp_path / "run" / "model").exists()
     said = capsys.readouterr().err
     assert "recipe: Recipe(steps=8, batch=2" in said and "warning: no early exit learns with this recipe" in said
     assert "the learning rate rises over 8 steps, but the run has 8; give a shorter warm-up" in said
     assert re.search(r"the tokenizer has \d+ tokens, not 1000: the data gives no more", said)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(runs, tmp_path):
-    said = runs.refuses(tmp_path, learning_rate=1e38, warmup=0)
-    assert re.search(r"TrainingError: step \d has loss .* norm (nan|inf); .* a lower learning rate than 1e\+38", said)
-    assert not (tmp_path / "model").exists() and latest(tmp_path / "checkpoints") < ended_at(said)
-
-
-def ended_at(said: str) -> int:
-    """The step at which a run says that it ended."""
-    return int(re.search(r"step (\d+) has loss", said)[1])
-
-
 def test_a_new_model_takes_a_tokenizer_that_there_is(tmp_path, data):
     form = Path(sled.__file__).parent / "demo" / "model"
     model = NewModel(layers=2, width=8, heads=2, tokenizer=form)
-    folder = train(run_of(tmp_path, data, model=model, recipe=dict(steps=1, warmup=0)))
+    folder = train(run_of(tmp_path, data, dict(steps=1, warmup=0), model=model))
     lm = sled.load(folder)
     assert lm.config.vocab_size == sled.load("demo").config.vocab_size
     assert lm.text.digest == sled.load("demo").text.digest
@@ -314,13 +276,8 @@ def test_what_a_run_would_hold_is_planned_without_it(tmp_path, data):
     assert not (tmp_path / "run").exists()
 
 
-def empty(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("")
-    return Source(tmp_path / "empty.jsonl")
-
-
 @pytest.mark.parametrize("changes, error, words", [
-    (dict(source=empty), DataError, "empty.jsonl is empty"),
+    (dict(source=Source("no/such.jsonl")), DataError, "there is no file at 'no/such.jsonl'"),
     (dict(recipe=dict(context=300), model="demo"), SettingError, "context is 300.* made for 256 positions"),
     (dict(shape="triangular"), SettingError, "shape is 'triangular'.*packed"),
     (dict(save_every=0), SettingError, "save_every is 0"),
@@ -331,32 +288,25 @@ def empty(tmp_path):
      "names 9, but the exits of this model are 1 to 2"),
     (dict(heads=3), SettingError, "heads is 3"),
     (dict(model=NewModel(positions=16)), SettingError, "positions is 16, but rows of training have 32"),
-    (dict(recipe=3), SettingError, "recipe is 3"),
-    (dict(model="/nowhere"), CheckpointError, "'/nowhere' is not a folder"),
 ])
 def test_bad_input_is_refused_by_name(changes, error, words, tmp_path, data, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
-    changes = {name: value(tmp_path) if callable(value) else value for name, value in changes.items()}
-    if changes.get("recipe") == 3:
-        with pytest.raises(error, match=words):
-            TrainingRun(tmp_path, "demo", Source(data / "train.jsonl"), 3)
-        return
     with pytest.raises(error, match=words):
         train(run_of(tmp_path, data, **changes))
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_no_run_is_not_exported(tmp_path, uninterrupted):
+def test_what_is_no_run_and_no_recipe(tmp_path):
     with pytest.raises(CheckpointError, match="no folder of a training run"):
         read_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint of step 99; it holds"):
-        read_checkpoint(uninterrupted, 99)
+    with pytest.raises(SettingError, match="recipe is 3"):
+        TrainingRun(tmp_path, "demo", Source([]), 3)
 
 
 @pytest.mark.parametrize("arguments, words", [
     ([], "--data is missing"),
     (["--data", "demo", "--layers", "3"], "--layers describes a new model, but --model is demo"),
-    (["--data", "demo", "--recipe", "nothing"], "recipe is 'nothing'"),
+    (["--data", "demo", "--recipe", "nothing"], "recipe is 'nothing', which is unknown; choose one of"),
     (["--data", "demo", "--tensor", "3"], "Mesh"),
     (["--data", "demo", "--recipe", "plain", "--drop", "fixed"], "--drop fixed was given, but no layer is dropped"),
     (["--data", "demo", "--head-kind", "mlp"], "--head-kind was given without --exit-heads"),

@@ -1,9 +1,10 @@
-"""What the tests of training data share: rows of the demo's tokenizer, and what batches hold."""
+"""What the tests of training data share, as a plugin of pytest: rows of the demo's tokenizer, and what batches hold."""
 
 import json
 from pathlib import Path
 
 import datasets
+import pytest
 
 from sled.models.config import DecoderConfig
 from sled.text.tokenizer import Tokenizer
@@ -40,27 +41,24 @@ def write(folder, kind):
     return path
 
 
-def loader(cache):
-    """`load(data, layout, **columns)`: the rows of a source, kept in the folder `cache`."""
+@pytest.fixture
+def load(tmp_path):
+    """`load(data, layout, **columns)`: the rows of a source, kept in the test's folder `cache`."""
 
     def load(data, layout=LAYOUT, *, config=CONFIG, tokenizer=TEXT, **columns):
-        return read_rows(Source(data, **columns), tokenizer, config, layout, cache=cache, progress=False)
+        return read_rows(Source(data, **columns), tokenizer, config, layout, cache=tmp_path / "cache", progress=False)
 
     return load
 
 
 def documents_of(batch):
     """Tokens and weights of each document of a batch, row after row."""
-    found = []
-    for row in zip(*batch, strict=True):
-        tokens, weights, segments = row
-        found += [(tokens[segments == s].tolist(), weights[segments == s].tolist())
-                  for s in range(1, segments.max() + 1)]
-    return found
+    return [(tokens[segments == s].tolist(), weights[segments == s].tolist())
+            for tokens, weights, segments in zip(*batch, strict=True) for s in range(1, segments.max() + 1)]
 
 
 def one_epoch(rows, size=4, **options):
-    return list(Batches(rows, size, epochs=1, process_index=0, process_count=1, **options))
+    return list(Batches(rows, size, epochs=1, **options))
 
 
 def tokens_of(rows):

@@ -6,21 +6,26 @@
 DATA is a folder with train.jsonl and held_out.jsonl, FOLDER one with a model.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
-import math
 import os
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import numpy as np
+import pytest
 import safetensors
+from safetensors.numpy import load_file
 
 import sled.models.stored
 from sled.cli import main
 from sled.errors import SettingError
-from sled.models import ExitHeads, save_folder
+from sled.models import save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Sharding
@@ -29,7 +34,8 @@ from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import Rotational, UniformWeights, WeightedExits
 from sled.train.objective.layer_dropout import LayerDropout
 from sled.train.parallel.distributed import Processes, initialize
-from sled.train.recipes import Recipe, named
+from sled.train.recipes import Recipe
+from sled.train.run.checkpoint import complete_steps
 from sled.train.trainer import TrainingRun, train
 
 ALL = Mesh()
@@ -57,15 +63,9 @@ def run_of(folder, data, *, model=MODEL, mesh=ALL, save_every=1, **changes) -> T
                        held_out_rows=8)
 
 
-def one(folder: str, data: str, width: int = MODEL.width, **changes) -> None:
+def one(data: str, folder: str, width: int = MODEL.width, **changes) -> None:
     """Trains; changes: `save_every`, or of the recipe."""
     train(run_of(folder, data, model=dataclasses.replace(MODEL, width=width), **changes))
-
-
-def tune(folder: str, data: str, model: str, layers: list[int], steps: int) -> None:
-    """Tunes new exit heads of the model in a folder."""
-    recipe = named("tune-exits", steps=steps, batch=8, context=64, warmup=2, learning_rate=1e-2, schedule="constant")
-    train(dataclasses.replace(run_of(folder, data, model=model), recipe=recipe, heads=ExitHeads(tuple(layers), "mlp")))
 
 
 def command(arguments: list[str]) -> None:
@@ -80,26 +80,14 @@ def remember_programs(data) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-class CountedFile:
-    """A safetensors file that notes in `asked` the name and number of elements of everything read from it."""
+ASKED = []  # the name and the number of elements of everything that was read through `counted_open`
 
-    asked: list = []  # noqa: RUF012
 
-    def __init__(self, path, framework):
-        self.file = safetensors.safe_open(path, framework=framework)
-
-    def __enter__(self):
-        self.file.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.file.__exit__(*error)
-
-    def keys(self):
-        return self.file.keys()
-
-    def get_slice(self, name):
-        return CountedSlice(name, self.file.get_slice(name))
+@contextlib.contextmanager
+def counted_open(path, framework):
+    """In place of `safe_open`."""
+    with safetensors.safe_open(path, framework=framework) as file:
+        yield SimpleNamespace(keys=file.keys, get_slice=lambda name: CountedSlice(name, file.get_slice(name)))
 
 
 class CountedSlice:
@@ -108,35 +96,39 @@ class CountedSlice:
 
     def __getitem__(self, index):
         part = self.read(index)
-        CountedFile.asked.append((self.name, math.prod(part.shape)))
+        ASKED.append((self.name, part.size))
         return part
 
 
 def in_two_processes(data, address, index, folder, out) -> None:
-    said = initialize(Processes(coordinator=address, count=2, index=int(index)))
+    """Each loads and saves its part of a model; what they are given otherwise is refused; they train and resume."""
+    data, folder, out, index = Path(data), Path(folder), Path(out), int(index)
+    said = initialize(Processes(coordinator=address, count=2, index=index))
+    assert said == f"process {index} of 2, coordinator {address}" and jax.device_count() == 2
     remember_programs(data)
-    sled.models.stored.safe_open = CountedFile
+    sled.models.stored.safe_open = counted_open
     decoder = load_onto(folder, Mesh().build())
-    save_folder(decoder, Path(out) / "model")
-    rows = Sharding(decoder.config, Mesh().build()).local_rows(8)
-    notes = {"said": said, "devices": jax.device_count(), "rows": [rows.start, rows.stop],
-             "asked": sum(count for _, count in CountedFile.asked),
-             "saved": (Path(out) / "model" / "config.json").exists()}
-    (Path(out) / f"process{index}.json").write_text(json.dumps(notes))
-    own = Path(out) / f"data{index}"
+    assert Sharding(decoder.config, Mesh().build()).local_rows(8) == slice(4 * index, 4 * index + 4)
+    stored = load_file(folder / "model.safetensors")
+    vectors = sum(array.size for array in stored.values() if array.ndim == 1)
+    matrices = sum(array.size for array in stored.values()) - vectors
+    assert sum(count for _, count in ASKED) == matrices // 2 + vectors
+    saved = load_file(save_folder(decoder, out / "model") / "model.safetensors")
+    assert saved.keys() == stored.keys() and all(np.array_equal(saved[name], stored[name]) for name in stored)
+    own = out / f"data{index}"
     own.mkdir()
     for name in ("train.jsonl", "held_out.jsonl"):
-        lines = (Path(data) / name).read_text().splitlines()
-        (own / name).write_text("\n".join(lines[int(index) if name == "train.jsonl" else 0:]))
-    unlike = run_of(Path(out) / "unlike", own)
-    for number, run in enumerate((unlike, dataclasses.replace(unlike, save_every=2 + int(index)),
-                                  dataclasses.replace(unlike, folder=data))):
-        try:
+        lines = (data / name).read_text().splitlines()
+        (own / name).write_text("\n".join(lines[index if name == "train.jsonl" else 0:]))
+    unlike = run_of(out / "unlike", own)
+    for run, words in ((unlike, f"^data is not the same in process {index} and in process {1 - index}; start all"),
+                       (dataclasses.replace(unlike, save_every=2 + index), f"^--save-every is not .* process {index}"),
+                       (dataclasses.replace(unlike, folder=data), "but no run; give a new or empty folder")):
+        with pytest.raises(SettingError, match=words):
             train(run)
-        except SettingError as error:
-            (own / f"said{number}.txt").write_text(str(error))
+    assert complete_steps(out / "unlike" / "checkpoints") == []
     for steps in (4, 8):
-        train(run_of(Path(out) / "two", data, save_every=4, steps=steps))
+        train(run_of(out / "two", data, save_every=4, steps=steps))
     jax.distributed.shutdown()
 
 
@@ -169,6 +161,6 @@ if __name__ == "__main__":
     call, data, *arguments = sys.argv[1:]
     if call == "serve":
         remember_programs(data)
-        serve({"train": one, "tune": tune, "command": command})
+        serve({"train": functools.partial(one, data), "command": command})
     else:
         in_two_processes(data, *arguments)

@@ -12,7 +12,7 @@ import tyro
 
 from sled.cli.derived import arguments, given
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions
+from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions
 from sled.errors import EvaluationError
 from sled.io import writable
 
@@ -105,7 +105,7 @@ class Eval:
         if not chosen:
             return "greedy"
         fusion = self.fusion_options.fusion
-        parts = [{"final": "final layer", "clamp": "clamp only"}.get(fusion, FUSIONS[fusion].__name__)]
+        parts = [{"final": "final layer", "clamp": "clamp only"}.get(fusion, OFFERS[fusion].kind.__name__)]
         parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in chosen.items() if name != "fusion"]
         return ", ".join(parts)
 

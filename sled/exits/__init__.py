@@ -14,5 +14,5 @@ from sled.exits.speculation import SelfSpeculation
 POLICIES = {"none": FullDepth, "early": EarlyExit, "speculate": SelfSpeculation}
 SCHEDULES = {"immediate": Immediate, "lockstep": Lockstep, "gather": Gather}
 
-__all__ = ["POLICIES", "SCHEDULES", "Classifier", "Decision", "EarlyExit", "ExitView", "FullDepth", "Gather", "Immediate",
-           "Lockstep", "Policy", "Schedule", "SelfSpeculation"]
+__all__ = ["POLICIES", "SCHEDULES", "Classifier", "Decision", "EarlyExit", "ExitView", "FullDepth", "Gather",
+           "Immediate", "Lockstep", "Policy", "Schedule", "SelfSpeculation"]

@@ -36,7 +36,8 @@ class EarlyExit(Policy):
     0.1 lambda exp(-decay_temperature t / N).
     """
 
-    layers: int | tuple[int, ...] = setting(Exits(), option="exit_layers", help="layers after which a token may leave, one or several")
+    layers: int | tuple[int, ...] = setting(
+        Exits(), option="exit_layers", help="layers after which a token may leave, one or several")
     threshold: float | tuple[float, ...] | jax.Array = setting(
         Each(Number(0, 1, hint="lower leaves earlier and errs more, and 1 never leaves early"), one=True), default=0.9,
         rows="BE", help="how sure an exit must be, one number for all exits or one per exit")
@@ -57,8 +58,8 @@ class EarlyExit(Policy):
     max_deferred: int = setting(Whole(1, hint="8 is usual"), default=8, help=(
         "how many tokens of a row may wait for their exact keys and values before the deeper layers must run"))
     classifier: Classifier | None = setting(
-        OrNone(Instance(Classifier, hint="sled.Classifier(weights, bias) is one")), default=None, traced=True, option=None,
-        help='trained measure, which measure="classifier" needs')
+        OrNone(Instance(Classifier, hint="sled.Classifier(weights, bias) is one")), default=None, traced=True,
+        option=None, help='trained measure, which measure="classifier" needs')
 
     def __post_init__(self):
         given = len(self.threshold) if isinstance(self.threshold, tuple) else (1, *jnp.shape(self.threshold))[-1]
