@@ -12,7 +12,7 @@ from sled.settings.rules import Each, Number, OrNone, is_array
 
 @settings
 class LayerAverage:
-    """log sum_n w_n P_n over the early layers and the final one, as log-probabilities (B, V).
+    """The weighted mean of all layers' distributions, as log-probabilities (B, V): log sum_n w_n P_n.
 
     None as `layers` is "all": every hidden state before the final one, embeddings included.
     """

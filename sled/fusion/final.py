@@ -5,7 +5,7 @@ from sled.settings.decorator import settings
 
 @settings
 class FinalLayer:
-    """The final layer's logits, unchanged: the baseline every other strategy is compared with."""
+    """The final layer alone: the baseline that every other method is compared with."""
 
     norm_early = False
 

@@ -33,8 +33,9 @@ def _log_softmax_setting():
 
 @settings
 class SLED:
-    """Evolve the final layer's top tokens; every other token gets `lower_bound`.
+    """The final layer's top tokens, evolved towards what the layers below it say together.
 
+    Every other token gets `lower_bound`.
     With P_n = softmax(l_n / temperature) and N the final layer, for the top `scale` tokens i:
         m_n(i) = max(cosine(P_n - e_i, l_n - l_N), 0)^2 for every early layer n
         P_latent(i) = sum_n m_n(i) / sum_nj m_n(j), all zero where every m is zero
@@ -122,9 +123,10 @@ class SLED:
 
 @settings
 class ClampOnly:
-    """The final layer's top `scale` tokens with their own logits, every other token at `lower_bound`.
+    """The final layer's top tokens alone, the honest baseline of sled.
 
-    SLED at rate 0, which needs no early layers: what remains of a gain here is the clamp's, not SLED's.
+    The top `scale` tokens keep their logits, every other token gets `lower_bound`. It is SLED at rate 0, which needs no
+    early layers: what remains of a gain here is the clamp's, not SLED's.
     """
 
     scale: int = _scale_setting()
