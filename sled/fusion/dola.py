@@ -17,9 +17,9 @@ from sled.settings.rules import Number
 class DoLa:
     """The final layer's log-probabilities less those of the early layer that differs from it most.
 
-    log P_N - log P_n for the early layer n with the largest divergence from the final layer N; as released, with M = (P_N + P_n) / 2, half of the mean over the vocabulary of
-    M (log M - log P_N) + M (log M - log P_n). Only tokens with P_N >= relative_top * max P_N are kept, the
-    others get `lower_bound`.
+    log P_N - log P_n for the early layer n with the largest divergence from the final layer N; as released, with
+    M = (P_N + P_n) / 2, half of the mean over the vocabulary of M (log M - log P_N) + M (log M - log P_n). Only tokens
+    with P_N >= relative_top * max P_N are kept, the others get `lower_bound`.
 
     In models of more than 40 layers, "low" and "high" are taken from the first or last 20; with tied embeddings "low"
     starts at 2.
