@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import sled
+from sled import cli
 
 # Tests compile much and compute little: XLA need not optimise, and its older code generator compiles in half the time.
 # Read when jax starts its devices, which is later; the programs beside the tests inherit it.
@@ -129,6 +130,12 @@ def forget_programs():
 def demo():
     """The bundled model."""
     return sled.load("demo")
+
+
+@pytest.fixture
+def command(capsys):
+    """`command(*arguments)`: the exit status of `sled`, what it wrote to stdout, and to stderr."""
+    return lambda *arguments: (cli.main(list(arguments)), *capsys.readouterr())
 
 
 @pytest.fixture(params=VARIANTS)

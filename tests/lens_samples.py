@@ -1,6 +1,5 @@
 """Lenses of random numbers, whose tokens have names to stumble over."""
 
-
 import numpy as np
 
 from sled.lens.lens import BEST, Lens
@@ -25,3 +24,6 @@ def made(tokens=TOKENS, layers=LAYERS, *, fusion="SLED") -> Lens:
                 entropy=random.uniform(0, np.log(len(ODD)), shape).astype(np.float32),
                 final_probability=of_last, name_of=dict(enumerate(ODD)), vocabulary=len(ODD), fusion=fusion,
                 fused_best=fusion and fused, fused_probability=fusion and probability[-1])
+
+
+LENS = made()
