@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from tiny_lm import (
     CAPACITY,
-    CONFIG,
     EOS,
     HEADROOM,
     PREFILL_BLOCK,
@@ -23,26 +22,22 @@ from tiny_lm import (
 
 import sled
 from sled.decoding.sampling import penalise, truncate
+from sled.exits import FullDepth
 
 FUSIONS = [sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding(), sled.LayerAverage(), sled.ClampOnly()]
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_lm()
-
-
 @pytest.mark.parametrize("fusion", FUSIONS, ids=lambda f: type(f).__name__)
-def test_every_fusion_generates_and_scores_as_a_full_pass_does(lm, fusion):
+def test_every_fusion_generates_and_scores_as_a_full_pass_does(fusion):
     out = generate(fusion=fusion)
     check_endings(out)
     check_greedy(out, fusion)
 
     right = [tokens[:3 + b] for b, tokens in enumerate(out.tokens)]
     wrong = [[tokens[0] + 1, *tokens[1:]] for tokens in right]
-    scores = lm.score(PROMPTS, [[[7], mine, other] if b < 2 else [mine, other]
-                                for b, (mine, other) in enumerate(zip(right, wrong, strict=True))],
-                      fusion=fusion, batch_size=4)
+    scores = tiny_lm().score(PROMPTS, [[[7], mine, other] if b < 2 else [mine, other]
+                                       for b, (mine, other) in enumerate(zip(right, wrong, strict=True))],
+                             fusion=fusion, batch_size=4)
     assert [of_prompt[-2:] for of_prompt in scores.greedy] == [[True, False]] * 4
     for at, texts in ((-2, right), (-1, wrong)):
         passed = FullPass([prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)])
@@ -52,8 +47,8 @@ def test_every_fusion_generates_and_scores_as_a_full_pass_does(lm, fusion):
             np.testing.assert_allclose(scores.logprobs[b][at], expected, atol=1e-4)
 
 
-def test_scores_that_are_not_normalised_are_logits(lm):
-    scores = lm.score(PROMPTS, [[20, 21]] * 4, normalise=False, batch_size=4)
+def test_scores_that_are_not_normalised_are_logits():
+    scores = tiny_lm().score(PROMPTS, [[20, 21]] * 4, normalise=False, batch_size=4)
     logits_BSV = FullPass([[*prompt, 20, 21] for prompt in PROMPTS]).logits(sled.FinalLayer())
     for prompt, raw, logits_SV in zip(PROMPTS, scores.logprobs, logits_BSV, strict=True):
         np.testing.assert_allclose(raw, logits_SV[[len(prompt) - 1, len(prompt)], [20, 21]], atol=1e-4)
@@ -77,8 +72,10 @@ def test_long_prompts_are_read_in_blocks(monkeypatch):
     assert generate(prompt).tokens == whole
 
 
-def test_streaming_gives_the_same_tokens_in_pieces(lm):
-    pieces = list(lm.stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY))
+@pytest.mark.parametrize("exits", [FullDepth(), sled.SelfSpeculation(2, np.array([1, 2, 4, 8]), max_draft=8)],
+                         ids=lambda policy: type(policy).__name__)
+def test_streaming_gives_the_same_tokens_in_pieces(exits):
+    pieces = list(tiny_lm().stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY, exits=exits))
     assert len(pieces) > 1
     assert [[t for piece in pieces for t in piece.tokens[i]] for i in range(len(PROMPTS))] == generate().tokens
 
@@ -117,21 +114,3 @@ def test_truncation_and_penalty_by_hand():
                              [True, True, True, False], [True, True, False, False]]
     out = penalise(jnp.array([[2.0, -2.0, 1.0]]), jnp.array([[True, True, False]]), jnp.array([2.0]))
     assert out.tolist() == [[1.0, -4.0, 1.0]]
-
-
-def test_lens_shows_the_models_own_choices(lm):
-    lens = lm.lens(PROMPTS[2], fusion=sled.SLED())
-    assert lens.top.shape == (CONFIG.num_layers + 1, len(PROMPTS[2])) == lens.entropy.shape
-    assert lens.top[-1, -1] == generate().tokens[2][0]
-    assert lens.fused[-1] == generate(fusion=sled.SLED()).tokens[2][0]
-    np.testing.assert_allclose(lens.final_probability[-1], lens.probability[-1], rtol=1e-5)
-    assert (lens.agrees_from >= 0).all() and (lens.agrees_from <= CONFIG.num_layers).all()
-    assert "layer 4" in lens.table()
-
-
-def test_sampling_is_a_pytree_of_its_numbers():
-    leaves, structure = jax.tree.flatten(sled.Sampling(temperature=1, top_k=5.0))
-    assert leaves == [1.0, 5, 1.0, 0.0, 1.0]
-    assert jax.tree.unflatten(structure, leaves) == sled.Sampling(temperature=1.0, top_k=5)
-    # A transformation may fill the leaves with anything, even what no user may set.
-    assert jax.tree.map(lambda _: None, sled.Sampling()).top_p is None

@@ -1,7 +1,6 @@
 """Early exit and self-speculation: against a full pass for every token, and what they promise."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ from tiny_lm import (
     SAMPLED,
     FullPass,
     begin,
-    caches_of,
+    check_caches,
     check_endings,
     compiled,
     decode_without_transfers,
@@ -25,11 +24,6 @@ from tiny_lm import (
 
 import sled
 from sled.exits import FullDepth
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_lm()
 
 
 def sureness(policy, logits_BSV, states, index):
@@ -124,17 +118,9 @@ def test_no_schedule_and_no_batch_mate_changes_a_row():
 
 
 @pytest.mark.parametrize("policy", [MOST_LIKELY, speculation()], ids=lambda policy: type(policy).__name__)
-def test_caches_are_those_of_a_full_forward_pass(lm, policy):
-    model = lm.build(lm.params)
-    exact = jax.jit(lambda tokens: model.run_layers(model.embed(tokens), jnp.arange(CAPACITY)[None], None, 0, 4)[1])
+def test_caches_are_those_of_a_full_forward_pass(policy):
     for schedule in SCHEDULES:
-        run = begin(policy, sled.FinalLayer(), schedule)
-        run.advance()
-        for tokens, caches, done in caches_of(run):
-            expected = exact(np.pad(tokens, (0, CAPACITY - len(tokens)))[None])
-            for ours, theirs, known in zip(caches, expected, done, strict=True):
-                for x, y in zip(ours, theirs, strict=True):
-                    np.testing.assert_allclose(x[:, :known], y[0, :, :known], atol=1e-5)
+        check_caches(policy, schedule)
 
 
 @pytest.mark.parametrize(("policy", "fusion"), [
@@ -149,11 +135,10 @@ def test_threshold_one_is_plain_decoding(policy, fusion):
     assert out.stats.mean_depth == CONFIG.num_layers and out.stats.deferred == 0
 
 
-def test_propagation_equals_the_slow_reference(lm):
+def test_propagation_equals_the_slow_reference():
     """CALM's K/V: layer by layer, eagerly, with `write_kv` in place of the layers that did not run."""
-    model, count = lm.build(lm.params), 18
-    run_layers, write_kv = (functools.partial(jax.jit(f, static_argnums=(3, 4)))
-                            for f in (model.run_layers, model.write_kv))
+    model, count = tiny_lm().build(tiny_lm().params), 18
+    run_layers, write_kv = (jax.jit(f, static_argnums=(3, 4)) for f in (model.run_layers, model.write_kv))
     out = generate(exits=PROPAGATING)
     assert {layer for row in out.exit_layers for layer in row} == {2, 4}
     for prompt, expected in list(zip(PROMPTS, out.tokens, strict=True))[1::2]:
@@ -226,51 +211,6 @@ def test_speculation_that_adapts_loses_nothing(policy):
 def test_no_transfer_to_the_host_inside_the_loop(policy, fusion):
     lengths = decode_without_transfers(begin(policy, fusion, sled.Gather()))
     assert all(length > len(prompt) for prompt, length in zip(PROMPTS, lengths, strict=True))
-
-
-def test_streams_see_verified_tokens_only(lm):
-    pieces = list(lm.stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY, exits=speculation()))
-    assert [[t for piece in pieces for t in piece.tokens[i]] for i in range(len(PROMPTS))] == generate().tokens
-
-
-@pytest.mark.parametrize(("build", "says"), [
-    (lambda: sled.EarlyExit(2, threshold=40.0), "threshold is 40.0"),
-    (lambda: sled.EarlyExit((1, 2), threshold=(0.5, 0.5, 0.5)), "3 numbers for 2 exits"),
-    (lambda: sled.EarlyExit((1, 2), threshold=(0.5, 1.5)), "1.5"),
-    (lambda: sled.EarlyExit(0), "layers is 0"),
-    (lambda: sled.EarlyExit(()), "layers"),
-    (lambda: sled.EarlyExit("low"), "low"),
-    (lambda: sled.EarlyExit(2, measure="hope"), "hope"),
-    (lambda: sled.EarlyExit(2, measure="classifier"), "classifier"),
-    (lambda: sled.EarlyExit(2, measure="classifier", classifier=sled.Classifier), "an instance, .* sled.Classifier"),
-    (lambda: sled.EarlyExit(2, measure="classifier", classifier=np.ones(3)), "sled.Classifier"),
-    (lambda: sled.EarlyExit(2, kv="none"), "none"),
-    (lambda: sled.EarlyExit(2, decay="fast"), "fast"),
-    (lambda: sled.EarlyExit(2, max_deferred=0), "max_deferred is 0"),
-    (lambda: sled.SelfSpeculation(2, draft=0), "draft is 0"),
-    (lambda: sled.SelfSpeculation(2, draft=9, max_draft=8), "draft is 9"),
-    (lambda: sled.SelfSpeculation(2, draft=jnp.array([1, 2])), "max_draft"),
-    (lambda: sled.SelfSpeculation(2, confidence=2), "confidence is 2"),
-    (lambda: sled.SelfSpeculation((1, 2)), "adaptive"),
-    (lambda: sled.SelfSpeculation((1, 2), adaptive="yes"), "adaptive is 'yes', but must be True or False"),
-    (lambda: sled.SelfSpeculation(2, vocabulary="abc"), "vocabulary is 'abc'"),
-    (lambda: sled.SelfSpeculation(2, vocabulary=[0.5]), "a list of token ids"),
-    (lambda: sled.SelfSpeculation(2, vocabulary=[]), "a list of token ids"),
-    (lambda: sled.Gather(rows=0), "rows is 0"),
-    (lambda: sled.Gather(patience=-1), "patience is -1"),
-    (lambda: sled.Gather(rows=2**40), "rows is 1099511627776"),
-    (lambda: sled.EarlyExit(2, min_layer=2**40), "min_layer"),
-    (lambda: sled.SelfSpeculation(2, max_draft=2**40), "max_draft"),
-])
-def test_bad_settings_are_named(build, says):
-    with pytest.raises(sled.SettingError, match=says):
-        build()
-
-
-@pytest.mark.parametrize("policy", [sled.EarlyExit((1, 4)), sled.EarlyExit(9), sled.SelfSpeculation(4)], ids=repr)
-def test_exits_outside_the_model_are_named(policy):
-    with pytest.raises(sled.SettingError, match="model of 4 layers"):
-        generate(exits=policy)
 
 
 def test_full_depth_is_the_default():

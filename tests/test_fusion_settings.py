@@ -1,14 +1,12 @@
 """Settings of the fusion strategies: what is refused, what is traced, which layers are asked for."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sled.errors import SettingError
 from sled.fusion import (
     SLED,
     ClampOnly,
@@ -21,63 +19,6 @@ from sled.fusion import (
     default_tile,
     fused_logits,
 )
-
-NAN = float("nan")
-W_VD = jnp.ones((6, 4))
-
-
-REFUSED = [  # settings that only their own rules refuse: the rules are tested in test_checks.py
-    (SLED, dict(rate=-1), "SLED.rate is -1, but must be a number in [0, inf); 0.5 to 3 is usual"),
-    (SLED, dict(rate=10**400), "SLED.rate is 1000000"),
-    (SLED, dict(scale=0), "SLED.scale is 0, but must be a whole number from 1 to 2147483647; 5, 10 or 20 is usual"),
-    (SLED, dict(scale=2**40), "SLED.scale is 1099511627776"),
-    (SLED, dict(scale=20, max_scale=16), "SLED.scale is 20, but must be a whole number from 1 to 16; max_scale"),
-    (SLED, dict(scale=np.array([1, 2])), "SLED.scale is an array, whose entries need a static bound; give max_scale"),
-    (SLED, dict(max_scale=0), "SLED.max_scale is 0"),
-    (SLED, dict(steps=0), "SLED.steps is 0, but must be a whole number from 1 to 2147483647"),
-    (SLED, dict(temperature=0), "SLED.temperature is 0, but must be a number in (0, inf)"),
-    (SLED, dict(lower_bound=NAN), "SLED.lower_bound is nan, but must be a number in [-inf, inf)"),
-    (SLED, dict(layers="low"), "SLED.layers is 'low', but must be None or 'all' or 'blocks' or a tuple"),
-    (SLED, dict(log_softmax="no"), "SLED.log_softmax is 'no', but must be True or False"),
-    (SLED, dict(norm_early=0), "SLED.norm_early is 0, but must be True or False"),
-    (ClampOnly, dict(scale=0), "ClampOnly.scale is 0"),
-    (ClampOnly, dict(log_softmax=1), "ClampOnly.log_softmax is 1, but must be True or False"),
-    (DoLa, dict(relative_top=0), "DoLa.relative_top is 0, but must be a number in (0, 1]; 0.1 is usual"),
-    (DoLa, dict(lower_bound="low"), "DoLa.lower_bound is 'low'"),
-    (DoLa, dict(layers="middle"), "DoLa.layers is 'middle', but must be 'low' or 'high' or a tuple"),
-    (DoLa, dict(layers=None), "DoLa.layers is None"),
-    (DoLa, dict(norm_early="yes"), "DoLa.norm_early is 'yes'"),
-    (ConfidentDecoding, dict(window=0), "ConfidentDecoding.window is 0, but must be a whole number of at least 1"),
-    (ConfidentDecoding, dict(norm_early=None), "ConfidentDecoding.norm_early is None"),
-    (LayerAverage, dict(weights=(1.0, -1.0)), "LayerAverage.weights[1] is -1.0, but must be a number in [0, inf)"),
-    (LayerAverage, dict(weights=np.array([[1.0, -1]])), "LayerAverage.weights, an array, is -1.0"),
-    (LayerAverage, dict(weights=(0.0, 0.0)), "LayerAverage.weights is (0.0, 0.0), but must not be all 0"),
-    (LayerAverage, dict(weights=2.0), "LayerAverage.weights is 2.0, but must be a tuple of numbers"),
-    (LayerAverage, dict(norm_early="no"), "LayerAverage.norm_early is 'no'"),
-    (SharedHead, dict(w_VD=W_VD, tile=0), "SharedHead.tile is 0, but must be a whole number of at least 1"),
-    (SharedHead, dict(w_VD=W_VD, shards=0), "SharedHead.shards is 0, but must be a whole number of at least 1"),
-    (SharedHead, dict(w_VD=W_VD, shards=4), "SharedHead.shards is 4, but does not divide the vocabulary of 6 rows; "),
-]
-
-
-@pytest.mark.parametrize(("kind", "wrong", "says"), REFUSED, ids=lambda value: getattr(value, "__name__", None))
-def test_a_setting_out_of_range_is_refused_by_name(kind, wrong, says):
-    with pytest.raises(SettingError, match="^" + re.escape(says)):
-        kind(**wrong)
-
-
-@pytest.mark.parametrize(("ask", "says"), [
-    (lambda: SLED.preset("unknown"), "SLED.preset('unknown') is unknown; the presets are official-code, paper"),
-    (lambda: SLED(layers=(3, 12)).early_layers(12, tied=False), "SLED.layers is (3, 12), but 12 is no early layer"),
-    (lambda: SLED(layers="blocks").early_layers(1, tied=False), 'SLED(layers="blocks") finds no early layer'),
-    (lambda: DoLa(layers=(40,)).early_layers(32, tied=False), "DoLa.layers is (40,), but 40 is no early layer"),
-    (lambda: DoLa().early_layers(3, tied=True), 'DoLa(layers="low") finds none in a tied model of 3; use "high"'),
-    (lambda: LayerAverage(weights=(1.0, 2.0)).logits(jnp.ones((1, 3, 4)), SharedHead(W_VD)),
-     "LayerAverage got 2 weights for 3 candidate layers; "),
-], ids=range(6))
-def test_what_does_not_fit_the_model_is_refused(ask, says):
-    with pytest.raises(SettingError, match="^" + re.escape(says)):
-        ask()
 
 
 def test_max_scale_is_settled():
@@ -132,16 +73,6 @@ def test_a_vocabulary_smaller_than_max_scale():
     for strategy in (SLED(2.0, 10), ClampOnly(10)):
         out_BV = jax.jit(lambda s: s.logits(logits_BCV, SharedHead(jnp.eye(3))))(strategy)
         assert out_BV.shape == (1, 3) and (out_BV > -1000).all()
-
-
-def test_static_fields_separate_traces_and_leaves_do_not():
-    leaves, structure = jax.tree.flatten(SLED(1.0, 5, layers=(0, 3)))
-    assert leaves == [1.0, 5, 1, 1.0, -1000.0]
-    assert structure == jax.tree.structure(SLED(2.0, 9, layers=(3, 0)))
-    assert structure != jax.tree.structure(SLED(1.0, 5))
-    assert jax.tree.unflatten(structure, leaves) == SLED(1.0, 5, layers=(0, 3))
-    # A transformation may fill the leaves with anything, even what no user may set.
-    assert jax.tree.map(lambda _: 0, SLED()).temperature == 0
 
 
 @pytest.mark.parametrize("strategy", [SLED(), ClampOnly(), DoLa(), ConfidentDecoding(), LayerAverage(), FinalLayer()])

@@ -3,15 +3,15 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_lm
-from tiny_lm import CAPACITY, generate
+from tiny_lm import CAPACITY, generate, tiny_lm
+from tiny_lm import PROMPTS as FOUR
 
 import sled
 from sled.errors import SettingError
 from sled.exits import FullDepth
 from sled.settings.per_row import check_rows, take_rows
 
-PROMPTS = [*tiny_lm.PROMPTS, [7, 8]]  # not in the order of their lengths
+PROMPTS = [*FOUR, [7, 8]]  # not in the order of their lengths
 SIX = np.arange(1, 7, dtype=np.float32)
 FIRST = np.eye(5, dtype=np.float32)
 BY_ROW = {
@@ -32,11 +32,6 @@ BY_ROW = {
 }
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_lm.tiny_lm()
-
-
 @pytest.mark.parametrize("case", BY_ROW)
 def test_each_row_keeps_its_own_whatever_the_batches(case):
     together, alone = BY_ROW[case]
@@ -46,13 +41,13 @@ def test_each_row_keeps_its_own_whatever_the_batches(case):
     assert out.exit_layers == [one.exit_layers[0] for one in expected]
 
 
-def test_rows_of_one_batch_keep_their_own(lm):
+def test_rows_of_one_batch_keep_their_own():
     temperatures = [0, 9, 3, 9, 0.0]
     settings = dict(sampling=sled.Sampling(temperature=np.array(temperatures)), max_new_tokens=CAPACITY)
     expected = [generate(prompt, seed=i, sampling=sled.Sampling(temperature=temperatures[i])).tokens[0]
                 for i, prompt in enumerate(PROMPTS)]
     assert generate(PROMPTS, **settings).tokens == expected
-    pieces = list(lm.stream(PROMPTS, **settings))
+    pieces = list(tiny_lm().stream(PROMPTS, **settings))
     assert [[token for piece in pieces for token in piece.tokens[i]] for i in range(len(PROMPTS))] == expected
 
 
@@ -65,13 +60,14 @@ def test_rows_of_one_batch_keep_their_own(lm):
     dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((5, 1, 2)))),
     dict(exits=sled.SelfSpeculation(1, confidence=SIX / 9)),
 ], ids=str)
-def test_rows_that_are_not_the_prompts_are_refused(lm, settings):
-    for call in (lm.generate, lm.stream):
+def test_rows_that_are_not_the_prompts_are_refused(settings):
+    for call in (tiny_lm().generate, tiny_lm().stream):
         with pytest.raises(SettingError, match=r"B is 1 or 5 here; .* prompts"):
             call(PROMPTS, **settings)
 
 
-def test_score_and_lens_take_no_rows(lm):
+def test_score_and_lens_take_no_rows():
+    lm = tiny_lm()
     for fusion in (sled.SLED(rate=SIX), sled.LayerAverage(np.ones((2, 5)))):
         with pytest.raises(SettingError, match=r"B is 1 here; .*score"):
             lm.score([[1], [2]], [[3], [4]], fusion=fusion)

@@ -5,17 +5,11 @@ from tiny_lm import PROMPTS, generate, tiny_lm
 
 import sled
 from sled.calibration import tune as tuning
-from sled.errors import PromptError, SettingError
 from sled.exits import FullDepth
 from sled.timing import Times
 
 EARLY, GUESSES = sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3), sled.SelfSpeculation(2)
 COUNT = 20  # with the longest prompt, as much room as the other tests have
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_lm()
 
 
 @pytest.fixture
@@ -33,9 +27,9 @@ def clock(monkeypatch):
     return set_to
 
 
-def test_the_fastest_way_is_chosen(lm, clock):
+def test_the_fastest_way_is_chosen(clock):
     clock(3, 2, 1, 4, 5, 6, 7, 8)
-    tuned = sled.tune(lm, PROMPTS, exits=[EARLY, GUESSES], batch_size=4, max_new_tokens=COUNT, progress=False)
+    tuned = sled.tune(tiny_lm(), PROMPTS, exits=[EARLY, GUESSES], batch_size=4, max_new_tokens=COUNT, progress=False)
     tried = [(trial.exits, trial.schedule) for trial in sorted(tuned.trials, key=lambda trial: trial.exits == GUESSES)]
     assert (FullDepth(), sled.Immediate()) in tried and len(tried) == 8
     assert [schedule for exits, schedule in tried if exits == EARLY] == [
@@ -54,24 +48,13 @@ def test_the_fastest_way_is_chosen(lm, clock):
     assert table[3].split()[1] == "1.00" and table[3].endswith("no early exit")
 
 
-def test_leaving_early_is_declined_where_it_does_not_pay(lm, clock):
+def test_leaving_early_is_declined_where_it_does_not_pay(clock):
     clock(1, 2)
-    tuned = sled.tune(lm, PROMPTS[2:3], exits=EARLY, max_new_tokens=COUNT, progress=False)
+    tuned = sled.tune(tiny_lm(), PROMPTS[2:3], exits=EARLY, max_new_tokens=COUNT, progress=False)
     assert tuned.exits == FullDepth() and len(tuned.trials) == 2  # one row: no schedule differs from another
     assert generate(exits=tuned.exits, schedule=tuned.schedule).stats.mean_depth == 4
 
 
-def test_the_real_clock(lm):
-    tuned = sled.tune(lm, PROMPTS[2:3], exits=EARLY, rounds=1, max_new_tokens=COUNT, progress=False)
+def test_the_real_clock():
+    tuned = sled.tune(tiny_lm(), PROMPTS[2:3], exits=EARLY, rounds=1, max_new_tokens=COUNT, progress=False)
     assert all(trial.seconds > 0 for trial in tuned.trials)
-
-
-@pytest.mark.parametrize(("settings", "error", "says"), [
-    (dict(exits=[]), SettingError, "exits is empty"), (dict(exits=EARLY, rounds=0), SettingError, "rounds is 0"),
-    (dict(exits=sled.EarlyExit(4)), SettingError, "no early exit of a model of 4"),
-    (dict(exits=["early"]), SettingError, "exits is 'early'"),
-    (dict(exits=EARLY, prompts=[]), PromptError, "no prompt"),
-], ids=str)
-def test_what_cannot_be_tuned(lm, settings, error, says):
-    with pytest.raises(error, match=says):
-        sled.tune(lm, **{"prompts": PROMPTS, "progress": False, **settings})

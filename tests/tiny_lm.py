@@ -139,11 +139,18 @@ def decode_without_transfers(run: Generation) -> list[int]:
     return after.text.length_B.tolist()
 
 
-def caches_of(run: Generation):
-    """Of each row: tokens [S], caches of every layer (K, V) [heads, S, H], the positions that each layer is through."""
+def check_caches(policy, schedule=None) -> None:
+    """The K/V that decoding leaves, as far as each layer is through, are those of a full pass over the same tokens."""
+    model = tiny_lm().build(tiny_lm().params)
+    exact = jax.jit(lambda tokens: model.run_layers(model.embed(tokens), np.arange(CAPACITY)[None], None, 0, 4)[1])
+    run = begin(policy, sled.FinalLayer(), schedule)
+    run.advance()
     held, exits, kv_len_BE = run._state, (0, *run._plan.exits), np.asarray(run._state.progress.kv_len_BE)
     for b, length in enumerate(held.text.length_B.tolist()):
         through = [int(kv_len_BE[b, s]) for s in range(len(exits) - 1) for _ in range(exits[s], exits[s + 1])]
         assert through[-1] >= length - 1 - run._plan.window
-        tokens = np.asarray(held.text.tokens_BS[b, :length])
-        yield tokens, [tuple(np.asarray(x[b]) for x in kv) for kv in held.caches], through
+        tokens = np.zeros((1, CAPACITY), np.int32)
+        tokens[0, :length] = held.text.tokens_BS[b, :length]
+        for ours, theirs, known in zip(held.caches, exact(tokens), through, strict=True):
+            for x, y in zip(ours, theirs, strict=True):
+                np.testing.assert_allclose(x[b, :, :known], y[0, :, :known], atol=1e-5)
