@@ -150,7 +150,7 @@ def test_exits_lie_below_the_last_layer_and_pre_exits_are_their_inputs():
     with pytest.raises(ConfigError, match=r"layers \(3, 4\), but a model of 4 layers has early exits 1 to 3"):
         bare().with_exit_heads(ExitHeads((3, 4)))
     with pytest.raises(SettingError, match="no exit heads, so there is nothing to tune"):
-        partition(nnx.state())
+        partition(nnx.state(bare()))
 
 
 # On disk.
