@@ -7,7 +7,6 @@ import re
 import pytest
 
 import sled
-from sled import cli
 from sled.cli.exit_options import ExitOptions
 from sled.cli.generate import end_line
 from sled.cli.paint import SCALE, Paint, PaintedRow, has_colours
@@ -32,9 +31,6 @@ MARK = re.compile(r"\[\d\]")
 ])
 def test_options_make_the_policy_and_keep_its_defaults(options, exits, schedule):
     assert options.settings() == {"exits": exits, "schedule": schedule}
-
-
-def test_without_exits_nothing_is_set():
     assert ExitOptions().settings() == {}
 
 
@@ -144,39 +140,33 @@ def questions():
 EARLY = ("--exits", "early", "--exit-layers", "1", "--threshold", "0.7")
 
 
-def run(capsys, *arguments):
-    code = cli.main(["generate", *arguments])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_show_exits_changes_no_text(capsys, monkeypatch, questions):
+def test_show_exits_changes_no_text(command, monkeypatch, questions):
     """Marks for one prompt and for two, colours while it streams: the same texts, the same layers."""
-    code, lines, err = run(capsys, *questions, *EARLY, "--json")
+    code, lines, err = command("generate", *questions, *EARLY, "--json")
     rows = [json.loads(line) for line in lines.splitlines()]
     said = [layer for row in rows for layer in row["exit_layers"]]
     assert code == 0 and set(said) == {1, 8} and "mean depth" in err.splitlines()[-1]
     assert [len(row["exit_layers"]) for row in rows] == [len(row["tokens"]) for row in rows]
 
-    code, marked, _ = run(capsys, *questions, *EARLY, "--show-exits")
+    code, marked, _ = command("generate", *questions, *EARLY, "--show-exits")
     text, legend = marked.rstrip("\n").rsplit("\n", 1)
     assert code == 0 and f"[1] {said.count(1)}, [8] {said.count(8)}" in legend
     whole = "".join(f"{question}{row['text']}\n\n" for question, row in zip(questions, rows, strict=True))
     assert MARK.sub("", text) + "\n" == whole and {"[1]", "[8]"} <= set(MARK.findall(text))
 
-    code, alone, _ = run(capsys, questions[0], *EARLY, "--show-exits")
+    code, alone, _ = command("generate", questions[0], *EARLY, "--show-exits")
     assert code == 0 and marked.startswith(alone.rstrip("\n").rsplit("\n", 1)[0])
 
     monkeypatch.setattr("sled.cli.generate.has_colours", lambda out: True)
-    code, coloured, _ = run(capsys, questions[0], *EARLY, "--show-exits")
+    code, coloured, _ = command("generate", questions[0], *EARLY, "--show-exits")
     text, legend = coloured.rstrip("\n").rsplit("\n", 1)
     assert ANSI.sub("", text) == questions[0] + rows[0]["text"] and ANSI.search(text)
     assert f"layer 1: {rows[0]['exit_layers'].count(1)} " in legend
 
 
 @pytest.mark.parametrize("arguments", [("--show-exits",), (*EARLY, "--show-exits", "--json")])
-def test_show_exits_needs_exits_and_text(capsys, arguments):
-    code, _, err = run(capsys, "x", *arguments)
+def test_show_exits_needs_exits_and_text(command, arguments):
+    code, _, err = command("generate", "x", *arguments)
     assert code == 1 and "--show-exits" in err
 
 

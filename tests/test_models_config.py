@@ -1,5 +1,6 @@
 """config.json: released files are accepted, with the published sizes; what is not understood is refused."""
 
+import dataclasses
 import json
 import math
 
@@ -12,48 +13,35 @@ from sled.models import DecoderConfig, LinearScaling, Llama3Scaling, read_config
 from sled.models.families.registry import format_config, parse_config
 from sled.models.huggingface import abstract
 
+USUAL = {  # of all the released files below, unless they say otherwise
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_cache": True}
 LLAMA_31_8B = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
-    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
+    **USUAL, "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": 128001, "intermediate_size": 14336, "max_position_embeddings": 131072,
+    "mlp_bias": False, "model_type": "llama", "pretraining_tp": 1, "rms_norm_eps": 1e-05,
     "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 128256}
+    "rope_theta": 500000.0, "transformers_version": "4.43.0.dev0", "vocab_size": 128256}
 LLAMA_31_70B = {**LLAMA_31_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
                 "num_hidden_layers": 80, "eos_token_id": [128001, 128008, 128009]}
 MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000}
+    **USUAL, "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0, "sliding_window": 4096, "transformers_version": "4.34.0.dev0", "vocab_size": 32000}
 QWEN25_7B = {
-    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151643,
-    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
-    "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "qwen2",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.40.1", "use_cache": True, "use_mrope": False, "use_sliding_window": False,
-    "vocab_size": 152064}
+    **USUAL, "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151643, "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 131072,
+    "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
+    "transformers_version": "4.40.1", "use_mrope": False, "use_sliding_window": False, "vocab_size": 152064}
 QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36,
-    "model_type": "qwen3",
-    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936}
+    **USUAL, "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "intermediate_size": 12288,
+    "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3", "num_hidden_layers": 36,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "transformers_version": "4.51.0", "use_sliding_window": False, "vocab_size": 151936}
 RELEASED = {"Llama-3.1-8B": (LLAMA_31_8B, 8_030_261_248), "Llama-3.1-70B": (LLAMA_31_70B, 70_553_706_496),
             "Mistral-7B-v0.1": (MISTRAL_7B, 7_241_732_096), "Qwen2.5-7B": (QWEN25_7B, 7_615_616_512),
             "Qwen3-8B": (QWEN3_8B, 8_190_735_360)}
@@ -171,19 +159,26 @@ def test_llama3_scaling_needs_a_ramp():
         parse_config({**LLAMA_31_8B, "rope_scaling": scaling})
 
 
+SMALL = DecoderConfig(family="llama", vocab_size=8, width=8, mlp_width=8, num_layers=2, num_heads=2, num_kv_heads=1,
+                      head_dim=4, max_positions=8)
+
+
 @pytest.mark.parametrize("change, says", [
     (dict(family="gpt5"), "'gpt5' is unknown; choose one of llama, mistral"),
     (dict(qkv_bias=True), "out_bias = False cannot be written as a llama config.json"),
     (dict(qk_norm=True), "qk_norm = True cannot be written"),
     (dict(windows=(3, None)), "windows = .* cannot be written as a llama"),
     (dict(family="qwen2", qkv_bias=True, windows=(3, 5)), "windows = .* cannot be written as a qwen2"),
+    # What no family can.
+    (dict(num_layers=0), "num_layers is 0"),
+    (dict(num_kv_heads=3), "cannot share 3"),
+    (dict(head_dim=7), "even number"),
+    (dict(windows=(None,)), "one per layer"),
+    (dict(windows=(0, None)), "window is 0"),
 ])
 def test_what_a_family_cannot_express_is_not_written(change, says):
-    fields = dict(family="llama", vocab_size=8, width=8, mlp_width=8, num_layers=2, num_heads=2,
-                  num_kv_heads=1,
-                  head_dim=4, max_positions=8)
     with pytest.raises(ConfigError, match=says):
-        format_config(DecoderConfig(**{**fields, **change}), "float32")
+        format_config(dataclasses.replace(SMALL, **change), "float32")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])

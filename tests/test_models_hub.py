@@ -3,15 +3,18 @@
 import subprocess
 import sys
 import time
-from fnmatch import fnmatch
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
 from sled.errors import DownloadError
 from sled.models import fetch
-from sled.models.hub import WANTED
+
+WANTED = {"config.json", "generation_config.json", "model.safetensors", "model-00001-of-00004.safetensors",
+          "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"}
 
 
 def test_the_folder_is_returned_and_only_model_files_are_asked_for(tmp_path, monkeypatch):
@@ -25,18 +28,8 @@ def test_the_folder_is_returned_and_only_model_files_are_asked_for(tmp_path, mon
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert fetch("owner/name", "v1") == tmp_path
     assert asked["hub_id"] == "owner/name" and asked["revision"] == "v1"
-
-
-@pytest.mark.parametrize("name, wanted", [
-    ("config.json", True), ("generation_config.json", True), ("model.safetensors", True),
-    ("model-00001-of-00004.safetensors", True), ("model.safetensors.index.json", True), ("tokenizer.json",
-     True),
-    ("tokenizer_config.json", True), ("special_tokens_map.json", True), ("added_tokens.json", True),
-    ("tokenizer.model", True), ("vocab.json", True), ("merges.txt", True), ("chat_template.jinja", True),
-    ("consolidated.safetensors", False), ("pytorch_model.bin", False), ("modeling.py", False),
-])
-def test_which_files_are_wanted(name, wanted):
-    assert any(fnmatch(name, pattern) for pattern in WANTED) is wanted
+    files = [*WANTED, "consolidated.safetensors", "pytorch_model.bin", "modeling.py"]
+    assert set(filter_repo_objects(files, allow_patterns=asked["allow_patterns"])) == WANTED
 
 
 def http(kind):
