@@ -127,6 +127,14 @@ def forget_programs():
 
 
 @pytest.fixture(scope="session")
+def transformers():
+    """The library whose models are the oracle."""
+    for name in ("torch", "transformers"):
+        module = pytest.importorskip(name, reason=f"{name} is not installed: pip install sled-jax[parity]")
+    return module
+
+
+@pytest.fixture(scope="session")
 def demo():
     """The bundled model."""
     return sled.load("demo")

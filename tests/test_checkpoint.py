@@ -40,10 +40,9 @@ def test_every_variant_is_written_back_as_it_was_read(variant, tiny_folder, tmp_
 
 @pytest.mark.parametrize("name", ["llama-llama3-old-spelling", "mistral-window", "qwen2-layer-types",
                                   "qwen2-tied-upper-layers-slide", "qwen3-mha-biases-windows"])
-def test_transformers_reads_the_written_folder_alike(name, tiny_folder, tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed: pip install sled-jax[parity]")
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed: pip install sled-jax[parity]")
+def test_transformers_reads_the_written_folder_alike(name, tiny_folder, tmp_path, transformers):
+    import torch
+
     read = transformers.AutoModelForCausalLM.from_pretrained
     tokens = torch.arange(20)[None]
     theirs = read(tiny_folder(name))
@@ -127,20 +126,6 @@ def test_tokenizer_files_come_along(tiny_folder, tmp_path):
     assert (folder / "tokenizer.json").read_text() == "{}"
 
 
-@pytest.mark.parametrize("earlier", [None, "llama"])
-def test_an_interrupted_save_leaves_what_was_there(earlier, tiny_folder, tmp_path, monkeypatch):
-    folder, decoder = tmp_path / "model", load_folder(tiny_folder("qwen3"))
-    if earlier:
-        save_folder(load_folder(tiny_folder(earlier)), folder)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("sled.models.huggingface.save_file", lambda *a, **k: 1 / 0)
-        save_folder(decoder, folder)
-    same(stored(folder), stored(tiny_folder(earlier)) if earlier else {})
-    assert (earlier is None and list(folder.iterdir()) == []) or load_folder(folder).config.family == earlier
-    (folder / ".unfinished-killed").mkdir()  # what a killed process leaves
-    assert load_folder(save_folder(decoder, folder)).config == decoder.config
-
-
 @pytest.mark.parametrize("killed", [False, True], ids=["raised", "killed"])
 @pytest.mark.parametrize("earlier, shards", [(None, None), (None, 20_000), (20_000, None), (10**9, 20_000)],
                          ids=["new", "new-sharded", "sharded-to-one", "one-to-sharded"])
@@ -177,7 +162,10 @@ def test_a_save_stopped_at_any_move_is_made_good_by_the_next(killed, earlier, sh
                 break
             except KeyboardInterrupt:
                 pass
-        if steps:
+        if not steps:  # all is written, and nothing moved
+            same(stored(folder), stored(tiny_folder("qwen3")) if earlier else {})
+            assert not earlier or load_folder(folder).config.family == "qwen3"
+        else:
             with pytest.raises(CheckpointError, match=r"config\.json"):
                 load_folder(folder)
         save_folder(decoder, folder, **how)

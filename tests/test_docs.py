@@ -92,9 +92,10 @@ def options():
     found = {}
     for command in COMMANDS:
         text = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text), pytest.raises(SystemExit) as end:
             patch.setenv("COLUMNS", "80")
             main([*command.split(), "--help"])
+        assert end.value.code == 0
         defined = re.findall(r"^[│ ] (-.*?)(?:  |│|$)", text.getvalue(), re.M)
         found[command] = {option for line in defined for option in re.findall(r"(?<![\w-])--?[a-z][\w-]*", line)}
     return found
