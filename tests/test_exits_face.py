@@ -87,28 +87,19 @@ def test_legends_count_the_tokens_of_each_layer():
     assert Paint((2, 8), colours=False).legend([2, 8, 2]).endswith("[2] 2, [8] 1")
 
 
-def byte_row(colours=False):
-    """A row of bytes as tokens, 0 being a special one without text."""
-    decode = lambda tokens: bytes(t for t in tokens if t).decode(errors="replace")  # noqa: E731
-    return PaintedRow(decode, Paint((1, 2, 4), colours=colours))
-
-
-def test_a_character_of_many_tokens_is_said_by_the_last_of_them():
-    tokens = [*"a€b".encode(), 0]
-    assert byte_row().more("a€b", tokens, [1, 2, 2, 4, 2, 1]) == "a[1]€[4]b[2]"
-    row = byte_row()
-    pieces = [row.more("a", tokens[:3], [1, 2, 2]), row.more("€b", tokens[3:], [4, 2, 1])]
-    assert pieces == ["a[1]", "€[4]b[2]"]
-
-
-def test_text_that_lags_behind_or_is_cut_keeps_its_layers():
-    row = byte_row()
-    assert row.more("ab", [*b"abc"], [1, 1, 2]) == "ab[1]"
-    assert row.more("cd", [*b"de!"], [4, 4, 4]) == "c[2]d[4]"
-
-
-def test_text_that_no_token_accounts_for_is_the_last_tokens():
-    assert byte_row().more("\ufffd", [0xE2, 0x82], [1, 2]) == "\ufffd[2]"
+@pytest.mark.parametrize(("pieces", "marked"), [
+    # A character of many tokens is said by the last of them.
+    ([("a€b", [*"a€b\0".encode()], [1, 2, 2, 4, 2, 1])], ["a[1]€[4]b[2]"]),
+    ([("a", [*b"a\xe2\x82"], [1, 2, 2]), ("€b", [*b"\xacb\x00"], [4, 2, 1])], ["a[1]", "€[4]b[2]"]),
+    # Text that lags behind, or is cut, keeps its layers.
+    ([("ab", [*b"abc"], [1, 1, 2]), ("cd", [*b"de!"], [4, 4, 4])], ["ab[1]", "c[2]d[4]"]),
+    # Text that no token accounts for is the last token's.
+    ([("\ufffd", [0xE2, 0x82], [1, 2])], ["\ufffd[2]"]),
+])
+def test_text_is_said_by_the_layers_of_its_tokens(pieces, marked):
+    decode = lambda tokens: bytes(t for t in tokens if t).decode(errors="replace")  # noqa: E731  bytes, 0 without text
+    row = PaintedRow(decode, Paint((1, 2, 4), colours=False))
+    assert [row.more(*piece) for piece in pieces] == marked
 
 
 def test_colours_need_a_terminal_and_no_refusal(monkeypatch):
