@@ -25,7 +25,7 @@ gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live on; l
 # Files that take longest begin: one of them at the end would keep one process waiting for the other.
 LONG = ["test_train_trainer.py", "test_train_mesh.py", "test_bench.py", "test_exits.py", "test_notebook.py",
         "test_checkpoint.py", "test_export_program.py", "test_decoding.py", "test_eval_adapter.py", "test_lossless.py",
-        "test_fusion_sled.py", "test_engine.py", "test_face.py", "test_settings_by_row.py"]
+        "test_fusion_sled.py", "test_engine.py", "test_face.py"]
 
 BASE = dict(vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu",

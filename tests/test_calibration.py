@@ -1,14 +1,15 @@
-"""Calibrated thresholds: p-values, the walk and its guarantee, losses, and whole calibrations."""
+"""Calibrated thresholds: p-values, the walk and its guarantee, losses, whole calibrations; and tuning for speed."""
 
 import math
 
 import numpy as np
 import pytest
+import tiny_lm
 from scipy.special import rel_entr
 from scipy.stats import binom
-from tiny_lm import compiled
 
 import sled
+from sled.calibration import tune as tuning
 from sled.calibration.learn_then_test import fewest_losses, last_rejected, p_value, walk
 from sled.calibration.losses import common_subsequence, consistency, rouge
 from sled.demo.problems import problems, prompt
@@ -16,6 +17,7 @@ from sled.errors import CalibrationError
 from sled.eval.numbers import final_answer
 from sled.exits import FullDepth
 from sled.results import Output
+from sled.timing import Times
 
 DELTA, EPSILON, DRAWS = 0.1, 0.05, 1000
 SLACK = 3 * math.sqrt(EPSILON * (1 - EPSILON) / DRAWS)  # three standard deviations of a rate over the draws
@@ -210,9 +212,9 @@ QUICK = dict(exits=sled.EarlyExit(1), delta=0.2, epsilon=0.1, max_new_tokens=40,
 
 
 def test_a_whole_calibration_of_the_bundled_model(demo, capsys):
-    before, *_ = compiled()
+    before, *_ = tiny_lm.compiled()
     made = sled.calibrate(demo, PROMPTS, **{**QUICK, "progress": True}, grid=(0.95, 0.9, 0.05, 0.01))
-    assert compiled()[0] <= before + 2  # with and without exits: no threshold compiles again
+    assert tiny_lm.compiled()[0] <= before + 2  # with and without exits: no threshold compiles again
     assert made.threshold in (0.95, 0.9) and made.loss == "rouge" and made.prompts == 24
     assert [step.threshold for step in made.steps] == [0.95, 0.9, 0.05]  # ended at the first that failed
     assert made.steps[0].mean_depth >= made.steps[1].mean_depth > made.steps[2].mean_depth >= 1
@@ -244,3 +246,61 @@ def test_no_safe_threshold_means_no_early_exit(demo):
     made = sled.calibrate(demo, PROMPTS, **QUICK, grid=(0.01,), loss="exact")
     assert made.threshold is None and made.policy(demo, max_new_tokens=40) == FullDepth()
     assert "No early exit" in made.verdict() and "fails" in made.table()
+
+
+# Tuning: what it tries, and what it chooses from what was measured.
+
+EARLY, GUESSES = sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3), sled.SelfSpeculation(2)
+COUNT = 20  # with the longest prompt, as much room as the other tests have
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """`clock(seconds)`: every way takes as long as it says, in the order they are tried."""
+
+    def set_to(*seconds):
+        def interleave(calls, rounds, bar):
+            for call in calls.values():
+                call()
+            return {way: Times([seconds[way], 9.0]) for way in calls}
+
+        monkeypatch.setattr(tuning, "interleave", interleave)
+
+    return set_to
+
+
+def tune(prompts, **settings):
+    return sled.tune(tiny_lm.tiny_lm(), prompts, max_new_tokens=COUNT, progress=False, **settings)
+
+
+def test_the_fastest_way_is_chosen(clock):
+    clock(3, 2, 1, 4, 5, 6, 7, 8)
+    tuned = tune(tiny_lm.PROMPTS, exits=[EARLY, GUESSES], batch_size=4)
+    tried = [(trial.exits, trial.schedule) for trial in sorted(tuned.trials, key=lambda trial: trial.exits == GUESSES)]
+    assert (FullDepth(), sled.Immediate()) in tried and len(tried) == 8
+    assert [schedule for exits, schedule in tried if exits == EARLY] == [
+        sled.Gather(2), sled.Immediate(), sled.Gather(4)]
+    assert [schedule for exits, schedule in tried if exits == GUESSES] == [
+        sled.Lockstep(), sled.Immediate(), sled.Gather(2), sled.Gather(4)]
+    assert (tuned.exits, tuned.schedule) == (EARLY, sled.Gather(2))
+    best = tuned.trials[0]
+    count = tiny_lm.generate(exits=EARLY, max_new_tokens=COUNT).stats.new_tokens
+    assert (best.seconds, best.new_tokens, best.tokens_per_second) == (1, count, count) and best.mean_depth < 4
+    guessed = tuned.trials[-1]
+    assert guessed.exits == GUESSES and guessed.same_texts == 1
+    table = tuned.table().splitlines()
+    assert len(table) == 9
+    assert "EarlyExit(layers=(1, 3), threshold=(0.08, 0.07), max_deferred=3), Gather(rows=2)" in table[1]
+    assert table[3].split()[1] == "1.00" and table[3].endswith("no early exit")
+
+
+def test_leaving_early_is_declined_where_it_does_not_pay(clock):
+    clock(1, 2)
+    tuned = tune(tiny_lm.PROMPTS[2:3], exits=EARLY)
+    assert tuned.exits == FullDepth() and len(tuned.trials) == 2  # one row: no schedule differs from another
+    assert tiny_lm.generate(exits=tuned.exits, schedule=tuned.schedule).stats.mean_depth == 4
+
+
+def test_the_real_clock():
+    tuned = tune(tiny_lm.PROMPTS[2:3], exits=EARLY, rounds=1)
+    assert all(trial.seconds > 0 for trial in tuned.trials)

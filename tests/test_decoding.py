@@ -1,5 +1,7 @@
 """The decoding loop against a full pass for every token, and the independence of rows, padding, buckets and chunks."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +24,9 @@ from tiny_lm import (
 
 import sled
 from sled.decoding.sampling import penalise, truncate
+from sled.errors import SettingError
 from sled.exits import FullDepth
+from sled.settings.per_row import check_rows, take_rows
 
 FUSIONS = [sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding(), sled.LayerAverage(), sled.ClampOnly()]
 
@@ -72,12 +76,23 @@ def test_long_prompts_are_read_in_blocks(monkeypatch):
     assert generate(prompt).tokens == whole
 
 
-@pytest.mark.parametrize("exits", [FullDepth(), sled.SelfSpeculation(2, np.array([1, 2, 4, 8]), max_draft=8)],
-                         ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("exits", [
+    FullDepth(), sled.EarlyExit((1, 3), (0.08, 0.07)), sled.SelfSpeculation(2, np.array([1, 2, 4, 8]), max_draft=8),
+], ids=lambda policy: type(policy).__name__)
 def test_streaming_gives_the_same_tokens_in_pieces(exits):
-    pieces = list(tiny_lm().stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY, exits=exits))
-    assert len(pieces) > 1
-    assert [[t for piece in pieces for t in piece.tokens[i]] for i in range(len(PROMPTS))] == generate().tokens
+    pieces, out = list(tiny_lm().stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY, exits=exits)), generate(exits=exits)
+
+    def joined(name):
+        return [list(itertools.chain(*parts)) for parts in zip(*(getattr(piece, name) for piece in pieces), strict=True)]
+
+    first, last = pieces[0].stats, pieces[-1].stats
+    assert joined("tokens") == out.tokens
+    assert [len(layers) for layers in joined("exit_layers")] == [len(tokens) for tokens in out.tokens]
+    assert first.new_tokens == sum(map(len, pieces[0].tokens)) < last.new_tokens == out.stats.new_tokens
+    assert last.prompt_tokens == out.stats.prompt_tokens
+    if not exits.verifies:  # where a draft ends, and so what is drafted, depends on the pieces
+        assert joined("exit_layers") == out.exit_layers
+        assert (last.mean_depth, last.deferred) == (out.stats.mean_depth, out.stats.deferred)
 
 
 def test_tuning_numbers_and_prompts_of_a_bucket_compile_nothing():
@@ -114,3 +129,89 @@ def test_truncation_and_penalty_by_hand():
                              [True, True, True, False], [True, True, False, False]]
     out = penalise(jnp.array([[2.0, -2.0, 1.0]]), jnp.array([[True, True, False]]), jnp.array([2.0]))
     assert out.tolist() == [[1.0, -4.0, 1.0]]
+
+
+# Settings with an entry per row: each follows its prompt, whatever the batches; what is not per row stays whole.
+
+FIVE = [*PROMPTS, [7, 8]]  # not in the order of their lengths
+SIX = np.arange(1, 7, dtype=np.float32)
+FIRST = np.eye(5, dtype=np.float32)
+BY_ROW = {
+    "sampling, SLED and drafts": (
+        dict(sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9, 0.0]), top_k=np.array([0, 0, 5, 0, 0])),
+             fusion=sled.SLED(rate=jnp.array([0, 1, 2, 4, 1.0]), scale=np.array([3, 9, 1, 20, 4]), max_scale=32),
+             exits=sled.SelfSpeculation(1, np.array([1, 4, 2, 3, 5]), max_draft=8, vocabulary=jnp.arange(30, 34))),
+        lambda i: dict(sampling=sled.Sampling(temperature=[0, 9, 3, 9, 0][i], top_k=[0, 0, 5, 0, 0][i]),
+                       fusion=sled.SLED(rate=[0, 1, 2, 4, 1][i], scale=[3, 9, 1, 20, 4][i], max_scale=32),
+                       exits=sled.SelfSpeculation(1, [1, 4, 2, 3, 5][i], vocabulary=jnp.arange(30, 34)))),
+    # As many weights as prompts: nothing tells them from rows but the settings themselves.
+    "weights by row": (dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3]])),
+                       lambda i: dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3][i]]))),
+    "weights of all": (dict(fusion=sled.LayerAverage(FIRST[2])), lambda i: dict(fusion=sled.LayerAverage(FIRST[2]))),
+    "thresholds": (
+        dict(exits=sled.EarlyExit((1, 3), np.array([[1, 0], [0, 1], [1, 1], [0, 0.0], [1, 1]]), max_deferred=3)),
+        lambda i: dict(exits=sled.EarlyExit((1, 3), [(1, 0), (0, 1), (1, 1), (0, 0), (1, 1)][i], max_deferred=3))),
+}
+
+
+@pytest.mark.parametrize("case", BY_ROW)
+def test_each_row_keeps_its_own_whatever_the_batches(case):
+    together, alone = BY_ROW[case]
+    expected = [generate([prompt], seed=5 + i, **alone(i)) for i, prompt in enumerate(FIVE)]
+    out = generate(FIVE, seed=5, batch_size=4, **together)  # three idle rows in the second
+    assert out.tokens == [one.tokens[0] for one in expected]
+    assert out.exit_layers == [one.exit_layers[0] for one in expected]
+
+
+def test_rows_of_one_batch_keep_their_own():
+    temperatures = [0, 9, 3, 9, 0.0]
+    settings = dict(sampling=sled.Sampling(temperature=np.array(temperatures)), max_new_tokens=CAPACITY)
+    expected = [generate(prompt, seed=i, sampling=sled.Sampling(temperature=temperatures[i])).tokens[0]
+                for i, prompt in enumerate(FIVE)]
+    assert generate(FIVE, **settings).tokens == expected
+    pieces = list(tiny_lm().stream(FIVE, **settings))
+    assert [[token for piece in pieces for token in piece.tokens[i]] for i in range(len(FIVE))] == expected
+
+
+@pytest.mark.parametrize("settings", [
+    dict(sampling=sled.Sampling(temperature=SIX)),
+    dict(sampling=sled.Sampling(top_p=np.ones((5, 1)))),
+    dict(fusion=sled.SLED(rate=SIX)),
+    dict(fusion=sled.LayerAverage(np.ones((6, 5)))),
+    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((6, 2)))),
+    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((5, 1, 2)))),
+    dict(exits=sled.SelfSpeculation(1, confidence=SIX / 9)),
+], ids=str)
+def test_rows_that_are_not_the_prompts_are_refused(settings):
+    for call in (tiny_lm().generate, tiny_lm().stream):
+        with pytest.raises(SettingError, match=r"B is 1 or 5 here; .* prompts"):
+            call(FIVE, **settings)
+
+
+def test_score_and_lens_take_no_rows():
+    lm = tiny_lm()
+    for fusion in (sled.SLED(rate=SIX), sled.LayerAverage(np.ones((2, 5)))):
+        with pytest.raises(SettingError, match=r"B is 1 here; .*score"):
+            lm.score([[1], [2]], [[3], [4]], fusion=fusion)
+        with pytest.raises(SettingError, match=r"B is 1 here; .*lens"):
+            lm.lens([1, 2], fusion=fusion)
+    one = lm.score([1], [[2, 3]], fusion=sled.SLED(rate=np.array([2.0])))
+    assert one.totals == lm.score([1], [[2, 3]], fusion=sled.SLED(rate=2.0)).totals
+
+
+def test_an_array_for_one_exit_after_another_is_no_array_of_rows():
+    with pytest.raises(SettingError, match="4 numbers for 2 exits"):
+        sled.EarlyExit((1, 2), threshold=np.ones(4))
+    for build in (lambda x: sled.EarlyExit((1, 2), threshold=(x, x)), lambda x: sled.LayerAverage((x, x))):
+        build(np.float32(1)), build(np.array(1.0))
+        with pytest.raises(SettingError):
+            build(np.ones(2))
+
+
+def test_rows_are_taken_from_what_has_rows_only():
+    policy = sled.EarlyExit((1, 2), threshold=np.array([[1.0], [0.0]]), min_layer=np.array([1]))
+    check_rows(policy, 2, hint="")
+    taken = take_rows(policy, [1, 1, 0])
+    assert taken.threshold.tolist() == [[0], [0], [1]] and taken.min_layer.tolist() == [1]
+    assert take_rows(sled.SLED(), [1, 0]) == sled.SLED() and take_rows(FullDepth(), [0]) == FullDepth()
+    check_rows(object(), 2, hint="")  # a strategy of one's own may know nothing of rows

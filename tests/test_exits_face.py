@@ -159,15 +159,3 @@ def test_show_exits_changes_no_text(command, monkeypatch, questions):
 def test_show_exits_needs_exits_and_text(command, arguments):
     code, _, err = command("generate", "x", *arguments)
     assert code == 1 and "--show-exits" in err
-
-
-def test_streamed_layers_are_the_generated_ones(demo, questions):
-    exits = sled.EarlyExit(1, 0.7)
-    out = demo.generate(questions[0], exits=exits)
-    chunks = list(demo.stream(questions[0], exits=exits, chunk=5))
-    assert [layer for chunk in chunks for layer in chunk.exit_layers[0]] == out.exit_layers[0]
-    assert all(len(chunk.tokens[0]) == len(chunk.exit_layers[0]) for chunk in chunks)
-    stats = chunks[-1].stats
-    assert (stats.new_tokens, stats.mean_depth, stats.deferred, stats.prompt_tokens) == (
-        out.stats.new_tokens, out.stats.mean_depth, out.stats.deferred, out.stats.prompt_tokens)
-    assert chunks[0].stats.new_tokens == 5

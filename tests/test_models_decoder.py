@@ -1,7 +1,8 @@
-"""The decoder's own promises: a cache changes nothing, nor does stacking, padding, or what comes later."""
+"""A cache changes nothing, nor stacking, padding, or what comes later; every family says what transformers says."""
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -120,3 +121,48 @@ def test_a_position_depends_on_no_later_token_and_none_before_its_window(name, l
 
     seen = (jax.jit(jax.grad(output))(decoder.embed(TOKENS_BT)) != 0).any(axis=(0, 2))
     assert seen.tolist() == [first <= t <= at for t in range(20)]
+
+
+# Against transformers, live and recorded.
+
+RECORDED = Path(__file__).parent / "fixtures" / "decoder_logits.npz"
+LONG_BT = np.random.RandomState(1).randint(0, 48, (2, 24))  # longer than every window
+POSITIONS = [0, 7, 23]  # whose logits, of row 1, are recorded
+
+
+@functools.cache
+def ours(folder):
+    """The hidden states (the last one normed) and logits for LONG_BT."""
+    decoder = load_folder(folder)
+    states = decoder.hidden_states(jnp.asarray(LONG_BT))
+    return [*states[:-1], decoder.normalise(states[-1])], np.asarray(decoder.logits(states[-1]))
+
+
+def theirs(folder, transformers):
+    """The same of transformers."""
+    import torch
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager",
+                                                              dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = model(torch.tensor(LONG_BT), output_hidden_states=True, use_cache=False)
+    return [h.numpy() for h in out.hidden_states], out.logits.numpy()
+
+
+def record(tiny_folder, variants, transformers):
+    """Writes the recorded logits anew. Call it where a variant was added."""
+    np.savez_compressed(RECORDED, **{
+        name: theirs(tiny_folder(name), transformers)[1][1, POSITIONS] for name in variants})
+
+
+def test_logits_equal_the_recorded_ones(variant, tiny_folder):
+    with np.load(RECORDED) as recorded:
+        np.testing.assert_allclose(ours(tiny_folder(variant))[1][1, POSITIONS], recorded[variant], atol=1e-4, rtol=0)
+
+
+def test_every_hidden_state_equals_transformers(variant, tiny_folder, transformers):
+    (states, logits), (hidden, expected) = ours(tiny_folder(variant)), theirs(tiny_folder(variant), transformers)
+    for n, (h, other) in enumerate(zip(states, hidden, strict=True)):
+        np.testing.assert_allclose(h, other, atol=1e-4, rtol=0, err_msg=f"hidden state {n}")
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    assert np.abs(expected).max() > 1  # or the comparison says nothing

@@ -27,15 +27,19 @@ PROMPTS = [np.random.default_rng(n).integers(6, 61, size=n).tolist() for n in (1
 SAMPLED = sled.Sampling(temperature=0.9, top_p=0.95, top_k=30, repetition_penalty=1.1)
 
 
-@functools.cache
-def tiny_lm() -> LM:
+def settling(config: DecoderConfig, rate: float) -> Decoder:
     """Random, with deeper layers that change less and less: early layers are right now and then."""
-    decoder = Decoder.init(CONFIG, rngs=nnx.Rngs(1))
+    decoder = Decoder.init(config, rngs=nnx.Rngs(1))
     nnx.update(decoder, jax.tree.map(lambda x: 6 * x if x.ndim == 2 else x, nnx.state(decoder)))
     for n, block in enumerate(decoder.layers):
         for weight in (block.attention.o.weight, block.mlp.down.weight):
-            weight[...] = weight[...] * 0.35**n
-    return LM(decoder)
+            weight[...] = weight[...] * rate**n
+    return decoder
+
+
+@functools.cache
+def tiny_lm() -> LM:
+    return LM(settling(CONFIG, 0.35))
 
 
 @functools.cache
