@@ -6,29 +6,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lm import (
-    CAPACITY,
-    EOS,
-    HEADROOM,
-    PREFILL_BLOCK,
-    PROMPTS,
-    SAMPLED,
-    FullPass,
-    check_distribution,
-    check_endings,
-    check_greedy,
-    compiled,
-    generate,
-    tiny_lm,
-)
+from tiny_lm import CAPACITY, EOS, PROMPTS, SAMPLED, FullPass, check_endings, compiled, generate, tiny_lm
 
 import sled
 from sled.decoding.sampling import penalise, truncate
 from sled.errors import SettingError
 from sled.exits import FullDepth
-from sled.settings.per_row import check_rows, take_rows
+from sled.settings.per_row import check_rows
 
 FUSIONS = [sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding(), sled.LayerAverage(), sled.ClampOnly()]
+
+
+def check_greedy(out: sled.Output, fusion) -> None:
+    """Every token is the likeliest after those before it."""
+    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, out.tokens, strict=True)]
+    best_BS = FullPass(texts).logits(fusion).argmax(-1)
+    for prompt, tokens, best_S in zip(PROMPTS, out.tokens, best_BS, strict=True):
+        assert tokens == best_S[len(prompt) - 1:len(prompt) + len(tokens) - 1].tolist()
+
+
+def check_distribution(draws, probabilities_V) -> None:
+    """Chi-square of draws from the vocabulary, 0.999 quantile; tokens expected less than five times count together."""
+    expected, seen = len(draws) * probabilities_V, np.bincount(draws, minlength=len(probabilities_V))
+    common = expected >= 5
+    expected = np.append(expected[common], expected[~common].sum())
+    seen = np.append(seen[common], seen[~common].sum())
+    freedom = len(expected) - 1
+    assert ((seen - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < freedom + 3.09 * (2 * freedom) ** 0.5 + 10
 
 
 @pytest.mark.parametrize("fusion", FUSIONS, ids=lambda f: type(f).__name__)
@@ -65,14 +69,14 @@ def test_rows_do_not_depend_on_mates_capacity_limit_or_batch_size(sampling, monk
     assert [generate(p, sampling=sampling, seed=7 + i).tokens[0] for i, p in enumerate(PROMPTS)] == together
     assert generate(batch_size=3, **settings).tokens == together  # two idle rows in the second batch
     assert generate(max_new_tokens=20, **settings).tokens == [tokens[:20] for tokens in together]
-    monkeypatch.setattr(HEADROOM, 8)
+    monkeypatch.setattr("sled.decoding.batch.HEADROOM", 8)
     assert generate(**settings).tokens == together  # the caches grow
 
 
 def test_long_prompts_are_read_in_blocks(monkeypatch):
     prompt = np.random.default_rng(1).integers(6, 61, size=40).tolist()
     whole = generate(prompt).tokens
-    monkeypatch.setattr(PREFILL_BLOCK, 16)
+    monkeypatch.setattr("sled.decoding.state.PREFILL_BLOCK", 16)
     assert generate(prompt).tokens == whole
 
 
@@ -83,7 +87,8 @@ def test_streaming_gives_the_same_tokens_in_pieces(exits):
     pieces, out = list(tiny_lm().stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY, exits=exits)), generate(exits=exits)
 
     def joined(name):
-        return [list(itertools.chain(*parts)) for parts in zip(*(getattr(piece, name) for piece in pieces), strict=True)]
+        of_pieces = [getattr(piece, name) for piece in pieces]
+        return [list(itertools.chain(*parts)) for parts in zip(*of_pieces, strict=True)]
 
     first, last = pieces[0].stats, pieces[-1].stats
     assert joined("tokens") == out.tokens
@@ -206,12 +211,4 @@ def test_an_array_for_one_exit_after_another_is_no_array_of_rows():
         build(np.float32(1)), build(np.array(1.0))
         with pytest.raises(SettingError):
             build(np.ones(2))
-
-
-def test_rows_are_taken_from_what_has_rows_only():
-    policy = sled.EarlyExit((1, 2), threshold=np.array([[1.0], [0.0]]), min_layer=np.array([1]))
-    check_rows(policy, 2, hint="")
-    taken = take_rows(policy, [1, 1, 0])
-    assert taken.threshold.tolist() == [[0], [0], [1]] and taken.min_layer.tolist() == [1]
-    assert take_rows(sled.SLED(), [1, 0]) == sled.SLED() and take_rows(FullDepth(), [0]) == FullDepth()
     check_rows(object(), 2, hint="")  # a strategy of one's own may know nothing of rows

@@ -6,19 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from tiny_lm import (
-    CAPACITY,
-    DECODE,
-    EOS,
-    PROMPTS,
-    PUT_ROW,
-    SET_ACTIVE,
-    START,
-    compiled,
-    generate,
-    talking_lm,
-    tiny_lm,
-)
+from tiny_lm import CAPACITY, DECODE, EOS, PROMPTS, PUT_ROW, SET_ACTIVE, START, compiled, generate, talking_lm, tiny_lm
 
 import sled
 from sled.decoding import state

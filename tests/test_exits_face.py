@@ -1,8 +1,8 @@
 """Exits as a user meets them: the command's options, the layers of a text in colours or marks, the streamed layers."""
 
-import io
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,11 +82,6 @@ def test_colours_end_before_a_line_does_and_marks_stand_before_it():
     assert Paint((2, 8), colours=False).text(" a\n", 2) == " a[2]\n"
 
 
-def test_legends_count_the_tokens_of_each_layer():
-    assert ANSI.sub("", Paint((2, 8), colours=True).legend([2, 8, 2])) == "emitted by  layer 2: 2   layer 8: 1 "
-    assert Paint((2, 8), colours=False).legend([2, 8, 2]).endswith("[2] 2, [8] 1")
-
-
 @pytest.mark.parametrize(("pieces", "marked"), [
     # A character of many tokens is said by the last of them.
     ([("a€b", [*"a€b\0".encode()], [1, 2, 2, 4, 2, 1])], ["a[1]€[4]b[2]"]),
@@ -103,14 +98,11 @@ def test_text_is_said_by_the_layers_of_its_tokens(pieces, marked):
 
 
 def test_colours_need_a_terminal_and_no_refusal(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
+    terminal, file = (SimpleNamespace(isatty=lambda tty=tty: tty) for tty in (True, False))
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert has_colours(Terminal()) and not has_colours(io.StringIO())
+    assert has_colours(terminal) and not has_colours(file)
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not has_colours(Terminal())
+    assert not has_colours(terminal)
 
 
 def test_the_end_line_says_what_exits_did():

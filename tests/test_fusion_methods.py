@@ -7,17 +7,8 @@ import pytest
 from programs import on_devices, run_together
 from scipy.special import log_softmax
 
-from sled.fusion import (
-    SLED,
-    ClampOnly,
-    ConfidentDecoding,
-    DoLa,
-    FinalLayer,
-    LayerAverage,
-    SharedHead,
-    default_tile,
-    fused_logits,
-)
+from sled import fusion
+from sled.fusion import SLED, ClampOnly, ConfidentDecoding, DoLa, FinalLayer, LayerAverage, SharedHead
 from sled.fusion.confident import first_valley
 from sled.fusion.dola import final_divergence
 
@@ -189,18 +180,18 @@ def test_a_vocabulary_smaller_than_max_scale():
 
 def test_the_tile_is_that_of_the_platform_the_computation_is_lowered_for():
     h_BCD, w_VD = jax.ShapeDtypeStruct((64, 33, 4), "float32"), jax.ShapeDtypeStruct((128_256, 4), "float32")
-    fuse = jax.jit(lambda h_BCD, w_VD: fused_logits(LayerAverage(), h_BCD, w_VD))
+    fuse = jax.jit(lambda h_BCD, w_VD: fusion.fused_logits(LayerAverage(), h_BCD, w_VD))
     for platform, tile, other in (("cpu", 1024, 8192), ("cuda", 8192, 1024)):
         program = fuse.trace(h_BCD, w_VD).lower(lowering_platforms=(platform,)).as_text()
         assert f"tensor<{tile}x4xf32>" in program and f"tensor<{other}x4xf32>" not in program
 
 
 def test_default_tile():
-    assert default_tile(33, 32_000, "cpu") is None
-    assert default_tile(33, 128_256, "cpu") is None
-    assert default_tile(8 * 33, 32_000, "cpu") == 1024
-    assert default_tile(33, 128_256, "gpu") is None
-    assert default_tile(64 * 33, 128_256, "tpu") == 8192
+    assert fusion.default_tile(33, 32_000, "cpu") is None
+    assert fusion.default_tile(33, 128_256, "cpu") is None
+    assert fusion.default_tile(8 * 33, 32_000, "cpu") == 1024
+    assert fusion.default_tile(33, 128_256, "gpu") is None
+    assert fusion.default_tile(64 * 33, 128_256, "tpu") == 8192
 
 
 # A projection split over devices: the same numbers, and no device gathers another's rows.

@@ -29,28 +29,23 @@ def _room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def _imported(file: Path) -> list[tuple[str, int]]:
-    """Every name that a file imports, inside functions and for type checkers too, with its line."""
-    names = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [(alias.name, node.lineno) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{file}:{node.lineno}: write the whole name of the module"
-            names += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
-    return names
-
-
 @functools.cache
 def _edges() -> list[tuple[str, str, str]]:
-    """(importing module, imported module, where) for all imports within the package, lazy ones included."""
+    """(importing module, imported module, where) for all imports within the package: those inside functions and for
+    type checkers too, and lazy ones."""
     edges = []
     for module, file in MODULES.items():
-        for name, line in _imported(file):
-            while name and name not in MODULES:
-                name = name.rpartition(".")[0]
-            if name and name != module:
-                edges.append((module, name, f"{file.relative_to(ROOT)}:{line}"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            at = f"{file.relative_to(ROOT)}:{node.lineno}"
+            assert not getattr(node, "level", 0), f"{at}: write the whole name of the module"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+                while name and name not in MODULES:
+                    name = name.rpartition(".")[0]
+                if name and name != module:
+                    edges.append((module, name, at))
     lazy = [("sled", home) for home in sled._HOME.values()]
     lazy += [("sled.models", f"sled.models.{home}") for home in sled.models._HOMES.values()]
     return [*edges, *((module, home, f"{module}.__getattr__") for module, home in lazy)]

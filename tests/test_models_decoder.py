@@ -26,10 +26,12 @@ def decoder(request, tiny_folder):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(graph, state, tokens_BT, positions_BT, caches):
+    """In two segments: layers join, whatever their windows."""
     model = nnx.merge(graph, state)
     h_BTD = model.embed(tokens_BT)
-    states, caches = model.run_layers(h_BTD, positions_BT, caches, 0, model.config.num_layers)
-    return jnp.stack([h_BTD, *states]), caches
+    lower, below = model.run_layers(h_BTD, positions_BT, caches and caches[:1], 0, 1)
+    upper, above = model.run_layers(lower[-1], positions_BT, caches and caches[1:], 1, model.config.num_layers)
+    return jnp.stack([h_BTD, *lower, *upper]), [*below, *above]
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,9 @@ def run(decoder):
 
 
 @pytest.fixture(scope="module")
-def whole(run):
+def whole(decoder):
     """Every hidden state of the whole sequences, [L + 1, B, T, D]."""
-    return run(TOKENS_BT)[0]
+    return decoder.hidden_states(TOKENS_BT)
 
 
 def padded(caches):
@@ -84,15 +86,6 @@ def test_a_position_beyond_the_cache_writes_nothing(run):
     _, after = run(TOKENS_BT[:, :1], jnp.array([[20], [SLOTS]]), caches)
     for old, new in zip(jax.tree.leaves(caches), jax.tree.leaves(after), strict=True):
         assert (old[1, :, :-1] == new[1, :, :-1]).all() and (old[0] != new[0]).any()
-
-
-def test_segments_of_layers_join(tiny_folder):
-    decoder = load_folder(tiny_folder(CHOSEN[-1]))
-    positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
-    h0 = decoder.embed(TOKENS_BT)
-    lower, _ = decoder.run_layers(h0, positions, None, 0, 1)
-    upper, _ = decoder.run_layers(lower[-1], positions, None, 1, decoder.config.num_layers)
-    close(jnp.stack([h0, *lower, *upper]), decoder.hidden_states(TOKENS_BT))
 
 
 def test_the_stacked_form_equals_the_separate_one(decoder, whole):

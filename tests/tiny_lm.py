@@ -95,28 +95,9 @@ def check_endings(out: sled.Output) -> None:
         assert reason == "eos" or len(prompt) + len(tokens) == CAPACITY
 
 
-def check_greedy(out: sled.Output, fusion) -> None:
-    """Every token is the likeliest after those before it."""
-    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, out.tokens, strict=True)]
-    best_BS = FullPass(texts).logits(fusion).argmax(-1)
-    for prompt, tokens, best_S in zip(PROMPTS, out.tokens, best_BS, strict=True):
-        assert tokens == best_S[len(prompt) - 1:len(prompt) + len(tokens) - 1].tolist()
-
-
-def check_distribution(draws, probabilities_V) -> None:
-    """Chi-square of draws from the vocabulary, 0.999 quantile; tokens expected less than five times count together."""
-    expected, seen = len(draws) * probabilities_V, np.bincount(draws, minlength=len(probabilities_V))
-    common = expected >= 5
-    expected = np.append(expected[common], expected[~common].sum())
-    seen = np.append(seen[common], seen[~common].sum())
-    freedom = len(expected) - 1
-    assert ((seen - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < freedom + 3.09 * (2 * freedom) ** 0.5 + 10
-
-
 # The inside of the loop, for the few tests that need it: where its parts are, how often it was compiled, its arguments,
 # its state.
 
-HEADROOM, PREFILL_BLOCK = "sled.decoding.batch.HEADROOM", "sled.decoding.state.PREFILL_BLOCK"
 START, PUT_ROW, SET_ACTIVE = (f"sled.decoding.state.{name}" for name in ("start", "put_row", "set_active"))
 DECODE = "sled.decoding.loop.decode"
 
