@@ -158,23 +158,24 @@ def variants() -> dict[str, dict]:
     return VARIANTS
 
 
-def written(folder: Path, config: str | dict, weights=None, **fields) -> Path:
-    """A Hugging Face folder of the variant `config` (a name or a dict), `fields` changed in its config.json."""
-    config = {**(VARIANTS[config] if isinstance(config, str) else config), **fields}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors(config) if weights is None else weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_model():
-    """`write_model(folder, config, weights=None, **fields)`: see `written`."""
-    return written
+    """`write_model(folder, config, weights=None, **fields)`: a Hugging Face folder of the variant `config` (a name or a
+    dict), `fields` changed in its config.json."""
+
+    def write(folder: Path, config: str | dict, weights=None, **fields) -> Path:
+        config = {**(VARIANTS[config] if isinstance(config, str) else config), **fields}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors(config) if weights is None else weights, folder / "model.safetensors",
+                  metadata={"format": "pt"})
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory, write_model):
     """`tiny_folder(name)`: the folder of a variant, written once per run. Do not change it."""
     root = tmp_path_factory.mktemp("tiny")
-    return functools.cache(lambda name: written(root / name, name))
+    return functools.cache(lambda name: write_model(root / name, name))

@@ -184,15 +184,13 @@ def test_the_command_writes_a_record_and_says_what_it_chose(demo, tmp_path, comm
     assert made.grid == (0.95, 0.01) and made.prompts == 12 and out.startswith(made.table())
     assert made.policy(demo, **SERVING).threshold == made.threshold
 
-
-def test_the_command_takes_prompts_from_a_file(tmp_path, command):
     (tmp_path / "prompts.txt").write_text("\n".join(
         prompt(p.question).replace("\n", "\\n") for p in problems("train", 12, seed=3)))
-    code, _, _ = command(*ARGUMENTS, "--file", str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "c.json"),
-                         "--loss", "exact", "--schedule", "gather", "--gather-rows", "2")
-    made = sled.Calibration.load(tmp_path / "c.json")
-    assert code == 0 and made.loss == "exact" and made.serving["schedule"] == dict(kind="sled.Gather", rows=2,
-                                                                                   patience=16)
+    code, _, _ = command(*ARGUMENTS, "--file", str(tmp_path / "prompts.txt"), "-o", str(path), "--loss", "exact",
+                         "--schedule", "gather", "--gather-rows", "2")
+    made = sled.Calibration.load(path)
+    assert code == 0 and made.loss == "exact" and made.prompts == 12
+    assert made.serving["schedule"] == dict(kind="sled.Gather", rows=2, patience=16)
 
 
 def test_generate_leaves_as_a_record_says(demo, record, tmp_path, command):

@@ -1,5 +1,6 @@
 """The decoding loop against a full pass for every token, and the independence of rows, padding, buckets and chunks."""
 
+import functools
 import itertools
 
 import jax
@@ -142,28 +143,26 @@ FIVE = [*PROMPTS, [7, 8]]  # not in the order of their lengths
 SIX = np.arange(1, 7, dtype=np.float32)
 FIRST = np.eye(5, dtype=np.float32)
 BY_ROW = {
-    "sampling, SLED and drafts": (
-        dict(sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9, 0.0]), top_k=np.array([0, 0, 5, 0, 0])),
-             fusion=sled.SLED(rate=jnp.array([0, 1, 2, 4, 1.0]), scale=np.array([3, 9, 1, 20, 4]), max_scale=32),
-             exits=sled.SelfSpeculation(1, np.array([1, 4, 2, 3, 5]), max_draft=8, vocabulary=jnp.arange(30, 34))),
-        lambda i: dict(sampling=sled.Sampling(temperature=[0, 9, 3, 9, 0][i], top_k=[0, 0, 5, 0, 0][i]),
-                       fusion=sled.SLED(rate=[0, 1, 2, 4, 1][i], scale=[3, 9, 1, 20, 4][i], max_scale=32),
-                       exits=sled.SelfSpeculation(1, [1, 4, 2, 3, 5][i], vocabulary=jnp.arange(30, 34)))),
+    "sampling, SLED and drafts": dict(
+        sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9, 0.0]), top_k=np.array([0, 0, 5, 0, 0])),
+        fusion=sled.SLED(rate=jnp.array([0, 1, 2, 4, 1.0]), scale=np.array([3, 9, 1, 20, 4]), max_scale=32),
+        exits=sled.SelfSpeculation(1, np.array([1, 4, 2, 3, 5]), max_draft=8, vocabulary=jnp.arange(30, 34))),
     # As many weights as prompts: nothing tells them from rows but the settings themselves.
-    "weights by row": (dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3]])),
-                       lambda i: dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3][i]]))),
-    "weights of all": (dict(fusion=sled.LayerAverage(FIRST[2])), lambda i: dict(fusion=sled.LayerAverage(FIRST[2]))),
-    "thresholds": (
-        dict(exits=sled.EarlyExit((1, 3), np.array([[1, 0], [0, 1], [1, 1], [0, 0.0], [1, 1]]), max_deferred=3)),
-        lambda i: dict(exits=sled.EarlyExit((1, 3), [(1, 0), (0, 1), (1, 1), (0, 0), (1, 1)][i], max_deferred=3))),
+    "weights by row": dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3]])),
+    "weights of all": dict(fusion=sled.LayerAverage(FIRST[2])),
+    "thresholds": dict(exits=sled.EarlyExit(
+        (1, 3), np.array([[1, 0], [0, 1], [1, 1], [0, 0.0], [1, 1]]), max_deferred=3)),
 }
 
 
 @pytest.mark.parametrize("case", BY_ROW)
 def test_each_row_keeps_its_own_whatever_the_batches(case):
-    together, alone = BY_ROW[case]
-    expected = [generate([prompt], seed=5 + i, **alone(i)) for i, prompt in enumerate(FIVE)]
-    out = generate(FIVE, seed=5, batch_size=4, **together)  # three idle rows in the second
+    def of_row(i, leaf):
+        return leaf[i].tolist() if np.ndim(leaf) and len(leaf) == len(FIVE) and case != "weights of all" else leaf
+
+    expected = [generate([prompt], seed=5 + i, **jax.tree.map(functools.partial(of_row, i), BY_ROW[case]))
+                for i, prompt in enumerate(FIVE)]
+    out = generate(FIVE, seed=5, batch_size=4, **BY_ROW[case])  # three idle rows in the second
     assert out.tokens == [one.tokens[0] for one in expected]
     assert out.exit_layers == [one.exit_layers[0] for one in expected]
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from lens_samples import LAYERS, LENS, ODD, TOKENS
+from lens_samples import LAYERS, LENS, ODD, TOKENS, contrast
 
 import sled
 from sled.lens.lens import show
@@ -158,15 +158,6 @@ COLOURS = """(selectors) => Object.fromEntries(selectors.map(selector => {
     const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
     return [selector, [style.color, getComputedStyle(behind).backgroundColor, style.outlineColor].map(numbers)];
 }))"""
-
-
-def contrast(one, other):
-    """WCAG 2.2's ratio of two sRGB colours."""
-    def luminance(rgb):
-        c = np.array(rgb[:3]) / 255
-        return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
