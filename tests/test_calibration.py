@@ -254,27 +254,23 @@ EARLY, GUESSES = sled.EarlyExit((1, 3), threshold=(0.08, 0.07), max_deferred=3),
 COUNT = 20  # with the longest prompt, as much room as the other tests have
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """`clock(seconds)`: every way takes as long as it says, in the order they are tried."""
+def pretend(monkeypatch, *seconds):
+    """Every way takes as long as it says, in the order they are tried."""
 
-    def set_to(*seconds):
-        def interleave(calls, rounds, bar):
-            for call in calls.values():
-                call()
-            return {way: Times([seconds[way], 9.0]) for way in calls}
+    def interleave(calls, rounds, bar):
+        for call in calls.values():
+            call()
+        return {way: Times([seconds[way], 9.0]) for way in calls}
 
-        monkeypatch.setattr(tuning, "interleave", interleave)
-
-    return set_to
+    monkeypatch.setattr(tuning, "interleave", interleave)
 
 
 def tune(prompts, **settings):
     return sled.tune(tiny_lm.tiny_lm(), prompts, max_new_tokens=COUNT, progress=False, **settings)
 
 
-def test_the_fastest_way_is_chosen(clock):
-    clock(3, 2, 1, 4, 5, 6, 7, 8)
+def test_the_fastest_way_is_chosen(monkeypatch):
+    pretend(monkeypatch, 3, 2, 1, 4, 5, 6, 7, 8)
     tuned = tune(tiny_lm.PROMPTS, exits=[EARLY, GUESSES], batch_size=4)
     tried = [(trial.exits, trial.schedule) for trial in sorted(tuned.trials, key=lambda trial: trial.exits == GUESSES)]
     assert (FullDepth(), sled.Immediate()) in tried and len(tried) == 8
@@ -294,8 +290,8 @@ def test_the_fastest_way_is_chosen(clock):
     assert table[3].split()[1] == "1.00" and table[3].endswith("no early exit")
 
 
-def test_leaving_early_is_declined_where_it_does_not_pay(clock):
-    clock(1, 2)
+def test_leaving_early_is_declined_where_it_does_not_pay(monkeypatch):
+    pretend(monkeypatch, 1, 2)
     tuned = tune(tiny_lm.PROMPTS[2:3], exits=EARLY)
     assert tuned.exits == FullDepth() and len(tuned.trials) == 2  # one row: no schedule differs from another
     assert tiny_lm.generate(exits=tuned.exits, schedule=tuned.schedule).stats.mean_depth == 4

@@ -124,15 +124,20 @@ def test_caches_are_those_of_a_full_forward_pass(policy):
 
 
 @pytest.mark.parametrize(("policy", "fusion"), [
+    (FullDepth(), sled.FinalLayer()),
     (dataclasses.replace(MOST_LIKELY, threshold=(1.0, 1.0)), sled.FinalLayer()),
     (dataclasses.replace(MARGIN, threshold=(1.0, 1.0)), sled.SLED()),
     (dataclasses.replace(PROPAGATING, threshold=1.0), sled.FinalLayer()),
     pytest.param(dataclasses.replace(PROPAGATING, threshold=1.0), sled.SLED(), marks=pytest.mark.exhaustive),
-], ids=["exact", "exact, fused", "propagated", "propagated, fused"])
-def test_threshold_one_is_plain_decoding(policy, fusion):
+    (dataclasses.replace(CLASSIFIED, threshold=0.0, classifier=dataclasses.replace(
+        CLASSIFIER, bias_E=jnp.array([jnp.nan, jnp.nan]))), sled.FinalLayer()),
+], ids=["full depth", "exact", "exact, fused", "propagated", "propagated, fused", "confidence not finite"])
+def test_where_no_token_may_leave_it_is_plain_decoding(policy, fusion):
     out = generate(fusion=fusion, exits=policy, schedule=sled.Gather())
     assert out.tokens == generate(fusion=fusion).tokens
-    assert out.stats.mean_depth == CONFIG.num_layers and out.stats.deferred == 0
+    assert out.exit_layers == [[CONFIG.num_layers] * len(tokens) for tokens in out.tokens]
+    assert (out.stats.mean_depth, out.stats.deferred, out.stats.acceptance) == (CONFIG.num_layers, 0, None)
+    assert out.stats.mean_accepted is None
 
 
 def test_propagation_equals_the_slow_reference():
@@ -142,7 +147,7 @@ def test_propagation_equals_the_slow_reference():
     out = generate(exits=PROPAGATING)
     assert {layer for row in out.exit_layers for layer in row} == {2, 4}
     for prompt, expected in list(zip(PROMPTS, out.tokens, strict=True))[1::2]:
-        tokens, caches, ids = [], model.empty_caches(1, CAPACITY), list(prompt)
+        caches, ids = model.empty_caches(1, CAPACITY), list(prompt)
         for t in range(len(prompt) + count - 1):
             h, at = model.embed(np.array([[ids[t]]])), np.array([[t]])
             states, low = run_layers(h, at, caches[:2], 0, 2)
@@ -156,26 +161,30 @@ def test_propagation_equals_the_slow_reference():
             caches = [*low, *high]
             if t >= len(prompt) - 1:
                 ids.append(int(logits.argmax()))
-                tokens.append(ids[-1])
-                if ids[-1] == EOS:
-                    break
-        assert expected[:count] == tokens
+            if ids[-1] == EOS:
+                break
+        assert expected[:count] == ids[len(prompt):]
 
 
-def test_a_confidence_that_is_not_finite_goes_on():
-    nan = dataclasses.replace(CLASSIFIER, bias_E=jnp.array([jnp.nan, jnp.nan]))
-    out = generate(exits=dataclasses.replace(CLASSIFIED, threshold=0.0, classifier=nan))
-    assert out.tokens == generate().tokens
-
-
-@pytest.mark.parametrize("fusion", [sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding()],
-                         ids=lambda fusion: type(fusion).__name__)
-def test_speculation_loses_nothing_under_any_fusion(fusion):
+@pytest.mark.parametrize(("policy", "fusion"), [
+    *((speculation(), fusion) for fusion in (sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding())),
+    pytest.param(speculation(drafts=(8, 8, 8, 8), adaptive=True), sled.FinalLayer(), marks=pytest.mark.exhaustive),
+    (speculation((1, 2, 3), (8, 8, 8, 8), adaptive=True), sled.FinalLayer()),
+    (speculation(drafts=(6, 6, 6, 6), vocabulary=jnp.arange(6, 40)), sled.FinalLayer()),
+    # A draft that ends its row waits for its verification, whatever layer the row would draft at by then.
+    (sled.SelfSpeculation((1, 2), draft=5, adaptive=True), sled.FinalLayer()),
+    (sled.SelfSpeculation((1, 3), draft=5, adaptive=True), sled.FinalLayer()),
+])
+def test_speculation_loses_nothing(policy, fusion):
     for sampling in (sled.Sampling(), SAMPLED):
         settings = dict(fusion=fusion, sampling=sampling, seed=3)
-        many = generate(exits=speculation(), **settings)
-        assert many.tokens == generate(**settings).tokens
-        assert 0 < many.stats.accepted < many.stats.drafted
+        plain = generate(**settings).tokens
+        for schedule in (None, sled.Immediate(), sled.Gather(), sled.Gather(1, 0), sled.Gather(2, 1)):
+            out = generate(exits=policy, schedule=schedule, **settings)
+            assert out.tokens == plain
+            assert 0 < out.stats.accepted < out.stats.drafted
+            assert {layer for row in out.exit_layers for layer in row} <= {*policy.layer, CONFIG.num_layers}
+            check_endings(out)
 
 
 @pytest.mark.parametrize("layer", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3)), 2])
@@ -192,38 +201,9 @@ def test_speculation_loses_nothing_at_any_exit_length_or_schedule(layer):
     assert compiled() == counts
 
 
-@pytest.mark.parametrize("policy", [
-    pytest.param(speculation(drafts=(8, 8, 8, 8), adaptive=True), marks=pytest.mark.exhaustive),
-    speculation((1, 2, 3), (8, 8, 8, 8), adaptive=True),
-    speculation(drafts=(6, 6, 6, 6), vocabulary=jnp.arange(6, 40)),
-], ids=["length", "length and layer", "vocabulary"])
-def test_speculation_that_adapts_loses_nothing(policy):
-    for sampling in (sled.Sampling(), SAMPLED):
-        out = generate(sampling=sampling, exits=policy, schedule=sled.Gather())
-        assert out.tokens == generate(sampling=sampling).tokens
-        assert out.stats.accepted > 0
-        assert {layer for row in out.exit_layers for layer in row} <= {*policy.layer, CONFIG.num_layers}
-
-
 @pytest.mark.parametrize(("policy", "fusion"), [
     (FullDepth(), sled.SLED()), (MARGIN, sled.SLED()), (speculation(), sled.SLED())],
     ids=lambda value: type(value).__name__)
 def test_no_transfer_to_the_host_inside_the_loop(policy, fusion):
     lengths = decode_without_transfers(begin(policy, fusion, sled.Gather()))
     assert all(length > len(prompt) for prompt, length in zip(PROMPTS, lengths, strict=True))
-
-
-def test_full_depth_is_the_default():
-    out = generate(exits=FullDepth())
-    assert out.exit_layers == [[4] * len(tokens) for tokens in generate().tokens]
-    assert out.stats.acceptance is None and out.stats.mean_accepted is None
-
-
-@pytest.mark.parametrize("layers", [(1, 2), (1, 3)])
-def test_adaptive_drafts_end_their_rows_under_every_schedule(layers):
-    """A draft that ends its row waits for its verification, whatever layer the row would draft at by then."""
-    plain = generate().tokens
-    for schedule in (sled.Immediate(), sled.Gather(1, 0), sled.Gather(2, 1), sled.Lockstep()):
-        out = generate(exits=sled.SelfSpeculation(layers, draft=5, adaptive=True), schedule=schedule)
-        assert out.tokens == plain
-        check_endings(out)

@@ -42,7 +42,6 @@ def http(kind):
      "owner/name is gated; accept its terms on https://huggingface.co/owner/name"),
     (http(errors.RepositoryNotFoundError), "owner/name is not on the hub, or private; check the spelling"),
     (http(errors.RevisionNotFoundError), "owner/name has no revision 'v1'; see its branches"),
-    (errors.HFValidationError("bad"), "'owner/name' is neither a folder nor a hub id; give a path"),
     (errors.LocalEntryNotFoundError("gone"), "revision v1 is not in the local cache, .* go online"),
     (OSError("disk full\nand more"),
      r"owner/name at revision v1 could not be fetched \(disk full\); try again"),
