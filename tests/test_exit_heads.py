@@ -95,7 +95,7 @@ def test_early_exit_speaks_through_the_heads():
 
 def test_self_speculation_guesses_by_the_heads_and_loses_nothing():
     """The text of plain decoding whatever the heads say; how much is right is theirs."""
-    plain = [slow_early_exit(bare(), prompt, sled.EarlyExit(1, threshold=(1.0,)))[0] for prompt in PROMPTS]
+    plain = LM(bare()).generate(PROMPTS, max_new_tokens=COUNT).tokens
     model = headed("mlp, untied")
     moved, backbone = partition(nnx.state(model))
     fresh = partition(nnx.state(bare().with_exit_heads(KINDS["mlp, untied"])))[0]
@@ -190,7 +190,7 @@ def test_damaged_heads_are_refused(tmp_path):
             load_folder(tmp_path)
     settings.write_text(json.dumps(written))
     (tmp_path / "exit_heads.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"exit_heads.safetensors .*damaged|lacks|exit_heads.safetensors"):
+    with pytest.raises(CheckpointError, match=r"exit_heads\.safetensors"):
         load_folder(tmp_path)
 
 
