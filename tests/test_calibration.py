@@ -165,13 +165,11 @@ def output(*tokens, texts=None):
     return Output(texts=texts, tokens=list(tokens), finish_reasons=[], exit_layers=[], stats=None)
 
 
-def test_rouge_by_hand():
+def test_rouge_by_hand_and_common_subsequences_by_the_recursion():
     assert common_subsequence([1, 2, 3, 4, 5], [2, 9, 4, 5, 1]) == 3
     assert rouge([1, 2, 3], [1, 2, 3]) == rouge([], []) == 0 and rouge([1, 2], [3, 4]) == rouge([], [1]) == 1
     assert rouge([1, 2, 3, 4], [1, 9, 3, 4]) == pytest.approx(1 - 6 / 8)
 
-
-def test_common_subsequences_against_the_recursion():
     rng = np.random.default_rng(0)
     for _ in range(50):
         a, b = (rng.integers(0, 5, rng.integers(0, 12)).tolist() for _ in range(2))

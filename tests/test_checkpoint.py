@@ -198,20 +198,17 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_replaced(tiny_folder
 
 # What is wrong with a folder: how to break a good one, and what the error says.
 
-def break_weights(change):
-    def prepare(folder):
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
-    return prepare
-
-
 def break_index(change):
     return lambda folder: change(save_folder(load_folder(folder), folder, max_shard_bytes=20_000))
 
 
 def put(name, value):
-    return break_weights(lambda weights: weights.update({name: value(weights.get(name))}))
+    """The tensor becomes `value` of what it is, or goes where that is None."""
+    def prepare(folder):
+        weights = load_file(folder / "model.safetensors")
+        old = weights.pop(name, None)
+        save_file(weights | ({name: value(old)} if value else {}), folder / "model.safetensors")
+    return prepare
 
 
 def first_not_finite(bad):
@@ -231,7 +228,7 @@ def other_config(**fields):
 
 
 @pytest.mark.parametrize("name, prepare, says", [
-    ("llama", break_weights(lambda w: w.pop(NORM)), f"lacks 1 of 30 tensors: {NORM}; .* fetch them again"),
+    ("llama", put(NORM, None), f"lacks 1 of 30 tensors: {NORM}; .* fetch them again"),
     ("llama", other_config(num_hidden_layers=5), "lacks 18 of 48 tensors: .*, .*, .* and 15 more; "),
     ("llama", other_config(num_hidden_layers=2),
      r"holds 9 tensors .* not account for: model\.layers\.2\..* and 6 more"),

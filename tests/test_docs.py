@@ -101,10 +101,11 @@ def options():
     return found
 
 
-def test_commands_take_the_options_of_the_examples(options):
+def test_commands_take_the_options_of_the_examples_and_no_other_is_named(options):
+    known = set().union(*options.values(), OF_OTHERS)
     for name, text in TEXTS.items():
-        text = re.sub(r"\\\n\s*", " ", text)
-        for line in re.findall(r"^\s*(sled [a-z].*)$|`(sled [a-z][^`]*)`", text, re.M):
+        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?!\w)", text)) <= known, name
+        for line in re.findall(r"^\s*(sled [a-z].*)$|`(sled [a-z][^`]*)`", re.sub(r"\\\n\s*", " ", text), re.M):
             words = shlex.split("".join(line), comments=True)[1:]
             command = " ".join(words[:2] if words[0] == "bench" else words[:1])
             if command == "bench":
@@ -112,12 +113,6 @@ def test_commands_take_the_options_of_the_examples(options):
             assert command in options, f"{name}: sled {' '.join(words)}"
             given = {word for word in words if re.fullmatch("-[a-z]|--[a-z-]+", word)}
             assert given <= options[command], f"{name}: {given - options[command]} of sled {' '.join(words)}"
-
-
-def test_options_exist(options):
-    known = set().union(*options.values(), OF_OTHERS)
-    for name, text in TEXTS.items():
-        assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+(?!\w)", text)) <= known, name
 
 
 def test_links_lead_to_files():

@@ -1,8 +1,9 @@
 """The engine: every request gets what it would get alone, whatever comes and goes beside it."""
 
 import dataclasses
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -26,29 +27,30 @@ def some_prompt(rng):
     return rng.integers(6, 61, size=rng.integers(1, 18)).tolist()
 
 
-def alone(prompt, limit, **settings):
-    """The first `limit` tokens for this prompt and the layers that said them: a token does not depend on the limit."""
+def alone(prompt, max_new_tokens, **settings):
+    """The first tokens for this prompt and the layers that said them: a token does not depend on how many follow."""
     out = generate([prompt], **settings)
-    return out.tokens[0][:limit], out.exit_layers[0][:limit]
+    return out.tokens[0][:max_new_tokens], out.exit_layers[0][:max_new_tokens]
 
 
 def test_two_hundred_requests_get_what_each_gets_alone():
     rng, engine = np.random.default_rng(0), engine_of(limits=Limits(show_exits=True))
-    asked = [(some_prompt(rng), int(rng.integers(1, 40)), dict(
-        seed=int(rng.integers(2**32)), exits=dataclasses.replace(EXITS, threshold=tuple(rng.uniform(0, 0.2, size=2))),
+    asked = [dict(
+        prompt=some_prompt(rng), max_new_tokens=int(rng.integers(1, 40)), seed=int(rng.integers(2**32)),
+        exits=dataclasses.replace(EXITS, threshold=tuple(rng.uniform(0, 0.2, size=2))),
         sampling=sled.Sampling(temperature=rng.choice([0.0, 0.9]), top_k=int(rng.integers(20)),
-                               repetition_penalty=rng.choice([1.0, 1.3])))) for _ in range(200)]
-    requests = [engine.submit(prompt, max_new_tokens=limit, **settings) for prompt, limit, settings in asked[:90]]
+                               repetition_penalty=rng.choice([1.0, 1.3]))) for _ in range(200)]
+    requests = [engine.submit(**one) for one in asked[:90]]
     for _ in range(30):
         engine.step()
     counts = compiled()
-    requests += [engine.submit(prompt, max_new_tokens=limit, **settings) for prompt, limit, settings in asked[90:]]
+    requests += [engine.submit(**one) for one in asked[90:]]
     engine.run()
     assert compiled() == counts
     assert (engine.waiting, engine.running) == (0, 0)
     left_early = 0
-    for request, (prompt, limit, settings) in zip(requests, asked, strict=True):
-        result, (tokens, layers) = request.result(), alone(prompt, limit, **settings)
+    for request, one in zip(requests, asked, strict=True):
+        result, (tokens, layers) = request.result(), alone(**one)
         assert (result.tokens, result.exit_layers) == (tokens, layers)
         assert result.finish_reason == ("eos" if tokens[-1] == EOS else "length")
         left_early += sum(layer < 4 for layer in layers)
@@ -58,14 +60,12 @@ def test_two_hundred_requests_get_what_each_gets_alone():
 def test_speculation_says_what_its_fusion_alone_says():
     rng = np.random.default_rng(1)
     engine = engine_of(exits=GUESSES, schedule=None, fusion=sled.SLED(), limits=Limits(show_exits=True))
-    asked = [(some_prompt(rng), int(rng.integers(1, 40)),
-              dict(seed=i, fusion=sled.SLED(rate=rng.uniform(0, 4), scale=int(rng.integers(1, 16))),
-                   sampling=sled.Sampling(temperature=i % 3 / 3))) for i in range(40)]
-    requests = [engine.submit(prompt, max_new_tokens=limit, exits=sled.SelfSpeculation(2, draft=1 + i % 8), **settings)
-                for i, (prompt, limit, settings) in enumerate(asked)]
+    asked = [dict(prompt=some_prompt(rng), max_new_tokens=int(rng.integers(1, 40)), seed=i,
+                  fusion=sled.SLED(rate=rng.uniform(0, 4), scale=int(rng.integers(1, 16))),
+                  sampling=sled.Sampling(temperature=i % 3 / 3)) for i in range(40)]
+    requests = [engine.submit(**one, exits=sled.SelfSpeculation(2, draft=1 + i % 8)) for i, one in enumerate(asked)]
     default = engine.submit([7, 8], max_new_tokens=9)
-    for request, (prompt, limit, settings) in zip(requests, asked, strict=True):
-        assert request.result().tokens == alone(prompt, limit, **settings)[0]
+    assert [request.result().tokens for request in requests] == [alone(**one)[0] for one in asked]
     assert default.result().tokens == alone([7, 8], 9, fusion=sled.SLED())[0]
     assert sum(request.result().accepted for request in requests) > 0
 
@@ -88,7 +88,7 @@ def test_cancelled_requests_harm_no_other():
     requests = [engine.submit(prompt, max_new_tokens=25) for prompt in prompts]
     requests[15].cancel()  # before it has a slot
     engine.step()
-    cancelled = {15: 0, **{i: None for i in (0, 3, 7)}}
+    cancelled = (0, 3, 7, 15)
     for i in cancelled:
         requests[i].cancel()
     engine.run()
@@ -133,12 +133,8 @@ def test_failing_requests_harm_no_other(monkeypatch):
 def test_where_the_device_fails_requests_that_wait_are_kept(monkeypatch, where, failure):
     engine = engine_of()
     requests = [engine.submit([10 + i, 9], max_new_tokens=3) for i in range(10)]
-
-    def fails(*_, **__):
-        raise failure
-
     with monkeypatch.context() as broken:
-        broken.setattr(where, fails)
+        broken.setattr(where, Mock(side_effect=failure))
         with pytest.raises(type(failure)):
             engine.run()
     served = "done" if where == SET_ACTIVE else "failed"  # they had had their tokens
@@ -158,25 +154,21 @@ def test_a_reader_beside_the_driver_sees_tokens_with_their_layers(monkeypatch):
     update = request._row.update
     monkeypatch.setattr(request._row, "update", lambda tokens: (update(tokens), time.sleep(0.02)))
     monkeypatch.setattr(request, "_step", lambda: time.sleep(0.001))  # the driver is another
-    driver = threading.Thread(target=engine.run)
-    driver.start()
-    pieces = list(request.stream())
-    driver.join()
+    with ThreadPoolExecutor() as pool:
+        driver = pool.submit(engine.run)
+        pieces = list(request.stream())
+        driver.result()
     assert [layer for piece in pieces for layer in piece.exit_layers] == request.result().exit_layers
 
 
 def test_any_thread_may_submit_and_read():
-    engine, found = engine_of(), {}
+    engine = engine_of()
 
     def ask(i):
-        found[i] = [token for piece in engine.submit([20 + i], max_new_tokens=15).stream() for token in piece.tokens]
+        return [token for piece in engine.submit([20 + i], max_new_tokens=15).stream() for token in piece.tokens]
 
-    threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {i: alone([20 + i], 15, exits=EXITS)[0] for i in range(12)}
+    with ThreadPoolExecutor(12) as pool:
+        assert list(pool.map(ask, range(12))) == [alone([20 + i], 15, exits=EXITS)[0] for i in range(12)]
 
 
 def test_the_budget_charges_all_layers():

@@ -15,9 +15,9 @@ from jax.sharding import PartitionSpec as P
 
 import sled
 from sled.decoding.readout import Readout
-from sled.errors import CheckpointError, ConfigError, SettingError
+from sled.errors import CheckpointError, ConfigError
 from sled.lm import LM
-from sled.models import ExitHeads, exportable, from_pre_exit, load_folder, save_folder
+from sled.models import exportable, from_pre_exit, load_folder, save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Sharding
@@ -52,6 +52,7 @@ def test_new_heads_change_no_logit_and_trained_ones_follow_their_definition(name
             head = model.exit_head(n)
             alone = model.normalise(h[e]) if head is None else head.read(h[e])
             np.testing.assert_allclose(together[e], alone, rtol=1e-5, atol=1e-5)
+    assert from_pre_exit((2, 4)) == KINDS[name].layers
     back = stacked.unstack()
     assert nnx.graphdef(back) == nnx.graphdef(model)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(back), nnx.state(model))
@@ -134,23 +135,6 @@ def test_the_lens_and_fusions_read_by_the_heads():
         found = Readout(model).candidates(states, (1, 2), norm, 4)
         plain = model.normalise(states[1]) if norm else states[1]
         np.testing.assert_array_equal(found, jnp.stack([plain, other, model.normalise(states[4])], 1))
-
-
-def test_what_an_untied_head_cannot_do_is_said():
-    lm = LM(headed("projection, untied"))
-    with pytest.raises(SettingError, match=r"SLED looks at layers \(0,\) at the exit after layer 1, whose head has a "
-                                           "projection of its own.* use FinalLayer"):
-        lm.generate(PROMPTS, exits=sled.EarlyExit(1), fusion=sled.SLED())
-
-
-def test_exits_lie_below_the_last_layer_and_pre_exits_are_their_inputs():
-    assert from_pre_exit((7, 13)) == (6, 12)
-    with pytest.raises(SettingError, match="pre-exit layer 1 reads the embeddings"):
-        from_pre_exit((1, 2))
-    with pytest.raises(ConfigError, match=r"layers \(3, 4\), but a model of 4 layers has early exits 1 to 3"):
-        bare().with_exit_heads(ExitHeads((3, 4)))
-    with pytest.raises(SettingError, match="no exit heads, so there is nothing to tune"):
-        partition(nnx.state(bare()))
 
 
 # On disk.

@@ -6,21 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lm import (
-    CAPACITY,
-    CONFIG,
-    EOS,
-    PROMPTS,
-    SAMPLED,
-    FullPass,
-    begin,
-    check_caches,
-    check_endings,
-    compiled,
-    decode_without_transfers,
-    generate,
-    tiny_lm,
-)
+import tiny_lm as tiny
+from tiny_lm import CAPACITY, CONFIG, EOS, PROMPTS, SAMPLED, FullPass, compiled, generate, tiny_lm
 
 import sled
 from sled.exits import FullDepth
@@ -99,7 +86,7 @@ def test_early_exit_equals_a_full_pass_and_its_numbers_compile_nothing(case):
     out = generate(exits=policy, fusion=fusion)
     assert list(zip(out.tokens, out.exit_layers, strict=True)) == list(full_passes(policy, fusion, out))
     assert len({layer for row in out.exit_layers for layer in row}) > 1  # the case is a case
-    check_endings(out)
+    tiny.check_endings(out)
 
     counts = compiled()
     other = dataclasses.replace(policy, threshold=jax.tree.map(lambda x: x / 2, policy.threshold), min_layer=1,
@@ -120,7 +107,7 @@ def test_no_schedule_and_no_batch_mate_changes_a_row():
 @pytest.mark.parametrize("policy", [MOST_LIKELY, speculation()], ids=lambda policy: type(policy).__name__)
 def test_caches_are_those_of_a_full_forward_pass(policy):
     for schedule in SCHEDULES:
-        check_caches(policy, schedule)
+        tiny.check_caches(policy, schedule)
 
 
 @pytest.mark.parametrize(("policy", "fusion"), [
@@ -184,7 +171,7 @@ def test_speculation_loses_nothing(policy, fusion):
             assert out.tokens == plain
             assert 0 < out.stats.accepted < out.stats.drafted
             assert {layer for row in out.exit_layers for layer in row} <= {*policy.layer, CONFIG.num_layers}
-            check_endings(out)
+            tiny.check_endings(out)
 
 
 @pytest.mark.parametrize("layer", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3)), 2])
@@ -205,5 +192,5 @@ def test_speculation_loses_nothing_at_any_exit_length_or_schedule(layer):
     (FullDepth(), sled.SLED()), (MARGIN, sled.SLED()), (speculation(), sled.SLED())],
     ids=lambda value: type(value).__name__)
 def test_no_transfer_to_the_host_inside_the_loop(policy, fusion):
-    lengths = decode_without_transfers(begin(policy, fusion, sled.Gather()))
+    lengths = tiny.decode_without_transfers(policy, fusion, sled.Gather())
     assert all(length > len(prompt) for prompt, length in zip(PROMPTS, lengths, strict=True))

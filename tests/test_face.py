@@ -107,7 +107,7 @@ def test_versions_that_do_not_fit_are_refused():
         _check_versions("0.4.30", "0.12.8")
 
 
-def test_generate_command(command, tmp_path):
+def test_commands(command, tmp_path):
     question = prompt(problems("heldout", 1)[0].question)
     code, out, _ = command("generate", question, "--fusion", "sled", "--rate", "1.5")
     assert code == 0 and "####" in out
@@ -116,12 +116,12 @@ def test_generate_command(command, tmp_path):
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and len(rows) == 2 and rows[0]["prompt"] == "Question: a\nAnswer:"
 
-
-def test_score_and_lens_commands(command, tmp_path):
     code, out, _ = command("score", "Question: 2*3?\\nAnswer:", " 2*3=6", " 2*3=7")
     assert code == 0 and "2*3=6" in out
     code, out, _ = command("lens", "Question: 2*3?", "--fusion", "sled", "-o", str(tmp_path / "new" / "l.png"))
     assert code == 0 and "layer 8" in out and (tmp_path / "new" / "l.png").read_bytes()[:4] == b"\x89PNG"
+    code, out, _ = command("--version")
+    assert code == 0 and re.fullmatch(r"sled \d+\.\d+\S*\n", out)
 
 
 @pytest.mark.parametrize("line", [
@@ -129,11 +129,9 @@ def test_score_and_lens_commands(command, tmp_path):
     "generate x --model ./nowhere",
     "generate x --model no-tokenizer",
     "generate x --json --model no-tokenizer",
-    "generate x y --model no-tokenizer",
     "generate x --fusion dola --rate 1",
-    "generate x --fusion sled --rate -1",
-    "generate x -n 0",
-    "generate x --fusion sled --layers 99",
+    "generate x --show-exits",
+    "generate x --show-exits --json --exits early --exit-layers 1",
     "score x",
     "score x y --model no-tokenizer",
     "score x y --json --model no-tokenizer",
@@ -160,6 +158,7 @@ def test_the_command_prints_one_line_and_fails(command, tmp_path, monkeypatch, w
     assert (code, out) == (1, "")
     assert [said for said in err.splitlines() if said.startswith("sled: ")] == err.splitlines()[-1:]
     assert ("TokenizerError" in err and "tokenizer.json" in err) == ("no-tokenizer" in line)
+    assert ("--show-exits" in err) == ("--show-exits" in line)
 
 
 def test_a_path_is_tried_without_a_trace(tmp_path):
@@ -167,11 +166,6 @@ def test_a_path_is_tried_without_a_trace(tmp_path):
     old.write_text("{}")
     assert (writable("old", old), writable_picture("new", new)) == (old, new)
     assert old.read_text() == "{}" and not new.exists()
-
-
-def test_the_version_is_told(command):
-    code, out, _ = command("--version")
-    assert code == 0 and re.fullmatch(r"sled \d+\.\d+\S*\n", out)
 
 
 def command_that(does: str) -> subprocess.Popen:
@@ -318,9 +312,3 @@ def test_show_exits_changes_no_text(command, monkeypatch):
     text, legend = coloured.rstrip("\n").rsplit("\n", 1)
     assert ANSI.sub("", text) == questions[0] + rows[0]["text"] and ANSI.search(text)
     assert f"layer 1: {rows[0]['exit_layers'].count(1)} " in legend
-
-
-@pytest.mark.parametrize("arguments", [("--show-exits",), (*EARLY, "--show-exits", "--json")])
-def test_show_exits_needs_exits_and_text(command, arguments):
-    code, _, err = command("generate", "x", *arguments)
-    assert code == 1 and "--show-exits" in err

@@ -57,8 +57,7 @@ def padded(caches):
     return [tuple(jnp.pad(x, ((0, 0), (0, 0), (0, SLOTS - x.shape[2]), (0, 0))) for x in kv) for kv in caches]
 
 
-def close(a, b):
-    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("block", [1, 2])

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from unittest.mock import Mock
 
 import huggingface_hub
 import pytest
@@ -18,16 +19,12 @@ WANTED = {"config.json", "generation_config.json", "model.safetensors", "model-0
 
 
 def test_the_folder_is_returned_and_only_model_files_are_asked_for(tmp_path, monkeypatch):
-    asked = {}
-
-    def snapshot_download(hub_id, **kwargs):
-        asked.update(kwargs, hub_id=hub_id)
-        (tmp_path / "model.safetensors").write_text("")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    (tmp_path / "model.safetensors").write_text("")
+    download = Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert fetch("owner/name", "v1") == tmp_path
-    assert asked["hub_id"] == "owner/name" and asked["revision"] == "v1"
+    (hub_id,), asked = download.call_args
+    assert hub_id == "owner/name" and asked["revision"] == "v1"
     files = [*WANTED, "consolidated.safetensors", "pytorch_model.bin", "modeling.py"]
     assert set(filter_repo_objects(files, allow_patterns=asked["allow_patterns"])) == WANTED
 
@@ -45,21 +42,13 @@ def http(kind):
     (errors.LocalEntryNotFoundError("gone"), "revision v1 is not in the local cache, .* go online"),
     (OSError("disk full\nand more"),
      r"owner/name at revision v1 could not be fetched \(disk full\); try again"),
+    (None, "owner/name at revision v1 has no safetensors, and pickles are not loaded; try"),
 ])
-def test_failures_say_what_to_do(error, says, monkeypatch):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+def test_failures_say_what_to_do(error, says, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error, return_value=str(tmp_path)))
     with pytest.raises(DownloadError, match=says) as raised:
         fetch("owner/name", "v1")
     assert "\n" not in str(raised.value)
-
-
-def test_a_repository_without_safetensors_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
-    with pytest.raises(DownloadError, match="owner/name has no safetensors, and pickles are not loaded; try"):
-        fetch("owner/name")
 
 
 def test_a_malformed_id_is_refused_by_the_real_client():

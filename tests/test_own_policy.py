@@ -58,6 +58,7 @@ def test_it_leaves_by_its_own_rule_and_memory():
     left = [layers.count(2) for layers in out.exit_layers]
     assert any(left) and all(layers[:1] != [2] for layers in out.exit_layers)  # no streak of two at the first token
     assert generate(exits=OFTEN.with_threshold(1.0)).tokens == generate().tokens
+    check_caches(OFTEN)
 
 
 def test_neither_batch_mates_nor_the_schedule_change_a_row():
@@ -65,10 +66,6 @@ def test_neither_batch_mates_nor_the_schedule_change_a_row():
     for i, prompt in enumerate(PROMPTS):
         alone = generate(prompt, exits=OFTEN, schedule=sled.Gather(3, 4))
         assert (alone.tokens[0], alone.exit_layers[0]) == (together.tokens[i], together.exit_layers[i])
-
-
-def test_its_caches_are_those_of_a_full_forward_pass():
-    check_caches(OFTEN)
 
 
 def test_the_engine_serves_it_and_its_operator_sees_its_threshold():

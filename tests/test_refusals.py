@@ -5,12 +5,16 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from headed_models import bare, headed
 from tiny_lm import PROMPTS, talking_lm
 
 import sled
-from sled.errors import CalibrationError, CheckpointError, DownloadError, PromptError, SettingError
+from sled.errors import CalibrationError, CheckpointError, ConfigError, DownloadError, PromptError, SettingError
 from sled.fusion import SLED, ClampOnly, ConfidentDecoding, DoLa, LayerAverage, SharedHead
-from sled.models import ExitHeads
+from sled.lm import LM
+from sled.models import ExitHeads, from_pre_exit
+from sled.train.objective.exit_heads import partition
 
 W_VD = jnp.ones((6, 4))
 
@@ -139,6 +143,11 @@ def risk(text, reference):
     (lambda lm: SLED(layers="blocks").early_layers(1, tied=False), SettingError, r'SLED\(layers="blocks"\) finds no'),
     (lambda lm: DoLa().early_layers(3, tied=True), SettingError, 'finds none in a tied model of 3; use "high"'),
     (lambda lm: lm.generate("a", fusion=LayerAverage((1.0, 2.0))), SettingError, "got 2 weights for 5 candidate layer"),
+    (lambda lm: LM(headed("projection, untied")).generate([7], exits=sled.EarlyExit(1), fusion=SLED()), SettingError,
+     r"SLED looks at layers \(0,\) at the exit after layer 1, whose head has a projection .* use FinalLayer"),
+    (lambda lm: bare().with_exit_heads(ExitHeads((3, 4))), ConfigError, r"layers \(3, 4\), but .* early exits 1 to 3"),
+    (lambda lm: partition(nnx.state(bare())), SettingError, "no exit heads, so there is nothing to tune"),
+    (lambda lm: from_pre_exit((1, 2)), SettingError, "pre-exit layer 1 reads the embeddings"),
     (lambda lm: SLED.preset("unknown"), SettingError, "'unknown'. is unknown; the presets are official-code, paper"),
     # Engines.
     (lambda lm: sled.Engine(lm, slots=0), SettingError, "slots is 0"),

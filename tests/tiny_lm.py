@@ -115,8 +115,9 @@ def begin(policy, fusion, schedule=None) -> Generation:
                       seeds=[0] * len(PROMPTS), stop_ids=())
 
 
-def decode_without_transfers(run: Generation) -> list[int]:
+def decode_without_transfers(policy, fusion, schedule) -> list[int]:
     """The lengths of the rows after the loop ran where nothing may pass between host and device."""
+    run = begin(policy, fusion, schedule)
     arguments = run.arguments(np.full(len(PROMPTS), CAPACITY))
     arguments = {name: value if name == "build" else jax.device_put(value) for name, value in arguments.items()}
     with jax.transfer_guard("disallow"):
