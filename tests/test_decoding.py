@@ -18,14 +18,6 @@ from sled.settings.per_row import check_rows
 FUSIONS = [sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding(), sled.LayerAverage(), sled.ClampOnly()]
 
 
-def check_greedy(out: sled.Output, fusion) -> None:
-    """Every token is the likeliest after those before it."""
-    texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, out.tokens, strict=True)]
-    best_BS = FullPass(texts).logits(fusion).argmax(-1)
-    for prompt, tokens, best_S in zip(PROMPTS, out.tokens, best_BS, strict=True):
-        assert tokens == best_S[len(prompt) - 1:len(prompt) + len(tokens) - 1].tolist()
-
-
 def check_distribution(draws, probabilities_V) -> None:
     """Chi-square of draws from the vocabulary, 0.999 quantile; tokens expected less than five times count together."""
     expected, seen = len(draws) * probabilities_V, np.bincount(draws, minlength=len(probabilities_V))
@@ -40,7 +32,9 @@ def check_distribution(draws, probabilities_V) -> None:
 def test_every_fusion_generates_and_scores_as_a_full_pass_does(fusion):
     out = generate(fusion=fusion)
     check_endings(out)
-    check_greedy(out, fusion)
+    texts = [prompt + text for prompt, text in zip(PROMPTS, out.tokens, strict=True)]
+    for prompt, text, best_S in zip(PROMPTS, out.tokens, FullPass(texts).logits(fusion).argmax(-1), strict=True):
+        assert text == best_S[len(prompt) - 1:len(prompt) + len(text) - 1].tolist()
 
     right = [tokens[:3 + b] for b, tokens in enumerate(out.tokens)]
     wrong = [[tokens[0] + 1, *tokens[1:]] for tokens in right]
