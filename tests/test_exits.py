@@ -38,25 +38,19 @@ def full_passes(policy, fusion, out):
     With exact K/V nothing else is needed: what a token's deeper layers see does not depend on exits.
     """
     texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, out.tokens, strict=True)]
-    passed = FullPass(texts)
-    logits = {layer: passed.logits(fusion, layer) for layer in (*policy.layers, CONFIG.num_layers)}
-    sure = [sureness(policy, logits[layer], passed.states, i) for i, layer in enumerate(policy.layers)]
+    passed, layers = FullPass(texts), (*policy.layers, CONFIG.num_layers)
+    logits_LBSV = np.stack([passed.logits(fusion, layer) for layer in layers])
+    sure_EBS = np.stack([sureness(policy, logits, passed.states, i) for i, logits in enumerate(logits_LBSV[:-1])])
     for b, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
-        tokens, layers = [], []
-        for made, at in enumerate(range(len(prompt) - 1, len(text) - 1)):
-            for index, layer in enumerate(policy.layers):
-                limit = np.broadcast_to(policy.threshold, len(policy.layers))[index]
-                if policy.decay != "none":
-                    late = limit if policy.decay == "calm-code" else 1
-                    limit = 0.9 * limit + 0.1 * late * np.exp(
-                        -policy.decay_temperature * made / (CAPACITY - len(prompt)))
-                if layer >= policy.min_layer and sure[index][b, at] > limit:
-                    break
-            else:
-                layer = CONFIG.num_layers
-            tokens.append(int(logits[layer][b, at].argmax()))
-            layers.append(layer)
-        yield tokens, layers
+        at_T = np.arange(len(prompt) - 1, len(text) - 1)
+        limit_ET = np.broadcast_to(policy.threshold, len(policy.layers))[:, None]
+        if policy.decay != "none":
+            late = limit_ET if policy.decay == "calm-code" else 1
+            limit_ET = 0.9 * limit_ET + 0.1 * late * np.exp(
+                -policy.decay_temperature * (at_T - at_T[0]) / (CAPACITY - len(prompt)))
+        leaves_ET = (sure_EBS[:, b, at_T] > limit_ET) & (np.array(policy.layers)[:, None] >= policy.min_layer)
+        first_T = np.vstack([leaves_ET, np.ones(len(at_T), bool)]).argmax(0)
+        yield logits_LBSV[first_T, b, at_T].argmax(-1).tolist(), np.array(layers)[first_T].tolist()
 
 
 CLASSIFIER = sled.Classifier(jnp.asarray(np.random.default_rng(3).normal(size=(2, 32)) / 6, jnp.float32), jnp.zeros(2))

@@ -59,19 +59,27 @@ def test_dola(case, relative_top):
     np.testing.assert_allclose(out_BV[kept], (log_p[:, -1] - log_p[:, -2])[kept], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("layers", "num_layers", "tied", "expected"), [
-    ("low", 32, False, tuple(range(0, 16, 2))),
-    ("low", 32, True, tuple(range(2, 16, 2))),
-    ("high", 32, True, tuple(range(16, 32, 2))),
-    ("low", 80, False, tuple(range(0, 20, 2))),
-    ("high", 80, False, tuple(range(60, 80, 2))),
-    ("low", 1, True, (0,)),
-    ("low", 2, True, (1,)),
-    ("low", 4, True, (2,)),
-    ((8, 0, 8), 32, False, (0, 8)),
+@pytest.mark.parametrize(("strategy", "num_layers", "tied", "expected"), [
+    (SLED(), 4, True, (0, 1, 2, 3)),  # the embeddings are a candidate
+    (SLED(layers=[6, 2]), 12, False, (2, 6)),
+    (SLED.preset("paper"), 4, False, (1, 2, 3)),
+    (DoLa(), 32, False, tuple(range(0, 16, 2))),
+    (DoLa(), 32, True, tuple(range(2, 16, 2))),
+    (DoLa(layers="high"), 32, True, tuple(range(16, 32, 2))),
+    (DoLa(), 80, False, tuple(range(0, 20, 2))),
+    (DoLa(layers="high"), 80, False, tuple(range(60, 80, 2))),
+    (DoLa(), 1, True, (0,)),
+    (DoLa(), 2, True, (1,)),
+    (DoLa(), 4, True, (2,)),
+    (DoLa(layers=(8, 0, 8)), 32, False, (0, 8)),
+    (ConfidentDecoding(window=4), 32, False, (29, 30, 31)),
+    (ConfidentDecoding(window=10), 4, True, (1, 2, 3)),
+    (ConfidentDecoding(window=1), 4, True, ()),
+    (LayerAverage(), 3, False, (0, 1, 2)),
+    (FinalLayer(), 3, False, ()),
 ])
-def test_dola_layers(layers, num_layers, tied, expected):
-    assert DoLa(layers=layers).early_layers(num_layers, tied=tied) == expected
+def test_early_layers(strategy, num_layers, tied, expected):
+    assert strategy.early_layers(num_layers, tied=tied) == expected
 
 
 def test_confident_decoding(case):
@@ -87,7 +95,7 @@ def test_confident_decoding(case):
         while layer > 0 and row[layer - 1] < row[layer]:
             layer -= 1
         chosen.append(layer)
-    assert len(set(chosen)) > 1
+    assert len(set(chosen)) > 1 and ConfidentDecoding().norm_early
     out_BV = fuse(ConfidentDecoding(), h_BCD, head)
     np.testing.assert_allclose(out_BV, logits_BCV[np.arange(4), chosen], rtol=1e-4, atol=1e-4)
 
@@ -102,17 +110,6 @@ def test_first_valley():
     ])
     np.testing.assert_array_equal(first_valley(entropy_BC), [0, 2, 1, 2, 2])
     np.testing.assert_array_equal(first_valley(entropy_BC[:, :1]), 0)
-
-
-def test_early_layers():
-    assert SLED().early_layers(4, tied=True) == (0, 1, 2, 3)  # the embeddings are a candidate
-    assert SLED(layers=[6, 2]).early_layers(12, tied=False) == (2, 6)
-    assert LayerAverage().early_layers(3, tied=False) == (0, 1, 2)
-    assert FinalLayer().early_layers(3, tied=False) == ()
-    assert ConfidentDecoding(window=4).early_layers(32, tied=False) == (29, 30, 31)
-    assert ConfidentDecoding(window=10).early_layers(4, tied=True) == (1, 2, 3)
-    assert ConfidentDecoding(window=1).early_layers(4, tied=True) == ()
-    assert ConfidentDecoding().norm_early
 
 
 @pytest.mark.parametrize("weights", [None, (0, 1, 2, 0, 1, 4), "per row"])
@@ -145,7 +142,6 @@ def test_max_scale_is_settled():
 def test_presets():
     assert SLED.preset("official-code") == SLED()
     assert SLED.preset("paper").lower_bound == -1000.0
-    assert SLED.preset("paper").early_layers(4, tied=False) == (1, 2, 3)
     factor, truthfulqa = SLED.preset("factor"), SLED.preset("truthfulqa", scale=100)
     assert (factor.steps, factor.lower_bound, factor.log_softmax) == (1, -2500.0, True)
     assert (truthfulqa.steps, truthfulqa.lower_bound, truthfulqa.log_softmax) == (10, -100.0, False)

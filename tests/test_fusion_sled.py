@@ -203,12 +203,3 @@ def test_clamp_only_is_sled_at_rate_zero(tile, log_softmax):
     *_, sled_BV = fuse(SLED(0.0, 7, log_softmax=log_softmax), h_BCD, head)
     clamp_BV = jax.jit(lambda s, h, head: s.logits(h, head))(clamp, h_BCD[:, -1:], head)
     np.testing.assert_allclose(clamp_BV, sled_BV, rtol=1e-5)
-
-
-def test_evolution_can_change_the_winner():
-    """A token that rises from layer to layer passes the final layer's narrow, falling winner."""
-    logits_BCV = jnp.asarray([[[0.0, 6, 0, 0], [0, 5, 2, 0], [0, 4.1, 4.0, 0]]])
-    head = identity_head(4)
-    *_, still_BV = fuse(SLED(0.0, 2), logits_BCV, head)
-    *_, evolved_BV = fuse(SLED(2.0, 2), logits_BCV, head)
-    assert (still_BV.argmax(), evolved_BV.argmax()) == (1, 2)
