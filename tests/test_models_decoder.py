@@ -34,16 +34,10 @@ def _run(graph, state, tokens_BT, positions_BT, caches):
     return jnp.stack([h_BTD, *lower, *upper]), [*below, *above]
 
 
-@pytest.fixture(scope="module")
-def run(decoder):
-    """`run(tokens, positions=None, caches=None)`: all hidden states, and the layers' K/V."""
-    weights = nnx.split(decoder)
-
-    def call(tokens_BT, positions_BT=None, caches=None):
-        counted = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        return _run(*weights, tokens_BT, counted if positions_BT is None else positions_BT, caches)
-
-    return call
+def run(decoder, tokens_BT, positions_BT=None, caches=None):
+    """All hidden states, and the layers' K/V."""
+    counted = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return _run(*nnx.split(decoder), tokens_BT, counted if positions_BT is None else positions_BT, caches)
 
 
 @pytest.fixture(scope="module")
@@ -61,28 +55,28 @@ close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("block", [1, 2])
-def test_cached_decoding_gives_the_hidden_states_of_whole_sequences(run, whole, block):
-    states, caches = run(TOKENS_BT[:, :8])
+def test_cached_decoding_gives_the_hidden_states_of_whole_sequences(decoder, whole, block):
+    states, caches = run(decoder, TOKENS_BT[:, :8])
     close(states, whole[:, :, :8])
     caches = padded(caches)
     for t in range(8, 20, block):
         positions = jnp.broadcast_to(jnp.arange(t, t + block), (2, block))
-        states, caches = run(TOKENS_BT[:, t:t + block], positions, caches)
+        states, caches = run(decoder, TOKENS_BT[:, t:t + block], positions, caches)
         close(states, whole[:, :, t:t + block])
 
 
-def test_rows_may_stand_at_different_positions(run, whole):
+def test_rows_may_stand_at_different_positions(decoder, whole):
     """Row 0 goes on at 5, row 1 at 12; what the cache holds beyond must not matter."""
-    _, caches = run(TOKENS_BT)
+    _, caches = run(decoder, TOKENS_BT)
     at = jnp.array([[5, 6], [12, 13]])
-    states, _ = run(jnp.take_along_axis(TOKENS_BT, at, 1), at, padded(caches))
+    states, _ = run(decoder, jnp.take_along_axis(TOKENS_BT, at, 1), at, padded(caches))
     close(states, whole[:, jnp.arange(2)[:, None], at])
 
 
-def test_a_position_beyond_the_cache_writes_nothing(run):
+def test_a_position_beyond_the_cache_writes_nothing(decoder):
     """Nothing but the last slot, which belongs to no position."""
-    caches = padded(run(TOKENS_BT)[1])
-    _, after = run(TOKENS_BT[:, :1], jnp.array([[20], [SLOTS]]), caches)
+    caches = padded(run(decoder, TOKENS_BT)[1])
+    _, after = run(decoder, TOKENS_BT[:, :1], jnp.array([[20], [SLOTS]]), caches)
     for old, new in zip(jax.tree.leaves(caches), jax.tree.leaves(after), strict=True):
         assert (old[1, :, :-1] == new[1, :, :-1]).all() and (old[0] != new[0]).any()
 
@@ -98,8 +92,8 @@ def test_the_stacked_form_equals_the_separate_one(decoder, whole):
         np.testing.assert_array_equal(a, b)
 
 
-def test_padding_to_the_right_changes_nothing(run, whole):
-    close(run(TOKENS_BT.at[:, 8:].set(0))[0][:, :, :8], whole[:, :, :8])
+def test_padding_to_the_right_changes_nothing(decoder, whole):
+    close(run(decoder, TOKENS_BT.at[:, 8:].set(0))[0][:, :, :8], whole[:, :, :8])
 
 
 @pytest.mark.parametrize("name, layers, at, first", [
