@@ -19,13 +19,13 @@ from sled.settings.describe import describe
 from sled.text.tokenizer import Tokenizer
 
 EXITS = sled.EarlyExit(1)
+PROMPTS = [prompt(p.question) for p in problems("train", 12, seed=3)]
 SERVING = dict(max_new_tokens=40)  # as in test_calibration: the same programs
 
 
 @pytest.fixture(scope="module")
 def record(demo):
-    prompts = [prompt(p.question) for p in problems("train", 12, seed=3)]
-    return sled.calibrate(demo, prompts, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95, 0.9), batch_size=12,
+    return sled.calibrate(demo, PROMPTS, exits=EXITS, delta=0.3, epsilon=0.1, grid=(0.95, 0.9), batch_size=12,
                           progress=False, **SERVING)
 
 
@@ -163,7 +163,7 @@ def test_files_that_cannot_be_read_or_written_are_named(record, tmp_path):
 
 
 def test_without_a_tokenizer_token_ids_are_calibrated(demo, record):
-    ids = [demo.text.encode(prompt(p.question)) for p in problems("train", 12, seed=3)]
+    ids = list(map(demo.text.encode, PROMPTS))
     blind = copy.copy(demo)
     blind.text = Tokenizer(None, "blind")
     seen = []
@@ -184,8 +184,7 @@ def test_the_command_writes_a_record_and_says_what_it_chose(demo, tmp_path, comm
     assert made.grid == (0.95, 0.01) and made.prompts == 12 and out.startswith(made.table())
     assert made.policy(demo, **SERVING).threshold == made.threshold
 
-    (tmp_path / "prompts.txt").write_text("\n".join(
-        prompt(p.question).replace("\n", "\\n") for p in problems("train", 12, seed=3)))
+    (tmp_path / "prompts.txt").write_text("\n".join(text.replace("\n", "\\n") for text in PROMPTS))
     code, _, _ = command(*ARGUMENTS, "--file", str(tmp_path / "prompts.txt"), "-o", str(path), "--loss", "exact",
                          "--schedule", "gather", "--gather-rows", "2")
     made = sled.Calibration.load(path)

@@ -61,16 +61,12 @@ def test_new_heads_change_no_logit_and_trained_ones_follow_their_definition(name
 
 # Decoding.
 
-@functools.cache
-def full_pass():
-    graph, weights = nnx.split(bare())
-    return functools.partial(jax.jit(lambda weights, ids_BT: nnx.merge(graph, weights).hidden_states(ids_BT)[:, 0],
-                                     compiler_options=FAST), weights)
+full_pass = functools.cache(lambda: jax.jit(bare().hidden_states, compiler_options=FAST))
 
 
 def states_of(ids):
     """Hidden states [L + 1, T, D] of these tokens, by a full pass."""
-    return full_pass()(np.pad(ids, (0, 32 - len(ids)))[None])[:, :len(ids)]
+    return full_pass()(np.pad(ids, (0, 32 - len(ids)))[None])[:, 0, :len(ids)]
 
 
 def by_definition(model, prompt, text, policy):
