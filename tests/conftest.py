@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 import sled
+from sled import cli
 
 # Tests compile much and compute little: XLA need not optimise, and its older code generator compiles in half the time.
 # Read when jax starts its devices, which is later; the programs beside the tests inherit it.
@@ -25,7 +26,7 @@ gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live on; l
 # Files that take longest begin: one of them at the end would keep one process waiting for the other.
 LONG = ["test_train_trainer.py", "test_train_mesh.py", "test_bench.py", "test_exits.py", "test_notebook.py",
         "test_checkpoint.py", "test_export_program.py", "test_decoding.py", "test_eval_adapter.py", "test_lossless.py",
-        "test_fusion_sled.py", "test_engine.py", "test_face.py", "test_settings_by_row.py"]
+        "test_fusion_sled.py", "test_engine.py", "test_face.py"]
 
 BASE = dict(vocab_size=48, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5, hidden_act="silu",
@@ -127,9 +128,23 @@ def forget_programs():
 
 
 @pytest.fixture(scope="session")
+def transformers():
+    """The library whose models are the oracle."""
+    for name in ("torch", "transformers"):
+        module = pytest.importorskip(name, reason=f"{name} is not installed: pip install sled-jax[parity]")
+    return module
+
+
+@pytest.fixture(scope="session")
 def demo():
     """The bundled model."""
     return sled.load("demo")
+
+
+@pytest.fixture
+def command(capsys):
+    """`command(*arguments)`: the exit status of `sled`, what it wrote to stdout, and to stderr."""
+    return lambda *arguments: (cli.main(list(arguments)), *capsys.readouterr())
 
 
 @pytest.fixture(params=VARIANTS)
@@ -144,23 +159,24 @@ def variants() -> dict[str, dict]:
     return VARIANTS
 
 
-def written(folder: Path, config: str | dict, weights=None, **fields) -> Path:
-    """A Hugging Face folder of the variant `config` (a name or a dict), `fields` changed in its config.json."""
-    config = {**(VARIANTS[config] if isinstance(config, str) else config), **fields}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors(config) if weights is None else weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_model():
-    """`write_model(folder, config, weights=None, **fields)`: see `written`."""
-    return written
+    """`write_model(folder, config, weights=None, **fields)`: a Hugging Face folder of the variant `config` (a name or a
+    dict), `fields` changed in its config.json."""
+
+    def write(folder: Path, config: str | dict, weights=None, **fields) -> Path:
+        config = {**(VARIANTS[config] if isinstance(config, str) else config), **fields}
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors(config) if weights is None else weights, folder / "model.safetensors",
+                  metadata={"format": "pt"})
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory):
+def tiny_folder(tmp_path_factory, write_model):
     """`tiny_folder(name)`: the folder of a variant, written once per run. Do not change it."""
     root = tmp_path_factory.mktemp("tiny")
-    return functools.cache(lambda name: written(root / name, name))
+    return functools.cache(lambda name: write_model(root / name, name))

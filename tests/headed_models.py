@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tiny_lm import settling
 
-from sled.models import Decoder, DecoderConfig, ExitHeads
+from sled.models import DecoderConfig, ExitHeads
 from sled.train.objective.exit_heads import merge, partition
 
 CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, num_layers=4, num_heads=2,
@@ -19,13 +20,7 @@ FAST = {"xla_backend_optimization_level": 0}
 
 @functools.cache
 def bare():
-    """Random, with deeper layers that change less and less: early layers are right now and then."""
-    decoder = Decoder.init(CONFIG, rngs=nnx.Rngs(1))
-    nnx.update(decoder, jax.tree.map(lambda x: 6 * x if x.ndim == 2 else x, nnx.state(decoder)))
-    for n, block in enumerate(decoder.layers):
-        for weight in (block.attention.o.weight, block.mlp.down.weight):
-            weight[...] = weight[...] * 0.4**n
-    return decoder
+    return settling(CONFIG, 0.4)
 
 
 def stirred(model, scale=0.3):

@@ -1,5 +1,4 @@
-"""Lenses of random numbers, whose tokens have names to stumble over."""
-
+"""Lenses of random numbers, whose tokens have names to stumble over; and how well two colours can be told apart."""
 
 import numpy as np
 
@@ -25,3 +24,13 @@ def made(tokens=TOKENS, layers=LAYERS, *, fusion="SLED") -> Lens:
                 entropy=random.uniform(0, np.log(len(ODD)), shape).astype(np.float32),
                 final_probability=of_last, name_of=dict(enumerate(ODD)), vocabulary=len(ODD), fusion=fusion,
                 fused_best=fusion and fused, fused_probability=fusion and probability[-1])
+
+
+LENS = made()
+
+
+def contrast(one, other) -> float:
+    """WCAG 2's ratio of two sRGB colours, each from 0 to 255."""
+    c = np.array([one[:3], other[:3]]) / 255
+    dark, light = sorted(np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722))
+    return (light + 0.05) / (dark + 0.05)

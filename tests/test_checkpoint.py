@@ -1,10 +1,12 @@
 """Folders in and out: what is written reads back the same, here and in transformers."""
 
+import functools
 import json
 import shutil
 import tempfile
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -23,10 +25,7 @@ def stored(folder) -> dict:
 
 
 def same(a: dict, b: dict):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype, name
-        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), a, b)
 
 
 def test_every_variant_is_written_back_as_it_was_read(variant, tiny_folder, tmp_path):
@@ -40,10 +39,9 @@ def test_every_variant_is_written_back_as_it_was_read(variant, tiny_folder, tmp_
 
 @pytest.mark.parametrize("name", ["llama-llama3-old-spelling", "mistral-window", "qwen2-layer-types",
                                   "qwen2-tied-upper-layers-slide", "qwen3-mha-biases-windows"])
-def test_transformers_reads_the_written_folder_alike(name, tiny_folder, tmp_path):
-    torch = pytest.importorskip("torch", reason="torch is not installed: pip install sled-jax[parity]")
-    transformers = pytest.importorskip(
-        "transformers", reason="transformers is not installed: pip install sled-jax[parity]")
+def test_transformers_reads_the_written_folder_alike(name, tiny_folder, tmp_path, transformers):
+    import torch
+
     read = transformers.AutoModelForCausalLM.from_pretrained
     tokens = torch.arange(20)[None]
     theirs = read(tiny_folder(name))
@@ -107,15 +105,6 @@ def test_token_ids_are_written_for_both_readers(tiny_folder, tmp_path, write_mod
         assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (1, [4, 5], None)
 
 
-def test_saving_again_replaces_the_model_and_keeps_the_rest(tiny_folder, tmp_path):
-    folder = save_folder(load_folder(tiny_folder("qwen3")), tmp_path / "model", max_shard_bytes=20_000)
-    (folder / "notes.txt").write_text("mine")
-    save_folder(load_folder(tiny_folder("llama")), folder)
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "config.json", "generation_config.json", "model.safetensors", "notes.txt"]
-    assert load_folder(folder).config.family == "llama"
-
-
 def test_tokenizer_files_come_along(tiny_folder, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
@@ -125,20 +114,6 @@ def test_tokenizer_files_come_along(tiny_folder, tmp_path):
     assert (folder / "tokenizer.json").read_text() == "{}" and not (folder / "secrets.env").exists()
     save_folder(load_folder(folder), folder, tokenizer_from=folder)
     assert (folder / "tokenizer.json").read_text() == "{}"
-
-
-@pytest.mark.parametrize("earlier", [None, "llama"])
-def test_an_interrupted_save_leaves_what_was_there(earlier, tiny_folder, tmp_path, monkeypatch):
-    folder, decoder = tmp_path / "model", load_folder(tiny_folder("qwen3"))
-    if earlier:
-        save_folder(load_folder(tiny_folder(earlier)), folder)
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("sled.models.huggingface.save_file", lambda *a, **k: 1 / 0)
-        save_folder(decoder, folder)
-    same(stored(folder), stored(tiny_folder(earlier)) if earlier else {})
-    assert (earlier is None and list(folder.iterdir()) == []) or load_folder(folder).config.family == earlier
-    (folder / ".unfinished-killed").mkdir()  # what a killed process leaves
-    assert load_folder(save_folder(decoder, folder)).config == decoder.config
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["raised", "killed"])
@@ -177,7 +152,10 @@ def test_a_save_stopped_at_any_move_is_made_good_by_the_next(killed, earlier, sh
                 break
             except KeyboardInterrupt:
                 pass
-        if steps:
+        if not steps:  # all is written, and nothing moved
+            same(stored(folder), stored(tiny_folder("qwen3")) if earlier else {})
+            assert not earlier or load_folder(folder).config.family == "qwen3"
+        else:
             with pytest.raises(CheckpointError, match=r"config\.json"):
                 load_folder(folder)
         save_folder(decoder, folder, **how)
@@ -220,20 +198,17 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_replaced(tiny_folder
 
 # What is wrong with a folder: how to break a good one, and what the error says.
 
-def break_weights(change):
-    def prepare(folder):
-        weights = load_file(folder / "model.safetensors")
-        change(weights)
-        save_file(weights, folder / "model.safetensors")
-    return prepare
-
-
 def break_index(change):
     return lambda folder: change(save_folder(load_folder(folder), folder, max_shard_bytes=20_000))
 
 
 def put(name, value):
-    return break_weights(lambda weights: weights.update({name: value(weights.get(name))}))
+    """The tensor becomes `value` of what it is, or goes where that is None."""
+    def prepare(folder):
+        weights = load_file(folder / "model.safetensors")
+        old = weights.pop(name, None)
+        save_file(weights | ({name: value(old)} if value else {}), folder / "model.safetensors")
+    return prepare
 
 
 def first_not_finite(bad):
@@ -253,7 +228,7 @@ def other_config(**fields):
 
 
 @pytest.mark.parametrize("name, prepare, says", [
-    ("llama", break_weights(lambda w: w.pop(NORM)), f"lacks 1 of 30 tensors: {NORM}; .* fetch them again"),
+    ("llama", put(NORM, None), f"lacks 1 of 30 tensors: {NORM}; .* fetch them again"),
     ("llama", other_config(num_hidden_layers=5), "lacks 18 of 48 tensors: .*, .*, .* and 15 more; "),
     ("llama", other_config(num_hidden_layers=2),
      r"holds 9 tensors .* not account for: model\.layers\.2\..* and 6 more"),

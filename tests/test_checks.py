@@ -1,6 +1,7 @@
 """Rules and classes of settings: what passes, what it becomes, what an error says, what is traced."""
 
 import dataclasses
+import itertools
 import math
 import re
 from fractions import Fraction
@@ -37,10 +38,14 @@ def test_what_fits_becomes_one_type(rule, value, clean):
     assert found == clean and type(found) is type(clean)
 
 
-@pytest.mark.parametrize("value", [NAN, INF, np.float32(NAN), np.float32(INF), True, np.True_, "1", None, 1j, (1,),
-                                   np.array(1), jnp.array(1), ...], ids=repr)
-@pytest.mark.parametrize("rule", [SHARE, RATE, BOUND, COUNT, FEW], ids=repr)
-def test_what_is_no_number_is_refused(rule, value):
+NO_NUMBERS = (NAN, INF, np.float32(NAN), np.float32(INF), True, np.True_, "1", None, 1j, (1,), np.array(1),
+              jnp.array(1), ...)
+NO_LAYERS = ((), 3, (-1,), (True,), (1.0,), "", np.array(3), (NAN,), ("all",))
+
+
+@pytest.mark.parametrize(("rule", "value"), [
+    *itertools.product((SHARE, RATE, BOUND, COUNT, FEW), NO_NUMBERS), *itertools.product([WORDS], NO_LAYERS)], ids=repr)
+def test_what_is_no_number_or_no_layers_is_refused(rule, value):
     with pytest.raises(SettingError):
         rule("name", value)
 
@@ -71,21 +76,11 @@ def test_what_is_no_number_is_refused(rule, value):
     (Instance(Fraction, hint="h"), Fraction(1),
      "name is Fraction(1, 1), but must be an instance that jax can trace; h"),
     (WORDS, "low", "name is 'low', but must be None or 'all' or a tuple of layer indices such as (0, 8, 16); "),
+    (Layers(("low",)), None, "name is None, but must be 'low' or a tuple"),
 ])
 def test_an_error_says_value_reason_and_remedy(rule, value, says):
     with pytest.raises(SettingError, match="^" + re.escape(says)):
         rule("name", value)
-
-
-@pytest.mark.parametrize("value", [(), 3, (-1,), (True,), (1.0,), "", np.array(3), (NAN,), ("all",)], ids=repr)
-def test_what_is_no_layers_is_refused(value):
-    with pytest.raises(SettingError):
-        WORDS("name", value)
-
-
-def test_none_is_refused_where_it_is_no_word():
-    with pytest.raises(SettingError, match="'low' or a tuple"):
-        Layers(("low",))("name", None)
 
 
 @settings

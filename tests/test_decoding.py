@@ -1,48 +1,46 @@
 """The decoding loop against a full pass for every token, and the independence of rows, padding, buckets and chunks."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lm import (
-    CAPACITY,
-    CONFIG,
-    EOS,
-    HEADROOM,
-    PREFILL_BLOCK,
-    PROMPTS,
-    SAMPLED,
-    FullPass,
-    check_distribution,
-    check_endings,
-    check_greedy,
-    compiled,
-    generate,
-    tiny_lm,
-)
+from tiny_lm import CAPACITY, EOS, PROMPTS, SAMPLED, FullPass, check_endings, compiled, generate, tiny_lm
 
 import sled
 from sled.decoding.sampling import penalise, truncate
+from sled.errors import SettingError
+from sled.exits import FullDepth
+from sled.settings.per_row import check_rows
 
 FUSIONS = [sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding(), sled.LayerAverage(), sled.ClampOnly()]
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_lm()
+def check_distribution(draws, probabilities_V) -> None:
+    """Chi-square of draws from the vocabulary, 0.999 quantile; tokens expected less than five times count together."""
+    expected, seen = len(draws) * probabilities_V, np.bincount(draws, minlength=len(probabilities_V))
+    common = expected >= 5
+    expected = np.append(expected[common], expected[~common].sum())
+    seen = np.append(seen[common], seen[~common].sum())
+    freedom = len(expected) - 1
+    assert ((seen - expected) ** 2 / np.maximum(expected, 1e-9)).sum() < freedom + 3.09 * (2 * freedom) ** 0.5 + 10
 
 
 @pytest.mark.parametrize("fusion", FUSIONS, ids=lambda f: type(f).__name__)
-def test_every_fusion_generates_and_scores_as_a_full_pass_does(lm, fusion):
+def test_every_fusion_generates_and_scores_as_a_full_pass_does(fusion):
     out = generate(fusion=fusion)
     check_endings(out)
-    check_greedy(out, fusion)
+    texts = [prompt + text for prompt, text in zip(PROMPTS, out.tokens, strict=True)]
+    for prompt, text, best_S in zip(PROMPTS, out.tokens, FullPass(texts).logits(fusion).argmax(-1), strict=True):
+        assert text == best_S[len(prompt) - 1:len(prompt) + len(text) - 1].tolist()
 
     right = [tokens[:3 + b] for b, tokens in enumerate(out.tokens)]
     wrong = [[tokens[0] + 1, *tokens[1:]] for tokens in right]
-    scores = lm.score(PROMPTS, [[[7], mine, other] if b < 2 else [mine, other]
-                                for b, (mine, other) in enumerate(zip(right, wrong, strict=True))],
-                      fusion=fusion, batch_size=4)
+    scores = tiny_lm().score(PROMPTS, [[[7], mine, other] if b < 2 else [mine, other]
+                                       for b, (mine, other) in enumerate(zip(right, wrong, strict=True))],
+                             fusion=fusion, batch_size=4)
     assert [of_prompt[-2:] for of_prompt in scores.greedy] == [[True, False]] * 4
     for at, texts in ((-2, right), (-1, wrong)):
         passed = FullPass([prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)])
@@ -52,8 +50,8 @@ def test_every_fusion_generates_and_scores_as_a_full_pass_does(lm, fusion):
             np.testing.assert_allclose(scores.logprobs[b][at], expected, atol=1e-4)
 
 
-def test_scores_that_are_not_normalised_are_logits(lm):
-    scores = lm.score(PROMPTS, [[20, 21]] * 4, normalise=False, batch_size=4)
+def test_scores_that_are_not_normalised_are_logits():
+    scores = tiny_lm().score(PROMPTS, [[20, 21]] * 4, normalise=False, batch_size=4)
     logits_BSV = FullPass([[*prompt, 20, 21] for prompt in PROMPTS]).logits(sled.FinalLayer())
     for prompt, raw, logits_SV in zip(PROMPTS, scores.logprobs, logits_BSV, strict=True):
         np.testing.assert_allclose(raw, logits_SV[[len(prompt) - 1, len(prompt)], [20, 21]], atol=1e-4)
@@ -66,21 +64,35 @@ def test_rows_do_not_depend_on_mates_capacity_limit_or_batch_size(sampling, monk
     assert [generate(p, sampling=sampling, seed=7 + i).tokens[0] for i, p in enumerate(PROMPTS)] == together
     assert generate(batch_size=3, **settings).tokens == together  # two idle rows in the second batch
     assert generate(max_new_tokens=20, **settings).tokens == [tokens[:20] for tokens in together]
-    monkeypatch.setattr(HEADROOM, 8)
+    monkeypatch.setattr("sled.decoding.batch.HEADROOM", 8)
     assert generate(**settings).tokens == together  # the caches grow
 
 
 def test_long_prompts_are_read_in_blocks(monkeypatch):
     prompt = np.random.default_rng(1).integers(6, 61, size=40).tolist()
     whole = generate(prompt).tokens
-    monkeypatch.setattr(PREFILL_BLOCK, 16)
+    monkeypatch.setattr("sled.decoding.state.PREFILL_BLOCK", 16)
     assert generate(prompt).tokens == whole
 
 
-def test_streaming_gives_the_same_tokens_in_pieces(lm):
-    pieces = list(lm.stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY))
-    assert len(pieces) > 1
-    assert [[t for piece in pieces for t in piece.tokens[i]] for i in range(len(PROMPTS))] == generate().tokens
+@pytest.mark.parametrize("exits", [
+    FullDepth(), sled.EarlyExit((1, 3), (0.08, 0.07)), sled.SelfSpeculation(2, np.array([1, 2, 4, 8]), max_draft=8),
+], ids=lambda policy: type(policy).__name__)
+def test_streaming_gives_the_same_tokens_in_pieces(exits):
+    pieces, out = list(tiny_lm().stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY, exits=exits)), generate(exits=exits)
+
+    def joined(name):
+        of_pieces = [getattr(piece, name) for piece in pieces]
+        return [list(itertools.chain(*parts)) for parts in zip(*of_pieces, strict=True)]
+
+    first, last = pieces[0].stats, pieces[-1].stats
+    assert joined("tokens") == out.tokens
+    assert [len(layers) for layers in joined("exit_layers")] == [len(tokens) for tokens in out.tokens]
+    assert first.new_tokens == sum(map(len, pieces[0].tokens)) < last.new_tokens == out.stats.new_tokens
+    assert last.prompt_tokens == out.stats.prompt_tokens
+    if not exits.verifies:  # where a draft ends, and so what is drafted, depends on the pieces
+        assert joined("exit_layers") == out.exit_layers
+        assert (last.mean_depth, last.deferred) == (out.stats.mean_depth, out.stats.deferred)
 
 
 def test_tuning_numbers_and_prompts_of_a_bucket_compile_nothing():
@@ -119,19 +131,77 @@ def test_truncation_and_penalty_by_hand():
     assert out.tolist() == [[1.0, -4.0, 1.0]]
 
 
-def test_lens_shows_the_models_own_choices(lm):
-    lens = lm.lens(PROMPTS[2], fusion=sled.SLED())
-    assert lens.top.shape == (CONFIG.num_layers + 1, len(PROMPTS[2])) == lens.entropy.shape
-    assert lens.top[-1, -1] == generate().tokens[2][0]
-    assert lens.fused[-1] == generate(fusion=sled.SLED()).tokens[2][0]
-    np.testing.assert_allclose(lens.final_probability[-1], lens.probability[-1], rtol=1e-5)
-    assert (lens.agrees_from >= 0).all() and (lens.agrees_from <= CONFIG.num_layers).all()
-    assert "layer 4" in lens.table()
+# Settings with an entry per row: each follows its prompt, whatever the batches; what is not per row stays whole.
+
+FIVE = [*PROMPTS, [7, 8]]  # not in the order of their lengths
+SIX = np.arange(1, 7, dtype=np.float32)
+FIRST = np.eye(5, dtype=np.float32)
+BY_ROW = {
+    "sampling, SLED and drafts": dict(
+        sampling=sled.Sampling(temperature=np.array([0, 9, 3, 9, 0.0]), top_k=np.array([0, 0, 5, 0, 0])),
+        fusion=sled.SLED(rate=jnp.array([0, 1, 2, 4, 1.0]), scale=np.array([3, 9, 1, 20, 4]), max_scale=32),
+        exits=sled.SelfSpeculation(1, np.array([1, 4, 2, 3, 5]), max_draft=8, vocabulary=jnp.arange(30, 34))),
+    # As many weights as prompts: nothing tells them from rows but the settings themselves.
+    "weights by row": dict(fusion=sled.LayerAverage(FIRST[[4, 0, 1, 2, 3]])),
+    "weights of all": dict(fusion=sled.LayerAverage(FIRST[2])),
+    "thresholds": dict(exits=sled.EarlyExit(
+        (1, 3), np.array([[1, 0], [0, 1], [1, 1], [0, 0.0], [1, 1]]), max_deferred=3)),
+}
 
 
-def test_sampling_is_a_pytree_of_its_numbers():
-    leaves, structure = jax.tree.flatten(sled.Sampling(temperature=1, top_k=5.0))
-    assert leaves == [1.0, 5, 1.0, 0.0, 1.0]
-    assert jax.tree.unflatten(structure, leaves) == sled.Sampling(temperature=1.0, top_k=5)
-    # A transformation may fill the leaves with anything, even what no user may set.
-    assert jax.tree.map(lambda _: None, sled.Sampling()).top_p is None
+@pytest.mark.parametrize("case", BY_ROW)
+def test_each_row_keeps_its_own_whatever_the_batches(case):
+    def of_row(i, leaf):
+        return leaf[i].tolist() if np.ndim(leaf) and len(leaf) == len(FIVE) and case != "weights of all" else leaf
+
+    expected = [generate([prompt], seed=5 + i, **jax.tree.map(functools.partial(of_row, i), BY_ROW[case]))
+                for i, prompt in enumerate(FIVE)]
+    out = generate(FIVE, seed=5, batch_size=4, **BY_ROW[case])  # three idle rows in the second
+    assert out.tokens == [one.tokens[0] for one in expected]
+    assert out.exit_layers == [one.exit_layers[0] for one in expected]
+
+
+def test_rows_of_one_batch_keep_their_own():
+    temperatures = [0, 9, 3, 9, 0.0]
+    settings = dict(sampling=sled.Sampling(temperature=np.array(temperatures)), max_new_tokens=CAPACITY)
+    expected = [generate(prompt, seed=i, sampling=sled.Sampling(temperature=temperatures[i])).tokens[0]
+                for i, prompt in enumerate(FIVE)]
+    assert generate(FIVE, **settings).tokens == expected
+    pieces = list(tiny_lm().stream(FIVE, **settings))
+    assert [[token for piece in pieces for token in piece.tokens[i]] for i in range(len(FIVE))] == expected
+
+
+@pytest.mark.parametrize("settings", [
+    dict(sampling=sled.Sampling(temperature=SIX)),
+    dict(sampling=sled.Sampling(top_p=np.ones((5, 1)))),
+    dict(fusion=sled.SLED(rate=SIX)),
+    dict(fusion=sled.LayerAverage(np.ones((6, 5)))),
+    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((6, 2)))),
+    dict(exits=sled.EarlyExit((1, 2), threshold=np.ones((5, 1, 2)))),
+    dict(exits=sled.SelfSpeculation(1, confidence=SIX / 9)),
+], ids=str)
+def test_rows_that_are_not_the_prompts_are_refused(settings):
+    for call in (tiny_lm().generate, tiny_lm().stream):
+        with pytest.raises(SettingError, match=r"B is 1 or 5 here; .* prompts"):
+            call(FIVE, **settings)
+
+
+def test_score_and_lens_take_no_rows():
+    lm = tiny_lm()
+    for fusion in (sled.SLED(rate=SIX), sled.LayerAverage(np.ones((2, 5)))):
+        with pytest.raises(SettingError, match=r"B is 1 here; .*score"):
+            lm.score([[1], [2]], [[3], [4]], fusion=fusion)
+        with pytest.raises(SettingError, match=r"B is 1 here; .*lens"):
+            lm.lens([1, 2], fusion=fusion)
+    one = lm.score([1], [[2, 3]], fusion=sled.SLED(rate=np.array([2.0])))
+    assert one.totals == lm.score([1], [[2, 3]], fusion=sled.SLED(rate=2.0)).totals
+
+
+def test_an_array_for_one_exit_after_another_is_no_array_of_rows():
+    with pytest.raises(SettingError, match="4 numbers for 2 exits"):
+        sled.EarlyExit((1, 2), threshold=np.ones(4))
+    for build in (lambda x: sled.EarlyExit((1, 2), threshold=(x, x)), lambda x: sled.LayerAverage((x, x))):
+        build(np.float32(1)), build(np.array(1.0))
+        with pytest.raises(SettingError):
+            build(np.ones(2))
+    check_rows(object(), 2, hint="")  # a strategy of one's own may know nothing of rows

@@ -12,29 +12,21 @@ import pytest
 from flax import nnx
 from headed_models import CONFIG, FAST, KINDS, bare, headed, plain_logits
 from jax.sharding import PartitionSpec as P
+from scipy.special import softmax
 
 import sled
 from sled.decoding.readout import Readout
-from sled.errors import CheckpointError, ConfigError, SettingError
+from sled.errors import CheckpointError, ConfigError
 from sled.lm import LM
-from sled.models import ExitHeads, exportable, from_pre_exit, load_folder, save_folder
+from sled.models import exportable, from_pre_exit, load_folder, save_folder
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
-from sled.train.objective.exit_heads import (
-    merge,
-    partition,
-    read_exits,
-)
+from sled.train.objective.exit_heads import merge, partition, read_exits
 
 COUNT = 12
 PROMPTS = [np.random.default_rng(7).integers(6, 47, size=n).tolist() for n in (1, 5, 9)]
-
-
-@pytest.fixture(scope="module", name="bare")
-def the_bare_model():
-    return bare()
 
 
 def logits_at(model, h, layer):
@@ -45,15 +37,15 @@ def logits_at(model, h, layer):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_new_heads_change_no_logit_and_trained_ones_follow_their_definition(bare, name):
+def test_new_heads_change_no_logit_and_trained_ones_follow_their_definition(name):
     h = jax.random.normal(jax.random.key(0), (3, 2, 5, 16))
-    new = bare.stack().with_exit_heads(KINDS[name])
+    new = bare().stack().with_exit_heads(KINDS[name])
     for layer in (1, 2, 3):
-        np.testing.assert_array_equal(logits_at(new, h, layer), bare.logits(h))
+        np.testing.assert_array_equal(logits_at(new, h, layer), bare().logits(h))
     model = headed(name)
     for layer in (1, 2, 3):
         np.testing.assert_allclose(logits_at(model, h, layer), plain_logits(model, h, layer), rtol=2e-4, atol=2e-4)
-        assert np.allclose(logits_at(model, h, layer), bare.logits(h), atol=1e-3) == (layer == 2)
+        assert np.allclose(logits_at(model, h, layer), bare().logits(h), atol=1e-3) == (layer == 2)
     stacked = model.stack()
     for exits in ((1, 3), (2, 3, 4)):
         together = read_exits(stacked, h[:len(exits)], exits)
@@ -61,6 +53,7 @@ def test_new_heads_change_no_logit_and_trained_ones_follow_their_definition(bare
             head = model.exit_head(n)
             alone = model.normalise(h[e]) if head is None else head.read(h[e])
             np.testing.assert_allclose(together[e], alone, rtol=1e-5, atol=1e-5)
+    assert from_pre_exit((2, 4)) == KINDS[name].layers
     back = stacked.unstack()
     assert nnx.graphdef(back) == nnx.graphdef(model)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(back), nnx.state(model))
@@ -68,47 +61,37 @@ def test_new_heads_change_no_logit_and_trained_ones_follow_their_definition(bare
 
 # Decoding.
 
-@functools.cache
-def forward(graph):
-    return jax.jit(lambda weights, tokens: nnx.merge(graph, weights).hidden_states(tokens)[:, 0], compiler_options=FAST)
+full_pass = functools.cache(lambda: jax.jit(bare().hidden_states, compiler_options=FAST))
 
 
-def states_of(bare, ids):
+def states_of(ids):
     """Hidden states [L + 1, T, D] of these tokens, by a full pass."""
-    graph, weights = nnx.split(bare)
-    padded = np.zeros((1, 32), np.int32)
-    padded[0, :len(ids)] = ids
-    return forward(graph)(weights, padded)[:, :len(ids)]
+    return full_pass()(np.pad(ids, (0, 32 - len(ids)))[None])[:, 0, :len(ids)]
 
 
-def slow_early_exit(bare, model, prompt, policy):
-    """(tokens, layers), every token through as many layers of a full pass as it needs; heads by their definition."""
-    ids, layers = list(prompt), []
-    while len(layers) < COUNT and (not layers or ids[-1] != 5):
-        states = states_of(bare, ids)[:, -1]
-        for layer, limit in zip((*policy.layers, 4), (*policy.threshold, -1), strict=True):
-            logits = plain_logits(model, states[layer], layer)
-            if layer == 4 or (p := np.exp(logits - logits.max())).max() / p.sum() > limit:
-                break
-        ids.append(int(logits.argmax()))
-        layers.append(layer)
-    return ids[len(prompt):], layers
+def by_definition(model, prompt, text, policy):
+    """The tokens and layers after the prompt and each part of the text: of a full pass, heads by their definition."""
+    states, layers = states_of([*prompt, *text])[:, len(prompt) - 1:-1], np.array([*policy.layers, 4])
+    logits_LTV = np.stack([plain_logits(model, states[n], n) for n in layers])
+    first_T = (softmax(logits_LTV, axis=-1).max(-1) > np.array([*policy.threshold, -1])[:, None]).argmax(0)
+    return logits_LTV[first_T, np.arange(len(text))].argmax(-1).tolist(), layers[first_T].tolist()
 
 
-def test_early_exit_speaks_through_the_heads(bare):
+def test_early_exit_speaks_through_the_heads():
     policy, model = sled.EarlyExit((1, 3), threshold=(0.07, 0.052), max_deferred=2), headed("mlp, untied")
     out = LM(model).generate(PROMPTS, max_new_tokens=COUNT, exits=policy)
-    assert list(zip(out.tokens, out.exit_layers, strict=True)) == [
-        slow_early_exit(bare, model, prompt, policy) for prompt in PROMPTS]
+    for prompt, text, layers in zip(PROMPTS, out.tokens, out.exit_layers, strict=True):
+        assert (text, layers) == by_definition(model, prompt, text, policy)
+        assert len(text) == COUNT or text[-1] == 5
     assert {layer for row in out.exit_layers for layer in row} == {1, 3, 4}
 
 
-def test_self_speculation_guesses_by_the_heads_and_loses_nothing(bare):
+def test_self_speculation_guesses_by_the_heads_and_loses_nothing():
     """The text of plain decoding whatever the heads say; how much is right is theirs."""
-    plain = [slow_early_exit(bare, bare, prompt, sled.EarlyExit(1, threshold=(1.0,)))[0] for prompt in PROMPTS]
+    plain = LM(bare()).generate(PROMPTS, max_new_tokens=COUNT).tokens
     model = headed("mlp, untied")
     moved, backbone = partition(nnx.state(model))
-    fresh = partition(nnx.state(bare.with_exit_heads(KINDS["mlp, untied"])))[0]
+    fresh = partition(nnx.state(bare().with_exit_heads(KINDS["mlp, untied"])))[0]
     useless = jax.tree.map(lambda x: -x if x.ndim == 2 and x.shape[0] == 47 else x, fresh)  # its projection
     accepted = []
     for heads in (fresh, moved, useless):
@@ -129,9 +112,9 @@ def test_guesses_are_made_through_the_exits_own_rows():
         assert np.isneginf(np.delete(logits, [7, 3], axis=1)).all()
 
 
-def test_the_lens_and_fusions_read_by_the_heads(bare):
+def test_the_lens_and_fusions_read_by_the_heads():
     model, ids = headed("affine, untied"), PROMPTS[2]
-    states = states_of(bare, ids)
+    states = states_of(ids)
     lens = LM(model).lens(ids)
     np.testing.assert_array_equal(lens.top, [plain_logits(model, states[n], n).argmax(-1) for n in range(5)])
     # A tied head reads its layer in a fusion too, whether or not the others are normed; an untied one does not.
@@ -146,41 +129,10 @@ def test_the_lens_and_fusions_read_by_the_heads(bare):
         np.testing.assert_array_equal(found, jnp.stack([plain, other, model.normalise(states[4])], 1))
 
 
-def test_what_an_untied_head_cannot_do_is_said():
-    lm = LM(headed("projection, untied"))
-    with pytest.raises(SettingError, match=r"SLED looks at layers \(0,\) at the exit after layer 1, whose head has a "
-                                           "projection of its own.* use FinalLayer"):
-        lm.generate(PROMPTS, exits=sled.EarlyExit(1), fusion=sled.SLED())
-
-
-# Settings.
-
-@pytest.mark.parametrize("settings, says", [
-    (dict(layers=()), r"layers is \(\), but must be layers of at least 1"),
-    (dict(layers=(3, 1)), r"layers is \(3, 1\).* ascending"),
-    (dict(layers=(1,), kind="lens"), "kind is 'lens', which is unknown; choose one of projection, norm"),
-    (dict(layers=(1,), kind="projection"), "nothing of their own; leave the heads out"),
-    (dict(layers=(1,), tied=0), "tied is 0, but must be True or False"),
-])
-def test_settings_that_cannot_be_are_refused(settings, says):
-    with pytest.raises(SettingError, match=says):
-        ExitHeads(**settings)
-
-
-def test_exits_lie_below_the_last_layer_and_pre_exits_are_their_inputs(bare):
-    assert from_pre_exit((7, 13)) == (6, 12)
-    with pytest.raises(SettingError, match="pre-exit layer 1 reads the embeddings"):
-        from_pre_exit((1, 2))
-    with pytest.raises(ConfigError, match=r"layers \(3, 4\), but a model of 4 layers has early exits 1 to 3"):
-        bare.with_exit_heads(ExitHeads((3, 4)))
-    with pytest.raises(SettingError, match="no exit heads, so there is nothing to tune"):
-        partition(nnx.state(bare))
-
-
 # On disk.
 
 @pytest.mark.parametrize("name", ["mlp, untied", "norm"])
-def test_folders_hold_heads_beside_the_model(bare, tmp_path, name):
+def test_folders_hold_heads_beside_the_model(tmp_path, name):
     model = headed(name)
     save_folder(model.stack(), tmp_path / "model")
     lm = sled.load(tmp_path / "model")
@@ -188,7 +140,7 @@ def test_folders_hold_heads_beside_the_model(bare, tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, lm.params, nnx.state(model))
     spread = load_onto(tmp_path / "model", Mesh().build(jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(spread), nnx.state(model.stack()))
-    save_folder(bare, tmp_path / "bare")
+    save_folder(bare(), tmp_path / "bare")
     theirs = {file.name: file.read_bytes() for file in (tmp_path / "bare").iterdir()}
     ours = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
     assert {file: ours.pop(file) for file in theirs} == theirs  # what other libraries read
@@ -196,7 +148,7 @@ def test_folders_hold_heads_beside_the_model(bare, tmp_path, name):
     with pytest.raises(CheckpointError, match="exits after layers 1, 3 have heads of their own"):
         exportable(model)
     assert exportable(model.with_exit_heads(None)).config == CONFIG
-    save_folder(bare, tmp_path / "model")  # over the old one: its heads go with it
+    save_folder(bare(), tmp_path / "model")  # over the old one: its heads go with it
     assert load_folder(tmp_path / "model").config == CONFIG
 
 
@@ -214,7 +166,7 @@ def test_damaged_heads_are_refused(tmp_path):
             load_folder(tmp_path)
     settings.write_text(json.dumps(written))
     (tmp_path / "exit_heads.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"exit_heads.safetensors .*damaged|lacks|exit_heads.safetensors"):
+    with pytest.raises(CheckpointError, match=r"exit_heads\.safetensors"):
         load_folder(tmp_path)
 
 

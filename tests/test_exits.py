@@ -1,35 +1,16 @@
 """Early exit and self-speculation: against a full pass for every token, and what they promise."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_lm import (
-    CAPACITY,
-    CONFIG,
-    EOS,
-    PROMPTS,
-    SAMPLED,
-    FullPass,
-    begin,
-    caches_of,
-    check_endings,
-    compiled,
-    decode_without_transfers,
-    generate,
-    tiny_lm,
-)
+import tiny_lm as tiny
+from tiny_lm import CAPACITY, CONFIG, EOS, PROMPTS, SAMPLED, FullPass, compiled, generate, tiny_lm
 
 import sled
 from sled.exits import FullDepth
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_lm()
 
 
 def sureness(policy, logits_BSV, states, index):
@@ -57,25 +38,19 @@ def full_passes(policy, fusion, out):
     With exact K/V nothing else is needed: what a token's deeper layers see does not depend on exits.
     """
     texts = [prompt + tokens for prompt, tokens in zip(PROMPTS, out.tokens, strict=True)]
-    passed = FullPass(texts)
-    logits = {layer: passed.logits(fusion, layer) for layer in (*policy.layers, CONFIG.num_layers)}
-    sure = [sureness(policy, logits[layer], passed.states, i) for i, layer in enumerate(policy.layers)]
+    passed, layers = FullPass(texts), (*policy.layers, CONFIG.num_layers)
+    logits_LBSV = np.stack([passed.logits(fusion, layer) for layer in layers])
+    sure_EBS = np.stack([sureness(policy, logits, passed.states, i) for i, logits in enumerate(logits_LBSV[:-1])])
     for b, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
-        tokens, layers = [], []
-        for made, at in enumerate(range(len(prompt) - 1, len(text) - 1)):
-            for index, layer in enumerate(policy.layers):
-                limit = np.broadcast_to(policy.threshold, len(policy.layers))[index]
-                if policy.decay != "none":
-                    late = limit if policy.decay == "calm-code" else 1
-                    limit = 0.9 * limit + 0.1 * late * np.exp(
-                        -policy.decay_temperature * made / (CAPACITY - len(prompt)))
-                if layer >= policy.min_layer and sure[index][b, at] > limit:
-                    break
-            else:
-                layer = CONFIG.num_layers
-            tokens.append(int(logits[layer][b, at].argmax()))
-            layers.append(layer)
-        yield tokens, layers
+        at_T = np.arange(len(prompt) - 1, len(text) - 1)
+        limit_ET = np.broadcast_to(policy.threshold, len(policy.layers))[:, None]
+        if policy.decay != "none":
+            late = limit_ET if policy.decay == "calm-code" else 1
+            limit_ET = 0.9 * limit_ET + 0.1 * late * np.exp(
+                -policy.decay_temperature * (at_T - at_T[0]) / (CAPACITY - len(prompt)))
+        leaves_ET = (sure_EBS[:, b, at_T] > limit_ET) & (np.array(policy.layers)[:, None] >= policy.min_layer)
+        first_T = np.vstack([leaves_ET, np.ones(len(at_T), bool)]).argmax(0)
+        yield logits_LBSV[first_T, b, at_T].argmax(-1).tolist(), np.array(layers)[first_T].tolist()
 
 
 CLASSIFIER = sled.Classifier(jnp.asarray(np.random.default_rng(3).normal(size=(2, 32)) / 6, jnp.float32), jnp.zeros(2))
@@ -105,7 +80,7 @@ def test_early_exit_equals_a_full_pass_and_its_numbers_compile_nothing(case):
     out = generate(exits=policy, fusion=fusion)
     assert list(zip(out.tokens, out.exit_layers, strict=True)) == list(full_passes(policy, fusion, out))
     assert len({layer for row in out.exit_layers for layer in row}) > 1  # the case is a case
-    check_endings(out)
+    tiny.check_endings(out)
 
     counts = compiled()
     other = dataclasses.replace(policy, threshold=jax.tree.map(lambda x: x / 2, policy.threshold), min_layer=1,
@@ -124,40 +99,36 @@ def test_no_schedule_and_no_batch_mate_changes_a_row():
 
 
 @pytest.mark.parametrize("policy", [MOST_LIKELY, speculation()], ids=lambda policy: type(policy).__name__)
-def test_caches_are_those_of_a_full_forward_pass(lm, policy):
-    model = lm.build(lm.params)
-    exact = jax.jit(lambda tokens: model.run_layers(model.embed(tokens), jnp.arange(CAPACITY)[None], None, 0, 4)[1])
+def test_caches_are_those_of_a_full_forward_pass(policy):
     for schedule in SCHEDULES:
-        run = begin(policy, sled.FinalLayer(), schedule)
-        run.advance()
-        for tokens, caches, done in caches_of(run):
-            expected = exact(np.pad(tokens, (0, CAPACITY - len(tokens)))[None])
-            for ours, theirs, known in zip(caches, expected, done, strict=True):
-                for x, y in zip(ours, theirs, strict=True):
-                    np.testing.assert_allclose(x[:, :known], y[0, :, :known], atol=1e-5)
+        tiny.check_caches(policy, schedule)
 
 
 @pytest.mark.parametrize(("policy", "fusion"), [
+    (FullDepth(), sled.FinalLayer()),
     (dataclasses.replace(MOST_LIKELY, threshold=(1.0, 1.0)), sled.FinalLayer()),
     (dataclasses.replace(MARGIN, threshold=(1.0, 1.0)), sled.SLED()),
     (dataclasses.replace(PROPAGATING, threshold=1.0), sled.FinalLayer()),
     pytest.param(dataclasses.replace(PROPAGATING, threshold=1.0), sled.SLED(), marks=pytest.mark.exhaustive),
-], ids=["exact", "exact, fused", "propagated", "propagated, fused"])
-def test_threshold_one_is_plain_decoding(policy, fusion):
+    (dataclasses.replace(CLASSIFIED, threshold=0.0, classifier=dataclasses.replace(
+        CLASSIFIER, bias_E=jnp.array([jnp.nan, jnp.nan]))), sled.FinalLayer()),
+], ids=["full depth", "exact", "exact, fused", "propagated", "propagated, fused", "confidence not finite"])
+def test_where_no_token_may_leave_it_is_plain_decoding(policy, fusion):
     out = generate(fusion=fusion, exits=policy, schedule=sled.Gather())
     assert out.tokens == generate(fusion=fusion).tokens
-    assert out.stats.mean_depth == CONFIG.num_layers and out.stats.deferred == 0
+    assert out.exit_layers == [[CONFIG.num_layers] * len(tokens) for tokens in out.tokens]
+    assert (out.stats.mean_depth, out.stats.deferred, out.stats.acceptance) == (CONFIG.num_layers, 0, None)
+    assert out.stats.mean_accepted is None
 
 
-def test_propagation_equals_the_slow_reference(lm):
+def test_propagation_equals_the_slow_reference():
     """CALM's K/V: layer by layer, eagerly, with `write_kv` in place of the layers that did not run."""
-    model, count = lm.build(lm.params), 18
-    run_layers, write_kv = (functools.partial(jax.jit(f, static_argnums=(3, 4)))
-                            for f in (model.run_layers, model.write_kv))
+    model, count = tiny_lm().build(tiny_lm().params), 18
+    run_layers, write_kv = (jax.jit(f, static_argnums=(3, 4)) for f in (model.run_layers, model.write_kv))
     out = generate(exits=PROPAGATING)
     assert {layer for row in out.exit_layers for layer in row} == {2, 4}
     for prompt, expected in list(zip(PROMPTS, out.tokens, strict=True))[1::2]:
-        tokens, caches, ids = [], model.empty_caches(1, CAPACITY), list(prompt)
+        caches, ids = model.empty_caches(1, CAPACITY), list(prompt)
         for t in range(len(prompt) + count - 1):
             h, at = model.embed(np.array([[ids[t]]])), np.array([[t]])
             states, low = run_layers(h, at, caches[:2], 0, 2)
@@ -171,26 +142,30 @@ def test_propagation_equals_the_slow_reference(lm):
             caches = [*low, *high]
             if t >= len(prompt) - 1:
                 ids.append(int(logits.argmax()))
-                tokens.append(ids[-1])
-                if ids[-1] == EOS:
-                    break
-        assert expected[:count] == tokens
+            if ids[-1] == EOS:
+                break
+        assert expected[:count] == ids[len(prompt):]
 
 
-def test_a_confidence_that_is_not_finite_goes_on():
-    nan = dataclasses.replace(CLASSIFIER, bias_E=jnp.array([jnp.nan, jnp.nan]))
-    out = generate(exits=dataclasses.replace(CLASSIFIED, threshold=0.0, classifier=nan))
-    assert out.tokens == generate().tokens
-
-
-@pytest.mark.parametrize("fusion", [sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding()],
-                         ids=lambda fusion: type(fusion).__name__)
-def test_speculation_loses_nothing_under_any_fusion(fusion):
+@pytest.mark.parametrize(("policy", "fusion"), [
+    *((speculation(), fusion) for fusion in (sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding())),
+    pytest.param(speculation(drafts=(8, 8, 8, 8), adaptive=True), sled.FinalLayer(), marks=pytest.mark.exhaustive),
+    (speculation((1, 2, 3), (8, 8, 8, 8), adaptive=True), sled.FinalLayer()),
+    (speculation(drafts=(6, 6, 6, 6), vocabulary=jnp.arange(6, 40)), sled.FinalLayer()),
+    # A draft that ends its row waits for its verification, whatever layer the row would draft at by then.
+    (sled.SelfSpeculation((1, 2), draft=5, adaptive=True), sled.FinalLayer()),
+    (sled.SelfSpeculation((1, 3), draft=5, adaptive=True), sled.FinalLayer()),
+])
+def test_speculation_loses_nothing(policy, fusion):
     for sampling in (sled.Sampling(), SAMPLED):
         settings = dict(fusion=fusion, sampling=sampling, seed=3)
-        many = generate(exits=speculation(), **settings)
-        assert many.tokens == generate(**settings).tokens
-        assert 0 < many.stats.accepted < many.stats.drafted
+        plain = generate(**settings).tokens
+        for schedule in (None, sled.Immediate(), sled.Gather(), sled.Gather(1, 0), sled.Gather(2, 1)):
+            out = generate(exits=policy, schedule=schedule, **settings)
+            assert out.tokens == plain
+            assert 0 < out.stats.accepted < out.stats.drafted
+            assert {layer for row in out.exit_layers for layer in row} <= {*policy.layer, CONFIG.num_layers}
+            tiny.check_endings(out)
 
 
 @pytest.mark.parametrize("layer", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 3)), 2])
@@ -207,83 +182,9 @@ def test_speculation_loses_nothing_at_any_exit_length_or_schedule(layer):
     assert compiled() == counts
 
 
-@pytest.mark.parametrize("policy", [
-    pytest.param(speculation(drafts=(8, 8, 8, 8), adaptive=True), marks=pytest.mark.exhaustive),
-    speculation((1, 2, 3), (8, 8, 8, 8), adaptive=True),
-    speculation(drafts=(6, 6, 6, 6), vocabulary=jnp.arange(6, 40)),
-], ids=["length", "length and layer", "vocabulary"])
-def test_speculation_that_adapts_loses_nothing(policy):
-    for sampling in (sled.Sampling(), SAMPLED):
-        out = generate(sampling=sampling, exits=policy, schedule=sled.Gather())
-        assert out.tokens == generate(sampling=sampling).tokens
-        assert out.stats.accepted > 0
-        assert {layer for row in out.exit_layers for layer in row} <= {*policy.layer, CONFIG.num_layers}
-
-
 @pytest.mark.parametrize(("policy", "fusion"), [
     (FullDepth(), sled.SLED()), (MARGIN, sled.SLED()), (speculation(), sled.SLED())],
     ids=lambda value: type(value).__name__)
 def test_no_transfer_to_the_host_inside_the_loop(policy, fusion):
-    lengths = decode_without_transfers(begin(policy, fusion, sled.Gather()))
+    lengths = tiny.decode_without_transfers(policy, fusion, sled.Gather())
     assert all(length > len(prompt) for prompt, length in zip(PROMPTS, lengths, strict=True))
-
-
-def test_streams_see_verified_tokens_only(lm):
-    pieces = list(lm.stream(PROMPTS, chunk=3, max_new_tokens=CAPACITY, exits=speculation()))
-    assert [[t for piece in pieces for t in piece.tokens[i]] for i in range(len(PROMPTS))] == generate().tokens
-
-
-@pytest.mark.parametrize(("build", "says"), [
-    (lambda: sled.EarlyExit(2, threshold=40.0), "threshold is 40.0"),
-    (lambda: sled.EarlyExit((1, 2), threshold=(0.5, 0.5, 0.5)), "3 numbers for 2 exits"),
-    (lambda: sled.EarlyExit((1, 2), threshold=(0.5, 1.5)), "1.5"),
-    (lambda: sled.EarlyExit(0), "layers is 0"),
-    (lambda: sled.EarlyExit(()), "layers"),
-    (lambda: sled.EarlyExit("low"), "low"),
-    (lambda: sled.EarlyExit(2, measure="hope"), "hope"),
-    (lambda: sled.EarlyExit(2, measure="classifier"), "classifier"),
-    (lambda: sled.EarlyExit(2, measure="classifier", classifier=sled.Classifier), "an instance, .* sled.Classifier"),
-    (lambda: sled.EarlyExit(2, measure="classifier", classifier=np.ones(3)), "sled.Classifier"),
-    (lambda: sled.EarlyExit(2, kv="none"), "none"),
-    (lambda: sled.EarlyExit(2, decay="fast"), "fast"),
-    (lambda: sled.EarlyExit(2, max_deferred=0), "max_deferred is 0"),
-    (lambda: sled.SelfSpeculation(2, draft=0), "draft is 0"),
-    (lambda: sled.SelfSpeculation(2, draft=9, max_draft=8), "draft is 9"),
-    (lambda: sled.SelfSpeculation(2, draft=jnp.array([1, 2])), "max_draft"),
-    (lambda: sled.SelfSpeculation(2, confidence=2), "confidence is 2"),
-    (lambda: sled.SelfSpeculation((1, 2)), "adaptive"),
-    (lambda: sled.SelfSpeculation((1, 2), adaptive="yes"), "adaptive is 'yes', but must be True or False"),
-    (lambda: sled.SelfSpeculation(2, vocabulary="abc"), "vocabulary is 'abc'"),
-    (lambda: sled.SelfSpeculation(2, vocabulary=[0.5]), "a list of token ids"),
-    (lambda: sled.SelfSpeculation(2, vocabulary=[]), "a list of token ids"),
-    (lambda: sled.Gather(rows=0), "rows is 0"),
-    (lambda: sled.Gather(patience=-1), "patience is -1"),
-    (lambda: sled.Gather(rows=2**40), "rows is 1099511627776"),
-    (lambda: sled.EarlyExit(2, min_layer=2**40), "min_layer"),
-    (lambda: sled.SelfSpeculation(2, max_draft=2**40), "max_draft"),
-])
-def test_bad_settings_are_named(build, says):
-    with pytest.raises(sled.SettingError, match=says):
-        build()
-
-
-@pytest.mark.parametrize("policy", [sled.EarlyExit((1, 4)), sled.EarlyExit(9), sled.SelfSpeculation(4)], ids=repr)
-def test_exits_outside_the_model_are_named(policy):
-    with pytest.raises(sled.SettingError, match="model of 4 layers"):
-        generate(exits=policy)
-
-
-def test_full_depth_is_the_default():
-    out = generate(exits=FullDepth())
-    assert out.exit_layers == [[4] * len(tokens) for tokens in generate().tokens]
-    assert out.stats.acceptance is None and out.stats.mean_accepted is None
-
-
-@pytest.mark.parametrize("layers", [(1, 2), (1, 3)])
-def test_adaptive_drafts_end_their_rows_under_every_schedule(layers):
-    """A draft that ends its row waits for its verification, whatever layer the row would draft at by then."""
-    plain = generate().tokens
-    for schedule in (sled.Immediate(), sled.Gather(1, 0), sled.Gather(2, 1), sled.Lockstep()):
-        out = generate(exits=sled.SelfSpeculation(layers, draft=5, adaptive=True), schedule=schedule)
-        assert out.tokens == plain
-        check_endings(out)

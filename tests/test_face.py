@@ -1,4 +1,4 @@
-"""What a user meets: loading, generating from text, errors that say what to do, the command."""
+"""What a user meets: loading, generating from text, scoring, the command."""
 
 import json
 import re
@@ -6,32 +6,33 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lens_samples import contrast
 from tiny_lm import CAPACITY, PROMPTS, generate, talking_lm, tiny_lm
 
 import sled
-from sled import _check_versions, cli
+from sled import _check_versions
+from sled.cli.exit_options import ExitOptions
+from sled.cli.generate import end_line
+from sled.cli.paint import SCALE, Paint, PaintedRow, has_colours
 from sled.demo.problems import problems, prompt
-from sled.errors import CheckpointError, DownloadError, PromptError, SettingError, TokenizerError, VersionError
+from sled.errors import SettingError, TokenizerError, VersionError
 from sled.eval.numbers import final_answer
 from sled.io import writable
 from sled.plots import writable_picture
+from sled.results import Stats
 
-DEMO = Path(__file__).parent.parent / "sled" / "demo" / "model"
-
-
-@pytest.fixture(scope="module")
-def lm(demo):
-    return demo
+DEMO = Path(sled.__file__).parent / "demo" / "model"
 
 
-def test_the_bundled_model_solves_held_out_problems(lm):
+def test_the_bundled_model_solves_held_out_problems(demo):
     asked = problems("heldout", 20)
     for fusion in (sled.FinalLayer(), sled.SLED()):
-        out = lm.generate([prompt(p.question) for p in asked], max_new_tokens=96, fusion=fusion)
+        out = demo.generate([prompt(p.question) for p in asked], max_new_tokens=96, fusion=fusion)
         right = sum(final_answer(text) == p.answer for text, p in zip(out.texts, asked, strict=True))
         assert right >= 12
         assert out.stats.new_tokens == sum(map(len, out.tokens)) and out.stats.tokens_per_second > 0
@@ -64,99 +65,14 @@ def test_the_largest_seed_and_chunk_are_taken():
     assert chunk.tokens == generate(PROMPTS[0], **settings).tokens
 
 
-def test_scores_prefer_the_right_answer(lm):
+def test_scores_prefer_the_right_answer(demo):
     p = problems("heldout", 1)[0]
     wrong = p.solution.replace(f"#### {p.answer}", f"#### {p.answer + 1}")
-    scores = lm.score(prompt(p.question), [" " + p.solution, " " + wrong], batch_size=1)
+    scores = demo.score(prompt(p.question), [" " + p.solution, " " + wrong], batch_size=1)
     assert scores.totals[0] > scores.totals[1]
     assert scores.greedy[0]
-    one = lm.score(prompt(p.question), " " + p.solution)
+    one = demo.score(prompt(p.question), " " + p.solution)
     assert one.totals == pytest.approx(scores.totals[:1], abs=1e-3)
-
-
-@pytest.fixture(scope="module")
-def lens(lm):
-    return lm.lens(prompt("Ash buys 6 toys at 10 tokens each. How much?"), fusion=sled.SLED())
-
-
-def test_lens_picture_is_written(lens, tmp_path):
-    path = sled.lens.picture(lens, tmp_path / "deep" / "lens.png", count=8)
-    assert path.read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_picture_too_wide_is_named(lens, tmp_path, monkeypatch):
-    monkeypatch.setattr("sled.lens.plot.CELL_WIDTH", 100)
-    with pytest.raises(SettingError, match=f"{len(lens.tokens)} positions"):
-        sled.lens.picture(lens, tmp_path / "x.png")
-
-
-def test_a_lens_shows_positions_of_the_text(lens):
-    count = len(lens.tokens)
-    assert lens.columns(count - 1, 99) == range(count - 1, count)
-    for first, shown in ((count, 1), (-1, 1), (0, 0)):
-        with pytest.raises(SettingError, match=r"first is|count is"):
-            lens.table(first=first, count=shown)
-
-
-class Unregistered(sled.FinalLayer):
-    """A strategy that was not made a pytree."""
-
-
-@pytest.mark.parametrize(("call", "error", "says"), [
-    (lambda lm: lm.generate(""), PromptError, "empty"),
-    (lambda lm: lm.generate([]), PromptError, "no prompt"),
-    (lambda lm: lm.generate(None), PromptError, "a prompt must be .* but None was given; of a generator"),
-    (lambda lm: lm.stream(text for text in "ab"), PromptError, r"give list\(\.\.\.\)"),
-    (lambda lm: lm.generate({"input_ids": [1]}), PromptError, "a tokenizer returned its input_ids"),
-    (lambda lm: lm.generate({"a", "b"}), PromptError, "must be a string"),
-    (lambda lm: lm.generate([1.5]), PromptError, "whole numbers"),
-    (lambda lm: lm.score("a", None), PromptError, "a continuation must be"),
-    (lambda lm: lm.score(["a"], [3]), PromptError, "a continuation must be .* but 3 was"),
-    (lambda lm: lm.lens(["a", "b"]), PromptError, "one text, but 2"),
-    (lambda lm: lm.generate("a", stop=5), SettingError, "stop is 5"),
-    (lambda lm: lm.generate("a", stop=None), SettingError, "leave it out"),
-    (lambda lm: lm.generate("a", exits=(2, 4)), SettingError, r"exits is \(2, 4\), which is no Policy; give sled"),
-    (lambda lm: sled.load(""), SettingError, "source is ''"),
-    (lambda lm: sled.load(None), SettingError, "source is None"),
-    (lambda lm: sled.Limits(show_exits="no"), SettingError, "show_exits is 'no', but must be True or False"),
-    (lambda lm: lm.generate([[1, 2], [3, 10**6]]), PromptError, "1000000"),
-    (lambda lm: lm.generate([[1, -1]]), PromptError, "-1"),
-    (lambda lm: lm.generate([1] * 256), PromptError, "256"),
-    (lambda lm: lm.generate("a", max_new_tokens=0), SettingError, "max_new_tokens"),
-    (lambda lm: lm.generate("a", batch_size=0), SettingError, "batch_size"),
-    (lambda lm: lm.generate("a", stop=""), SettingError, "stop"),
-    (lambda lm: lm.generate("a", fusion=sled.DoLa(layers=(99,))), SettingError, "99"),
-    (lambda lm: lm.score("a", []), PromptError, "no"),
-    (lambda lm: lm.score(["a", "b"], ["c"]), PromptError, "2 prompts"),
-    (lambda lm: lm.score("a", [[1]]), PromptError, "both"),
-    (lambda lm: lm.score([1] * 200, [[1] * 100]), PromptError, "300"),
-    (lambda lm: lm.generate("a", fusion=sled.SLED), SettingError, r"class 'sled.*SLED'>.* give a strategy"),
-    (lambda lm: lm.generate("a", fusion="sled"), SettingError, r"'sled', but must be an instance.* sled\.SLED\(\)"),
-    (lambda lm: lm.generate("a", fusion=sled.EarlyExit(2)), SettingError, "fusion is EarlyExit"),
-    (lambda lm: lm.generate("a", fusion=Unregistered()), SettingError, "that jax can trace"),
-    (lambda lm: lm.generate("a", exits="early"), SettingError, r"exits is 'early'.* sled\.EarlyExit"),
-    (lambda lm: lm.generate("a", exits=sled.EarlyExit), SettingError, r"sled\.EarlyExit\(\.\.\.\)"),
-    (lambda lm: lm.stream("a", schedule=3), SettingError, r"schedule is 3.* sled\.Gather"),
-    (lambda lm: lm.generate("a", schedule=sled.Lockstep), SettingError, r"sled\.Lockstep\(\)"),
-    (lambda lm: lm.generate("a", sampling=0.7), SettingError, r"sampling is 0\.7.* sled\.Sampling"),
-    (lambda lm: lm.score("a", " b", fusion=sled.DoLa), SettingError, "DoLa"),
-    (lambda lm: lm.lens("a", fusion=sled.DoLa), SettingError, "DoLa"),
-    (lambda lm: sled.Sampling(temperature=-1), SettingError, "temperature"),
-    (lambda lm: sled.Sampling(top_p=0), SettingError, "top_p"),
-    (lambda lm: sled.Sampling(top_k=1.5), SettingError, "top_k"),
-    (lambda lm: sled.Sampling(top_k=2**40), SettingError, "top_k"),
-    (lambda lm: lm.generate("a", seed=-1), SettingError, "seed is -1"),
-    (lambda lm: lm.generate(["a", "b"], seed=2**32 - 1), SettingError, "from 0 to 4294967294"),
-    (lambda lm: lm.stream("a", seed=2**32), SettingError, "seed is 4294967296"),
-    (lambda lm: lm.generate("a", seed=0.5), SettingError, "seed is 0.5"),
-    (lambda lm: sled.Sampling(min_p=2), SettingError, "min_p"),
-    (lambda lm: sled.Sampling(repetition_penalty=0), SettingError, "repetition_penalty"),
-    (lambda lm: sled.load("./nowhere"), CheckpointError, "nowhere"),
-    (lambda lm: sled.load("demo", dtype="int8"), SettingError, "int8"),
-])
-def test_bad_input_is_named(lm, call, error, says):
-    with pytest.raises(error, match=says):
-        call(lm)
 
 
 @pytest.fixture(scope="module")
@@ -175,15 +91,6 @@ def test_a_folder_without_tokenizer_takes_ids_only(without_tokenizer):
             call("text")
 
 
-@pytest.mark.parametrize("arguments", [("generate", "x"), ("generate", "x", "--json"), ("generate", "x", "y"),
-                                       ("score", "x", "y"), ("score", "x", "y", "--json"), ("lens", "x")], ids=" ".join)
-def test_the_command_needs_a_tokenizer(capsys, without_tokenizer, arguments):
-    code, out, err = run(capsys, *arguments, "--model", str(without_tokenizer))
-    assert (code, out) == (1, "")
-    assert [line for line in err.splitlines() if line.startswith("sled: ")] == err.splitlines()[-1:]
-    assert "sled: TokenizerError: " in err and "tokenizer.json" in err
-
-
 def test_a_damaged_tokenizer_is_named(tmp_path):
     shutil.copytree(DEMO, tmp_path / "m")
     (tmp_path / "m" / "tokenizer.json").write_text("{")
@@ -200,58 +107,58 @@ def test_versions_that_do_not_fit_are_refused():
         _check_versions("0.4.30", "0.12.8")
 
 
-def run(capsys, *arguments):
-    code = cli.main(list(arguments))
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
-
-
-def test_generate_command(capsys, tmp_path):
+def test_commands(command, tmp_path):
     question = prompt(problems("heldout", 1)[0].question)
-    code, out, _ = run(capsys, "generate", question, "--fusion", "sled", "--rate", "1.5")
+    code, out, _ = command("generate", question, "--fusion", "sled", "--rate", "1.5")
     assert code == 0 and "####" in out
     (tmp_path / "p.txt").write_text("Question: a\\nAnswer:\nQuestion: b\\nAnswer:\n")
-    code, out, _ = run(capsys, "generate", "--file", str(tmp_path / "p.txt"), "--json", "-n", "4")
+    code, out, _ = command("generate", "--file", str(tmp_path / "p.txt"), "--json", "-n", "4")
     rows = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and len(rows) == 2 and rows[0]["prompt"] == "Question: a\nAnswer:"
 
-
-def test_score_and_lens_commands(capsys, tmp_path):
-    code, out, _ = run(capsys, "score", "Question: 2*3?\\nAnswer:", " 2*3=6", " 2*3=7")
+    code, out, _ = command("score", "Question: 2*3?\\nAnswer:", " 2*3=6", " 2*3=7")
     assert code == 0 and "2*3=6" in out
-    code, out, _ = run(capsys, "lens", "Question: 2*3?", "--fusion", "sled", "-o", str(tmp_path / "l.png"))
-    assert code == 0 and "layer 8" in out and (tmp_path / "l.png").is_file()
+    code, out, _ = command("lens", "Question: 2*3?", "--fusion", "sled", "-o", str(tmp_path / "new" / "l.png"))
+    assert code == 0 and "layer 8" in out and (tmp_path / "new" / "l.png").read_bytes()[:4] == b"\x89PNG"
+    code, out, _ = command("--version")
+    assert code == 0 and re.fullmatch(r"sled \d+\.\d+\S*\n", out)
 
 
-@pytest.mark.parametrize("arguments", [
-    ("generate",),
-    ("generate", "x", "--model", "./nowhere"),
-    ("generate", "x", "--fusion", "dola", "--rate", "1"),
-    ("generate", "x", "--fusion", "sled", "--rate", "-1"),
-    ("generate", "x", "-n", "0"),
-    ("generate", "x", "--fusion", "sled", "--layers", "99"),
-    ("score", "x"),
-    ("demo", "--problems", "0"),
-    ("demo", "--show", "-1"),
-    ("demo", "--output", "a-file"),
-    ("lens", "x", "--last", "0"),
-    ("lens", "x", "--picture", "x.xyz"),
-    ("lens", "x", "--picture", "no-ending"),
-    ("lens", "x", "--picture", "a-file/x.png"),
-    ("lens", "x", "--picture", "a-folder.png"),
-    ("bench", "decode", "--rounds", "0"),
-    ("bench", "decode", "--new-tokens", "993"),
-    ("bench", "decode", "--json", "a-file/x.json"),
-    ("bench", "fusion", "--json", "a-folder.png"),
+@pytest.mark.parametrize("line", [
+    "generate",
+    "generate x --model ./nowhere",
+    "generate x --model no-tokenizer",
+    "generate x --json --model no-tokenizer",
+    "generate x --fusion dola --rate 1",
+    "generate x --show-exits",
+    "generate x --show-exits --json --exits early --exit-layers 1",
+    "score x",
+    "score x y --model no-tokenizer",
+    "score x y --json --model no-tokenizer",
+    "demo --problems 0",
+    "demo --show -1",
+    "demo --output a-file",
+    "lens x --last 0",
+    "lens x --model no-tokenizer",
+    "lens x --picture x.xyz",
+    "lens x --picture no-ending",
+    "lens x --picture a-file/x.png",
+    "lens x --picture a-folder.png",
+    "bench decode --rounds 0",
+    "bench decode --new-tokens 993",
+    "bench decode --json a-file/x.json",
+    "bench fusion --json a-folder.png",
 ])
-def test_the_command_prints_one_line_and_fails(capsys, tmp_path, monkeypatch, arguments):
+def test_the_command_prints_one_line_and_fails(command, tmp_path, monkeypatch, without_tokenizer, line):
     monkeypatch.chdir(tmp_path)
     Path("a-file").touch()
     Path("a-folder.png").mkdir()
-    code, out, err = run(capsys, *arguments)
+    Path("no-tokenizer").symlink_to(without_tokenizer)
+    code, out, err = command(*line.split())
     assert (code, out) == (1, "")
-    assert err.splitlines()[-1].startswith("sled: ")
-    assert sum(line.startswith("sled: ") for line in err.splitlines()) == 1
+    assert [said for said in err.splitlines() if said.startswith("sled: ")] == err.splitlines()[-1:]
+    assert ("TokenizerError" in err and "tokenizer.json" in err) == ("no-tokenizer" in line)
+    assert ("--show-exits" in err) == ("--show-exits" in line)
 
 
 def test_a_path_is_tried_without_a_trace(tmp_path):
@@ -259,17 +166,6 @@ def test_a_path_is_tried_without_a_trace(tmp_path):
     old.write_text("{}")
     assert (writable("old", old), writable_picture("new", new)) == (old, new)
     assert old.read_text() == "{}" and not new.exists()
-
-
-def test_a_hub_id_without_network_is_named(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(DownloadError):
-        sled.load("owner/no-such-model")
-
-
-def test_the_version_is_told(capsys):
-    assert cli.main(["--version"]) == 0
-    assert re.fullmatch(r"sled \d+\.\d+\S*\n", capsys.readouterr().out)
 
 
 def command_that(does: str) -> subprocess.Popen:
@@ -291,9 +187,128 @@ def test_an_interrupted_command_says_so_and_ends_at_once():
     assert command.communicate(timeout=60) == ("early\n", "sled: interrupted\n") and command.returncode == 130
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "score", "lens", "bench"])
-def test_help_teaches(capsys, command):
-    with pytest.raises(SystemExit) as done:
-        cli.main([command, "--help"])
-    assert done.value.code == 0
-    assert len(capsys.readouterr().out) > 100
+# Exits: the command's options, the layers of a text in colours or marks.
+
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
+MARK = re.compile(r"\[\d\]")
+
+
+@pytest.mark.parametrize(("options", "exits", "schedule"), [
+    (ExitOptions(exits="early", exit_layers=(2,)), sled.EarlyExit(2), None),
+    (ExitOptions(exits="early", exit_layers=(4, 2), threshold=(0.5,), measure="margin", kv="propagate",
+                 decay="calm-code", schedule="lockstep"),
+     sled.EarlyExit((2, 4), 0.5, "margin", "calm-code", kv="propagate"), sled.Lockstep()),
+    (ExitOptions(exits="early", exit_layers=(2, 4), threshold=(0.5, 0.9), schedule="gather", gather_rows=2),
+     sled.EarlyExit((2, 4), (0.5, 0.9)), sled.Gather(2)),
+    (ExitOptions(exits="speculate", exit_layers=(2, 3), draft=4, draft_confidence=0.5, adaptive=True,
+                 schedule="gather", patience=3),
+     sled.SelfSpeculation((2, 3), 4, 0.5, adaptive=True), sled.Gather(patience=3)),
+])
+def test_options_make_the_policy_and_keep_its_defaults(options, exits, schedule):
+    assert options.settings() == {"exits": exits, "schedule": schedule}
+    assert ExitOptions().settings() == {}
+
+
+@pytest.mark.parametrize(("options", "says"), [
+    (dict(threshold=(0.5,)), "--threshold has no meaning for --exits none"),
+    (dict(schedule="lockstep"), "--schedule has no meaning for --exits none"),
+    (dict(exits="early"), "--exit-layers"),
+    (dict(exits="early", exit_layers=(2,), draft=3), "--draft has no meaning for --exits early"),
+    (dict(exits="early", exit_layers=(2,), adaptive=True), "--adaptive"),
+    (dict(exits="early", exit_layers=(2,), threshold=(0.5, 0.9)), "2 numbers for 1 exits"),
+    (dict(exits="speculate", exit_layers=(2,), kv="exact"), "--kv has no meaning for --exits speculate"),
+    (dict(exits="speculate", exit_layers=(2, 4)), "adaptive"),
+    (dict(exits="early", exit_layers=(2,), gather_rows=2), "--gather-rows has no meaning without --schedule"),
+    (dict(exits="early", exit_layers=(2,), schedule="lockstep", patience=2), "--patience"),
+])
+def test_a_setting_without_meaning_is_named(options, says):
+    with pytest.raises(SettingError, match=says):
+        ExitOptions(**options).settings()
+
+
+def rgb(xterm: int) -> list[int]:
+    """A colour of xterm's 6 x 6 x 6 cube."""
+    return [(0, 95, 135, 175, 215, 255)[((xterm - 16) // step) % 6] for step in (36, 6, 1)]
+
+
+def test_colours_are_readable_and_ordered_by_lightness():
+    backs = [contrast(rgb(back), (0, 0, 0)) for back, _ in SCALE]
+    assert backs == sorted(backs, reverse=True) and len(set(backs)) == len(SCALE)
+    assert all(contrast(rgb(back), rgb(front)) >= 4.5 for back, front in SCALE)
+
+
+@pytest.mark.parametrize("exits", [(8,), (4, 8), (1, 2, 4, 8), tuple(range(1, 33))])
+def test_the_scale_spans_any_exits(exits):
+    paint = Paint(exits, colours=True)
+    painted = [paint.text("x", layer) for layer in exits]
+    assert painted[0].startswith(f"\x1b[48;5;{SCALE[0][0]};")
+    assert len(exits) == 1 or painted[-1].startswith(f"\x1b[48;5;{SCALE[-1][0]};")
+    assert len(set(painted)) == min(len(exits), len(SCALE))
+
+
+def test_colours_end_before_a_line_does_and_marks_stand_before_it():
+    painted = Paint((2, 8), colours=True).text("a\n\nb", 2)
+    assert [ANSI.sub("", line) for line in painted.split("\n")] == ["a", "", "b"]
+    assert all(line.endswith("\x1b[0m") for line in painted.split("\n") if line)
+    assert Paint((2, 8), colours=False).text(" a\n", 2) == " a[2]\n"
+
+
+@pytest.mark.parametrize(("pieces", "marked"), [
+    # A character of many tokens is said by the last of them.
+    ([("a€b", [*"a€b\0".encode()], [1, 2, 2, 4, 2, 1])], ["a[1]€[4]b[2]"]),
+    ([("a", [*b"a\xe2\x82"], [1, 2, 2]), ("€b", [*b"\xacb\x00"], [4, 2, 1])], ["a[1]", "€[4]b[2]"]),
+    # Text that lags behind, or is cut, keeps its layers.
+    ([("ab", [*b"abc"], [1, 1, 2]), ("cd", [*b"de!"], [4, 4, 4])], ["ab[1]", "c[2]d[4]"]),
+    # Text that no token accounts for is the last token's.
+    ([("\ufffd", [0xE2, 0x82], [1, 2])], ["\ufffd[2]"]),
+])
+def test_text_is_said_by_the_layers_of_its_tokens(pieces, marked):
+    decode = lambda tokens: bytes(t for t in tokens if t).decode(errors="replace")  # noqa: E731  bytes, 0 without text
+    row = PaintedRow(decode, Paint((1, 2, 4), colours=False))
+    assert [row.more(*piece) for piece in pieces] == marked
+
+
+def test_colours_need_a_terminal_and_no_refusal(monkeypatch):
+    terminal, file = (SimpleNamespace(isatty=lambda tty=tty: tty) for tty in (True, False))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert has_colours(terminal) and not has_colours(file)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not has_colours(terminal)
+
+
+def test_the_end_line_says_what_exits_did():
+    plain = Stats(prompt_tokens=5, new_tokens=10, prefill_seconds=1, decode_seconds=1, mean_depth=8)
+    assert end_line(plain, 8, exits=False) == "10 tokens, 5.0 tokens/s, compilation included"
+    early = Stats(5, 10, 1, 1, 2.5, deferred=9, held=3)
+    assert end_line(early, 8, exits=True).endswith(
+        "; mean depth 2.50 of 8 layers, 9 tokens left before the last; 3 steps spent waiting for deeper layers")
+    guessed = Stats(5, 10, 1, 1, 4, drafted=8, accepted=6, verifications=4, deferred=6)
+    assert "included; 6 of 8 drafts accepted (75%), 1.50 per verification; 0 steps" in end_line(guessed, 8, exits=True)
+
+
+EARLY = ("--exits", "early", "--exit-layers", "1", "--threshold", "0.7")
+
+
+def test_show_exits_changes_no_text(command, monkeypatch):
+    """Marks for one prompt and for two, colours while it streams: the same texts, the same layers."""
+    questions = [prompt(p.question) for p in problems("heldout", 2)]
+    code, lines, err = command("generate", *questions, *EARLY, "--json")
+    rows = [json.loads(line) for line in lines.splitlines()]
+    said = [layer for row in rows for layer in row["exit_layers"]]
+    assert code == 0 and set(said) == {1, 8} and "mean depth" in err.splitlines()[-1]
+    assert [len(row["exit_layers"]) for row in rows] == [len(row["tokens"]) for row in rows]
+
+    code, marked, _ = command("generate", *questions, *EARLY, "--show-exits")
+    text, legend = marked.rstrip("\n").rsplit("\n", 1)
+    assert code == 0 and f"[1] {said.count(1)}, [8] {said.count(8)}" in legend
+    whole = "".join(f"{question}{row['text']}\n\n" for question, row in zip(questions, rows, strict=True))
+    assert MARK.sub("", text) + "\n" == whole and {"[1]", "[8]"} <= set(MARK.findall(text))
+
+    code, alone, _ = command("generate", questions[0], *EARLY, "--show-exits")
+    assert code == 0 and marked.startswith(alone.rstrip("\n").rsplit("\n", 1)[0])
+
+    monkeypatch.setattr("sled.cli.generate.has_colours", lambda out: True)
+    code, coloured, _ = command("generate", questions[0], *EARLY, "--show-exits")
+    text, legend = coloured.rstrip("\n").rsplit("\n", 1)
+    assert ANSI.sub("", text) == questions[0] + rows[0]["text"] and ANSI.search(text)
+    assert f"layer 1: {rows[0]['exit_layers'].count(1)} " in legend

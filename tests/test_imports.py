@@ -29,28 +29,23 @@ def _room(module: str) -> str:
     return module.split(".")[1] if "." in module else module
 
 
-def _imported(file: Path) -> list[tuple[str, int]]:
-    """Every name that a file imports, inside functions and for type checkers too, with its line."""
-    names = []
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            names += [(alias.name, node.lineno) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{file}:{node.lineno}: write the whole name of the module"
-            names += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
-    return names
-
-
 @functools.cache
 def _edges() -> list[tuple[str, str, str]]:
-    """(importing module, imported module, where) for all imports within the package, lazy ones included."""
+    """(importing module, imported module, where) for all imports within the package: those inside functions and for
+    type checkers too, and lazy ones."""
     edges = []
     for module, file in MODULES.items():
-        for name, line in _imported(file):
-            while name and name not in MODULES:
-                name = name.rpartition(".")[0]
-            if name and name != module:
-                edges.append((module, name, f"{file.relative_to(ROOT)}:{line}"))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, (ast.Import, ast.ImportFrom)):
+                continue
+            at = f"{file.relative_to(ROOT)}:{node.lineno}"
+            assert not getattr(node, "level", 0), f"{at}: write the whole name of the module"
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+                while name and name not in MODULES:
+                    name = name.rpartition(".")[0]
+                if name and name != module:
+                    edges.append((module, name, at))
     lazy = [("sled", home) for home in sled._HOME.values()]
     lazy += [("sled.models", f"sled.models.{home}") for home in sled.models._HOMES.values()]
     return [*edges, *((module, home, f"{module}.__getattr__") for module, home in lazy)]
@@ -83,12 +78,8 @@ def test_nothing_imports_in_a_circle(part):
     graphlib.TopologicalSorter(needs).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("folder", ["sled", "train", "eval"])
-def test_few_files_stand_outside_a_room(folder):
-    assert len(list((ROOT / folder).glob("*.py"))) <= 8
-
-
-def test_files_are_readable_in_one_sitting():
-    lines = {str(file.relative_to(ROOT)): len(file.read_text(encoding="utf-8").splitlines())
-             for file in MODULES.values()}
-    assert not {file: count for file, count in lines.items() if count > 400}
+def test_rooms_and_files_stay_small():
+    for folder in ("sled", "train", "eval"):
+        assert len(list((ROOT / folder).glob("*.py"))) <= 8, folder
+    lines = {module: len(file.read_text(encoding="utf-8").splitlines()) for module, file in MODULES.items()}
+    assert not {module: count for module, count in lines.items() if count > 400}

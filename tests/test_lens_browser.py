@@ -5,15 +5,10 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from lens_samples import LAYERS, ODD, TOKENS, made
+from lens_samples import LAYERS, LENS, ODD, TOKENS, contrast
 
 import sled
 from sled.lens.lens import show
-
-
-@pytest.fixture(scope="module")
-def lens():
-    return made()
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +24,8 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def url(lens, tmp_path_factory):
-    return sled.lens.page(lens, tmp_path_factory.mktemp("page") / "lens.html").as_uri()
+def url(tmp_path_factory):
+    return sled.lens.page(LENS, tmp_path_factory.mktemp("page") / "lens.html").as_uri()
 
 
 @pytest.fixture
@@ -59,7 +54,7 @@ TABLE = """[...document.querySelectorAll("#grid tbody tr")].map(row => [...row.c
     [cell.className.replace(/current|here/g, "").split(/\\s+/).filter(Boolean).sort().join(" "), cell.textContent]))"""
 
 
-def test_a_threshold_marks_as_a_page_made_with_it(visit, lens, tmp_path):
+def test_a_threshold_marks_as_a_page_made_with_it(visit, tmp_path):
     tab = visit()
     before = tab.evaluate(TABLE)
     tab.locator("#layers").evaluate("e => e.parentElement.open = true")
@@ -67,11 +62,11 @@ def test_a_threshold_marks_as_a_page_made_with_it(visit, lens, tmp_path):
         tab.uncheck(f"#layers input[value='{n}']")
     tab.fill("#threshold", "0.35")
     assert tab.input_value("#slider") == "0.35"
-    other = visit(sled.lens.page(lens, tmp_path / "x.html", threshold=0.35, layers=(2, 3)).as_uri())
+    other = visit(sled.lens.page(LENS, tmp_path / "x.html", threshold=0.35, layers=(2, 3)).as_uri())
     assert tab.evaluate(TABLE) == other.evaluate(TABLE) != before
     assert tab.text_content("#outcome") == other.text_content("#outcome")
     assert tab.text_content("#chosen") == other.text_content("#chosen") == "2, 3"
-    expected = lens.exits(0.35, (2, 3))
+    expected = LENS.exits(0.35, (2, 3))
     marks = tab.evaluate("""[...document.querySelectorAll("td.exit")].map(cell =>
         [cell.cellIndex - 1, Number(cell.parentElement.dataset.what)])""")
     assert sorted(marks) == [[t, n] for t, n in enumerate(expected.tolist()) if n < LAYERS]
@@ -83,11 +78,11 @@ def test_a_threshold_marks_as_a_page_made_with_it(visit, lens, tmp_path):
     assert tab.evaluate(TABLE) == before
 
 
-def test_shading_shows_what_is_chosen(visit, lens):
+def test_shading_shows_what_is_chosen(visit):
     tab = visit()
     before = tab.evaluate(TABLE)
-    ways = {"entropy": (1 - lens.entropy / np.log(len(ODD)), "{:.2f}", lens.entropy),
-            "agreement": (lens.final_probability, "{:.0%}", lens.final_probability)}
+    ways = {"entropy": (1 - LENS.entropy / np.log(len(ODD)), "{:.2f}", LENS.entropy),
+            "agreement": (LENS.final_probability, "{:.0%}", LENS.final_probability)}
     for name, (sure, form, numbers) in ways.items():
         tab.check(f"input[value={name}]")
         assert name in tab.text_content("#shown").lower()
@@ -100,7 +95,7 @@ def test_shading_shows_what_is_chosen(visit, lens):
     assert tab.evaluate(TABLE) == before
 
 
-def test_the_keyboard_walks_the_grid(visit, lens):
+def test_the_keyboard_walks_the_grid(visit):
     tab = visit()
     assert tab.get_by_role("grid", name="What each layer would say").count() == 1
     assert tab.get_by_role("gridcell").count() == TOKENS * (LAYERS + 4)
@@ -129,30 +124,30 @@ def test_the_keyboard_walks_the_grid(visit, lens):
     assert tab.evaluate(where) == ["3", TOKENS - 1]
 
 
-def test_the_details_of_a_cell(visit, lens):
+def test_the_details_of_a_cell(visit):
     tab = visit()
     n, t = 2, 4
     tab.click(f"tr[data-what='{n}'] td:nth-child({t + 2})")
-    expected = [[show(lens.name_of[i]), f"{100 * p:.2f}%"]
-                for i, p in zip(lens.best[n, t].tolist(), lens.best_probability[n, t].tolist(), strict=True) if p > 0]
+    expected = [[show(LENS.name_of[i]), f"{100 * p:.2f}%"]
+                for i, p in zip(LENS.best[n, t].tolist(), LENS.best_probability[n, t].tolist(), strict=True) if p > 0]
     found = [row.locator("td").all_text_contents() for row in tab.locator("#about tbody tr").all()]
     assert found == expected and tab.text_content("#where") == "Layer 2"
     said = tab.text_content("#said").replace("\u2068", "").replace("\u2069", "")
     for name, p in expected:
         assert f"“{name}” {p}" in said
-    assert f"after token {t}, “{show(lens.tokens[t])}”" in said and f"{lens.entropy[n, t]:.2f} nats" in said
-    assert ("makes the same choice" in said) == lens.agreement[n, t]
+    assert f"after token {t}, “{show(LENS.tokens[t])}”" in said and f"{LENS.entropy[n, t]:.2f} nats" in said
+    assert ("makes the same choice" in said) == LENS.agreement[n, t]
     assert tab.get_attribute("#said", "aria-live") == "polite"
     tab.click("#corrections a >> nth=1")
     assert tab.text_content("#where") == "SLED" and "corrects it" in tab.text_content("#about")
     assert tab.locator("td:focus").evaluate("e => [e.parentElement.dataset.what, e.cellIndex]") == ["fused", 8]
 
 
-def test_without_javascript_the_table_stands(visit, lens):
+def test_without_javascript_the_table_stands(visit):
     tab = visit(java_script_enabled=False)
     assert tab.locator("#grid").is_visible() and not tab.locator("#controls").is_visible()
     assert not tab.locator("#details").is_visible() and tab.locator("noscript").is_visible()
-    assert tab.locator("td.exit").count() == (lens.exits(0.9) < LAYERS).sum()
+    assert tab.locator("td.exit").count() == (LENS.exits(0.9) < LAYERS).sum()
     tab.focus("#frame")  # scrolls by keys
 
 
@@ -163,15 +158,6 @@ COLOURS = """(selectors) => Object.fromEntries(selectors.map(selector => {
     const numbers = colour => colour.match(/[\\d.]+/g).map(Number);
     return [selector, [style.color, getComputedStyle(behind).backgroundColor, style.outlineColor].map(numbers)];
 }))"""
-
-
-def contrast(one, other):
-    """WCAG 2.2's ratio of two sRGB colours."""
-    def luminance(rgb):
-        c = np.array(rgb[:3]) / 255
-        return np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4) @ (0.2126, 0.7152, 0.0722)
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -8,49 +8,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from lens_samples import LAYERS, ODD, TOKENS, made
+from lens_samples import LAYERS, LENS, ODD, TOKENS, made
+from scipy.special import entr, softmax
 
 import sled
-from sled import cli
 from sled.errors import SettingError
 from sled.fusion import SharedHead
 from sled.lens.lens import BEST, show
 from sled.models import load_folder
 
 
-@pytest.fixture(scope="module")
-def lens():
-    return made()
-
-
 class Reader(HTMLParser):
-    """The page's table as rows of (tag, attributes, text), its elements, and the text of its scripts."""
+    """The page's table as rows of cells (tag, attributes, text), its elements, and the text of its scripts."""
 
     def __init__(self, page: str):
         super().__init__()
-        self.elements, self.rows, self.scripts, self.open = [], [], [], []
+        self.elements, self.rows, self.scripts, self.open = [], [], [], None
         self.feed(page)
         self.close()
 
     def handle_starttag(self, tag, attrs):
         self.elements.append((tag, dict(attrs)))
-        self.open.append(tag)
         if tag == "tr":
             self.rows.append([])
-        if tag in ("th", "td"):
-            self.rows[-1].append([tag, dict(attrs), ""])
-        if tag == "script":
-            self.scripts.append("")
+        if tag in ("th", "td", "script"):
+            self.open = [tag, dict(attrs), ""]
+            (self.scripts if tag == "script" else self.rows[-1]).append(self.open)
 
     def handle_endtag(self, tag):
-        while self.open and self.open.pop() != tag:
-            pass
+        if self.open and tag == self.open[0]:
+            self.open = None
 
     def handle_data(self, data):
-        if "script" in self.open:
-            self.scripts[-1] += data
-        elif "th" in self.open or "td" in self.open:
-            self.rows[-1][-1][2] += data
+        if self.open:
+            self.open[2] += data
 
     def attributes(self, tag):
         return [attributes for found, attributes in self.elements if found == tag]
@@ -79,11 +70,11 @@ def test_a_lens_keeps_the_best_tokens_and_tokens_leave_where_generation_lets_the
         return model.normalise(states_NTD) @ model.head_weight.T, fused_TV
 
     logits, fused = map(np.float64, by_the_book(jnp.array([ids])))
-    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    p = softmax(logits, axis=-1)
     order = np.argsort(-p, axis=-1)
     np.testing.assert_array_equal(lens.best, order[..., :BEST])
     np.testing.assert_allclose(lens.best_probability, np.take_along_axis(p, order, -1)[..., :BEST], rtol=2e-4)
-    np.testing.assert_allclose(lens.entropy, -(p * np.log(p)).sum(-1), rtol=2e-4)
+    np.testing.assert_allclose(lens.entropy, entr(p).sum(-1), rtol=2e-4)
     of_last = np.take_along_axis(p, np.broadcast_to(order[-1, :, :1], (*order.shape[:2], 1)), -1)[..., 0]
     np.testing.assert_allclose(lens.final_probability, of_last, rtol=2e-4)
     np.testing.assert_array_equal(lens.fused, fused.argmax(-1))
@@ -91,12 +82,14 @@ def test_a_lens_keeps_the_best_tokens_and_tokens_leave_where_generation_lets_the
     assert (lens.fusion, lens.vocabulary, lens.tokens) == ("SLED", 48, [str(i) for i in ids])
 
 
-def test_exits_by_hand(lens):
+def test_exits_and_prediction_depths_by_hand():
     for threshold, layers in ((0.5, None), (0.8, (2, 4)), (0.0, 3), (1.0, None)):
         allowed = range(1, LAYERS) if layers is None else np.atleast_1d(layers)
-        expected = [next((n for n in allowed if lens.probability[n, t] > threshold), LAYERS) for t in range(TOKENS)]
-        assert lens.exits(threshold, layers).tolist() == expected
+        expected = [next((n for n in allowed if LENS.probability[n, t] > threshold), LAYERS) for t in range(TOKENS)]
+        assert LENS.exits(threshold, layers).tolist() == expected
     assert made(layers=1).exits(0.1).tolist() == [1] * TOKENS
+    assert LENS.agrees_from.tolist() == [
+        min(n for n in range(LAYERS + 1) if LENS.agreement[n:, t].all()) for t in range(TOKENS)]
 
 
 @pytest.mark.parametrize(("name", "shown"), [
@@ -109,44 +102,44 @@ def test_names_are_visible(name, shown):
 
 # The page as it stands, without a browser.
 
-def test_the_table_stands_by_itself(lens):
-    page = sled.lens.page(lens, title="A <title> & more", threshold=0.6, layers=(2, 3))
+def test_the_table_stands_by_itself():
+    page = sled.lens.page(LENS, title="A <title> & more", threshold=0.6, layers=(2, 3))
     read = Reader(page)
     assert page.startswith("<!DOCTYPE html>") and read.attributes("html") == [{"lang": "en"}]
     assert "<title>A &lt;title&gt; &amp; more</title>" in page and "<h1>A &lt;title&gt; &amp; more</h1>" in page
     assert [tag for tag, _ in read.elements].count("caption") == 1
     head, fused, leaves, agrees_from, *layers = read.rows
     assert [cell[0] for cell in head] == ["th"] * (TOKENS + 1) and all(cell[1]["scope"] == "col" for cell in head)
-    assert [cell[2] for cell in head[1:]] == [f"{t}{show(lens.tokens[t])}" for t in range(TOKENS)]
+    assert [cell[2] for cell in head[1:]] == [f"{t}{show(LENS.tokens[t])}" for t in range(TOKENS)]
     for row in read.rows[1:]:
         assert [cell[0] for cell in row] == ["th", *["td"] * TOKENS] and row[0][1] == {"scope": "row"}
     assert [row[0][2].replace("\xad", "") for row in layers] == [
         "layer 5 (last)", "layer 4", "layer 3", "layer 2", "layer 1", "embeddings"]
-    expected = lens.exits(0.6, (2, 3))
+    expected = LENS.exits(0.6, (2, 3))
     for n, row in zip(reversed(range(LAYERS + 1)), layers, strict=True):
         for t, (_, attributes, text) in enumerate(row[1:]):
-            exit, same = n == expected[t] < LAYERS, bool(lens.agreement[n, t])
-            percent = f"{100 * float(lens.probability[n, t]):.0f}%"
-            assert text == show(lens.names[n][t]) + percent + " ✓" * same + "exit" * bool(exit)
+            exit, same = n == expected[t] < LAYERS, bool(LENS.agreement[n, t])
+            percent = f"{100 * float(LENS.probability[n, t]):.0f}%"
+            assert text == show(LENS.names[n][t]) + percent + " ✓" * same + "exit" * bool(exit)
             classes = attributes["class"].split()
             assert ("exit" in classes) == exit and ("same" in classes) == same
-            assert ("agrees-from" in classes) == (lens.agrees_from[t] == n)
-            assert f"s{min(9, int(10 * float(lens.probability[n, t])))}" in classes
+            assert ("agrees-from" in classes) == (LENS.agrees_from[t] == n)
+            assert f"s{min(9, int(10 * float(LENS.probability[n, t])))}" in classes
     for t in range(TOKENS):
-        n, changed = expected[t], bool(lens.fused[t] != lens.top[-1, t])
-        assert fused[t + 1][2] == show(lens.fused_names[t]) + "≠ last" * changed
+        n, changed = expected[t], bool(LENS.fused[t] != LENS.top[-1, t])
+        assert fused[t + 1][2] == show(LENS.fused_names[t]) + "≠ last" * changed
         assert (fused[t + 1][1].get("class") == "changed") == changed
-        says = "last layer" if n == LAYERS else f"layer {n} {'✓' if lens.agreement[n, t] else '≠'}"
+        says = "last layer" if n == LAYERS else f"layer {n} {'✓' if LENS.agreement[n, t] else '≠'}"
         assert leaves[t + 1][2] == says
-        assert agrees_from[t + 1][2] == (f"layer {lens.agrees_from[t]}" if lens.agrees_from[t] else "embeddings")
+        assert agrees_from[t + 1][2] == (f"layer {LENS.agrees_from[t]}" if LENS.agrees_from[t] else "embeddings")
     early = expected < LAYERS
-    right = lens.agreement[expected, np.arange(TOKENS)][early].sum()
+    right = LENS.agreement[expected, np.arange(TOKENS)][early].sum()
     assert (f"At threshold 0.6, {early.sum()} of {TOKENS} tokens leave early, after {expected.mean():.1f} of {LAYERS} "
             f"layers on average; {right} of these {early.sum()} choices") in page
 
 
-def test_nothing_in_a_token_becomes_markup(lens):
-    page = sled.lens.page(lens)
+def test_nothing_in_a_token_becomes_markup():
+    page = sled.lens.page(LENS)
     read = Reader(page)
     assert page.lower().count("<script") == page.lower().count("</script") == len(read.scripts) == 2
     assert not [c for c in page if not c.isprintable() and c not in "\n"]
@@ -154,9 +147,9 @@ def test_nothing_in_a_token_becomes_markup(lens):
     assert {a["href"] for a in read.attributes("a")} <= {f"#at{t}" for t in range(TOKENS)}
     given = {key for _, attributes in read.elements for key in attributes}
     assert not given & {"src", "srcset", "action", "style"} and not [key for key in given if key.startswith("on")]
-    data = json.loads(read.scripts[0])
+    data = json.loads(read.scripts[0][2])
     assert set(data["names"]) == {show(name) for name in ODD}
-    assert "\ud800" not in sled.lens.page(lens, title="a\ud800") and sled.lens.page(lens, title="a\ud800").encode()
+    assert "\ud800" not in sled.lens.page(LENS, title="a\ud800") and sled.lens.page(LENS, title="a\ud800").encode()
 
 
 def test_a_lens_without_fusion_has_no_row_for_it():
@@ -165,50 +158,55 @@ def test_a_lens_without_fusion_has_no_row_for_it():
     assert "corrections" not in {attributes.get("id") for _, attributes in read.elements}
 
 
-def test_long_texts_show_their_last_part_and_say_so(lens, monkeypatch):
+def test_long_texts_show_their_last_part_and_say_so(monkeypatch):
     monkeypatch.setattr("sled.lens.html.CELLS", 10 * (LAYERS + 1) + 1)
-    page = sled.lens.page(lens)
+    page = sled.lens.page(LENS)
     assert "The last 10 positions are shown; positions 0 to 19 are left out" in page
     positions = lambda page: [cell[1]["id"] for cell in Reader(page).rows[0][1:]]  # noqa: E731
     assert positions(page) == [f"at{t}" for t in range(20, 30)]
-    assert positions(sled.lens.page(lens, first=3, count=4)) == ["at3", "at4", "at5", "at6"]
+    assert positions(sled.lens.page(LENS, first=3, count=4)) == ["at3", "at4", "at5", "at6"]
+    assert positions(sled.lens.page(LENS, first=TOKENS - 1, count=9)) == ["at29"]
     with pytest.raises(SettingError, match=r"count is 11, but a page holds 10 positions .* 5 layers; .*first"):
-        sled.lens.page(lens, count=11)
+        sled.lens.page(LENS, count=11)
 
 
-def test_pages_stay_small():
+def test_a_picture_or_page_too_large_is_not_made(monkeypatch, tmp_path):
+    monkeypatch.setattr("sled.lens.plot.CELL_WIDTH", 100)
+    with pytest.raises(SettingError, match=f"{TOKENS} positions"):
+        sled.lens.picture(LENS, tmp_path / "x.png")
     assert len(sled.lens.page(made(100, 32)).encode()) < 1_000_000
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (dict(threshold=1.5), "threshold is 1.5, but must be a number in"),
     (dict(layers=(2, 5)), "5 is no early exit of a model of 5 layers"), (dict(layers=0), "layers is 0"),
-    (dict(first=30), "first is 30"), (dict(count=0), "count is 0"), (dict(path="tests"), "cannot be written")])
-def test_bad_settings_are_named(lens, arguments, says):
+    (dict(first=30), "first is 30"), (dict(first=-1), "first is -1"), (dict(count=0), "count is 0"),
+    (dict(path="tests"), "cannot be written")])
+def test_bad_settings_are_named(arguments, says):
     with pytest.raises(SettingError, match=says):
-        sled.lens.page(lens, **arguments)
+        sled.lens.page(LENS, **arguments)
 
 
-def test_a_page_is_written_whole_or_not_at_all(lens, tmp_path, monkeypatch):
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "lens.html"
     path.write_text("before")
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(SettingError, match=r"lens\.html', which cannot be written \(No space left"):
-            sled.lens.page(lens, path)
+            sled.lens.page(LENS, path)
     assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
     (tmp_path / "link.html").symlink_to(path)
-    sled.lens.page(lens, tmp_path / "link.html")
-    assert path.read_text(encoding="utf-8") == sled.lens.page(lens) and len(list(tmp_path.iterdir())) == 2
-    assert sled.lens.page(lens, path) == path
+    sled.lens.page(LENS, tmp_path / "link.html")
+    assert path.read_text(encoding="utf-8") == sled.lens.page(LENS) and len(list(tmp_path.iterdir())) == 2
+    assert sled.lens.page(LENS, path) == path
 
 
-def test_the_command_writes_the_page(capsys, tmp_path):
+def test_the_command_writes_the_page(command, tmp_path):
     path = tmp_path / "new" / "lens.html"
-    assert cli.main(["lens", "Question: 2*3?\\n", "--html", str(path)]) == 0
-    assert f"page: {path}" in capsys.readouterr().out
+    code, out, _ = command("lens", "Question: 2*3?\\n", "--html", str(path))
     whole = len(Reader(path.read_text(encoding="utf-8")).rows[0])
-    assert cli.main(["lens", "Question: 2*3?\\n", "--html", str(path), "--last", "2"]) == 0
+    assert code == 0 and f"page: {path}" in out
+    assert command("lens", "Question: 2*3?\\n", "--html", str(path), "--last", "2")[0] == 0
     assert len(Reader(path.read_text(encoding="utf-8")).rows[0]) == 3 < whole
-    assert cli.main(["lens", "x", "--html", str(tmp_path)]) == 1
-    assert "--html" in capsys.readouterr().err
+    code, _, err = command("lens", "x", "--html", str(tmp_path))
+    assert code == 1 and "--html" in err

@@ -4,6 +4,8 @@ By default 80 problems with one exit; `--exhaustive` takes 200, every exit of th
 without the ending token (some ten minutes).
 """
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -21,14 +23,8 @@ def questions(demo):
 @pytest.fixture(scope="module")
 def plain(demo, questions):
     """`plain(fusion, count)`: what plain decoding with it says to so many, made once."""
-    made = {}
-
-    def say(fusion, count):
-        if (fusion, count) not in made:
-            made[fusion, count] = demo.generate(questions[:count], fusion=fusion, batch_size=8, **MOST).tokens
-        return made[fusion, count]
-
-    return say
+    return functools.cache(lambda fusion, count: demo.generate(
+        questions[:count], fusion=fusion, batch_size=8, **MOST).tokens)
 
 
 EVERY = [(200, layer, fusion, batch, ends) for layer in range(1, 8) for fusion in (sled.FinalLayer(), sled.SLED())

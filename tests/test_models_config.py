@@ -1,59 +1,54 @@
 """config.json: released files are accepted, with the published sizes; what is not understood is refused."""
 
+import dataclasses
 import json
 import math
+import subprocess
+import sys
+import time
+from unittest.mock import Mock
 
+import huggingface_hub
 import jax
 import pytest
 from flax import nnx
+from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 
-from sled.errors import ConfigError
-from sled.models import DecoderConfig, LinearScaling, Llama3Scaling, read_config
+from sled.errors import ConfigError, DownloadError
+from sled.models import DecoderConfig, LinearScaling, Llama3Scaling, fetch, read_config
 from sled.models.families.registry import format_config, parse_config
 from sled.models.huggingface import abstract
 
+USUAL = {  # of all the released files below, unless they say otherwise
+    "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "num_attention_heads": 32,
+    "num_hidden_layers": 32, "num_key_value_heads": 8, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_cache": True}
 LLAMA_31_8B = {
-    "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
-    "intermediate_size": 14336, "max_position_embeddings": 131072, "mlp_bias": False, "model_type": "llama",
-    "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "pretraining_tp": 1,
-    "rms_norm_eps": 1e-05,
+    **USUAL, "architectures": ["LlamaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 128000, "eos_token_id": 128001, "intermediate_size": 14336, "max_position_embeddings": 131072,
+    "mlp_bias": False, "model_type": "llama", "pretraining_tp": 1, "rms_norm_eps": 1e-05,
     "rope_scaling": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                      "original_max_position_embeddings": 8192, "rope_type": "llama3"},
-    "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.43.0.dev0", "use_cache": True, "vocab_size": 128256}
+    "rope_theta": 500000.0, "transformers_version": "4.43.0.dev0", "vocab_size": 128256}
 LLAMA_31_70B = {**LLAMA_31_8B, "hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64,
                 "num_hidden_layers": 80, "eos_token_id": [128001, 128008, 128009]}
 MISTRAL_7B = {
-    "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
-    "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mistral", "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.34.0.dev0", "use_cache": True, "vocab_size": 32000}
+    **USUAL, "architectures": ["MistralForCausalLM"], "bos_token_id": 1, "eos_token_id": 2,
+    "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral", "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0, "sliding_window": 4096, "transformers_version": "4.34.0.dev0", "vocab_size": 32000}
 QWEN25_7B = {
-    "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
-    "eos_token_id": 151643,
-    "hidden_act": "silu", "hidden_size": 3584, "initializer_range": 0.02, "intermediate_size": 18944,
-    "max_position_embeddings": 131072, "max_window_layers": 28, "model_type": "qwen2",
-    "num_attention_heads": 28,
-    "num_hidden_layers": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0,
-    "sliding_window": 131072, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "transformers_version": "4.40.1", "use_cache": True, "use_mrope": False, "use_sliding_window": False,
-    "vocab_size": 152064}
+    **USUAL, "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 151643,
+    "eos_token_id": 151643, "hidden_size": 3584, "intermediate_size": 18944, "max_position_embeddings": 131072,
+    "max_window_layers": 28, "model_type": "qwen2", "num_attention_heads": 28, "num_hidden_layers": 28,
+    "num_key_value_heads": 4, "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 131072,
+    "transformers_version": "4.40.1", "use_mrope": False, "use_sliding_window": False, "vocab_size": 152064}
 QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "bos_token_id": 151643,
-    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 12288, "max_position_embeddings": 40960, "max_window_layers": 36,
-    "model_type": "qwen3",
-    "num_attention_heads": 32, "num_hidden_layers": 36, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
-    "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936}
+    **USUAL, "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "bos_token_id": 151643, "eos_token_id": 151645, "head_dim": 128, "intermediate_size": 12288,
+    "max_position_embeddings": 40960, "max_window_layers": 36, "model_type": "qwen3", "num_hidden_layers": 36,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "transformers_version": "4.51.0", "use_sliding_window": False, "vocab_size": 151936}
 RELEASED = {"Llama-3.1-8B": (LLAMA_31_8B, 8_030_261_248), "Llama-3.1-70B": (LLAMA_31_70B, 70_553_706_496),
             "Mistral-7B-v0.1": (MISTRAL_7B, 7_241_732_096), "Qwen2.5-7B": (QWEN25_7B, 7_615_616_512),
             "Qwen3-8B": (QWEN3_8B, 8_190_735_360)}
@@ -101,12 +96,6 @@ def test_both_spellings_of_rotary_positions_mean_the_same(variants):
     without = {**LLAMA_31_8B, "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
                                                "high_freq_factor": 4}}
     assert parse_config(without).rope_scaling.original_positions == 131072
-
-
-def test_a_written_configuration_reads_back(variants):
-    for name, values in variants.items():
-        config = parse_config(values)
-        assert parse_config(format_config(config, "float32")) == config, name
 
 
 def test_generation_config_decides_about_token_ids(tmp_path, write_model):
@@ -158,6 +147,8 @@ def test_generation_config_decides_about_token_ids(tmp_path, write_model):
     ("qwen2-layer-types", {"layer_types": ["full_attention"]}, "config.json: 1 attention windows"),
     ("qwen2-layer-types", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention' is not supported"),
     ("qwen2-layer-types", {"use_sliding_window": False}, "no sliding window is in use"),
+    ("llama", {"rope_scaling": {**LLAMA_31_8B["rope_scaling"], "high_freq_factor": 1.0}},
+     "high_freq_factor 1.0 must be above low_freq_factor 1.0"),
 ])
 def test_what_is_not_understood_is_refused_by_name(variants, name, fields, says):
     with pytest.raises(ConfigError, match=says) as error:
@@ -165,10 +156,8 @@ def test_what_is_not_understood_is_refused_by_name(variants, name, fields, says)
     assert "config.json" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_llama3_scaling_needs_a_ramp():
-    scaling = {**LLAMA_31_8B["rope_scaling"], "high_freq_factor": 1.0}
-    with pytest.raises(ConfigError, match=r"high_freq_factor 1.0 must be above low_freq_factor 1.0"):
-        parse_config({**LLAMA_31_8B, "rope_scaling": scaling})
+SMALL = DecoderConfig(family="llama", vocab_size=8, width=8, mlp_width=8, num_layers=2, num_heads=2, num_kv_heads=1,
+                      head_dim=4, max_positions=8)
 
 
 @pytest.mark.parametrize("change, says", [
@@ -177,13 +166,16 @@ def test_llama3_scaling_needs_a_ramp():
     (dict(qk_norm=True), "qk_norm = True cannot be written"),
     (dict(windows=(3, None)), "windows = .* cannot be written as a llama"),
     (dict(family="qwen2", qkv_bias=True, windows=(3, 5)), "windows = .* cannot be written as a qwen2"),
+    # What no family can.
+    (dict(num_layers=0), "num_layers is 0"),
+    (dict(num_kv_heads=3), "cannot share 3"),
+    (dict(head_dim=7), "even number"),
+    (dict(windows=(None,)), "one per layer"),
+    (dict(windows=(0, None)), "window is 0"),
 ])
 def test_what_a_family_cannot_express_is_not_written(change, says):
-    fields = dict(family="llama", vocab_size=8, width=8, mlp_width=8, num_layers=2, num_heads=2,
-                  num_kv_heads=1,
-                  head_dim=4, max_positions=8)
     with pytest.raises(ConfigError, match=says):
-        format_config(DecoderConfig(**{**fields, **change}), "float32")
+        format_config(dataclasses.replace(SMALL, **change), "float32")
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
@@ -191,3 +183,60 @@ def test_a_damaged_config_json_is_named(tmp_path, text):
     (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=r"config.json .*fetch it again"):
         read_config(tmp_path)
+
+
+# Fetching from the hub: what is asked for, and what is said when it cannot be had. No network needed.
+
+WANTED = {"config.json", "generation_config.json", "model.safetensors", "model-00001-of-00004.safetensors",
+          "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"}
+
+
+def test_the_folder_is_returned_and_only_model_files_are_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_text("")
+    download = Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert fetch("owner/name", "v1") == tmp_path
+    (hub_id,), asked = download.call_args
+    assert hub_id == "owner/name" and asked["revision"] == "v1"
+    files = [*WANTED, "consolidated.safetensors", "pytorch_model.bin", "modeling.py"]
+    assert set(filter_repo_objects(files, allow_patterns=asked["allow_patterns"])) == WANTED
+
+
+def http(kind):
+    # Made without a response: its constructor differs between versions of huggingface_hub.
+    return kind.__new__(kind)
+
+
+@pytest.mark.parametrize("error, says", [
+    (http(errors.GatedRepoError),
+     "owner/name is gated; accept its terms on https://huggingface.co/owner/name"),
+    (http(errors.RepositoryNotFoundError), "owner/name is not on the hub, or private; check the spelling"),
+    (http(errors.RevisionNotFoundError), "owner/name has no revision 'v1'; see its branches"),
+    (errors.LocalEntryNotFoundError("gone"), "revision v1 is not in the local cache, .* go online"),
+    (OSError("disk full\nand more"),
+     r"owner/name at revision v1 could not be fetched \(disk full\); try again"),
+    (None, "owner/name at revision v1 has no safetensors, and pickles are not loaded; try"),
+])
+def test_failures_say_what_to_do(error, says, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=error, return_value=str(tmp_path)))
+    with pytest.raises(DownloadError, match=says) as raised:
+        fetch("owner/name", "v1")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_malformed_id_is_refused_by_the_real_client():
+    with pytest.raises(DownloadError, match="'a/b/c' is neither a folder nor a hub id"):
+        fetch("a/b/c")
+
+
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}])
+def test_without_a_network_the_real_client_fails_soon(environment, tmp_path):
+    """In a process of its own: huggingface_hub reads its environment once. Port 9 refuses connections."""
+    code = "from sled.models import fetch; fetch('nobody/nothing')"
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], env={"HF_HOME": str(tmp_path), "PATH": "",
+                                                             **environment},
+                          capture_output=True, text=True, timeout=60)
+    assert time.monotonic() - start < 30
+    assert "DownloadError: nobody/nothing is not in the local cache, and the hub is out of" in done.stderr

@@ -1,7 +1,8 @@
-"""The decoder's own promises: a cache changes nothing, nor does stacking, padding, or what comes later."""
+"""A cache changes nothing, nor stacking, padding, or what comes later; every family says what transformers says."""
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sled.errors import ConfigError
-from sled.models import Decoder, DecoderConfig, load_folder
+from sled.models import Decoder, load_folder
 from sled.train.objective.forward import exit_states
 
 TOKENS_BT = jnp.asarray(np.random.RandomState(2).randint(0, 48, (2, 20)))
@@ -26,28 +26,24 @@ def decoder(request, tiny_folder):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _run(graph, state, tokens_BT, positions_BT, caches):
+    """In two segments: layers join, whatever their windows."""
     model = nnx.merge(graph, state)
     h_BTD = model.embed(tokens_BT)
-    states, caches = model.run_layers(h_BTD, positions_BT, caches, 0, model.config.num_layers)
-    return jnp.stack([h_BTD, *states]), caches
+    lower, below = model.run_layers(h_BTD, positions_BT, caches and caches[:1], 0, 1)
+    upper, above = model.run_layers(lower[-1], positions_BT, caches and caches[1:], 1, model.config.num_layers)
+    return jnp.stack([h_BTD, *lower, *upper]), [*below, *above]
+
+
+def run(decoder, tokens_BT, positions_BT=None, caches=None):
+    """All hidden states, and the layers' K/V."""
+    counted = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return _run(*nnx.split(decoder), tokens_BT, counted if positions_BT is None else positions_BT, caches)
 
 
 @pytest.fixture(scope="module")
-def run(decoder):
-    """`run(tokens, positions=None, caches=None)`: all hidden states, and the layers' K/V."""
-    weights = nnx.split(decoder)
-
-    def call(tokens_BT, positions_BT=None, caches=None):
-        counted = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        return _run(*weights, tokens_BT, counted if positions_BT is None else positions_BT, caches)
-
-    return call
-
-
-@pytest.fixture(scope="module")
-def whole(run):
+def whole(decoder):
     """Every hidden state of the whole sequences, [L + 1, B, T, D]."""
-    return run(TOKENS_BT)[0]
+    return decoder.hidden_states(TOKENS_BT)
 
 
 def padded(caches):
@@ -55,44 +51,34 @@ def padded(caches):
     return [tuple(jnp.pad(x, ((0, 0), (0, 0), (0, SLOTS - x.shape[2]), (0, 0))) for x in kv) for kv in caches]
 
 
-def close(a, b):
-    np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)
+close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("block", [1, 2])
-def test_cached_decoding_gives_the_hidden_states_of_whole_sequences(run, whole, block):
-    states, caches = run(TOKENS_BT[:, :8])
+def test_cached_decoding_gives_the_hidden_states_of_whole_sequences(decoder, whole, block):
+    states, caches = run(decoder, TOKENS_BT[:, :8])
     close(states, whole[:, :, :8])
     caches = padded(caches)
     for t in range(8, 20, block):
         positions = jnp.broadcast_to(jnp.arange(t, t + block), (2, block))
-        states, caches = run(TOKENS_BT[:, t:t + block], positions, caches)
+        states, caches = run(decoder, TOKENS_BT[:, t:t + block], positions, caches)
         close(states, whole[:, :, t:t + block])
 
 
-def test_rows_may_stand_at_different_positions(run, whole):
+def test_rows_may_stand_at_different_positions(decoder, whole):
     """Row 0 goes on at 5, row 1 at 12; what the cache holds beyond must not matter."""
-    _, caches = run(TOKENS_BT)
+    _, caches = run(decoder, TOKENS_BT)
     at = jnp.array([[5, 6], [12, 13]])
-    states, _ = run(jnp.take_along_axis(TOKENS_BT, at, 1), at, padded(caches))
+    states, _ = run(decoder, jnp.take_along_axis(TOKENS_BT, at, 1), at, padded(caches))
     close(states, whole[:, jnp.arange(2)[:, None], at])
 
 
-def test_a_position_beyond_the_cache_writes_nothing(run):
+def test_a_position_beyond_the_cache_writes_nothing(decoder):
     """Nothing but the last slot, which belongs to no position."""
-    caches = padded(run(TOKENS_BT)[1])
-    _, after = run(TOKENS_BT[:, :1], jnp.array([[20], [SLOTS]]), caches)
+    caches = padded(run(decoder, TOKENS_BT)[1])
+    _, after = run(decoder, TOKENS_BT[:, :1], jnp.array([[20], [SLOTS]]), caches)
     for old, new in zip(jax.tree.leaves(caches), jax.tree.leaves(after), strict=True):
         assert (old[1, :, :-1] == new[1, :, :-1]).all() and (old[0] != new[0]).any()
-
-
-def test_segments_of_layers_join(tiny_folder):
-    decoder = load_folder(tiny_folder(CHOSEN[-1]))
-    positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
-    h0 = decoder.embed(TOKENS_BT)
-    lower, _ = decoder.run_layers(h0, positions, None, 0, 1)
-    upper, _ = decoder.run_layers(lower[-1], positions, None, 1, decoder.config.num_layers)
-    close(jnp.stack([h0, *lower, *upper]), decoder.hidden_states(TOKENS_BT))
 
 
 def test_the_stacked_form_equals_the_separate_one(decoder, whole):
@@ -106,45 +92,63 @@ def test_the_stacked_form_equals_the_separate_one(decoder, whole):
         np.testing.assert_array_equal(a, b)
 
 
-def test_padding_to_the_right_changes_nothing(run, whole):
-    close(run(TOKENS_BT[:, :8])[0], whole[:, :, :8])
-    close(run(TOKENS_BT.at[:, 8:].set(0))[0][:, :, :8], whole[:, :, :8])
+def test_padding_to_the_right_changes_nothing(decoder, whole):
+    close(run(decoder, TOKENS_BT.at[:, 8:].set(0))[0][:, :, :8], whole[:, :, :8])
 
 
-def test_nothing_depends_on_later_tokens(tiny_folder):
-    decoder = load_folder(tiny_folder(CHOSEN[-1]))
+@pytest.mark.parametrize("name, layers, at, first", [
+    (CHOSEN[-1], 3, 9, 0), ("mistral-window", 1, 15, 10)], ids=["causal", "window"])
+def test_a_position_depends_on_no_later_token_and_none_before_its_window(name, layers, at, first, tiny_folder):
+    decoder = load_folder(tiny_folder(name))
     positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
 
     def output(h_BTD):
-        states, _ = decoder.run_layers(h_BTD, positions, None, 0, decoder.config.num_layers)
-        return jnp.abs(decoder.logits(states[-1])[:, 9]).sum()
-
-    gradient = jax.jit(jax.grad(output))(decoder.embed(TOKENS_BT))
-    assert (gradient[:, 10:] == 0).all()
-    assert (gradient[:, 9] != 0).any()
-
-
-def test_a_window_ends_what_a_layer_sees(tiny_folder):
-    decoder = load_folder(tiny_folder("mistral-window"))
-    positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
-
-    def output(h_BTD):
-        return jnp.abs(decoder.run_layers(h_BTD, positions, None, 0, 1)[0][0][:, 15]).sum()
+        return jnp.abs(decoder.run_layers(h_BTD, positions, None, 0, layers)[0][-1][:, at]).sum()
 
     seen = (jax.jit(jax.grad(output))(decoder.embed(TOKENS_BT)) != 0).any(axis=(0, 2))
-    assert seen.tolist() == [15 - 6 < t <= 15 for t in range(20)]
+    assert seen.tolist() == [first <= t <= at for t in range(20)]
 
 
-@pytest.mark.parametrize("change, says", [
-    (dict(num_layers=0), "num_layers is 0"),
-    (dict(num_kv_heads=3), "cannot share 3"),
-    (dict(head_dim=7), "even number"),
-    (dict(windows=(None,)), "one per layer"),
-    (dict(windows=(0, None)), "window is 0"),
-])
-def test_impossible_configurations_are_refused(change, says):
-    fields = dict(family="llama", vocab_size=8, width=8, mlp_width=8, num_layers=2, num_heads=2,
-                  num_kv_heads=1,
-                  head_dim=4, max_positions=8)
-    with pytest.raises(ConfigError, match=says):
-        DecoderConfig(**{**fields, **change})
+# Against transformers, live and recorded.
+
+RECORDED = Path(__file__).parent / "fixtures" / "decoder_logits.npz"
+LONG_BT = np.random.RandomState(1).randint(0, 48, (2, 24))  # longer than every window
+POSITIONS = [0, 7, 23]  # whose logits, of row 1, are recorded
+
+
+@functools.cache
+def ours(folder):
+    """The hidden states (the last one normed) and logits for LONG_BT."""
+    decoder = load_folder(folder)
+    states = decoder.hidden_states(jnp.asarray(LONG_BT))
+    return [*states[:-1], decoder.normalise(states[-1])], np.asarray(decoder.logits(states[-1]))
+
+
+def theirs(folder, transformers):
+    """The same of transformers."""
+    import torch
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager",
+                                                              dtype=torch.float32).eval()
+    with torch.no_grad():
+        out = model(torch.tensor(LONG_BT), output_hidden_states=True, use_cache=False)
+    return [h.numpy() for h in out.hidden_states], out.logits.numpy()
+
+
+def record(tiny_folder, variants, transformers):
+    """Writes the recorded logits anew. Call it where a variant was added."""
+    np.savez_compressed(RECORDED, **{
+        name: theirs(tiny_folder(name), transformers)[1][1, POSITIONS] for name in variants})
+
+
+def test_logits_equal_the_recorded_ones(variant, tiny_folder):
+    with np.load(RECORDED) as recorded:
+        np.testing.assert_allclose(ours(tiny_folder(variant))[1][1, POSITIONS], recorded[variant], atol=1e-4, rtol=0)
+
+
+def test_every_hidden_state_equals_transformers(variant, tiny_folder, transformers):
+    (states, logits), (hidden, expected) = ours(tiny_folder(variant)), theirs(tiny_folder(variant), transformers)
+    for n, (h, other) in enumerate(zip(states, hidden, strict=True)):
+        np.testing.assert_allclose(h, other, atol=1e-4, rtol=0, err_msg=f"hidden state {n}")
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    assert np.abs(expected).max() > 1  # or the comparison says nothing

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from export_folders import random_decoder
-from tiny_lm import CAPACITY, PROMPTS, begin, caches_of, generate, tiny_lm
+from tiny_lm import CAPACITY, PROMPTS, check_caches, generate, tiny_lm
 
 import sled
 from sled.errors import SettingError
@@ -52,16 +52,12 @@ class Streak(Policy):
 OFTEN = Streak(2, threshold=0.05)
 
 
-@pytest.fixture(scope="module")
-def lm():
-    return tiny_lm()
-
-
 def test_it_leaves_by_its_own_rule_and_memory():
     out = generate(exits=OFTEN)
     left = [layers.count(2) for layers in out.exit_layers]
     assert any(left) and all(layers[:1] != [2] for layers in out.exit_layers)  # no streak of two at the first token
     assert generate(exits=OFTEN.with_threshold(1.0)).tokens == generate().tokens
+    check_caches(OFTEN)
 
 
 def test_neither_batch_mates_nor_the_schedule_change_a_row():
@@ -71,28 +67,17 @@ def test_neither_batch_mates_nor_the_schedule_change_a_row():
         assert (alone.tokens[0], alone.exit_layers[0]) == (together.tokens[i], together.exit_layers[i])
 
 
-def test_its_caches_are_those_of_a_full_forward_pass(lm):
-    model = lm.build(lm.params)
-    exact = jax.jit(lambda tokens: model.run_layers(model.embed(tokens), jnp.arange(CAPACITY)[None], None, 0, 4)[1])
-    run = begin(OFTEN, sled.FinalLayer())
-    run.advance()
-    for tokens, caches, through in caches_of(run):
-        expected = exact(np.pad(tokens, (0, CAPACITY - len(tokens)))[None])
-        for ours, theirs, known in zip(caches, expected, through, strict=True):
-            for x, y in zip(ours, theirs, strict=True):
-                np.testing.assert_allclose(x[:, :known], y[0, :, :known], atol=1e-5)
-
-
-def test_the_engine_serves_it_and_its_operator_sees_its_threshold(lm):
+def test_the_engine_serves_it_and_its_operator_sees_its_threshold():
     alone = generate(exits=OFTEN)
-    engine = sled.Engine(lm, slots=2, capacity=CAPACITY, exits=OFTEN, limits=sled.Limits(threshold_floor=0.05))
+    engine = sled.Engine(tiny_lm(), slots=2, capacity=CAPACITY, exits=OFTEN, limits=sled.Limits(threshold_floor=0.05))
     requests = [engine.submit(prompt, max_new_tokens=CAPACITY) for prompt in PROMPTS]
     assert [request.result().tokens for request in requests] == alone.tokens
     with pytest.raises(SettingError, match=r"Streak.threshold comes down to 0.01"):
         engine.submit(PROMPTS[0], exits=OFTEN.with_threshold(0.01))
 
 
-def test_it_is_tuned_and_calibrated(lm, tmp_path):
+def test_it_is_tuned_and_calibrated(tmp_path):
+    lm = tiny_lm()
     tuned = sled.tune(lm, PROMPTS, exits=OFTEN, rounds=1, max_new_tokens=4, progress=False)
     assert "Streak(layer=2" in tuned.table()
     record = sled.calibrate(lm, PROMPTS * 8, exits=OFTEN, delta=0.3, epsilon=0.1, grid=(1.0, 0.05), loss="exact",

@@ -1,0 +1,201 @@
+"""What is refused where a user gives it: settings, prompts, models, engines, calibrations; and what the error says."""
+
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from headed_models import bare, headed
+from tiny_lm import PROMPTS, talking_lm
+
+import sled
+from sled.errors import CalibrationError, CheckpointError, ConfigError, DownloadError, PromptError, SettingError
+from sled.fusion import SLED, ClampOnly, ConfidentDecoding, DoLa, LayerAverage, SharedHead
+from sled.lm import LM
+from sled.models import ExitHeads, from_pre_exit
+from sled.train.objective.exit_heads import partition
+
+W_VD = jnp.ones((6, 4))
+
+
+# The rules themselves are tested in test_checks.py: here stands a case for every setting that has one.
+@pytest.mark.parametrize(("kind", "wrong", "says"), [
+    (SLED, dict(rate=-1), "SLED.rate is -1, but must be a number in [0, inf); 0.5 to 3 is usual"),
+    (SLED, dict(scale=0), "SLED.scale is 0, but must be a whole number from 1 to 2147483647; 5, 10 or 20 is usual"),
+    (SLED, dict(steps=0), "SLED.steps is 0, but must be a whole number from 1 to 2147483647"),
+    (SLED, dict(temperature=0), "SLED.temperature is 0, but must be a number in (0, inf)"),
+    (SLED, dict(lower_bound=np.nan), "SLED.lower_bound is nan, but must be a number in [-inf, inf)"),
+    (SLED, dict(layers="low"), "SLED.layers is 'low', but must be None or 'all' or 'blocks' or a tuple"),
+    (SLED, dict(log_softmax="no"), "SLED.log_softmax is 'no', but must be True or False"),
+    (SLED, dict(norm_early=0), "SLED.norm_early is 0, but must be True or False"),
+    (ClampOnly, dict(scale=0), "ClampOnly.scale is 0"),
+    (ClampOnly, dict(log_softmax=1), "ClampOnly.log_softmax is 1, but must be True or False"),
+    (DoLa, dict(relative_top=0), "DoLa.relative_top is 0, but must be a number in (0, 1]; 0.1 is usual"),
+    (DoLa, dict(lower_bound="low"), "DoLa.lower_bound is 'low'"),
+    (DoLa, dict(layers="middle"), "DoLa.layers is 'middle', but must be 'low' or 'high' or a tuple"),
+    (ConfidentDecoding, dict(window=0), "ConfidentDecoding.window is 0, but must be a whole number of at least 1"),
+    (LayerAverage, dict(weights=(1.0, -1.0)), "LayerAverage.weights[1] is -1.0, but must be a number in [0, inf)"),
+    (LayerAverage, dict(weights=(0.0, 0.0)), "LayerAverage.weights is (0.0, 0.0), but must not be all 0"),
+    (LayerAverage, dict(weights=2.0), "LayerAverage.weights is 2.0, but must be a tuple of numbers"),
+    (SharedHead, dict(w_VD=W_VD, tile=0), "SharedHead.tile is 0, but must be a whole number of at least 1"),
+    (SharedHead, dict(w_VD=W_VD, shards=0), "SharedHead.shards is 0, but must be a whole number of at least 1"),
+    (SharedHead, dict(w_VD=W_VD, shards=4), "SharedHead.shards is 4, but does not divide the vocabulary of 6 rows; "),
+    (sled.EarlyExit, dict(layers=2, threshold=40.0), "EarlyExit.threshold is 40.0"),
+    (sled.EarlyExit, dict(layers=(1, 2), threshold=(0.5, 0.5, 0.5)), "EarlyExit.threshold has 3 numbers for 2 exits"),
+    (sled.EarlyExit, dict(layers=(1, 2), threshold=(0.5, 1.5)), "EarlyExit.threshold[1] is 1.5"),
+    (sled.EarlyExit, dict(layers=0), "EarlyExit.layers is 0"),
+    (sled.EarlyExit, dict(layers=()), "EarlyExit.layers is ()"),
+    (sled.EarlyExit, dict(layers=2, measure="hope"), "EarlyExit.measure is 'hope'"),
+    (sled.EarlyExit, dict(layers=2, measure="classifier"), "EarlyExit: measure=\"classifier\" and a trained"),
+    (sled.EarlyExit, dict(layers=2, measure="classifier", classifier=np.ones(3)), "EarlyExit.classifier is array"),
+    (sled.EarlyExit, dict(layers=2, kv="none"), "EarlyExit.kv is 'none'"),
+    (sled.EarlyExit, dict(layers=2, decay="fast"), "EarlyExit.decay is 'fast'"),
+    (sled.EarlyExit, dict(layers=2, max_deferred=0), "EarlyExit.max_deferred is 0"),
+    (sled.SelfSpeculation, dict(layer=2, draft=0), "SelfSpeculation.draft is 0"),
+    (sled.SelfSpeculation, dict(layer=2, draft=jnp.array([1, 2])), "SelfSpeculation.draft is an array, whose entries"),
+    (sled.SelfSpeculation, dict(layer=2, confidence=2), "SelfSpeculation.confidence is 2"),
+    (sled.SelfSpeculation, dict(layer=(1, 2)), "SelfSpeculation.layer is (1, 2)"),
+    (sled.SelfSpeculation, dict(layer=2, adaptive="yes"), "SelfSpeculation.adaptive is 'yes', but must be True or"),
+    (sled.SelfSpeculation, dict(layer=2, vocabulary="abc"), "SelfSpeculation.vocabulary is 'abc', but must be a list"),
+    (sled.SelfSpeculation, dict(layer=2, vocabulary=[0.5]), "SelfSpeculation.vocabulary is [0.5], but must be a list"),
+    (sled.SelfSpeculation, dict(layer=2, vocabulary=[]), "SelfSpeculation.vocabulary is [], but must be a list of tok"),
+    (sled.Gather, dict(rows=0), "Gather.rows is 0"),
+    (sled.Gather, dict(patience=-1), "Gather.patience is -1"),
+    (sled.Sampling, dict(temperature=-1), "Sampling.temperature is -1"),
+    (sled.Sampling, dict(top_p=0), "Sampling.top_p is 0"),
+    (sled.Sampling, dict(top_k=1.5), "Sampling.top_k is 1.5"),
+    (sled.Sampling, dict(min_p=2), "Sampling.min_p is 2"),
+    (sled.Sampling, dict(repetition_penalty=0), "Sampling.repetition_penalty is 0"),
+    (sled.Limits, dict(threshold_floor=40.0), "Limits.threshold_floor is 40.0"),
+    (sled.Limits, dict(min_layer=-1), "Limits.min_layer is -1"),
+    (sled.Limits, dict(budget=0), "Limits.budget is 0"),
+    (sled.Limits, dict(show_exits="no"), "Limits.show_exits is 'no', but must be True or False"),
+    (ExitHeads, dict(layers=()), "ExitHeads.layers is (), but must be layers of at least 1"),
+    (ExitHeads, dict(layers=(3, 1)), "ExitHeads.layers is (3, 1)"),
+    (ExitHeads, dict(layers=(1,), kind="lens"), "ExitHeads.kind is 'lens', which is unknown; choose one of projection"),
+    (ExitHeads, dict(layers=(1,), kind="projection"), "nothing of their own; leave the heads out"),
+    (ExitHeads, dict(layers=(1,), tied=0), "ExitHeads.tied is 0, but must be True or False"),
+], ids=lambda value: getattr(value, "__name__", None))
+def test_a_setting_out_of_range_is_refused_by_name(kind, wrong, says):
+    with pytest.raises(SettingError, match=re.escape(says)):
+        kind(**wrong)
+
+
+class Unregistered(sled.FinalLayer):
+    """A strategy that was not made a pytree."""
+
+
+def tune(lm, exits, **settings):
+    return sled.tune(lm, **{"prompts": PROMPTS, "exits": exits, "progress": False, **settings})
+
+
+def calibrate(lm, **settings):
+    return sled.calibrate(lm, **{
+        "prompts": PROMPTS * 8, "exits": sled.EarlyExit(1), "delta": 0.2, "epsilon": 0.1, "grid": (0.9,),
+        "max_new_tokens": 4, "batch_size": 4, "progress": False, **settings})
+
+
+def risk(text, reference):
+    return 0
+
+
+@pytest.mark.parametrize(("call", "error", "says"), [
+    (lambda lm: sled.load(""), SettingError, "source is ''"),
+    (lambda lm: sled.load("./nowhere"), CheckpointError, "nowhere"),
+    (lambda lm: sled.load("demo", dtype="int8"), SettingError, "int8"),
+    (lambda lm: sled.load("owner/no-such-model"), DownloadError, "owner/no-such-model"),
+    # Prompts and continuations.
+    (lambda lm: lm.generate(""), PromptError, "empty"),
+    (lambda lm: lm.generate([]), PromptError, "no prompt"),
+    (lambda lm: lm.generate(None), PromptError, "a prompt must be .* but None was given; of a generator"),
+    (lambda lm: lm.stream(text for text in "ab"), PromptError, r"give list\(\.\.\.\)"),
+    (lambda lm: lm.generate({"input_ids": [1]}), PromptError, "a tokenizer returned its input_ids"),
+    (lambda lm: lm.generate({"a", "b"}), PromptError, "must be a string"),
+    (lambda lm: lm.generate([1.5]), PromptError, "whole numbers"),
+    (lambda lm: lm.generate([[1, 2], [3, 10**6]]), PromptError, "1000000"),
+    (lambda lm: lm.generate([[1, -1]]), PromptError, "-1"),
+    (lambda lm: lm.generate([1] * 48), PromptError, "48"),
+    (lambda lm: lm.score(["a"], [3]), PromptError, "a continuation must be .* but 3 was"),
+    (lambda lm: lm.score("a", []), PromptError, "no"),
+    (lambda lm: lm.score(["a", "b"], ["c"]), PromptError, "2 prompts"),
+    (lambda lm: lm.score("a", [[1]]), PromptError, "both"),
+    (lambda lm: lm.score([1] * 40, [[1] * 20]), PromptError, "60"),
+    (lambda lm: lm.lens(["a", "b"]), PromptError, "one text, but 2"),
+    # How a text is made.
+    (lambda lm: lm.generate("a", stop=5), SettingError, "stop is 5.* leave it out"),
+    (lambda lm: lm.generate("a", stop=""), SettingError, "stop"),
+    (lambda lm: lm.generate("a", max_new_tokens=0), SettingError, "max_new_tokens"),
+    (lambda lm: lm.generate("a", batch_size=0), SettingError, "batch_size"),
+    (lambda lm: lm.generate("a", seed=-1), SettingError, "seed is -1"),
+    (lambda lm: lm.generate(["a", "b"], seed=2**32 - 1), SettingError, "from 0 to 4294967294"),
+    (lambda lm: lm.generate("a", fusion=SLED), SettingError, r"class 'sled.*SLED'>.* give a strategy.* sled\.SLED\(\)"),
+    (lambda lm: lm.generate("a", fusion=Unregistered()), SettingError, "that jax can trace"),
+    (lambda lm: lm.score("a", "b", fusion=DoLa), SettingError, "DoLa"),
+    (lambda lm: lm.lens("a", fusion=DoLa), SettingError, "DoLa"),
+    (lambda lm: lm.generate("a", exits=(2, 4)), SettingError, r"exits is \(2, 4\), which is no Policy; give sled.E"),
+    (lambda lm: lm.stream("a", schedule=3), SettingError, r"schedule is 3.* sled\.Gather"),
+    (lambda lm: lm.generate("a", sampling=0.7), SettingError, r"sampling is 0\.7.* sled\.Sampling"),
+    # What does not fit the model.
+    (lambda lm: lm.generate("a", exits=sled.EarlyExit((1, 4))), SettingError, "model of 4 layers"),
+    (lambda lm: lm.generate("a", exits=sled.SelfSpeculation(4)), SettingError, "model of 4 layers"),
+    (lambda lm: lm.generate("a", fusion=DoLa(layers=(99,))), SettingError, r"DoLa.layers is \(99,\), but 99 is no ear"),
+    (lambda lm: SLED(layers="blocks").early_layers(1, tied=False), SettingError, r'SLED\(layers="blocks"\) finds no'),
+    (lambda lm: DoLa().early_layers(3, tied=True), SettingError, 'finds none in a tied model of 3; use "high"'),
+    (lambda lm: lm.generate("a", fusion=LayerAverage((1.0, 2.0))), SettingError, "got 2 weights for 5 candidate layer"),
+    (lambda lm: LM(headed("projection, untied")).generate([7], exits=sled.EarlyExit(1), fusion=SLED()), SettingError,
+     r"SLED looks at layers \(0,\) at the exit after layer 1, whose head has a projection .* use FinalLayer"),
+    (lambda lm: bare().with_exit_heads(ExitHeads((3, 4))), ConfigError, r"layers \(3, 4\), but .* early exits 1 to 3"),
+    (lambda lm: partition(nnx.state(bare())), SettingError, "no exit heads, so there is nothing to tune"),
+    (lambda lm: from_pre_exit((1, 2)), SettingError, "pre-exit layer 1 reads the embeddings"),
+    (lambda lm: SLED.preset("unknown"), SettingError, "'unknown'. is unknown; the presets are official-code, paper"),
+    # Engines.
+    (lambda lm: sled.Engine(lm, slots=0), SettingError, "slots is 0"),
+    (lambda lm: sled.Engine(lm, capacity=0), SettingError, "capacity is 0"),
+    (lambda lm: sled.Engine(lm, capacity=49), SettingError, "capacity is 49.*2 to 48"),
+    (lambda lm: sled.Engine(lm, exits=sled.EarlyExit(4)), SettingError, "no early exit of a model of 4"),
+    (lambda lm: sled.Engine(lm, exits=sled.EarlyExit(4), limits=sled.Limits(constant_depth=True)), SettingError,
+     "no early exit of a model of 4"),
+    (lambda lm: sled.Engine(lm, limits=0.5), SettingError, "limits is 0.5"),
+    (lambda lm: sled.Engine(lm, schedule="gather"), SettingError, "schedule is 'gather'"),
+    (lambda lm: sled.Engine(lm, sampling=sled.Sampling(np.ones(8))), SettingError, "B is 1 here; a request is one row"),
+    # Tuning.
+    (lambda lm: tune(lm, []), SettingError, "exits is empty"),
+    (lambda lm: tune(lm, ["early"]), SettingError, "exits is 'early'"),
+    (lambda lm: tune(lm, sled.EarlyExit(4)), SettingError, "no early exit of a model of 4"),
+    (lambda lm: tune(lm, sled.EarlyExit(1), rounds=0), SettingError, "rounds is 0"),
+    (lambda lm: tune(lm, sled.EarlyExit(1), prompts=[]), PromptError, "no prompt"),
+    # Calibration.
+    (lambda lm: calibrate(lm, delta=0), SettingError, r"delta is 0, .* number in \(0, 1\)"),
+    (lambda lm: calibrate(lm, delta=1), SettingError, r"delta is 1, .* number in \(0, 1\)"),
+    (lambda lm: calibrate(lm, epsilon=0), SettingError, r"epsilon is 0, .* number in \(0, 1\)"),
+    (lambda lm: calibrate(lm, epsilon=1.0), SettingError, r"epsilon is 1\.0, .* number in \(0, 1\)"),
+    (lambda lm: calibrate(lm, grid=(0.9, 0.9)), SettingError, "grid has 0.9 after 0.9, but must descend"),
+    (lambda lm: calibrate(lm, grid=()), SettingError, "descending tuple"),
+    (lambda lm: calibrate(lm, grid=0.9), SettingError, "descending tuple"),
+    (lambda lm: calibrate(lm, grid="0.9"), SettingError, "descending tuple"),
+    (lambda lm: calibrate(lm, grid=(1.5, 0.9)), SettingError, r"grid\[0\] is 1.5"),
+    (lambda lm: calibrate(lm, grid=(0.9, -0.1)), SettingError, r"grid\[1\] is -0.1"),
+    (lambda lm: calibrate(lm, prompts=[]), PromptError, "no prompt"),
+    (lambda lm: calibrate(lm, prompts=PROMPTS), CalibrationError, "4 prompts show nothing .* give at least 11"),
+    (lambda lm: calibrate(lm, loss="bleu"), SettingError, "loss is 'bleu'"),
+    (lambda lm: calibrate(lm, loss=3), SettingError, "loss is 3"),
+    (lambda lm: calibrate(lm, loss=lambda early, full: 1.2), CalibrationError, "is 1.2 for prompt 0"),
+    (lambda lm: calibrate(lm, loss=lambda early, full: -0.1), CalibrationError, "is -0.1 for prompt 0"),
+    (lambda lm: calibrate(lm, loss=lambda early, full: None), CalibrationError, "is nan"),
+    (lambda lm: calibrate(lm, loss=lambda early, full: "a"), CalibrationError, "not a number"),
+    (lambda lm: calibrate(lm, references=5, risk=risk), SettingError, "references is 5, but must be a list"),
+    (lambda lm: calibrate(lm, references=[1], risk=risk), SettingError, "1 references were given for 32 prompts"),
+    (lambda lm: calibrate(lm, references=["r"]), SettingError, "references was given without risk"),
+    (lambda lm: calibrate(lm, risk=risk), SettingError, "risk was given without references"),
+    (lambda lm: calibrate(lm, loss="rouge", references=["r"], risk=risk), SettingError, "replaces the loss"),
+    (lambda lm: calibrate(lm, references=["r"], risk="f1"), SettingError, "risk must be a function"),
+    (lambda lm: calibrate(lm, exits=sled.SelfSpeculation(2)), SettingError, "SelfSpeculation, which has no threshold"),
+    (lambda lm: calibrate(lm, exits=sled.EarlyExit(4)), SettingError, "no early exit of a model of 4 layers"),
+    (lambda lm: calibrate(lm, exits=sled.EarlyExit(1, min_layer=np.zeros(32, int))), SettingError, "one value for all"),
+    (lambda lm: calibrate(lm, sampling=sled.Sampling(np.ones(32))), SettingError, "one value for all"),
+    (lambda lm: calibrate(lm, batch_size=0), SettingError, "batch_size is 0"),
+])
+def test_what_cannot_be_is_refused_and_says_why(call, error, says):
+    with pytest.raises(error, match=says):
+        call(talking_lm())
