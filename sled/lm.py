@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
 from flax import nnx
 from tqdm import tqdm
@@ -30,12 +31,14 @@ STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
 class Merge:
     """Builds the network from its parameters; equal graphs share compiled programs.
 
-    The hash is taken once: it walks the whole graph (milliseconds), and every jitted call asks for it.
+    Hash and outline are made once: both walk the whole graph (milliseconds), and every call of a user asks for them.
+    The outline's weights are zeros that take no memory: compiled programs keep what builds them.
     """
 
-    def __init__(self, graph: nnx.GraphDef):
+    def __init__(self, graph: nnx.GraphDef, params: nnx.State):
         self._graph = graph
         self._hash = hash(graph)
+        self.outline = self(jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params))
 
     def __call__(self, params):
         return nnx.merge(self._graph, params)
@@ -55,7 +58,7 @@ class LM:
         self.name = name
         self.text = text or Tokenizer(None, name)
         graph, self.params = nnx.split(model)
-        self.build = Merge(graph)
+        self.build = Merge(graph, self.params)
 
     def generate(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
                  schedule: Schedule | None = None, sampling: Sampling = GREEDY, max_new_tokens: int = NEW_TOKENS,

@@ -15,7 +15,6 @@ CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, nu
                        num_kv_heads=1, head_dim=8, max_positions=32, eos_ids=(5,))
 KINDS = {f"{kind}{'' if tied else ', untied'}": ExitHeads((1, 3), kind, tied) for kind, tied in (
     ("projection", False), ("norm", True), ("affine", True), ("affine", False), ("mlp", True), ("mlp", False))}
-FAST = {"xla_backend_optimization_level": 0}
 
 
 @functools.cache

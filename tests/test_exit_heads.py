@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from headed_models import CONFIG, FAST, KINDS, bare, headed, plain_logits
+from headed_models import CONFIG, KINDS, bare, headed, plain_logits
 from jax.sharding import PartitionSpec as P
 from scipy.special import softmax
 
@@ -61,7 +61,7 @@ def test_new_heads_change_no_logit_and_trained_ones_follow_their_definition(name
 
 # Decoding.
 
-full_pass = functools.cache(lambda: jax.jit(bare().hidden_states, compiler_options=FAST))
+full_pass = functools.cache(lambda: jax.jit(bare().hidden_states))
 
 
 def states_of(ids):

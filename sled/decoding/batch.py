@@ -36,7 +36,7 @@ class Batch:
         self._build, self._params, self._decoding = build, params, decoding
         self._timing = Timing(*map(np.int32, decoding.chosen_schedule.timing(decoding.exits.verifies)))
         self._stop_ids = np.array(stop_ids or (-1,), np.int32)
-        self._plan = state.Plan.of(decoding.exits, decoding.fusion, build(params))
+        self._plan = state.Plan.of(decoding.exits, decoding.fusion, build.outline)
 
     def stop(self, rows: list[int]) -> None:
         """End these rows where they are; the others do not notice."""

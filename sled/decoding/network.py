@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -62,6 +61,10 @@ class Network(Protocol):
         """What the exit after `layer` has of its own, or None where it shares norm and projection with the last."""
 
 
-# Rebuilds the network from its parameters inside a traced function. Hashable: equal builders share
-# compiled programs.
-Build = Callable[[Any], Network]
+class Build(Protocol):
+    """Rebuilds the network from its parameters inside a traced function. Hashable: equal builders share programs."""
+
+    outline: Network
+    """The network for what it is; its weights are not to be read."""
+
+    def __call__(self, params: Any) -> Network: ...

@@ -32,7 +32,7 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
     Yields (index of the pair, log-probability of each continuation token [m], most likely token at
     each place [m]) in an order of its own. Without `normalise` what the fusion gives takes the log-probability's place.
     """
-    plan = Plan.of(FullDepth(), fusion, build(params))
+    plan = Plan.of(FullDepth(), fusion, build.outline)
     of_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, _) in enumerate(pairs):
         of_prompt.setdefault(tuple(prompt), []).append(index)

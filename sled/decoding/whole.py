@@ -36,7 +36,7 @@ def generate(build: Build, params: Any, *, policy, timing: Timing, fusion, sampl
     `Generation` gives; B and S may be symbolic dimensions (`jax.export`).
     """
     room = tokens_BS.shape[1]
-    plan = state.Plan.of(policy, fusion, build(params))
+    plan = state.Plan.of(policy, fusion, build.outline)
     limit_B = jnp.minimum(length_B + jnp.minimum(new_B, room), jnp.minimum(room, max_positions))
     begun = state.empty_state(build, params, tokens_BS, length_B, limit_B, seeds_B,
                               policy.initial_memory(tokens_BS.shape[0]), plan=plan)
