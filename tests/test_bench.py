@@ -122,7 +122,7 @@ def test_the_loss_is_measured_in_every_form():
 # Decoding, exits, serving
 
 def test_decoding_is_measured_without_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     report = decode.run_decode_bench(new_tokens=2, rounds=1, config=TWO, batches=(1,))
     assert [row.way for row in report.rows] == ["greedy", "SLED"] and report.rows[0].over_greedy == 1
     assert all(row.first_call > 0 and row.transformers_over_this is None for row in report.rows)
@@ -133,7 +133,7 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
     def two_of_them(lm, questions, entries=exits.speculation_entries):
         return dict(itertools.islice(entries(lm, questions).items(), 2))
 
-    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(exits, "speculation_entries", two_of_them)  # each is a program to compile, and so is a schedule
     monkeypatch.setattr(exits, "SCHEDULES", {name: exits.SCHEDULES[name] for name in ("immediate", "lockstep",
                                                                                        "gather 2")})
