@@ -254,7 +254,8 @@ def other_config(**fields):
 
 @pytest.mark.parametrize("name, prepare, says", [
     ("llama", break_weights(lambda w: w.pop(NORM)), f"lacks 1 of 30 tensors: {NORM}; .* fetch them again"),
-    ("llama", other_config(num_hidden_layers=5), "lacks 18 of 48 tensors: .*, .*, .* and 15 more; .*asks for 5 layers, but 3 are"),
+    ("llama", other_config(num_hidden_layers=5),
+     r"lacks 18 of 48 tensors: .*, .*, .* and 15 more; config\.json asks for 5 layers, but 3 are stored"),
     ("llama", other_config(num_hidden_layers=2),
      r"holds 9 tensors .* not account for: model\.layers\.2\..* and 6 more"),
     ("llama", other_config(intermediate_size=41), r"has shape \(32, 40\), but .* asks for \(32, 41\); use"),
