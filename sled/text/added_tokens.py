@@ -7,7 +7,7 @@ another normaliser or splitter in its place.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +27,22 @@ def add_tokens_beside(tokenizer: Tokenizer, folder: Path) -> None:
     """
     config = _read(folder / "tokenizer_config.json")
     own = tokenizer.get_added_tokens_decoder()
+    whole = "added_tokens_decoder" in config
+    older = {} if whole else _read(folder / "special_tokens_map.json")
     try:
-        if "added_tokens_decoder" in config:
+        named, others, late = _special_tokens(config, older)
+        if whole:
             listed = {int(at): AddedToken(**token) for at, token in config["added_tokens_decoder"].items()}
-            special = dict(_special_tokens(config))
         else:
-            special = dict(_special_tokens({**config, **_read(folder / "special_tokens_map.json")}))
+            special = _by_text(map({**config, **older}.get, NAMED_TOKENS)) | others
             listed = {at: AddedToken(text, normalized=text not in special, special=text in special)
-                      for text, at in _read(folder / "added_tokens.json").items() if at not in own}
-        known = {repr(token) for token in own.values()}
-        tokens = {at: token for at, token in sorted(listed.items()) if repr(token) not in known}
-        there = {token.content for token in (*own.values(), *tokens.values())}
+                      for text, at in _read(folder / "added_tokens.json").items()} | own
+        tokens = dict(sorted(listed.items()))
         for token in tokens.values():
-            token.special = token.special or token.content in special
-        tokenizer.add_tokens([*tokens.values(), *(token for text, token in special.items() if text not in there)])
+            token.special = token.special or token.content in named
+        there = {token.content for token in (*own.values(), *tokens.values())}
+        tokenizer.add_tokens([*tokens.values(),
+                              *(token for text, token in (named | others | late).items() if text not in there)])
         tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as reason:
         raise TokenizerError(f"{folder}: the tokens beside tokenizer.json cannot be read ({reason}); fetch "
@@ -54,16 +56,29 @@ def add_tokens_beside(tokenizer: Tokenizer, folder: Path) -> None:
                                  "save_pretrained, or correct the file that names it")
 
 
-def _special_tokens(config: dict[str, Any]) -> Iterator[tuple[str, AddedToken]]:
-    """The special tokens of these settings, by their text: those with a role of their own, then the others."""
-    roles = [*NAMED_TOKENS, *(name for name in config if name.endswith("_token") and name not in NAMED_TOKENS)]
-    others = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
-    for one in (*map(config.get, roles), *(others.values() if isinstance(others, dict) else others)):
-        if isinstance(one, dict):
-            flags = {name: value for name, value in one.items() if name not in ("__type", "special")}
-            yield one["content"], AddedToken(**flags, special=True)
-        elif isinstance(one, str) and one:
-            yield one, AddedToken(one, special=True)
+def _special_tokens(config: dict[str, Any], older: dict[str, Any]) -> tuple[dict[str, AddedToken], ...]:
+    """The special tokens by their text: those with a role of their own, others, and others of `older` settings alone.
+    """
+    both = {**config, **older}
+    named = [*map(both.get, NAMED_TOKENS),
+             *(token for role, token in both.items() if role.endswith("_token") and role not in NAMED_TOKENS)]
+    more = [config[key] for key in ("extra_special_tokens", "additional_special_tokens") if config.get(key) is not None]
+    named += [token for tokens in more if isinstance(tokens, dict) for token in tokens.values()]
+    lists = [tokens for tokens in more if not isinstance(tokens, dict)]
+    others = next(filter(None, lists), [])
+    late = older.get("additional_special_tokens") or [] if not lists else []
+    return _by_text(named), _by_text(others), _by_text(late)
+
+
+def _by_text(tokens: Iterable[Any]) -> dict[str, AddedToken]:
+    found = {}
+    for token in tokens:
+        if isinstance(token, dict):
+            flags = {name: value for name, value in token.items() if name not in ("__type", "special")}
+            found[token["content"]] = AddedToken(**flags, special=True)
+        elif isinstance(token, str) and token:
+            found[token] = AddedToken(token, special=True)
+    return found
 
 
 def _read(path: Path) -> dict[str, Any]:
