@@ -22,9 +22,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*:UserWarning:(?!sled)")  # of 
 
 @pytest.fixture(scope="module")
 def theirs():
-    """torch and transformers."""
-    return tuple(pytest.importorskip(name, reason=f"{name} is not installed: pip install sled-jax[parity]")
-                 for name in ("torch", "transformers"))
+    """torch, on one thread, since for models this small more only wait for one another, and transformers."""
+    torch, transformers = (pytest.importorskip(name, reason=f"{name} is not installed: pip install sled-jax[parity]")
+                           for name in ("torch", "transformers"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch, transformers
+    torch.set_num_threads(threads)
 
 
 def made_by_transformers(theirs, folder, values):
