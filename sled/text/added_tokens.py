@@ -22,7 +22,8 @@ NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token",
 def add_tokens_beside(tokenizer: Tokenizer, folder: Path) -> None:
     """Adds what `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` have besides.
 
-    The last two count only where the first has no `added_tokens_decoder`, as in transformers.
+    The last two count only where the first has no `added_tokens_decoder`. This, and which flags win where several files
+    name a token, follows transformers 5 (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend`).
     Raises TokenizerError for files that cannot be read, and for a token that would not get the id that they give it.
     """
     config = _read(folder / "tokenizer_config.json")
@@ -31,18 +32,21 @@ def add_tokens_beside(tokenizer: Tokenizer, folder: Path) -> None:
     older = {} if whole else _read(folder / "special_tokens_map.json")
     try:
         named, others, late = _special_tokens(config, older)
+        roles = _by_text(named)
         if whole:
             listed = {int(at): AddedToken(**token) for at, token in config["added_tokens_decoder"].items()}
         else:
-            special = _by_text(map({**config, **older}.get, NAMED_TOKENS)) | others
+            # Not roles with a "__type": transformers looks these up before it has made tokens of them.
+            texts = [token for token in map({**config, **older}.get, NAMED_TOKENS) if "__type" not in (token or ())]
+            special = _by_text([*texts, *others])
             listed = {at: AddedToken(text, normalized=text not in special, special=text in special)
                       for text, at in _read(folder / "added_tokens.json").items()} | own
         tokens = dict(sorted(listed.items()))
         for token in tokens.values():
-            token.special = token.special or token.content in named
+            token.special = token.special or token.content in roles
         there = {token.content for token in (*own.values(), *tokens.values())}
-        tokenizer.add_tokens([*tokens.values(),
-                              *(token for text, token in (named | others | late).items() if text not in there)])
+        more = _by_text({repr(token): token for token in (*named, *others, *late)}.values())
+        tokenizer.add_tokens([*tokens.values(), *(token for text, token in more.items() if text not in there)])
         tokenizer.encode_special_tokens = bool(config.get("split_special_tokens", False))
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as reason:
         raise TokenizerError(f"{folder}: the tokens beside tokenizer.json cannot be read ({reason}); fetch "
@@ -56,21 +60,22 @@ def add_tokens_beside(tokenizer: Tokenizer, folder: Path) -> None:
                                  "save_pretrained, or correct the file that names it")
 
 
-def _special_tokens(config: dict[str, Any], older: dict[str, Any]) -> tuple[dict[str, AddedToken], ...]:
-    """The special tokens by their text: those with a role of their own, others, and others of `older` settings alone.
-    """
+def _special_tokens(config: dict[str, Any], older: dict[str, Any]) -> tuple[list[Any], ...]:
+    """The special tokens: those with a role of their own, others, and others that only the `older` settings have."""
     both = {**config, **older}
     named = [*map(both.get, NAMED_TOKENS),
              *(token for role, token in both.items() if role.endswith("_token") and role not in NAMED_TOKENS)]
-    more = [config[key] for key in ("extra_special_tokens", "additional_special_tokens") if config.get(key) is not None]
-    named += [token for tokens in more if isinstance(tokens, dict) for token in tokens.values()]
-    lists = [tokens for tokens in more if not isinstance(tokens, dict)]
-    others = next(filter(None, lists), [])
-    late = older.get("additional_special_tokens") or [] if not lists else []
-    return _by_text(named), _by_text(others), _by_text(late)
+    first, second = (one.get("additional_special_tokens") for one in (config, older))
+    new = config.get("extra_special_tokens")
+    if isinstance(new, dict):
+        return [*named, *new.values()], second or first or [], []
+    if new is None and first is None:
+        return named, [], second or []
+    return named, new or first or [], []
 
 
 def _by_text(tokens: Iterable[Any]) -> dict[str, AddedToken]:
+    """Of tokens with the same text the last one counts."""
     found = {}
     for token in tokens:
         if isinstance(token, dict):
