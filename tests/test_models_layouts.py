@@ -149,6 +149,14 @@ def test_no_number_is_taken_that_cannot_be_computed_with(name, values, variants)
         assert len(str(error.value)) < 1000
 
 
+@pytest.mark.parametrize("name, value", [
+    ("rope_theta", 10**30), ("rope_theta", 3 * 10**38), ("rope_theta", 1), ("rms_norm_eps", 10**30),
+    ("rms_norm_eps", 0), ("max_position_embeddings", 2**31 - 1)])
+def test_numbers_at_the_edge_are_computed_with(name, value, tmp_path, write_model):
+    lm = sled.load(given(write_model(tmp_path, "llama"), **{name: value}))
+    assert np.isfinite(lm.score([1, 2], [3]).totals).all()
+
+
 def test_as_many_layers_as_there_may_be_are_compared_without_being_built(tmp_path, write_model):
     folder = write_model(tmp_path, "llama")
     with pytest.raises(CheckpointError, match=f"config.json asks for {MOST_LAYERS} layers, but 3 are stored"):

@@ -74,6 +74,12 @@ def test_a_published_model_gives_the_tokens_of_transformers(name, theirs, tmp_pa
     assert decoder.config.eos_ids == tuple(ends if isinstance(ends, list) else [ends])
 
 
+def test_published_files_of_full_size_are_understood():
+    for name, values in PUBLISHED.items():
+        with passing_over(PASSED_OVER.get(name)):
+            parse_config(whole(values))
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_published_model_is_refused_for_the_field_that_matters(name):
     values, says = REFUSED[name]

@@ -200,7 +200,7 @@ def read_shape(f: Fields, *, max_positions: int, kv_heads: int | None = None, he
         num_kv_heads=heads if given_kv is None else given_kv,
         head_dim=width // heads if given_dim is None else given_dim,
         max_positions=positions,
-        norm_eps=f.take("rms_norm_eps", float, 1e-6),
+        norm_eps=float(f.take("rms_norm_eps", float, 1e-6)),
         tied_head=f.take("tie_word_embeddings", bool, False),
         bos_id=bos_ids[0] if bos_ids else None,
         eos_ids=f.take_ids("eos_token_id", vocabulary, eos),
@@ -308,6 +308,6 @@ def check_layer_kinds(f: Fields, windows: tuple[int | None, ...], why: str) -> N
 
 def _positive(f: Fields, name: str, default=REQUIRED) -> float:
     value = f.take(name, float, default)
-    if value <= 0:
+    if not value > 0:
         raise ConfigError(f"{f.source}: '{name}' is {value!r}, but it must be above 0; correct the file")
-    return value
+    return float(value)
