@@ -60,8 +60,6 @@ ONE_VALUE: Mapping[str, tuple] = {
     "transformers_weights": (None,),
 }
 ROPE_ONE_VALUE: Mapping[str, tuple] = {
-    "_heterogeneity_spec": (None,),
-    "_rope_type_labels": (None,),
     "partial_rotary_factor": (1, None),
     "full_attention": (None,),  # positions of their own for each kind of layer
     "sliding_attention": (None,),
