@@ -11,6 +11,8 @@ import dataclasses
 from sled.errors import ConfigError, SettingError
 
 HEAD_KINDS = ("projection", "norm", "affine", "mlp")
+MOST = 2**31 - 1  # of every count: positions and token ids are int32
+MOST_LAYERS = 10_000  # the deepest models published have hundreds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,13 +124,18 @@ class DecoderConfig:
     def __post_init__(self):
         for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads",
                      "head_dim", "max_positions"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} is {value!r}, but it must be a whole number of at least 1")
+            value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else MOST
+            if not isinstance(value, int) or not 1 <= value <= most:
+                raise ConfigError(f"{name} is {value!r}, but it must be a whole number from 1 to {most:,}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly; "
                 "num_heads must be a multiple of num_kv_heads")
+        if self.num_heads * self.head_dim > MOST:
+            raise ConfigError(f"{self.num_heads} heads of {self.head_dim} are wider than {MOST:,}, as no model is; "
+                              "correct num_heads or head_dim")
+        if not self.norm_eps >= 0:
+            raise ConfigError(f"norm_eps is {self.norm_eps!r}, but it must be at least 0")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even number")
         if not self.windows:

@@ -44,8 +44,9 @@ def load_folder(path: str | Path, *, dtype=None) -> Decoder:
     """The model in a Hugging Face folder, separate form, on the default device.
 
     `dtype` None keeps every weight as it is stored. Reads `config.json`, `generation_config.json`
-    (token ids only) and safetensors, one file or sharded. A tied checkpoint may also store its
-    head, if equal; rotary buffers of old checkpoints are passed over.
+    (token ids only) and safetensors, one file or sharded. Layouts that mean the same are read alike: names with
+    `model.` or without, as a base model saved alone has them; a tied head under its own name, the table's, or both, if
+    equal; float64, read as float32. Rotary buffers of old checkpoints are passed over.
 
     Raises ConfigError for the configuration and CheckpointError for the weights: missing, surplus,
     misshaped, of an unsupported type, damaged, or not finite.

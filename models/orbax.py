@@ -23,7 +23,7 @@ from sled.models.decoder import Decoder
 from sled.models.families.registry import format_config, read_config
 from sled.models.huggingface import write_form
 from sled.models.layers import Block
-from sled.models.stored import abstract, check_tensors, progress
+from sled.models.stored import abstract, check_tensors, parameter_shapes, progress
 
 WEIGHTS = "weights"
 TYPES = ("float32", "bfloat16", "float16")
@@ -70,11 +70,13 @@ def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
     if not is_orbax(folder):
         raise CheckpointError(f"{folder} has no config.json with a folder {WEIGHTS} beside it; give one that "
                               "sled export --form orbax wrote")
-    graph, state = nnx.split(abstract(read_config(folder)))
-    wanted = nnx.to_pure_dict(state)
+    config = read_config(folder)
+    shapes = {"/".join(map(str, path)): shape for path, shape in parameter_shapes(config).items()}
     kinds = _named(_read(folder, lambda: ocp.metadata(folder / WEIGHTS).metadata or _unreadable()))
     check_tensors(folder, {name: (tuple(kind.shape), str(kind.dtype)) for name, kind in kinds.items()},
-                  {name: leaf.shape for name, leaf in _named(wanted).items()}, TYPES)
+                  shapes, TYPES)
+    graph, state = nnx.split(abstract(config))
+    wanted = nnx.to_pure_dict(state)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree_util.tree_map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[_name(path)].dtype, sharding=here), wanted)

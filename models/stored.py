@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -20,14 +21,17 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from sled.errors import CheckpointError
+from sled.io import read_object
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
+from sled.models.families.family import BASE
 from sled.models.families.registry import config_file, family_of, read_config
 from sled.models.layers import Block
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "exit_heads.safetensors"
-STORED_TYPES = {"F32": 4, "BF16": 2, "F16": 2}  # bytes each
+STORED_TYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}  # bytes each
+QUANTISED = ("qweight", "qzeros", "scales", "weight_scale", "weight_scale_inv", "weight_packed", "absmax", "SCB")
 PROGRESS_FROM = 1_000_000_000  # bytes: below, a bar would only flicker
 
 
@@ -49,11 +53,13 @@ class StoredWeights:
     def read(self, path: tuple, dtype=None, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
         """The parameter at `path` as it is stored (see `stored_order`), or the part of it that `index` selects.
 
-        Only that part is read. `dtype` None keeps the stored type. Raises CheckpointError where values are not
-        finite, or too large for `dtype`, or a tied checkpoint's second head differs.
+        Only that part is read. `dtype` None keeps the stored type, float32 for float64. Raises CheckpointError where
+        values are not finite, or too large for the type, or a tied checkpoint's second head differs.
         """
         name = self.names[path]
         weight = self._files[name].get_slice(name)[index]
+        if dtype is None and weight.dtype == np.float64:
+            dtype = np.float32
         if self._twin and path == ("embedding", "weight"):
             if not np.array_equal(weight, self._files[self._twin].get_slice(self._twin)[index]):
                 raise CheckpointError(
@@ -68,18 +74,21 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
     folder = Path(path)
     files = _weight_files(folder)
     config = read_config(folder)
-    family = family_of(config)
     if config.exit_heads is not None:
         files = [*files, folder / HEADS]
-    parameters = {at: leaf for at, leaf in nnx.to_flat_state(nnx.state(abstract(config)))}
-    names = {at: tensor_name(config, at) for at in parameters}
-    shapes = {names[at]: leaf.shape[::stored_order(at)] for at, leaf in parameters.items()}
+    parameters = parameter_shapes(config)
     with contextlib.ExitStack() as stack:
         stored = _open(files, stack)
-        head = family.tensor_name(("head", "weight"))
+        names = {at: tensor_name(config, at) for at in parameters}
+        if not any(name.startswith(BASE) for name in stored):
+            names = {at: name.removeprefix(BASE) for at, name in names.items()}
+        table, head = ("embedding", "weight"), family_of(config).tensor_name(("head", "weight"))
         twin = head if config.tied_head and head in stored else None
+        if twin and names[table] not in stored:  # one of the two that are tied is enough
+            names[table], twin = twin, None
+        shapes = {names[at]: shape[::stored_order(at)] for at, shape in parameters.items()}
         if twin:
-            shapes[twin] = (config.vocab_size, config.width)
+            shapes[twin] = parameters[table]
         headers = {name: file.get_slice(name) for name, file in stored.items()}
         found = {name: (tuple(header.get_shape()), header.get_dtype()) for name, header in headers.items()}
         check_tensors(folder, found, shapes, STORED_TYPES)
@@ -97,6 +106,17 @@ def tensor_name(config: DecoderConfig, path: tuple) -> str:
 def stored_order(path: tuple) -> int:
     """1, or -1 for a parameter stored the other way round: a layer's matrices are [out, in] in checkpoints."""
     return -1 if "layers" in path and path[-1] == "weight" else 1
+
+
+def parameter_shapes(config: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
+    """The shape of every parameter (separate form) by its path. Makes no layer but one, however many there are to be.
+    """
+    shapes = _one_layer(config)
+    found = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(_assembled(config, shapes, shapes.layers))):
+        paths = [("layers", i, *path[2:]) for i in range(config.num_layers)] if path[0] == "layers" else [path]
+        found |= dict.fromkeys(paths, leaf.shape)
+    return found
 
 
 def abstract(config: DecoderConfig) -> Decoder:
@@ -137,19 +157,18 @@ def _weight_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder; give a folder with config.json and {SINGLE}")
     config_file(folder)
-    if (folder / SINGLE).exists():
+    if os.path.lexists(folder / SINGLE):
         return [folder / SINGLE]
-    if (folder / INDEX).exists():
-        try:
-            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-            shards = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{folder / INDEX} is damaged ({error!r}); fetch it again") from None
+    if os.path.lexists(folder / INDEX):
+        where = read_object(folder / INDEX, CheckpointError).get("weight_map")
+        shards = list(where.values()) if isinstance(where, dict) else []
+        if not shards or not all(isinstance(shard, str) for shard in shards):
+            raise CheckpointError(f"{folder / INDEX} is damaged (its weight_map names no files); fetch it again")
         for shard in shards:
-            if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).exists():
+            if Path(shard).name != shard or not os.path.lexists(folder / shard):
                 raise CheckpointError(f"{folder}: {INDEX} names the shard {shard!r}, which is not in the "
                                       "folder; fetch it again")
-        return [folder / shard for shard in shards]
+        return [folder / shard for shard in sorted(set(shards))]
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt*")):
         raise CheckpointError(f"{folder} holds only PyTorch pickles, which can run code and are not loaded; "
                               "convert it with transformers' save_pretrained, which writes safetensors")
@@ -160,6 +179,8 @@ def _open(files: list[Path], stack: contextlib.ExitStack) -> dict:
     """Every stored tensor's name, with the open file that holds it."""
     stored = {}
     for file in files:
+        if not file.is_file():  # opening a pipe would wait for a writer, beyond interruption
+            raise CheckpointError(f"{file} is no regular file; fetch it again")
         try:
             opened = stack.enter_context(safe_open(file, framework="numpy"))
         except (SafetensorError, OSError) as error:
@@ -174,15 +195,13 @@ def check_tensors(folder: Path, found: Mapping[str, tuple[tuple[int, ...], str]]
 
     found: shape and type of each stored tensor.
     """
-    def some(names):
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-    if missing := [name for name in wanted if name not in found]:
-        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(wanted)} tensors: {some(missing)}; the "
-                              "files are incomplete or config.json is another model's: fetch them again")
-    if surplus := sorted(set(found) - set(wanted)):
-        raise CheckpointError(f"{folder} holds {len(surplus)} tensors that config.json does not account for: "
-                              f"{some(surplus)}; correct config.json or remove them")
+    missing = [name for name in wanted if name not in found]
+    surplus = sorted(set(found) - set(wanted))
+    wrong = [f"lacks {len(missing)} of {len(wanted)} tensors: {_some(missing)}"] if missing else []
+    if surplus:
+        wrong.append(f"holds {len(surplus)} tensors that config.json does not account for: {_some(surplus)}")
+    if wrong:
+        raise CheckpointError(f"{folder} {' and '.join(wrong)}; {_remedy(missing, surplus, found, wanted)}")
     for name, shape in wanted.items():
         stored, kind = found[name]
         if stored != shape:
@@ -191,6 +210,34 @@ def check_tensors(folder: Path, found: Mapping[str, tuple[tuple[int, ...], str]]
         if kind not in types:
             raise CheckpointError(f"{folder}: {name} is stored as {kind}, but only {', '.join(types)} "
                                   "are read; use the checkpoint before quantisation")
+
+
+def _remedy(missing: list[str], surplus: list[str], found: Collection[str], wanted: Collection[str]) -> str:
+    """What is wrong where tensors of other names are stored than those that are wanted, and what to do."""
+    asked, held = _layers(wanted), _layers(found)
+    if any(name.rpartition(".")[2] in QUANTISED for name in surplus):
+        return "they are quantised: use the checkpoint before quantisation"
+    if len(missing) == len(wanted):
+        return "they are another kind of model's, or an adapter's: use the folder of a whole model"
+    if asked != held:
+        return (f"config.json asks for {asked} layers, but {held} are stored: use the config.json of these weights, or "
+                "fetch them again")
+    if len(missing) == 1 and missing[0].endswith("lm_head.weight"):
+        return ("the base model was saved without its head: save the model for causal language modelling, or set "
+                "tie_word_embeddings to true in config.json if its head is the embeddings")
+    if missing:
+        return "the files are incomplete or config.json is another model's: fetch them again"
+    return "correct config.json or remove them"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _layers(names: Collection[str]) -> int:
+    """How many layers the tensors of these names are of."""
+    found = (re.search(r"\blayers[./](\d+)[./]", name) for name in names)
+    return len({match[1] for match in found if match})
 
 
 def finite(source, name: str, weight: np.ndarray, dtype) -> np.ndarray:
@@ -203,8 +250,9 @@ def finite(source, name: str, weight: np.ndarray, dtype) -> np.ndarray:
     with np.errstate(over="ignore"):
         cast = weight.astype(dtype)
     if not np.isfinite(cast).all():
+        remedy = "use bfloat16 or float32" if cast.dtype == np.float16 else "the model is damaged: fetch it again"
         raise CheckpointError(f"{source}: {name} has values up to {np.abs(weight).max():.3g}, too large for "
-                              f"{cast.dtype.name}; use bfloat16 or float32")
+                              f"{cast.dtype.name}; {remedy}")
     return cast
 
 

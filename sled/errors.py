@@ -56,3 +56,7 @@ class CalibrationError(SledError, ValueError):
 
 class RequestError(SledError):
     """A request is beyond what the operator allows, or failed while it was served."""
+
+
+class CheckpointWarning(UserWarning):
+    """A model's folder holds what its family does not know, so that it cannot matter: it was passed over."""

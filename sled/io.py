@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from sled.errors import CheckpointError, SettingError
+from sled.errors import CheckpointError, SettingError, SledError
+
+MOST_NESTED = 64  # lists and objects within one another in a JSON file; models' files have fewer than ten
 
 
 def writable(name: str, path: Path) -> Path:
@@ -139,6 +141,37 @@ def replace_text(name: str, path: Path, text: str) -> Path:
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON for people to read, indented. A number that is not finite is an error (see `json_numbers`)."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def read_text(path: Path, error: type[SledError]) -> str:
+    """The text of a file. Raises `error` where it is no UTF-8, or no regular file: opening a pipe would never end."""
+    if not path.is_file():
+        what = "a folder, a pipe or a device" if os.path.lexists(path) else "not there"
+        raise error(f"{path} is {what}, where a file is needed; fetch it again")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as reason:
+        raise error(f"{path} cannot be read as UTF-8 text ({reason}); fetch it again") from None
+
+
+def read_object(path: Path, error: type[SledError]) -> dict[str, Any]:
+    """The object in a JSON file. Raises `error` for everything else that a file may hold."""
+    text = read_text(path, error)
+    try:
+        value = json.loads(text)
+        deep = _deeper(value, MOST_NESTED)
+    except (ValueError, RecursionError) as reason:
+        raise error(f"{path} cannot be read as JSON ({reason}); fetch it again") from None
+    if deep or not isinstance(value, dict):
+        what = f"values nested more than {MOST_NESTED} deep" if deep else f"a {type(value).__name__}, not a JSON object"
+        raise error(f"{path} holds {what}; fetch it again")
+    return value
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested more than `levels` deep: even printing such a value can fail."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels < 0 or any(_deeper(one, levels - 1) for one in inner)
 
 
 def json_digest(value: Any) -> str:

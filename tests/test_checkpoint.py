@@ -229,11 +229,12 @@ def other_config(**fields):
 
 @pytest.mark.parametrize("name, prepare, says", [
     ("llama", put(NORM, None), f"lacks 1 of 30 tensors: {NORM}; .* fetch them again"),
-    ("llama", other_config(num_hidden_layers=5), "lacks 18 of 48 tensors: .*, .*, .* and 15 more; "),
+    ("llama", other_config(num_hidden_layers=5),
+     r"lacks 18 of 48 tensors: .*, .*, .* and 15 more; config\.json asks for 5 layers, but 3 are stored"),
     ("llama", other_config(num_hidden_layers=2),
      r"holds 9 tensors .* not account for: model\.layers\.2\..* and 6 more"),
     ("llama", other_config(intermediate_size=41), r"has shape \(32, 40\), but .* asks for \(32, 41\); use"),
-    ("llama", put(NORM, lambda a: a.astype(np.int8)), "is stored as I8, but only F32, BF16, F16 are read"),
+    ("llama", put(NORM, lambda a: a.astype(np.int8)), "is stored as I8, but only F32, BF16, F16, F64 are read"),
     ("llama", put(NORM, first_not_finite(np.nan)),
      f"{NORM} holds values that are not finite; .*fetch it again"),
     ("llama", put(EMBED, first_not_finite(np.inf)), f"{EMBED} holds values that are not finite"),

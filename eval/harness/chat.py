@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from sled.errors import EvaluationError, TokenizerError
+from sled.io import read_object, read_text
+from sled.text.added_tokens import NAMED_TOKENS
 
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CONTINUE = "<<the message goes on here>> "  # the blank tells whether a template strips the end of a message
 
 
@@ -40,7 +41,7 @@ class TokenizerSettings:
         tokens = {name: config[name]["content"] if isinstance(config[name], dict) else config[name]
                   for name in NAMED_TOKENS if config.get(name)}
         own = folder / "chat_template.jinja"
-        template = own.read_text(encoding="utf-8") if own.is_file() else config.get("chat_template")
+        template = read_text(own, TokenizerError) if own.exists() else config.get("chat_template")
         if isinstance(template, list):  # folders of older models keep several under names
             by_name = {entry["name"]: entry["template"] for entry in template}
             if "default" not in by_name:
@@ -51,13 +52,7 @@ class TokenizerSettings:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as reason:
-        raise TokenizerError(f"{path} is no complete JSON ({reason}); fetch it again") from reason
-    if not isinstance(found, dict):
-        raise TokenizerError(f"{path} holds no JSON object; fetch it again")
-    return found
+    return read_object(path, TokenizerError) if path.exists() else {}
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str], *,

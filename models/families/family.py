@@ -1,50 +1,71 @@
 """The parts that families share: reading a `config.json` field by field, writing it back, naming tensors.
 
 A family is data: how its `config.json` becomes a `DecoderConfig` and back, and one table of module
-names, used in both directions. `Fields` hands the file's fields out one at a time and refuses what
-nobody took, so no field of a checkpoint is ever ignored by oversight.
+names, used in both directions. A model of a family is what transformers' class of that `model_type` computes: `Fields`
+hands the file's fields out one at a time, and of those that nobody took, the ones that this class reads are in the two
+tables below (tests/test_models_published.py sees it read them); what it does not know cannot matter.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from sled.errors import ConfigError
-from sled.models.config import DecoderConfig, LinearScaling, Llama3Scaling
+from sled.io import shorten
+from sled.models.config import MOST, MOST_LAYERS, DecoderConfig, LinearScaling, Llama3Scaling
 
 REQUIRED = object()
+FLOAT32_MAX = 3.4028235e38
 
-# Fields that change neither the weights nor the logits of a decoder: training settings, sampling
-# settings (ours come from the caller), what a forward pass returns, who wrote the file and how.
+# Fields that transformers knows, and that change neither weights nor logits of these decoders: of training, of sampling
+# (ours comes from the caller), of what a forward pass returns, of who wrote the file and how, of other kinds of models.
 WITHOUT_EFFECT = frozenset("""
-    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled _name_or_path
-    attention_dropout attn_implementation begin_suppress_tokens bad_words_ids chunk_size_feed_forward
-    cross_attention_hidden_size diversity_penalty do_sample dtype early_stopping
-    encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
-    initializer_range is_decoder is_llama_config label2id length_penalty max_length max_sequence_length
-    min_length no_repeat_ngram_size num_assistant_tokens num_beam_groups num_beams num_return_sequences
-    output_attentions output_hidden_states output_scores prefix pretraining_tp problem_type
-    remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config
-    transformers_version typical_p unsloth_fixed unsloth_version use_bfloat16 use_cache
+    _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
+    _experts_implementation_internal _flash_attn_2_enabled _name_or_path _output_attentions _post_init_done
+    add_cross_attention assistant_confidence_threshold assistant_lookbehind attention_dropout attn_implementation
+    bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size diversity_penalty do_sample
+    dtype early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
+    experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing id2label initializer_range is_decoder label2id length_penalty max_length min_length
+    mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule
+    num_beam_groups num_beams num_heads num_labels num_return_sequences output_attentions output_hidden_states
+    output_scores prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens target_lookbehind task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p use_bfloat16 use_cache vision_aspect_ratio vision_feature_layer
+    vision_feature_select_strategy
 """.split())
 
-# Fields that would change the computation, and the only values under which they do not.
-ONE_VALUE = {
+# Fields that change what transformers computes, and the only values under which they do not.
+ONE_VALUE: Mapping[str, tuple] = {
+    "_heterogeneity_spec": (None,),
+    "_rope_type_labels": (None,),
+    "attention_chunk_size": (None,),
+    "attribute_map": (None, {}),
+    "decoder": (None,),
+    "fusion_config": (None,),
+    "generator": (None,),
     "hidden_act": ("silu", "swish"),
-    "add_cross_attention": (False,),
-    "is_encoder_decoder": (False,),
+    "is_causal": (True, None),
+    "is_encoder_decoder": (False, None),
+    "kv_sharing_modes": (None,),
+    "layer_types": (None,),
     "partial_rotary_factor": (1, None),
     "per_layer_config": (None, {}),
-    "pruned_heads": ({}, None),
     "quantization_config": (None,),
-    "rope_interleaved": (False,),
-    "use_mrope": (False,),
+    "sliding_window": (None,),  # its cache forgets what is further back, in every class
+    "text_config": (None,),
+    "transformers_weights": (None,),
 }
+ROPE_ONE_VALUE: Mapping[str, tuple] = {
+    "partial_rotary_factor": (1, None),
+    "full_attention": (None,),  # positions of their own for each kind of layer
+    "sliding_attention": (None,),
+}
+
+BASE = "model."  # before all names but the head's; a base model saved alone has them without
 
 # Ours -> Hugging Face's. `#` is the layer; the last part of a name (weight, bias) is the same in both.
 MODULES = {
@@ -68,13 +89,14 @@ class Fields:
 
     def __init__(self, values: Mapping, source: str):
         self.source = source
+        self.passed_over: list[str] = []
         self._left = dict(values)
 
-    def take(self, name: str, kind: type, default=REQUIRED, *, null: bool = False):
+    def take(self, name: str, kind: type, default=REQUIRED, *, null: bool = False, most: float | None = None):
         """The field's value, or `default` where it is absent (or, unless `null`, where it is null).
 
-        An int serves as a float. Raises ConfigError where a required field is absent or the value
-        is of another kind.
+        An int serves as a float. Raises ConfigError where a required field is absent, the value is of another kind, or
+        a number is beyond `most`, by default what it is computed with (int32, float32).
         """
         absent = name not in self._left
         value = self._left.pop(name, default)
@@ -86,34 +108,43 @@ class Fields:
             return value
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
-            raise ConfigError(f"{self.source}: field '{name}' is {value!r}, but it must be of type "
-                              f"{kind.__name__}; correct the file")
+            raise self._refused(name, value, f"it must be of type {kind.__name__}; correct the file")
+        most = most or {int: MOST, float: FLOAT32_MAX}.get(kind)
+        if most is not None and not abs(value) <= most:
+            raise self._refused(name, value, f"it can be at most {most:,}; correct the file")
         return value
 
-    def take_ids(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
-        """A token id, a list of them, or null. Negative ids (an old spelling of 'none') are dropped."""
+    def take_ids(self, name: str, vocabulary: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """A token id, a list of them, or null. Negative ids (an old spelling of 'none') are dropped, and so are those
+        outside the vocabulary, of which a warning tells."""
         if name not in self._left:
             return default
         value = self._left.pop(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-            raise ConfigError(f"{self.source}: field '{name}' is {value!r}, but it must be a token id or a "
-                              "list of them; correct the file")
-        return tuple(i for i in ids if i >= 0)
+        if any(not isinstance(i, int) or isinstance(i, bool) or abs(i) > MOST for i in ids):
+            raise self._refused(name, value, f"it must be a token id, at most {MOST:,}, or a list of them; correct the "
+                                             "file")
+        self.passed_over += [f"{name} {i} (the vocabulary has {vocabulary})" for i in ids if i >= vocabulary]
+        return tuple(i for i in ids if 0 <= i < vocabulary)
 
-    def finish(self):
-        """Refuse whatever nobody took and is not known to be harmless. Raises ConfigError."""
+    def finish(self, one_value: Mapping[str, tuple] | None = None) -> list[str]:
+        """The names of the fields that nobody took and that cannot matter. Raises ConfigError for one that can.
+
+        one_value: those that can, with the values under which they do not. None: every field can.
+        """
         for name, value in self._left.items():
-            if name in WITHOUT_EFFECT:
-                continue
-            allowed = ONE_VALUE.get(name)
-            if allowed is None:
-                raise ConfigError(
-                    f"{self.source}: field '{name}' ({value!r}) is not understood and might change what the "
-                    "model computes; remove it from the file if it has no effect, or use another model")
-            if value not in allowed:
-                raise ConfigError(f"{self.source}: field '{name}' is {value!r}, but only {allowed[0]!r} is "
-                                  "supported; use a checkpoint without it")
+            if one_value is None:
+                raise self._refused(name, value, "it is not understood; remove it")
+            if name not in one_value:
+                off = value is None or value is False  # what a file says it does not use is not worth a word
+                self.passed_over += [] if off or name in WITHOUT_EFFECT else [name]
+            elif not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in one_value[name]):
+                raise self._refused(name, value, f"only {one_value[name][0]!r} is supported; use a checkpoint without "
+                                                 "it")
+        return self.passed_over
+
+    def _refused(self, name: str, value: Any, why: str) -> ConfigError:
+        return ConfigError(f"{self.source}: field '{name}' is {shorten(repr(value), 200)}, but {why}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +160,11 @@ class Family:
     read: Callable[[Fields], dict]
     write: Callable[[DecoderConfig], dict]
     modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: MODULES)
+
+    def has(self, architecture: Any) -> bool:
+        """Whether this names the family's class, or the one without a head; older files write LLaMA."""
+        own = self.architecture.lower()
+        return isinstance(architecture, str) and architecture.lower() in (own, own.replace("forcausallm", "model"))
 
     def tensor_name(self, path: tuple[str | int, ...]) -> str:
         """Hugging Face's name of the parameter at `path`, e.g. ("layers", 3, "mlp", "up", "weight")."""
@@ -151,20 +187,21 @@ def read_shape(f: Fields, *, max_positions: int, kv_heads: int | None = None, he
     if given_dim is None and (heads < 1 or width % heads):
         raise ConfigError(f"{f.source}: hidden_size {width} is not a multiple of num_attention_heads "
                           f"{heads}; add the field 'head_dim' to the file")
-    bos_ids, pad_ids = f.take_ids("bos_token_id", bos), f.take_ids("pad_token_id")
+    vocabulary = f.take("vocab_size", int)
+    bos_ids, pad_ids = f.take_ids("bos_token_id", vocabulary, bos), f.take_ids("pad_token_id", vocabulary)
     return dict(
-        vocab_size=f.take("vocab_size", int),
+        vocab_size=vocabulary,
         width=width,
         mlp_width=f.take("intermediate_size", int),
-        num_layers=f.take("num_hidden_layers", int),
+        num_layers=f.take("num_hidden_layers", int, most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=heads if given_kv is None else given_kv,
         head_dim=width // heads if given_dim is None else given_dim,
         max_positions=positions,
-        norm_eps=f.take("rms_norm_eps", float, 1e-6),
+        norm_eps=float(f.take("rms_norm_eps", float, 1e-6)),
         tied_head=f.take("tie_word_embeddings", bool, False),
         bos_id=bos_ids[0] if bos_ids else None,
-        eos_ids=f.take_ids("eos_token_id", eos),
+        eos_ids=f.take_ids("eos_token_id", vocabulary, eos),
         pad_id=pad_ids[0] if pad_ids else None,
         **_read_rope(f, positions),
     )
@@ -198,7 +235,8 @@ def _read_rope(f: Fields, max_positions: int) -> dict:
     Versions of transformers disagree on which of the two wins, so a contradiction is refused.
     """
     spellings = {name: f.take(name, dict, None) or {} for name in ("rope_parameters", "rope_scaling")}
-    given = {"rope_theta": f.take("rope_theta", float, None)}
+    beside = "original_max_position_embeddings"
+    given = {"rope_theta": f.take("rope_theta", float, None), beside: f.take(beside, int, None)}
     for values in spellings.values():
         renamed = {"rope_type" if key == "type" else key: value for key, value in values.items()}
         if values.get("type", renamed.get("rope_type")) != renamed.get("rope_type"):
@@ -213,6 +251,7 @@ def _read_rope(f: Fields, max_positions: int) -> dict:
     rope = Fields(given, f"{f.source}, rotary positions")
     theta = _positive(rope, "rope_theta", 10_000.0)
     kind = rope.take("rope_type", str, "default")
+    original = rope.take(beside, int, max_positions)
     scaling: LinearScaling | Llama3Scaling | None = None
     if kind == "linear":
         scaling = LinearScaling(factor=_positive(rope, "factor"))
@@ -221,15 +260,15 @@ def _read_rope(f: Fields, max_positions: int) -> dict:
             factor=_positive(rope, "factor"),
             low_freq_factor=_positive(rope, "low_freq_factor"),
             high_freq_factor=_positive(rope, "high_freq_factor"),
-            original_positions=rope.take("original_max_position_embeddings", int, max_positions),
+            original_positions=original,
         )
         if scaling.high_freq_factor <= scaling.low_freq_factor:
             raise ConfigError(f"{rope.source}: high_freq_factor {scaling.high_freq_factor} must be above "
                               f"low_freq_factor {scaling.low_freq_factor}; correct the file")
     elif kind != "default":
-        raise ConfigError(f"{f.source}: rotary scaling {kind!r} is not supported (supported: default, "
+        raise ConfigError(f"{f.source}: rotary scaling {shorten(kind, 60)!r} is not supported (supported: default, "
                           "linear, llama3); use another model")
-    rope.finish()
+    f.passed_over += [f"{name} (of the rotary positions)" for name in rope.finish(ROPE_ONE_VALUE)]
     return dict(rope_theta=theta, rope_scaling=scaling)
 
 
@@ -250,8 +289,23 @@ def _write_rope(c: DecoderConfig) -> dict:
     }
 
 
+def layer_kinds(windows: tuple[int | None, ...]) -> list[str]:
+    """What transformers' `layer_types` calls layers with these windows."""
+    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+
+def check_layer_kinds(f: Fields, windows: tuple[int | None, ...], why: str) -> None:
+    """Raises ConfigError where 'layer_types' is given and is not that of these windows, which `why` explains."""
+    given, own = f.take("layer_types", list, None), layer_kinds(windows)
+    if given not in (None, own):
+        differing = next((i for i, (one, other) in enumerate(zip(given, own, strict=False)) if one != other), None)
+        wrong = f"{len(given)} entries" if differing is None else f"{given[differing]!r} for layer {differing + 1}"
+        raise ConfigError(f"{f.source}: field 'layer_types' has {shorten(wrong, 100)}, but {why}; remove the field, or "
+                          "use a model whose layers are alike")
+
+
 def _positive(f: Fields, name: str, default=REQUIRED) -> float:
     value = f.take(name, float, default)
-    if not (math.isfinite(value) and value > 0):
+    if not value > 0:
         raise ConfigError(f"{f.source}: '{name}' is {value!r}, but it must be above 0; correct the file")
-    return value
+    return float(value)

@@ -1,13 +1,15 @@
 """Llama 1 to 3.x and the many models that share its architecture."""
 
 from sled.models.config import DecoderConfig
-from sled.models.families.family import Family, Fields, read_shape
+from sled.models.families.family import Family, Fields, check_layer_kinds, read_shape
 
 
 def _read(f: Fields) -> dict:
     bias = f.take("attention_bias", bool, False)
+    shape = read_shape(f, max_positions=2048, bos=(1,), eos=(2,))
+    check_layer_kinds(f, (None,) * shape["num_layers"], "every layer of a llama model sees all positions")
     return dict(
-        read_shape(f, max_positions=2048, bos=(1,), eos=(2,)),
+        shape,
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=f.take("mlp_bias", bool, False),

@@ -2,7 +2,7 @@
 
 from sled.errors import ConfigError
 from sled.models.config import DecoderConfig
-from sled.models.families.family import MODULES, Family, Fields, read_shape
+from sled.models.families.family import MODULES, Family, Fields, layer_kinds, read_shape
 
 
 def _read_windows(f: Fields, num_layers: int) -> tuple[int | None, ...]:
@@ -34,7 +34,7 @@ def _write_windows(c: DecoderConfig) -> dict:
         "sliding_window": max((window for window in c.windows if window is not None), default=None),
         # Versions of transformers before `layer_types` know only "from this layer on".
         "max_window_layers": sliding.index(True) if any(sliding) else c.num_layers,
-        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in sliding],
+        "layer_types": layer_kinds(c.windows),
     }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import os
+import warnings
 from pathlib import Path
 
-from sled.errors import CheckpointError, ConfigError, SettingError
-from sled.io import write_json
+from sled.errors import CheckpointError, CheckpointWarning, ConfigError, SettingError
+from sled.io import read_object, shorten, write_json
 from sled.models.config import DecoderConfig, ExitHeads
-from sled.models.families.family import Family, Fields, write_shape
+from sled.models.families.family import ONE_VALUE, Family, Fields, write_shape
 from sled.models.families.llama import LLAMA
 from sled.models.families.mistral import MISTRAL
 from sled.models.families.qwen import QWEN2, QWEN3
@@ -29,16 +30,18 @@ def read_config(folder: str | Path) -> DecoderConfig:
     """The configuration of a Hugging Face folder: `config.json`, `generation_config.json`, `exit_heads.json`.
 
     Token ids that end or start a generation come from the second where it has them, as in
-    transformers' `generate`; early exits have heads where there is the third. Raises ConfigError, also
-    for a field that is not understood, and CheckpointError for a folder that is no model's.
+    transformers' `generate`; early exits have heads where there is the third. Raises ConfigError for what the file
+    says and cannot be obeyed, and CheckpointError for a folder that is no model's. Warns once (CheckpointWarning) of
+    what is passed over: fields that transformers' class of this model does not know, so that they cannot matter to it.
     """
     folder = Path(folder)
     path = config_file(folder)
-    config = parse_config(_read_json(path), str(path))
+    config = parse_config(read_object(path, ConfigError), str(path))
     path = folder / "generation_config.json"
-    if path.exists():
-        f = Fields(_read_json(path), str(path))
-        bos, eos, pad = (f.take_ids(f"{name}_token_id") for name in ("bos", "eos", "pad"))
+    if os.path.lexists(path):
+        f = Fields(read_object(path, ConfigError), str(path))
+        bos, eos, pad = (f.take_ids(f"{name}_token_id", config.vocab_size) for name in ("bos", "eos", "pad"))
+        _warn(f, config.family)
         config = dataclasses.replace(
             config,
             bos_id=bos[0] if bos else config.bos_id,
@@ -46,7 +49,7 @@ def read_config(folder: str | Path) -> DecoderConfig:
             pad_id=pad[0] if pad else config.pad_id,
         )
     path = folder / HEADS_CONFIG
-    if path.exists():
+    if os.path.lexists(path):
         config = dataclasses.replace(config, exit_heads=_parse_heads(path))
     return config
 
@@ -68,7 +71,7 @@ def write_heads(heads: ExitHeads, folder: Path) -> None:
 
 
 def _parse_heads(path: Path) -> ExitHeads:
-    f = Fields(_read_json(path), str(path))
+    f = Fields(read_object(path, ConfigError), str(path))
     given = dict(layers=f.take("layers", list), kind=f.take("kind", str), tied=f.take("tied", bool))
     f.finish()
     try:
@@ -80,21 +83,28 @@ def _parse_heads(path: Path) -> ExitHeads:
 def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
     """The fields of a `config.json` as a `DecoderConfig`; `source` names the file in messages."""
     f = Fields(values, source)
-    kind = f.take("model_type", str, None)
-    architectures = f.take("architectures", list, None) or []
+    kind, architectures = f.take("model_type", str, None), f.take("architectures", list, None) or []
     found = [family for family in FAMILIES.values()
-             if kind in (None, family.name) and all(a == family.architecture for a in architectures)]
+             if kind in (None, family.name) and all(family.has(architecture) for architecture in architectures)]
     if len(found) != 1:
         known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES.values())
-        raise ConfigError(f"{source}: model_type {kind!r} with architectures {architectures!r} is not "
-                          f"supported (supported: {known}); use a model of these families")
+        raise ConfigError(f"{source}: model_type {shorten(repr(kind), 60)} with architectures "
+                          f"{shorten(repr(architectures), 200)} is not supported (supported: {known}); use a model of "
+                          "these families")
     try:
         config = DecoderConfig(family=found[0].name, **found[0].read(f))
     except ConfigError as error:
         message = str(error)
         raise ConfigError(message if message.startswith(source) else f"{source}: {message}") from None
-    f.finish()
+    f.finish(ONE_VALUE)
+    _warn(f, config.family)
     return config
+
+
+def _warn(f: Fields, family: str) -> None:
+    if f.passed_over:
+        warnings.warn(f"{f.source}: passed over, since it is nothing to transformers' {family} models: "
+                      f"{shorten(', '.join(f.passed_over), 600)}", CheckpointWarning, stacklevel=3)
 
 
 def format_config(config: DecoderConfig, dtype: str) -> dict:
@@ -116,13 +126,3 @@ def format_config(config: DecoderConfig, dtype: str) -> dict:
                           f"be read as {other!r}); choose a family that has it, of {', '.join(FAMILIES)}")
     return {**fields, "attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True,
             "dtype": dtype, "torch_dtype": dtype}
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds a {type(values).__name__}, not a JSON object; fetch it again")
-    return values

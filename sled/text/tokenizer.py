@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from sled.errors import TokenizerError
+from sled.io import first_line
+from sled.text.added_tokens import add_tokens_beside
 
 
 class Tokenizer:
@@ -24,21 +27,22 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             return cls(None, str(folder), folder)
-        try:
+        with _naming(f"{path} cannot be read as a tokenizer"):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as reason:  # the library raises bare Exception
-            raise TokenizerError(f"{path} cannot be read as a tokenizer: {reason}") from reason
+            add_tokens_beside(tokenizer, folder)
         tokenizer.no_truncation()  # the file may hold what it was last used with
         tokenizer.no_padding()
         return cls(tokenizer, str(folder), folder)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds, or without."""
-        return self._get().encode(text, add_special_tokens=special).ids
+        with self._naming_text():
+            return self._get().encode(text, add_special_tokens=special).ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, for many texts, on all cores."""
-        return [encoding.ids for encoding in self._get().encode_batch_fast(list(texts))]
+        with self._naming_text():
+            return [encoding.ids for encoding in self._get().encode_batch_fast(list(texts))]
 
     def encode_continuation(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both parts of one text; a token that straddles the boundary belongs to the continuation.
@@ -63,7 +67,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
-        return self._get().decode(list(ids), skip_special_tokens=True)
+        with self._naming_text():
+            return self._get().decode(list(ids), skip_special_tokens=True)
 
     def spelling(self, token_id: int) -> str:
         """How the text of one token reads where special tokens are written out."""
@@ -98,12 +103,26 @@ class Tokenizer:
         """SHA-256 of the tokenizer: what was made with another one has another digest."""
         return hashlib.sha256(self._get().to_str().encode()).hexdigest()
 
+    def _naming_text(self):
+        return _naming(f"the tokenizer of {self._source} fails on a text, as it should on none")
+
     def _get(self) -> tokenizers.Tokenizer:
         if self._tokenizer is None:
             raise TokenizerError(
                 f"{self._source} has no tokenizer.json, so text cannot be read or written; "
                 "give prompts as lists of token ids and read `.tokens`, or put a tokenizer.json into the folder")
         return self._tokenizer
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """Makes a TokenizerError of whatever the library raises: bare Exceptions, and panics, which are none."""
+    try:
+        yield
+    except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as reason:
+        raise TokenizerError(f"{what} ({first_line(reason)}); fetch tokenizer.json again, or give token ids") from None
 
 
 def _cut(whole: list[int], alone: list[int]) -> tuple[list[int], list[int]]:
