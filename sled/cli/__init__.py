@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+import warnings
 
 import tyro
 
@@ -18,7 +19,7 @@ from sled.cli.lens import Lens
 from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
-from sled.errors import SledError
+from sled.errors import CheckpointWarning, SledError
 
 Command = Demo | Generate | Score | Lens | Eval | Sweep | Train | Export | Calibrate | Bench
 
@@ -36,7 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     command = tyro.cli(Command, prog="sled", description=DESCRIPTION, args=argv,
                        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes))
     try:
-        command.run()
+        with warnings.catch_warnings():
+            _print_in_one_line(CheckpointWarning)
+            command.run()
         sys.stdout.flush()
     except BrokenPipeError:  # what reads the output, such as head, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,3 +55,16 @@ def main(argv: list[str] | None = None) -> int:
             os._exit(130)
         return 130
     return 0
+
+
+def _print_in_one_line(kind: type[Warning]) -> None:
+    """Within `warnings.catch_warnings`: such warnings are for the user, who has no line of source to look at."""
+    others = warnings.showwarning
+
+    def show(message, category, *where, **more):
+        if issubclass(category, kind):
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            others(message, category, *where, **more)
+
+    warnings.showwarning = show
