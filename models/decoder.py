@@ -17,7 +17,7 @@ from flax import nnx
 from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.exit_heads import BoundHead, ExitHead
-from sled.models.layers import KV, Block, Embedding, RMSNorm, Surroundings
+from sled.models.layers import KV, Block, Embedding, RMSNorm, LayerContext
 
 # Parts whose parameters have one more, leading axis in the stacked form, and what that axis is called.
 STACKED = {"layers": "layers", "exit_heads": "exits"}
@@ -86,10 +86,10 @@ class Decoder(nnx.Module):
         states start+1 .. stop and those layers' new K/V.
         A position without a slot writes nothing that is ever read: so are rows switched off.
         """
-        around = Surroundings.of(self.config, positions_BT)
+        context = LayerContext.of(self.config, positions_BT)
         states, new = [], []
         for i, cache in zip(range(start, stop), caches or [None] * (stop - start), strict=True):
-            h_BTD, kv = self.layers[i](h_BTD, around.within(self.config.windows[i]), cache)
+            h_BTD, kv = self.layers[i](h_BTD, context.for_window(self.config.windows[i]), cache)
             states.append(h_BTD)
             new.append(kv)
         return states, new
@@ -99,8 +99,8 @@ class Decoder(nnx.Module):
 
         CALM's propagation (arXiv 2207.07061) for tokens that left before these layers. Separate form.
         """
-        around = Surroundings.of(self.config, positions_BT)
-        return [self.layers[i].write_kv(h_BTD, around.within(self.config.windows[i]), cache)
+        context = LayerContext.of(self.config, positions_BT)
+        return [self.layers[i].write_kv(h_BTD, context.for_window(self.config.windows[i]), cache)
                 for i, cache in zip(range(start, stop), caches, strict=True)]
 
     def hidden_states(self, tokens_BT) -> jax.Array:

@@ -38,8 +38,8 @@ def ours():
     """Value and gradient with every term on, five tokens (of 18) at a time."""
 
     def loss(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, z_loss, distill, temperature):
-        return exit_cross_entropy(h_EBTD, SharedHead(w_VD), targets_BT, mask_BT, weights_E, z_loss=z_loss, distill=distill,
-                                  temperature=temperature, chunk=5)
+        return exit_cross_entropy(h_EBTD, SharedHead(w_VD), targets_BT, mask_BT, weights_E, z_loss=z_loss,
+                                  distill=distill, temperature=temperature, chunk=5)
 
     return graded(loss)
 
@@ -142,7 +142,7 @@ def test_products_and_memory_are_no_more_than_asked_for():
 
 def test_metrics_are_constants_to_differentiation():
     h_EBTD, *rest = example(dtype=np.float32)
-    assert not jax.grad(lambda h: exit_cross_entropy(h, *rest)[1].z_E[0])(h_EBTD).any()
+    assert not jax.grad(lambda h: exit_cross_entropy(h, SharedHead(rest[0]), *rest[1:])[1].z_E[0])(h_EBTD).any()
 
 
 def test_settings_are_refused_by_name():
@@ -158,6 +158,6 @@ def test_settings_are_refused_by_name():
             ("z_loss is -1", batch, dict(z_loss=-1)), ("distill is nan", batch, dict(distill=float("nan"))),
             ("only the last exit", (h_EBTD[:1], *batch[1:4], weights_E[:1]), dict(distill=0.5))):
         with pytest.raises(SettingError, match=message):
-            exit_cross_entropy(*args, **how)
+            exit_cross_entropy(args[0], SharedHead(args[1]), *args[2:], **how)
     with pytest.raises(SettingError, match=r"Split.tensor names \['model'\]"):
         Split(mesh, tensor="model")

@@ -59,12 +59,13 @@ class SharedHead:
         return self._logits("...d,vd->...v", h_xD, self.w_VD)
 
     def project_vjp(self, h_CD):
-        """As `jax.vjp` of `project` by h and w, but gradients are returned as they are summed: in the logits' type."""
+        """Logits, and what takes slopes by them to slopes by h and w: not rounded to their types, as `jax.vjp` does."""
         product = functools.partial(jnp.einsum, preferred_element_type=self.dtype(h_CD))
 
-        def pull_back(slope_CV):
+        def pull_back(slope_CV, by_h: bool, by_w: bool):
             slope_CV = slope_CV.astype(jnp.promote_types(h_CD.dtype, self.w_VD.dtype))
-            return product("cv,vd->cd", slope_CV, self.w_VD), product("cv,cd->vd", slope_CV, h_CD)
+            return (product("cv,vd->cd", slope_CV, self.w_VD) if by_h else None,
+                    product("cv,cd->vd", slope_CV, h_CD) if by_w else None)
 
         return self.project(h_CD), pull_back
 

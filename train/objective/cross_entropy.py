@@ -191,13 +191,14 @@ def _device_loss(plan, wanted, h_EBTD, head, targets_BT, mask_BT, weights_E, coe
             logits_CV, pull_back = head.project_vjp(jnp.where(live_C1, h_ECD[e], 0))
             terms_4C, slope_CV = _token_loss(plan, plan.mask(logits_CV), ids_C, coefficients, teacher_CV)
             sums_E4 = sums_E4.at[e].add(jnp.where(live_C1.T, share_C * terms_4C, 0).sum(1))
-            chunk_dh_CD, chunk_dw_VD = pull_back(jnp.where(live_C1, weights_E[e] * share_C[:, None] * slope_CV, 0))
-            if dh_END is not None:
-                dh_CD = _psum(chunk_dh_CD, plan.tensor).astype(h_END.dtype)
+            slope_CV = jnp.where(live_C1, weights_E[e] * share_C[:, None] * slope_CV, 0)
+            dh_CD, exit_dw_VD = pull_back(slope_CV, *wanted)
+            if dh_CD is not None:
+                dh_CD = _psum(dh_CD, plan.tensor).astype(h_END.dtype)
                 dh_CD = jnp.where(new_C[:, None], dh_CD, cut(dh_END[e]))
                 dh_END = jax.lax.dynamic_update_slice(dh_END, dh_CD[None], (e, start, 0))
-            if dw_VD is not None:
-                dw_VD += chunk_dw_VD
+            if exit_dw_VD is not None:
+                dw_VD += exit_dw_VD
             return sums_E4, dh_END, dw_VD
 
         return jax.lax.fori_loop(0, computed, exit_step, carry)

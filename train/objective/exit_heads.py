@@ -99,9 +99,8 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
     if options.get("distill") is not None:
         raise SettingError("distill is given, but exits have projections of their own, which never see the last "
                            "layer's logits; leave it None, or tie the heads")
-    projections = [w_1VD[0].astype(h_EBTD.dtype) for w_1VD in
-                   jax.lax.split(model.exit_heads.projection[...], [1] * len(settings.layers))]
-    groups = [([e], shared.with_weights(projections[settings.layers.index(exits[e])])) for e in own]
+    own_EVD = cast(jax.lax.split(model.exit_heads.projection[...], [1] * len(settings.layers)), h_EBTD.dtype)
+    groups = [([e], shared.with_weights(own_EVD[settings.layers.index(exits[e])][0])) for e in own]
     if others := [e for e in range(len(exits)) if e not in own]:
         groups.append((others, shared))
     losses, parts = zip(*(exit_cross_entropy(read_EBTD[jnp.array(group)], head, targets_BT, mask_BT,

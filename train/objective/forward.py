@@ -12,7 +12,7 @@ from flax import nnx
 
 from sled.errors import SettingError
 from sled.models.decoder import Decoder
-from sled.models.layers import Block, Surroundings, traced_windows
+from sled.models.layers import Block, LayerContext, traced_windows
 from sled.settings.rules import OneOf, is_array
 from sled.train.objective.layer_dropout import Drops
 
@@ -56,7 +56,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     def layer(h_BTD, weights, window, drop, number):
         def run(h, rows):
             block = nnx.merge(graph, cast(weights, dtype))
-            return block(h, rows.within(window), None)[0]
+            return block(h, rows.for_window(window), None)[0]
 
         return run(h_BTD, rows) if drop is None else drop.strategy.apply(run, h_BTD, rows, drop, number)
 
@@ -102,7 +102,7 @@ def _last_layer(exits, depth: int) -> int:
     return numbers[-1]
 
 
-def _rows_of(model: Decoder, tokens_BT, segments_BT) -> Surroundings:
+def _rows_of(model: Decoder, tokens_BT, segments_BT) -> LayerContext:
     """What layers read beside hidden states, but for their windows."""
     index_1T = jnp.arange(tokens_BT.shape[1])[None]
     if segments_BT is None:
@@ -111,7 +111,7 @@ def _rows_of(model: Decoder, tokens_BT, segments_BT) -> Surroundings:
         first_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
         positions = index_1T - jax.lax.cummax(jnp.where(first_BT, index_1T, 0), axis=1)
         segments_BT = jnp.cumsum(first_BT, axis=1)  # runs: a number that comes back is another document
-    return Surroundings.of(model.config, positions, segments_BT)
+    return LayerContext.of(model.config, positions, segments_BT)
 
 
 def _parts(lengths: list[int], stop: int, stacked) -> list[tuple[int, Any]]:
