@@ -17,7 +17,7 @@ from flax import nnx
 from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.exit_heads import BoundHead, ExitHead
-from sled.models.layers import KV, Block, Embedding, RMSNorm, LayerContext
+from sled.models.layers import KV, Block, Embedding, LayerContext, RMSNorm
 
 # Parts whose parameters have one more, leading axis in the stacked form, and what that axis is called.
 STACKED = {"layers": "layers", "exit_heads": "exits"}
