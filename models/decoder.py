@@ -14,20 +14,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.exit_heads import BoundHead, ExitHead
-from sled.models.layers import KV, Block, RMSNorm, parameter, rotary_angles
+from sled.models.layers import KV, Block, Embedding, LayerContext, RMSNorm
 
 # Parts whose parameters have one more, leading axis in the stacked form, and what that axis is called.
 STACKED = {"layers": "layers", "exit_heads": "exits"}
-
-
-class Embedding(nnx.Module):
-    """A [V, D] table: rows looked up for tokens, or multiplied with hidden states for logits."""
-
-    def __init__(self, vocab_size: int, width: int, *, dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(0.02)
-        self.weight = parameter(init(rngs.params(), (vocab_size, width), dtype), "vocab", "width")
 
 
 class Decoder(nnx.Module):
@@ -50,7 +43,7 @@ class Decoder(nnx.Module):
     @classmethod
     def init(cls, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32) -> Decoder:
         """Random weights in the separate form. Under `nnx.eval_shape` it allocates nothing."""
-        table = lambda: Embedding(config.vocab_size, config.width, dtype=dtype, rngs=rngs)  # noqa: E731
+        table = lambda: Embedding(config, dtype=dtype, rngs=rngs)  # noqa: E731
         decoder = cls(
             dataclasses.replace(config, exit_heads=None),
             embed=table(),
@@ -70,19 +63,13 @@ class Decoder(nnx.Module):
         return self.head is None
 
     @property
-    def head_weight(self) -> jax.Array:
-        """The shared final projection W [V, D]."""
-        return (self.embedding if self.head is None else self.head).weight[...]
-
-    @property
-    def windows_L(self) -> jax.Array:
-        """The number of positions back that each layer sees, for a scan over layers: [L]."""
-        unlimited = jnp.iinfo(jnp.int32).max  # not max_positions: a longer sequence would be cut
-        return jnp.array([unlimited if w is None else w for w in self.config.windows])
+    def shared_head(self) -> SharedHead:
+        """The final projection, through which every layer's logits come."""
+        return (self.embedding if self.head is None else self.head).projection
 
     def embed(self, tokens_BT) -> jax.Array:
         """Hidden state 0 of each token: [B, T, D]."""
-        return jnp.take(self.embedding.weight[...], tokens_BT, axis=0)
+        return self.embedding(tokens_BT)
 
     def empty_caches(self, batch: int, slots: int) -> list[KV]:
         """Zeroed K/V caches of every layer for `slots` positions: L pairs of [B, K, slots + 1, H]."""
@@ -99,10 +86,10 @@ class Decoder(nnx.Module):
         states start+1 .. stop and those layers' new K/V.
         A position without a slot writes nothing that is ever read: so are rows switched off.
         """
-        angles = rotary_angles(self.config, positions_BT)
+        context = LayerContext.of(self.config, positions_BT)
         states, new = [], []
         for i, cache in zip(range(start, stop), caches or [None] * (stop - start), strict=True):
-            h_BTD, kv = self.layers[i](h_BTD, positions_BT, angles, cache, self.config.windows[i])
+            h_BTD, kv = self.layers[i](h_BTD, context.for_window(self.config.windows[i]), cache)
             states.append(h_BTD)
             new.append(kv)
         return states, new
@@ -112,8 +99,8 @@ class Decoder(nnx.Module):
 
         CALM's propagation (arXiv 2207.07061) for tokens that left before these layers. Separate form.
         """
-        angles = rotary_angles(self.config, positions_BT)
-        return [self.layers[i].write_kv(h_BTD, positions_BT, angles, cache)
+        context = LayerContext.of(self.config, positions_BT)
+        return [self.layers[i].write_kv(h_BTD, context.for_window(self.config.windows[i]), cache)
                 for i, cache in zip(range(start, stop), caches, strict=True)]
 
     def hidden_states(self, tokens_BT) -> jax.Array:
@@ -132,9 +119,7 @@ class Decoder(nnx.Module):
 
         `norm=False` skips the final norm, as SLED's and DoLa's released code does for early layers.
         """
-        h = self.normalise(h) if norm else h
-        wide = jnp.promote_types(h.dtype, jnp.float32)
-        return jnp.matmul(h, self.head_weight.T, preferred_element_type=wide)
+        return self.shared_head.project(self.normalise(h) if norm else h)
 
     def exit_head(self, layer: int) -> BoundHead | None:
         """The head of the exit after `layer`, or None where it shares norm and projection with the last layer."""
@@ -142,7 +127,8 @@ class Decoder(nnx.Module):
         if heads is None or layer not in heads.layers:
             return None
         index, made = heads.layers.index(layer), self.exit_heads
-        return BoundHead(_one_of(made, index) if isinstance(made, ExitHead) else made[index], self.norm)
+        head = _one_of(made, index) if isinstance(made, ExitHead) else made[index]
+        return BoundHead(head, self.norm, self.shared_head)
 
     def with_exit_heads(self, heads: ExitHeads | None, *, rngs: nnx.Rngs | None = None) -> Decoder:
         """The same decoder, its weights shared, with new exit heads that leave every logit as it is; None: without.
@@ -152,7 +138,7 @@ class Decoder(nnx.Module):
         """
         config, rngs = dataclasses.replace(self.config, exit_heads=heads), rngs or nnx.Rngs(0)
         made = heads and nnx.List(
-            [ExitHead(config, norm=self.norm, projection=self.head_weight, rngs=rngs) for _ in heads.layers])
+            [ExitHead(config, norm=self.norm, projection=self.shared_head.w_VD, rngs=rngs) for _ in heads.layers])
         stacked = made and isinstance(self.layers, Block)
         return self._with_parts(self.layers, _stacked(made) if stacked else made, config)
 

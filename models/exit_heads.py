@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig
 from sled.models.layers import MLP, Linear, RMSNorm, parameter
 
@@ -49,15 +50,17 @@ class ExitHead(nnx.Module):
 
 
 class BoundHead(NamedTuple):
-    """One exit's head beside the model's final norm: all that reading its hidden state takes."""
+    """One exit's head beside the model's final norm and projection: all that reading its hidden state takes."""
 
     head: ExitHead
     final_norm: RMSNorm
+    shared_head: SharedHead
 
     @property
-    def projection(self) -> jax.Array | None:
-        """Its own projection [V, D], or None where it ends in the shared one."""
-        return None if self.head.projection is None else self.head.projection[...]
+    def projection(self) -> SharedHead | None:
+        """Its own projection, or None where it ends in the shared one."""
+        own = self.head.projection
+        return None if own is None else self.shared_head.with_weights(own[...])
 
     def read(self, h) -> jax.Array:
         """The exit's hidden states [..., D] made ready for projection."""

@@ -1,4 +1,4 @@
-"""The pieces of a decoder layer: linear maps, norms, rotary positions, attention, gated MLP, block.
+"""The pieces of a decoder: embeddings, linear maps, norms, rotary positions, attention, gated MLP, block.
 
 Axes: B batch, T tokens of this call, S cache slots, D width, F feed-forward, N query heads,
 K key/value heads, G = N / K, H head width. Weights are [in, out], the transpose of what checkpoints
@@ -16,12 +16,15 @@ Every parameter names its logical axes where it is made (`parameter`); `sled.mod
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
 
+from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig, LinearScaling, Llama3Scaling
 
 KV = tuple[jax.Array, jax.Array]
@@ -30,6 +33,21 @@ KV = tuple[jax.Array, jax.Array]
 def parameter(array: jax.Array, *axes: str) -> nnx.Param:
     """A parameter with a name for each axis of its array."""
     return nnx.Param(array, axes=axes)
+
+
+class Embedding(nnx.Module):
+    """A [V, D] table: rows looked up for tokens, or multiplied with hidden states for logits."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.weight = parameter(init(rngs.params(), (config.vocab_size, config.width), dtype), "vocab", "width")
+
+    def __call__(self, tokens_BT) -> jax.Array:
+        return jnp.take(self.weight[...], tokens_BT, axis=0)
+
+    @property
+    def projection(self) -> SharedHead:
+        return SharedHead(self.weight[...])
 
 
 class Linear(nnx.Module):
@@ -76,11 +94,34 @@ def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
     return frequency
 
 
-def rotary_angles(config: DecoderConfig, positions_BT) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every position's angles, each [B, 1, T, H] (both halves alike)."""
-    angles = positions_BT[..., None] * jnp.asarray(rotary_frequencies(config), jnp.float32)
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, None]
-    return jnp.cos(angles), jnp.sin(angles)
+class LayerContext(NamedTuple):
+    """What a layer reads beside hidden states; leaves have the rows' axis first, of length 1 where all rows share it.
+
+    angles: cos and sin of every position's angles, each [B, 1, T, H] (both halves alike).
+    segments_BT: the document of each token in a packed row, which is all that it sees; None: rows are not packed.
+    window: how many positions back the layer sees: None for all, a number, or one of `traced_windows`.
+    """
+
+    positions_BT: jax.Array
+    angles: tuple[jax.Array, jax.Array]
+    segments_BT: jax.Array | None
+    window: Any = None
+
+    @classmethod
+    def of(cls, config: DecoderConfig, positions_BT, segments_BT=None) -> LayerContext:
+        angles = positions_BT[..., None] * jnp.asarray(rotary_frequencies(config), jnp.float32)
+        angles = jnp.concatenate([angles, angles], axis=-1)[:, None]
+        return cls(positions_BT, (jnp.cos(angles), jnp.sin(angles)), segments_BT)
+
+    def for_window(self, window) -> LayerContext:
+        """The same for a layer of this window."""
+        return self._replace(window=window)
+
+
+def traced_windows(config: DecoderConfig) -> jax.Array:
+    """Every layer's window as a number, for a scan over layers: [L]."""
+    unlimited = jnp.iinfo(jnp.int32).max  # not max_positions: a longer sequence would be cut
+    return jnp.array([unlimited if window is None else window for window in config.windows])
 
 
 def rotate(x_BNTH, cos, sin):
@@ -117,11 +158,11 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
 
-    def __call__(self, x_BTD, positions_BT, angles, cache: KV | None, window,
-                 segments_BT=None) -> tuple[jax.Array, KV]:
+    def __call__(self, x_BTD, context: LayerContext, cache: KV | None) -> tuple[jax.Array, KV]:
+        positions_BT, angles, segments_BT, window = context
         q = self._heads(self.q(x_BTD))
         q = rotate(q if self.q_norm is None else self.q_norm(q), *angles)
-        k, v = self.keys_values(x_BTD, positions_BT, angles, cache)
+        k, v = self.keys_values(x_BTD, context, cache)
         slots_BS = positions_BT if cache is None else jnp.arange(k.shape[2])[None]
         visible = slots_BS[:, None, :] <= positions_BT[:, :, None]
         if window is not None:
@@ -131,11 +172,12 @@ class Attention(nnx.Module):
         out = rearrange(attend(q, k, v, visible), "b n t h -> b t (n h)")
         return self.o(out), (k, v)
 
-    def keys_values(self, x_BTD, positions_BT, angles, cache: KV | None) -> KV:
+    def keys_values(self, x_BTD, context: LayerContext, cache: KV | None) -> KV:
         """The tokens' own K/V [B, K, T, H], or the cache with them written into it."""
         k, v = self._heads(self.k(x_BTD)), self._heads(self.v(x_BTD))
-        k = rotate(k if self.k_norm is None else self.k_norm(k), *angles)
-        return (k, v) if cache is None else (_write(cache[0], k, positions_BT), _write(cache[1], v, positions_BT))
+        k = rotate(k if self.k_norm is None else self.k_norm(k), *context.angles)
+        return (k, v) if cache is None else tuple(
+            _write(old, new, context.positions_BT) for old, new in zip(cache, (k, v), strict=True))
 
     def _heads(self, y):
         return rearrange(y, "b t (n h) -> b n t h", h=self.head_dim)
@@ -171,7 +213,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer, norms before attention and MLP, residual around both."""
+    """One decoder layer, norms before attention and MLP, residual context both."""
 
     def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
@@ -179,19 +221,17 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)
         self.mlp = MLP(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, h_BTD, positions_BT, angles, cache: KV | None, window,
-                 segments_BT=None) -> tuple[jax.Array, KV]:
+    def __call__(self, h_BTD, context: LayerContext, cache: KV | None) -> tuple[jax.Array, KV]:
         """Returns the layer's output [B, T, D] and its keys and values.
 
         With `cache` None the block attends within itself and returns its own K/V [B, K, T, H];
         otherwise it writes into the cache, attends over it, and returns it.
-        `window`: None, a number, or a traced number. `segments_BT`: without a cache, the document of each token in a
-        packed row, which is all that it sees.
+        Packed rows are without a cache.
         """
-        mixed, kv = self.attention(self.attention_norm(h_BTD), positions_BT, angles, cache, window, segments_BT)
+        mixed, kv = self.attention(self.attention_norm(h_BTD), context, cache)
         h_BTD = h_BTD + mixed
         return h_BTD + self.mlp(self.mlp_norm(h_BTD)), kv
 
-    def write_kv(self, h_BTD, positions_BT, angles, cache: KV) -> KV:
+    def write_kv(self, h_BTD, context: LayerContext, cache: KV) -> KV:
         """The cache with the K/V of tokens that enter this layer as `h_BTD`; the layer itself does not run."""
-        return self.attention.keys_values(self.attention_norm(h_BTD), positions_BT, angles, cache)
+        return self.attention.keys_values(self.attention_norm(h_BTD), context, cache)

@@ -21,6 +21,7 @@ from training_runs import ASKED, MESHES, counted_open, remember_programs
 
 import sled.models.stored
 from sled.errors import SettingError
+from sled.fusion import SharedHead
 from sled.models import ExitHeads, save_folder
 from sled.train.data.sources import Source
 from sled.train.objective.cross_entropy import Split, exit_cross_entropy
@@ -132,7 +133,7 @@ def check_split_loss():
     weights_E = np.array([0.5, 0, 1.0])
 
     def run(w_VD, targets_BT, weights_E, split, **options):
-        loss = lambda h, w: exit_cross_entropy(h, w, targets_BT, mask_BT, weights_E, split=split, **options)  # noqa: E731
+        loss = lambda h, w: exit_cross_entropy(h, SharedHead(w), targets_BT, mask_BT, weights_E, split=split, **options)  # noqa: E731
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(h_EBTD, w_VD)
 
     def same(parts, whole):
@@ -150,7 +151,7 @@ def check_split_loss():
     def stage(h_EBTD, w_VD, weights_E):
         w_VD = jax.lax.pcast(w_VD, "stage", to="varying")
         here = Split(jax.sharding.get_abstract_mesh())
-        loss, _ = exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, split=here)
+        loss, _ = exit_cross_entropy(h_EBTD, SharedHead(w_VD), targets_BT, mask_BT, weights_E, split=here)
         return jax.lax.psum(loss, "stage")
 
     # The last two exits on a pipeline stage each, which splits the rest.
@@ -160,7 +161,7 @@ def check_split_loss():
     (value, _), (dh_EBTD, dw_VD) = run(w_VD, targets_BT, np.array([0.0, 1.0, 2.0]), None)
     same(parts, (value, (dh_EBTD[1:], dw_VD)))
     with pytest.raises(SettingError, match=r"the batch has 3 rows, which axes \('data', 'fsdp'\) of 4 devices cannot"):
-        exit_cross_entropy(h_EBTD[:, 1:], w_VD, targets_BT[1:], mask_BT[1:], weights_E, split=split)
+        exit_cross_entropy(h_EBTD[:, 1:], SharedHead(w_VD), targets_BT[1:], mask_BT[1:], weights_E, split=split)
 
 
 def check_checkpoints(folder):

@@ -33,7 +33,7 @@ def logits_at(model, h, layer):
     head = model.exit_head(layer)
     if head is None:
         return model.logits(h)
-    return head.read(h) @ (model.head_weight if head.projection is None else head.projection).T
+    return (head.projection or model.shared_head).project(head.read(h))
 
 
 @pytest.mark.parametrize("name", KINDS)

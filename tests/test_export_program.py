@@ -112,7 +112,7 @@ def test_a_program_says_what_the_library_says(name, programs, headed_folder, pla
 
 def test_the_fused_step_is_the_fusion(programs, decoder):
     expected = sled.ClampOnly(scale=np.array([5, 9]), max_scale=16).logits(
-        hidden_states(), SharedHead(decoder.head_weight))
+        hidden_states(), decoder.shared_head)
     np.testing.assert_allclose(programs["fuse"], expected, rtol=1e-6, atol=1e-5)
 
 
@@ -139,10 +139,10 @@ def test_the_fused_step_takes_states_in_the_form_that_it_says(heads, norm_early,
     given = jnp.stack([forms[form](n) for n, form in enumerate(states, 1)], axis=1)
     numbers = {name: np.broadcast_to(number.default, (len(given), *number.default.shape))
                for name, number in parts.numbers.items()}
-    said = jax.export.deserialize(bytearray(traced.data)).call(network.head_weight, numbers, given)["logits"]
+    said = jax.export.deserialize(bytearray(traced.data)).call(network.shared_head.w_VD, numbers, given)["logits"]
     np.testing.assert_allclose(said, Readout(network).fuse(fusion, dict(enumerate(hidden)), 3), rtol=1e-5, atol=1e-5)
     other = given.at[:, 0].set(hidden[1] if states[0] != "raw" else network.normalise(hidden[1]))
-    swapped = fusion.logits(other, SharedHead(network.head_weight))
+    swapped = fusion.logits(other, network.shared_head)
     assert not np.allclose(said, swapped, rtol=1e-2, atol=1e-2)  # the form matters
 
 

@@ -13,7 +13,6 @@ from scipy.special import entr, softmax
 
 import sled
 from sled.errors import SettingError
-from sled.fusion import SharedHead
 from sled.lens.lens import BEST, show
 from sled.models import load_folder
 
@@ -66,8 +65,8 @@ def test_a_lens_keeps_the_best_tokens_and_tokens_leave_where_generation_lets_the
     def by_the_book(ids_1T):
         states_NTD = model.hidden_states(ids_1T)[:, 0]
         h_TCD = jnp.stack([*(states_NTD[n] for n in early), model.normalise(states_NTD[-1])], axis=1)
-        fused_TV = jax.nn.softmax(fusion.logits(h_TCD, SharedHead(model.head_weight)))
-        return model.normalise(states_NTD) @ model.head_weight.T, fused_TV
+        fused_TV = jax.nn.softmax(fusion.logits(h_TCD, model.shared_head))
+        return model.normalise(states_NTD) @ model.shared_head.w_VD.T, fused_TV
 
     logits, fused = map(np.float64, by_the_book(jnp.array([ids])))
     p = softmax(logits, axis=-1)

@@ -13,6 +13,7 @@ from jax.sharding import AxisType
 from plain_loss import plain_loss
 
 from sled.errors import SettingError
+from sled.fusion import SharedHead
 from sled.train.objective.cross_entropy import Split, exit_cross_entropy
 
 EXITS, BATCH, TOKENS, WIDTH, VOCABULARY = 4, 2, 9, 8, 21
@@ -37,8 +38,8 @@ def ours():
     """Value and gradient with every term on, five tokens (of 18) at a time."""
 
     def loss(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, z_loss, distill, temperature):
-        return exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, z_loss=z_loss, distill=distill,
-                                  temperature=temperature, chunk=5)
+        return exit_cross_entropy(h_EBTD, SharedHead(w_VD), targets_BT, mask_BT, weights_E, z_loss=z_loss,
+                                  distill=distill, temperature=temperature, chunk=5)
 
     return graded(loss)
 
@@ -91,7 +92,7 @@ def test_one_exit_with_its_own_projection_is_plain_cross_entropy(plain):
     h_EBTD, w_VD, targets_BT, mask_BT, _ = example()
     with jax.enable_x64(True):
         alone = h_EBTD[:1], w_VD, targets_BT, mask_BT > 0, [1.0]
-        (loss, metrics), gradients = graded(lambda h, w: exit_cross_entropy(h, w, *alone[2:]))(*alone[:2])
+        (loss, metrics), gradients = graded(lambda h, w: exit_cross_entropy(h, SharedHead(w), *alone[2:]))(*alone[:2])
         (plain_value, _), expected = plain(h_EBTD[:1], w_VD, targets_BT, (mask_BT > 0) * 1.0, np.ones(1), 0.0, 0.0, 1.0)
         assert_close((loss, gradients), (plain_value, expected), 1e-10)
     assert metrics.distillation_E is None and float(metrics.targets) == (mask_BT > 0).sum()
@@ -130,7 +131,7 @@ def test_bfloat16_sums_in_float32(ours):
 
 def test_products_and_memory_are_no_more_than_asked_for():
     *batch, weights_E = example(dtype=np.float32)
-    loss = lambda h, w: exit_cross_entropy(h, w, *batch[2:], weights_E, chunk=7)[0]  # noqa: E731
+    loss = lambda h, w: exit_cross_entropy(h, SharedHead(w), *batch[2:], weights_E, chunk=7)[0]  # noqa: E731
     asked = {loss: 1, jax.grad(loss): 2, jax.grad(loss, 1): 2, jax.grad(loss, (0, 1)): 3}
     for function, products in asked.items():
         program = str(jax.make_jaxpr(function)(*batch[:2]))
@@ -141,7 +142,7 @@ def test_products_and_memory_are_no_more_than_asked_for():
 
 def test_metrics_are_constants_to_differentiation():
     h_EBTD, *rest = example(dtype=np.float32)
-    assert not jax.grad(lambda h: exit_cross_entropy(h, *rest)[1].z_E[0])(h_EBTD).any()
+    assert not jax.grad(lambda h: exit_cross_entropy(h, SharedHead(rest[0]), *rest[1:])[1].z_E[0])(h_EBTD).any()
 
 
 def test_settings_are_refused_by_name():
@@ -157,6 +158,6 @@ def test_settings_are_refused_by_name():
             ("z_loss is -1", batch, dict(z_loss=-1)), ("distill is nan", batch, dict(distill=float("nan"))),
             ("only the last exit", (h_EBTD[:1], *batch[1:4], weights_E[:1]), dict(distill=0.5))):
         with pytest.raises(SettingError, match=message):
-            exit_cross_entropy(*args, **how)
+            exit_cross_entropy(args[0], SharedHead(args[1]), *args[2:], **how)
     with pytest.raises(SettingError, match=r"Split.tensor names \['model'\]"):
         Split(mesh, tensor="model")

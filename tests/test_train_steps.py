@@ -77,8 +77,8 @@ def step(model):
 
 def plain(model, h_EBTD, batch, weights_E=0, *terms):
     """The loss by its definition, of states that the last norm has been through, and its parts."""
-    return plain_loss(h_EBTD[:, :, :-1], model.head_weight, batch.tokens_BT[:, 1:], batch.weights_BT[:, 1:], weights_E,
-                      *terms)
+    return plain_loss(h_EBTD[:, :, :-1], model.shared_head.w_VD, batch.tokens_BT[:, 1:], batch.weights_BT[:, 1:],
+                      weights_E, *terms)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 import sled
 from sled.decoding import loop, state
 from sled.decoding.batch import Generation
-from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import Decoder, DecoderConfig
 from sled.text.tokenizer import Tokenizer as TextTokenizer
@@ -71,7 +70,7 @@ class FullPass:
         early = fusion.early_layers(layer, tied=self.model.tied_head)
         picked = [(self._normal if fusion.norm_early else self.states)[n] for n in early]
         h_BSCD = np.stack([*picked, self._normal[layer]], axis=-2)
-        flat = _fuse(fusion, h_BSCD.reshape(-1, *h_BSCD.shape[2:]), self.model.head_weight)
+        flat = _fuse(fusion, h_BSCD.reshape(-1, *h_BSCD.shape[2:]), self.model.shared_head)
         return np.asarray(flat).reshape(*h_BSCD.shape[:2], -1)
 
 
@@ -83,8 +82,8 @@ def _hidden_states(build, params, tokens_BS):
 
 
 @jax.jit
-def _fuse(fusion, h_PCD, w_VD):
-    return fusion.logits(h_PCD, SharedHead(w_VD))
+def _fuse(fusion, h_PCD, head):
+    return fusion.logits(h_PCD, head)
 
 
 def check_endings(out: sled.Output) -> None:

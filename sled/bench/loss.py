@@ -14,6 +14,7 @@ import optax
 from tqdm import tqdm
 
 from sled.bench.report import BenchReport, column
+from sled.fusion import SharedHead
 from sled.settings.rules import Whole
 from sled.timing import interleave
 from sled.train.objective.cross_entropy import exit_cross_entropy
@@ -79,7 +80,7 @@ def _plain(h_END, w_VD, targets_N, weights_E):
 
 def _ours(h_END, w_VD, targets_N, weights_E):
     mask_N = jnp.ones(targets_N.shape)
-    return exit_cross_entropy(h_END[:, None], w_VD, targets_N[None], mask_N[None], weights_E)[0]
+    return exit_cross_entropy(h_END[:, None], SharedHead(w_VD), targets_N[None], mask_N[None], weights_E)[0]
 
 
 def _again(h_END, w_VD, targets_N, weights_E):

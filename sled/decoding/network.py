@@ -6,14 +6,16 @@ from typing import Any, Protocol
 
 import jax
 
+from sled.fusion.projection import SharedHead
+
 KV = tuple[jax.Array, jax.Array]
 
 
 class ExitHead(Protocol):
     """An exit's own way from its hidden state to logits."""
 
-    projection: jax.Array | None
-    """Its own [V, D], or None where it ends in the shared one."""
+    projection: SharedHead | None
+    """Its own, or None where it ends in the shared one."""
 
     def read(self, h) -> jax.Array:
         """The exit's hidden states [..., D] made ready for projection."""
@@ -34,8 +36,8 @@ class Network(Protocol):
         """Whether the shared projection is the embedding table (DoLa then skips the first layers)."""
 
     @property
-    def head_weight(self) -> jax.Array:
-        """The shared final projection W [V, D]."""
+    def shared_head(self) -> SharedHead:
+        """The final projection, through which every layer's logits come."""
 
     def embed(self, tokens_BT) -> jax.Array:
         """[B, T] token ids to hidden state 0, [B, T, D]."""

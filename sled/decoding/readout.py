@@ -37,11 +37,10 @@ class Readout(NamedTuple):
 
     def head(self, layer: int) -> SharedHead:
         """The projection of the exit after `layer`: its own, or the one that all share."""
-        own_VD = self.own_projection(layer)
-        return SharedHead(self.network.head_weight if own_VD is None else own_VD)
+        return self.own_projection(layer) or self.network.shared_head
 
-    def own_projection(self, layer: int) -> jax.Array | None:
-        """The projection [V, D] that only the exit after `layer` has, or None where it takes the shared one."""
+    def own_projection(self, layer: int) -> SharedHead | None:
+        """The projection that only the exit after `layer` has, or None where it takes the shared one."""
         head = self.network.exit_head(layer)
         return None if head is None else head.projection
 
@@ -90,4 +89,4 @@ class Readout(NamedTuple):
         """
         h_PCD = self.candidates(states, self.early_layers(fusion, last), fusion.norm_early, last)
         rows = (positions or h_PCD.shape[0]) * h_PCD.shape[1]
-        return fused_logits(fusion, h_PCD, self.head(last).w_VD, rows)
+        return fused_logits(fusion, h_PCD, self.head(last), rows)

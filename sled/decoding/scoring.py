@@ -85,7 +85,7 @@ def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, p
 
     inputs = ([flat(h) for h in (h0, *states)], flat(targets_BT))
     layers = 1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))
-    per_place = layers * network.head_weight.shape[0]
+    per_place = layers * network.shared_head.vocabulary
     return jax.tree.map(lambda x: x.reshape(inputs_BT.shape), map_places(judge, inputs, per_place))
 
 

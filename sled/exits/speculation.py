@@ -80,7 +80,7 @@ class SelfSpeculation(Policy):
 
     def prepare(self, readout) -> Drafter:
         """The projections of the drafts, the rows of the draft vocabulary gathered once."""
-        some = lambda head: head if self.vocabulary is None else SharedHead(head.w_VD[self.vocabulary])  # noqa: E731
+        some = lambda head: head if self.vocabulary is None else head.with_weights(head.w_VD[self.vocabulary])  # noqa: E731
         heads = tuple(some(readout.head(n)) for n in self.layer)
         return Drafter(readout, self.layer, heads, self.vocabulary)
 

@@ -183,19 +183,18 @@ def trace_step(lm: LM, fusion: Parts) -> Traced:
     """
     network, last = lm.build(lm.params), lm.config.num_layers
     readout = Readout(network)
-    early = readout.early_layers(fusion.whole, last)
+    early, head = readout.early_layers(fusion.whole, last), network.shared_head
 
     def run(projection, numbers, hidden):
-        return {"logits": fused_logits(fusion.put_together(numbers, {}), hidden, projection)}
+        return {"logits": fused_logits(fusion.put_together(numbers, {}), hidden, head.with_weights(projection))}
 
     b, = export.symbolic_shape("b")
-    w_VD = network.head_weight
     traced = _export("fuse", run, {
-        "projection": jax.ShapeDtypeStruct(w_VD.shape, w_VD.dtype), "numbers": _rows_of(b, fusion),
-        "hidden": jax.ShapeDtypeStruct((b, len(early) + 1, lm.config.width), w_VD.dtype)})
-    head = "embedding.weight" if network.tied_head else "head.weight"
+        "projection": jax.ShapeDtypeStruct(head.w_VD.shape, head.w_VD.dtype), "numbers": _rows_of(b, fusion),
+        "hidden": jax.ShapeDtypeStruct((b, len(early) + 1, lm.config.width), head.w_VD.dtype)})
+    table = "embedding.weight" if network.tied_head else "head.weight"
     return traced._replace(about=traced.about | {
-        "projection": head, "layers": [*early, last],
+        "projection": table, "layers": [*early, last],
         "states": [*(readout.form(n, fusion.whole.norm_early) for n in early), "normed"]})
 
 

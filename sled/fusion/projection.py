@@ -1,9 +1,14 @@
-"""The shared final projection, and how it is walked over the vocabulary.
+"""The final projection, and how it is walked over the vocabulary: the one place where logits are formed.
 
-Every fusion method turns hidden states into logits through one matrix. `SharedHead` holds that matrix
-together with the choice of how to use it: at once (`tile=None`, the definition) or streamed in tiles of
+The network makes a `SharedHead`; fusion, drafts, the lens and the training loss get their logits from it. It holds the
+matrix together with the choice of how to use it: at once (`tile=None`, the definition) or streamed in tiles of
 vocabulary rows, so that the logits of all candidate layers never exist together.
 """
+
+from __future__ import annotations
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,13 +50,28 @@ class SharedHead:
     def vocabulary(self) -> int:
         return self.w_VD.shape[0]
 
+    def with_weights(self, w_VD) -> SharedHead:
+        """The same way to logits by other weights: an exit's own, or some rows of these."""
+        return dataclasses.replace(self, w_VD=w_VD)
+
     def project(self, h_xD):
         """Logits (..., V) of hidden states (..., D), accumulated in float32 (float64 for such inputs)."""
-        return self._product("...d,vd->...v", h_xD, self.w_VD)
+        return self._logits("...d,vd->...v", h_xD, self.w_VD)
+
+    def project_vjp(self, h_CD):
+        """Logits, and what takes slopes by them to slopes by h and w: not rounded to their types, as `jax.vjp` does."""
+        product = functools.partial(jnp.einsum, preferred_element_type=self.dtype(h_CD))
+
+        def pull_back(slope_CV, by_h: bool, by_w: bool):
+            slope_CV = slope_CV.astype(jnp.promote_types(h_CD.dtype, self.w_VD.dtype))
+            return (product("cv,vd->cd", slope_CV, self.w_VD) if by_h else None,
+                    product("cv,cd->vd", slope_CV, h_CD) if by_w else None)
+
+        return self.project(h_CD), pull_back
 
     def project_rows(self, h_BCD, ids_BK):
         """Logits (B, C, K) of chosen tokens only, from their K rows of the projection."""
-        return self._product("bcd,bkd->bck", h_BCD, jnp.take(self.w_VD, ids_BK, axis=0))
+        return self._logits("bcd,bkd->bck", h_BCD, jnp.take(self.w_VD, ids_BK, axis=0))
 
     def dtype(self, h):
         """The type of logits and statistics: float32, or float64 where the inputs are."""
@@ -68,9 +88,9 @@ class SharedHead:
 
         def one(carry, tile_SVD, start):
             if self.shards == 1:  # spelled so that the CPU's product comes out in this order of axes
-                l_SBCV = self._product("bcd,vd->bcv", h_BCD, tile_SVD[0])[None]
+                l_SBCV = self._logits("bcd,vd->bcv", h_BCD, tile_SVD[0])[None]
             else:
-                l_SBCV = self._product("bcd,svd->sbcv", h_BCD, tile_SVD)
+                l_SBCV = self._logits("bcd,svd->sbcv", h_BCD, tile_SVD)
             return step(carry, l_SBCV, start)
 
         def body(i, carry):
@@ -85,7 +105,7 @@ class SharedHead:
             carry = one(carry, w_SVD[:, whole * self.tile :], whole * self.tile)
         return carry
 
-    def _product(self, axes, h, w):
+    def _logits(self, axes, h, w):
         return jnp.einsum(axes, h, w, preferred_element_type=self.dtype(h))
 
 
@@ -107,13 +127,14 @@ def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int
     return _TILE.get(platform, _TILE_ELSEWHERE)
 
 
-def fused_logits(fusion, h_BCD, w_VD, rows: int | None = None):
+def fused_logits(fusion, h_BCD, head: SharedHead, rows: int | None = None):
     """A strategy's logits (B, V), by the tile that suits the platform for which the computation is lowered.
 
     rows: batch x candidate layers, where `h_BCD` holds only a part of them (under `vmap`).
     """
     rows = h_BCD.shape[0] * h_BCD.shape[1] if rows is None else rows
-    on_cpu, elsewhere = (SharedHead(w_VD, default_tile(rows, w_VD.shape[0], name)) for name in ("cpu", "elsewhere"))
+    on_cpu, elsewhere = (dataclasses.replace(head, tile=default_tile(rows, head.vocabulary, name))
+                         for name in ("cpu", "elsewhere"))
     if on_cpu.tile == elsewhere.tile:
         return fusion.logits(h_BCD, on_cpu)
     return jax.lax.platform_dependent(

@@ -167,7 +167,7 @@ def look(build: Build, params: Any, ids: np.ndarray, *, fusion, name_token: Call
     return Lens(
         ids=ids, best=best, best_probability=by_layer(probability), entropy=by_layer(entropy),
         final_probability=by_layer(final_probability), name_of={i: name_token(i) for i in seen.tolist()},
-        vocabulary=build.outline.head_weight.shape[0], fusion=None if fusion is None else type(fusion).__name__,
+        vocabulary=build.outline.shared_head.vocabulary, fusion=None if fusion is None else type(fusion).__name__,
         fused_best=fused_best, fused_probability=fused_probability)
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from sled.errors import SettingError
+from sled.fusion.projection import SharedHead
 from sled.settings.rules import Number, Whole, is_array
 
 _CHUNK = 512  # the fewest tokens at a time, unless told: fewer make slower products
@@ -69,12 +70,13 @@ class ExitMetrics(NamedTuple):
     targets: jax.Array
 
 
-def exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, *, z_loss=None, distill=None, temperature=1.0,
-                       chunk: int | None = None, split: Split | None = None) -> tuple[jax.Array, ExitMetrics]:
+def exit_cross_entropy(h_EBTD, head: SharedHead, targets_BT, mask_BT, weights_E, *, z_loss=None, distill=None,
+                       temperature=1.0, chunk: int | None = None,
+                       split: Split | None = None) -> tuple[jax.Array, ExitMetrics]:
     """sum_e weights_e mean_n(nll_en + z_loss z_en + distill T^2 KL(p_n || q_en)), a scalar in nats; and its parts.
 
-    h_EBTD: normed hidden states of E exits, the last layer's last. Differentiable, as is w_VD.
-    w_VD: the projection they share. An exit with one of its own is a call of its own, with E = 1.
+    h_EBTD: normed hidden states of E exits, the last layer's last. Differentiable, as is the head.
+    head: the projection they share. An exit with one of its own is a call of its own, with E = 1.
     targets_BT: token ids, and mask_BT how much each counts in the mean. Where the mask is 0 any id may stand, and
         nothing of that token, finite or not, reaches the loss or a gradient. A target outside the vocabulary makes
         the loss NaN. Without any target loss and gradients are 0.
@@ -93,22 +95,22 @@ def exit_cross_entropy(h_EBTD, w_VD, targets_BT, mask_BT, weights_E, *, z_loss=N
     `split` cannot divide.
     """
     targets_BT, mask_BT, weights_E = map(jnp.asarray, (targets_BT, mask_BT, weights_E))
-    _check_shapes(h_EBTD, w_VD, targets_BT, mask_BT, weights_E)
+    _check_shapes(h_EBTD, head.w_VD, targets_BT, mask_BT, weights_E)
     exits, batch, _, width = h_EBTD.shape
     if distill is not None and exits < 2:
         raise SettingError("distill is given, but there is only the last exit, which teaches the others; leave it None")
-    vocabulary, ways = w_VD.shape[0], split.ways(split.tensor) if split else 1
+    vocabulary, ways = head.vocabulary, split.ways(split.tensor) if split else 1
     if split and batch % split.ways(split.data):
         raise SettingError(f"the batch has {batch} rows, which axes {split.data} of {split.ways(split.data)} devices "
                            "cannot split; give a multiple")
-    wide = _wide_dtype(h_EBTD, w_VD)
+    wide = head.dtype(h_EBTD)
     chunk = max(_CHUNK, width) if chunk is None else Whole(1, hint="it counts tokens")("chunk", chunk)
     plan = _Plan(vocabulary, chunk, *((split.mesh, split.data, split.tensor) if split else (None, (), ())))
     if vocabulary % ways:
-        w_VD = jnp.pad(w_VD, ((0, -vocabulary % ways), (0, 0)))
+        head = head.with_weights(jnp.pad(head.w_VD, ((0, -vocabulary % ways), (0, 0))))
     coefficients = _Coefficients(_number("z_loss", z_loss, wide), _number("distill", distill, wide),
                                 None if distill is None else _number("temperature", temperature, wide, positive=True))
-    return _loss(plan, h_EBTD, w_VD, targets_BT, mask_BT.astype(wide), weights_E.astype(wide), coefficients)
+    return _loss(plan, h_EBTD, head, targets_BT, mask_BT.astype(wide), weights_E.astype(wide), coefficients)
 
 
 def _number(name, value, dtype, positive=False):
@@ -136,14 +138,14 @@ def _loss(plan, *args):
 
 
 def _forward(plan, *primals):
-    """The loss and what the backward pass scales: the gradients of h and w, None where nothing depends on one."""
-    return _run(plan, (primals[0].perturbed, primals[1].perturbed), *jax.tree.map(lambda x: x.value, primals))
+    """The loss and what the backward pass scales: the gradients of h and head, None where nothing depends on one."""
+    return _run(plan, (primals[0].perturbed, primals[1].w_VD.perturbed), *jax.tree.map(lambda x: x.value, primals))
 
 
 def _backward(plan, gradients, cotangents):
     if isinstance(cotangents[0], jax.custom_derivatives.SymbolicZero):
         gradients = None, None  # only the metrics were differentiated
-    scaled = (None if x is None else (cotangents[0] * x).astype(x.dtype) for x in gradients)
+    scaled = jax.tree.map(lambda x: (cotangents[0] * x).astype(x.dtype), gradients)
     return *scaled, None, None, None, None
 
 
@@ -151,7 +153,7 @@ _loss.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _run(plan, wanted, *args):
-    """(loss, metrics) and (dh, dw), those of them that are `wanted`, on one device or on each of the mesh."""
+    """(loss, metrics) and the gradients of h and head, those that are `wanted`, on one device or each of the mesh."""
     run = functools.partial(_device_loss, plan, wanted)
     if plan.mesh is None:
         return run(*args)
@@ -161,7 +163,7 @@ def _run(plan, wanted, *args):
                          out_specs=(whole, (h, w)))(*args)
 
 
-def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coefficients):
+def _device_loss(plan, wanted, h_EBTD, head, targets_BT, mask_BT, weights_E, coefficients):
     """As `_run`, on this device's part of the batch and of the vocabulary."""
     exits, width, count = h_EBTD.shape[0], h_EBTD.shape[-1], targets_BT.size
     h_END, targets_N, mask_N = h_EBTD.reshape(exits, count, width), targets_BT.ravel(), mask_BT.ravel()
@@ -179,37 +181,36 @@ def _device_loss(plan, wanted, h_EBTD, w_VD, targets_BT, mask_BT, weights_E, coe
         new_C = start + jnp.arange(size) >= i * size
         share_C, targets_C, h_ECD = jnp.where(new_C, cut(share_N), 0), cut(targets_N), cut(h_END, 1)
         live_C1 = (share_C != 0)[:, None]
-        teacher_CV = None if coefficients.distill is None else plan.logits(h_ECD[-1], w_VD)
+        teacher_CV = None if coefficients.distill is None else plan.mask(head.project(h_ECD[-1]))
 
         def exit_step(j, carry):
             sums_E4, dh_END, dw_VD = carry
             # The barrier keeps XLA from making a [C, V] of the targets once for all exits, and holding it.
             e, ids_C = jax.lax.optimization_barrier((order_E[j], targets_C))
-            h_CD = h_ECD[e]
-            logits_CV = plan.logits(h_CD, w_VD)
-            terms_4C, slope_CV = _token_loss(plan, logits_CV, ids_C, coefficients, teacher_CV)
-            sums_E4 = sums_E4.at[e].add(jnp.where(live_C1.T, share_C * terms_4C, 0).sum(1))
             # Rows that do not count leave every product: 0 times their infinities would be NaN.
+            logits_CV, pull_back = head.project_vjp(jnp.where(live_C1, h_ECD[e], 0))
+            terms_4C, slope_CV = _token_loss(plan, plan.mask(logits_CV), ids_C, coefficients, teacher_CV)
+            sums_E4 = sums_E4.at[e].add(jnp.where(live_C1.T, share_C * terms_4C, 0).sum(1))
             slope_CV = jnp.where(live_C1, weights_E[e] * share_C[:, None] * slope_CV, 0)
-            slope_CV = slope_CV.astype(jnp.promote_types(h_CD.dtype, w_VD.dtype))
-            if dh_END is not None:
-                dh_CD = _psum(_product(slope_CV, w_VD), plan.tensor).astype(h_CD.dtype)
+            dh_CD, exit_dw_VD = pull_back(slope_CV, *wanted)
+            if dh_CD is not None:
+                dh_CD = _psum(dh_CD, plan.tensor).astype(h_END.dtype)
                 dh_CD = jnp.where(new_C[:, None], dh_CD, cut(dh_END[e]))
                 dh_END = jax.lax.dynamic_update_slice(dh_END, dh_CD[None], (e, start, 0))
-            if dw_VD is not None:
-                dw_VD += _product(slope_CV.T, jnp.where(live_C1, h_CD, 0))
+            if exit_dw_VD is not None:
+                dw_VD += exit_dw_VD
             return sums_E4, dh_END, dw_VD
 
         return jax.lax.fori_loop(0, computed, exit_step, carry)
 
-    wide, rows = _wide_dtype(h_EBTD, w_VD), (h_END, share_N, weights_E)
+    w_VD, wide, rows = head.w_VD, head.dtype(h_EBTD), (h_END, share_N, weights_E)
     sums_E4, dh_END, dw_VD = jax.lax.fori_loop(0, chunks, chunk_step, (
         _zeros((exits, 4), wide, *rows),
         _zeros(h_END.shape, h_END.dtype, *rows) if wanted[0] else None,
         _zeros(w_VD.shape, wide, *rows, w_VD) if wanted[1] else None))
     dh_EBTD = None if dh_END is None else dh_END.reshape(h_EBTD.shape)
-    dw_VD = None if dw_VD is None else _psum(dw_VD, plan.data).astype(w_VD.dtype)
-    return _summary(_psum(sums_E4, plan.data), weights_E, coefficients, targets), (dh_EBTD, dw_VD)
+    dhead = None if dw_VD is None else head.with_weights(_psum(dw_VD, plan.data).astype(w_VD.dtype))
+    return _summary(_psum(sums_E4, plan.data), weights_E, coefficients, targets), (dh_EBTD, dhead)
 
 
 def _zeros(shape, dtype, *like):
@@ -236,16 +237,6 @@ class _Coefficients(NamedTuple):
     temperature: jax.Array | None
 
 
-def _wide_dtype(a, b):
-    """The type in which products of a and b are summed: float32, or float64 where one of them is."""
-    return jnp.promote_types(jnp.float32, jnp.promote_types(a.dtype, b.dtype))
-
-
-def _product(a, b):
-    """a @ b, summed and returned in `_wide_dtype`."""
-    return jnp.matmul(a, b, preferred_element_type=_wide_dtype(a, b))
-
-
 def _psum(x, axes: tuple[str, ...]):
     """The sum over mesh axes, of which there may be none."""
     return jax.lax.psum(x, axes) if axes else x
@@ -269,9 +260,9 @@ class _Plan:
         first = jax.lax.axis_index(self.tensor) * count if self.tensor else 0
         return first + jnp.arange(count)
 
-    def logits(self, h_CD, w_VD):
-        """[C, V] over this device's rows."""
-        logits_CV, count = _product(h_CD, w_VD.T), w_VD.shape[0]
+    def mask(self, logits_CV):
+        """Logits over this device's rows, those of rows that only pad the vocabulary out of reach."""
+        count = logits_CV.shape[1]
         padded = count * (jax.lax.axis_size(self.tensor) if self.tensor else 1) > self.vocabulary
         return jnp.where(self.rows(count) < self.vocabulary, logits_CV, _NO_TOKEN) if padded else logits_CV
 

@@ -19,7 +19,7 @@ from sled.models.decoder import Decoder
 from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.cross_entropy import ExitMetrics, exit_cross_entropy
-from sled.train.objective.forward import check_stacked, exit_states
+from sled.train.objective.forward import cast, check_stacked, exit_states
 
 EXIT_HEADS = nnx.PathContains("exit_heads")
 
@@ -73,7 +73,7 @@ def read_exits(model: Decoder, h_EBTD, exits: Sequence[int]) -> jax.Array:
     if tuple(exits[e] for e in own) != settings.layers:
         which = jnp.array([settings.layers.index(exits[e]) for e in own])
         heads = jax.tree.map(lambda leaf: leaf[which], heads)
-    heads = jax.tree.map(lambda leaf: leaf.astype(h_EBTD.dtype), heads)
+    heads = cast(heads, h_EBTD.dtype)
     read = jax.vmap(lambda head, h: nnx.merge(graph, head)(h, model.norm))
     if len(own) == len(exits):
         return read(heads, h_EBTD)
@@ -93,19 +93,18 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
     read_EBTD, weights_E = read_exits(model, h_EBTD, exits).astype(h_EBTD.dtype), jnp.asarray(weights_E)
     settings = model.config.exit_heads
     own = [e for e, n in enumerate(exits) if n in settings.layers] if settings and not settings.tied else []
-    shared_VD = model.head_weight.astype(h_EBTD.dtype)
+    shared = cast(model.shared_head, h_EBTD.dtype)
     if not own:
-        return exit_cross_entropy(read_EBTD, shared_VD, targets_BT, mask_BT, weights_E, **options)
+        return exit_cross_entropy(read_EBTD, shared, targets_BT, mask_BT, weights_E, **options)
     if options.get("distill") is not None:
         raise SettingError("distill is given, but exits have projections of their own, which never see the last "
                            "layer's logits; leave it None, or tie the heads")
-    projections = [w_1VD[0].astype(h_EBTD.dtype) for w_1VD in
-                   jax.lax.split(model.exit_heads.projection[...], [1] * len(settings.layers))]
-    groups = [([e], projections[settings.layers.index(exits[e])]) for e in own]
-    if shared := [e for e in range(len(exits)) if e not in own]:
-        groups.append((shared, shared_VD))
-    losses, parts = zip(*(exit_cross_entropy(read_EBTD[jnp.array(group)], w_VD, targets_BT, mask_BT,
-                                             weights_E[jnp.array(group)], **options) for group, w_VD in groups),
+    own_EVD = cast(jax.lax.split(model.exit_heads.projection[...], [1] * len(settings.layers)), h_EBTD.dtype)
+    groups = [([e], shared.with_weights(own_EVD[settings.layers.index(exits[e])][0])) for e in own]
+    if others := [e for e in range(len(exits)) if e not in own]:
+        groups.append((others, shared))
+    losses, parts = zip(*(exit_cross_entropy(read_EBTD[jnp.array(group)], head, targets_BT, mask_BT,
+                                             weights_E[jnp.array(group)], **options) for group, head in groups),
                         strict=True)
     order = jnp.argsort(jnp.array([e for group, _ in groups for e in group]))
     per_exit = {name: jnp.concatenate([getattr(part, name) for part in parts])[order]

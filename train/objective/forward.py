@@ -12,7 +12,7 @@ from flax import nnx
 
 from sled.errors import SettingError
 from sled.models.decoder import Decoder
-from sled.models.layers import Block, rotary_angles
+from sled.models.layers import Block, LayerContext, traced_windows
 from sled.settings.rules import OneOf, is_array
 from sled.train.objective.layer_dropout import Drops
 
@@ -55,19 +55,19 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
 
     def layer(h_BTD, weights, window, drop, number):
         def run(h, rows):
-            block = nnx.merge(graph, _cast(weights, dtype))
-            return block(h, rows["positions"], rows["angles"], None, window, rows["segments"])[0]
+            block = nnx.merge(graph, cast(weights, dtype))
+            return block(h, rows.for_window(window), None)[0]
 
         return run(h_BTD, rows) if drop is None else drop.strategy.apply(run, h_BTD, rows, drop, number)
 
     exits_E = jnp.asarray(exits, jnp.int32)
     count = exits_E.shape[0]
     slots_L = jnp.searchsorted(exits_E, jnp.arange(1, depth + 1))  # of the first exit that is not below the layer
-    h_BTD = place(_cast(model.embed(tokens_BT), dtype))
+    h_BTD = place(cast(model.embed(tokens_BT), dtype))
     carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype)
     begin = 0
     lengths = [depth] if drops is None else drops.strategy.stretches(depth)
-    for length, part in _parts(lengths, stop, (weights_L, model.windows_L, slots_L, drops)):
+    for length, part in _parts(lengths, stop, (weights_L, traced_windows(model.config), slots_L, drops)):
 
         def body(carry, xs, begin=begin):
             (h, states), (weights, window, slot, drop) = carry, xs
@@ -102,8 +102,8 @@ def _last_layer(exits, depth: int) -> int:
     return numbers[-1]
 
 
-def _rows_of(model: Decoder, tokens_BT, segments_BT) -> dict:
-    """The arrays that a block reads besides hidden states, the rows' axis first (1 where all rows share it)."""
+def _rows_of(model: Decoder, tokens_BT, segments_BT) -> LayerContext:
+    """What layers read beside hidden states, but for their windows."""
     index_1T = jnp.arange(tokens_BT.shape[1])[None]
     if segments_BT is None:
         positions = index_1T
@@ -111,7 +111,7 @@ def _rows_of(model: Decoder, tokens_BT, segments_BT) -> dict:
         first_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
         positions = index_1T - jax.lax.cummax(jnp.where(first_BT, index_1T, 0), axis=1)
         segments_BT = jnp.cumsum(first_BT, axis=1)  # runs: a number that comes back is another document
-    return {"positions": positions, "angles": rotary_angles(model.config, positions), "segments": segments_BT}
+    return LayerContext.of(model.config, positions, segments_BT)
 
 
 def _parts(lengths: list[int], stop: int, stacked) -> list[tuple[int, Any]]:
@@ -126,6 +126,6 @@ def _parts(lengths: list[int], stop: int, stacked) -> list[tuple[int, Any]]:
     return [(size, tree.unflatten([parts[i] for parts in cut])) for i, size in enumerate(sizes)]
 
 
-def _cast(tree, dtype):
+def cast(tree, dtype):
     """Floating-point arrays in another type."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
