@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sled.decoding.options import Decoding
@@ -62,7 +62,7 @@ _PLAIN = Method("greedy").settings()
 
 def checked_methods(methods: Method | Sequence[Method]) -> list[Method]:
     """The methods. Raises SettingError where there is none, or anything else."""
-    found = [methods] if isinstance(methods, Method) else list(methods)
+    found = [methods] if isinstance(methods, Method) else list(methods) if isinstance(methods, Iterable) else []
     if not found or not all(isinstance(method, Method) for method in found):
         raise SettingError(f"methods is {methods!r}, but must hold methods, at least one; give "
                            "sled.eval.methods.Method(name, ...), or what sled.eval.sweep.grid makes")

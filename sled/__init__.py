@@ -48,8 +48,8 @@ def __getattr__(name: str):
     elif not name.startswith("_") and name in (registered := _registered()):
         value = registered[name]
     else:
-        raise AttributeError(f"module 'sled' has no attribute {name!r}; it has {', '.join(_HOME)}, and the classes in "
-                             "sled.fusion and sled.exits")
+        known = [] if name.startswith("_") else [*_HOME, *_registered()]
+        raise AttributeError(f"module 'sled' has no attribute {name!r}; it has {', '.join(known)}")
     globals()[name] = value
     return value
 

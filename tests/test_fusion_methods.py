@@ -171,7 +171,7 @@ def test_a_vocabulary_smaller_than_max_scale():
 
 def test_the_tile_is_that_of_the_platform_the_computation_is_lowered_for():
     h_BCD, w_VD = jax.ShapeDtypeStruct((64, 33, 4), "float32"), jax.ShapeDtypeStruct((128_256, 4), "float32")
-    fuse = jax.jit(lambda h_BCD, w_VD: fusion.fused_logits(LayerAverage(), h_BCD, w_VD))
+    fuse = jax.jit(lambda h_BCD, w_VD: fusion.fused_logits(LayerAverage(), h_BCD, SharedHead(w_VD)))
     for platform, tile, other in (("cpu", 1024, 8192), ("cuda", 8192, 1024)):
         program = fuse.trace(h_BCD, w_VD).lower(lowering_platforms=(platform,)).as_text()
         assert f"tensor<{tile}x4xf32>" in program and f"tensor<{other}x4xf32>" not in program

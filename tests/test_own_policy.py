@@ -60,6 +60,24 @@ def test_it_leaves_by_its_own_rule_and_memory():
     check_caches(OFTEN)
 
 
+@settings
+class Narrow(Policy):
+    """Every second token leaves at the second exit, whose logits are of a narrower type."""
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        return (1, 2, num_layers)
+
+    def at_exit(self, view: ExitView) -> Decision:
+        logits_BV = view.fused_logits()
+        leaves_B = view.here_B & (view.index == 1) & (view.emitted_B % 2 == 1)
+        return Decision(leaves_B, logits_BV.astype(jnp.bfloat16) if view.index else logits_BV, view.memory)
+
+
+def test_exits_may_give_logits_of_different_types():
+    for layers in generate(exits=Narrow()).exit_layers:
+        assert all((layer == 2) == (at % 2 == 1) for at, layer in enumerate(layers))
+
+
 def test_neither_batch_mates_nor_the_schedule_change_a_row():
     together = generate(exits=OFTEN)
     for i, prompt in enumerate(PROMPTS):

@@ -120,6 +120,7 @@ def test_what_has_a_digest_differs_by_it_and_what_follows_is_left_unsaid():
                        (dict(model={"name": "new", "layers": 3}, config={"depth": 3}),
                         "settings: model.layers was 2 and is 3[.]"),
                        (dict(config={"depth": 4}), "config.depth was 2 and is 4"),
+                       (dict(model=f"{'x' * 50}2{'y' * 50}"), "model was .* and is "),
                        (dict(data=None), "data was 'a' and is None"),
                        (dict(data={"name": "a", "digest": "2", "limit": 3}), "data is 'a' as before, but"),
                        (dict(model={"name": "b", "digest": "3"}, config={}),

@@ -151,7 +151,6 @@ class Prepared:
                            may_change=may_change, follow=FOLLOW)
 
 
-
 def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = None) -> Path:
     """Trains to the end of the recipe, and returns the folder of the trained model.
 

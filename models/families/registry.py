@@ -103,8 +103,9 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
 
 def _warn(f: Fields, family: str) -> None:
     if f.passed_over:
-        warnings.warn(f"{f.source}: passed over, since it is nothing to transformers' {family} models: "
-                      f"{shorten(', '.join(f.passed_over), 600)}", CheckpointWarning, stacklevel=3)
+        warnings.warn(f"{f.source}: passed over, as fields that transformers' {family} models do not know or token ids "
+                      f"beyond the vocabulary: {shorten(', '.join(f.passed_over), 600)}", CheckpointWarning,
+                      stacklevel=3)
 
 
 def format_config(config: DecoderConfig, dtype: str) -> dict:

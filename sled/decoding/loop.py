@@ -7,8 +7,8 @@ waiting rows get what they wait for, tokens that left earlier get their exact K/
 are drafts, the last segment verifies them instead (`verify.py`). At its end the step emits: one choice and one write
 for all rows that got logits. Plain decoding is the case of one segment.
 
-A verification asks nothing of where drafts come from. Drafts that no exit makes (prompt lookup, a run that skips
-layers) belong before a step's first segment, which would then take them as a block.
+Drafts that no exit makes (prompt lookup, a run that skips layers) belong before a step's first segment, which would
+then take them as a block; the verification does not ask where the drafts that it finds in the text come from.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class Emission(NamedTuple):
         return self.exit_B >= 0
 
     def at(self, s: int, leaves_B, logits_BV) -> Emission:
-        """With the logits of rows that leave at exit s."""
-        return self._replace(exit_B=jnp.where(leaves_B, s, self.exit_B),
-                             logits_BV=jnp.where(leaves_B[:, None], logits_BV, self.logits_BV))
+        """With the logits of rows that leave at exit s, in the type of those that are here."""
+        logits_BV = jnp.where(leaves_B[:, None], logits_BV.astype(self.logits_BV.dtype), self.logits_BV)
+        return self._replace(exit_B=jnp.where(leaves_B, s, self.exit_B), logits_BV=logits_BV)
 
 
 @functools.partial(jax.jit, static_argnames="build", donate_argnames="state")
@@ -111,8 +111,8 @@ def _view(run: Context, state: DecodeState, s: int, here_B, states) -> ExitView:
 
 
 def _leave(run: Context, state: DecodeState, s: int, here_B, leaves_B, states, emission: Emission, decision: Decision):
-    """After the decision at early exit s: rows leave with its logits, and others that are here wait for the next
-    segment."""
+    """After the decision at early exit s: rows leave with its logits, the others of `here_B` wait for the next segment.
+    """
     waiting_B = jnp.where(here_B, jnp.where(leaves_B, 0, s + 1), state.progress.waiting_B)
     state = state.replace(memory=decision.memory, progress=state.progress.replace(waiting_B=waiting_B))
     if run.policy.propagates:
@@ -199,7 +199,7 @@ def _emit(run: Context, state: DecodeState, emission: Emission) -> DecodeState:
     text, rows_B, policy = state.text, emission.rows_B, run.policy
     logits_BV = processed_logits(emission.logits_BV, lambda: seen_tokens(text.tokens_BS, text.length_B,
                                                                          emission.logits_BV.shape[-1]), run.sampling)
-    token_B = choose(logits_BV, run.sampling, run.keys_BS2, text.length_B)
+    token_B = choose(logits_BV, run.sampling, run.key_data_BS, text.length_B)
     if policy.verifies:
         token_B = jnp.where(emission.verified_B >= 0, emission.verified_B, token_B)
     # As a choice for every position: on a CPU a scatter runs as a loop of its own.

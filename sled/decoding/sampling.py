@@ -85,7 +85,7 @@ def processed_logits(logits_BV, seen_BV: Callable[[], jax.Array], sampling: Samp
 
 
 def position_keys(sampling: Sampling, keys_B, positions: int) -> jax.Array:
-    """The random key's data for the draw of the token at every position: [B, positions, 2], zeros if no row draws.
+    """The random key's data for the draw of the token at every position: [B, positions, ...], zeros if no row draws.
 
     A draw depends on the row's own key and on the token's position alone, so that neither batch-mates nor the way the
     work is cut into calls change it.
@@ -95,14 +95,17 @@ def position_keys(sampling: Sampling, keys_B, positions: int) -> jax.Array:
         jax.vmap(lambda key: jax.vmap(lambda at: jax.random.fold_in(key, at))(at_S))(keys_B)))
 
 
-def choose(logits_BV, sampling: Sampling, keys_BS2, position_B):
-    """The next token of each row, at `position_B`, from processed logits. int32 [B]. keys_BS2: see `position_keys`."""
+def choose(logits_BV, sampling: Sampling, key_data_BS, position_B):
+    """The next token of each row, at `position_B`, from processed logits. int32 [B].
+
+    key_data_BS: what `position_keys` gives.
+    """
     warm_B = jnp.broadcast_to(jnp.asarray(sampling.temperature) > 0, logits_BV.shape[:1])
 
     def draw(logits):
-        keys_B2 = jnp.take_along_axis(keys_BS2, position_B[:, None, None], axis=1, mode="clip")[:, 0]
+        key_data_B = jnp.take_along_axis(key_data_BS, position_B[:, None, None], axis=1, mode="clip")[:, 0]
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:], logits.dtype))(
-            jax.random.wrap_key_data(keys_B2))
+            jax.random.wrap_key_data(key_data_B))
         return jnp.where(warm_B[:, None], logits + noise, logits)
 
     logits_BV = jax.lax.cond(jnp.any(warm_B), draw, lambda x: x, logits_BV)

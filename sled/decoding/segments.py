@@ -20,7 +20,7 @@ from sled.decoding.state import DecodeState, Plan
 class Context(NamedTuple):
     """All that one call of `decode` works with, and predicates of a state under it.
 
-    keys_BS2: see `sled.decoding.sampling.position_keys`. pause_len_B: known tokens at which a row pauses or stops.
+    key_data_BS: see `sled.decoding.sampling.position_keys`. pause_len_B: known tokens at which a row pauses or stops.
     prepared: see `Policy.prepare`.
     """
 
@@ -29,7 +29,7 @@ class Context(NamedTuple):
     policy: Any
     fusion: Any
     sampling: Sampling
-    keys_BS2: jax.Array
+    key_data_BS: jax.Array
     stop_ids: jax.Array
     pause_len_B: jax.Array
     prepared: Any

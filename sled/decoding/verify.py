@@ -27,12 +27,12 @@ def verify(run: Context, state: DecodeState) -> tuple[DecodeState, jax.Array]:
     state, states, position_BT = run_block(run, state, last, run.plan.window)
     text, progress, size = state.text, state.progress, position_BT.shape[1]
     pending_BT = position_BT < state.capacity
-    count_B = pending_BT.sum(1)
+    count_B = pending_BT.sum(1, dtype=jnp.int32)
     chosen_BT = _last_layer_choices(run, state, states, position_BT)
 
     drafted_BT = pending_BT & (position_BT + 1 < text.length_B[:, None])
     draft_BT = jnp.take_along_axis(text.tokens_BS, jnp.where(drafted_BT, position_BT + 1, 0), axis=1)
-    accepted_B = jnp.cumprod((drafted_BT & (draft_BT == chosen_BT)).astype(jnp.int32), axis=1).sum(1)
+    accepted_B = jnp.cumprod((drafted_BT & (draft_BT == chosen_BT)).astype(jnp.int32), axis=1).sum(1, dtype=jnp.int32)
 
     # A new token: instead of the first wrong draft, or after the last pending position if no draft follows it.
     fresh_B = accepted_B < count_B
@@ -42,12 +42,15 @@ def verify(run: Context, state: DecodeState) -> tuple[DecodeState, jax.Array]:
     kv_len_BE = progress.kv_len_BE.at[:, last].add(jnp.where(fresh_B, accepted_B + 1, count_B))
     kv_len_BE = jnp.where(fresh_B[:, None], jnp.minimum(kv_len_BE, length_B[:, None]), kv_len_BE)
 
+    # Rows that wait no longer: they get a new token, or this was the verification that they waited for.
     done_B = fresh_B | (progress.waiting_B == last) & (count_B > 0)
     text = text.replace(length_B=length_B)
+    # Rows that end without a new token: all drafts are right, and the newest of them is an end.
     over_B = (count_B > 0) & ~fresh_B & (kv_len_BE[:, last] + 1 == length_B) & (
         run.ends_B(text.newest_B) | (length_B >= text.limit_B))
     tally = state.tally.replace(
-        drafted_B=state.tally.drafted_B + drafted_BT.sum(1), accepted_B=state.tally.accepted_B + accepted_B,
+        drafted_B=state.tally.drafted_B + drafted_BT.sum(1, dtype=jnp.int32),
+        accepted_B=state.tally.accepted_B + accepted_B,
         verifications_B=state.tally.verifications_B + (count_B > 0))
     memory = run.policy.observe(state.memory, Verification(drafted_BT, accepted_B, chosen_BT, states), run.prepared)
     state = state.replace(
@@ -62,7 +65,7 @@ def _last_layer_choices(run: Context, state: DecodeState, states, position_BT):
     def choose_at(states, position_B):
         logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[-1], positions=position_BT.size)
         seen_BV = lambda: seen_tokens(state.text.tokens_BS, position_B + 1, logits_BV.shape[-1])  # noqa: E731
-        return choose(processed_logits(logits_BV, seen_BV, run.sampling), run.sampling, run.keys_BS2,
+        return choose(processed_logits(logits_BV, seen_BV, run.sampling), run.sampling, run.key_data_BS,
                       position_B + 1)
 
     # Position by position under vmap, not as more rows: numbers per row [B] of the fusion keep their meaning.

@@ -118,7 +118,10 @@ class Policy(abc.ABC):
         return ()
 
     def observe(self, memory, verification: Verification, prepared):
-        """The memory after a verification, where the policy verifies."""
+        """The memory after a verification, where the policy verifies.
+
+        Rows that had nothing to verify, or have ended, are among them with no position marked in `drafted_BT`.
+        """
         return memory
 
     def with_threshold(self, threshold: float) -> Policy:

@@ -28,7 +28,7 @@ PRIOR = (3.0, 4.0)  # accepted drafts and all verified ones, before any was seen
 
 @settings
 class SelfSpeculation(Policy):
-    """The first layers draft, the whole model verifies the drafts as one block: the text stays the same.
+    """The first layers draft, the others verify the drafts as one block: the text stays the same.
 
     The text is the one that plain decoding with the same fusion, sampling and seed gives, token for
     token: when sampling, draft and verification take the same random numbers (Gumbel-max coupling,

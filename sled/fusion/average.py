@@ -12,8 +12,9 @@ from sled.settings.rules import Each, Number, OrNone, is_array
 
 @settings
 class LayerAverage:
-    """The weighted mean of all layers' distributions, as log-probabilities (B, V): log sum_n w_n P_n.
+    """The weighted mean of the layers' distributions.
 
+    As log-probabilities (B, V): log sum_n w_n P_n over the early layers and the final one.
     None as `layers` is "all": every hidden state before the final one, embeddings included.
     """
 

@@ -70,8 +70,11 @@ def changes(then: Any, now: Any) -> list[str]:
 
 def in_words(name: str, then: Any, now: Any) -> str:
     before, after = _short(then), _short(now)
-    return (f"{name} is {after} as before, but holds something else" if before == after else
-            f"{name} was {before} and is {after}")
+    if before != after:
+        return f"{name} was {before} and is {after}"
+    if isinstance(now, dict):  # data and arrays, of which a digest tells
+        return f"{name} is {after} as before, but holds something else"
+    return f"{name} was {then!r} and is {now!r}"
 
 
 def _of_fields(then: dict, now: dict, name: str, but: Sequence[str] = ()) -> Iterator[tuple[str, Any, Any]]:

@@ -13,6 +13,9 @@ from sled.errors import TokenizerError
 from sled.io import first_line
 from sled.text.added_tokens import add_tokens_beside
 
+REMEDIES = {"text": "give whole characters (no lone surrogates) in a string, or token ids",
+            "ids": "give ids of its vocabulary"}
+
 
 class Tokenizer:
     """A checkpoint's tokenizer, or the lack of one: every use then raises TokenizerError."""
@@ -27,7 +30,7 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not path.is_file():
             return cls(None, str(folder), folder)
-        with _naming(f"{path} cannot be read as a tokenizer"):
+        with _naming(f"{path} cannot be read as a tokenizer", "fetch it again, or give token ids"):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
             add_tokens_beside(tokenizer, folder)
         tokenizer.no_truncation()  # the file may hold what it was last used with
@@ -36,12 +39,12 @@ class Tokenizer:
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds, or without."""
-        with self._naming_text():
+        with self._naming("text"):
             return self._get().encode(text, add_special_tokens=special).ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, for many texts, on all cores."""
-        with self._naming_text():
+        with self._naming("text"):
             return [encoding.ids for encoding in self._get().encode_batch_fast(list(texts))]
 
     def encode_continuation(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -67,12 +70,13 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids, special tokens left out."""
-        with self._naming_text():
+        with self._naming("ids"):
             return self._get().decode(list(ids), skip_special_tokens=True)
 
     def spelling(self, token_id: int) -> str:
         """How the text of one token reads where special tokens are written out."""
-        return self._get().decode([token_id], skip_special_tokens=False)
+        with self._naming("ids"):
+            return self._get().decode([token_id], skip_special_tokens=False)
 
     def special_id(self, text: str) -> int | None:
         """The id of the special token that is written like this, or None."""
@@ -103,8 +107,8 @@ class Tokenizer:
         """SHA-256 of the tokenizer: what was made with another one has another digest."""
         return hashlib.sha256(self._get().to_str().encode()).hexdigest()
 
-    def _naming_text(self):
-        return _naming(f"the tokenizer of {self._source} fails on a text, as it should on none")
+    def _naming(self, what: str):
+        return _naming(f"the tokenizer of {self._source} fails on this input", REMEDIES[what])
 
     def _get(self) -> tokenizers.Tokenizer:
         if self._tokenizer is None:
@@ -115,14 +119,14 @@ class Tokenizer:
 
 
 @contextlib.contextmanager
-def _naming(what: str) -> Iterator[None]:
+def _naming(what: str, remedy: str) -> Iterator[None]:
     """Makes a TokenizerError of whatever the library raises: bare Exceptions, and panics, which are none."""
     try:
         yield
-    except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as reason:
-        raise TokenizerError(f"{what} ({first_line(reason)}); fetch tokenizer.json again, or give token ids") from None
+        raise TokenizerError(f"{what} ({first_line(reason)}); {remedy}") from reason
 
 
 def _cut(whole: list[int], alone: list[int]) -> tuple[list[int], list[int]]:

@@ -107,14 +107,14 @@ class TrainingRows:
             at = 0
             for segment, n in enumerate(self._arrangement.order_K[starts_R[number]:starts_R[number + 1]], 1):
                 start = documents.starts_N[n]
-                length = min(documents.starts_N[n + 1] - start, self._layout.context)
-                here = slice(at, at + length)
-                tokens_T[here] = documents.tokens_M[start:start + length]
+                count = min(documents.starts_N[n + 1] - start, self._layout.context)
+                here = slice(at, at + count)
+                tokens_T[here] = documents.tokens_M[start:start + count]
                 weights_T[here] = 1
                 weights_T[at:at + documents.prompts_N[n]] = self._layout.prompt_weight
                 weights_T[at] = 0
                 segments_T[here] = segment
-                at += length
+                at += count
         return batch
 
 

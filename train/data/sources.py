@@ -90,8 +90,7 @@ class Source:
     def open(self) -> Reading:
         """Find the data, without reading it. Raises DataError and DownloadError."""
         if isinstance(self.data, str) and self.data == "demo":
-            return Reading(self, [{"prompt": prompt(p.question), "completion": f" {p.solution}"}
-                                  for p in problems(self.split, self.limit or DEMO_EXAMPLES)])
+            return Reading(self, _Demo(self.split, self.limit or DEMO_EXAMPLES))
         if isinstance(self.data, str | Path):
             files = find(self.data, hub=True)
             return Reading(self, Files(files) if files else self._fetch())
@@ -165,6 +164,21 @@ class Reading:
             else:
                 yield Example(place, _text(row, "prompt", s.prompt, place),
                               _text(row, "completion", s.completion, place))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Demo:
+    """The bundled problems as rows, in the form in which the bundled model is asked; made one by one, each time."""
+
+    split: str
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[dict[str, str]]:
+        for p in problems(self.split, self.count):
+            yield {"prompt": prompt(p.question), "completion": f" {p.solution}"}
 
 
 @functools.lru_cache
