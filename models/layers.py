@@ -213,7 +213,7 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One decoder layer, norms before attention and MLP, residual context both."""
+    """One decoder layer, norms before attention and MLP, residual around both."""
 
     def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)

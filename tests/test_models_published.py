@@ -54,7 +54,7 @@ def passing_over(names):
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always", CheckpointWarning)
         yield
-    said = [str(one.message).partition("models: ")[2].split(", ") for one in seen
+    said = [str(one.message).partition("vocabulary: ")[2].split(", ") for one in seen
             if one.category is CheckpointWarning]
     assert said == ([names] if names else [])
 

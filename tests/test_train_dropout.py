@@ -12,6 +12,7 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
+from sled.models.layers import LayerContext
 from sled.train.objective.forward import exit_states
 from sled.train.objective.layer_dropout import (
     ExponentialProfile,
@@ -173,15 +174,14 @@ def test_rows_left_out_cost_no_arithmetic(model):
     graph, layers = nnx.split(model.layers)
     block = jax.tree.map(lambda leaf: leaf[0], layers)
     h_BTD = jnp.ones((BATCH, 8, CONFIG.width))
-    position = jnp.arange(8)[None]
-    angles = (jnp.ones((1, 1, 8, 8)), jnp.zeros((1, 1, 8, 8)))
+    context = LayerContext.of(CONFIG, jnp.arange(8)[None])
 
     def flops(saved):
         strategy = FixedRows((saved,))
 
         def loss(weights, h_BTD, drops):
-            run = lambda h, rows: nnx.merge(graph, weights)(h, *rows, None, None)[0]  # noqa: E731
-            return strategy.apply(run, h_BTD, (position, angles), drops, 0).sum()
+            run = lambda h, rows: nnx.merge(graph, weights)(h, rows, None)[0]  # noqa: E731
+            return strategy.apply(run, h_BTD, context, drops, 0).sum()
 
         drops = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], LayerDropout(0.0, strategy=strategy).draw(
             KEY, 0, BATCH, 1)))

@@ -25,7 +25,7 @@ from sled.decoding.sampling import Sampling, choose, position_keys, processed_lo
 from sled.decoding.segments import Context, first_segment, propagate_kv, run_block, run_if
 from sled.decoding.state import DecodeState, Plan
 from sled.decoding.verify import verify
-from sled.exits.policy import Decision, ExitView
+from sled.exits.policy import ExitView
 from sled.exits.schedule import Timing
 
 # Pending tokens that a deeper segment takes at a time: it is compiled for one token, and for so many. Three blocks fill
@@ -97,8 +97,9 @@ def _first_decision(run: Context, state: DecodeState, ready_B, states) -> tuple[
         logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[0])
         return state, Emission(jnp.where(ready_B, 0, none_B), logits_BV, None)
     decision = run.policy.at_exit(_view(run, state, 0, ready_B, states))
-    emission = Emission(none_B, decision.logits_BV, none_B if run.policy.verifies else None)
-    return _leave(run, state, 0, ready_B, ready_B & decision.leaves_B, states, emission, decision)
+    leaves_B = ready_B & decision.leaves_B
+    emission = Emission(jnp.where(leaves_B, 0, none_B), decision.logits_BV, none_B if run.policy.verifies else None)
+    return _leave(run, state, 0, ready_B, leaves_B, states, decision.memory), emission
 
 
 def _view(run: Context, state: DecodeState, s: int, here_B, states) -> ExitView:
@@ -110,14 +111,13 @@ def _view(run: Context, state: DecodeState, s: int, here_B, states) -> ExitView:
         unverified_B=run.deferred_B(state), memory=state.memory, prepared=run.prepared)
 
 
-def _leave(run: Context, state: DecodeState, s: int, here_B, leaves_B, states, emission: Emission, decision: Decision):
-    """After the decision at early exit s: rows leave with its logits, the others of `here_B` wait for the next segment.
-    """
+def _leave(run: Context, state: DecodeState, s: int, here_B, leaves_B, states, memory) -> DecodeState:
+    """After the decision at early exit s: rows of `here_B` that do not leave wait for the next segment."""
     waiting_B = jnp.where(here_B, jnp.where(leaves_B, 0, s + 1), state.progress.waiting_B)
-    state = state.replace(memory=decision.memory, progress=state.progress.replace(waiting_B=waiting_B))
+    state = state.replace(memory=memory, progress=state.progress.replace(waiting_B=waiting_B))
     if run.policy.propagates:
         state = propagate_kv(run, state, s, leaves_B, states[run.plan.exits[s]])
-    return state, emission.at(s, leaves_B, decision.logits_BV)
+    return state
 
 
 def _deeper_segment(run: Context, timing: Timing, state: DecodeState, s: int, emission: Emission):
@@ -151,9 +151,15 @@ def _through_segment(run: Context, state: DecodeState, s: int, emission: Emissio
 
     # A draft that ends its row waits without having come here; its verification begins with the tokens before it.
     came_B = here_B & (state.progress.kv_len_BE[:, s] == state.text.length_B)
-    decision = jax.lax.cond(came_B.any(), lambda: run.policy.at_exit(_view(run, state, s, came_B, states)),
-                            lambda: Decision(jnp.zeros_like(came_B), emission.logits_BV, state.memory))
-    return _leave(run, state, s, here_B, came_B & decision.leaves_B, states, emission, decision)
+
+    def decide():
+        decision = run.policy.at_exit(_view(run, state, s, came_B, states))
+        leaves_B = came_B & decision.leaves_B
+        return leaves_B, decision.memory, emission.at(s, leaves_B, decision.logits_BV)
+
+    leaves_B, memory, emission = jax.lax.cond(came_B.any(), decide,
+                                              lambda: (jnp.zeros_like(came_B), state.memory, emission))
+    return _leave(run, state, s, here_B, leaves_B, states, memory), emission
 
 
 def _run_pending(run: Context, state: DecodeState, s: int):
