@@ -2,7 +2,7 @@
 
 Axes: B batch, T tokens of this call, S cache slots, D width, F feed-forward, N query heads,
 K key/value heads, G = N / K, H head width. Weights are [in, out], the transpose of what checkpoints
-store: XLA's CPU products with 2 to 16 rows (a batch, a block of guesses to verify) are 1.5 to 2 times
+store: XLA's CPU products with 2 to 16 rows (a batch, a block of drafts to verify) are 1.5 to 2 times
 as fast so; with one row of a large model 0.8 times.
 
 A key/value cache is laid out [B, K, S, H]: with S next to H, attention over it is a plain batched

@@ -137,7 +137,7 @@ def _use(name: str, recommended: list[int], num_layers: int) -> str:
                                   "it was not measured.")
     return f"""## Use{why}
 
-Guesses of an early layer are verified by all layers, so the text stays theirs. With sled:
+Drafts of an early layer are verified by all layers, so the text stays theirs. With sled:
 
 ```python
 import sled

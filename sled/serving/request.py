@@ -99,7 +99,7 @@ class Request:
         self.failure: Exception | None = None
         self._row, self._budgeted, self._shown, self._text, self._step = row, budgeted, shown, text, step
         self._exit_layers: list[int] = []
-        self._guesses = (0, 0)
+        self._drafts = (0, 0)
         self._lock = threading.Lock()  # so that a reader sees tokens and layers of the same moment, none after the end
 
     @property
@@ -133,7 +133,7 @@ class Request:
             if not self.ended:
                 self._row.update(tokens)
                 self._exit_layers = exit_layers[:len(self._row.tokens)]
-                self._guesses = (drafted, accepted)
+                self._drafts = (drafted, accepted)
 
     def stream(self) -> Iterator[Piece]:
         """What is new, as it is made, from the first token on.
@@ -164,7 +164,7 @@ class Request:
         while not self.ended:
             self._drive()
         self._raise()
-        drafted, accepted = self._guesses if self._shown else (None, None)
+        drafted, accepted = self._drafts if self._shown else (None, None)
         return Completion(
             text=self._row.text() if self._text else None, tokens=self._row.tokens, finish_reason=self._reason(),
             exit_layers=self._exit_layers if self._shown else None, drafted=drafted, accepted=accepted)
