@@ -29,7 +29,7 @@ from sled.exits.policy import ExitView
 from sled.exits.schedule import Timing
 
 # Pending tokens that a deeper segment takes at a time: it is compiled for one token, and for so many. Three blocks fill
-# the usual window of 9; blocks of 4, 5 and 9 were slower by 1 to 8% (demo model, batch 1 and 8).
+# the usual window of 9; blocks of 4, 5 and 9 were no faster, and up to 10% slower (demo model, batch 1 and 8).
 BLOCK = 3
 
 
