@@ -73,6 +73,21 @@ class Narrow(Policy):
         return Decision(leaves_B, logits_BV.astype(jnp.bfloat16) if view.index else logits_BV, view.memory)
 
 
+@settings
+class NarrowFirst(Policy):
+    """No token leaves at its one exit, whose logits are of a narrower type than the last layer's."""
+
+    def exits(self, num_layers: int) -> tuple[int, ...]:
+        return (1, num_layers)
+
+    def at_exit(self, view: ExitView) -> Decision:
+        return Decision(jnp.zeros_like(view.here_B), view.fused_logits().astype(jnp.float8_e4m3fn), view.memory)
+
+
+def test_narrow_logits_of_an_exit_do_not_narrow_the_last_layers():
+    assert generate(exits=NarrowFirst()).tokens == generate().tokens
+
+
 def test_exits_may_give_logits_of_different_types():
     for layers in generate(exits=Narrow()).exit_layers:
         assert all((layer == 2) == (at % 2 == 1) for at, layer in enumerate(layers))

@@ -50,7 +50,7 @@ class Emission(NamedTuple):
         return self.exit_B >= 0
 
     def at(self, s: int, leaves_B, logits_BV) -> Emission:
-        """With the logits of rows that leave at exit s, in the type of those that are here."""
+        """With the logits of rows that leave at exit s."""
         logits_BV = jnp.where(leaves_B[:, None], logits_BV.astype(self.logits_BV.dtype), self.logits_BV)
         return self._replace(exit_B=jnp.where(leaves_B, s, self.exit_B), logits_BV=logits_BV)
 
@@ -98,7 +98,10 @@ def _first_decision(run: Context, state: DecodeState, ready_B, states) -> tuple[
         return state, Emission(jnp.where(ready_B, 0, none_B), logits_BV, None)
     decision = run.policy.at_exit(_view(run, state, 0, ready_B, states))
     leaves_B = ready_B & decision.leaves_B
-    emission = Emission(jnp.where(leaves_B, 0, none_B), decision.logits_BV, none_B if run.policy.verifies else None)
+    # As wide as the last layer's, whatever type a policy gives: deeper exits write into the same array.
+    wide = run.readout.head(run.plan.exits[-1]).dtype(states[run.plan.exits[0]])
+    emission = Emission(jnp.where(leaves_B, 0, none_B), decision.logits_BV.astype(wide),
+                        none_B if run.policy.verifies else None)
     return _leave(run, state, 0, ready_B, leaves_B, states, decision.memory), emission
 
 
