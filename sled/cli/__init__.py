@@ -19,7 +19,7 @@ from sled.cli.lens import Lens
 from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
-from sled.errors import CheckpointWarning, SledError
+from sled.errors import SledError, SledWarning
 
 Command = Demo | Generate | Score | Lens | Eval | Sweep | Train | Export | Calibrate | Bench
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
                        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes))
     try:
         with warnings.catch_warnings():
-            _print_in_one_line(CheckpointWarning)
+            _print_in_one_line(SledWarning)
             command.run()
         sys.stdout.flush()
     except BrokenPipeError:  # what reads the output, such as head, has had enough
