@@ -13,6 +13,7 @@ from sled.demo.problems import problems, prompt
 from sled.errors import DataError, SettingError
 from sled.eval.extraction import RULES, demonstration
 from sled.eval.numbers import right_answer
+from sled.settings.brief import brief
 from sled.settings.rules import OneOf, Whole
 from sled.train.data.sources import Example, Source
 
@@ -20,6 +21,7 @@ EXTRACT = OneOf(tuple(RULES), hint="it says where a text's answer stands")
 STRICT = next(iter(RULES))
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Questions:
     """Prompts, the right answer to each, and where they are from, in words.
@@ -95,7 +97,11 @@ def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | N
 def next_question(template: str) -> tuple[str, ...]:
     """What a text that goes on behind its answer would begin the next question with: the last words in `template`
     before its first column, in one line; none where it begins with that column."""
-    head = next(iter(string.Formatter().parse(template)))[0] if "{" in template else ""
+    head = ""
+    for literal, column, _, _ in string.Formatter().parse(template) if "{" in template else ():
+        head += literal
+        if column is not None:
+            break
     lines = [line.strip() for line in head.splitlines() if any(map(str.isalpha, line))]
     return tuple(lines[-1:])
 

@@ -90,8 +90,9 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
             read = {rule: sum(dataclasses.replace(questions, extract=rule).right(texts)) for rule in RULES}
             better = max(read, key=read.get)
             hint = f"By {better} (--extract) it solves {read[better]}. " * (read[better] > right)
-            warnings.warn(f"{too_few(name, right, n, base.unread, delta)}; so nothing will be certified or chosen. {hint}"
-                          f"Its first text: {shorten(texts[0].strip(), 200)!r}", EvaluationWarning, stacklevel=2)
+            why = too_few(name, right, n, base.unread, delta)
+            warnings.warn(f"{why}; so nothing will be certified or chosen. {hint}Its first text: "
+                          f"{shorten(texts[0].strip(), 200)!r}", EvaluationWarning, stacklevel=2)
 
         for row in measure(programs, {p.method.name: p for p in points}, questions, solve, given["rounds"], enough,
                             progress):

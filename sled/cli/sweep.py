@@ -10,8 +10,9 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import arguments, dashed, given, option_help, option_type
-from sled.cli.options import FusionOptions, ModelOptions, unescape
+from sled.cli.derived import arguments, given, option_help, option_type
+from sled.cli.line import dashed
+from sled.cli.options import FusionOptions, ModelOptions, Stop, left_out, unescape
 from sled.errors import PromptError, SettingError
 from sled.eval.extraction import RULES
 
@@ -58,9 +59,8 @@ class Sweep:
     fewshot: str | None = None
     """--num-fewshot: the file of the solved questions, with the columns of --data."""
     extract: Annotated[Literal[tuple(RULES)], tyro.conf.arg(help=EXTRACT_HELP)] = next(iter(RULES))
-    stop: tuple[str, ...] | None = None
-    """Strings that end an answer. Left out, what the next question would begin with, as a model may invent one: the
-    words of --prompt before its first column, such as Question:. None behind the option: none."""
+    stop: Annotated[Stop, left_out("what a next question begins with, which a model may invent: the words of --prompt "
+                                   "before its first column, such as Question:")] = ()
     exit_layers: tuple[str, ...] | None = None
     """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4.
     Left out: an eighth, a quarter, half and three quarters of the layers."""
@@ -108,7 +108,7 @@ class Sweep:
                    *grid.sled_settings(self.rates, self.scales)]
         if not methods:
             raise SettingError("nothing is left to sweep: give --thresholds, --drafts, or --rates with --scales")
-        stop = None if self.stop is None else [unescape(each) for each in self.stop]
+        stop = [unescape(each) for each in self.stop] or None  # the questions' own
         swept = sweep(lm, methods, questions, self.output, **{**arguments(self, sweep), "stop": stop})
         print(swept.markdown())
         print(f"written to {self.output}: sweep.csv, sweep.md, sweep.png", file=sys.stderr)
