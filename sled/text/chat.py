@@ -160,24 +160,25 @@ class ChatTemplates:
         now = now or datetime.datetime.now().astimezone()
         if not (messages[-1]["role"] == "assistant" if goes_on is None else goes_on):
             return self.write([(messages, True)], variables, now=now)[0].text
-        [written] = self.write([([*messages[:-1], _going_on(messages[-1])], False)], variables, now=now)
+        last, beginning = _going_on(messages[-1])
+        [written] = self.write([([*messages[:-1], last], False)], variables, now=now)
         before, mark, _ = written.text.rpartition(GOES_ON.strip())
-        if not mark:
-            raise TemplateError("the model's chat template does not show the beginning of the answer that is to go on; "
-                                "leave it out, or go without the template")
+        if not mark or beginning.strip() not in before:
+            raise TemplateError("the model's chat template does not show the answer that is to go on, or not all of "
+                                "it; leave it out, or go without the template")
         return before if written.text[len(before):].startswith(GOES_ON) else before.rstrip()
 
 
-def _going_on(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The message with a mark where its text ends: that of its last part with text, if it has parts."""
+def _going_on(message: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The message with a mark where its text ends, that of its last part with text if it has parts; and that text."""
     said = message.get("content")
     if isinstance(said, str):
-        return {**message, "content": said + GOES_ON}
+        return {**message, "content": said + GOES_ON}, said
     at = max((i for i, part in enumerate(said or ()) if isinstance(part, Mapping) and "text" in part), default=None)
     if at is None:
         raise PromptError("the last message is the assistant's, to go on, but it has no text; leave it out")
-    marked = {**said[at], "text": said[at]["text"] + GOES_ON}
-    return {**message, "content": [*said[:at], marked, *said[at + 1:]]}
+    marked = {**said[at], "text": f"{said[at]['text']}{GOES_ON}"}
+    return {**message, "content": [*said[:at], marked, *said[at + 1:]]}, str(said[at]["text"])
 
 
 def _in_settings(value: Any, path: Path) -> dict[str, str]:
