@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +59,8 @@ class Lens:
         self.chat_options.hint(lm)
         lens = lm.lens(text, fusion=None if self.fusion_options.fusion == "final" else strategy)
         first = max(0, len(lens.tokens) - last)
-        print(lens.table(first=first, count=last))
+        width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None  # a file takes lines of any length
+        print(lens.table(first=first, count=last, width=width))
         print("cells: a layer's most likely next token and its probability in percent; * = the last layer's choice")
         if self.picture:
             print(f"picture: {picture(lens, self.picture, first=first, count=last)}")

@@ -29,6 +29,7 @@ from sled.cli.derived import (
 )
 from sled.errors import PromptError, SettingError, SledError
 from sled.fusion import FUSIONS
+from sled.settings.rules import Whole
 from sled.text.prompts import Prompt
 
 OFFERS = offers(FUSIONS)
@@ -149,6 +150,22 @@ def read_prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
     if not lines:
         raise PromptError(f"{file} holds no prompts; write one per line")
     return lines
+
+
+def prompts_or_problems(file: Path | None, problems: int | None, model: str, usual: int) -> list[str]:
+    """Prompts of a file, or training problems of the demo model: `problems` of them, or the usual number."""
+    if file is not None:
+        if problems is not None:
+            raise PromptError("--problems was given beside --file; give one of the two")
+        return read_prompts((), file)
+    if model != "demo":
+        raise PromptError(f"no prompts were given for {model}: only the demo model comes with some of its own; name a "
+                          "file of prompts by --file")
+    from sled.demo.problems import problems as made
+    from sled.demo.problems import prompt
+
+    count = Whole(1, hint="it counts the problems")("--problems", usual if problems is None else problems)
+    return [prompt(problem.question) for problem in made("train", count)]
 
 
 def print_devices() -> None:

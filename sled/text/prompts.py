@@ -56,7 +56,8 @@ def pair_ids(prompt: Prompt, continuation: Prompt, text: Tokenizer, config: Deco
                               "give a longer prompt")
         prompt, continuation = before, scored
     prompt = _valid_ids(prompt, config, "the prompt")
-    continuation = _valid_ids(continuation, config, "the continuation")
+    continuation = _valid_ids(continuation, config, "the continuation",
+                              empty="there is nothing to score; give at least one token")
     both = len(prompt) + len(continuation)
     if both > config.max_positions + 1:  # the last token is only predicted: it takes no place
         raise PromptError(f"prompt and continuation are {both} tokens long, but the model's context holds "
@@ -73,12 +74,12 @@ def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarra
     return ids
 
 
-def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarray:
+def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str, *, empty: str = (
+        "there is no token to start from; give at least one (the model's BOS token, if it has one)")) -> np.ndarray:
     """As `check_ids`, whatever room there is."""
     ids = np.asarray(ids)
     if ids.size == 0:
-        raise PromptError(f"{what} is empty: there is no token to start from; give at least one "
-                          "(the model's BOS token, if it has one)")
+        raise PromptError(f"{what} is empty: {empty}")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise PromptError(f"{what} is neither a string nor a list of token ids: {shorten(repr(ids.tolist()), 60)}; "
                           "give text, whole numbers, or sled.Chat(messages)")
