@@ -12,7 +12,16 @@ import tyro
 import sled
 from sled.cli.derived import arguments, derive, offer, settings_of
 from sled.cli.exit_options import SCHEDULE, ExitOptions
-from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, Stop, left_out, prompts_or_problems, unescape
+from sled.cli.options import (
+    ChatOptions,
+    FusionOptions,
+    ModelOptions,
+    SamplingOptions,
+    Stop,
+    left_out,
+    prompts_or_problems,
+    unescape,
+)
 from sled.io import writable
 
 EXITS = (*settings_of(offer(sled.EarlyExit, "layers", "measure", "kv", "decay")), *SCHEDULE)
@@ -55,6 +64,7 @@ class Calibrate(derive("Exits", *EXITS)):
     grid: tuple[float, ...] | None = None
     """Thresholds to try, descending, 0 to 1. By default 18 of them, from 0.999 to 0.1."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 128
@@ -66,9 +76,11 @@ class Calibrate(derive("Exits", *EXITS)):
     def run(self) -> None:
         exits = ExitOptions(exits="early", **{name: getattr(self, name) for name, *_ in EXITS}).settings()
         fusion, sampling = self.fusion_options.strategy(), self.sampling_options.sampling()
-        prompts = prompts_or_problems(self.file, self.problems, self.model_options.model, 200)
+        prompts = self.chat_options.prompts(
+            prompts_or_problems(self.file, self.problems, self.model_options.model, 200))
         output = writable("--output", self.output)
         lm = self.model_options.load()
+        self.chat_options.hint(lm)
         record = sled.calibrate(lm, prompts, **exits, fusion=fusion, sampling=sampling, seed=self.sampling_options.seed,
                                 max_new_tokens=self.max_new_tokens, stop=[unescape(s) for s in self.stop],
                                 **arguments(self, sled.calibrate))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,17 +17,20 @@ import sled
 from sled.cli.derived import (
     build,
     choice,
+    dashed,
     derive,
     explained,
+    given,
     offer,
     offers,
     refuse_others,
     settings_by_choice,
     settings_of,
 )
-from sled.errors import PromptError
+from sled.errors import PromptError, SettingError, SledError
 from sled.fusion import FUSIONS
 from sled.settings.rules import Whole
+from sled.text.prompts import Prompt
 
 OFFERS = offers(FUSIONS)
 SAMPLING = offer(sled.Sampling)
@@ -81,6 +87,46 @@ class SamplingOptions(derive("Draw", *settings_of(SAMPLING))):
 
     def sampling(self) -> sled.Sampling:
         return build(self, SAMPLING)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """Prompts as what a user says in a chat, for models that were tuned for chats."""
+
+    chat: bool = False
+    """Put each prompt, as a user's message, into the model's chat template; the text is the assistant's answer."""
+    system: str | None = None
+    """--chat: a system message before it."""
+    chat_variables: tuple[str, ...] = ()
+    """--chat: further variables of the template, NAME=VALUE, such as enable_thinking=false."""
+
+    def prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        """Prompts for texts. Raises SettingError for options that need --chat, and values that are none."""
+        if not self.chat:
+            if idle := given(self):
+                raise SettingError(f"{dashed(next(iter(idle)))} has no meaning without --chat; leave it out, or give "
+                                   "--chat too")
+            return list(texts)
+        variables = dict(named_value("--chat-variables", each) for each in self.chat_variables)
+        return [sled.Chat(text, self.system and unescape(self.system), variables) for text in texts]
+
+    def hint(self, lm: sled.LM) -> None:
+        """Says on standard error that a model is made for chats, where it is prompted without."""
+        with contextlib.suppress(SledError):  # a broken template is no matter to those who do not use it
+            if not self.chat and lm.text.available and lm.text.chats.templates:
+                print(f"note: {lm.name} has a chat template, so it was tuned to answer in chats; --chat asks so",
+                      file=sys.stderr)
+
+
+def named_value(option: str, text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is JSON, or else the text as it is. Raises SettingError."""
+    name, mark, value = text.partition("=")
+    if not name or not mark:
+        raise SettingError(f"{option} is {text!r}, but must be NAME=VALUE, such as limit=200")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
 
 
 def unescape(text: str) -> str:

@@ -12,6 +12,7 @@ import sled
 from sled.cli.derived import arguments, sets, written
 from sled.cli.exit_options import OFFERS, SCHEDULE_OFFERS
 from sled.cli.options import (
+    ChatOptions,
     FusionOptions,
     ModelOptions,
     SamplingOptions,
@@ -58,6 +59,7 @@ class Tune:
     rounds: int = 5
     """Rounds of timing; the fastest counts."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 128
@@ -70,8 +72,10 @@ class Tune:
         if not self.thresholds and not self.drafts:
             raise SettingError("nothing is left to try: give --thresholds or --drafts")
         fusion, sampling = self.fusion_options.strategy(), self.sampling_options.sampling()
-        prompts = prompts_or_problems(self.file, self.problems, self.model_options.model, 16)
+        prompts = self.chat_options.prompts(
+            prompts_or_problems(self.file, self.problems, self.model_options.model, 16))
         lm = self.model_options.load()
+        self.chat_options.hint(lm)
         near = sorted({max(1, round(lm.config.num_layers * share)) for share in (0.25, 0.5)})
         exits = [*(sled.EarlyExit(layers, threshold) for layers in self.exit_layers or near
                    for threshold in self.thresholds),
