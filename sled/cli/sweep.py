@@ -11,7 +11,7 @@ import tyro
 
 import sled
 from sled.cli.derived import arguments, given, option_help, option_type
-from sled.cli.line import dashed
+from sled.cli.line import Sets, dashed
 from sled.cli.options import FusionOptions, ModelOptions, Stop, left_out, unescape
 from sled.errors import PromptError, SettingError
 from sled.eval.extraction import RULES
@@ -50,7 +50,7 @@ class Sweep:
     """Questions of your own: a file of JSON lines, or what else sled train reads."""
     prompt: str | None = None
     """--data: the prompt, a column or a template such as "Question: {question}\\nAnswer:"."""
-    answer: str | None = None
+    answer: Annotated[str | None, Sets(("Source.completion",))] = None
     """--data: the column with the right answer, a number such as 54, -1,234 or $0.75, or a solution that ends with ####
     and a number."""
     num_fewshot: int = 0
