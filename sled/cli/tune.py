@@ -84,7 +84,7 @@ class Tune:
                           max_new_tokens=self.max_new_tokens, stop=[unescape(s) for s in self.stop],
                           **arguments(self, sled.tune))
         print(tuned.table())
-        print(f"\nfastest here: {fastest(tuned)}")
+        print(f"\nfastest here: {fastest(tuned)}\n{tuned.verdict()}")
 
 
 def fastest(tuned) -> str:
