@@ -3,6 +3,7 @@
 import copy
 import datetime
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,30 @@ def test_answers_are_those_recorded_from_hflm(lm, loaded, batch_size):
 @pytest.mark.filterwarnings("ignore")  # of torch and transformers
 def test_hflm_still_answers_so(tiny_model, loaded):
     same(answers(hflm(tiny_model, 8), loaded), json.loads(RECORDED.read_text()))
+
+
+OTHER_EOS = [(question, until) for question in QUESTIONS for until in ([], ["\n"], "ab", ["<unk>"], ["<s>\n", "b"])]
+
+
+def other_eos(lm, folder, eos="<s>"):
+    """The model in a folder whose tokenizer names an EOS token that is not the model's, and requests for it."""
+    model = with_tokenizer(lm, folder, eos_token=eos)
+    return model, [text_request(q, n, until=until, do_sample=False) for n, (q, until) in enumerate(OTHER_EOS)]
+
+
+@pytest.mark.parametrize("eos", ["<s>", "<unk>", "e", "</s>", None])
+def test_the_tokenizers_eos_token_ends_a_text_too(lm, tmp_path, eos):
+    model, requests = other_eos(lm, tmp_path, eos)
+    named = [text_request(q, n, until=[until] if isinstance(until, str) else [*until, *filter(None, [eos])])
+             for n, (q, until) in enumerate(OTHER_EOS)]
+    assert model.generate_until(requests) == answered(lm, named)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers
+def test_hflm_ends_such_texts_so(lm, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    model, requests = other_eos(lm, tmp_path)
+    assert model.generate_until(requests) == hflm(tmp_path, 1).generate_until(requests)
 
 
 def test_tokens_are_those_of_transformers(lm, tmp_path, transformers):

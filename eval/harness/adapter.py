@@ -89,6 +89,12 @@ class SledLM(TemplateLM):
         return self._named_id("eos_token", self.lm.config.eos_ids[:1])
 
     @functools.cached_property
+    def _eos(self) -> str | None:
+        """The tokenizer's EOS token as written, where the model does not end at it by itself; it ends texts too."""
+        token = self.special.tokens.get("eos_token")
+        return None if token is None or self.eot_token_id in self.lm.config.eos_ids else token
+
+    @functools.cached_property
     def prefix_token_id(self) -> int:
         """The token of an empty context: the model's BOS token, or else its EOS token."""
         return self._named_id("bos_token", ()) if "bos_token" in self.special.tokens else self.eot_token_id
@@ -228,7 +234,7 @@ class SledLM(TemplateLM):
         return [answer["text"] for answer in answers]
 
     def _request(self, context: str, gen_kwargs: dict[str, Any], *, number: int) -> GenerationRequest:
-        settings = GenerationSettings.of(gen_kwargs, at_most=self.max_new_tokens,
+        settings = GenerationSettings.of(gen_kwargs, at_most=self.max_new_tokens, eos=self._eos,
                                          sampling=self.method.decoding.sampling if self.method.samples else None)
         room = self.max_length - settings.max_new_tokens
         if room < 1:
@@ -247,17 +253,9 @@ class SledLM(TemplateLM):
     def _generate(self, requests: list[GenerationRequest], which: list[int]) -> Found:
         for batch in batches(requests, which, self.batch_size):
             settings, seed = requests[batch[0]].settings, requests[batch[0]].seed
-            ends = {self.lm.text.special_id(s) for s in settings.until} - {None}
-            stop = [s for s in settings.until if self.lm.text.special_id(s) is None]
             out = self.lm.decode([requests[i].ids for i in batch], self.method.decoding.replace(
-                max_new_tokens=settings.max_new_tokens, stop=stop, sampling=settings.sampling), seed=seed or 0,
-                batch_size=self.batch_size)
-            found = {}
-            for i, text, tokens, reason, layers in zip(batch, out.texts, out.tokens, out.finish_reasons,
-                                                       out.exit_layers, strict=True):
-                at = next((at for at, token in enumerate(tokens) if token in ends), None)
-                if at is not None:  # a special token that ends the text for this task, though not for the model
-                    text, reason = self.lm.text.decode(tokens[:at]), "stop"
-                    tokens, layers = tokens[:at + 1], layers[:at + 1]
-                found[i] = {"text": text, "tokens": len(tokens), "finish_reason": reason, "layers": sum(layers)}
-            yield found
+                max_new_tokens=settings.max_new_tokens, stop=settings.until, sampling=settings.sampling),
+                seed=seed or 0, batch_size=self.batch_size)
+            yield {i: {"text": text, "tokens": len(tokens), "finish_reason": reason, "layers": sum(layers)}
+                   for i, text, tokens, reason, layers in zip(batch, out.texts, out.tokens, out.finish_reasons,
+                                                              out.exit_layers, strict=True)}
