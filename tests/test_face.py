@@ -54,7 +54,8 @@ def test_stop_strings_cut_text_and_tokens():
 
 @pytest.mark.parametrize("stop, text, tokens", [
     (["E"], "ab", "abE"), (["Ec"], "ab", "abEc"), (["bE"], "a", "abE"), (["c", "E"], "ab", "abE"),
-    (["b", "E"], "a", "ab"), (["bc"], "a", "abEc"), (["dE"], "abc", "abEcdE"), (["cE"], "abcd", "abEcdE"), (["EE", "z"], "abcd", "abEcdE"), ([], "abcd", "abEcdE")])
+    (["b", "E"], "a", "ab"), (["bc"], "a", "abEc"), (["dE"], "abc", "abEcdE"),
+    (["cE"], "abcd", "abEcdE"), (["EE", "z"], "abcd", "abEcdE"), ([], "abcd", "abEcdE")])
 @pytest.mark.parametrize("step", [1, 4, 6])
 def test_a_stop_string_may_name_a_special_token(stop, text, tokens, step):
     ids = [ord(letter) - 64 for letter in "abEcdE"]  # E is special, so no part of the text
