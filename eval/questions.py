@@ -28,7 +28,7 @@ class Questions:
                                "of one as of the other, at least one")
 
     def right(self, texts: list[str]) -> list[bool]:
-        """True for each text that ends with the right answer, after its last `####`."""
+        """True for each text that ends with the right answer, behind its first `####`."""
         return [final_answer(text) == answer for text, answer in zip(texts, self.answers, strict=True)]
 
 
@@ -42,8 +42,8 @@ def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | N
     """Questions from a file (.jsonl, .json, .parquet, ...), as `sled.train.data.sources.Source` reads it.
 
     prompt: a column, or a template such as "Question: {question}\\nAnswer:". answer: the column with the right
-    answer: a number (54, -1,234, $0.75, 1e-5), or a solution that ends with `#### number`, as GSM8K's do; anything
-    beside it, such as a unit or 3/4, is refused rather than misread. limit: the first so many.
+    answer: a number (54, -1,234, $0.75, 3/4), or a solution that ends with `#### number`, as GSM8K's do; one with other
+    numbers beside it is refused rather than misread. limit: the first so many.
     Raises DataError for a file or row that cannot be used, naming it, and SettingError.
     """
     prompts, answers = [], []
@@ -52,7 +52,7 @@ def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | N
         if right is None:
             written = example.body.rpartition("####")[2].strip()
             raise DataError(f"{example.place} has the answer {written[:60]!r}, in which no number stands alone; give "
-                            "one such as 54, -1,234, 0.75 or 1e-5, by itself or after the #### that ends a solution")
+                            "one such as 54, -1,234, $0.75 or 3/4, by itself or behind the #### that ends a solution")
         prompts.append(example.prompt)
         answers.append(right)
     if not prompts:

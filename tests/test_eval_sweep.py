@@ -248,7 +248,7 @@ def test_questions_of_the_demo_and_from_a_file(tmp_path):
     path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": 0.00001}\n')
     assert read_questions(path, prompt="q", answer="a").answers == (1, Fraction(1, 100_000))
     path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": "s\\n#### 1 or 2"}\n')
-    with pytest.raises(DataError, match=r"example 2, has the answer '1 or 2', .*give one such as 54, .* 1e-5"):
+    with pytest.raises(DataError, match=r"example 2, has the answer '1 or 2', .*give one such as 54, .* 3/4"):
         read_questions(path, prompt="q", answer="a")
 
 

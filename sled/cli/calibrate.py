@@ -12,7 +12,7 @@ import tyro
 import sled
 from sled.cli.derived import arguments, derive, offer, settings_of
 from sled.cli.exit_options import SCHEDULE, ExitOptions
-from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
+from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, Stop, read_prompts, unescape
 from sled.errors import PromptError
 from sled.io import writable
 from sled.settings.rules import Whole
@@ -61,8 +61,7 @@ class Calibrate(derive("Exits", *EXITS)):
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 128
     """The most tokens to make for a prompt."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a text."""
+    stop: Stop = ()
     batch_size: int = 32
     """Prompts decoded together."""
 

@@ -14,7 +14,7 @@ import tyro
 from sled.calibration.record import Calibration
 from sled.cli.derived import dashed, given
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
+from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, Stop, left_out, read_prompts, unescape
 from sled.cli.paint import Paint, PaintedRow, has_colours
 from sled.errors import SettingError
 from sled.results import Stats
@@ -37,10 +37,9 @@ class Generate:
     One prompt is printed as it grows; several are decoded together, under a progress bar.
     """
 
-    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to continue; a backslash and n stands for a line break.
-    They come first, or last behind --, since an option that takes several values, such as --exit-layers, goes on
-    to the next option."""
+    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]], left_out("those of --file", metavar="[PROMPT ...]")] = ()
+    """Texts to continue, first or last; a backslash and n stands for a line break.
+    One that begins with a dash, or is a number, stands behind --."""
     file: Path | None = None
     """Read one prompt per line from this file instead (-: standard input)."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -49,8 +48,7 @@ class Generate:
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 128
     """The most tokens to make for a prompt."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a text."""
+    stop: Stop = ()
     batch_size: int = 32
     """Prompts decoded together."""
     json: bool = False

@@ -31,15 +31,27 @@ OFFERS = offers(FUSIONS)
 SAMPLING = offer(sled.Sampling)
 
 
+def left_out(default: str, *aliases: str, metavar: str | None = None):
+    """Beside an option's type: what it means to leave it out, in words, and what else it is called."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {default})", aliases=aliases or None, metavar=metavar)
+
+
+# Strings that end a text: one each time, so that a prompt may follow.
+Stop = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(
+    help="A string that ends a text; for several, give the option several times. \\n stands for a line break.",
+    help_behavior_hint="(default: none)")]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """Which model."""
 
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "demo"
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """"demo" (bundled), a Hugging Face folder, or a hub id."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights; by default the checkpoint's, and float32 on a CPU."""
-    revision: str | None = None
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None,
+                     left_out("the checkpoint's; on a CPU float32")] = None
+    """Type of the weights."""
+    revision: Annotated[str | None, left_out("the newest")] = None
     """Branch, tag or commit of a hub id."""
 
     def load(self) -> sled.LM:
@@ -65,7 +77,7 @@ class FusionOptions(derive(
 class SamplingOptions(derive("Draw", *settings_of(SAMPLING))):
     """The draw of the next token; greedy unless a temperature is given."""
 
-    sampling: Literal["checkpoint"] | None = None
+    sampling: Annotated[Literal["checkpoint"] | None, left_out("as the options here say")] = None
     """checkpoint: as the model's generation_config.json has it; the options here take the place of its numbers."""
     seed: int = 0
     """Random seed; prompt i uses seed + i."""

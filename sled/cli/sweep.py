@@ -47,8 +47,8 @@ class Sweep:
     prompt: str | None = None
     """--data: the prompt, a column or a template such as "Question: {question}\\nAnswer:"."""
     answer: str | None = None
-    """--data: the column with the right answer, a number such as 54, -1,234 or 0.75 (not 3/4 or 7 apples), or a
-    solution that ends with #### and a number. What the model writes is scored by the number behind its last ####."""
+    """--data: the column with the right answer, a number such as 54, -1,234 or $0.75, or a solution that ends with ####
+    and a number. What the model writes is scored by the number behind its first ####."""
     exit_layers: tuple[str, ...] | None = None
     """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4.
     Left out: an eighth, a quarter, half and three quarters of the layers."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sled.cli.derived import arguments, build, dashed, derive, given, offer, option_help, option_type, settings_of
+from sled.cli.derived import arguments, build, dashed, derive, given, offer, overrides, settings_of
 from sled.errors import SettingError
 from sled.train.data.packing import Layout
 from sled.train.initial_model import NewModel
@@ -58,15 +58,8 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
         return source, Source(**arguments(self, Source) | dict(data=several(self.held_out), **others))
 
 
-def _overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> list[tuple[str, Any, Any]]:
-    """An option for each of these fields, which is None where it is left out; `default` tells what it is then."""
-    return [(field, Annotated[option_type(kind, field) | None, tyro.conf.arg(
-        help=option_help(kind, field), help_behavior_hint=f"(default: {default or getattr(kind, field)})",
-        aliases=[aliases[field]] if field in aliases else None)], None) for field in fields]
-
-
 @dataclasses.dataclass(frozen=True)
-class NewModelOptions(derive("NewModelFields", *_overrides(
+class NewModelOptions(derive("NewModelFields", *overrides(
         NewModel, "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "vocabulary"))):
     """A model that begins at random, for --model new: Llama-shaped."""
 
@@ -83,7 +76,7 @@ without early exits.""")
 
 
 @dataclasses.dataclass(frozen=True)
-class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "finetune"), *_overrides(
+class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "finetune"), *overrides(
         Recipe, "steps", "batch", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
         "weight_decay", "clip", "z_loss", "distill", "temperature", "compute_dtype", "remat", "seed",
         default="the recipe's", batch="-b"))):

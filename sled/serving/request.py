@@ -24,7 +24,7 @@ class Limits:
         "no token may leave early at a lower threshold, decay included"))
     min_layer: int = setting(Whole(0, LARGEST, hint="0 is no bound"), default=0, help=(
         "no token may leave before this layer"))
-    budget: int | None = setting(OrNone(Whole(1, hint="None is no bound")), default=None, help=(
+    budget: int | None = setting(OrNone(Whole(1, hint="it counts layer-tokens"), "no bound"), default=None, help=(
         "layer-tokens (one token through one layer) that a request may cost at worst, its prompt included. Every token "
         "is charged for all layers, so that no text costs more by leaving late; with self-speculation every token is "
         'charged for a whole draft of wrong tokens. What is cut off ends for the reason "budget"'))
