@@ -9,10 +9,12 @@ from pathlib import Path
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, SettingError
 from sled.eval.numbers import final_answer, right_answer
+from sled.settings.brief import brief
 from sled.settings.rules import Whole
 from sled.train.data.sources import Source
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Questions:
     """Prompts, the right answer to each, and where they are from, in words. Raises SettingError for none, or unequal

@@ -14,7 +14,7 @@ from sled.io import first_line
 # Not "*.safetensors": some repositories hold the same weights twice, under other names.
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
           "model-*-of-*.safetensors", "exit_heads.json", "exit_heads.safetensors", "*token*.json",
-          "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*")
+          "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*", "additional_chat_templates/*.jinja")
 # Of an earlier model in a repository: a loader would take them for the new one's.
 REPLACED = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "exit_heads.*")
 
@@ -57,7 +57,7 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
                                         "HF_HUB_OFFLINE is set); go online, or give a local folder"}
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED),
-                                        ignore_patterns=["*/*"]))
+                                        ignore_patterns=["*/*.json", "*/*.safetensors"]))
     except Exception as error:  # of many kinds, and in huggingface_hub 1 and 2 not all an OSError
         other = f"{what} could not be fetched ({first_line(error)}); try again, or give a local folder"
         raise DownloadError(next((said for kind, said in reasons.items() if isinstance(error, kind)), other)) from None

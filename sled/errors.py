@@ -25,6 +25,11 @@ class TokenizerError(SledError):
     """Text was given or asked for, but the model has no (usable) tokenizer."""
 
 
+class TemplateError(SledError, ValueError):
+    """A model has no chat template, or its template cannot be read, refuses the messages, never ends or fills the
+    memory."""
+
+
 class ConfigError(SledError, ValueError):
     """A model configuration has an unknown architecture, field or value."""
 

@@ -1,7 +1,11 @@
 """The command line: prompts among options, help, misuse, and errors in the words of the one who typed them."""
 
+import functools
+
 import pytest
 
+import sled
+from sled.calibration.tune import Trial, Tuned
 from sled.cli import main
 from sled.cli.calibrate import Calibrate
 from sled.cli.commands import SLED, Group
@@ -12,6 +16,8 @@ from sled.cli.line import in_options, options_of, parse
 from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
+from sled.cli.tune import fastest
+from sled.exits import FullDepth
 
 
 def commands(group=SLED, prog="sled"):
@@ -130,3 +136,47 @@ def test_an_option_is_named_as_it_was_typed():
 def test_options_of_a_command_are_told_apart(prog):
     names = [name for option in options_of(ALL[prog]) for name in option.spellings]
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("exits", "schedule"), [
+    (sled.EarlyExit((2, 4), 0.7, "margin", min_layer=3), sled.Gather(2)),
+    (sled.EarlyExit(1, 0.5, kv="propagate", decay="calm-code"), sled.Immediate()),
+    (sled.EarlyExit((1, 3), (0.5, 0.9)), sled.Gather(patience=0)),
+    (sled.SelfSpeculation(2), sled.Lockstep()), (sled.SelfSpeculation((2, 4), 3, 0.25, adaptive=True), sled.Gather()),
+])
+def test_the_fastest_way_is_told_in_options_that_make_it(exits, schedule):
+    tuned = Tuned((Trial(exits, schedule, 1.0, 1.0, 5, 2.0, 1.0),))
+    made = parse(Generate, "sled generate", [*fastest(tuned).split(), "Hi"])
+    assert made.prompts == ("Hi",) and made.exit_options.settings() == dict(exits=exits, schedule=schedule)
+
+
+@pytest.mark.parametrize(("words", "policies"), [
+    ([], [sled.EarlyExit(2, 0.9), sled.EarlyExit(4, 0.9), sled.SelfSpeculation(2, 6), sled.SelfSpeculation(4, 6)]),
+    (["--exit-layers", "2", "2,4", "--thresholds", "0.8", "--drafts"], [sled.EarlyExit(2, 0.8),
+                                                                        sled.EarlyExit((2, 4), 0.8)]),
+    (["--thresholds", "--draft-layers", "3", "--drafts", "2", "4"], [sled.SelfSpeculation(3, 2),
+                                                                     sled.SelfSpeculation(3, 4)]),
+])
+def test_tune_tries_what_was_asked_for(words, policies, monkeypatch, capsys):
+    asked = {}
+
+    @functools.wraps(sled.tune)
+    def tune(lm, prompts, **settings):
+        asked.update(settings, prompts=prompts)
+        return Tuned((Trial(FullDepth(), sled.Immediate(), 1.0, 1.0, 5, 8.0, 1.0),))
+
+    monkeypatch.setattr(sled, "tune", tune)
+    assert main(["tune", "--problems", "3", "--rounds", "2", "--stop", "\\n", *words]) == 0
+    assert asked["exits"] == policies and len(asked["prompts"]) == 3 and (asked["rounds"], asked["stop"]) == (2, ["\n"])
+    assert capsys.readouterr().out.endswith("fastest here: no early exit\n")
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--thresholds", "--drafts"], "give --thresholds or --drafts"), (["--rounds", "0"], "--rounds is 0"),
+    (["--thresholds", "2"], "--thresholds is 2"), (["--exit-layers", "9"], "--exit-layers"),
+    (["--drafts", "0"], "--drafts is 0"), (["--file", "nowhere"], "nowhere"), (["-m", "./x"], "name a file"),
+    (["--problems", "0"], "--problems is 0"), (["-n", "0", "--problems", "2"], "-n is 0"),
+])
+def test_tune_refuses_in_the_users_words(words, says, capsys):
+    assert main(["tune", *words]) == 1
+    assert says in capsys.readouterr().err.splitlines()[-1]

@@ -16,6 +16,7 @@ from sled.errors import SettingError
 from sled.eval.report.tables import table
 from sled.eval.sweep.certified import certified, pareto
 from sled.io import writable
+from sled.settings.brief import brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Choice(NamedTuple):
     certified: tuple[str, ...]
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Swept:
     """The rows of a sweep, baselines first; `sled.eval.sweep.plot.draw_sweep` draws it.

@@ -22,6 +22,7 @@ from sled.cli.line import in_options, parse
 from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
+from sled.cli.tune import Tune
 from sled.errors import CheckpointWarning, SledError
 
 
@@ -48,7 +49,7 @@ class Group:
 
 SLED = Group("Let every layer of a language model speak.", {
     "demo": Demo, "generate": Generate, "score": Score, "lens": Lens, "eval": Eval, "sweep": Sweep, "train": Train,
-    "export": Export, "calibrate": Calibrate,
+    "export": Export, "calibrate": Calibrate, "tune": Tune,
     "bench": Group("Measure speed and early layers here, rivals and floors in the same run.", BENCHES)},
     'Begin with sled demo. A model is "demo" (bundled), a Hugging Face folder, or a hub id. sled --version says which '
     "version this is.")

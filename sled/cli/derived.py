@@ -196,6 +196,17 @@ def given_for(options, of: Offer) -> dict[str, Any]:
     return values
 
 
+def written(settings, of: Offer) -> list[str]:
+    """The options that make these settings, those at their defaults left out: --exit-layers 2 4."""
+    words = []
+    for name, field in of.options.items():
+        value = getattr(settings, field)
+        if value != getattr(of.kind, field, dataclasses.MISSING):
+            values = value if isinstance(value, tuple) else (value,)
+            words += [dashed(name)] if value is True else [dashed(name), *map(str, values)]
+    return words
+
+
 def refuse_others(options, choice: str, has: Collection[str]) -> None:
     """Raises SettingError for an option given that what --`choice` chose does not have (`has`)."""
     for name in given(options):

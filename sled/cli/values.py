@@ -31,7 +31,12 @@ def _reader(kind: type, what: str) -> Callable[[str], Any]:
     return read
 
 
+def _layer_set(text: str) -> tuple[int, ...]:
+    return tuple(_reader(int, "layer's number")(each) for each in text.split(","))
+
+
 Layer = Annotated[int, _single("LAYER", int, _reader(int, "layer's number"))]
+LayerSet = Annotated[tuple[int, ...], _single("LAYER[,LAYER...]", tuple, _layer_set)]
 PLAIN = {int: _single("N", int, _reader(int, "whole number")),
          float: _single("NUMBER", float | int, _reader(float, "number"), "{:g}".format),
          str: _single("TEXT", str, str),

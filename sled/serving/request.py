@@ -11,6 +11,7 @@ import numpy as np
 from sled.decoding.batch import Entry
 from sled.errors import RequestError, SettingError
 from sled.exits import Policy
+from sled.settings.brief import brief
 from sled.settings.decorator import setting, settings
 from sled.settings.rules import LARGEST, Flag, Number, OrNone, Whole
 from sled.text.stop_strings import StopStrings
@@ -57,6 +58,7 @@ class Limits:
         return (self.budget // num_layers - prompt) // int(np.max(exits.positions_per_token))
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """What `Request.stream` yields: what is new of a request.
@@ -70,6 +72,7 @@ class Piece:
     exit_layers: list[int] | None
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """A request's result, as `sled.Output` has it for each prompt.
