@@ -12,7 +12,7 @@ from sled.io import first_line
 # Not "*.safetensors": some repositories hold the same weights twice, under other names.
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
           "model-*-of-*.safetensors", "exit_heads.json", "exit_heads.safetensors", "*token*.json",
-          "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*")
+          "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*", "additional_chat_templates/*.jinja")
 
 
 def folder_of(source, revision: str | None = None) -> Path:
@@ -53,7 +53,7 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
                                         "HF_HUB_OFFLINE is set); go online, or give a local folder"}
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED),
-                                        ignore_patterns=["*/*"]))
+                                        ignore_patterns=["*/*.json", "*/*.safetensors"]))
     except (OSError, errors.HFValidationError) as error:  # OSError: every HTTP failure, a full disk, a dead proxy
         other = f"{what} could not be fetched ({first_line(error)}); try again, or give a local folder"
         raise DownloadError(next((said for kind, said in reasons.items() if isinstance(error, kind)), other)) from None

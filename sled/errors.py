@@ -25,6 +25,11 @@ class TokenizerError(SledError):
     """Text was given or asked for, but the model has no (usable) tokenizer."""
 
 
+class TemplateError(SledError, ValueError):
+    """A model has no chat template, or its template cannot be read, refuses the messages, never ends or fills the
+    memory."""
+
+
 class ConfigError(SledError, ValueError):
     """A model configuration has an unknown architecture, field or value."""
 
@@ -58,5 +63,13 @@ class RequestError(SledError):
     """A request is beyond what the operator allows, or failed while it was served."""
 
 
-class CheckpointWarning(UserWarning):
+class SledWarning(UserWarning):
+    """Base of every warning of this library, which the command line prints in one line."""
+
+
+class CheckpointWarning(SledWarning):
     """A model's folder holds what its family does not know, so that it cannot matter: it was passed over."""
+
+
+class EvaluationWarning(SledWarning):
+    """A sweep is about to measure what it cannot judge: too few questions, or none that the model solves."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +22,8 @@ from sled.models import Decoder
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
 from sled.settings.rules import Flag, Whole
-from sled.text.prompts import Prompts, is_one, pair_ids, prompt_ids
+from sled.text.chat import Messages, conversations
+from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
@@ -65,17 +67,31 @@ class LM:
                  stop: str | Sequence[str] = (), seed: int = 0, batch_size: int = 32, progress: bool = False) -> Output:
         """Continues each prompt.
 
-        prompts: a string, a list of token ids, or a list of either.
+        prompts: a string, a list of token ids, a `sled.Chat`, or a list of these.
         fusion, exits, schedule, sampling, max_new_tokens, stop: see `sled.Decoding`. Where fusion, exits or sampling
             take an array with one entry per row, the rows are the prompts.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
         batch_size: prompts decoded together; a row's tokens do not depend on the others.
         progress: shows a bar over the prompts.
 
-        Raises: PromptError, SettingError, TokenizerError (text needed, but no tokenizer).
+        Raises: PromptError, SettingError, TemplateError, TokenizerError (text needed, but no tokenizer).
         """
         return self.decode(prompts, Decoding(fusion, exits, schedule, sampling, max_new_tokens, stop), seed=seed,
                            batch_size=batch_size, progress=progress)
+
+    def chat(self, messages: str | Messages | Sequence[str | Messages], *, system: str | None = None,
+             variables: Mapping[str, Any] | None = None, **settings) -> Output:
+        """The assistant's next message in a conversation, or in each of several.
+
+        messages: a list such as [{"role": "user", "content": "Hello"}], a string, which is a user's one message, or a
+            list of such conversations.
+        system, variables: a system message before each, and further variables of the template: see `sled.Chat`, which
+            is a conversation for everything else that takes prompts.
+        settings: all that `generate` takes, with the same meaning.
+
+        Raises: as `generate`; TemplateError where the model has no chat template, or it refuses these messages.
+        """
+        return self.generate(conversations(messages, system, variables), **settings)
 
     def decode(self, prompts: Prompts, decoding: Decoding, *, seed: int = 0, batch_size: int = 32,
                progress: bool = False) -> Output:
@@ -138,7 +154,8 @@ class LM:
 
         Give one prompt with one continuation or a list of them, or a list of prompts with, for
         each, one continuation or a list of them. Continuations are strings or token ids, like their
-        prompts. The result has the shape of `continuations` (one continuation: a list of one).
+        prompts; after a `sled.Chat` they are either, and answers to it. The result has the shape of
+        `continuations` (one continuation: a list of one).
 
         Fused scores are normalised by a log-softmax over the vocabulary; the lower bound of SLED and
         of the clamp shows as a very low log-probability of the tokens outside the top-k.
@@ -178,7 +195,7 @@ class LM:
             columns = [_regroup(column, [len(group) for group in groups]) for column in columns]
         return Scores(*columns)
 
-    def lens(self, text: str | Sequence[int], *, fusion=None) -> Lens:
+    def lens(self, text: Prompt, *, fusion=None) -> Lens:
         """Every layer's own next tokens after every token of `text`: see `sled.Lens`.
 
         fusion: a strategy whose choice is shown beside the layers', such as `sled.SLED()`.

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from sled.settings.brief import brief
+
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
@@ -58,6 +60,7 @@ class Stats:
         return self.accepted / self.verifications if self.verifications else None
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What `generate` returns, one entry per prompt.
@@ -75,6 +78,7 @@ class Output:
     stats: Stats
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """What `stream` yields: per prompt, what is new since the last chunk; and the counts and times so far.
@@ -88,6 +92,7 @@ class Chunk:
     stats: Stats
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """What `score` returns: lists in the shape of the continuations given.

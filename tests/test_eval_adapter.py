@@ -10,10 +10,9 @@ import pytest
 from harness_tasks import QUESTIONS, TASKS, lm_eval, text_request, write_tokenizer
 
 import sled
-from sled.errors import EvaluationError
+from sled.errors import EvaluationError, TemplateError
 from sled.eval.harness.adapter import SledLM
 from sled.eval.harness.cache import Cache
-from sled.eval.harness.chat import TokenizerSettings, render
 from sled.eval.harness.tasks import load_tasks
 from sled.eval.methods import Method
 from sled.text.tokenizer import Tokenizer
@@ -109,17 +108,16 @@ CHAT = [{"role": "user", "content": "one <b>"}, {"role": "assistant", "content":
 
 
 @pytest.mark.parametrize("messages, prompt", [(CHAT, True), ([*CHAT, {"role": "assistant", "content": "so "}], False)])
-def test_chat_templates_read_as_in_transformers(tmp_path, messages, prompt, transformers):
+def test_chat_templates_read_as_in_transformers(lm, tmp_path, messages, prompt, transformers):
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    settings = TokenizerSettings.read(tmp_path)
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         messages, tokenize=False, add_generation_prompt=prompt, continue_final_message=not prompt)
-    assert render(settings.template, messages, settings.tokens, add_generation_prompt=prompt, now=NOW) == expected
+    assert with_tokenizer(lm, tmp_path, NOW).apply_chat_template(messages, add_generation_prompt=prompt) == expected
 
 
 def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
-    with pytest.raises(EvaluationError, match="no chat template"):
+    with pytest.raises(TemplateError, match="no chat template"):
         SledLM(lm, progress=False).apply_chat_template(CHAT)
     model = with_tokenizer(lm, tmp_path, NOW, chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     assert model.apply_chat_template(CHAT[:1]) == "02 Jan 2025 one <b>"  # the same day throughout
@@ -127,11 +125,11 @@ def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
                                                         {"name": "x", "template": ""}])
     system = [{"role": "system", "content": "be brief"}]
     assert model.apply_chat_template(system + CHAT) == model.apply_chat_template(CHAT)  # which the template refuses
-    with pytest.raises(EvaluationError, match="refuses these messages"):
+    with pytest.raises(TemplateError, match="refuses these messages"):
         model.apply_chat_template([{"role": "tool", "content": ""}])
-    write_tokenizer(tmp_path, chat_template=[{"name": "x", "template": ""}])
-    with pytest.raises(EvaluationError, match="none of them the default"):
-        TokenizerSettings.read(tmp_path)
+    model = with_tokenizer(lm, tmp_path, chat_template=[{"name": "x", "template": ""}])
+    with pytest.raises(TemplateError, match="no chat template 'default', but x"):
+        model.chat_template()
 
 
 def test_a_special_stop_string_ends_the_text(lm):

@@ -170,7 +170,8 @@ def test_a_path_is_tried_without_a_trace(tmp_path):
 
 def command_that(does: str) -> subprocess.Popen:
     """`sled generate hi`, which does this instead."""
-    code = f"import sys, sled.cli as c\ndef run(self): {does}\nc.Generate.run = run\nsys.exit(c.main())"
+    code = (f"import sys, sled.cli, sled.cli.generate as c\ndef run(self): {does}\nc.Generate.run = run\n"
+            "sys.exit(sled.cli.main())")
     return subprocess.Popen([sys.executable, "-c", code, "generate", "hi"], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 

@@ -19,9 +19,8 @@ from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.options import A_SAMPLING
-from sled.errors import EvaluationError
+from sled.errors import EvaluationError, TemplateError
 from sled.eval.harness.cache import Cache, RequestCounts
-from sled.eval.harness.chat import TokenizerSettings, render
 from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
 from sled.eval.methods import Method, deciding_versions
 from sled.eval.protocols.choices import Scored
@@ -60,7 +59,7 @@ class SledLM(TemplateLM):
             1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
         self.seed = Whole(0, 2**31, hint="it begins the random streams")("seed", seed)
         self.normalise = Flag(hint="True gives log-probabilities")("normalise", normalise)
-        self.special = TokenizerSettings.read(lm.text.folder)
+        self.special = lm.text.chats
         self.weights = weights or digest_of_weights(lm.params)
         self.now = now or datetime.datetime.now().astimezone()
         self.counts = RequestCounts()
@@ -118,22 +117,15 @@ class SledLM(TemplateLM):
         return self.lm.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = True) -> str | None:
-        """The model's chat template; None where none is to be used. Raises EvaluationError where it has none."""
-        if chat_template is False or chat_template is None:
-            return None
-        if self.special.template is None:
-            raise EvaluationError(f"{self.lm.name} has no chat template (chat_template.jinja, or chat_template in "
-                                  "tokenizer_config.json); evaluate it without, or take a model tuned for chats")
-        return self.special.template
+        """The model's chat template; None where none is to be used. Raises TemplateError where it has none."""
+        return None if chat_template is False or chat_template is None else self.special.template({})
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of these messages. Where the template takes no system message, it goes without, as in HFLM."""
-        template = self.chat_template()
-        show = functools.partial(render, template, tokens=self.special.tokens,
-                                 add_generation_prompt=add_generation_prompt, now=self.now)
+        show = functools.partial(self.special.prompt, goes_on=not add_generation_prompt, now=self.now)
         try:
             return show(chat_history)
-        except EvaluationError:
+        except TemplateError:
             rest = [message for message in chat_history if message["role"] != "system"]
             if len(rest) == len(chat_history):
                 raise

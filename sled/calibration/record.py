@@ -15,6 +15,7 @@ from sled.errors import CalibrationError
 from sled.exits import Policy, Schedule
 from sled.io import json_digest, writable, write_json
 from sled.lm import LM
+from sled.settings.brief import brief
 from sled.settings.describe import changes
 
 FORMAT = 1  # of the file; a reader refuses those that it does not know
@@ -35,6 +36,7 @@ class Step:
     mean_depth: float
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """A threshold with its guarantee: over the draw of the calibration prompts, with probability 1 - epsilon or more,

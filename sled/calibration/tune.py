@@ -11,6 +11,7 @@ from sled.decoding.options import A_POLICY, FULL_DEPTH, Decoding
 from sled.errors import SettingError
 from sled.exits import Gather, Immediate, Policy, Schedule
 from sled.lm import LM
+from sled.settings.brief import brief
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompts, prompt_ids
 from sled.timing import interleave
@@ -38,6 +39,7 @@ class Trial:
         return self.new_tokens / self.seconds
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Tuned:
     """The fastest of the ways tried, and all of them, fastest first.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import tyro
 
 from sled.cli.derived import arguments, given
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions
+from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, named_value
 from sled.errors import EvaluationError
 from sled.io import writable
 
@@ -89,7 +88,7 @@ class Eval:
         method = Method(self._name(), fusion=self.fusion_options.strategy(), **self.exit_options.settings(),
                         sampling=self.sampling_options.sampling())
         methods = [*(baselines(method) if self.compare else ()), method]
-        metadata = dict(map(_named, self.metadata))
+        metadata = dict(named_value("--metadata", each) for each in self.metadata)
         report_folder("--out", self.out)
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
         report = evaluate(**arguments(self, evaluate) | dict(
@@ -116,16 +115,6 @@ def _need_harness() -> None:
     except ImportError as reason:
         raise EvaluationError(f"lm-evaluation-harness is not installed ({reason}); "
                               "install it by `pip install 'sled-jax[eval]'`") from reason
-
-
-def _named(text: str) -> tuple[str, Any]:
-    name, mark, value = text.partition("=")
-    if not name or not mark:
-        raise EvaluationError(f"--metadata is {text!r}, but must be NAME=VALUE, such as problems=200")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _shown(value: Any) -> str:

@@ -202,9 +202,14 @@ class Each(_Around):
 
 @dataclasses.dataclass(frozen=True)
 class OrNone(_Around):
-    """None, or what `rule` takes."""
+    """None, or what `rule` takes. none: what None means, in words; the command says it as the option's default."""
 
     rule: Callable[[str, object], object]
+    none: str = ""
+
+    @property
+    def hint(self) -> str:
+        return "; ".join(filter(None, (self.rule.hint, self.none and f"None is {self.none}")))
 
     def __call__(self, name: str, value):
         return None if value is None else self.rule(name, value)

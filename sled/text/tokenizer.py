@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import tokenizers
 from sled.errors import TokenizerError
 from sled.io import first_line
 from sled.text.added_tokens import add_tokens_beside
+from sled.text.chat import Chat, ChatTemplates
 
 REMEDIES = {"text": "give whole characters (no lone surrogates) in a string, or token ids",
             "ids": "give ids of its vocabulary"}
@@ -37,6 +39,11 @@ class Tokenizer:
         tokenizer.no_padding()
         return cls(tokenizer, str(folder), folder)
 
+    @functools.cached_property
+    def chats(self) -> ChatTemplates:
+        """The chat templates of the folder. Raises TemplateError and TokenizerError where they cannot be read."""
+        return ChatTemplates.read(self.folder)
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds, or without."""
         with self._naming("text"):
@@ -61,6 +68,14 @@ class Tokenizer:
         The prompt's part is empty where its first token straddles the boundary, or where it is white space alone.
         """
         return _cut(self.encode(prompt + continuation), self.encode(prompt.rstrip()))
+
+    def encode_chat(self, chat: Chat, answer: str = "") -> tuple[list[int], list[int]]:
+        """Ids of a conversation, which has the special tokens that its template writes, and of an answer to it.
+
+        Both are tokenised as one text; a token that straddles the boundary belongs to the answer.
+        """
+        text = self.chats.prompt(chat.messages, chat.variables)
+        return _cut(self.encode(text + answer, special=False), self.encode(text, special=False))
 
     def encode_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """As `encode_continuation`, for many prompts with their continuations, on all cores."""
