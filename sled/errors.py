@@ -67,6 +67,14 @@ class RequestError(SledError):
     """A request is beyond what the operator allows, or failed while it was served."""
 
 
-class CheckpointWarning(UserWarning):
+class SledWarning(UserWarning):
+    """Base of every warning of this library, which the command line prints in one line."""
+
+
+class CheckpointWarning(SledWarning):
     """Something that a model's folder holds was passed over: what its family does not know, so that it cannot matter,
     or a sampling of its own where none was asked for."""
+
+
+class EvaluationWarning(SledWarning):
+    """A sweep is about to measure what it cannot judge: too few questions, or none that the model solves."""
