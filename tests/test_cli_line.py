@@ -121,6 +121,13 @@ def test_help_fits_and_speaks_no_python(prog, columns, capsys, monkeypatch):
     (Train, "NewModel.width is 5, which", "--width is 5, which"),
     (Train, "'max_steps' and save_every=3 are in a/save_every.json",
      "'max_steps' and save_every=3 are in a/save_every.json"),
+    (Train, "recipe.steps was 5 and is 6; data.prompt_weight was 0", "--steps was 5 and is 6; --prompt-weight was 0"),
+    (Train, "columns are named by Source.prompt and data.jsonl, config.json", "columns are named by --prompt and "
+     "data.jsonl, config.json"),
+    (Train, "AllExits.layers is ()", "--exit-layers is ()"), (Train, "LayerDropout.rate is 1", "--layer-dropout is 1"),
+    (Train, "Mesh.data and Mesh.fsdp are -1", "--data-parallel and --fsdp are -1"),
+    (Sweep, "example 1, has no column 'x', which Source.completion needs", "example 1, has no column 'x', which "
+     "--answer needs"),
     (Sweep, "rounds is 0; give batch_size too", "--rounds is 0; give --batch-size too"),
 ])
 def test_errors_name_options(command, message, said):
@@ -157,7 +164,8 @@ def test_the_fastest_way_is_told_in_options_that_make_it(exits, schedule):
     (["--thresholds", "--draft-layers", "3", "--drafts", "2", "4"], [sled.SelfSpeculation(3, 2),
                                                                      sled.SelfSpeculation(3, 4)]),
 ])
-def test_tune_tries_what_was_asked_for(words, policies, monkeypatch, capsys):
+def test_tune_tries_what_was_asked_for(words, policies, demo, monkeypatch, capsys):
+    monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
     asked = {}
 
     @functools.wraps(sled.tune)
@@ -177,6 +185,7 @@ def test_tune_tries_what_was_asked_for(words, policies, monkeypatch, capsys):
     (["--drafts", "0"], "--drafts is 0"), (["--file", "nowhere"], "nowhere"), (["-m", "./x"], "name a file"),
     (["--problems", "0"], "--problems is 0"), (["-n", "0", "--problems", "2"], "-n is 0"),
 ])
-def test_tune_refuses_in_the_users_words(words, says, capsys):
+def test_tune_refuses_in_the_users_words(words, says, demo, monkeypatch, capsys):
+    monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
     assert main(["tune", *words]) == 1
     assert says in capsys.readouterr().err.splitlines()[-1]

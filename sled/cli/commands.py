@@ -23,7 +23,7 @@ from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
 from sled.cli.tune import Tune
-from sled.errors import CheckpointWarning, SledError
+from sled.errors import SledError, SledWarning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run(words: Sequence[str]) -> int:
     command = parse(kind, prog, words)
     try:
         with warnings.catch_warnings():
-            _print_in_one_line(CheckpointWarning)
+            _print_in_one_line(SledWarning)
             command.run()
     except SledError as error:
         print(f"sled: {type(error).__name__}: {in_options(str(error), kind, words)}", file=sys.stderr)

@@ -127,8 +127,8 @@ def _example(text: str, width: int) -> str:
 def in_options(message: str, command: type, words: Sequence[str]) -> str:
     """An error's message, which names what Python calls settings, with the options that set them in their place.
 
-    Names are those that a setting's check gives (EarlyExit.threshold, at the beginning a field alone), and fields
-    that are no words of English (max_new_tokens).
+    Names are those that a setting's check gives (EarlyExit.threshold, at the beginning a field alone), those of a
+    difference between settings (recipe.steps), and fields that are no words of English (max_new_tokens).
     """
     known: dict[str, str] = {}
     for option in options_of(command):
@@ -138,11 +138,14 @@ def in_options(message: str, command: type, words: Sequence[str]) -> str:
 
     def said(match: re.Match) -> str:
         name, place = match["name"], match["place"]
-        option = known.get(name) or known.get(name.rpartition(".")[2])
-        if option is None:
+        of, _, field = name.rpartition(".")
+        option = known.get(name[0].upper() + name[1:])
+        if not of or of[0].isupper() or "_" in field:
+            option = option or known.get(field)
+        if not option:
             return match[0]
         return f"number {int(place) + 1} of {option}" if place else option
 
-    for names in (r"[A-Z]\w*\.[a-z]\w*", r"[a-z]+(?:_[a-z]+)+", r"^[a-z]+(?= (?:is|has|was)\b|\[)"):
+    for names in (r"[A-Za-z]\w*\.[a-z]\w*", r"[a-z]+(?:_[a-z]+)+", r"^[a-z]+(?= (?:is|has|was)\b|\[)"):
         message = re.sub(rf"(?<![\w./'\"-])(?P<name>{names})(?:\[(?P<place>\d+)\])?(?![\w'\"/=(])", said, message)
     return message.replace("must be None or ", "must be ")
