@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -17,6 +19,7 @@ import numpy as np
 
 from sled.errors import CheckpointError, SettingError, SledError
 
+_MADE: contextvars.ContextVar[list[Path] | None] = contextvars.ContextVar("folders made", default=None)
 MOST_NESTED = 64  # lists and objects within one another in a JSON file; models' files have fewer than ten
 
 
@@ -46,6 +49,23 @@ def writable_folder(name: str, folder: Path, files: Collection[str], *, owns: Ca
 
 
 @contextlib.contextmanager
+def no_empty_folders() -> Iterator[None]:
+    """Where the block raises, the folders go that `writable` and `writable_folder` made in it, as far as they are
+    empty: what is refused after its folder was tried leaves nothing."""
+    made: list[Path] = []
+    token = _MADE.set(made)
+    try:
+        yield
+    except BaseException:
+        for folder in sorted(made, key=lambda folder: len(folder.parts), reverse=True):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+    finally:
+        _MADE.reset(token)
+
+
+@contextlib.contextmanager
 def _naming(name: str, path: Path) -> Iterator[None]:
     """Makes of an OSError a SettingError that names the file."""
     try:
@@ -57,7 +77,10 @@ def _naming(name: str, path: Path) -> Iterator[None]:
 
 def _try(path: Path) -> None:
     """Raises OSError where `path` cannot be written. Asking for permissions would not tell a full or read-only disk."""
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
     path.parent.mkdir(parents=True, exist_ok=True)
+    if (made := _MADE.get()) is not None:
+        made += missing
     new = not os.path.lexists(path)
     path.open("ab").close()
     if new:

@@ -23,7 +23,8 @@ from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
 from sled.cli.tune import Tune
-from sled.errors import CheckpointWarning, SledError
+from sled.errors import SledError, SledWarning
+from sled.io import no_empty_folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,8 +66,8 @@ def run(words: Sequence[str]) -> int:
         return 0
     command = parse(kind, prog, words)
     try:
-        with warnings.catch_warnings():
-            _print_in_one_line(CheckpointWarning)
+        with warnings.catch_warnings(), no_empty_folders():
+            _print_in_one_line(SledWarning)
             command.run()
     except SledError as error:
         print(f"sled: {type(error).__name__}: {in_options(str(error), kind, words)}", file=sys.stderr)

@@ -57,8 +57,9 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, policy, fusion, network: Network) -> Plan:
-        """Raises SettingError for a layer that the model lacks, and where `Readout.early_layers` does."""
+        """Raises SettingError for a layer that the model lacks, and where `Readout.early_layers` or the policy does."""
         exits, readout = policy.exits(network.num_layers), Readout(network)
+        policy.check(network)
         if policy.verifies and (policy.propagates or len(exits) == 1):
             raise SettingError(f"{type(policy).__name__} verifies its drafts, but has no early exit to draft at, or "
                                "propagates K/V that no verification has seen; give it an exit, and propagates = False")

@@ -19,9 +19,10 @@ import numpy as np
 
 from sled.errors import SettingError
 
-LARGEST = 2**31 - 1  # the largest whole number that is traced: they are int32
+LARGEST = 2**31 - 1  # the largest whole number of a setting: they are int32
+WIDE = 1e6  # far beyond any use, and so small that logits times or by several such numbers are finite in float32
 _SHORT = reprlib.Repr()
-_SHORT.maxother = 100
+_SHORT.maxother = _SHORT.maxstring = 100
 
 
 class _Rule:
@@ -32,7 +33,7 @@ class _Rule:
         try:
             return self._clean(value)
         except (TypeError, ValueError, OverflowError):
-            raise SettingError(f"{name} is {value!r}, but must be {self.expects}; "
+            raise SettingError(f"{name} is {shorten(value)}, but must be {self.expects}; "
                                f"{self.hint or 'choose one of them'}") from None
 
     @property
@@ -48,7 +49,10 @@ class _Rule:
 class Number(_Rule):
     """A number from `low` to `high`, as a float. NaN and infinity are refused; minus infinity is, where `low` is more.
 
-    open_low, open_high: whether `low` itself is refused, and `high`.
+    It is computed with in float32, so it must be such a number there too: 1e39 would be infinity, 1e-40 would be 0.
+
+    open_low, open_high: whether `low` itself is refused, and `high`. least: the smallest number above 0, where `low` is
+    0 and means something of its own.
     """
 
     low: float = -math.inf
@@ -56,20 +60,33 @@ class Number(_Rule):
     _: dataclasses.KW_ONLY
     open_low: bool = False
     open_high: bool = False
+    least: float = 0.0
     hint: str
+
+    def __call__(self, name: str, value) -> float:
+        clean = super().__call__(name, value)
+        narrow = _as_float32(clean)
+        if not self._holds(narrow) or (narrow == 0) != (clean == 0) or math.isinf(narrow) != math.isinf(clean):
+            raise SettingError(f"{name} is {shorten(value)}, which is {narrow:g} in float32, but must be {self.expects}"
+                               f" there too; {self.hint}")
+        return clean
 
     @property
     def expects(self) -> str:
         left, right = "(" if self.open_low else "[", ")" if self.open_high or self.high == math.inf else "]"
-        return f"a number in {left}{self.low:g}, {self.high:g}{right}"
+        low, zero = (self.least, "0 or ") if self.least else (self.low, "")
+        return f"{zero}a number in {left}{low:g}, {self.high:g}{right}"
 
     def _clean(self, value) -> float:
         clean = float(_real(value))
-        above = self.low < clean if self.open_low else self.low <= clean
-        below = clean < self.high if self.open_high else clean <= self.high
-        if not (above and below and clean < math.inf):
+        if not self._holds(clean):
             raise ValueError
         return clean
+
+    def _holds(self, number: float) -> bool:
+        above = self.low < number if self.open_low else self.low <= number
+        below = number < self.high if self.open_high else number <= self.high
+        return above and below and number < math.inf and not 0 < number < self.least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +249,17 @@ def is_array(value) -> bool:
 
 def shorten(value) -> str:
     """`value` in an error, in which it may be of any kind and length."""
-    return _SHORT.repr(value)
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # a number too long to be written down, or a class that fails at it
+        return f"a {type(value).__name__}"
+
+
+def _as_float32(number: float) -> float:
+    """The number as devices compute with it: those that are too small for full precision are 0."""
+    with np.errstate(over="ignore"):
+        narrow = float(np.float32(number))
+    return narrow if abs(narrow) >= np.finfo(np.float32).tiny else 0.0
 
 
 def _real(value):
