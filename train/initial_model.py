@@ -29,7 +29,7 @@ from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.settings.decorator import setting, settings
 from sled.settings.describe import describe
-from sled.settings.rules import OrNone, Whole
+from sled.settings.rules import Flag, OrNone, Whole
 from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Source
 from sled.train.objective.exit_heads import with_heads
@@ -59,7 +59,8 @@ class NewModel:
                               help="tokens of a byte-level BPE made from the data")
     tokenizer: Path | None = setting(default=None, help="folder whose tokenizer.json is taken instead")
     end_of_text: str = setting(default=END_OF_TEXT, help="its token that ends a text")
-    tied_head: bool = setting(default=True, help="whether the embedding table is the projection too")
+    tied_head: bool = setting(Flag(hint="True shares one matrix"), default=True,
+                              help="whether the embedding table is the projection too")
 
     def __post_init__(self):
         if self.width % self.heads or (self.width // self.heads) % 2:
