@@ -18,7 +18,7 @@ from sled.errors import CalibrationError, SettingError
 from sled.exits import Policy
 from sled.lm import LM
 from sled.results import Output
-from sled.settings.rules import Whole
+from sled.settings.rules import Whole, as_list, shorten
 from sled.text.prompts import Prompts, prompt_ids
 from sled.timing import hardware, versions
 
@@ -55,9 +55,9 @@ def calibrate(lm: LM, prompts: Prompts, *, exits: Policy, delta: float = 0.1, ep
     batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
     serving = Decoding(exits=exits, **decoding)
     exits.with_threshold(grid[0]).exits(lm.config.num_layers)  # for its errors, before any work
-    if references is not None and not isinstance(references, Iterable):
-        raise SettingError(f"references is {references!r}, but must be a list; give one reference per prompt")
-    references = None if references is None else list(references)
+    given, references = references, None if references is None else as_list(references)
+    if references is None and given is not None:
+        raise SettingError(f"references is {shorten(given)}, but must be a list; give one reference per prompt")
     compare = consistency(loss, references, risk)
     ids = prompt_ids(prompts, lm.text, lm.config)
     if references is not None and len(references) != len(ids):
