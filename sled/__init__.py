@@ -33,8 +33,8 @@ _HOME = {
     "save_classifier": "sled.calibration.classifier_file",
     "load_classifier": "sled.calibration.classifier_file",
     **dict.fromkeys(("SledError", "SettingError", "PromptError", "TokenizerError", "TemplateError", "CheckpointError",
-                     "ConfigError", "CalibrationError", "RequestError", "DataError", "DownloadError", "TrainingError",
-                     "EvaluationError", "VersionError"), "sled.errors"),
+                     "ConfigError", "CalibrationError", "RequestError", "DataError", "DownloadError", "UploadError",
+                     "TrainingError", "EvaluationError", "VersionError"), "sled.errors"),
 }
 _REGISTERS = (("sled.fusion", "FUSIONS"), ("sled.exits", "POLICIES"), ("sled.exits", "SCHEDULES"))  # classes by word
 

@@ -43,6 +43,10 @@ class DownloadError(SledError, OSError):
     """A model or data set could not be fetched from the hub."""
 
 
+class UploadError(SledError, OSError):
+    """A model could not be put on the hub: nobody is logged in, the repository is another's, or there is no network."""
+
+
 class DataError(SledError, ValueError):
     """Data to train or to evaluate on are missing, damaged, lack a column, or leave nothing to work on."""
 
@@ -68,7 +72,8 @@ class SledWarning(UserWarning):
 
 
 class CheckpointWarning(SledWarning):
-    """A model's folder holds what its family does not know, so that it cannot matter: it was passed over."""
+    """Something that a model's folder holds was passed over: what its family does not know, so that it cannot matter,
+    or a sampling of its own where none was asked for."""
 
 
 class EvaluationWarning(SledWarning):

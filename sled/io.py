@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
 import errno
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -20,7 +18,6 @@ import numpy as np
 
 from sled.errors import CheckpointError, SettingError, SledError
 
-_MADE: contextvars.ContextVar[list[Path] | None] = contextvars.ContextVar("folders made", default=None)
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # a disk that is full, or fails
 MOST_NESTED = 64  # lists and objects within one another in a JSON file; models' files have fewer than ten
 
@@ -42,16 +39,24 @@ def path_of(name: str, value: Any, error: type[SledError] = SettingError) -> Pat
 
 
 def writable(name: str, path: str | os.PathLike) -> Path:
-    """`path`, whose folder is made; what is there already stays. Raises SettingError where none can be written."""
+    """`path`, which can be written: tried without a trace, for what comes after long work. Raises SettingError."""
     path = path_of(name, path)
     with _naming(name, path):
         _try(path)
     return path
 
 
+def made_writable(name: str, path: str | os.PathLike) -> Path:
+    """As `writable`, with its folder made, for what is written now."""
+    path = writable(name, path)
+    with _naming(name, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def writable_folder(name: str, folder: str | os.PathLike, files: Collection[str], *,
                     owns: Callable[[Path], bool]) -> Path:
-    """`folder`, made where there is none, for `files`, those of an earlier time being replaced.
+    """`folder`, for `files`, those of an earlier time being replaced; tried as by `writable`.
 
     owns: whether those in the folder are of an earlier time. Raises SettingError where they are not, so that nobody's
     own files are replaced, and where none can be written.
@@ -70,23 +75,6 @@ def writable_folder(name: str, folder: str | os.PathLike, files: Collection[str]
 
 
 @contextlib.contextmanager
-def no_empty_folders() -> Iterator[None]:
-    """Where the block raises, the folders go that `writable` and `writable_folder` made in it, as far as they are
-    empty: what is refused after its folder was tried leaves nothing."""
-    made: list[Path] = []
-    token = _MADE.set(made)
-    try:
-        yield
-    except BaseException:
-        for folder in sorted(made, key=lambda folder: len(folder.parts), reverse=True):
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise
-    finally:
-        _MADE.reset(token)
-
-
-@contextlib.contextmanager
 def _naming(name: str, path: Path) -> Iterator[None]:
     """Makes of an OSError a SettingError that names the file."""
     try:
@@ -98,23 +86,27 @@ def _naming(name: str, path: Path) -> Iterator[None]:
 
 def _try(path: Path) -> None:
     """Raises OSError where `path` cannot be written. Asking for permissions would not tell a full or read-only disk."""
-    missing = list(itertools.takewhile(lambda folder: not folder.exists(), path.parents))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if (made := _MADE.get()) is not None:
-        made += missing
     if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait, beyond interruption
         raise OSError(errno.EINVAL, "it is a pipe or a device")
+    lacking = [folder for folder in path.parents if not os.path.lexists(folder)]
     new = not os.path.lexists(path)
-    path.open("ab").close()
-    if new:
-        path.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    finally:
+        for folder in lacking:
+            with contextlib.suppress(OSError):  # not made, or somebody has put something there since
+                folder.rmdir()
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path`, with its ending, to be written; it takes the place of `path` when the block ends, and goes
-    when it raises. Where `path` is a link, the file that it leads to is replaced."""
+    """A path beside `path`, with its ending, to be written, its folder being made; it takes the place of `path` when
+    the block ends, and goes when it raises. Where `path` is a link, the file that it leads to is replaced."""
     target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
     try:
         yield beside

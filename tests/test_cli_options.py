@@ -50,15 +50,15 @@ def test_fusions(arguments, expected):
     assert parse(FusionOptions, "sled", arguments).strategy() == expected
 
 
-def test_exits_and_draws():
+def test_exits_and_draws(demo):
     early = parse(ExitOptions, "sled", ["--exits", "early", "--exit-layers", "2", "4", "--threshold", "0.7"])
     assert early.settings() == dict(exits=sled.EarlyExit((2, 4), threshold=0.7), schedule=None)
     drafts = parse(ExitOptions, "sled", ["--exits", "speculate", "--exit-layers", "2", "--draft", "3", "--adaptive",
                                          "--schedule", "gather", "--gather-rows", "2"])
     assert drafts.settings() == dict(exits=sled.SelfSpeculation(2, draft=3, adaptive=True), schedule=sled.Gather(2))
     draws = parse(SamplingOptions, "sled", ["--top-k", "5", "--seed", "3"])
-    assert draws.sampling() == sled.Sampling(top_k=5) and draws.seed == 3
-    assert dataclasses.replace(draws, top_k=0).sampling() == sled.Sampling()
+    assert draws.chosen(demo) == sled.Sampling(top_k=5) and draws.seed == 3
+    assert dataclasses.replace(draws, top_k=0).chosen(demo) == sled.Sampling()
     with pytest.raises(SystemExit):  # its weights are in no option
         parse(ExitOptions, "sled", ["--exits", "early", "--exit-layers", "2", "--measure", "classifier"])
     with pytest.raises(SettingError, match="--lower-bound has no meaning"):

@@ -14,7 +14,7 @@ from sled.calibration.fingerprint import digest_of_weights
 from sled.errors import CheckpointError, SettingError
 from sled.exits.confidence import Classifier, check_classifier
 from sled.exits.policy import Exits
-from sled.io import naming_full_disk, path_of, regular_file, writable, written_whole
+from sled.io import made_writable, naming_full_disk, path_of, regular_file, written_whole
 from sled.lm import LM
 from sled.settings.describe import changes, describe
 
@@ -30,7 +30,7 @@ def save_classifier(classifier: Classifier, path: str | os.PathLike, lm: LM) -> 
         raise CheckpointError("the classifier does not say for which exits it is; give Classifier(..., layers=...)")
     header = {"format": FORMAT, "layers": list(classifier.layers), **_model(lm)}
     arrays = {"weight_ED": np.asarray(classifier.weight_ED), "bias_E": np.asarray(classifier.bias_E)}
-    path = writable("path", path)
+    path = made_writable("path", path)
     with naming_full_disk(path), written_whole(path) as beside:
         save_file(arrays, beside, metadata={"sled": json.dumps(header)})
 

@@ -183,12 +183,17 @@ def arguments(options, function: Callable) -> dict[str, Any]:
 
 def build(options, of: Offer):
     """Build what is on offer, of the options that were given for it."""
+    return of.kind(**given_for(options, of))
+
+
+def given_for(options, of: Offer) -> dict[str, Any]:
+    """The settings of what is on offer that were given, by field."""
     values = {of.options[name]: value for name, value in given(options).items() if name in of.options}
     for field, value in values.items():
         rule = declared(of.kind)[field].rule
         if isinstance(rule, Each) and rule.one and len(value) == 1:
             values[field] = value[0]
-    return of.kind(**values)
+    return values
 
 
 def written(settings, of: Offer) -> list[str]:

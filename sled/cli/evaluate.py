@@ -85,14 +85,16 @@ class Eval:
         from sled.eval.report.report import report_folder
         from sled.eval.report.run import evaluate
 
-        method = Method(self._name(), fusion=self.fusion_options.strategy(), **self.exit_options.settings(),
-                        sampling=self.sampling_options.sampling())
-        methods = [*(baselines(method) if self.compare else ()), method]
+        settings = dict(fusion=self.fusion_options.strategy(), **self.exit_options.settings())
+        self.sampling_options.check()
         metadata = dict(named_value("--metadata", each) for each in self.metadata)
         report_folder("--out", self.out)
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
+        lm = self.model_options.load()
+        method = Method(self._name(), **settings, sampling=self.sampling_options.chosen(lm))
+        methods = [*(baselines(method) if self.compare else ()), method]
         report = evaluate(**arguments(self, evaluate) | dict(
-            lm=self.model_options.load(), methods=methods, metadata=metadata, normalise=not self.raw_scores,
+            lm=lm, methods=methods, metadata=metadata, normalise=not self.raw_scores,
             cache=cache, seed=self.sampling_options.seed))
         print(report.markdown())
         print(f"written to {self.out}", file=sys.stderr)

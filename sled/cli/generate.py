@@ -86,9 +86,11 @@ class Generate:
             raise SettingError("--show-exits shows where tokens left in the text, so it needs --exits early or "
                                "speculate, or --calibration, and goes without --json, whose exit_layers say the same")
         settings = dict(max_new_tokens=self.max_new_tokens, fusion=self.fusion_options.strategy(),
-                        sampling=self.sampling_options.sampling(), stop=[unescape(s) for s in self.stop])
+                        stop=[unescape(s) for s in self.stop])
+        self.sampling_options.check()
         lm = self.model_options.load()
         self.chat_options.hint(lm)
+        settings["sampling"] = self.sampling_options.chosen(lm)
         if record:
             exits = dict(schedule=record.schedule)
             exits["exits"] = record.policy(lm, **settings, **exits)

@@ -21,12 +21,14 @@ from sled.cli.derived import (
     derive,
     explained,
     given,
+    given_for,
     offer,
     offers,
     refuse_others,
     settings_by_choice,
     settings_of,
 )
+from sled.decoding.options import GREEDY
 from sled.errors import PromptError, SettingError, SledError
 from sled.fusion import FUSIONS
 from sled.settings.rules import Whole
@@ -43,7 +45,7 @@ def left_out(default: str, *aliases: str, metavar: str | None = None):
 
 # Strings that end a text: one each time, so that a prompt may follow.
 Stop = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(
-    help="A string that ends a text; for several, give the option several times. \\n stands for a line break.",
+    help="A string that ends a text; for several, give the option again. A backslash and n stands for a line break.",
     help_behavior_hint="(default: none)")]
 
 
@@ -82,11 +84,23 @@ class FusionOptions(derive(
 class SamplingOptions(derive("Draw", *settings_of(SAMPLING))):
     """The draw of the next token; greedy unless a temperature is given."""
 
+    sampling: Annotated[Literal["checkpoint"] | None, left_out("as the options here say")] = None
+    """checkpoint: as the model's generation_config.json has it; the options here take the place of its numbers."""
     seed: int = 0
     """Random seed; prompt i uses seed + i."""
 
-    def sampling(self) -> sled.Sampling:
-        return build(self, SAMPLING)
+    def check(self) -> None:
+        """Raises SettingError for a number out of its range, before a model is loaded."""
+        build(self, SAMPLING)
+
+    def chosen(self, lm: sled.LM) -> sled.Sampling:
+        """The sampling for this model. Raises SettingError where its own cannot be had."""
+        if self.sampling is None:
+            # The very default where nothing was given: so the model may tell that it has a sampling of its own.
+            return build(self, SAMPLING) if given_for(self, SAMPLING) else GREEDY
+        sampling = dataclasses.replace(lm.checkpoint_sampling, **given_for(self, SAMPLING))
+        print(f"sampling as {lm.name} has it: {sampling}", file=sys.stderr)
+        return sampling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +111,8 @@ class ChatOptions:
     """Put each prompt, as a user's message, into the model's chat template; the text is the assistant's answer."""
     system: str | None = None
     """--chat: a system message before it."""
-    chat_variables: tuple[str, ...] = ()
-    """--chat: further variables of the template, NAME=VALUE, such as enable_thinking=false."""
+    chat_variables: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], left_out("none", metavar="NAME=VALUE")] = ()
+    """--chat: a further variable of the template, such as enable_thinking=false; for several, give the option again."""
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
         """Prompts for texts. Raises SettingError for options that need --chat, and values that are none."""

@@ -71,7 +71,8 @@ class Tune:
     def run(self) -> None:
         if not self.thresholds and not self.drafts:
             raise SettingError("nothing is left to try: give --thresholds or --drafts")
-        fusion, sampling = self.fusion_options.strategy(), self.sampling_options.sampling()
+        fusion = self.fusion_options.strategy()
+        self.sampling_options.check()
         prompts = self.chat_options.prompts(
             prompts_or_problems(self.file, self.problems, self.model_options.model, 16))
         lm = self.model_options.load()
@@ -80,9 +81,9 @@ class Tune:
         exits = [*(sled.EarlyExit(layers, threshold) for layers in self.exit_layers or near
                    for threshold in self.thresholds),
                  *(sled.SelfSpeculation(layer, draft) for layer in self.draft_layers or near for draft in self.drafts)]
-        tuned = sled.tune(lm, prompts, exits=exits, fusion=fusion, sampling=sampling, seed=self.sampling_options.seed,
-                          max_new_tokens=self.max_new_tokens, stop=[unescape(s) for s in self.stop],
-                          **arguments(self, sled.tune))
+        tuned = sled.tune(lm, prompts, exits=exits, fusion=fusion, sampling=self.sampling_options.chosen(lm),
+                          seed=self.sampling_options.seed, max_new_tokens=self.max_new_tokens,
+                          stop=[unescape(s) for s in self.stop], **arguments(self, sled.tune))
         print(tuned.table())
         print(f"\nfastest here: {fastest(tuned)}")
 
