@@ -60,7 +60,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
     source: what the record says the model comes from.
     Raises SettingError for settings that the model cannot use, or that have an entry per row.
     """
-    config, exits = lm.config, decoding.exits
+    config, exits = lm.config, decoding.check_context(lm.config.max_positions).exits
     counts = {"E": len(exits.exits(config.num_layers)) - 1}
     parts = [take_apart(name, settings, counts)
              for name, settings in (("fusion", decoding.fusion), ("exits", exits), ("sampling", decoding.sampling))]
