@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from harness_tasks import lm_eval, write_rows
 import sled
 from sled import cli
 from sled.cli.evaluate import Eval
-from sled.cli.options import FusionOptions, SamplingOptions
+from sled.cli.line import parse
 from sled.errors import EvaluationError, SettingError
 from sled.eval.methods import Method, baselines
 from sled.eval.report import report as report_module
@@ -35,14 +37,45 @@ def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tiny_t
         evaluate(lm, "tiny_choice", [method], include_path=[tiny_tasks], progress=False)
 
 
-@pytest.mark.parametrize("given, name", [
-    (dict(), "greedy"), (dict(sampling_options=SamplingOptions(seed=3)), "greedy"),
-    (dict(sampling_options=SamplingOptions(temperature=0.5, top_k=4, seed=3)), "final layer, temperature 0.5, top k 4"),
-    (dict(sampling_options=SamplingOptions(temperature=1), fusion_options=FusionOptions("sled", rate=2.0)),
-     "SLED, rate 2, temperature 1"),
+@pytest.mark.parametrize("words, names", [
+    ("", ["greedy"]), ("--seed 3", ["greedy"]), ("--fusion final", ["greedy"]),
+    ("--temperature 0.5 --top-k 4 --seed 3", ["final layer, temperature 0.5, top k 4"]),
+    ("--fusion sled --rate 2 --temperature 1", ["SLED, rate 2, temperature 1"]),
+    ("--fusion sled dola confident --rate 3", ["SLED, rate 3", "DoLa", "ConfidentDecoding"]),
+    ("--fusion sled dola clamp --lower-bound -9 --layers 0 4",
+     ["SLED, lower bound -9, layers 0 4", "DoLa, lower bound -9, layers 0 4", "clamp only, lower bound -9"]),
+    ("--fusion sled 'sled --layers 0 8 --rate 1' 'dola  --lower-bound -1' --lower-bound -9 --rate 3",
+     ["SLED, rate 3, lower bound -9", "SLED, rate 1, lower bound -9, layers 0 8", "DoLa, lower bound -1"]),
+    ("--fusion confident 'confident --window 4' --no-norm-early",
+     ["ConfidentDecoding, norm early False", "ConfidentDecoding, norm early False, window 4"]),
 ])
-def test_the_command_calls_a_method_by_its_options(given, name):
-    assert Eval(tasks=("sled_demo",), **given)._name() == name
+def test_the_command_calls_methods_by_their_options(words, names):
+    eval = parse(Eval, "sled eval", ["--tasks", "sled_demo", *shlex.split(words)])
+    assert sorted(eval._name(each) for each in eval.fusion_options.each()) == sorted(names)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--rate 2", "--rate has no meaning for --fusion final;"),
+    ("--fusion dola clamp --rate 2", "--rate has no meaning for --fusion dola clamp;"),
+    ("--fusion sledd", "--fusion has 'sledd', but must begin with one of final, sled"), ("--fusion", "has ''"),
+    ("--fusion sled 'sled,rate=2'", "has 'sled,rate=2'"), ("--fusion sled dola --window 3", "--window has no meaning"),
+    ("--fusion sled sled", "has 'sled' twice")])
+def test_fusions_that_do_not_fit_are_named(command, words, says):
+    code, _, err = command("eval", "--tasks", "sled_demo", *shlex.split(words), "-o", "nowhere")
+    assert code == 1 and says in err and not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("methods, names", [
+    ([{}, dict(rate=3.0), dict(layers=(0, 1))], ["greedy", "clamp only"]),
+    ([{}, dict(scale=5)], ["greedy", "clamp only, scale 10", "clamp only, scale 5"]),
+    ([dict(lower_bound=-9), dict(lower_bound=-8, scale=5)],
+     ["greedy", "clamp only, scale 10, lower bound -9", "clamp only, scale 5, lower bound -8"]),
+    ([dict(scale=5), sled.ClampOnly(scale=5)], ["greedy"]), ([sled.FinalLayer(), {}], ["clamp only"]),
+    ([sled.DoLa(), sled.ConfidentDecoding()], ["greedy"])])
+def test_several_methods_have_each_baseline_once(methods, names):
+    methods = [Method(str(n), fusion=sled.SLED(**fusion) if isinstance(fusion, dict) else fusion)
+               for n, fusion in enumerate(methods)]
+    assert [base.name for base in baselines(*methods)] == names
 
 
 def test_baselines_are_plain_decoding_and_the_clamp():
