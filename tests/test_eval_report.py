@@ -14,7 +14,7 @@ import sled
 from sled import cli
 from sled.cli.evaluate import Eval
 from sled.cli.line import parse
-from sled.errors import EvaluationError, SettingError
+from sled.errors import EvaluationError, SettingError, SledError
 from sled.eval.methods import Method, baselines
 from sled.eval.report import report as report_module
 from sled.eval.report.report import EvaluationReport, report_folder
@@ -35,6 +35,13 @@ def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tiny_t
     with pytest.raises(EvaluationError, match=f"'tiny_choice' asks for log-likelihoods, which never depend on "
                                               f"the {idle} of a method: the figures of '{method.name}' would"):
         evaluate(lm, "tiny_choice", [method], include_path=[tiny_tasks], progress=False)
+
+
+@pytest.mark.parametrize("fusion", [sled.SLED(), sled.SLED(lower_bound=-9.0), sled.ClampOnly(), sled.DoLa(),
+                                    sled.DoLa(lower_bound=-9.0)], ids=str)
+def test_whole_texts_are_not_scored_where_tokens_are_left_out(lm, tiny_tasks, fusion):
+    with pytest.raises(EvaluationError, match="'tiny_rolling' asks for the log-likelihood of whole texts, but 'm' "):
+        evaluate(lm, ["tiny_text", "tiny_rolling"], [Method("m", fusion=fusion)], include_path=tiny_tasks)
 
 
 @pytest.mark.parametrize("words, names", [
@@ -129,6 +136,35 @@ def test_the_command_writes_a_report_and_computes_nothing_twice(tiny_model, tiny
     again = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [m["counts"]["computed"] for m in again["methods"]] == [0, 0, 0]
     assert again["comparisons"] == report["comparisons"]
+
+
+def test_a_report_tells_scores_that_are_no_probabilities(lm, tiny_tasks, tmp_path):
+    choices = json.loads((tiny_tasks / "tiny_choice.yaml").read_text())
+    brier = dict(metric="brier_score", aggregation="brier_score", higher_is_better=False)
+    choices |= {"task": "brier", "metric_list": [dict(metric="acc"), brier]}
+    (tmp_path / "brier.yaml").write_text(json.dumps(choices))
+    methods = [Method("greedy"), Method("clamp", fusion=sled.ClampOnly(scale=2)), Method("dola", fusion=sled.DoLa(
+        "high", relative_top=1e-30)), Method("sled", fusion=sled.SLED(scale=2, log_softmax=True))]
+    report = evaluate(lm, "brier", methods, include_path=tmp_path, progress=False)
+    written = report.markdown()
+    left = {method: (tasks[0].left_out, tasks[0].scored) for method, tasks in report.tasks.items()}
+    assert left["greedy"] == left["dola"] == (0, 18) and left["clamp"][0] > 9 and left["clamp"] == left["sled"]
+    assert f"keeps: {left['clamp'][0]} of 18 under clamp, {left['sled'][0]} of 18 under sled. Each such" in written
+    marked = {line.split()[1] for line in written.splitlines() if re.search(r"brier_score .*\* \|$", line)}
+    assert marked == {"clamp", "sled"} and "\n\\* Of scores some of which are lower bounds" in written
+    [one] = [s for s in report.tasks["clamp"][0].samples if s["doc_id"] == 0]
+    assert len(one["left_out"]) == 3 and "left_out" not in report.tasks["greedy"][0].samples[0]
+
+
+@pytest.mark.parametrize("given", [
+    dict(tasks="nosuch"), dict(limit=0), dict(tasks="tiny_choice", methods=[Method("m", exits=sled.EarlyExit(1, 0.5))]),
+    dict(apply_chat_template=True), dict(against="nobody"), dict(methods=[]), dict(data="nowhere.jsonl"),
+    dict(metadata={"a": 1}), dict(methods=[Method("m"), Method("m")]), dict(num_fewshot=99)], ids=str)
+def test_a_refused_evaluation_leaves_nothing(lm, tiny_tasks, tmp_path, given):
+    with pytest.raises(SledError):
+        evaluate(lm, **{"tasks": "tiny_text", "methods": [Method("m")], "include_path": tiny_tasks, "progress": False,
+                        "out": tmp_path / "a" / "b", "cache": tmp_path / "c" / "d.sqlite", **given})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_report_is_replaced_whole_or_not_at_all(lm, tiny_tasks, tmp_path, monkeypatch):
