@@ -27,7 +27,7 @@ from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
-from sled.settings.rules import Flag, Whole
+from sled.settings.rules import Flag, Whole, shorten
 from sled.text.chat import Messages, conversations
 from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
@@ -172,8 +172,8 @@ class LM:
         prompts; after a `sled.Chat` they are either, and answers to it. The result has the shape of
         `continuations` (one continuation: a list of one).
 
-        Fused scores are normalised by a log-softmax over the vocabulary; the lower bound of SLED and
-        of the clamp shows as a very low log-probability of the tokens outside the top-k.
+        Fused scores are normalised by a log-softmax over the vocabulary. A token that the fusion leaves out, as SLED
+        does outside its top tokens, has the fusion's lower bound, which is no probability: `Scores.left_out` marks it.
 
         fusion: its settings are the same for all; an array with an entry per row is refused.
         normalise: False leaves the log-softmax out and gives the fusion's own values, logits for `sled.FinalLayer()`;
@@ -187,6 +187,10 @@ class LM:
         if is_one(prompts):
             nested, groups = False, [[(prompts, c)] for c in ([continuations] if single else continuations)]
         else:
+            if single:
+                raise PromptError("a list of prompts was given, but one continuation by itself, "
+                                  f"{shorten(continuations)}; give a list of continuations, one or several for each "
+                                  "prompt")
             if len(prompts) != len(continuations):
                 raise PromptError(f"{len(prompts)} prompts but {len(continuations)} continuations; give one "
                                   "continuation, or one list of them, for each prompt")
@@ -202,9 +206,10 @@ class LM:
         scored = score_pairs(self.build, self.params, pairs, fusion=fusion, batch_size=batch_size,
                              normalise=normalise)
         results = {}
-        for index, logp_T, best_T in tqdm(scored, total=len(pairs), unit="text", disable=not progress):
+        for index, logp_T, best_T, left_T in tqdm(scored, total=len(pairs), unit="text", disable=not progress):
             tokens_T = pairs[index][1]
-            results[index] = (tokens_T.tolist(), logp_T.tolist(), float(logp_T.sum()), bool((best_T == tokens_T).all()))
+            results[index] = (tokens_T.tolist(), logp_T.tolist(), float(logp_T.sum()),
+                              bool((best_T == tokens_T).all()), left_T.tolist())
         columns = [list(column) for column in zip(*(results[i] for i in range(len(pairs))), strict=True)]
         if nested:
             columns = [_regroup(column, [len(group) for group in groups]) for column in columns]

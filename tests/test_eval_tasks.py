@@ -1,6 +1,7 @@
 """Tasks by name, and with data of one's own: what each reads and shows, and what is refused before any work."""
 
 import json
+from pathlib import Path
 
 import pytest
 from harness_tasks import QUESTIONS, TASKS, Scripted, lm_eval, write_rows
@@ -74,6 +75,18 @@ def test_data_that_do_not_fit_are_named(tiny_tasks, tmp_path, capfd, name, rows,
     assert "rror" not in capfd.readouterr().err  # what is raised is not logged besides
 
 
+@pytest.mark.parametrize("end, remedy", [
+    ("9{,}500", "write 9500"), ("\u22123", "write -3"), ("18 dollars", "write 18"), ("\u20ac5", "write 5"),
+    ("**7**", "write 7"), (".", "give one clear number"), (",", "give one clear number"), ("", "give one clear number"),
+    ("12 or 13", "give one clear number"), ("3/4", "write 0.75"), ("\uff17", "write 7"),
+])
+def test_references_that_equal_no_answer_are_named(tiny_tasks, tmp_path, end, remedy):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"question": "why", "answer": f"so\n#### {each}"} for each in ("72.", "$1,234.50", "-3", end)])
+    with pytest.raises(DataError, match=f"in row 4 an entry 'answer' that ends with .* behind its ####, .*; {remedy}$"):
+        load_tasks(["tiny_text"], include_path=[tiny_tasks], data=path)
+
+
 def test_local_data_take_the_place_of_a_tasks_own(tiny_tasks, tmp_path):
     rows = [{"question": f"what {n}", "answer": str(n)} for n in range(5)]
     write_rows(tmp_path / "rows.jsonl", rows[:3])
@@ -114,6 +127,19 @@ def test_more_examples_than_rows_are_refused_before_any_work(tiny_tasks, tmp_pat
     if name == "tiny_text":  # one less is shown to every row
         task = load(asked - 1)["tasks"][name]
         assert all(task.fewshot_context(doc, asked - 1).count("q: ") == asked for doc in task.eval_docs)
+
+
+@pytest.mark.parametrize("kind", [str, Path, lambda path: [str(path)], lambda path: (path,), lambda path: iter([path])])
+def test_a_name_or_a_folder_by_itself_is_one(tiny_tasks, kind):
+    assert set(load_tasks("tiny_text", include_path=kind(tiny_tasks))["tasks"]) == {"tiny_text"}
+
+
+@pytest.mark.parametrize("given", [dict(include_path=5), dict(include_path={"a": 1}), dict(include_path=b"ab"),
+                                   dict(include_path=[5]), dict(include_path=None), dict(names=5), dict(names=b"ab"),
+                                   dict(names=[["tiny_text"]]), dict(names={"tiny_text": 1})], ids=str)
+def test_what_is_no_list_of_names_is_refused(given):
+    with pytest.raises(SettingError, match=r"must be one or several (folders|names of tasks); name"):
+        load_tasks(**{"names": "tiny_text", **given})
 
 
 @pytest.mark.parametrize("names, given, says", [

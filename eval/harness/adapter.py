@@ -7,6 +7,7 @@ batch in which it was made.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.options import A_SAMPLING
-from sled.errors import EvaluationError, TemplateError
+from sled.errors import EvaluationError, SledError, TemplateError
 from sled.eval.harness.cache import Cache, RequestCounts
 from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
 from sled.eval.methods import Method, deciding_versions
@@ -30,6 +31,7 @@ from sled.settings.describe import describe
 from sled.settings.rules import Flag, Whole
 
 GREEDY_METHOD = Method("greedy")
+SCORE = ("total", "greedy", "left_out")  # what is kept of a continuation's score
 Found = Iterator[dict[int, Any]]  # answers by the request's index, batch by batch
 
 
@@ -81,11 +83,25 @@ class SledLM(TemplateLM):
                                   f"a method: the figures of {self.method.name!r} would be those of the same method "
                                   f"without; leave {' and '.join(idle)} out, or take tasks that generate")
 
+    def check_texts(self, what: str) -> None:
+        """Raises EvaluationError where whole texts cannot be scored: most have tokens that the fusion leaves out."""
+        self.check_scoring(what)
+        if hasattr(self.method.decoding.fusion, "lower_bound"):
+            raise EvaluationError(f"{what} asks for the log-likelihood of whole texts, but {self.method.name!r} leaves "
+                                  "tokens out, each of which counts as its lower bound: their number is all that a "
+                                  "perplexity would show; take tasks of choices, or a fusion that leaves none out")
+
     # Tokens.
 
     @functools.cached_property
     def eot_token_id(self) -> int:
         return self._named_id("eos_token", self.lm.config.eos_ids[:1])
+
+    @functools.cached_property
+    def _eos(self) -> str | None:
+        """The tokenizer's EOS token as written, where the model does not end at it by itself; it ends texts too."""
+        token = self.special.tokens.get("eos_token")
+        return None if token is None or self.eot_token_id in self.lm.config.eos_ids else token
 
     @functools.cached_property
     def prefix_token_id(self) -> int:
@@ -135,34 +151,59 @@ class SledLM(TemplateLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self.check_scoring("this task")
+        pairs = []
         for request in requests:
-            if not request.args[1]:
-                raise EvaluationError(f"the task asks for the log-likelihood of an empty text after "
-                                      f"{request.args[0][-40:]!r}; every choice must have at least one token")
-        return super().loglikelihood(requests, disable_tqdm=True)
+            with _naming_sample(request):
+                pairs.append(self._window(*self._encoded(*request.args)))
+        return self._scored(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        self.check_scoring("this task")
-        windows = [[make_disjoint_window(window) for window in get_rolling_token_windows(
-            token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length, context_len=1)] for request in requests]
-        scored = iter(self._loglikelihood_tokens([(None, *window) for of_text in windows for window in of_text]))
-        return [sum(next(scored)[0] for _ in of_text) for of_text in windows]
+        self.check_texts("this task")
+        texts = []
+        for request in requests:
+            with _naming_sample(request):
+                texts.append([self._window(*make_disjoint_window(window)) for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length, context_len=1)])
+        scored = iter(self._scored([window for of_text in texts for window in of_text]))
+        return [sum(next(scored)[0] for _ in of_text) for of_text in texts]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
-        pairs = [self._window(*request) for request in requests]
-        answers = self._answer([{"context": context, "continuation": continuation} for context, continuation in pairs],
-                               lambda which: self._score(pairs, which))
-        return [Scored(total, greedy, tokens=len(continuation))
-                for (total, greedy), (_, continuation) in zip(answers, pairs, strict=True)]
+        return self._scored([self._window(context, continuation) for _, context, continuation in requests])
 
-    def _window(self, texts, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """A context cut from the left so that it and the continuation fit; the last token takes no place."""
-        if not 1 <= len(continuation) <= self.max_length:
-            why = ("shares its only token with the context" if not continuation else
-                   f"is {len(continuation)} tokens long, but the model's context holds {self.max_length}")
-            raise EvaluationError(f"the text to score, {(texts or ('', ''))[1][:40]!r}, {why}; "
+    def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of both, the prefix token in place of an empty context."""
+        if not continuation:
+            raise EvaluationError(f"the log-likelihood of an empty text is asked for, after {context[-40:]!r}; every "
+                                  "choice must have at least one token")
+        if context:
+            before, scored = self._encode_pair(context, continuation)
+        else:
+            before, scored = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            scored = scored[1:] if scored[:1] == before else scored
+        if not before:
+            raise EvaluationError(f"its context, {context!r}, is white space alone, which the harness moves to the "
+                                  "text that is scored, so that no token stands before it; change the task's "
+                                  "doc_to_text, or leave the sample out")
+        if not scored:
+            raise EvaluationError(f"the text to score, {continuation[:40]!r}, shares its only token with the context; "
                                   "change the task, or leave the sample out")
+        return before, scored
+
+    def _scored(self, pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
+        answers = self._answer([{"context": context, "continuation": continuation, "answer": SCORE}
+                                for context, continuation in pairs], lambda which: self._score(pairs, which))
+        found = [Scored(total, greedy, len(continuation), left_out)
+                 for (total, greedy, left_out), (_, continuation) in zip(answers, pairs, strict=True)]
+        self.counts.scored += len(found)
+        self.counts.left_out += sum(each.left_out > 0 for each in found)
+        return found
+
+    def _window(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """A context cut from the left so that it and the continuation fit; the last token takes no place."""
+        if len(continuation) > self.max_length:
+            raise EvaluationError(f"the text to score is {len(continuation)} tokens long, but the model's context "
+                                  f"holds {self.max_length}; change the task, or leave the sample out")
         cut = max(0, len(context) + len(continuation) - self.max_length - 1)
         self.counts.cut(cut)
         return tuple(context[cut:]), tuple(continuation)
@@ -178,8 +219,9 @@ class SledLM(TemplateLM):
                                    fusion=self.method.decoding.fusion, normalise=self.normalise,
                                    batch_size=self.batch_size)
             indices = [i for context in some for i in of_context[context]]
-            values = [value for of_one in zip(scores.totals, scores.greedy, strict=True)
-                      for value in zip(*of_one, strict=True)]
+            values = [(total, greedy, sum(left_out))
+                      for of_one in zip(scores.totals, scores.greedy, scores.left_out, strict=True)
+                      for total, greedy, left_out in zip(*of_one, strict=True)]
             yield dict(zip(indices, values, strict=True))
 
     def _answer(self, described: list[dict[str, Any]], compute: Callable[[list[int]], Found]) -> list[Any]:
@@ -211,7 +253,9 @@ class SledLM(TemplateLM):
         for request in requests:
             place = (request.task_name, request.doc_id, request.idx)
             again = repeats[place] = repeats.get(place, -1) + 1
-            wanted.append(self._request(*request.args, number=(request.doc_id or 0) * (request.repeats or 1) + again))
+            with _naming_sample(request):
+                wanted.append(self._request(*request.args,
+                                            number=(request.doc_id or 0) * (request.repeats or 1) + again))
         answers = self._answer([each.described() for each in wanted], lambda which: self._generate(wanted, which))
         for answer in answers:
             self.counts.unfinished += answer["finish_reason"] == "length"
@@ -220,7 +264,7 @@ class SledLM(TemplateLM):
         return [answer["text"] for answer in answers]
 
     def _request(self, context: str, gen_kwargs: dict[str, Any], *, number: int) -> GenerationRequest:
-        settings = GenerationSettings.of(gen_kwargs, at_most=self.max_new_tokens,
+        settings = GenerationSettings.of(gen_kwargs, at_most=self.max_new_tokens, eos=self._eos,
                                          sampling=self.method.decoding.sampling if self.method.samples else None)
         room = self.max_length - settings.max_new_tokens
         if room < 1:
@@ -230,7 +274,7 @@ class SledLM(TemplateLM):
         bos = self.special.tokens.get("bos_token")
         ids = self.lm.text.encode(context, special=bos is None or not context.startswith(bos))
         if not ids:
-            raise EvaluationError("the task gives an empty prompt, and the tokenizer adds no token of its own, so "
+            raise EvaluationError("the prompt is empty, and the tokenizer adds no token of its own, so "
                                   "there is nothing to start from; change the task's doc_to_text")
         self.counts.cut(max(0, len(ids) - room))
         warm = A_SAMPLING("sampling", settings.sampling).temperature > 0
@@ -239,17 +283,20 @@ class SledLM(TemplateLM):
     def _generate(self, requests: list[GenerationRequest], which: list[int]) -> Found:
         for batch in batches(requests, which, self.batch_size):
             settings, seed = requests[batch[0]].settings, requests[batch[0]].seed
-            ends = {self.lm.text.special_id(s) for s in settings.until} - {None}
-            stop = [s for s in settings.until if self.lm.text.special_id(s) is None]
             out = self.lm.decode([requests[i].ids for i in batch], self.method.decoding.replace(
-                max_new_tokens=settings.max_new_tokens, stop=stop, sampling=settings.sampling), seed=seed or 0,
-                batch_size=self.batch_size)
-            found = {}
-            for i, text, tokens, reason, layers in zip(batch, out.texts, out.tokens, out.finish_reasons,
-                                                       out.exit_layers, strict=True):
-                at = next((at for at, token in enumerate(tokens) if token in ends), None)
-                if at is not None:  # a special token that ends the text for this task, though not for the model
-                    text, reason = self.lm.text.decode(tokens[:at]), "stop"
-                    tokens, layers = tokens[:at + 1], layers[:at + 1]
-                found[i] = {"text": text, "tokens": len(tokens), "finish_reason": reason, "layers": sum(layers)}
-            yield found
+                max_new_tokens=settings.max_new_tokens, stop=settings.until, sampling=settings.sampling),
+                seed=seed or 0, batch_size=self.batch_size)
+            yield {i: {"text": text, "tokens": len(tokens), "finish_reason": reason, "layers": sum(layers)}
+                   for i, text, tokens, reason, layers in zip(batch, out.texts, out.tokens, out.finish_reasons,
+                                                              out.exit_layers, strict=True)}
+
+
+@contextlib.contextmanager
+def _naming_sample(request) -> Iterator[None]:
+    """Errors begin with the sample that this request of the harness is of, by its number in the report's samples."""
+    try:
+        yield
+    except SledError as error:
+        if request.doc_id is None:
+            raise
+        raise type(error)(f"sample {request.doc_id} of the task {request.task_name!r}: {error}") from error

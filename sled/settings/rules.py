@@ -12,7 +12,7 @@ import dataclasses
 import math
 import numbers
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 
 import jax
 import numpy as np
@@ -124,7 +124,7 @@ class Layers(_Rule):
     def _clean(self, value) -> tuple[int, ...] | str | None:
         if (value is None or isinstance(value, str)) and value in self.words:
             return value
-        given = tuple(value)
+        given = () if isinstance(value, (str, bytes)) else tuple(value)
         if not given or not all(isinstance(n, numbers.Integral) and _real(n) >= 0 for n in given):
             raise ValueError
         return tuple(sorted({int(n) for n in given}))
@@ -201,6 +201,34 @@ class Each(_Around):
 
 
 @dataclasses.dataclass(frozen=True)
+class Several(_Rule):
+    """Several of a kind, or one, as a list. A string is one thing: it is never taken for a list of its letters.
+
+    what: what they are, in words. one: whether one by itself will do; else only a list does.
+    """
+
+    kind: type | tuple[type, ...]
+    what: str
+    _: dataclasses.KW_ONLY
+    one: bool = True
+    hint: str
+
+    @property
+    def expects(self) -> str:
+        return f"{'one or several' if self.one else 'a list of'} {self.what}"
+
+    def _clean(self, value) -> list:
+        if self.one and isinstance(value, self.kind):
+            return [value]
+        if isinstance(value, (str, bytes, Mapping)):
+            raise TypeError
+        given = list(value)
+        if not all(isinstance(each, self.kind) for each in given):
+            raise TypeError
+        return given
+
+
+@dataclasses.dataclass(frozen=True)
 class OrNone(_Around):
     """None, or what `rule` takes. none: what None means, in words; the command says it as the option's default."""
 
@@ -245,6 +273,17 @@ class Instance:
 def is_array(value) -> bool:
     """True for an array of numpy or jax; tracers are arrays."""
     return isinstance(value, (jax.Array, np.ndarray))
+
+
+def as_list(value) -> list | None:
+    """The entries of a list, a tuple, an array or any other sequence or generator; None for what is none, a text, or
+    what has no order."""
+    if isinstance(value, (str, bytes, Mapping, Set)):
+        return None
+    try:
+        return list(value)
+    except TypeError:  # of a number, and of an array without axes
+        return None
 
 
 def shorten(value) -> str:
