@@ -107,7 +107,8 @@ class Generate:
             stats, layers = self._together(lm, texts, prompts, settings, paint)
         if paint:
             print(paint.legend(layers))
-        print(end_line(stats, lm.config.num_layers, exits=bool(exits), compiling=compile_seconds() - before), file=sys.stderr)
+        compiling = compile_seconds() - before
+        print(end_line(stats, lm.config.num_layers, exits=bool(exits), compiling=compiling), file=sys.stderr)
 
     def _stream(self, lm, text: str, prompt: Prompt, settings: dict, paint: Paint | None):
         row = PaintedRow(lm.text.decode, paint) if paint else None
