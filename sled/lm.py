@@ -27,7 +27,7 @@ from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
-from sled.settings.rules import Flag, Whole
+from sled.settings.rules import Flag, Whole, shorten
 from sled.text.chat import Messages, conversations
 from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
@@ -187,6 +187,10 @@ class LM:
         if is_one(prompts):
             nested, groups = False, [[(prompts, c)] for c in ([continuations] if single else continuations)]
         else:
+            if single:
+                raise PromptError("a list of prompts was given, but one continuation by itself, "
+                                  f"{shorten(continuations)}; give a list of continuations, one or several for each "
+                                  "prompt")
             if len(prompts) != len(continuations):
                 raise PromptError(f"{len(prompts)} prompts but {len(continuations)} continuations; give one "
                                   "continuation, or one list of them, for each prompt")

@@ -3,6 +3,7 @@
 import functools
 
 import pytest
+from tyro.conf import UseAppendAction
 
 import sled
 from sled.calibration.tune import Trial, Tuned
@@ -17,6 +18,7 @@ from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
 from sled.cli.tune import fastest
+from sled.cli.values import REGISTRY, spec_of
 from sled.exits import FullDepth
 
 
@@ -57,7 +59,19 @@ def test_prompts_stand_first_or_last(words, prompts, options):
 def test_other_texts_stand_last_too():
     assert parse(Lens, "sled lens", ["--layers", "0", "4", "The text"]).text == "The text"
     score = parse(Score, "sled score", ["--layers", "all", "The", " one", " two"])
-    assert (score.prompt, score.continuations) == ("The", (" one", " two"))
+    assert score.texts == ("The", " one", " two")
+
+
+@pytest.mark.parametrize("prog", ALL)
+def test_no_option_of_several_values_takes_a_prompt_for_one(prog):
+    options = list(options_of(ALL[prog]))
+    if all(option.spellings for option in options):
+        return
+    with REGISTRY:
+        specs = [spec_of(o.kind) for o in options if o.spellings and UseAppendAction not in o.beside]
+    for spec in (spec for spec in specs if spec.nargs == "*"):
+        with pytest.raises(ValueError, match="The"):
+            spec.instance_from_str(["The capital = Paris"])
 
 
 @pytest.mark.parametrize(("words", "says"), [

@@ -15,7 +15,7 @@ from sled.calibration.learn_then_test import can_lose, fewest_losses, p_value
 from sled.errors import SettingError
 from sled.eval.report.tables import table
 from sled.eval.sweep.certified import certified, pareto
-from sled.io import writable
+from sled.io import made_writable
 from sled.settings.brief import brief
 
 
@@ -82,7 +82,7 @@ class SweepFile:
     """
 
     def __init__(self, path: Path):
-        self.path = writable("the sweep's file", path)
+        self.path = made_writable("the sweep's file", path)
         self.by_digest: dict[str, SweepRow] = {}
         text = path.read_bytes() if path.exists() else b""
         whole, _, torn = text.rpartition(b"\n")

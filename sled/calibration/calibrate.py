@@ -18,10 +18,11 @@ from sled.errors import CalibrationError, SettingError
 from sled.exits import Policy
 from sled.lm import LM
 from sled.results import Output
-from sled.settings.rules import Whole
+from sled.settings.rules import OrNone, Several, Whole
 from sled.text.prompts import Prompts, prompt_ids
 from sled.timing import hardware, versions
 
+REFERENCES = OrNone(Several(object, "right answers", one=False, hint="give one reference per prompt"))
 # Dense where most measures have most of their tokens. More thresholds cost time, never the guarantee.
 GRID = (0.999, 0.99, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
 
@@ -55,9 +56,7 @@ def calibrate(lm: LM, prompts: Prompts, *, exits: Policy, delta: float = 0.1, ep
     batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
     serving = Decoding(exits=exits, **decoding)
     exits.with_threshold(grid[0]).exits(lm.config.num_layers)  # for its errors, before any work
-    if references is not None and not isinstance(references, Iterable):
-        raise SettingError(f"references is {references!r}, but must be a list; give one reference per prompt")
-    references = None if references is None else list(references)
+    references = REFERENCES("references", references)
     compare = consistency(loss, references, risk)
     ids = prompt_ids(prompts, lm.text, lm.config)
     if references is not None and len(references) != len(ids):

@@ -13,7 +13,7 @@ from sled.calibration.fingerprint import fingerprint
 from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError
 from sled.exits import Policy, Schedule
-from sled.io import json_digest, writable, write_json
+from sled.io import json_digest, made_writable, write_json
 from sled.lm import LM
 from sled.settings.brief import brief
 from sled.settings.describe import changes
@@ -93,7 +93,7 @@ class Calibration:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the record as JSON, with a digest of itself. Raises SettingError where it cannot be written."""
         written = {"format": FORMAT, **dataclasses.asdict(self)}
-        write_json(writable("path", Path(path)), {**written, "sha256": json_digest(written)})
+        write_json(made_writable("path", Path(path)), {**written, "sha256": json_digest(written)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sled.cli.derived import arguments
 from sled.cli.options import print_devices
-from sled.io import writable
+from sled.io import replace_text, writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Measurement:
         report = measure(**arguments(self, measure))
         print(report.markdown())
         if self.json:
-            self.json.write_text(report.json() + "\n")
+            replace_text("--json", self.json, report.json() + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

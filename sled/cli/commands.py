@@ -24,7 +24,6 @@ from sled.cli.sweep import Sweep
 from sled.cli.train import Train
 from sled.cli.tune import Tune
 from sled.errors import SledError, SledWarning
-from sled.io import no_empty_folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ def run(words: Sequence[str]) -> int:
         return 0
     command = parse(kind, prog, words)
     try:
-        with warnings.catch_warnings(), no_empty_folders():
+        with warnings.catch_warnings():
             _print_in_one_line(SledWarning)
             command.run()
     except SledError as error:

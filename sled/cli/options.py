@@ -45,7 +45,7 @@ def left_out(default: str, *aliases: str, metavar: str | None = None):
 
 # Strings that end a text: one each time, so that a prompt may follow.
 Stop = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(
-    help="A string that ends a text; for several, give the option several times. \\n stands for a line break.",
+    help="A string that ends a text; for several, give the option again. A backslash and n stands for a line break.",
     help_behavior_hint="(default: none)")]
 
 
@@ -111,8 +111,8 @@ class ChatOptions:
     """Put each prompt, as a user's message, into the model's chat template; the text is the assistant's answer."""
     system: str | None = None
     """--chat: a system message before it."""
-    chat_variables: tuple[str, ...] = ()
-    """--chat: further variables of the template, NAME=VALUE, such as enable_thinking=false."""
+    chat_variables: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], left_out("none", metavar="NAME=VALUE")] = ()
+    """--chat: a further variable of the template, such as enable_thinking=false; for several, give the option again."""
 
     def prompts(self, texts: Sequence[str]) -> list[Prompt]:
         """Prompts for texts. Raises SettingError for options that need --chat, and values that are none."""

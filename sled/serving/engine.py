@@ -102,8 +102,6 @@ class Engine:
         limit = min(served.max_new_tokens, self._slots.capacity - len(ids))
         budgeted = affordable is not None and affordable < limit
         entry = Entry(ids, affordable if budgeted else limit, seed, served)
-        if served.stop:
-            self._lm.text.decode([])  # for its error, where there is no tokenizer
         row = StopStrings(self._lm.text, served.stop, self._lm.config.eos_ids)
         request = Request(entry, row, budgeted=budgeted, shown=self.limits.show_exits,
                           text=self._lm.text.available, step=self.step)

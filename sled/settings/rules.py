@@ -12,7 +12,7 @@ import dataclasses
 import math
 import numbers
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
@@ -124,7 +124,7 @@ class Layers(_Rule):
     def _clean(self, value) -> tuple[int, ...] | str | None:
         if (value is None or isinstance(value, str)) and value in self.words:
             return value
-        given = tuple(value)
+        given = () if isinstance(value, (str, bytes)) else tuple(value)
         if not given or not all(isinstance(n, numbers.Integral) and _real(n) >= 0 for n in given):
             raise ValueError
         return tuple(sorted({int(n) for n in given}))
@@ -198,6 +198,34 @@ class Each(_Around):
         if isinstance(value, jax.core.Tracer):
             return value
         return self.rule(name, value.item() if is_array(value) and not value.ndim else value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Several(_Rule):
+    """Several of a kind, or one, as a list. A string is one thing: it is never taken for a list of its letters.
+
+    what: what they are, in words. one: whether one by itself will do; else only a list does.
+    """
+
+    kind: type | tuple[type, ...]
+    what: str
+    _: dataclasses.KW_ONLY
+    one: bool = True
+    hint: str
+
+    @property
+    def expects(self) -> str:
+        return f"{'one or several' if self.one else 'a list of'} {self.what}"
+
+    def _clean(self, value) -> list:
+        if self.one and isinstance(value, self.kind):
+            return [value]
+        if isinstance(value, (str, bytes, Mapping)):
+            raise TypeError
+        given = list(value)
+        if not all(isinstance(each, self.kind) for each in given):
+            raise TypeError
+        return given
 
 
 @dataclasses.dataclass(frozen=True)

@@ -83,21 +83,18 @@ class Tokenizer:
         alones = self.encode_all([prompt.rstrip() for prompt, _ in pairs])
         return [_cut(whole, alone) for whole, alone in zip(wholes, alones, strict=True)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of the ids, special tokens left out, or written out."""
         with self._naming("ids"):
-            return self._get().decode(list(ids), skip_special_tokens=True)
+            return self._get().decode(list(ids), skip_special_tokens=not special)
 
     def spelling(self, token_id: int) -> str:
         """How the text of one token reads where special tokens are written out."""
-        with self._naming("ids"):
-            return self._get().decode([token_id], skip_special_tokens=False)
+        return self.decode([token_id], special=True)
 
-    def special_id(self, text: str) -> int | None:
-        """The id of the special token that is written like this, or None."""
-        token_id = self._get().token_to_id(text)
-        added = self._get().get_added_tokens_decoder().get(token_id)
-        return token_id if added is not None and added.special else None
+    def holds_special(self, text: str) -> bool:
+        """Whether a special token's spelling is in the text."""
+        return any(token.special and token.content in text for token in self._get().get_added_tokens_decoder().values())
 
     def id_of(self, token: str) -> int | None:
         """The id of a token of the vocabulary, special or not, or None."""
