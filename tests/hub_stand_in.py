@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         hub, path = self.server, self.path.partition("?")[0]
         if hub.broken and hub.broken in path:
-            return self._error(500, "", "the hub is down")
+            return self._error(400, "", "the hub is confused")  # not 500, after which it would try for half a minute
         if (found := re.match(r"/(?:api/models/)?([^/]+/[^/]+)", path)) and found[1] not in hub.files:
             return self._error(404, "RepoNotFound", "Repository not found")
         name, files = found[1], hub.files[found[1]]
