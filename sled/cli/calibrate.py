@@ -11,7 +11,7 @@ import tyro
 
 import sled
 from sled.cli.derived import arguments, derive, offer, settings_of
-from sled.cli.exit_options import SCHEDULE, ExitOptions
+from sled.cli.exit_options import ExitOptions, schedule_options
 from sled.cli.options import (
     ChatOptions,
     FusionOptions,
@@ -23,8 +23,10 @@ from sled.cli.options import (
     unescape,
 )
 from sled.io import writable
+from sled.settings.decorator import declared
 
-EXITS = (*settings_of(offer(sled.EarlyExit, "layers", "measure", "kv", "decay")), *SCHEDULE)
+EXITS = (*settings_of(offer(sled.EarlyExit, *(declared(sled.EarlyExit).keys() - {"threshold"}))),  # what is sought
+         *schedule_options("immediate"))
 
 
 @dataclasses.dataclass(frozen=True)

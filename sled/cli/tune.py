@@ -85,7 +85,7 @@ class Tune:
                           seed=self.sampling_options.seed, max_new_tokens=self.max_new_tokens,
                           stop=[unescape(s) for s in self.stop], **arguments(self, sled.tune))
         print(tuned.table())
-        print(f"\nfastest here: {fastest(tuned)}")
+        print(f"\nfastest here: {fastest(tuned)}\n{tuned.verdict()}")
 
 
 def fastest(tuned) -> str:

@@ -43,8 +43,7 @@ class EarlyExit(Policy):
         rows="BE", help="how sure an exit must be, one number for all exits or one per exit")
     measure: str = setting(OneOf(MEASURES), default="max_probability", help=(
         "what sure means: max_probability, of the most likely token; margin, its lead over the second; entropy, 1 - "
-        "entropy / log V; saturation, the cosine with the hidden state of the layer below, which needs no projection; "
-        "or that of a trained classifier"))
+        "entropy / log V; saturation, the cosine with the hidden state of the layer below, which needs no projection"))
     decay: str = setting(OneOf(DECAYS), default="none", help=(
         "how the threshold falls as the text grows, since early errors cost more: calm-paper as in CALM's paper, "
         "calm-code as in its code"))
