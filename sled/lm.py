@@ -248,15 +248,15 @@ class LM:
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, message: str = "Upload the model") -> str:
         """Uploads what `save` writes to the Hugging Face hub; returns the address of the commit.
 
-        repo_id: "owner/name", made where there is none; weights of an earlier model there are replaced. `sled export
-            --push` writes a model card too.
+        repo_id: "owner/name", or a name alone for one of your own; made where there is none. Weights of an earlier
+            model there are replaced. `sled export --push` writes a model card too.
         private: of a new repository, whether only its owner sees it; None: as the owner's account has it.
         message: of the commit.
 
         Raises UploadError, before anything is written, where nobody is logged in or the repository is another's; and
         what `save` raises.
         """
-        create_repository(repo_id, private=private)
+        repo_id = create_repository(repo_id, private=private)
         with tempfile.TemporaryDirectory() as folder:
             return upload(self.save(Path(folder) / "model"), repo_id, message)
 
