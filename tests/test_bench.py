@@ -26,7 +26,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(sled, "load", lambda *_, **__: demo_toy())
     for module, settings in ((solving, dict(MAX_NEW_TOKENS=6)), (layers, dict(MAX_NEW_TOKENS=6)),
                              (engine, dict(POLICIES={"no early exit": None})),
-                             (exits, dict(DRAFTS=((1, 2),), EXITS=(1,), THRESHOLDS=(0.0, 1.0)))):
+                             (exits, dict(DRAFTS=(2,), THRESHOLDS=(0.0, 1.0)))):
         for name, value in settings.items():
             monkeypatch.setattr(module, name, value)
     return demo_toy()
@@ -37,7 +37,7 @@ def toy(monkeypatch):
     (exits.run_exits_bench, dict(problems=0), "at least 1"), (exits.run_exits_bench, dict(rounds=0), "at least 1"),
     (engine.run_engine_bench, dict(requests=0), "at least 1"), (engine.run_engine_bench, dict(slots=0), "at least 1"),
     (decode.run_decode_bench, dict(new_tokens=1024), "context"), (decode.run_decode_bench, dict(rounds=0), "at least"),
-    *((layers.run_layers_bench, dict(models=models), "must be 1 to 4 different ones")
+    *((layers.run_layers_bench, dict(model=models), "must be 1 to 4 different ones")
       for models in ((), ("one", "one"), tuple("abcde"))),
 ])
 def test_settings_that_measure_nothing_are_refused(run, settings, says):

@@ -57,11 +57,11 @@ GOOD = {"question": "why", "answer": "so"}
 @pytest.mark.parametrize("name, rows, says", [
     ("rows.jsonl", None, "there is no"),
     ("rows.jsonl", [], "is empty"),
-    ("rows.txt", [GOOD], "says nothing about its format"),
+    ("rows.tsv", [GOOD], "says nothing about its format"),
     ("rows.jsonl", [{"problem": "why", "answer": "so"}], "the columns problem, answer, but the task tiny_text reads"),
     ("rows.jsonl", [GOOD, {"question": "how"}], "no 'answer' in row 2"),
-    ("rows.jsonl", [GOOD, "not JSON"], r"rows\.jsonl, line 2, cannot be read as json \(JSON parse error: "),
-    ("data/test.jsonl", [GOOD, GOOD, '{"question": 1'], r"test\.jsonl, line 3, cannot be read as data \((?!An error)"),
+    ("rows.jsonl", [GOOD, "not JSON"], r"rows\.jsonl, line 2, cannot be read as json \(Expecting value\); mend it"),
+    ("data/test.jsonl", [GOOD, GOOD, '{"question": 1'], r"test\.jsonl, line 3, cannot be read as json \(Expecting"),
     ("rows.parquet", ["no Parquet"], r"rows\.parquet cannot be read as parquet \((?!An error)"),
     ("data/train.jsonl", [GOOD], "the splits train, but the task tiny_text is evaluated on 'test'"),
 ])
@@ -73,6 +73,18 @@ def test_data_that_do_not_fit_are_named(tiny_tasks, tmp_path, capfd, name, rows,
     with pytest.raises(DataError, match=says):
         load_tasks(["tiny_text"], include_path=[tiny_tasks], data=path if path.parent == tmp_path else path.parent)
     assert "rror" not in capfd.readouterr().err  # what is raised is not logged besides
+
+
+@pytest.mark.parametrize("end, remedy", [
+    ("9{,}500", "write 9500"), ("\u22123", "write -3"), ("18 dollars", "write 18"), ("\u20ac5", "write 5"),
+    ("**7**", "write 7"), (".", "give one clear number"), (",", "give one clear number"), ("", "give one clear number"),
+    ("12 or 13", "give one clear number"), ("3/4", "write 0.75"), ("\uff17", "write 7"),
+])
+def test_references_that_equal_no_answer_are_named(tiny_tasks, tmp_path, end, remedy):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"question": "why", "answer": f"so\n#### {each}"} for each in ("72.", "$1,234.50", "-3", end)])
+    with pytest.raises(DataError, match=f"in row 4 an entry 'answer' that ends with .* behind its ####, .*; {remedy}$"):
+        load_tasks(["tiny_text"], include_path=[tiny_tasks], data=path)
 
 
 def test_local_data_take_the_place_of_a_tasks_own(tiny_tasks, tmp_path):
