@@ -194,14 +194,11 @@ class Engine:
 
     def _deliver(self) -> None:
         """Hands every running request what is new, and ends those that are through."""
-        tally = self._slots.tally
-        drafted_B, accepted_B = np.asarray(tally.drafted_B), np.asarray(tally.accepted_B)
         for slot, request in enumerate(self._running):
             if request is None or request.ended:
                 continue
             try:
-                request.take(self._slots.new_tokens(slot), self._slots.exit_layers(slot),
-                             int(drafted_B[slot]), int(accepted_B[slot]))
+                request.take(self._slots.emitted(slot))
             except Exception as reason:  # of its text: the others have theirs
                 request.fail(reason)
             if request.status == "running" and (request.stopped or not self._slots.active[slot]):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sled.decoding.batch import Entry
+from sled.decoding.batch import Emitted, Entry
 from sled.errors import RequestError, SettingError
 from sled.exits import Policy
 from sled.settings.decorator import setting, settings
@@ -62,7 +62,7 @@ class Piece:
     """What `Request.stream` yields: what is new of a request.
 
     text: held back while it may still be the beginning of a stop string or half a character; None without a tokenizer.
-    exit_layers: the layer that emitted each token; None unless the operator shows it.
+    exit_layers: as in `sled.Output`; None unless the operator shows it.
     """
 
     text: str | None
@@ -75,7 +75,7 @@ class Completion:
     """A request's result, as `sled.Output` has it for each prompt.
 
     finish_reason: "eos", "stop" (a stop string), "length", "budget" or "cancelled".
-    exit_layers, drafted, accepted: None unless the operator shows them.
+    exit_layers, drafted, accepted: as in `sled.Output` and its `Stats`; None unless the operator shows them.
     """
 
     text: str | None
@@ -98,8 +98,7 @@ class Request:
         self.entry = entry
         self.failure: Exception | None = None
         self._row, self._budgeted, self._shown, self._text, self._step = row, budgeted, shown, text, step
-        self._exit_layers: list[int] = []
-        self._drafts = (0, 0)
+        self._emitted = Emitted([], [], [], [])
         self._lock = threading.Lock()  # so that a reader sees tokens and layers of the same moment, none after the end
 
     @property
@@ -127,13 +126,12 @@ class Request:
         """Ends the request with an error, which `stream` and `result` raise as a RequestError."""
         self._become("failed", reason)
 
-    def take(self, tokens: list[int], exit_layers: list[int], drafted: int, accepted: int) -> None:
-        """All new tokens so far, the layers that emitted them, and the drafts verified and accepted."""
+    def take(self, emitted: Emitted) -> None:
+        """All that its row has emitted so far."""
         with self._lock:
             if not self.ended:
-                self._row.update(tokens)
-                self._exit_layers = exit_layers[:len(self._row.tokens)]
-                self._drafts = (drafted, accepted)
+                self._row.update(emitted.tokens)
+                self._emitted = emitted.first(len(self._row.tokens))
 
     def stream(self) -> Iterator[Piece]:
         """What is new, as it is made, from the first token on.
@@ -143,7 +141,7 @@ class Request:
         tokens, text = 0, ""
         while True:
             with self._lock:
-                ended, layers, now = self.ended, self._exit_layers, self._row.tokens
+                ended, layers, now = self.ended, self._emitted.exit_layers, self._row.tokens
                 whole = None
                 if self._text:
                     whole = self._row.text() if ended else self._row.final_text()
@@ -164,10 +162,11 @@ class Request:
         while not self.ended:
             self._drive()
         self._raise()
-        drafted, accepted = self._drafts if self._shown else (None, None)
+        made, shown = self._emitted, self._shown
         return Completion(
             text=self._row.text() if self._text else None, tokens=self._row.tokens, finish_reason=self._reason(),
-            exit_layers=self._exit_layers if self._shown else None, drafted=drafted, accepted=accepted)
+            exit_layers=made.exit_layers if shown else None, drafted=sum(made.blocks) if shown else None,
+            accepted=sum(made.accepted) if shown else None)
 
     def _drive(self) -> None:
         """A step of the engine. Where it fails, and this request with it, `_raise` raises."""
