@@ -69,7 +69,7 @@ class LM:
         fusion, exits, schedule, sampling, max_new_tokens, stop: see `sled.Decoding`. Where fusion, exits or sampling
             take an array with one entry per row, the rows are the prompts.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
-        batch_size: prompts decoded together; a row's tokens do not depend on the others.
+        batch_size: prompts decoded together; a row's tokens do not depend on the others, in float32 (`sled.Decoding`).
         progress: shows a bar over the prompts.
 
         Raises: PromptError, SettingError, TokenizerError (text needed, but no tokenizer).

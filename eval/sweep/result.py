@@ -30,7 +30,7 @@ class SweepRow:
     lost: share of the questions that the baseline solved and this method did not.
     same_texts, same_tokens: share of the baseline's texts that are the same, token for token, and of its tokens that
         stand at the same place.
-    mean_depth: mean of the layer that a token was emitted after. acceptance: share of the drafts that were accepted.
+    mean_depth: as `Stats` of a result has it. acceptance: share of the drafts that were accepted.
     tokens: the number generated. seconds: for all questions in the fastest of the rounds, and in the median one;
         against_seconds, against_median_seconds: the baseline's, in the same rounds.
     tokens_per_second: of the fastest round. relative_speed: against_seconds / seconds: above 1, it answers sooner.
@@ -227,8 +227,8 @@ class Swept:
         notes = [
             f"lost: share of the questions that {' or '.join(against)} solves and the method does not. same texts, "
             "same tokens: share of its texts that are the same, and of its tokens at the same place. mean depth: of "
-            f"the layer that a token was emitted after, of {self.num_layers}; verified drafts went through all of "
-            "them. times as fast: its seconds over the method's, for all questions, fastest round of each, timed in "
+            f"the layer whose choice a token is, of {self.num_layers}; of an accepted draft, the one that drafted it. "
+            "times as fast: its seconds over the method's, for all questions, fastest round of each, timed in "
             "the same rounds. by medians: the same of the median rounds; as far as the two differ, speed is noise. "
             "tokens/s: in the fastest round. Methods of different programs (exits by threshold, speculation by draft "
             "length, ...) are timed at different times, each beside its baseline anew, so their tokens/s do not "

@@ -11,7 +11,8 @@ from sled.exits import POLICIES, SCHEDULES
 
 OFFERS, SCHEDULE_OFFERS = offers(POLICIES), offers(SCHEDULES)
 SCHEDULE = (choice("schedule", SCHEDULES, default=None, help=(
-    "When deeper layers run for prompts decoded together. It changes the time, never the text.\n"
+    "When deeper layers run for prompts decoded together. It changes the time, not the text "
+    "(in bfloat16: but for near ties).\n"
     f"Left out: lockstep for speculate, else immediate.\n{explained(SCHEDULES)}")),
             *settings_by_choice(SCHEDULE_OFFERS))
 

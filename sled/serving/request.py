@@ -30,7 +30,8 @@ class Limits:
         'charged for a whole draft of wrong tokens. What is cut off ends for the reason "budget"'))
     constant_depth: bool = setting(Flag(hint="True sends every token through all layers"), default=False, help=(
         "every token goes through all layers, whatever exits are asked for, so that the time it takes tells nothing; "
-        "with self-speculation the text stays the same, with early exit it is the full model's"))
+        "with self-speculation the text stays the same (in bfloat16 but for near ties), with early exit it is the full "
+        "model's"))
     show_exits: bool = setting(Flag(hint="True shows requesters the layers their tokens left at"), default=False, help=(
         "give requesters the layers their tokens left at and counts of drafts, which tell how hard a text is; time and "
         "the sizes of streamed pieces still tell something, and only constant_depth hides that too"))
