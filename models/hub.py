@@ -1,18 +1,22 @@
-"""Finds a model's folder: bundled, here, or on the Hugging Face hub, then fetched into huggingface_hub's cache."""
+"""Models on the Hugging Face hub: fetched into huggingface_hub's cache, or put there."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.resources
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
-from sled.errors import CheckpointError, DownloadError
+from sled.errors import CheckpointError, DownloadError, UploadError
 from sled.io import first_line
 
 # Not "*.safetensors": some repositories hold the same weights twice, under other names.
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
           "model-*-of-*.safetensors", "exit_heads.json", "exit_heads.safetensors", "*token*.json",
-          "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*")
+          "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*", "additional_chat_templates/*.jinja")
+# Of an earlier model in a repository: a loader would take them for the new one's.
+REPLACED = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "exit_heads.*")
 
 
 def folder_of(source, revision: str | None = None) -> Path:
@@ -53,11 +57,55 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
                                         "HF_HUB_OFFLINE is set); go online, or give a local folder"}
     try:
         folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED),
-                                        ignore_patterns=["*/*"]))
-    except (OSError, errors.HFValidationError) as error:  # OSError: every HTTP failure, a full disk, a dead proxy
+                                        ignore_patterns=["*/*.json", "*/*.safetensors"]))
+    except Exception as error:  # of many kinds, and in huggingface_hub 1 and 2 not all an OSError
         other = f"{what} could not be fetched ({first_line(error)}); try again, or give a local folder"
         raise DownloadError(next((said for kind, said in reasons.items() if isinstance(error, kind)), other)) from None
     if not list(folder.glob("*.safetensors")):
         raise DownloadError(f"{what} has no safetensors, and pickles are not loaded; try revision "
                             "'refs/pr/1' (often a conversion), or convert it with save_pretrained")
     return folder
+
+
+def create_repository(repo_id: str, *, private: bool | None = None) -> None:
+    """Makes the model repository "owner/name" on the hub, if it is not there; private: whether only its owner sees it.
+
+    Raises UploadError, and says what to do, where the hub does not let us or is out of reach.
+    """
+    from huggingface_hub import HfApi
+
+    with _uploading(repo_id):
+        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+
+
+def upload(folder: Path, repo_id: str, message: str) -> str:
+    """Puts a model's folder into a repository as one commit, whose address it returns. Raises UploadError."""
+    from huggingface_hub import HfApi
+
+    with _uploading(repo_id):
+        return str(HfApi().upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message,
+                                         delete_patterns=list(REPLACED)))
+
+
+@contextlib.contextmanager
+def _uploading(repo_id: str) -> Iterator[None]:
+    """Makes an UploadError of whatever huggingface_hub raises."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except Exception as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if isinstance(error, errors.HFValidationError):
+            why, remedy = f"{repo_id!r} is no hub id", "give one such as 'owner/name'"
+        elif isinstance(error, errors.OfflineModeIsEnabled):
+            why, remedy = "HF_HUB_OFFLINE is set", "unset it and go online"
+        elif isinstance(error, errors.LocalTokenNotFoundError) or status == 401:
+            why, remedy = "nobody is logged in to the hub, or with a token that is no longer valid", (
+                "log in with `hf auth login`, or set HF_TOKEN, with a token that may write")
+        elif status in (403, 404):
+            why, remedy = f"your token may not write to {repo_id}", (
+                "take a name of your own, or log in with a token that may write (`hf auth login`)")
+        else:
+            why, remedy = first_line(error), "see that the hub can be reached, and try again"
+        raise UploadError(f"{repo_id} could not be uploaded: {why}; {remedy}") from error

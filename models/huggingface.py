@@ -20,6 +20,7 @@ from sled.io import refuse_foreign, share_as, write_json
 from sled.models.config import DecoderConfig
 from sled.models.decoder import STACKED, Decoder
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
+from sled.models.generation import FILE, IDS, read_generation
 from sled.models.layers import Block
 from sled.models.stored import (
     HEADS,
@@ -71,10 +72,10 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     Either form of decoder. One that is spread over the devices of several processes is gathered tensor
     by tensor: all of them call this, process 0 writes, and all return once the folder is whole.
     `dtype` None stores every weight as it is. `tokenizer_from` is a folder whose tokenizer files are
-    copied. An existing model folder is overwritten: its weights and configuration are replaced, its
-    other files stay. Everything is first written under a name that no loader takes for a model, and
-    `config.json` moves last. Killed at any moment, it can be called again; what it left is then removed, so two
-    programs must not save into one folder at once.
+    copied, and whose settings for generation are kept. An existing model folder is overwritten: its weights and
+    configuration are replaced, its other files stay. Everything is first written under a name that no loader takes for
+    a model, and `config.json` moves last. Killed at any moment, it can be called again; what it left is then removed,
+    so two programs must not save into one folder at once.
 
     Raises ConfigError where the family's format cannot express the model, CheckpointError where
     weights are not finite or the folder holds something else than a model.
@@ -158,11 +159,13 @@ def _named_weights(decoder: Decoder) -> tuple[dict[str, _Weight], dict[str, _Wei
 
 
 def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str | Path | None) -> None:
-    """Writes all of a model's folder but its weights: configuration, special tokens, the tokenizer's files."""
+    """Writes all of a model's folder but its weights: configuration, special tokens, the tokenizer's files.
+
+    Settings for generation are kept from `tokenizer_from`.
+    """
     config_json = format_config(config, jnp.dtype(dtype).name)
-    write_json(folder / "generation_config.json", {
-        "bos_token_id": config_json["bos_token_id"], "eos_token_id": config_json["eos_token_id"],
-        "pad_token_id": config_json["pad_token_id"]})
+    kept = read_generation(Path(tokenizer_from)) if tokenizer_from else {}
+    write_json(folder / FILE, kept | {name: config_json[name] for name in IDS})
     for name in TOKENIZER_FILES if tokenizer_from else ():
         if (Path(tokenizer_from) / name).exists():
             shutil.copyfile(Path(tokenizer_from) / name, folder / name)

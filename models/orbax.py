@@ -37,9 +37,9 @@ def is_orbax(folder: Path) -> bool:
 def save_orbax(decoder: Decoder, path: str | Path, *, dtype=None, tokenizer_from: str | Path | None = None) -> Path:
     """Writes the decoder, of either form, with its exit heads, to a new or empty folder; returns its path.
 
-    `dtype` None stores every weight as it is. `tokenizer_from` is a folder whose tokenizer files are copied. Of
-    several processes that hold a decoder together all call this. `config.json` comes last, and without it the folder
-    is no model.
+    `dtype` None stores every weight as it is. `tokenizer_from` is a folder whose tokenizer files are copied and
+    whose settings for generation are kept. Of several processes that hold a decoder together all call this.
+    `config.json` comes last, and without it the folder is no model.
     Raises ConfigError where the family's format cannot express the model, CheckpointError where weights are not finite
     or the folder holds something.
     """

@@ -24,6 +24,7 @@ _HOME = {
     "Engine": "sled.serving.engine",
     "Limits": "sled.serving.request",
     "Calibration": "sled.calibration.record",
+    "Chat": "sled.text.chat",
     "Sampling": "sled.decoding.sampling",
     "Decoding": "sled.decoding.options",
     "calibrate": "sled.calibration.calibrate",
@@ -31,9 +32,9 @@ _HOME = {
     "Classifier": "sled.exits",
     "save_classifier": "sled.calibration.classifier_file",
     "load_classifier": "sled.calibration.classifier_file",
-    **dict.fromkeys(("SledError", "SettingError", "PromptError", "TokenizerError", "CheckpointError", "ConfigError",
-                     "CalibrationError", "RequestError", "DataError", "DownloadError", "TrainingError",
-                     "EvaluationError", "VersionError"), "sled.errors"),
+    **dict.fromkeys(("SledError", "SettingError", "PromptError", "TokenizerError", "TemplateError", "CheckpointError",
+                     "ConfigError", "CalibrationError", "RequestError", "DataError", "DownloadError", "UploadError",
+                     "TrainingError", "EvaluationError", "VersionError"), "sled.errors"),
 }
 _REGISTERS = (("sled.fusion", "FUSIONS"), ("sled.exits", "POLICIES"), ("sled.exits", "SCHEDULES"))  # classes by word
 

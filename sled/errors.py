@@ -25,6 +25,11 @@ class TokenizerError(SledError):
     """Text was given or asked for, but the model has no (usable) tokenizer."""
 
 
+class TemplateError(SledError, ValueError):
+    """A model has no chat template, or its template cannot be read, refuses the messages, never ends or fills the
+    memory."""
+
+
 class ConfigError(SledError, ValueError):
     """A model configuration has an unknown architecture, field or value."""
 
@@ -36,6 +41,10 @@ class CheckpointError(SledError):
 
 class DownloadError(SledError, OSError):
     """A model or data set could not be fetched from the hub."""
+
+
+class UploadError(SledError, OSError):
+    """A model could not be put on the hub: nobody is logged in, the repository is another's, or there is no network."""
 
 
 class DataError(SledError, ValueError):
@@ -58,5 +67,14 @@ class RequestError(SledError):
     """A request is beyond what the operator allows, or failed while it was served."""
 
 
-class CheckpointWarning(UserWarning):
-    """A model's folder holds what its family does not know, so that it cannot matter: it was passed over."""
+class SledWarning(UserWarning):
+    """Base of every warning of this library, which the command line prints in one line."""
+
+
+class CheckpointWarning(SledWarning):
+    """Something that a model's folder holds was passed over: what its family does not know, so that it cannot matter,
+    or a sampling of its own where none was asked for."""
+
+
+class EvaluationWarning(SledWarning):
+    """A sweep is about to measure what it cannot judge: too few questions, or none that the model solves."""

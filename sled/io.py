@@ -21,14 +21,21 @@ MOST_NESTED = 64  # lists and objects within one another in a JSON file; models'
 
 
 def writable(name: str, path: Path) -> Path:
-    """`path`, whose folder is made; what is there already stays. Raises SettingError where none can be written."""
+    """`path`, which can be written: tried without a trace, for what comes after long work. Raises SettingError."""
     with _naming(name, path):
         _try(path)
     return path
 
 
+def made_writable(name: str, path: Path) -> Path:
+    """As `writable`, with its folder made, for what is written now."""
+    with _naming(name, writable(name, path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def writable_folder(name: str, folder: Path, files: Collection[str], *, owns: Callable[[Path], bool]) -> Path:
-    """`folder`, made where there is none, for `files`, those of an earlier time being replaced.
+    """`folder`, for `files`, those of an earlier time being replaced; tried as by `writable`.
 
     owns: whether those in the folder are of an earlier time. Raises SettingError where they are not, so that nobody's
     own files are replaced, and where none can be written.
@@ -57,18 +64,25 @@ def _naming(name: str, path: Path) -> Iterator[None]:
 
 def _try(path: Path) -> None:
     """Raises OSError where `path` cannot be written. Asking for permissions would not tell a full or read-only disk."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    lacking = [folder for folder in path.parents if not os.path.lexists(folder)]
     new = not os.path.lexists(path)
-    path.open("ab").close()
-    if new:
-        path.unlink()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    finally:
+        for folder in lacking:
+            with contextlib.suppress(OSError):  # not made, or somebody has put something there since
+                folder.rmdir()
 
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path`, with its ending, to be written; it takes the place of `path` when the block ends, and goes
-    when it raises. Where `path` is a link, the file that it leads to is replaced."""
+    """A path beside `path`, with its ending, to be written, its folder being made; it takes the place of `path` when
+    the block ends, and goes when it raises. Where `path` is a link, the file that it leads to is replaced."""
     target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
     try:
         yield beside

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+import tempfile
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -10,18 +14,22 @@ from flax import nnx
 from tqdm import tqdm
 
 from sled.decoding.batch import Emitted, Generation
+from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, in_words
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
-from sled.errors import PromptError
+from sled.errors import CheckpointWarning, PromptError
 from sled.exits import Policy, Schedule
 from sled.fusion import Strategy
 from sled.lens.lens import Lens, look
-from sled.models import Decoder
+from sled.models import Decoder, save_folder
+from sled.models.generation import acting
+from sled.models.hub import create_repository, upload
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
-from sled.settings.rules import Flag, Whole
-from sled.text.prompts import Prompts, is_one, pair_ids, prompt_ids
+from sled.settings.rules import Flag, Whole, shorten
+from sled.text.chat import Messages, conversations
+from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
@@ -51,31 +59,53 @@ class Merge:
 
 
 class LM:
-    """A decoder with its tokenizer. Made by `sled.load`, or from a `Decoder` of one's own."""
+    """A decoder with its tokenizer. Made by `sled.load`, or from a `Decoder` of one's own.
 
-    def __init__(self, model: Decoder, text: Tokenizer | None = None, *, name: str = "the model"):
+    generation: settings of the checkpoint's `generation_config.json`, besides token ids.
+    """
+
+    def __init__(self, model: Decoder, text: Tokenizer | None = None, *, name: str = "the model",
+                 generation: Mapping[str, Any] | None = None):
         self.config = model.config
         self.name = name
         self.text = text or Tokenizer(None, name)
+        self.generation = dict(generation or {})
+        self._told = False  # that the checkpoint has a sampling of its own
         graph, self.params = nnx.split(model)
         self.build = Merge(graph, self.params)
 
     def generate(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
-                 schedule: Schedule | None = None, sampling: Sampling = GREEDY, max_new_tokens: int = NEW_TOKENS,
-                 stop: str | Sequence[str] = (), seed: int = 0, batch_size: int = 32, progress: bool = False) -> Output:
+                 schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
+                 max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = (), seed: int = 0,
+                 batch_size: int = 32, progress: bool = False) -> Output:
         """Continues each prompt.
 
-        prompts: a string, a list of token ids, or a list of either.
+        prompts: a string, a list of token ids, a `sled.Chat`, or a list of these.
         fusion, exits, schedule, sampling, max_new_tokens, stop: see `sled.Decoding`. Where fusion, exits or sampling
-            take an array with one entry per row, the rows are the prompts.
+            take an array with one entry per row, the rows are the prompts. sampling="checkpoint" is
+            `checkpoint_sampling`.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
         batch_size: prompts decoded together; a row's tokens do not depend on the others, in float32 (`sled.Decoding`).
         progress: shows a bar over the prompts.
 
-        Raises: PromptError, SettingError, TokenizerError (text needed, but no tokenizer).
+        Raises: PromptError, SettingError, TemplateError, TokenizerError (text needed, but no tokenizer).
         """
-        return self.decode(prompts, Decoding(fusion, exits, schedule, sampling, max_new_tokens, stop), seed=seed,
-                           batch_size=batch_size, progress=progress)
+        decoding = Decoding(fusion, exits, schedule, self.sampling_of(sampling), max_new_tokens, stop)
+        return self.decode(prompts, decoding, seed=seed, batch_size=batch_size, progress=progress)
+
+    def chat(self, messages: str | Messages | Sequence[str | Messages], *, system: str | None = None,
+             variables: Mapping[str, Any] | None = None, **settings) -> Output:
+        """The assistant's next message in a conversation, or in each of several.
+
+        messages: a list such as [{"role": "user", "content": "Hello"}], a string, which is a user's one message, or a
+            list of such conversations.
+        system, variables: a system message before each, and further variables of the template: see `sled.Chat`, which
+            is a conversation for everything else that takes prompts.
+        settings: all that `generate` takes, with the same meaning.
+
+        Raises: as `generate`; TemplateError where the model has no chat template, or it refuses these messages.
+        """
+        return self.generate(conversations(messages, system, variables), **settings)
 
     def decode(self, prompts: Prompts, decoding: Decoding, *, seed: int = 0, batch_size: int = 32,
                progress: bool = False) -> Output:
@@ -104,8 +134,9 @@ class LM:
             stats=self._stats(runs, ids, emitted.values()))
 
     def stream(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
-               schedule: Schedule | None = None, sampling: Sampling = GREEDY, max_new_tokens: int = NEW_TOKENS,
-               stop: str | Sequence[str] = (), seed: int = 0, chunk: int = 8) -> Iterator[Chunk]:
+               schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
+               max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = (), seed: int = 0,
+               chunk: int = 8) -> Iterator[Chunk]:
         """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens.
 
         Where drafts are verified, a chunk may have some more tokens: no block of drafts is cut.
@@ -113,8 +144,8 @@ class LM:
         The prompts are read before it returns, and errors raised; new tokens are made as chunks are taken.
         """
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
-        ids, decoding, seed = self._checked(prompts, Decoding(fusion, exits, schedule, sampling, max_new_tokens, stop),
-                                            seed)
+        decoding = Decoding(fusion, exits, schedule, self.sampling_of(sampling), max_new_tokens, stop)
+        ids, decoding, seed = self._checked(prompts, decoding, seed)
         run = self._begin(ids, range(len(ids)), decoding, height=len(ids), seed=seed)
         return self._chunks(run, ids, decoding.stop, chunk)
 
@@ -140,7 +171,8 @@ class LM:
 
         Give one prompt with one continuation or a list of them, or a list of prompts with, for
         each, one continuation or a list of them. Continuations are strings or token ids, like their
-        prompts. The result has the shape of `continuations` (one continuation: a list of one).
+        prompts; after a `sled.Chat` they are either, and answers to it. The result has the shape of
+        `continuations` (one continuation: a list of one).
 
         Fused scores are normalised by a log-softmax over the vocabulary; the lower bound of SLED and
         of the clamp shows as a very low log-probability of the tokens outside the top-k.
@@ -157,6 +189,10 @@ class LM:
         if is_one(prompts):
             nested, groups = False, [[(prompts, c)] for c in ([continuations] if single else continuations)]
         else:
+            if single:
+                raise PromptError("a list of prompts was given, but one continuation by itself, "
+                                  f"{shorten(continuations)}; give a list of continuations, one or several for each "
+                                  "prompt")
             if len(prompts) != len(continuations):
                 raise PromptError(f"{len(prompts)} prompts but {len(continuations)} continuations; give one "
                                   "continuation, or one list of them, for each prompt")
@@ -180,7 +216,7 @@ class LM:
             columns = [_regroup(column, [len(group) for group in groups]) for column in columns]
         return Scores(*columns)
 
-    def lens(self, text: str | Sequence[int], *, fusion=None) -> Lens:
+    def lens(self, text: Prompt, *, fusion=None) -> Lens:
         """Every layer's own next tokens after every token of `text`: see `sled.Lens`.
 
         fusion: a strategy whose choice is shown beside the layers', such as `sled.SLED()`.
@@ -192,6 +228,66 @@ class LM:
             check_rows(A_STRATEGY("fusion", fusion), 1, hint="the lens reads one text, so give one value")
         name = self.text.token if self.text.available else str
         return look(self.build, self.params, ids, fusion=fusion, name_token=name)
+
+    @property
+    def checkpoint_sampling(self) -> Sampling:
+        """The sampling that the checkpoint's `generation_config.json` asks for, as transformers' `generate` reads it.
+
+        Greedy where it asks for none. It can be given wherever there is a sampling (`sled.Engine`, `sled.calibrate`,
+        methods of an evaluation). Lengths and stop strings are not part of it.
+        Raises SettingError for settings that are not to be had here, by name.
+        """
+        return checkpoint_sampling(self.generation, self.name)
+
+    def save(self, path: str | Path, *, dtype: str | None = None) -> Path:
+        """Writes a Hugging Face folder with tokenizer and settings for generation: see `sled.models.save_folder`.
+
+        dtype: None keeps the weights as they are here, which is float32 where `sled.load` widened them for a CPU.
+        """
+        return save_folder(self.build(self.params), path, dtype=dtype, tokenizer_from=self.text.folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, message: str = "Upload the model") -> str:
+        """Uploads what `save` writes to the Hugging Face hub; returns the address of the commit.
+
+        repo_id: "owner/name", made where there is none; weights of an earlier model there are replaced. `sled export
+            --push` writes a model card too.
+        private: of a new repository, whether only its owner sees it; None: as the owner's account has it.
+        message: of the commit.
+
+        Raises UploadError, before anything is written, where nobody is logged in or the repository is another's; and
+        what `save` raises.
+        """
+        create_repository(repo_id, private=private)
+        with tempfile.TemporaryDirectory() as folder:
+            return upload(self.save(Path(folder) / "model"), repo_id, message)
+
+    def __repr__(self) -> str:
+        c, leaves = self.config, jax.tree.leaves(self.params)
+        dtypes = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
+        count, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+        ends = ", ".join(f"{i} {self.text.token(i)!r}" if self.text.available else str(i) for i in c.eos_ids)
+        heads = c.exit_heads and f"{c.exit_heads.kind}, after layers {', '.join(map(str, c.exit_heads.layers))}"
+        rows = {
+            "model": f"{c.family}, {c.num_layers} layers, {c.width} wide, {c.num_heads} heads, {c.num_kv_heads} of K/V",
+            "parameters": f"{count:,}, {dtypes}, {size / 1e6:,.1f} MB",
+            "vocabulary": f"{c.vocab_size:,} tokens, texts end at {ends or 'none of them'}",
+            "context": f"{c.max_positions:,} tokens",
+            "exit heads": heads or "none: exits share the final norm and projection",
+            "tokenizer": "yes" if self.text.available else "none: prompts are lists of token ids",
+            "sampling": f"the checkpoint's: {in_words(acting(self.generation)) or 'greedy'}",
+            "folder": self.text.folder,
+        }
+        return "\n".join([f"LM {self.name!r}", *(f"  {name:<11} {value}" for name, value in rows.items() if value)])
+
+    def sampling_of(self, sampling: Sampling | Literal["checkpoint"]) -> Sampling:
+        """The sampling that a user gave or named. Warns once that the checkpoint has its own, where none was given."""
+        if isinstance(sampling, str) and sampling == WORD:
+            return self.checkpoint_sampling
+        if sampling is GREEDY and not self._told and (own := acting(self.generation)):
+            self._told = True
+            warnings.warn(f"{self.name} is decoded greedily, though its generation_config.json has {in_words(own)}; "
+                          f"give sampling={WORD!r} (--sampling {WORD}) to follow it", CheckpointWarning, stacklevel=3)
+        return sampling
 
     def _checked(self, prompts: Prompts, decoding: Decoding, seed: int) -> tuple[list[np.ndarray], Decoding, int]:
         """The prompts' token ids, with settings that fit them and the first seed."""

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from sled.errors import SettingError
 from sled.lm import LM
 from sled.models import load_folder, load_orbax
+from sled.models.generation import read_generation
 from sled.models.hub import folder_of
 from sled.models.orbax import is_orbax
 from sled.settings.rules import OneOf, OrNone
@@ -38,4 +39,4 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
     folder = folder_of(source, revision)
     read = load_orbax if is_orbax(folder) else load_folder
     model = read(folder, dtype=DTYPES.get(dtype))
-    return LM(model, Tokenizer.from_folder(folder), name=str(source))
+    return LM(model, Tokenizer.from_folder(folder), name=str(source), generation=read_generation(folder))

@@ -45,7 +45,8 @@ def grid(axes: Axes, axis: str = "both") -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes the figure in the format of the path's ending; returns the path."""
+    """Writes the figure in the format of the path's ending, into a folder that is made; returns the path."""
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # it warns of each letter that no font has
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI)
     return path

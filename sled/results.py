@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection
 
 from sled.decoding.batch import Emitted, Generation
+from sled.settings.brief import brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Stats:
         return self.accepted / self.verifications if self.verifications else None
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Output:
     """What `generate` returns, one entry per prompt.
@@ -80,6 +82,7 @@ class Output:
     stats: Stats
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Chunk:
     """What `stream` yields: per prompt, what is new since the last chunk; and the counts and times so far.
@@ -93,6 +96,7 @@ class Chunk:
     stats: Stats
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """What `score` returns: lists in the shape of the continuations given.

@@ -1,6 +1,9 @@
 """Calibrated thresholds: p-values, the walk and its guarantee, losses, whole calibrations; and tuning for speed."""
 
+import copy
+import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -10,13 +13,14 @@ from scipy.stats import binom
 
 import sled
 from sled.calibration import tune as tuning
-from sled.calibration.learn_then_test import fewest_losses, last_rejected, p_value, walk
+from sled.calibration.calibrate import _check_sight
+from sled.calibration.learn_then_test import can_lose, fewest_losses, last_rejected, p_value, walk
 from sled.calibration.losses import common_subsequence, consistency, rouge
 from sled.demo.problems import problems, prompt
 from sled.errors import CalibrationError
 from sled.eval.numbers import final_answer
 from sled.exits import FullDepth
-from sled.results import Output
+from sled.results import Output, Stats
 from sled.timing import Times
 
 DELTA, EPSILON, DRAWS = 0.1, 0.05, 1000
@@ -205,7 +209,7 @@ def test_risks_count_only_what_early_exit_made_worse():
 
 
 ASKED = problems("train", 24, seed=3)
-PROMPTS = [prompt(p.question) for p in ASKED]
+PROMPTS, SOLUTIONS = [prompt(p.question) for p in ASKED], [p.solution for p in ASKED]
 QUICK = dict(exits=sled.EarlyExit(1), delta=0.2, epsilon=0.1, max_new_tokens=40, batch_size=12, progress=False)
 
 
@@ -244,6 +248,49 @@ def test_no_safe_threshold_means_no_early_exit(demo):
     made = sled.calibrate(demo, PROMPTS, **QUICK, grid=(0.01,), loss="exact")
     assert made.threshold is None and made.policy(demo, max_new_tokens=40) == FullDepth()
     assert "No early exit" in made.verdict() and "fails" in made.table()
+
+
+def same_answer(text, full):
+    return float(final_answer(text) != final_answer(full))
+
+
+def unlike(text, answer):
+    return float(final_answer(text) != answer)
+
+
+# Where the full model is at the floor, or a loss is blind, no loss is possible, and any threshold would pass.
+@pytest.mark.parametrize(("texts", "loss", "references", "risk", "delta"), [
+    (SOLUTIONS, None, [-1] * 24, unlike, 0.2),  # it solves nothing
+    (SOLUTIONS, None, [p.answer if i < 3 else -1 for i, p in enumerate(ASKED)], unlike, 0.2),  # next to nothing
+    (["I do not know."] * 24, same_answer, None, None, 0.2),  # no answer in any text
+    ([""] * 24, lambda text, full: float(text != full), None, None, 0.2),  # nothing in any text
+    (SOLUTIONS, lambda text, full: 0.0, None, None, 0.2), (SOLUTIONS, None, ASKED, lambda text, problem: 0.9, 0.2),
+    (["Yes."] * 24, "exact", None, None, 0.2), (["Yes."] * 24, "rouge", None, None, 0.2),
+    (SOLUTIONS, "rouge", None, None, 0.99),
+], ids=range(9))
+def test_a_loss_that_cannot_be_seen_is_refused(texts, loss, references, risk, delta):
+    full = output(*([*map(ord, text)] for text in texts), texts=texts)
+    with pytest.raises(CalibrationError, match=r"answers nothing could be called safe.* its first text is '"):
+        _check_sight(consistency(loss, references, risk), full, delta, 0.1)
+
+
+@pytest.mark.parametrize("how", [(None,) * 3, ("exact", None, None), (same_answer, None, None),
+                                 (None, [p.answer for p in ASKED], unlike)], ids=["rouge", "exact", "own", "risk"])
+def test_a_loss_that_can_be_seen_is_not(how):
+    _check_sight(consistency(*how), output(*([*map(ord, text)] for text in SOLUTIONS), texts=SOLUTIONS), 0.2, 0.1)
+
+
+def test_calibration_refuses_a_model_that_solves_nothing(demo):
+    with pytest.raises(CalibrationError, match="answers nothing could be called safe"):
+        sled.calibrate(demo, PROMPTS, **QUICK, grid=(0.9,), references=[-1] * 24, risk=unlike)
+
+
+@pytest.mark.parametrize(("largest", "n", "delta", "enough"), [
+    (0, 1000, 0.01, False), (0.05, 10**6, 0.05, False), (0.06, 50, 0.05, False), (0.06, 10**5, 0.05, True),
+    (1, 3, 0.05, True), (0.5, 24, 0.2, True), (0.1, 160, 0.05, True), (0.1, 30, 0.05, False),
+])
+def test_what_can_be_lost_must_be_shown(largest, n, delta, enough):
+    assert can_lose(largest, n, delta, 0.05) == enough
 
 
 # Tuning: what it tries, and what it chooses from what was measured.
@@ -298,3 +345,26 @@ def test_leaving_early_is_declined_where_it_does_not_pay(monkeypatch):
 def test_the_real_clock():
     tuned = tune(tiny_lm.PROMPTS[2:3], exits=EARLY, rounds=1)
     assert all(trial.seconds > 0 for trial in tuned.trials)
+
+
+@pytest.mark.parametrize(("ways", "says"), [
+    ([(FullDepth(), 1.0, 1.0, 1.0), (EARLY, 2.0, 2.0, 0.0)], "Nothing was faster than no early exit."),
+    ([(FullDepth(), 2.0, 2.2, 1.0), (EARLY, 1.0, 1.1, 0.0)], "2.00 times .* changed 100% of the texts. An exit may be"),
+    ([(FullDepth(), 2.0, 2.2, 1.0), (EARLY, 1.0, 1.1, 0.75)], "2.00 times .*, and changed 25% of the texts"),
+    ([(FullDepth(), 2.0, 2.2, 1.0), (GUESSES, 1.0, 1.1, 1.0)], "2.00 times .* exit, and the same texts"),
+    ([(FullDepth(), 2.0, 2.5, 1.0), (GUESSES, 1.9, 2.0, 1.0)], "1.05 times .* rounds differ by: noise, and the same"),
+    ([(FullDepth(), 2.0, 2.0, 1.0), (EARLY, 1.9, 2.9, 0.5)], "noise, and changed 50%"),
+])
+def test_the_fastest_way_in_words(ways, says):
+    trials = [tuning.Trial(exits, sled.Immediate(), seconds, median, 100, 2.0, same)
+              for exits, seconds, median, same in ways]
+    tuned = tuning.Tuned(tuple(sorted(trials, key=lambda trial: trial.seconds)))
+    assert re.search(says, tuned.verdict())
+
+
+def test_texts_of_one_token_are_not_tuned():
+    lm = copy.copy(tiny_lm.tiny_lm())
+    stats = Stats(prompt_tokens=9, new_tokens=2, prefill_seconds=0, decode_seconds=1, mean_depth=4)
+    lm.decode = lambda *_, **__: dataclasses.replace(output([1], [1]), stats=stats)
+    with pytest.raises(CalibrationError, match="all 2 texts end with their first token"):
+        sled.tune(lm, tiny_lm.PROMPTS[:2], exits=EARLY, progress=False)

@@ -18,6 +18,7 @@ from sled.settings.rules import Each, Flag, Instance, Layers, Number, OneOf, OrN
 NAN, INF = float("nan"), float("inf")
 CHANCE = Number(0, 1, open_low=True, open_high=True, hint="h")
 SHARE, RATE, BOUND = Number(0, 1, hint="h"), Number(0, open_low=True, hint="h"), Number(hint="h")
+WARM = Number(0, 10, least=1e-3, hint="h")
 COUNT, FEW = Whole(1, hint="h"), Whole(0, 4, hint="h")
 WORDS, WEIGHTS, SWITCH = Layers((None, "all")), OrNone(Each(BOUND)), Flag(hint="h")
 
@@ -25,6 +26,8 @@ WORDS, WEIGHTS, SWITCH = Layers((None, "all")), OrNone(Each(BOUND)), Flag(hint="
 @pytest.mark.parametrize(("rule", "value", "clean"), [
     (SHARE, 0, 0.0), (SHARE, 1, 1.0), (SHARE, np.float32(0.5), 0.5), (SHARE, Fraction(1, 4), 0.25),
     (RATE, 1e-9, 1e-9), (RATE, np.int64(3), 3.0), (BOUND, -INF, -INF), (BOUND, -1000, -1000.0),
+    (RATE, 3.4e38, 3.4e38), (RATE, 1.2e-38, 1.2e-38), (BOUND, -3.4e38, -3.4e38), (SHARE, 1 - 1e-12, 1 - 1e-12),
+    (WARM, 0, 0.0), (WARM, 1e-3, 1e-3),
     (COUNT, 1, 1), (COUNT, 2.0, 2), (COUNT, np.int8(7), 7), (COUNT, 10**400, 10**400), (FEW, 0, 0), (FEW, 4.0, 4),
     (WORDS, None, None), (WORDS, "all", "all"), (WORDS, [6, 2, 6], (2, 6)), (WORDS, np.array([3, 1]), (1, 3)),
     (WORDS, range(2), (0, 1)), (Each(SHARE), [0, 1], (0.0, 1.0)), (Each(COUNT), (), ()),
@@ -57,6 +60,15 @@ def test_what_is_no_number_or_no_layers_is_refused(rule, value):
     (CHANCE, 1, "name is 1, but must be a number in (0, 1); h"),
     (CHANCE, 0, "name is 0, but must be a number in (0, 1); h"),
     (BOUND, INF, "name is inf, but must be a number in [-inf, inf); h"),
+    # What is another number in float32.
+    (RATE, 1e39, "name is 1e+39, which is inf in float32, but must be a number in (0, inf) there too; h"),
+    (RATE, 1e-40, "name is 1e-40, which is 0 in float32, but must be a number in (0, inf) there too; h"),
+    (RATE, 1e-300, "name is 1e-300, which is 0 in float32"), (SHARE, 1e-46, "name is 1e-46, which is 0 in float32"),
+    (BOUND, -1e39, "name is -1e+39, which is -inf in float32, but"), (BOUND, 10**300, "name is 1000000000"),
+    (CHANCE, 1 - 1e-12, "name is 0.999999999999, which is 1 in float32, but must be a number in (0, 1) there too; h"),
+    (Each(RATE), (1, 5e-324), "name[1] is 5e-324, which is 0 in float32"),
+    (WARM, 1e-4, "name is 0.0001, but must be 0 or a number in [0.001, 10]; h"), (WARM, -1, "name is -1, but must be"),
+    (SHARE, "a" * 10**6, "name is 'aaaaa"),
     (COUNT, 0, "name is 0, but must be a whole number of at least 1; h"),
     (SHARE, 10**400, "name is 10000000000"),
     (COUNT, 1.5, "name is 1.5, but must be a whole number of at least 1; h"),
@@ -81,6 +93,11 @@ def test_what_is_no_number_or_no_layers_is_refused(rule, value):
 def test_an_error_says_value_reason_and_remedy(rule, value, says):
     with pytest.raises(SettingError, match="^" + re.escape(says)):
         rule("name", value)
+
+
+def test_a_value_that_cannot_be_written_down_is_refused_by_its_kind():
+    with pytest.raises(SettingError, match=r"^name is a int, but must be a whole number of at least 1; h"):
+        COUNT("name", -10**5000)
 
 
 @settings
@@ -113,7 +130,7 @@ def test_a_class_of_settings_checks_and_cleans_its_fields():
     assert Mine.row_axes == {"top": "B", "weights": "BC"}
     assert list(declared(Mine)) == ["threshold", "patience", "top", "weights", "nested", "max_top"]
     assert "as a user writes one" in Mine.__doc__
-    assert "patience: steps to wait; h. It is a whole number of at least 1. Default: 1." in Mine.__doc__
+    assert "patience: steps to wait; h. It is a whole number from 1 to 2147483647. " in Mine.__doc__
 
 
 @pytest.mark.parametrize(("wrong", "says"), [
@@ -123,6 +140,16 @@ def test_a_class_of_settings_checks_and_cleans_its_fields():
     (dict(threshold=np.array(["a"])), "Mine.threshold, an array, is 'a', but"),
     (dict(threshold=np.array([0.5j])), "Mine.threshold, an array, is 0.5j, but"),
     (dict(weights=np.array([1, INF])), "Mine.weights, an array, is inf, but"),
+    (dict(weights=np.array([1, 1e39])), "Mine.weights, an array, is 1e+39, which is inf in float32, but"),
+    (dict(weights=np.array([[1], [1e-39]])), "Mine.weights, an array, is 1e-39, which is 0 in float32, but"),
+    (dict(threshold=np.array([None, 0.5])), "Mine.threshold, an array, is None, but"),
+    (dict(threshold=np.array([True])), "Mine.threshold, an array, is True, but"),
+    (dict(top=np.array([2.5]), max_top=4), "Mine.top, an array, is 2.5, but must be a whole number"),
+    (dict(top=[1, 2]), "Mine.top is [1, 2], but must be a whole number from 1 to 2147483647; h; numbers for the rows "
+                       "are a NumPy array [B], as np.array([1, 2]) is one"),
+    (dict(top=(1, 2)), "Mine.top is (1, 2), but must be a whole number"),
+    (dict(weights=[[1.0], [2.0]]), "Mine.weights[0] is [1.0], but must be a number in [-inf, inf); h; numbers for the "
+                                   "rows are a NumPy array [B, C], as np.array([[1.0], [2.0]]) is one"),
     (dict(weights=(1, "a")), "Mine.weights[1] is 'a', but"),
     (dict(patience=np.array(3)), "Mine.patience is array(3), but must be a whole number"),
     (dict(patience=13), "no luck"),
@@ -140,6 +167,8 @@ def test_a_class_of_settings_refuses_by_class_and_field(wrong, says):
 def test_arrays_and_tracers_pass_in_traced_fields():
     threshold_B = np.array([0.5, 1.0])
     assert Mine(threshold_B).threshold is threshold_B
+    for kind in ("uint8", "int64", "float32"):
+        assert Mine(1, top=np.array([3], kind), max_top=4).top.dtype == np.int32
     assert jax.jit(lambda x: Mine(x, weights=(x, 1)).threshold)(2.0) == 2.0
 
 

@@ -4,11 +4,11 @@ import dataclasses
 import re
 
 import pytest
-import tyro
 
 import sled
 from sled.cli.derived import offers
 from sled.cli.exit_options import ExitOptions
+from sled.cli.line import parse
 from sled.cli.options import SAMPLING, FusionOptions, SamplingOptions
 from sled.cli.train import NewModelOptions
 from sled.errors import SettingError
@@ -22,12 +22,12 @@ from sled.settings.decorator import declared
                      "which are all but the embeddings; 0 is the embeddings. dola: early layers to use"]),
     (ExitOptions, ["gather: how many steps a row waits at most; 0 never waits. (default: 16)",
                    "--adaptive, --no-adaptive speculate: whether each row", "early: layers after which a token may"]),
-    (SamplingOptions, ["--top-k INT Keep the k most likely tokens; 0 keeps all tokens. (default: 0)"]),
-    (NewModelOptions, ["--kv-heads {None}|INT Key/value heads; None is as many as heads. (default: None)"]),
+    (SamplingOptions, ["--top-k N Keep the k most likely tokens; 0 keeps all tokens. (default: 0)"]),
+    (NewModelOptions, ["--kv-heads N Key/value heads; they divide the query heads. (default: as many as heads)"]),
 ], ids=lambda of: getattr(of, "__name__", None))
 def test_help_tells_whose_setting_it_is_and_its_default(options, texts, capsys):
     with pytest.raises(SystemExit):
-        tyro.cli(options, args=["--help"])
+        parse(options, "sled", ["--help"])
     said = re.sub(r"[\s│]+", " ", capsys.readouterr().out)
     assert all(text in said for text in texts)
 
@@ -41,25 +41,25 @@ def test_every_option_of_the_command_is_a_setting_with_a_help(of):
 
 @pytest.mark.parametrize(("arguments", "expected"), [
     (["--fusion", "dola", "--layers", "high", "--lower-bound", "-2500"], sled.DoLa(layers="high", lower_bound=-2500)),
-    (["--fusion", "sled", "--layers", "1", "3", "--norm-early", "True"], sled.SLED(layers=(1, 3), norm_early=True)),
+    (["--fusion", "sled", "--layers", "1", "3", "--norm-early"], sled.SLED(layers=(1, 3), norm_early=True)),
     (["--fusion", "sled", "--layers", "blocks"], sled.SLED.preset("paper")),
     (["--fusion", "sled", "--lower-bound", "-2500"], sled.SLED(lower_bound=-2500)),
     (["--fusion", "clamp", "--lower-bound", "-5"], sled.ClampOnly(lower_bound=-5)),
 ])
 def test_fusions(arguments, expected):
-    assert tyro.cli(FusionOptions, args=arguments).strategy() == expected
+    assert parse(FusionOptions, "sled", arguments).strategy() == expected
 
 
-def test_exits_and_draws():
-    early = tyro.cli(ExitOptions, args=["--exits", "early", "--exit-layers", "2", "4", "--threshold", "0.7"])
+def test_exits_and_draws(demo):
+    early = parse(ExitOptions, "sled", ["--exits", "early", "--exit-layers", "2", "4", "--threshold", "0.7"])
     assert early.settings() == dict(exits=sled.EarlyExit((2, 4), threshold=0.7), schedule=None)
-    drafts = tyro.cli(ExitOptions, args=["--exits", "speculate", "--exit-layers", "2", "--draft", "3", "--adaptive",
+    drafts = parse(ExitOptions, "sled", ["--exits", "speculate", "--exit-layers", "2", "--draft", "3", "--adaptive",
                                          "--schedule", "gather", "--gather-rows", "2"])
     assert drafts.settings() == dict(exits=sled.SelfSpeculation(2, draft=3, adaptive=True), schedule=sled.Gather(2))
-    draws = tyro.cli(SamplingOptions, args=["--top-k", "5", "--seed", "3"])
-    assert draws.sampling() == sled.Sampling(top_k=5) and draws.seed == 3
-    assert dataclasses.replace(draws, top_k=0).sampling() == sled.Sampling()
+    draws = parse(SamplingOptions, "sled", ["--top-k", "5", "--seed", "3"])
+    assert draws.chosen(demo) == sled.Sampling(top_k=5) and draws.seed == 3
+    assert dataclasses.replace(draws, top_k=0).chosen(demo) == sled.Sampling()
     with pytest.raises(SystemExit):  # its weights are in no option
-        tyro.cli(ExitOptions, args=["--exits", "early", "--exit-layers", "2", "--measure", "classifier"])
+        parse(ExitOptions, "sled", ["--exits", "early", "--exit-layers", "2", "--measure", "classifier"])
     with pytest.raises(SettingError, match="--lower-bound has no meaning"):
         FusionOptions(lower_bound=-2500.0).strategy()

@@ -10,6 +10,7 @@ import pytest
 from tiny_lm import CAPACITY, EOS, PROMPTS, SAMPLED, FullPass, check_endings, compiled, generate, tiny_lm, totals
 
 import sled
+from sled.decoding import state
 from sled.decoding.sampling import penalise, truncate
 from sled.errors import SettingError
 from sled.exits import FullDepth
@@ -48,6 +49,27 @@ def test_every_fusion_generates_and_scores_as_a_full_pass_does(fusion):
         for b, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
             expected = logp_BSV[b, len(prompt) - 1 + np.arange(len(text)), text]
             np.testing.assert_allclose(scores.logprobs[b][at], expected, atol=1e-4)
+
+
+BEGUN = PROMPTS[2][:13]
+
+
+@pytest.mark.parametrize("prompts, shared, runs", [
+    ([BEGUN + tail for tail in ([7], [8, 9], [10] * 5, [7, 8])], 13, [1, 4]),
+    ([BEGUN + tail for tail in ([], [8, 9], [10] * 5, [7, 8])], 12, [1, 4]),
+    ([BEGUN + tail for tail in ([6, 7, 8], [6, 7, 9], [6, 7], [6, 7, 8, 9])], 14, [1, 4]),
+    ([[*BEGUN, 6, 7, 8]] * 4, 15, [1]), ([BEGUN, [*BEGUN[:4], 7], BEGUN, BEGUN], 4, [4]),
+    ([[7, *BEGUN], *[BEGUN] * 3], 0, [4])], ids=range(6))
+def test_what_all_prompts_begin_with_is_run_once(prompts, shared, runs, monkeypatch):
+    score = lambda: tiny_lm().score(prompts, [[20, 21]] * 4, batch_size=4).logprobs  # noqa: E731
+    tokens, scores = generate(prompts).tokens, score()
+    rows, prefill = [], state.prefill
+    monkeypatch.setattr(state, "SHARED", 8)
+    monkeypatch.setattr(state, "prefill", lambda build, params, begun, *at, block: rows.append(
+        len(begun.text.length_B)) or prefill(build, params, begun, *at, block=block))
+    assert state.shared_length([np.array(prompt) for prompt in prompts]) == shared
+    assert generate(prompts).tokens == tokens and rows == runs
+    np.testing.assert_allclose(score(), scores, atol=1e-4)
 
 
 def test_scores_that_are_not_normalised_are_logits():

@@ -3,17 +3,17 @@
 import copy
 import datetime
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness_tasks import QUESTIONS, TASKS, lm_eval, text_request, write_tokenizer
+from harness_tasks import QUESTIONS, TASKS, Instance, lm_eval, text_request, write_tokenizer
 
 import sled
-from sled.errors import EvaluationError
+from sled.errors import EvaluationError, TemplateError, TokenizerError
 from sled.eval.harness.adapter import SledLM
 from sled.eval.harness.cache import Cache
-from sled.eval.harness.chat import TokenizerSettings, render
 from sled.eval.harness.tasks import load_tasks
 from sled.eval.methods import Method
 from sled.text.tokenizer import Tokenizer
@@ -86,6 +86,30 @@ def test_hflm_still_answers_so(tiny_model, loaded):
     same(answers(hflm(tiny_model, 8), loaded), json.loads(RECORDED.read_text()))
 
 
+OTHER_EOS = [(question, until) for question in QUESTIONS for until in ([], ["\n"], "ab", ["<unk>"], ["<s>\n", "b"])]
+
+
+def other_eos(lm, folder, eos="<s>"):
+    """The model in a folder whose tokenizer names an EOS token that is not the model's, and requests for it."""
+    model = with_tokenizer(lm, folder, eos_token=eos)
+    return model, [text_request(q, n, until=until, do_sample=False) for n, (q, until) in enumerate(OTHER_EOS)]
+
+
+@pytest.mark.parametrize("eos", ["<s>", "<unk>", "e", "</s>", None])
+def test_the_tokenizers_eos_token_ends_a_text_too(lm, tmp_path, eos):
+    model, requests = other_eos(lm, tmp_path, eos)
+    named = [text_request(q, n, until=[until] if isinstance(until, str) else [*until, *filter(None, [eos])])
+             for n, (q, until) in enumerate(OTHER_EOS)]
+    assert model.generate_until(requests) == answered(lm, named)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers
+def test_hflm_ends_such_texts_so(lm, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path, dirs_exist_ok=True)
+    model, requests = other_eos(lm, tmp_path)
+    assert model.generate_until(requests) == hflm(tmp_path, 1).generate_until(requests)
+
+
 def test_tokens_are_those_of_transformers(lm, tmp_path, transformers):
     for config in ({}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}):
         model = with_tokenizer(lm, tmp_path, **config)
@@ -109,17 +133,16 @@ CHAT = [{"role": "user", "content": "one <b>"}, {"role": "assistant", "content":
 
 
 @pytest.mark.parametrize("messages, prompt", [(CHAT, True), ([*CHAT, {"role": "assistant", "content": "so "}], False)])
-def test_chat_templates_read_as_in_transformers(tmp_path, messages, prompt, transformers):
+def test_chat_templates_read_as_in_transformers(lm, tmp_path, messages, prompt, transformers):
     write_tokenizer(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
-    settings = TokenizerSettings.read(tmp_path)
     expected = transformers.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         messages, tokenize=False, add_generation_prompt=prompt, continue_final_message=not prompt)
-    assert render(settings.template, messages, settings.tokens, add_generation_prompt=prompt, now=NOW) == expected
+    assert with_tokenizer(lm, tmp_path, NOW).apply_chat_template(messages, add_generation_prompt=prompt) == expected
 
 
 def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
-    with pytest.raises(EvaluationError, match="no chat template"):
+    with pytest.raises(TemplateError, match="no chat template"):
         SledLM(lm, progress=False).apply_chat_template(CHAT)
     model = with_tokenizer(lm, tmp_path, NOW, chat_template="{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}")
     assert model.apply_chat_template(CHAT[:1]) == "02 Jan 2025 one <b>"  # the same day throughout
@@ -127,11 +150,11 @@ def test_chat_templates_of_the_configuration_and_their_lack(lm, tmp_path):
                                                         {"name": "x", "template": ""}])
     system = [{"role": "system", "content": "be brief"}]
     assert model.apply_chat_template(system + CHAT) == model.apply_chat_template(CHAT)  # which the template refuses
-    with pytest.raises(EvaluationError, match="refuses these messages"):
+    with pytest.raises(TemplateError, match="refuses these messages"):
         model.apply_chat_template([{"role": "tool", "content": ""}])
-    write_tokenizer(tmp_path, chat_template=[{"name": "x", "template": ""}])
-    with pytest.raises(EvaluationError, match="none of them the default"):
-        TokenizerSettings.read(tmp_path)
+    model = with_tokenizer(lm, tmp_path, chat_template=[{"name": "x", "template": ""}])
+    with pytest.raises(TemplateError, match="no chat template 'default', but x"):
+        model.chat_template()
 
 
 def test_a_special_stop_string_ends_the_text(lm):
@@ -158,6 +181,32 @@ def test_what_is_drawn_depends_on_the_document_alone(lm):
 def test_an_answer_longer_than_the_context_is_named(lm):
     with pytest.raises(EvaluationError, match=r"64 tokens long, but the context of .* holds 64"):
         answered(lm, [text_request("a", max_gen_toks=None)], max_new_tokens=64)
+
+
+def scored_alone(model, context, continuation):
+    return model.loglikelihood([Instance("loglikelihood", {}, (context, continuation), 0, ("t", 7, 1))])
+
+
+@pytest.mark.parametrize("ask, error, says", [
+    *((lambda model, blank=blank: scored_alone(model, blank, "yes"), EvaluationError, "is white space alone, which the")
+      for blank in (" ", "\n", "  ", " \n\n", "\n ")),
+    (lambda model: scored_alone(model, "a", ""), EvaluationError, "of an empty text is asked for, after 'a'"),
+    (lambda model: scored_alone(model, "a", "b" * 65), EvaluationError, "is 65 tokens long, but the model's"),
+    (lambda model: scored_alone(model, "a\ud800", "b"), TokenizerError, "lone surrogates"),
+    (lambda model: model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("\ud800",), 0, ("t", 7, 1))]),
+     TokenizerError, "lone surrogates"),
+    (lambda model: model.generate_until([Instance("generate_until", {}, ("", dict(max_gen_toks=2)), 0, ("t", 7, 1))]),
+     EvaluationError, "the prompt is empty"),
+    (lambda model: model.generate_until([text_request("a", 7, top_k="x", do_sample=True, temperature=1)]),
+     EvaluationError, "top_k is 'x'"),
+], ids=range(11))
+def test_what_a_sample_cannot_have_names_the_sample(lm, tmp_path, ask, error, says):
+    model = with_tokenizer(lm, tmp_path)
+    plain = json.loads((tmp_path / "tokenizer.json").read_text()) | {"post_processor": None}  # no <s> before a text
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plain))
+    model.lm.text = Tokenizer.from_folder(tmp_path)
+    with pytest.raises(error, match=f"sample 7 of the task 't': .*{says}"):
+        ask(model)
 
 
 def test_self_speculation_writes_the_same_texts(lm, loaded):

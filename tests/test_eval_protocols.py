@@ -110,6 +110,25 @@ def test_truthfulqa_row_of_the_hub_and_of_the_file():
     assert truthfulqa.row(QUESTION, "row 1") == truthfulqa.row(of_file, "row 1") == expected
 
 
+@pytest.mark.parametrize("reference, number", [
+    ("9{,}500", "9500"), ("72.", "72"), ("$1,234.50", "1234.5"), ("\u22123", "-3"), (".5", "0.5"),
+    ("**18** dollars", "18"), (r"\boxed{7}", "7"), ("7%", "7"), ("1 1/3", "4/3"),
+])
+def test_gsm8k_references_are_read_by_the_grammar(reference, number):
+    row = gsm8k.row({**GSM_ROW, "answer": f"1+1=<<1+1=2>>2\n#### {reference}"}, "row 1")
+    assert row == dict(question="How many?", number=number, solution=f"1+1=2 The answer is {number}.")
+
+
+@pytest.mark.parametrize("number, text", [
+    ("18", r"The answer is \$18."), ("9500", "The answer is 9{,}500."), ("-3", "The answer is \u22123."),
+    ("0.5", r"The answer is $\boxed{\frac{1}{2}}$, of 3"), ("12", "The answer is \uff11\uff12"), ("5", "5 \u20ac"),
+    ("0.5", "The answer is \u00bd."), ("1234", "1\u202f234"),
+])
+def test_gsm8k_values_that_math_verify_finds(number, text):
+    pytest.importorskip("math_verify", reason="needs math-verify (the eval extra)")
+    assert gsm8k.same_value(number, text) and not gsm8k.same_value("7", text)
+
+
 @pytest.mark.parametrize("make, row, message", [
     (factor.full, {**FACTOR_ROW, "contradiction_1": None}, "holds nothing in its column 'contradiction_1'.*text"),
     (truthfulqa.row, {"Question": "Why?"}, "no column 'Best Answer'"),
@@ -118,7 +137,8 @@ def test_truthfulqa_row_of_the_hub_and_of_the_file():
     (truthfulqa.row, {**QUESTION, "correct_answers": [1]}, "a list of texts"),
     (strategyqa.row, {**STRATEGY_ROW, "answer": "yes"}, r"holds 'yes' \(str\) in its column 'answer'.*true or false"),
     (strategyqa.row_with_facts, {**STRATEGY_ROW, "facts": []}, "holds nothing in its column 'facts'"),
-    (gsm8k.row, {**GSM_ROW, "answer": "2000"}, "without a number behind ####"),
+    *[(gsm8k.row, {**GSM_ROW, "answer": answer}, "without one clear number behind ####") for answer in (
+        "2000", "2000 ####", "#### ,", "#### .", "#### none", "#### 12 or 13", "#### 1\n#### 2", "#### 5 of 7")],
 ])
 def test_wrong_rows_are_named(make, row, message):
     with pytest.raises(DataError, match=message):

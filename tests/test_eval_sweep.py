@@ -3,8 +3,6 @@
 import copy
 import csv
 import dataclasses
-import json
-from fractions import Fraction
 from pathlib import Path
 
 import jax
@@ -14,10 +12,11 @@ from demo_toy import THREE, demo_toy
 import sled
 from sled.cli import main
 from sled.decoding import loop
-from sled.errors import DataError, SettingError
+from sled.errors import EvaluationWarning, SettingError
 from sled.eval.methods import Method
-from sled.eval.questions import Questions, demo_questions, read_questions
+from sled.eval.questions import Questions, demo_questions
 from sled.eval.sweep import grid
+from sled.eval.sweep import measure as measuring
 from sled.eval.sweep import sweep as sweeping
 from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.sweep import sweep
@@ -27,6 +26,8 @@ from sled.results import Output, Stats
 from sled.settings.decorator import setting, settings
 from sled.settings.rules import Number
 from sled.timing import Times
+
+pytestmark = pytest.mark.filterwarnings("ignore::sled.errors.EvaluationWarning")  # most sweeps here are tiny
 
 # Five, as many as in no other test of the toy: programs that others compiled would not count as this one's.
 QUESTIONS = Questions(tuple(f"Question: {n} and {n}?\nAnswer:" for n in range(5)), (0, 2, 4, 6, 8), "sums")
@@ -45,9 +46,10 @@ def scripted(monkeypatch):
 
     def decode(prompts, decoding, **_):
         lm.calls.append(decoding.exits)
+        lm.stop = decoding.stop
         t = getattr(decoding.exits, "threshold", 1.0)
         wrong = round((1 - t) * len(prompts))
-        texts = [f"#### {'no' if i < wrong else 2 * i}" for i in range(len(prompts))]
+        texts = [lm.says.format("no" if i < wrong else 2 * i) for i in range(len(prompts))]
         stats = Stats(prompt_tokens=1, new_tokens=2 * len(prompts), prefill_seconds=0, decode_seconds=1,
                       mean_depth=3 * t, drafted=10 * (t == 1), accepted=5)
         return Output(texts, [[i, i >= wrong] for i in range(len(prompts))], [], [], stats)
@@ -60,8 +62,8 @@ def scripted(monkeypatch):
         return {name: Times([seconds(name), 9.0]) for name in calls}
 
     lm = copy.copy(demo_toy())
-    lm.name, lm.decode, lm.calls, lm.config = "scripted", decode, [], THREE
-    monkeypatch.setattr(sweeping, "interleave", interleave)
+    lm.name, lm.decode, lm.calls, lm.config, lm.says = "scripted", decode, [], THREE, "#### {}"
+    monkeypatch.setattr(measuring, "interleave", interleave)
     monkeypatch.setattr(sweeping, "draw_sweep", lambda _, path: path.write_bytes(b"a picture") and path)
     return lm
 
@@ -101,7 +103,7 @@ def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path):
     assert all(row.same_texts == 1 and 0 <= row.acceptance <= 1 and row.verifies for row in drafts)
     assert [row.settings["draft"] for row in drafts] == [1, 3] and full.acceptance is None is none.acceptance
     for row in swept.rows:
-        assert row.seconds > 0 and row.tokens_per_second == pytest.approx(row.tokens / row.seconds)
+        assert row.seconds > 0 and row.unread == 5 and row.tokens <= 5 * 6
         assert row.relative_speed == pytest.approx(row.against_seconds / row.seconds) and row.low <= row.accuracy
     assert swept.sequences == (tuple(m.name for m in EARLY), tuple(m.name for m in DRAFTS))
     again = run(toy, tmp_path / "b", [*grid.early_exits([1], [0.2, 0.7]), *grid.self_speculation([1], [2])], rounds=2)
@@ -195,12 +197,66 @@ def test_the_fastest_certified_setting(scripted, tmp_path):
     said = swept.markdown()
     assert "each of the 4 certified methods, of 8 tested in 3 sequences" in said and "fastest of them: exit" in said
     assert "| yes |" in said and "| no |" in said and "1.01 times as fast as no exit" in said
-    assert "so their tokens/s do not compare; times as fast does" in said
+    assert "one whose answers break off is faster" in said
     assert dataclasses.replace(swept, delta=0.25).choice().method == "exit after 1, threshold 0.9"
     only = run(scripted, tmp_path, DRAFTS, many(400))
     assert only.choice().method is None and "None of them was faster" in only.verdict()
     few = run(scripted, tmp_path, methods, many(20))
     assert few.choice() == (None, ()) and "it takes 80 questions here, and 20 were asked" in few.verdict()
+
+
+# A model at the floor: nothing it solves can be lost, so that without this rule everything would be certified.
+@pytest.mark.parametrize(("says", "questions", "solved"), [
+    ("I do not know.", many(400), "0 of 400 questions, and in 400 of its texts no answer could be read"),
+    ("#### 7", many(400), "0 of 400 questions:"),
+    ("#### {}", dataclasses.replace(many(400), extract="boxed"),
+     "0 of 400 questions, and in 400 of its texts no answer could be read"),
+    ("#### {}", dataclasses.replace(many(400), answers=tuple(2 * i + (i > 10) for i in range(400))),
+     "11 of 400 questions:"),  # fewer than delta
+    ("#### {}", dataclasses.replace(many(400), answers=tuple(2 * i + (i > 24) for i in range(400))),
+     "25 of 400 questions:"),  # a little more, but not by what 400 questions can show
+    ("#### {}", dataclasses.replace(many(100), answers=tuple(2 * i + (i > 4) for i in range(100))),
+     "5 of 100 questions:"),
+])
+def test_where_nothing_can_be_lost_nothing_is_certified(scripted, tmp_path, says, questions, solved):
+    scripted.says = says
+    with pytest.warns(EvaluationWarning, match=f"no exit solves {solved}.* so nothing will be certified or chosen"):
+        swept = run(scripted, tmp_path, [*grid.early_exits([1, 2], [1.0, 0.9, 0.1]), *DRAFTS], questions)
+    assert swept.choice() == (None, ()) and "**Nothing is certified or chosen**: no exit solves" in swept.markdown()
+    assert solved in swept.verdict() and "fastest of them" not in swept.markdown() and "| yes |" not in swept.markdown()
+    assert all(row.unread == (400 if "could be read" in solved else 0) for row in swept.rows[:1])
+
+
+def test_a_baseline_that_solves_enough_is_certified_beside(scripted, tmp_path):
+    some = dataclasses.replace(many(400), answers=tuple(2 * i + (i > 39) for i in range(400)))  # a tenth
+    swept = run(scripted, tmp_path, EARLY, some)
+    assert EARLY[0].name in swept.choice().certified and "no exit solves 0.1 of these" in swept.verdict()
+
+
+def test_another_rule_that_finds_more_is_named(scripted, tmp_path):
+    scripted.says = "That makes {}"
+    hint = "By flexible-extract .--extract. it solves 100. Its first text: 'That makes 0'"
+    with pytest.warns(EvaluationWarning, match=hint):
+        run(scripted, tmp_path, EARLY, many(100))
+    swept = run(scripted, tmp_path, EARLY, dataclasses.replace(many(100), extract="flexible-extract"))
+    assert swept.rows[0].accuracy == 1 and "the answer being the last number" in swept.what
+
+
+def test_too_few_questions_are_told_before_any_work(scripted, tmp_path):
+    with pytest.warns(EvaluationWarning, match="3 questions certify nothing: even without any loss it takes 59 at"):
+        scripted.decode = None  # before any answer: what calls it fails
+        with pytest.raises(TypeError):
+            run(scripted, tmp_path, EARLY, many(3))
+
+
+@pytest.mark.parametrize(("questions", "stop", "passed"), [
+    (many(5), None, ()), (dataclasses.replace(many(5), stop=("Q:",)), None, ("Q:",)),
+    (dataclasses.replace(many(5), stop=("Q:",)), "\n\n", ("\n\n",)), (demo_questions(5), None, ("Question:",)),
+    (demo_questions(5), (), ()), (many(5), ["a", "b"], ("a", "b")),
+])
+def test_stop_strings(scripted, tmp_path, questions, stop, passed):
+    swept = run(scripted, tmp_path, EARLY[:1], questions, stop=stop)
+    assert scripted.stop == passed and swept.what.count("ending at") == bool(passed)
 
 
 @pytest.mark.parametrize(("methods", "how", "says"), [
@@ -231,25 +287,17 @@ def test_files_of_ones_own_are_not_replaced(command, scripted, tmp_path, capsys,
         run(scripted, tmp_path)
 
 
-def test_questions_of_the_demo_and_from_a_file(tmp_path):
-    assert demo_questions(3).prompts[0].startswith("Question: ") and len(demo_questions(3).answers) == 3
-    with pytest.raises(SettingError, match="2 prompts and 1 answers"):
-        Questions(("a", "b"), (1,), "x")
-    path = tmp_path / "asked.jsonl"
-    rows = [{"q": "1+1?", "a": "2", "s": "so\n#### 1,002"}, {"q": "a half?", "a": "0.5", "s": "#### $7"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = read_questions(str(path), prompt="Question: {q}\nAnswer:", answer="a")
-    assert asked.prompts == ("Question: 1+1?\nAnswer:", "Question: a half?\nAnswer:")
-    assert asked.answers == (2, Fraction(1, 2)) and asked.right(["#### 2.0", "#### 0.5 or so"]) == [True, True]
-    first = read_questions(path, prompt="q", answer="s", limit=1)
-    assert (first.prompts, first.answers, first.source) == (("1+1?",), (1002,), "questions of asked.jsonl")
-    with pytest.raises(DataError, match=r"asked\.jsonl, example 1, has the answer '1\+1\?', in which no number"):
-        read_questions(path, prompt="s", answer="q")
-    path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": 0.00001}\n')
-    assert read_questions(path, prompt="q", answer="a").answers == (1, Fraction(1, 100_000))
-    path.write_text('{"q": "1?", "a": 1}\n{"q": "2?", "a": "s\\n#### 1 or 2"}\n')
-    with pytest.raises(DataError, match=r"example 2, has the answer '1 or 2', .*give one such as 54, .* 1e-5"):
-        read_questions(path, prompt="q", answer="a")
+@pytest.mark.parametrize(("arguments", "made"), [
+    (["-o", "new/deep", "--exit-layers", "9"], False), (["-o", "new", "--rounds", "0"], False),
+    (["-o", "new", "-n", "1000"], False), (["-o", "old/new", "--exit-layers", "9"], False),
+    (["-o", "new", "--delta", "2"], False), (["-o", "new", "--problems", "2", "--thresholds", "0.9", "--drafts"], True),
+])
+def test_a_refused_run_leaves_no_folder(command, tmp_path, monkeypatch, arguments, made):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old").mkdir()
+    assert command(*arguments) == 1 - made
+    assert (tmp_path / "old").exists() and (tmp_path / "new").exists() == made
+    assert not list((tmp_path / "old").iterdir())
 
 
 def test_pictures_of_every_kind_of_sweep(scripted, tmp_path):
@@ -289,7 +337,7 @@ def test_the_command(command, scripted, tmp_path, capsys):
     assert command("-o", tmp_path / "own", "--data", tmp_path / "own.jsonl", "--prompt", "{q}", "--answer", "a",
                    "--thresholds", "--fusion", "sled", "--rate", 2) == 0
     own = (tmp_path / "own" / "sweep.md").read_text()
-    assert "scripted, 2 questions of own.jsonl, at most 96 new" in own
+    assert "scripted, 2 questions of own.jsonl, the answer being the number behind the first ####, at most 96" in own
     assert own.count("| SLED rate 2 scale 10, speculation after") == 2 * 4  # layers x drafts
 
 
@@ -300,7 +348,10 @@ def test_the_command(command, scripted, tmp_path, capsys):
     (["--thresholds", "--exit-layers", "1"], "--exit-layers has no meaning without --thresholds"),
     (["--drafts", "--draft-layers", "1"], "--draft-layers has no meaning without --drafts"),
     (["--exit-layers", "one"], "--exit-layers is 'one'"), (["--problems", "0"], "count is 0"),
-    (["--prompt", "q"], "--data, which was not given"), (["--data", "x.jsonl"], "without --prompt or --answer"),
+    (["--prompt", "q"], "--prompt is for --data, which was not given"),
+    (["--num-fewshot", "2"], "--num-fewshot is for --data"), (["--fewshot", "x"], "--fewshot is for --data"),
+    (["--data", "x.jsonl", "--prompt", "q", "--answer", "a", "--fewshot", "y"], "'y', but --num-fewshot is 0"),
+    (["--stop", ""], "at least one character"), (["--data", "x.jsonl"], "without --prompt or --answer"),
     (["--data", "x.jsonl", "--prompt", "q", "--answer", "a"], "no file at 'x.jsonl'"),
     (["-m", "other"], "no questions were given for other"), (["--exit-layers", "9"], "no early exit of a model of 3"),
     (["--thresholds", "2"], "EarlyExit.threshold is 2"),

@@ -13,9 +13,9 @@ from sled.errors import SettingError
 from sled.eval.sweep import plot as sweep_picture
 from sled.eval.sweep import result as sweep_result
 from sled.eval.sweep.certified import certified, pareto
+from sled.eval.sweep.measure import same_tokens
 from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.result import SweepFile, SweepRow, Swept
-from sled.eval.sweep.sweep import same_tokens
 
 
 def test_levels_pass_from_one_sequence_to_the_others():
@@ -58,9 +58,9 @@ def test_the_pareto_front_is_what_nothing_beats(xy):
 
 ROW = SweepRow(digest="d", run="r", machine="an, \"odd\" one", versions="v", method="m", against="a", layers="1 2",
                verifies=False, policy='{"kind": "sled.EarlyExit", "threshold": 0.1}', n=3, accuracy=1 / 3, low=0.0,
-               high=1.0, lost=0.0, same_texts=1.0, same_tokens=1.0, mean_depth=2.5, acceptance=None, tokens=7,
+               high=1.0, unread=0, lost=0.0, same_texts=1.0, same_tokens=1.0, mean_depth=2.5, acceptance=None, tokens=7,
                seconds=0.1, median_seconds=0.2, against_seconds=0.3, against_median_seconds=0.4,
-               tokens_per_second=70.0, relative_speed=3.0, right="010")
+               relative_speed=3.0, right="010")
 
 
 def fused():

@@ -1,6 +1,7 @@
 """Tasks by name, and with data of one's own: what each reads and shows, and what is refused before any work."""
 
 import json
+from pathlib import Path
 
 import pytest
 from harness_tasks import QUESTIONS, TASKS, Scripted, lm_eval, write_rows
@@ -114,6 +115,19 @@ def test_more_examples_than_rows_are_refused_before_any_work(tiny_tasks, tmp_pat
     if name == "tiny_text":  # one less is shown to every row
         task = load(asked - 1)["tasks"][name]
         assert all(task.fewshot_context(doc, asked - 1).count("q: ") == asked for doc in task.eval_docs)
+
+
+@pytest.mark.parametrize("kind", [str, Path, lambda path: [str(path)], lambda path: (path,), lambda path: iter([path])])
+def test_a_name_or_a_folder_by_itself_is_one(tiny_tasks, kind):
+    assert set(load_tasks("tiny_text", include_path=kind(tiny_tasks))["tasks"]) == {"tiny_text"}
+
+
+@pytest.mark.parametrize("given", [dict(include_path=5), dict(include_path={"a": 1}), dict(include_path=b"ab"),
+                                   dict(include_path=[5]), dict(include_path=None), dict(names=5), dict(names=b"ab"),
+                                   dict(names=[["tiny_text"]]), dict(names={"tiny_text": 1})], ids=str)
+def test_what_is_no_list_of_names_is_refused(given):
+    with pytest.raises(SettingError, match=r"must be one or several (folders|names of tasks); name"):
+        load_tasks(**{"names": "tiny_text", **given})
 
 
 @pytest.mark.parametrize("names, given, says", [

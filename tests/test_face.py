@@ -25,6 +25,7 @@ from sled.eval.numbers import final_answer
 from sled.io import writable
 from sled.plots import writable_picture
 from sled.results import Stats
+from sled.text.stop_strings import StopStrings
 
 DEMO = Path(sled.__file__).parent / "demo" / "model"
 
@@ -49,6 +50,20 @@ def test_stop_strings_cut_text_and_tokens():
     assert out.texts == [lm.text.decode(tokens).split(stop)[0] for tokens in out.tokens]
     streamed = list(lm.stream(prompts, stop=stop, chunk=2, **settings))
     assert ["".join(texts) for texts in zip(*(chunk.texts for chunk in streamed), strict=True)] == out.texts
+
+
+@pytest.mark.parametrize("stop, text, tokens", [
+    (["E"], "ab", "abE"), (["Ec"], "ab", "abEc"), (["bE"], "a", "abE"), (["c", "E"], "ab", "abE"),
+    (["b", "E"], "a", "ab"), (["bc"], "a", "abEc"), (["dE"], "abc", "abEcdE"),
+    (["cE"], "abcd", "abEcdE"), (["EE", "z"], "abcd", "abEcdE"), ([], "abcd", "abEcdE")])
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_a_stop_string_may_name_a_special_token(stop, text, tokens, step):
+    ids = [ord(letter) - 64 for letter in "abEcdE"]  # E is special, so no part of the text
+    row = StopStrings(talking_lm().text, stop, ())
+    for end in range(step, len(ids) + step, step):
+        row.update(ids[:end])
+    assert (row.text(), row.tokens) == (text, ids[:len(tokens)])
+    assert row.finish_reason() == ("length" if text == "abcd" else "stop")
 
 
 def test_token_ids_may_be_in_arrays():
@@ -165,12 +180,13 @@ def test_a_path_is_tried_without_a_trace(tmp_path):
     old, new = tmp_path / "old.json", tmp_path / "folder" / "new.svg"
     old.write_text("{}")
     assert (writable("old", old), writable_picture("new", new)) == (old, new)
-    assert old.read_text() == "{}" and not new.exists()
+    assert old.read_text() == "{}" and not new.parent.exists()
 
 
 def command_that(does: str) -> subprocess.Popen:
     """`sled generate hi`, which does this instead."""
-    code = f"import sys, sled.cli as c\ndef run(self): {does}\nc.Generate.run = run\nsys.exit(c.main())"
+    code = (f"import sys, sled.cli, sled.cli.generate as c\ndef run(self): {does}\nc.Generate.run = run\n"
+            "sys.exit(sled.cli.main())")
     return subprocess.Popen([sys.executable, "-c", code, "generate", "hi"], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 

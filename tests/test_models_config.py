@@ -187,7 +187,8 @@ def test_a_damaged_config_json_is_named(tmp_path, text):
 
 WANTED = {"config.json", "generation_config.json", "model.safetensors", "model-00001-of-00004.safetensors",
           "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"}
+          "added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+          "additional_chat_templates/rag.jinja"}
 
 
 def test_the_folder_is_returned_and_only_model_files_are_asked_for(tmp_path, monkeypatch):
@@ -197,8 +198,10 @@ def test_the_folder_is_returned_and_only_model_files_are_asked_for(tmp_path, mon
     assert fetch("owner/name", "v1") == tmp_path
     (hub_id,), asked = download.call_args
     assert hub_id == "owner/name" and asked["revision"] == "v1"
-    files = [*WANTED, "consolidated.safetensors", "pytorch_model.bin", "modeling.py"]
-    assert set(filter_repo_objects(files, allow_patterns=asked["allow_patterns"])) == WANTED
+    files = [*WANTED, "consolidated.safetensors", "pytorch_model.bin", "modeling.py", "onnx/tokenizer.json",
+             "onnx/model.safetensors"]
+    patterns = {name: asked[name] for name in ("allow_patterns", "ignore_patterns")}
+    assert set(filter_repo_objects(files, **patterns)) == WANTED
 
 
 def http(kind):

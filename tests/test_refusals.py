@@ -11,7 +11,7 @@ from tiny_lm import PROMPTS, talking_lm
 
 import sled
 from sled.errors import CalibrationError, CheckpointError, ConfigError, DownloadError, PromptError, SettingError
-from sled.fusion import SLED, ClampOnly, ConfidentDecoding, DoLa, LayerAverage, SharedHead
+from sled.fusion import SLED, ClampOnly, ConfidentDecoding, DoLa, FinalLayer, LayerAverage, SharedHead
 from sled.lm import LM
 from sled.models import ExitHeads, from_pre_exit
 from sled.train.objective.exit_heads import partition
@@ -21,11 +21,11 @@ W_VD = jnp.ones((6, 4))
 
 # The rules themselves are tested in test_checks.py: here stands a case for every setting that has one.
 @pytest.mark.parametrize(("kind", "wrong", "says"), [
-    (SLED, dict(rate=-1), "SLED.rate is -1, but must be a number in [0, inf); 0.5 to 3 is usual"),
+    (SLED, dict(rate=-1), "SLED.rate is -1, but must be a number in [0, 1e+06]; 0.5 to 3 is usual"),
     (SLED, dict(scale=0), "SLED.scale is 0, but must be a whole number from 1 to 2147483647; 5, 10 or 20 is usual"),
-    (SLED, dict(steps=0), "SLED.steps is 0, but must be a whole number from 1 to 2147483647"),
-    (SLED, dict(temperature=0), "SLED.temperature is 0, but must be a number in (0, inf)"),
-    (SLED, dict(lower_bound=np.nan), "SLED.lower_bound is nan, but must be a number in [-inf, inf)"),
+    (SLED, dict(steps=0), "SLED.steps is 0, but must be a whole number from 1 to 1000; 1 is usual"),
+    (SLED, dict(temperature=0), "SLED.temperature is 0, but must be a number in [1e-06, 1e+06]; 1 is"),
+    (SLED, dict(lower_bound=np.nan), "SLED.lower_bound is nan, but must be a number in [-inf, 1e+06]"),
     (SLED, dict(layers="low"), "SLED.layers is 'low', but must be None or 'all' or 'blocks' or a tuple"),
     (SLED, dict(log_softmax="no"), "SLED.log_softmax is 'no', but must be True or False"),
     (SLED, dict(norm_early=0), "SLED.norm_early is 0, but must be True or False"),
@@ -34,12 +34,17 @@ W_VD = jnp.ones((6, 4))
     (DoLa, dict(relative_top=0), "DoLa.relative_top is 0, but must be a number in (0, 1]; 0.1 is usual"),
     (DoLa, dict(lower_bound="low"), "DoLa.lower_bound is 'low'"),
     (DoLa, dict(layers="middle"), "DoLa.layers is 'middle', but must be 'low' or 'high' or a tuple"),
-    (ConfidentDecoding, dict(window=0), "ConfidentDecoding.window is 0, but must be a whole number of at least 1"),
-    (LayerAverage, dict(weights=(1.0, -1.0)), "LayerAverage.weights[1] is -1.0, but must be a number in [0, inf)"),
+    (ConfidentDecoding, dict(window=0), "ConfidentDecoding.window is 0, but must be a whole number from 1 to"),
+    (LayerAverage, dict(weights=(1.0, -1.0)), "LayerAverage.weights[1] is -1.0, but must be a number in [0, 1e+30]"),
     (LayerAverage, dict(weights=(0.0, 0.0)), "LayerAverage.weights is (0.0, 0.0), but must not be all 0"),
+    (LayerAverage, dict(weights=np.zeros(2)), "LayerAverage.weights is array([0., 0.]), but must not be all 0 for any"),
+    (LayerAverage, dict(weights=np.array([[1, 0], [0, 0.]])), "LayerAverage.weights is array([[1., 0.],"),
+    (LayerAverage, dict(weights=jnp.zeros((1, 2))), "LayerAverage.weights is Array([[0., 0.]], dtype=float32), but"),
+    (LayerAverage, dict(weights=np.zeros((1, 0))), "LayerAverage.weights is array([], shape=(1, 0)"),
+    (LayerAverage, dict(weights=np.full(2, 1e31)), "LayerAverage.weights, an array, is 1e+31, but must be a number"),
     (LayerAverage, dict(weights=2.0), "LayerAverage.weights is 2.0, but must be a tuple of numbers"),
     (SharedHead, dict(w_VD=W_VD, tile=0), "SharedHead.tile is 0, but must be a whole number of at least 1"),
-    (SharedHead, dict(w_VD=W_VD, shards=0), "SharedHead.shards is 0, but must be a whole number of at least 1"),
+    (SharedHead, dict(w_VD=W_VD, shards=0), "SharedHead.shards is 0, but must be a whole number from 1 to"),
     (SharedHead, dict(w_VD=W_VD, shards=4), "SharedHead.shards is 4, but does not divide the vocabulary of 6 rows; "),
     (sled.EarlyExit, dict(layers=2, threshold=40.0), "EarlyExit.threshold is 40.0"),
     (sled.EarlyExit, dict(layers=(1, 2), threshold=(0.5, 0.5, 0.5)), "EarlyExit.threshold has 3 numbers for 2 exits"),
@@ -49,6 +54,16 @@ W_VD = jnp.ones((6, 4))
     (sled.EarlyExit, dict(layers=2, measure="hope"), "EarlyExit.measure is 'hope'"),
     (sled.EarlyExit, dict(layers=2, measure="classifier"), "EarlyExit: measure=\"classifier\" and a trained"),
     (sled.EarlyExit, dict(layers=2, measure="classifier", classifier=np.ones(3)), "EarlyExit.classifier is array"),
+    *((sled.EarlyExit, dict(layers=2, measure="classifier", classifier=sled.Classifier(*weights)), says)
+      for weights, says in (
+        ((1.0, 1.0), "EarlyExit.classifier has weights of the types float and float, but must have arrays"),
+        (([[0.0] * 4], [0.0]), "EarlyExit.classifier has weights of the types list and list, but must have arrays"),
+        ((np.ones((1, 4)), np.ones(3)), "EarlyExit.classifier has weights of the shapes (1, 4) and (3,), but for the"),
+        ((np.ones((2, 4)), np.ones(1)), "EarlyExit.classifier has weights of the shapes (2, 4) and (1,), but for the"),
+        ((np.ones(4), np.ones(1)), "EarlyExit.classifier has weights of the shapes (4,) and (1,), but for the"),
+        ((np.full((1, 4), np.nan), np.ones(1)), "EarlyExit.classifier has weights that are not finite numbers"),
+        ((np.full((1, 4), 1e39), np.ones(1)), "EarlyExit.classifier has weights that are not finite numbers"),
+        ((np.array([["a"]]), np.ones(1)), "EarlyExit.classifier has weights that are not finite numbers"))),
     (sled.EarlyExit, dict(layers=2, kv="none"), "EarlyExit.kv is 'none'"),
     (sled.EarlyExit, dict(layers=2, decay="fast"), "EarlyExit.decay is 'fast'"),
     (sled.EarlyExit, dict(layers=2, max_deferred=0), "EarlyExit.max_deferred is 0"),
@@ -139,6 +154,12 @@ def risk(text, reference):
     # What does not fit the model.
     (lambda lm: lm.generate("a", exits=sled.EarlyExit((1, 4))), SettingError, "model of 4 layers"),
     (lambda lm: lm.generate("a", exits=sled.SelfSpeculation(4)), SettingError, "model of 4 layers"),
+    *((lambda lm, ids=ids: lm.generate("a", exits=sled.SelfSpeculation(1, vocabulary=ids)), SettingError,
+       f"vocabulary has the token id {wrong}, but the model's are 0 to 60; leave it out")
+      for ids, wrong in (([3, 61], 61), ([-1], -1), (np.array([2**40]), 2**40), (jnp.array([1, 99]), 99),
+                         (range(70), 61))),
+    (lambda lm: lm.generate("a", exits=sled.EarlyExit(1, measure="classifier", classifier=sled.Classifier(
+        np.ones((1, 7)), np.ones(1)))), SettingError, "hidden states of width 7, but the model's is 32"),
     (lambda lm: lm.generate("a", fusion=DoLa(layers=(99,))), SettingError, r"DoLa.layers is \(99,\), but 99 is no ear"),
     (lambda lm: SLED(layers="blocks").early_layers(1, tied=False), SettingError, r'SLED\(layers="blocks"\) finds no'),
     (lambda lm: DoLa().early_layers(3, tied=True), SettingError, 'finds none in a tied model of 3; use "high"'),
@@ -199,3 +220,12 @@ def risk(text, reference):
 def test_what_cannot_be_is_refused_and_says_why(call, error, says):
     with pytest.raises(error, match=says):
         call(talking_lm())
+
+
+def test_bounds_beyond_the_model_mean_all_of_it():
+    lm, [plain] = talking_lm(), talking_lm().generate("a", max_new_tokens=4).tokens
+    assert lm.generate("a", max_new_tokens=4, exits=sled.EarlyExit(1, 0.0, min_layer=100)).tokens == [plain]
+    whole = [lm.score("a", "b", fusion=fusion).logprobs for fusion in (FinalLayer(), ClampOnly(scale=10**6))]
+    np.testing.assert_allclose(*whole, rtol=1e-6)
+    long = lm.generate("a", max_new_tokens=10**12)
+    assert len(long.tokens[0]) == 47 or long.finish_reasons == ["eos"]

@@ -165,11 +165,11 @@ def test_a_folder_must_hold_one_kind_of_file(load, tmp_path):
 @pytest.mark.parametrize(("data", "how", "says"), [
     *((path, {}, "there is no file at .*; give a file, a folder") for path in (
         "no.jsonl", "no/such.jsonl", "./no", "no", "/no/such", "no/*", Path("no/such"), ["a/b"])),
-    ([{"txt": "x"}], {}, "the source, example 1, has no column 'text', which text needs; it has 'txt'"),
-    ([{"q": "x"}], dict(prompt="{q} {hint}", completion="q"), "has no column 'hint', which prompt needs; it has 'q'"),
+    ([{"txt": "x"}], {}, "the source, example 1, has no column 'text', which Source.text needs; it has 'txt'"),
+    ([{"q": "x"}], dict(prompt="{q} {hint}", completion="q"), "no column 'hint', which Source.prompt needs; it has"),
     ([["x"]], {}, r"example 1, is \"\['x'\]\", but must be a mapping"),
-    ([{"ids": "x"}], dict(tokens="ids"), "holds 'x' in its column 'ids', but tokens must be a list"),
-    ([{"ids": [1.5]}], dict(tokens="ids"), "but tokens must be a list of token ids"),
+    ([{"ids": "x"}], dict(tokens="ids"), "holds 'x' in its column 'ids', but Source.tokens must be a list"),
+    ([{"ids": [1.5]}], dict(tokens="ids"), "but Source.tokens must be a list of token ids"),
     ([{"ids": [3, 1000]}], dict(tokens="ids"), "example 1, has token id 1000, but the model's vocabulary is 0 to 999"),
     ([{"ids": [-1, 3]}], dict(tokens="ids"), "has token id -1"),
     (5, {}, "the source is 5, which holds no rows; give"),
@@ -210,8 +210,8 @@ def test_a_hub_name_without_a_network_is_named(load, monkeypatch):
 
 @pytest.mark.parametrize(("make", "wrong", "says"), [
     (Source, dict(limit=0), "Source.limit is 0"),
-    (Source, dict(prompt="a"), "Source names prompt alone; name text, or tokens, or prompt with completion"),
-    (Source, dict(text="a", tokens="b"), "Source names text and tokens"),
+    (Source, dict(prompt="a"), "columns are named by Source.prompt alone; give Source.text, or"),
+    (Source, dict(text="a", tokens="b"), "columns are named by Source.text and Source.tokens"),
     (Source, dict(text=""), "must be the name of a column"),
     (Source, dict(prompt="{a", completion="b"), "is no template"),
     (Source, dict(prompt="{a!r}", completion="b"), "must be just the name of a column"),

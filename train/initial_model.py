@@ -29,7 +29,7 @@ from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract_stacked
 from sled.settings.decorator import setting, settings
 from sled.settings.describe import describe
-from sled.settings.rules import OrNone, Whole
+from sled.settings.rules import Flag, OrNone, Whole
 from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Source
 from sled.train.objective.exit_heads import with_heads
@@ -49,17 +49,18 @@ class NewModel:
     width: int = setting(Whole(2, hint="the heads share it"), default=128,
                          help="width of the hidden states")
     heads: int = setting(Whole(1, hint="they share the width"), default=4, help="query heads")
-    kv_heads: int | None = setting(OrNone(Whole(1, hint="None is as many as heads")), default=None,
-                                   help="key/value heads")
-    mlp_width: int | None = setting(OrNone(Whole(1, hint="None is 2.75 times the width")), default=None,
-                                    help="width of the feed-forward layers")
-    positions: int | None = setting(OrNone(Whole(2, hint="None is as many as a row of training has")), default=None,
-                                    help="tokens of the longest text that it is made for")
+    kv_heads: int | None = setting(OrNone(Whole(1, hint="they divide the query heads"), "as many as heads"),
+                                   default=None, help="key/value heads")
+    mlp_width: int | None = setting(OrNone(Whole(1, hint="2.75 to 4 times the width is usual"), "2.75 times the width"),
+                                    default=None, help="width of the feed-forward layers")
+    positions: int | None = setting(OrNone(Whole(2, hint="no text can be longer"), "as many as a row of training has"),
+                                    default=None, help="tokens of the longest text that it is made for")
     vocabulary: int = setting(Whole(257, hint="256 are the bytes, and one ends a text"), default=1000,
                               help="tokens of a byte-level BPE made from the data")
     tokenizer: Path | None = setting(default=None, help="folder whose tokenizer.json is taken instead")
     end_of_text: str = setting(default=END_OF_TEXT, help="its token that ends a text")
-    tied_head: bool = setting(default=True, help="whether the embedding table is the projection too")
+    tied_head: bool = setting(Flag(hint="True shares one matrix"), default=True,
+                              help="whether the embedding table is the projection too")
 
     def __post_init__(self):
         if self.width % self.heads or (self.width // self.heads) % 2:

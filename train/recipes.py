@@ -74,9 +74,9 @@ class Recipe:
                            help="decay of the optimiser's second moments")
     clip: float = setting(Number(0, open_low=True, hint="1 is usual"), default=1.0,
                           help="bound of the gradient's global norm")
-    z_loss: float | None = setting(OrNone(Number(0, hint="None is off")), default=None,
+    z_loss: float | None = setting(OrNone(Number(0, hint="0 has no effect"), "off"), default=None,
                                    help="weight of the squared log of the softmax's denominator (PaLM: 1e-4)")
-    distill: float | None = setting(OrNone(Number(0, hint="None is off")), default=None,
+    distill: float | None = setting(OrNone(Number(0, hint="0 has no effect"), "off"), default=None,
                                     help="weight of each early exit's divergence from the last layer, which teaches it")
     temperature: float = setting(Number(0, open_low=True, hint="1 is usual"), default=1.0,
                                  help="temperature of that distillation")

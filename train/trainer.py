@@ -27,7 +27,7 @@ from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Sharding
 from sled.settings.decorator import setting, settings
 from sled.settings.describe import describe
-from sled.settings.rules import Instance, OrNone, Whole
+from sled.settings.rules import Flag, Instance, OrNone, Whole
 from sled.train.data.batches import Batches, some_batches
 from sled.train.data.packing import Layout
 from sled.train.data.rows import TrainingBatch, TrainingRows, read_rows
@@ -93,7 +93,7 @@ class TrainingRun:
     log_every: int = setting(Whole(1, hint="it counts the steps between two lines of metrics"), default=10,
                              help="steps between two lines of metrics.jsonl")
     held_out_rows: int = setting(Whole(1, hint="it counts rows"), default=256, help="rows to measure on, at most")
-    tensorboard: bool = setting(default=False, help="also write for TensorBoard")
+    tensorboard: bool = setting(Flag(hint="True needs tensorboardX"), default=False, help="also write for TensorBoard")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,7 @@ batch in which it was made.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,8 @@ from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.options import A_SAMPLING
-from sled.errors import EvaluationError
+from sled.errors import EvaluationError, SledError, TemplateError
 from sled.eval.harness.cache import Cache, RequestCounts
-from sled.eval.harness.chat import TokenizerSettings, render
 from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
 from sled.eval.methods import Method, deciding_versions
 from sled.eval.protocols.choices import Scored
@@ -60,7 +60,7 @@ class SledLM(TemplateLM):
             1, hint="it counts the tokens to generate")("max_new_tokens", max_new_tokens)
         self.seed = Whole(0, 2**31, hint="it begins the random streams")("seed", seed)
         self.normalise = Flag(hint="True gives log-probabilities")("normalise", normalise)
-        self.special = TokenizerSettings.read(lm.text.folder)
+        self.special = lm.text.chats
         self.weights = weights or digest_of_weights(lm.params)
         self.now = now or datetime.datetime.now().astimezone()
         self.counts = RequestCounts()
@@ -87,6 +87,12 @@ class SledLM(TemplateLM):
     @functools.cached_property
     def eot_token_id(self) -> int:
         return self._named_id("eos_token", self.lm.config.eos_ids[:1])
+
+    @functools.cached_property
+    def _eos(self) -> str | None:
+        """The tokenizer's EOS token as written, where the model does not end at it by itself; it ends texts too."""
+        token = self.special.tokens.get("eos_token")
+        return None if token is None or self.eot_token_id in self.lm.config.eos_ids else token
 
     @functools.cached_property
     def prefix_token_id(self) -> int:
@@ -118,22 +124,15 @@ class SledLM(TemplateLM):
         return self.lm.name.replace("/", "__")
 
     def chat_template(self, chat_template: bool | str = True) -> str | None:
-        """The model's chat template; None where none is to be used. Raises EvaluationError where it has none."""
-        if chat_template is False or chat_template is None:
-            return None
-        if self.special.template is None:
-            raise EvaluationError(f"{self.lm.name} has no chat template (chat_template.jinja, or chat_template in "
-                                  "tokenizer_config.json); evaluate it without, or take a model tuned for chats")
-        return self.special.template
+        """The model's chat template; None where none is to be used. Raises TemplateError where it has none."""
+        return None if chat_template is False or chat_template is None else self.special.template({})
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of these messages. Where the template takes no system message, it goes without, as in HFLM."""
-        template = self.chat_template()
-        show = functools.partial(render, template, tokens=self.special.tokens,
-                                 add_generation_prompt=add_generation_prompt, now=self.now)
+        show = functools.partial(self.special.prompt, goes_on=not add_generation_prompt, now=self.now)
         try:
             return show(chat_history)
-        except EvaluationError:
+        except TemplateError:
             rest = [message for message in chat_history if message["role"] != "system"]
             if len(rest) == len(chat_history):
                 raise
@@ -143,34 +142,56 @@ class SledLM(TemplateLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self.check_scoring("this task")
+        pairs = []
         for request in requests:
-            if not request.args[1]:
-                raise EvaluationError(f"the task asks for the log-likelihood of an empty text after "
-                                      f"{request.args[0][-40:]!r}; every choice must have at least one token")
-        return super().loglikelihood(requests, disable_tqdm=True)
+            with _naming_sample(request):
+                pairs.append(self._window(*self._encoded(*request.args)))
+        return self._scored(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         self.check_scoring("this task")
-        windows = [[make_disjoint_window(window) for window in get_rolling_token_windows(
-            token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
-            max_seq_len=self.max_length, context_len=1)] for request in requests]
-        scored = iter(self._loglikelihood_tokens([(None, *window) for of_text in windows for window in of_text]))
-        return [sum(next(scored)[0] for _ in of_text) for of_text in windows]
+        texts = []
+        for request in requests:
+            with _naming_sample(request):
+                texts.append([self._window(*make_disjoint_window(window)) for window in get_rolling_token_windows(
+                    token_list=self.tok_encode(request.args[0]), prefix_token=self.prefix_token_id,
+                    max_seq_len=self.max_length, context_len=1)])
+        scored = iter(self._scored([window for of_text in texts for window in of_text]))
+        return [sum(next(scored)[0] for _ in of_text) for of_text in texts]
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **_) -> list[tuple[float, bool]]:
-        pairs = [self._window(*request) for request in requests]
+        return self._scored([self._window(context, continuation) for _, context, continuation in requests])
+
+    def _encoded(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of both, the prefix token in place of an empty context."""
+        if not continuation:
+            raise EvaluationError(f"the log-likelihood of an empty text is asked for, after {context[-40:]!r}; every "
+                                  "choice must have at least one token")
+        if context:
+            before, scored = self._encode_pair(context, continuation)
+        else:
+            before, scored = [self.prefix_token_id], self.tok_encode(continuation, add_special_tokens=False)
+            scored = scored[1:] if scored[:1] == before else scored
+        if not before:
+            raise EvaluationError(f"its context, {context!r}, is white space alone, which the harness moves to the "
+                                  "text that is scored, so that no token stands before it; change the task's "
+                                  "doc_to_text, or leave the sample out")
+        if not scored:
+            raise EvaluationError(f"the text to score, {continuation[:40]!r}, shares its only token with the context; "
+                                  "change the task, or leave the sample out")
+        return before, scored
+
+    def _scored(self, pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
         answers = self._answer([{"context": context, "continuation": continuation} for context, continuation in pairs],
                                lambda which: self._score(pairs, which))
         return [Scored(total, greedy, tokens=len(continuation))
                 for (total, greedy), (_, continuation) in zip(answers, pairs, strict=True)]
 
-    def _window(self, texts, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _window(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A context cut from the left so that it and the continuation fit; the last token takes no place."""
-        if not 1 <= len(continuation) <= self.max_length:
-            why = ("shares its only token with the context" if not continuation else
-                   f"is {len(continuation)} tokens long, but the model's context holds {self.max_length}")
-            raise EvaluationError(f"the text to score, {(texts or ('', ''))[1][:40]!r}, {why}; "
-                                  "change the task, or leave the sample out")
+        if len(continuation) > self.max_length:
+            raise EvaluationError(f"the text to score is {len(continuation)} tokens long, but the model's context "
+                                  f"holds {self.max_length}; change the task, or leave the sample out")
         cut = max(0, len(context) + len(continuation) - self.max_length - 1)
         self.counts.cut(cut)
         return tuple(context[cut:]), tuple(continuation)
@@ -219,7 +240,9 @@ class SledLM(TemplateLM):
         for request in requests:
             place = (request.task_name, request.doc_id, request.idx)
             again = repeats[place] = repeats.get(place, -1) + 1
-            wanted.append(self._request(*request.args, number=(request.doc_id or 0) * (request.repeats or 1) + again))
+            with _naming_sample(request):
+                wanted.append(self._request(*request.args,
+                                            number=(request.doc_id or 0) * (request.repeats or 1) + again))
         answers = self._answer([each.described() for each in wanted], lambda which: self._generate(wanted, which))
         for answer in answers:
             self.counts.unfinished += answer["finish_reason"] == "length"
@@ -228,7 +251,7 @@ class SledLM(TemplateLM):
         return [answer["text"] for answer in answers]
 
     def _request(self, context: str, gen_kwargs: dict[str, Any], *, number: int) -> GenerationRequest:
-        settings = GenerationSettings.of(gen_kwargs, at_most=self.max_new_tokens,
+        settings = GenerationSettings.of(gen_kwargs, at_most=self.max_new_tokens, eos=self._eos,
                                          sampling=self.method.decoding.sampling if self.method.samples else None)
         room = self.max_length - settings.max_new_tokens
         if room < 1:
@@ -238,7 +261,7 @@ class SledLM(TemplateLM):
         bos = self.special.tokens.get("bos_token")
         ids = self.lm.text.encode(context, special=bos is None or not context.startswith(bos))
         if not ids:
-            raise EvaluationError("the task gives an empty prompt, and the tokenizer adds no token of its own, so "
+            raise EvaluationError("the prompt is empty, and the tokenizer adds no token of its own, so "
                                   "there is nothing to start from; change the task's doc_to_text")
         self.counts.cut(max(0, len(ids) - room))
         warm = A_SAMPLING("sampling", settings.sampling).temperature > 0
@@ -247,17 +270,20 @@ class SledLM(TemplateLM):
     def _generate(self, requests: list[GenerationRequest], which: list[int]) -> Found:
         for batch in batches(requests, which, self.batch_size):
             settings, seed = requests[batch[0]].settings, requests[batch[0]].seed
-            ends = {self.lm.text.special_id(s) for s in settings.until} - {None}
-            stop = [s for s in settings.until if self.lm.text.special_id(s) is None]
             out = self.lm.decode([requests[i].ids for i in batch], self.method.decoding.replace(
-                max_new_tokens=settings.max_new_tokens, stop=stop, sampling=settings.sampling), seed=seed or 0,
-                batch_size=self.batch_size)
-            found = {}
-            for i, text, tokens, reason, layers in zip(batch, out.texts, out.tokens, out.finish_reasons,
-                                                       out.exit_layers, strict=True):
-                at = next((at for at, token in enumerate(tokens) if token in ends), None)
-                if at is not None:  # a special token that ends the text for this task, though not for the model
-                    text, reason = self.lm.text.decode(tokens[:at]), "stop"
-                    tokens, layers = tokens[:at + 1], layers[:at + 1]
-                found[i] = {"text": text, "tokens": len(tokens), "finish_reason": reason, "layers": sum(layers)}
-            yield found
+                max_new_tokens=settings.max_new_tokens, stop=settings.until, sampling=settings.sampling),
+                seed=seed or 0, batch_size=self.batch_size)
+            yield {i: {"text": text, "tokens": len(tokens), "finish_reason": reason, "layers": sum(layers)}
+                   for i, text, tokens, reason, layers in zip(batch, out.texts, out.tokens, out.finish_reasons,
+                                                              out.exit_layers, strict=True)}
+
+
+@contextlib.contextmanager
+def _naming_sample(request) -> Iterator[None]:
+    """Errors begin with the sample that this request of the harness is of, by its number in the report's samples."""
+    try:
+        yield
+    except SledError as error:
+        if request.doc_id is None:
+            raise
+        raise type(error)(f"sample {request.doc_id} of the task {request.task_name!r}: {error}") from error

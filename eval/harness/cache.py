@@ -20,44 +20,46 @@ from pathlib import Path
 from typing import Any
 
 from sled.errors import EvaluationError
-from sled.io import json_digest, writable
+from sled.io import json_digest, made_writable, writable
 
 FORMAT = 1  # `PRAGMA user_version` of the file; a file of another is refused
 PATIENCE = 60.0  # seconds to wait while another process writes to the same file
 
 
 class Cache:
-    """Answers under settings. path: the file, made where there is none; None keeps them in memory alone.
+    """Answers under settings. path: the file, made with the first answer; None keeps them in memory alone.
 
     Raises SettingError where the file cannot be written, EvaluationError where it is not such a file or damaged.
     """
 
     def __init__(self, path: str | os.PathLike | None = None):
         self.path = None if path is None else writable("cache", Path(path))
+        self._db = self._open() if self.path is None or self.path.exists() else None
+
+    def _open(self) -> sqlite3.Connection:
+        path = ":memory:" if self.path is None else made_writable("cache", self.path)
         with self._named_errors():
-            self._db = sqlite3.connect(":memory:" if self.path is None else self.path, timeout=PATIENCE)
-            [found] = self._db.execute("PRAGMA user_version").fetchone()
-            [tables] = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+            db = sqlite3.connect(path, timeout=PATIENCE)
+            [found] = db.execute("PRAGMA user_version").fetchone()
+            [tables] = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
             if found != FORMAT and (found or tables):
-                self._db.close()
+                db.close()
                 raise EvaluationError(f"the cache {self.path} has format {found}, but this version of sled reads "
                                       f"format {FORMAT}; name another file")
-            with self._db:
-                self._db.execute("CREATE TABLE IF NOT EXISTS settings (digest TEXT PRIMARY KEY, described TEXT)")
-                self._db.execute("CREATE TABLE IF NOT EXISTS answers (settings TEXT, request TEXT, answer TEXT, "
-                                 "PRIMARY KEY (settings, request)) WITHOUT ROWID")
-                self._db.execute(f"PRAGMA user_version = {FORMAT}")
+            with db:
+                db.execute("CREATE TABLE IF NOT EXISTS settings (digest TEXT PRIMARY KEY, described TEXT)")
+                db.execute("CREATE TABLE IF NOT EXISTS answers (settings TEXT, request TEXT, answer TEXT, "
+                           "PRIMARY KEY (settings, request)) WITHOUT ROWID")
+                db.execute(f"PRAGMA user_version = {FORMAT}")
+        return db
 
     def under(self, settings: Mapping[str, Any]) -> Answers:
         """The answers made under these settings, given as JSON has them. They are written down in full too."""
-        digest = json_digest(settings)
-        with self._named_errors(), self._db:
-            self._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)",
-                             (digest, json.dumps(settings, sort_keys=True, ensure_ascii=False)))
-        return Answers(self, digest)
+        return Answers(self, json_digest(settings), json.dumps(settings, sort_keys=True, ensure_ascii=False))
 
     def close(self) -> None:
-        self._db.close()
+        if self._db:
+            self._db.close()
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -71,12 +73,14 @@ class Cache:
 class Answers:
     """The answers of a `Cache` under one set of settings, by the digest of their request."""
 
-    def __init__(self, cache: Cache, digest: str):
-        self._cache, self.digest = cache, digest
+    def __init__(self, cache: Cache, digest: str, described: str):
+        self._cache, self.digest, self._described = cache, digest, described
 
     def find(self, requests: Iterable[str]) -> dict[str, Any]:
         """The known answers among these requests."""
-        found = {}
+        found: dict[str, Any] = {}
+        if self._cache._db is None:
+            return found
         with self._cache._named_errors():
             for request in requests:
                 row = self._cache._db.execute("SELECT answer FROM answers WHERE settings = ? AND request = ?",
@@ -88,7 +92,10 @@ class Answers:
     def add(self, answers: Mapping[str, Any]) -> None:
         """Keeps these answers, all or none. One that is there stays."""
         rows = [(self.digest, request, json.dumps(answer)) for request, answer in answers.items()]
+        if self._cache._db is None:
+            self._cache._db = self._cache._open()
         with self._cache._named_errors(), self._cache._db:
+            self._cache._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (self.digest, self._described))
             self._cache._db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", rows)
 
 

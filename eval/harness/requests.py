@@ -25,11 +25,12 @@ class GenerationSettings:
     sampling: Sampling
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], *, at_most: int | None = None,
+    def of(cls, given: Mapping[str, Any], *, at_most: int | None = None, eos: str | None = None,
            sampling: Sampling | None = None) -> GenerationSettings:
         """Reads them as the harness's own models do (`lm_eval.models.utils.normalize_gen_kwargs`).
 
-        at_most: the most new tokens, whatever the task asks for; sampling: used in place of the task's.
+        at_most: the most new tokens, whatever the task asks for; eos: a stop string besides the task's; sampling: used
+        in place of the task's.
         Raises EvaluationError for names that mean nothing here, and for sampling without a temperature.
         """
         from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -42,7 +43,7 @@ class GenerationSettings:
         if asked["do_sample"] and not asked.get("temperature"):
             raise EvaluationError("the task's generation_kwargs have do_sample, but no temperature above 0, so nothing "
                                   "says how to draw; give a temperature, such as 1.0, or leave do_sample out")
-        until = tuple(s for s in handle_stop_sequences(asked["until"], None) if s)
+        until = tuple(s for s in handle_stop_sequences(asked["until"], eos) if s)
         if any(not isinstance(s, str) for s in until):
             raise EvaluationError(f"the task's stop strings are {list(until)!r}; give strings")
         most = asked["max_gen_toks"] if at_most is None else min(asked["max_gen_toks"], at_most)

@@ -19,17 +19,22 @@ from sled.errors import DataError, DownloadError, EvaluationError, SledError
 from sled.eval.harness.local_data import Data, overrides, paths_by_task
 from sled.eval.protocols.task import ProtocolTask
 from sled.io import first_line
+from sled.settings.rules import Several
 
+Folders = str | os.PathLike | Sequence[str | os.PathLike]
+
+NAMES = Several(str, "names of tasks", hint="name one, such as sled_demo")
+FOLDERS = Several((str, os.PathLike), "folders", hint="name folders that hold YAML files")
 OWN = (Path(__file__).parent.parent / "tasks", Path(__file__).parent.parent / "protocols")
 
 
-def manager(names: Sequence[str] = (), *, include_path: Sequence[str | os.PathLike] = (),
+def manager(names: Sequence[str] = (), *, include_path: Folders = (),
             metadata: Mapping[str, Any] | None = None, everything: bool = False) -> TaskManager:
     """All tasks that there are. The harness's own, whose listing takes seconds, only where a name needs them.
 
     Raises EvaluationError for a folder that is not there, and for names of no task, group, tag or YAML file.
     """
-    folders = [Path(folder).expanduser() for folder in include_path]
+    folders = [Path(folder).expanduser() for folder in FOLDERS("include_path", include_path)]
     if missing := [str(folder) for folder in folders if not folder.is_dir()]:
         raise EvaluationError(f"there is no folder {missing[0]} to take tasks from; name one that holds YAML files")
     make = lambda defaults: TaskManager(include_path=[*OWN, *folders], include_defaults=defaults,  # noqa: E731
@@ -45,7 +50,7 @@ def manager(names: Sequence[str] = (), *, include_path: Sequence[str | os.PathLi
     return found
 
 
-def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: Sequence[str | os.PathLike] = (),
+def load_tasks(names: str | Sequence[str], *, data: Data | None = None, include_path: Folders = (),
                metadata: Mapping[str, Any] | None = None, num_fewshot: int | None = None, seed: int = 0,
                fewshot_seed: int = 1234) -> dict[str, Any]:
     """Tasks as `lm_eval.evaluate` takes them: {"tasks": ..., "groups": ..., "group_map": ...}.
@@ -58,6 +63,7 @@ def load_tasks(names: Sequence[str], *, data: Data | None = None, include_path: 
     Raises EvaluationError (unknown, or not for this library), DataError (among them: fewer rows than examples),
     DownloadError (its data cannot be had).
     """
+    names = NAMES("tasks", names)
     if not names:
         raise EvaluationError("no task was given; name one, such as sled_demo")
     if twice := [name for name in names if list(names).count(name) > 1]:

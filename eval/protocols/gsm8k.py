@@ -1,7 +1,7 @@
 """GSM8K: word problems answered after a chain of thought.
 
-Cobbe et al. 2021, arXiv 2110.14168; data MIT. Answers are read as in DoLa's and SLED's evaluation, and beside it by
-math-verify.
+Cobbe et al. 2021, arXiv 2110.14168; data MIT. The reference is read by this library's grammar (`sled.eval.numbers`).
+Models' answers are read as in DoLa's and SLED's evaluation, so that figures compare, and beside it by math-verify.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from sled.errors import DataError
+from sled.eval.numbers import decimal, letters, right_answer
 from sled.eval.protocols.rows import column
 
 SOURCE = "GSM8K (the hub's openai/gsm8k, subset main)"
-REFERENCE = re.compile(r"####\s*(-?[\d.,]+)")
 CALCULATION = re.compile(r"<<.*?>>")
 TRIGGER = re.compile("the answer is", re.IGNORECASE)
 NUMBER = re.compile(r"-?\d+\.?\d*")
@@ -25,12 +25,12 @@ def row(raw: Mapping, place: str) -> dict:
     The solution is the row's own, in one line, without its calculator marks, ending as the authors' demonstrations do.
     """
     question, answer = (column(raw, name, str, place, SOURCE) for name in ("question", "answer"))
-    found = REFERENCE.search(answer)
-    if not found:
-        raise DataError(f"{place} has an answer without a number behind ####: ...{answer[-40:]!r}; give data with the "
-                        f"columns of {SOURCE}")
-    number = found[1].replace(",", "")
-    steps = " ".join(CALCULATION.sub("", answer[:found.start()]).split())
+    steps, mark, _ = answer.rpartition("####")
+    value = right_answer(answer) if mark else None
+    if value is None:
+        raise DataError(f"{place} has an answer without one clear number behind ####: ...{answer[-40:]!r}; give data "
+                        f"with the columns of {SOURCE}")
+    number, steps = decimal(value), " ".join(CALCULATION.sub("", steps).split())
     return dict(question=question, number=number, solution=f"{steps} The answer is {number}.")
 
 
@@ -51,10 +51,14 @@ def stated_number(text: str) -> str | None:
 
 
 def same_value(number: str, text: str) -> bool:
-    """True if math-verify finds `number` in the text's answer; another spelling of it is right too."""
+    """True if math-verify finds `number` in the text's answer; another spelling of it is right too.
+
+    Digits and signs of other scripts, and the dollars and commas that LaTeX escapes, it does not know itself.
+    """
     from math_verify import parse, verify  # not needed for the rest
 
-    return verify(parse(number), parse(answer_part(text)[0]))
+    part = letters(answer_part(text)[0]).replace("{,}", ",").replace(r"\$", "$")
+    return verify(parse(number), parse(part))
 
 
 def results(doc: Mapping, texts: Sequence[str]) -> dict[str, float]:

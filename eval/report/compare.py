@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 
 from sled.errors import SettingError
 from sled.eval.report.tables import table
+from sled.settings.brief import brief
 from sled.settings.rules import Whole
 
 FEW = 50  # below, percentile intervals are noticeably too narrow
@@ -43,6 +44,7 @@ class Compared:
     p_value: float | None
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """All methods beside the one named `against`, in the order given; `sled.eval.report.plot.draw_comparison` draws it.

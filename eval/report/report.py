@@ -20,11 +20,13 @@ from sled.eval.report.plot import draw_comparison
 from sled.eval.report.scores import TaskResult
 from sled.eval.report.tables import table
 from sled.io import unfinished, writable_folder, written_whole
+from sled.settings.brief import brief
 
 FORMAT = 1  # of report.json
 FILES = ("report.json", "report.md", "samples.jsonl")  # besides pictures
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class EvaluationReport:
     """The scores found, and all that decided them.

@@ -18,7 +18,7 @@ from sled.errors import EvaluationError
 from sled.eval.harness.adapter import SledLM
 from sled.eval.harness.cache import Cache
 from sled.eval.harness.local_data import Data, paths_by_task
-from sled.eval.harness.tasks import begin_anew, load_tasks
+from sled.eval.harness.tasks import NAMES, Folders, begin_anew, load_tasks
 from sled.eval.methods import A_MODEL, Method, checked_methods, plain
 from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.scores import TaskResult, scores_of
@@ -28,7 +28,7 @@ from sled.timing import hardware, versions
 
 
 def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, against: str | None = None,
-             data: Data | None = None, include_path: Sequence[str | os.PathLike] = (),
+             data: Data | None = None, include_path: Folders = (),
              metadata: Mapping[str, Any] | None = None, limit: int | None = None, num_fewshot: int | None = None,
              apply_chat_template: bool = False, system_instruction: str | None = None,
              max_new_tokens: int | None = None, normalise: bool = True, batch_size: int = 16,
@@ -40,7 +40,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     methods: those to compare; `sled.eval.methods.baselines` gives those that belong beside a method.
     against: the name of the baseline; None: the first method that is plain decoding, or else the first.
     data: a task's data from local files: a mapping from tasks to paths, "TASK=PATH", or a path for a single task.
-    include_path: folders with more tasks, as YAML files. metadata: values that tasks may read.
+    include_path: one or several folders with more tasks, as YAML files. metadata: values that tasks may read.
     limit: only so many samples of each task, the first; None: all.
     num_fewshot: examples before each question; None: as the task says. A task that says 0 keeps to it.
     apply_chat_template: prompts as the model's chat template has them. system_instruction: put before all else.
@@ -59,7 +59,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     began = datetime.datetime.now().astimezone()
     if out is not None:
         report_folder("out", Path(out))
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    names = NAMES("tasks", tasks)
     methods = checked_methods(methods)
     against = _baseline(methods, against)
     limit = OrNone(Whole(1, hint="it counts the samples of each task"))("limit", limit)

@@ -46,8 +46,7 @@ def draw_sweep(swept: Swept, path: str | os.PathLike) -> Path:
     time.axvline(1, color=INK, linewidth=0.8, zorder=1)
     time.set_xlabel(f"times as fast as {base.method}")
     time.set_title("Everything: time", fontsize=11, loc="left")
-    _stretch(panels[0], min(row.low if row == base else row.accuracy for row in swept.rows))
-    panels[0].set_ylabel(f"solved, of {base.n} questions  (stretched towards 100%)")
+    _scale(panels[0], base, swept.rows)
     if drafted:
         _drafts(panels[-1], drafted, _styles(swept))
     figure.legend(handles=_legend(swept, base), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
@@ -85,13 +84,24 @@ def _accuracy(axes, swept: Swept, base: SweepRow, x: Callable[[SweepRow], float]
     _plain(axes)
 
 
-def _stretch(axes, lowest: float) -> None:
-    """Accuracy upwards, the way down from 1 being the root of what is missing: most points lie near the top."""
+def _scale(axes, base: SweepRow, rows: Sequence[SweepRow]) -> None:
+    """The axis of accuracy: most points lie near the top, so that the way down from 1 is the root of what is missing;
+    evenly spaced where no method solves much. There is room for whole markers at the lowest and the highest."""
+    lowest, highest = min(base.low, *(row.accuracy for row in rows)), max(row.accuracy for row in rows)
+    if highest < 0.7:
+        top = max(base.high, highest)
+        axes.set_ylim(lowest - 0.06 * (top - lowest), top + 0.06 * (top - lowest))
+        axes.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.3g}%" if y >= 0 else "")
+        axes.set_ylabel(f"solved, of {base.n} questions")
+        if not highest:
+            axes.text(0.5, 0.5, "no method solves any question", transform=axes.transAxes, ha="center", color=INK)
+        return
     height = lambda y: -np.sign(1 - y) * np.sqrt(np.abs(1 - y))  # noqa: E731
     axes.set_yscale("function", functions=(height, lambda h: 1 + h * np.abs(h)))
     ticks = [tick for tick in (0, 0.2, 0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 1) if tick >= lowest - 0.2]
     axes.set_yticks(ticks, [f"{100 * tick:.0f}%" for tick in ticks])
-    axes.set_ylim(max(lowest - 0.05, 0), 1 + (1.05 - lowest) / 400)  # room for markers at 1
+    axes.set_ylim(lowest - 0.05, 1 + (1.05 - lowest) / 400)
+    axes.set_ylabel(f"solved, of {base.n} questions  (stretched towards 100%)")
 
 
 def _drafts(axes, lines: Sequence[Sequence[SweepRow]], styles: dict[str, tuple[str, str]]) -> None:

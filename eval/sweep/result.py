@@ -11,11 +11,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sled.calibration.learn_then_test import fewest_losses, p_value
+from sled.calibration.learn_then_test import can_lose, fewest_losses, p_value
 from sled.errors import SettingError
 from sled.eval.report.tables import table
 from sled.eval.sweep.certified import certified, pareto
-from sled.io import writable
+from sled.io import made_writable
+from sled.settings.brief import brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +27,14 @@ class SweepRow:
     layers: after which a token may leave, or is drafted. verifies: drafts are verified, so that all layers see every
         token. policy: the exits' kind and settings, as JSON.
     n, right: the number of questions, and a 1 for each that was solved, else a 0. accuracy, low, high: the share of 1s,
-        and its 95% interval (Wilson 1927).
+        and its 95% interval (Wilson 1927). unread: the number of texts in which no answer could be read.
     lost: share of the questions that the baseline solved and this method did not.
     same_texts, same_tokens: share of the baseline's texts that are the same, token for token, and of its tokens that
         stand at the same place.
     mean_depth: as `Stats` of a result has it. acceptance: share of the drafts that were accepted.
-    tokens: the number generated. seconds: for all questions in the fastest of the rounds, and in the median one;
-        against_seconds, against_median_seconds: the baseline's, in the same rounds.
-    tokens_per_second: of the fastest round. relative_speed: against_seconds / seconds: above 1, it answers sooner.
+    tokens: the number generated, in all texts. seconds: for all questions in the fastest of the rounds, and in the
+        median one; against_seconds, against_median_seconds: the baseline's, in the same rounds.
+    relative_speed: against_seconds / seconds: above 1, it answers sooner.
     """
 
     digest: str
@@ -49,6 +50,7 @@ class SweepRow:
     accuracy: float
     low: float
     high: float
+    unread: int
     lost: float
     same_texts: float
     same_tokens: float
@@ -59,7 +61,6 @@ class SweepRow:
     median_seconds: float
     against_seconds: float
     against_median_seconds: float
-    tokens_per_second: float
     relative_speed: float
     right: str
 
@@ -81,7 +82,7 @@ class SweepFile:
     """
 
     def __init__(self, path: Path):
-        self.path = writable("the sweep's file", path)
+        self.path = made_writable("the sweep's file", path)
         self.by_digest: dict[str, SweepRow] = {}
         text = path.read_bytes() if path.exists() else b""
         whole, _, torn = text.rpartition(b"\n")
@@ -125,6 +126,13 @@ def _parse(cells: list[str], place: str) -> SweepRow:
     return row
 
 
+def too_few(method: str, right: int, n: int, unread: int, delta: float) -> str:
+    """That a baseline solves too few questions for anything to be certified beside it, in words."""
+    texts = f", and in {unread} of its texts no answer could be read" * bool(unread)
+    return (f"{method} solves {right} of {n} questions{texts}: so little can be lost that a method which solves none "
+            f"might keep within a loss of {delta:g}")
+
+
 class Choice(NamedTuple):
     """The fastest certified method that is faster than its baseline, or None; and all certified methods."""
 
@@ -132,6 +140,7 @@ class Choice(NamedTuple):
     certified: tuple[str, ...]
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Swept:
     """The rows of a sweep, baselines first; `sled.eval.sweep.plot.draw_sweep` draws it.
@@ -148,13 +157,21 @@ class Swept:
     num_layers: int
     what: str
 
+    def can_lose(self) -> bool:
+        """Whether the baseline is shown to solve more of such questions than delta, the loss that is tolerated."""
+        base = self.baseline()
+        return can_lose(base.accuracy, base.n, self.delta, self.epsilon)
+
     def choice(self) -> Choice:
         """With a confidence of 1 - epsilon over the draw of the questions, the expected loss of ALL methods certified,
         and so of the one chosen among them by its speed, is at most delta.
 
         The loss of a question is 1 where the baseline solves it and the method does not, else 0: it bounds how far
-        accuracy falls. See `sled.eval.sweep.certified.certified`.
+        accuracy falls. See `sled.eval.sweep.certified.certified`. None is certified where the baseline solves so few
+        questions that a method that solves none could be.
         """
+        if not self.can_lose():
+            return Choice(None, ())
         rows = {row.method: row for row in self.rows}
         p_values = [[p_value(rows[name].lost, rows[name].n, self.delta) for name in names] for names in self.sequences]
         passed = [name for names, count in zip(self.sequences, certified(p_values, self.epsilon), strict=True)
@@ -166,15 +183,15 @@ class Swept:
         """The table, the choice, the Pareto fronts, and what must be known to read them."""
         passed = self.choice().certified
         tested = {name for names in self.sequences for name in names}
-        cells = [(row.method, f"{row.accuracy:.3f}", f"[{row.low:.3f}, {row.high:.3f}]", f"{row.lost:.3f}",
+        cells = [(row.method, f"{row.accuracy:.3f}", f"[{row.low:.3f}, {row.high:.3f}]", row.unread, f"{row.lost:.3f}",
                   f"{row.same_texts:.3f}", f"{row.same_tokens:.3f}", f"{row.mean_depth:.2f}",
-                  None if row.acceptance is None else f"{row.acceptance:.2f}", f"{row.tokens_per_second:,.0f}",
+                  None if row.acceptance is None else f"{row.acceptance:.2f}", f"{row.tokens / row.n:.0f}",
                   f"{row.relative_speed:.2f}", f"{row.against_median_seconds / row.median_seconds:.2f}",
                   None if row.method not in tested else "yes" if row.method in passed else "no") for row in self.rows]
         machines = dict.fromkeys(f"{row.machine}; {row.versions}; {row.run[:10]}" for row in self.rows)
         depth, speed = ("; ".join(row.method for row in front) for front in self.fronts())
-        headings = ("method", "accuracy", "95%", "lost", "same texts", "same tokens", "mean depth", "acceptance",
-                    "tokens/s", "times as fast", "by medians", "certified")
+        headings = ("method", "accuracy", "95%", "no answer", "lost", "same texts", "same tokens", "mean depth",
+                    "acceptance", "tokens", "times as fast", "by medians", "certified")
         return "\n\n".join(["# Sweep", f"{self.what}; {'; '.join(machines)}.", table(headings, cells), self.verdict(),
                             f"Not beaten in both accuracy and mean depth: {depth}.",
                             f"Not beaten in both accuracy and speed: {speed}.", *self._notes()])
@@ -184,11 +201,16 @@ class Swept:
         if not self.sequences:
             return "No method leaves early, so none is chosen."
         method, passed = self.choice()
-        n, count = self.rows[0].n, sum(map(len, self.sequences))
+        base, n, count = self.baseline(), self.rows[0].n, sum(map(len, self.sequences))
+        if not self.can_lose():
+            why = too_few(base.method, base.right.count("1"), n, base.unread, self.delta)
+            return (f"**Nothing is certified or chosen**: {why}. Sweep again with more questions, or with such as the "
+                    "model solves, in a form that it knows (solved examples, a chat template, another rule that finds "
+                    "its answers). How far texts change is bounded by sled.calibrate, which needs no answers.")
         found = (f"With {100 * (1 - self.epsilon):.6g}% confidence over the draw of the {n} questions, each of the "
                  f"{len(passed)} certified methods, of {count} tested in {len(self.sequences)} sequences, has an "
                  f"expected loss of at most {self.delta:g}: of further such questions, that share at most is solved "
-                 "without the exits and lost with them.")
+                 f"without the exits and lost with them. {base.method} solves {base.accuracy:.3g} of these.")
         if not passed:
             few = fewest_losses(self.delta, self.epsilon / len(self.sequences))
             return (f"No method could be shown to have an expected loss of at most {self.delta:g}. Even without any "
@@ -225,14 +247,13 @@ class Swept:
     def _notes(self) -> list[str]:
         against = dict.fromkeys(row.against for row in self.rows)
         notes = [
-            f"lost: share of the questions that {' or '.join(against)} solves and the method does not. same texts, "
-            "same tokens: share of its texts that are the same, and of its tokens at the same place. mean depth: of "
-            f"the layer whose choice a token is, of {self.num_layers}; of an accepted draft, the one that drafted it. "
-            "times as fast: its seconds over the method's, for all questions, fastest round of each, timed in "
-            "the same rounds. by medians: the same of the median rounds; as far as the two differ, speed is noise. "
-            "tokens/s: in the fastest round. Methods of different programs (exits by threshold, speculation by draft "
-            "length, ...) are timed at different times, each beside its baseline anew, so their tokens/s do not "
-            "compare; times as fast does."]
+            "no answer: texts in which none could be read; they count as wrong. lost: share of the questions that "
+            f"{' or '.join(against)} solves and the method does not. same texts, same tokens: share of its texts that "
+            "are the same, and of its tokens at the same place. mean depth: of the layer whose choice a token is, "
+            f"of {self.num_layers}; of an accepted draft, the one that drafted it. tokens: mean length of an answer. "
+            "times as fast: its seconds over the method's, for all questions, fastest round of each, timed in the same "
+            "rounds. A method whose answers are longer is slower at the same speed per token, and one whose answers "
+            "break off is faster. by medians: the same of the median rounds; as far as the two differ, speed is noise."]
         if len(against) > 1:
             base = self.baseline()
             notes.append(f"Methods with exits are timed beside {base.method}, the others beside {base.against}. Where "
@@ -241,7 +262,7 @@ class Swept:
                          "measurements, so more noise.")
         runs = dict.fromkeys(row.run for row in self.rows)
         if len(runs) > 1:
-            notes.append(f"These rows stem from {len(runs)} runs ({', '.join(runs)}). Seconds and tokens per second of "
-                         "different runs do not compare. times as fast compares each method with its baseline in its "
+            notes.append(f"These rows stem from {len(runs)} runs ({', '.join(runs)}). Seconds of different runs do "
+                         "not compare. times as fast compares each method with its baseline in its "
                          "own run; read differences between runs with care, and none between machines.")
         return notes

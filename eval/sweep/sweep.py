@@ -8,53 +8,38 @@ of a fusion is plain greedy decoding, the last layer alone.
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import itertools
-import json
 import os
-import secrets
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from scipy.stats import binomtest
-from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
-from sled.calibration.learn_then_test import DELTA, EPSILON
-from sled.decoding.options import NEW_TOKENS
-from sled.errors import SettingError
+from sled.calibration.learn_then_test import DELTA, EPSILON, can_lose, fewest_losses
+from sled.decoding.options import NEW_TOKENS, stop_strings
+from sled.errors import EvaluationWarning, SettingError
+from sled.eval.extraction import RULES
 from sled.eval.methods import A_MODEL, Method, checked_methods, deciding_versions
 from sled.eval.questions import Questions
-from sled.eval.sweep.grid import listed, no_exit
+from sled.eval.sweep.grid import no_exit
+from sled.eval.sweep.measure import Answered, Point, measure
 from sled.eval.sweep.plot import draw_sweep
-from sled.eval.sweep.result import SweepFile, SweepRow, Swept
-from sled.io import json_digest, replace_text, writable_folder, written_whole
+from sled.eval.sweep.result import SweepFile, Swept, too_few
+from sled.io import json_digest, replace_text, shorten, writable_folder, written_whole
 from sled.lm import LM
-from sled.results import Output
 from sled.settings.describe import describe
 from sled.settings.rules import Instance, Whole
 from sled.text.prompts import prompt_ids
-from sled.timing import Times, hardware, interleave, versions
 
 FILES = ("sweep.csv", "sweep.md", "sweep.png")
 
 
-@dataclasses.dataclass(frozen=True)
-class Point:
-    """A method in a sweep, its baseline, the layers after which a token may leave, and the digest of all that decides
-    its row."""
-
-    method: Method
-    against: Method
-    layers: tuple[int, ...]
-    digest: str
-
-
 def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str | os.PathLike, *, rounds: int = 3,
-          batch_size: int = 8, max_new_tokens: int = NEW_TOKENS, delta: float = 0.05, epsilon: float = 0.05,
-          progress: bool = True) -> Swept:
+          batch_size: int = 8, max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] | None = None,
+          delta: float = 0.05, epsilon: float = 0.05, progress: bool = True) -> Swept:
     """Measures every method and its baselines, and writes `sweep.csv`, `sweep.md` and `sweep.png` into `folder`.
 
     methods: those of `sled.eval.sweep.grid`, or of one's own with names of one line; the baselines are added. Methods
@@ -62,12 +47,16 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
         certified choice in the order given: the safest first. Those with exits share one fusion.
     rounds: times that each program's methods and their baseline are timed, interleaved, after a run that compiles;
         the fastest counts.
-    batch_size, max_new_tokens: as for `LM.generate`. Speed depends on the batch size, texts do not.
+    batch_size, max_new_tokens, stop: as for `LM.generate`. Speed depends on the batch size, texts do not. Without stop
+        strings, the questions' own end an answer.
     delta, epsilon: the choice is the fastest method whose expected loss is at most delta, for further questions from
         the same source, with a confidence of 1 - epsilon: see `Swept.choice` and docs/sweeps.md.
 
     A row is written as soon as its program is timed. What `folder` holds of an interrupted sweep is not measured
     again, unless weights, questions or settings changed; its rows then stem from several runs, which is noted.
+
+    Warns (EvaluationWarning) of too few questions before any work, and of a baseline that solves too few as soon as it
+    has answered them.
 
     Raises SettingError, PromptError, TokenizerError. Every answer must fit into the model's context at full length:
     where texts end at the context, max_new_tokens is not what bounded them.
@@ -77,25 +66,44 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     delta, epsilon = DELTA("delta", delta), EPSILON("epsilon", epsilon)
     given = dict(rounds=Whole(1, hint="every method is timed once a round")("rounds", rounds),
                  batch_size=Whole(1, hint="questions are answered in batches")("batch_size", batch_size),
-                 max_new_tokens=Whole(1, hint="it counts the tokens of an answer")("max_new_tokens", max_new_tokens))
+                 max_new_tokens=Whole(1, hint="it counts the tokens of an answer")("max_new_tokens", max_new_tokens),
+                 stop=stop_strings(questions.stop if stop is None else stop))
     points = _points(lm, methods, questions, given)
     _check_room(lm, questions, given["max_new_tokens"])
     rows = SweepFile(sweep_folder("folder", Path(folder)) / FILES[0])
     programs = _programs([point for point in points if point.digest not in rows.by_digest])
+    sequences = tuple(tuple(p.method.name for p in program) for program in _programs(points)
+                      if program[0].method.leaves_early)
     if programs:
+        if sequences and (few := fewest_losses(delta, epsilon / len(sequences))) > len(questions.prompts):
+            warnings.warn(f"{len(questions.prompts)} questions certify nothing: even without any loss it takes "
+                          f"{few:.0f} at delta {delta:g} and epsilon {epsilon:g}, with {len(sequences)} sequences of "
+                          "methods; the sweep measures, and chooses nothing", EvaluationWarning, stacklevel=2)
         solve = lambda point: lm.decode(  # noqa: E731
-            list(questions.prompts), point.method.decoding.replace(max_new_tokens=max_new_tokens),
+            list(questions.prompts), point.method.decoding.replace(max_new_tokens=max_new_tokens, stop=given["stop"]),
             batch_size=batch_size)
-        for row in _measure(programs, {p.method.name: p for p in points}, questions, solve, given["rounds"], progress):
+
+        def enough(name: str, base: Answered) -> None:
+            n, right, texts = len(base.right), sum(base.right), base.out.texts
+            if can_lose(right / n, n, delta, epsilon):
+                return
+            read = {rule: sum(dataclasses.replace(questions, extract=rule).right(texts)) for rule in RULES}
+            better = max(read, key=read.get)
+            hint = f"By {better} (--extract) it solves {read[better]}. " * (read[better] > right)
+            why = too_few(name, right, n, base.unread, delta)
+            warnings.warn(f"{why}; so nothing will be certified or chosen. {hint}Its first text: "
+                          f"{shorten(texts[0].strip(), 200)!r}", EvaluationWarning, stacklevel=2)
+
+        for row in measure(programs, {p.method.name: p for p in points}, questions, solve, given["rounds"], enough,
+                            progress):
             rows.append(row)
     found = [dataclasses.replace(rows.by_digest[point.digest], method=point.method.name, against=point.against.name)
              for point in points]  # an earlier sweep may have had other names
-    swept = Swept(rows=tuple(found),
-                  sequences=tuple(tuple(p.method.name for p in program) for program in _programs(points)
-                                  if program[0].method.leaves_early),
-                  delta=delta, epsilon=epsilon, num_layers=lm.config.num_layers,
-                  what=f"{lm.name}, {len(questions.prompts)} {questions.source}, at most {max_new_tokens} new tokens, "
-                       f"batches of {batch_size}, fastest of {rounds} rounds")
+    ends = f", ending at {' or '.join(map(repr, given['stop']))}" * bool(given["stop"])
+    swept = Swept(rows=tuple(found), sequences=sequences, delta=delta, epsilon=epsilon, num_layers=lm.config.num_layers,
+                  what=f"{lm.name}, {len(questions.prompts)} {questions.source}, the answer being "
+                       f"{RULES[questions.extract].where}, at most {max_new_tokens} new tokens{ends}, batches of "
+                       f"{batch_size}, fastest of {rounds} rounds")
     replace_text("the sweep's table", Path(folder) / FILES[1], swept.markdown() + "\n")
     with written_whole(Path(folder) / FILES[2]) as beside:
         draw_sweep(swept, beside)
@@ -113,7 +121,8 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
     methods = checked_methods(methods)
     common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), "tokenizer": lm.text.digest,
               "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given,
-              "questions": json_digest([list(questions.prompts), list(map(str, questions.answers))])}
+              "questions": json_digest([list(questions.prompts), list(map(str, questions.answers)),
+                                        questions.extract])}
     points: dict[str, Point] = {}
     for method in [*itertools.chain(*map(_baselines, methods)), *methods]:
         layers = method.decoding.exits.exits(lm.config.num_layers)[:-1]
@@ -159,57 +168,3 @@ def _programs(points: Sequence[Point]) -> list[list[Point]]:
         traced = decoding.fusion, decoding.exits, decoding.sampling
         found.setdefault((jax.tree.structure(traced), point.against.name), []).append(point)
     return list(found.values())
-
-
-def _measure(programs: list[list[Point]], known: dict[str, Point], questions: Questions,
-             solve: Callable[[Point], Output], rounds: int, progress: bool) -> Iterator[SweepRow]:
-    """The rows of each program, as soon as it is timed."""
-    run = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(2)}"
-    where = dict(run=run, machine=hardware(), versions=", ".join(f"{k} {v}" for k, v in versions().items()))
-    outs: dict[str, Output] = {}
-
-    def once(point: Point) -> None:
-        if point.method.name not in outs:
-            bar.set_description(point.method.name)
-            outs[point.method.name] = solve(point)
-            bar.update()
-
-    together = [dict.fromkeys([program[0].against.name, *(p.method.name for p in program)]) for program in programs]
-    total = len({name for names in together for name in names}) + rounds * sum(map(len, together))
-    with tqdm(total=total, unit="run", disable=not progress) as bar:
-        for program, names in zip(programs, together, strict=True):
-            for name in names:  # compiles
-                once(known[name])
-            bar.set_description(f"timing {len(program)} of one program")
-            times = interleave({name: lambda name=name: solve(known[name]) for name in names}, rounds, bar)
-            for point in program:
-                yield _row(point, outs, times, questions, where)
-
-
-def _row(point: Point, outs: dict[str, Output], times: dict[str, Times], questions: Questions,
-         where: dict[str, str]) -> SweepRow:
-    method, n = point.method, len(questions.prompts)
-    out, full = outs[method.name], outs[point.against.name]
-    right, right_full = questions.right(out.texts), questions.right(full.texts)
-    low, high = binomtest(sum(right), n).proportion_ci(method="wilson")
-    mine, base = times[method.name], times[point.against.name]
-    return SweepRow(
-        digest=point.digest, **where, method=method.name, against=point.against.name,
-        layers=listed(point.layers), verifies=method.verifies,
-        policy=json.dumps(method.settings()["exits"]), n=n,
-        accuracy=sum(right) / n, low=float(low), high=float(high),
-        lost=sum(b and not a for a, b in zip(right, right_full, strict=True)) / n,
-        same_texts=sum(map(list.__eq__, out.tokens, full.tokens)) / n, same_tokens=same_tokens(out.tokens, full.tokens),
-        mean_depth=out.stats.mean_depth, acceptance=out.stats.acceptance, tokens=out.stats.new_tokens,
-        seconds=mine.best, median_seconds=mine.median, against_seconds=base.best,
-        against_median_seconds=base.median, tokens_per_second=out.stats.new_tokens / mine.best,
-        relative_speed=base.best / mine.best,
-        right="".join("01"[hit] for hit in right))
-
-
-def same_tokens(texts: Sequence[Sequence[int]], full: Sequence[Sequence[int]]) -> float:
-    """Share of the tokens of `full` that stand at the same place in `texts`; each text goes on from its own tokens."""
-    hits = sum(a == b for pair in zip(texts, full, strict=True) for a, b in zip(*pair, strict=False))
-    return hits / max(sum(map(len, full)), 1)
-
-

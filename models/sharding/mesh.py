@@ -46,17 +46,18 @@ class Mesh:
 
     def __post_init__(self):
         if (rest := [axis for axis in AXES if getattr(self, axis) == REST])[1:]:
-            raise SettingError(f"Mesh has -1 for {' and '.join(rest)}, but only one axis can take what is left of the "
-                               "devices; give the others a number")
+            names = " and ".join(f"Mesh.{axis}" for axis in rest)
+            raise SettingError(f"{names} are -1, but only one axis can take what is left of the devices; give the "
+                               "others a number")
 
     def sizes(self, devices: int) -> tuple[int, ...]:
         """The size of each of `AXES` on so many devices. Raises SettingError where they do not come out even."""
         sizes = [getattr(self, axis) for axis in AXES]
         product = math.prod(size for size in sizes if size != REST)
         if devices % product if REST in sizes else devices != product:
-            spelled = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+            spelled = " x ".join(f"Mesh.{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
             wrong = f"{devices} is no multiple of {product}" if REST in sizes else f"takes {product}"
-            raise SettingError(f"Mesh is {spelled} ({wrong}), but there are {devices} devices; make the product of "
+            raise SettingError(f"the mesh is {spelled} ({wrong}), but there are {devices} devices; make the product of "
                                "the axes the number of devices, or give one of them -1")
         return tuple(devices // product if size == REST else size for size in sizes)
 

@@ -20,7 +20,7 @@ from sled.bench.report import BenchReport, column
 from sled.bench.rival import NOT_INSTALLED, transformers_twin
 from sled.bench.solving import Way, frequent_tokens, measure, mixed_questions, our_way, their_way
 from sled.eval.numbers import final_answer
-from sled.eval.sweep.sweep import same_tokens
+from sled.eval.sweep.measure import same_tokens
 from sled.plots import writable_picture
 from sled.settings.rules import Whole
 

@@ -12,6 +12,7 @@ import json
 from typing import Any
 
 from sled.eval.report.tables import table
+from sled.settings.brief import brief
 from sled.timing import hardware, versions
 
 
@@ -20,6 +21,7 @@ def column(heading: str, *, decimals: int = 2) -> Any:
     return dataclasses.field(metadata={"heading": heading, "decimals": decimals})
 
 
+@brief
 @dataclasses.dataclass
 class BenchReport:
     """A measurement, made now and on this machine unless named otherwise.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import importlib.metadata
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,18 +11,28 @@ from typing import Any
 from tqdm import tqdm
 
 from sled.calibration.fingerprint import fingerprint
-from sled.calibration.learn_then_test import DELTA, EPSILON, descending, fewest_losses, last_rejected, walk
+from sled.calibration.learn_then_test import (
+    DELTA,
+    EPSILON,
+    can_lose,
+    descending,
+    fewest_losses,
+    last_rejected,
+    walk,
+)
 from sled.calibration.losses import Consistency, consistency
 from sled.calibration.record import Calibration, Step
 from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError, SettingError
 from sled.exits import Policy
+from sled.io import shorten
 from sled.lm import LM
 from sled.results import Output
-from sled.settings.rules import Whole
+from sled.settings.rules import OrNone, Several, Whole
 from sled.text.prompts import Prompts, prompt_ids
 from sled.timing import hardware, versions
 
+REFERENCES = OrNone(Several(object, "right answers", one=False, hint="give one reference per prompt"))
 # Dense where most measures have most of their tokens. More thresholds cost time, never the guarantee.
 GRID = (0.999, 0.99, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
 
@@ -48,16 +59,15 @@ def calibrate(lm: LM, prompts: Prompts, *, exits: Policy, delta: float = 0.1, ep
         i draws from stream seed + i at every threshold.
     progress: shows a bar over the runs.
 
-    Raises: CalibrationError (too few prompts, a loss outside [0, 1]), PromptError, SettingError, TokenizerError.
+    Raises: CalibrationError (too few prompts, a loss outside [0, 1], or one that even the texts of other prompts would
+    keep, as any text does where the full model answers nothing rightly), PromptError, SettingError, TokenizerError.
     """
     delta, epsilon = DELTA("delta", delta), EPSILON("epsilon", epsilon)
     grid = descending(GRID if grid is None else grid)
     batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
     serving = Decoding(exits=exits, **decoding)
     exits.with_threshold(grid[0]).exits(lm.config.num_layers)  # for its errors, before any work
-    if references is not None and not isinstance(references, Iterable):
-        raise SettingError(f"references is {references!r}, but must be a list; give one reference per prompt")
-    references = None if references is None else list(references)
+    references = REFERENCES("references", references)
     compare = consistency(loss, references, risk)
     ids = prompt_ids(prompts, lm.text, lm.config)
     if references is not None and len(references) != len(ids):
@@ -86,6 +96,7 @@ def _steps(generate: Callable[[Policy], Output], exits: Policy, grid, compare: C
         bar.set_description("all layers")
         full = generate(FULL_DEPTH)
         bar.update()
+        _check_sight(compare, full, delta, epsilon)
         early: Output | None = None
 
         def losses_at(threshold: float):
@@ -100,3 +111,21 @@ def _steps(generate: Callable[[Policy], Output], exits: Policy, grid, compare: C
             yield Step(*tested, mean_depth=early.stats.mean_depth)
         bar.total = bar.n  # the walk may end before the grid does
         bar.refresh()
+
+
+def _check_sight(compare: Consistency, full: Output, delta: float, epsilon: float) -> None:
+    """Raises CalibrationError where a loss of `delta` would not be seen: not even where each text is another prompt's.
+
+    So it is with risks and functions of one's own where the full model's texts are all wrong, or hold nothing of what
+    is compared.
+    """
+    following = lambda entries: entries and [*entries[1:], entries[0]]  # noqa: E731
+    other = dataclasses.replace(full, tokens=following(full.tokens), texts=following(full.texts))
+    seen, n = float(compare.losses(other, full).mean()), len(full.tokens)
+    if not can_lose(seen, n, delta, epsilon):
+        first = shorten(repr(full.tokens[0] if full.texts is None else full.texts[0]), 100)
+        raise CalibrationError(
+            f"{n} prompts do not show that a text can lose more than delta {delta:g}: where each text is another "
+            f"prompt's, the mean loss ({compare.name}) is {seen:.3g}. So an early exit that answers nothing could be "
+            "called safe. Does the full model do what is asked of it? Give prompts that it answers, more of them, a "
+            f"smaller delta or another loss; its first text is {first}")

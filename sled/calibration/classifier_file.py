@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from sled.calibration.fingerprint import digest_of_weights
 from sled.errors import CheckpointError
 from sled.exits.confidence import Classifier
-from sled.io import writable
+from sled.io import made_writable
 from sled.lm import LM
 from sled.settings.describe import changes, describe
 
@@ -30,7 +30,7 @@ def save_classifier(classifier: Classifier, path: str | os.PathLike, lm: LM) -> 
         raise CheckpointError("the classifier does not say for which exits it is; give Classifier(..., layers=...)")
     header = {"format": FORMAT, "layers": list(classifier.layers), **_model(lm)}
     arrays = {"weight_ED": np.asarray(classifier.weight_ED), "bias_E": np.asarray(classifier.bias_E)}
-    save_file(arrays, writable("path", Path(path)), metadata={"sled": json.dumps(header)})
+    save_file(arrays, made_writable("path", Path(path)), metadata={"sled": json.dumps(header)})
 
 
 def load_classifier(path: str | os.PathLike, lm: LM) -> Classifier:

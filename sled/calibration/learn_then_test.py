@@ -61,6 +61,16 @@ def p_value(mean_loss: float, n: int, delta: float) -> float:
     return min(bentkus, math.exp(-n * h1))
 
 
+def can_lose(largest: float, n: int, delta: float, epsilon: float) -> bool:
+    """Whether n prompts show, with a confidence of 1 - epsilon, that the largest possible loss is more than delta.
+
+    largest: the mean over the prompts of the largest loss that each could have had: of "solved by the full model and
+    not by the early one", the share that the full model solves. Where it is not shown, "the expected loss is at most
+    delta" says nothing: it would hold for a model that answers everything wrongly too.
+    """
+    return p_value(1 - largest, n, 1 - delta) <= epsilon
+
+
 def fewest_losses(delta: float, epsilon: float) -> float:
     """How many losses, all of them 0, it takes for a p-value of epsilon: ln(epsilon) / ln(1 - delta), rounded up."""
     return float(np.ceil(math.log(epsilon) / math.log1p(-delta)))

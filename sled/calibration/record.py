@@ -13,8 +13,9 @@ from sled.calibration.fingerprint import fingerprint
 from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError
 from sled.exits import Policy, Schedule
-from sled.io import json_digest, writable, write_json
+from sled.io import json_digest, made_writable, write_json
 from sled.lm import LM
+from sled.settings.brief import brief
 from sled.settings.describe import changes
 
 FORMAT = 1  # of the file; a reader refuses those that it does not know
@@ -35,6 +36,7 @@ class Step:
     mean_depth: float
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """A threshold with its guarantee: over the draw of the calibration prompts, with probability 1 - epsilon or more,
@@ -91,7 +93,7 @@ class Calibration:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the record as JSON, with a digest of itself. Raises SettingError where it cannot be written."""
         written = {"format": FORMAT, **dataclasses.asdict(self)}
-        write_json(writable("path", Path(path)), {**written, "sha256": json_digest(written)})
+        write_json(made_writable("path", Path(path)), {**written, "sha256": json_digest(written)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:

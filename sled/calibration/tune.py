@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from tqdm import tqdm
 
 from sled.decoding.options import A_POLICY, FULL_DEPTH, Decoding
-from sled.errors import SettingError
+from sled.errors import CalibrationError, SettingError
 from sled.exits import Gather, Immediate, Policy, Schedule
 from sled.lm import LM
+from sled.settings.brief import brief
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompts, prompt_ids
 from sled.timing import interleave
@@ -38,6 +39,7 @@ class Trial:
         return self.new_tokens / self.seconds
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Tuned:
     """The fastest of the ways tried, and all of them, fastest first.
@@ -56,12 +58,31 @@ class Tuned:
     def schedule(self) -> Schedule:
         return self.trials[0].schedule
 
+    @property
+    def _plain(self) -> Trial:
+        return next(trial for trial in self.trials if trial.exits == FULL_DEPTH)
+
+    def verdict(self) -> str:
+        """The fastest way in words, and what it costs: how fast a way is says nothing of what it answers."""
+        best, plain = self.trials[0], self._plain
+        if best is plain:
+            return "Nothing was faster than no early exit."
+        times = best.tokens_per_second / plain.tokens_per_second
+        noise = max(trial.median / trial.seconds for trial in (best, plain))
+        said = f"The fastest way made {times:.2f} times as many tokens a second as no early exit"
+        if times <= noise:
+            said += ", which is no more than its rounds differ by: noise"
+        if best.same_texts == 1:
+            return f"{said}, and the same texts."
+        return (f"{said}, and changed {1 - best.same_texts:.0%} of the texts. An exit may be fast because it answers "
+                "nothing: before you serve with it, bound what it loses by sled.calibrate.")
+
     def table(self) -> str:
         """The trials, one a line, with their speed as a multiple of that without early exit.
 
         What differs by less than a way's own rounds do (fastest against median) is noise.
         """
-        plain = next(trial for trial in self.trials if trial.exits == FULL_DEPTH)
+        plain = self._plain
         lines = ["tokens/s  of no exit  median round  mean depth  same texts  exits"]
         for trial in self.trials:
             what = "no early exit" if trial is plain else f"{_short(trial.exits)}, {_short(trial.schedule)}"
@@ -83,7 +104,7 @@ def tune(lm: LM, prompts: Prompts, *, exits: Policy | Sequence[Policy], rounds: 
     rounds: how often every way is timed, after one run that compiles; the fastest counts.
     decoding: the other fields of `sled.Decoding`, and seed and batch_size, as you will serve.
 
-    Raises: PromptError, SettingError, TokenizerError.
+    Raises: PromptError, SettingError, TokenizerError, and CalibrationError where all texts end with their first token.
     """
     rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
     batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
@@ -106,6 +127,10 @@ def tune(lm: LM, prompts: Prompts, *, exits: Policy | Sequence[Policy], rounds: 
         for way in range(len(ways)):  # compiles
             run(way)
             bar.update()
+            if outs[0].stats.new_tokens <= len(ids):
+                raise CalibrationError(f"without early exit, all {len(ids)} texts end with their first token, so no "
+                                       "way can be told from another; give prompts that the model answers, or a "
+                                       "larger max_new_tokens")
         times = interleave({way: lambda way=way: run(way) for way in range(len(ways))}, rounds, bar)
     trials = [Trial(policy, schedule, times[way].best, times[way].median, outs[way].stats.new_tokens,
                     outs[way].stats.mean_depth, sum(map(list.__eq__, outs[way].tokens, outs[0].tokens)) / len(ids))

@@ -9,7 +9,7 @@ from typing import Literal
 
 from sled.cli.derived import arguments
 from sled.cli.options import print_devices
-from sled.io import writable
+from sled.io import replace_text, writable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,11 +19,17 @@ class Measurement:
     json: Path | None = None
     """Also write the report to this file."""
 
-    def report(self):
+    def run(self) -> None:
         """Class X is measured by `run_x_bench` of `sled.bench.x`, which takes the options by their names."""
+        if self.json:
+            writable("--json", self.json)
+        print_devices()
         name = type(self).__name__.lower()
-        run = getattr(importlib.import_module(f"sled.bench.{name}"), f"run_{name}_bench")
-        return run(**arguments(self, run))
+        measure = getattr(importlib.import_module(f"sled.bench.{name}"), f"run_{name}_bench")
+        report = measure(**arguments(self, measure))
+        print(report.markdown())
+        if self.json:
+            replace_text("--json", self.json, report.json() + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,18 +141,4 @@ class Exactness(Measurement):
     """Also draw the gaps into this file (.png, .svg or .pdf)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """Measure the fused step, decoding, exits, serving, layers, equal texts, or the training loss, others beside them.
-    """
-
-    what: Fusion | Decode | Exits | Engine | Layers | Exactness | Loss
-
-    def run(self) -> None:
-        if self.what.json:
-            writable("--json", self.what.json)
-        print_devices()
-        report = self.what.report()
-        print(report.markdown())
-        if self.what.json:
-            self.what.json.write_text(report.json() + "\n")
+BENCHES = {kind.__name__.lower(): kind for kind in (Fusion, Decode, Exits, Engine, Layers, Exactness, Loss)}

@@ -11,13 +11,22 @@ import tyro
 
 import sled
 from sled.cli.derived import arguments, derive, offer, settings_of
-from sled.cli.exit_options import SCHEDULE, ExitOptions
-from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
-from sled.errors import PromptError
+from sled.cli.exit_options import ExitOptions, schedule_options
+from sled.cli.options import (
+    ChatOptions,
+    FusionOptions,
+    ModelOptions,
+    SamplingOptions,
+    Stop,
+    left_out,
+    prompts_or_problems,
+    unescape,
+)
 from sled.io import writable
-from sled.settings.rules import Whole
+from sled.settings.decorator import declared
 
-EXITS = (*settings_of(offer(sled.EarlyExit, "layers", "measure", "kv", "decay")), *SCHEDULE)
+EXITS = (*settings_of(offer(sled.EarlyExit, *(declared(sled.EarlyExit).keys() - {"threshold"}))),  # what is sought
+         *schedule_options("immediate"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +52,8 @@ class Calibrate(derive("Exits", *EXITS)):
     file: Path | None = None
     """Read one prompt per line from this file (-: standard input).
     Take prompts like those that you will serve, that nothing was tuned or trained on."""
-    problems: int | None = None
-    """Without --file: how many of the demo model's own training problems to calibrate on (200)."""
+    problems: Annotated[int | None, left_out("200")] = None
+    """Without --file: how many of the demo model's own training problems to calibrate on."""
     delta: float = 0.1
     """The mean loss to tolerate, between 0 and 1. Smaller is stricter, and leaves later."""
     epsilon: float = 0.05
@@ -57,38 +66,27 @@ class Calibrate(derive("Exits", *EXITS)):
     grid: tuple[float, ...] | None = None
     """Thresholds to try, descending, 0 to 1. By default 18 of them, from 0.999 to 0.1."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 128
     """The most tokens to make for a prompt."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a text."""
+    stop: Stop = ()
     batch_size: int = 32
     """Prompts decoded together."""
 
     def run(self) -> None:
         exits = ExitOptions(exits="early", **{name: getattr(self, name) for name, *_ in EXITS}).settings()
-        fusion, sampling = self.fusion_options.strategy(), self.sampling_options.sampling()
-        prompts = self._prompts()
+        fusion = self.fusion_options.strategy()
+        self.sampling_options.check()
+        prompts = self.chat_options.prompts(
+            prompts_or_problems(self.file, self.problems, self.model_options.model, 200))
         output = writable("--output", self.output)
         lm = self.model_options.load()
-        record = sled.calibrate(lm, prompts, **exits, fusion=fusion, sampling=sampling, seed=self.sampling_options.seed,
-                                max_new_tokens=self.max_new_tokens, stop=[unescape(s) for s in self.stop],
-                                **arguments(self, sled.calibrate))
+        self.chat_options.hint(lm)
+        record = sled.calibrate(lm, prompts, **exits, fusion=fusion, sampling=self.sampling_options.chosen(lm),
+                                seed=self.sampling_options.seed, max_new_tokens=self.max_new_tokens,
+                                stop=[unescape(s) for s in self.stop], **arguments(self, sled.calibrate))
         record.save(output)
         print(f"{record.table()}\n\n{record.verdict()}")
         print(f"written to {output}", file=sys.stderr)
-
-    def _prompts(self) -> list[str]:
-        if self.file is not None:
-            if self.problems is not None:
-                raise PromptError("--problems was given beside --file; give one of the two")
-            return read_prompts((), self.file)
-        if self.model_options.model != "demo":
-            raise PromptError(f"no prompts were given for {self.model_options.model}: only the demo model comes with "
-                              "some of its own; name a file of prompts by --file")
-        from sled.demo.problems import problems, prompt
-
-        count = Whole(1, hint="it counts the problems to calibrate on")(
-            "--problems", 200 if self.problems is None else self.problems)
-        return [prompt(p.question) for p in problems("train", count)]

@@ -11,9 +11,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
+from sled.cli.line import Sets, dashed
+from sled.cli.values import Layer
 from sled.errors import SettingError
 from sled.exits.policy import Exits
-from sled.settings.decorator import Rule, declared
+from sled.settings.decorator import Rule, Setting, declared
 from sled.settings.rules import Each, Flag, Layers, Number, OneOf, OrNone, Whole
 
 UNSERVED = ("classifier",)  # a measure that no option can give its trained weights
@@ -58,8 +60,9 @@ def settings_of(of: Offer) -> list[tuple[str, Any, Any]]:
     options = []
     for name, field in of.options.items():
         default, kind = getattr(of.kind, field, dataclasses.MISSING), option_type(of.kind, field)
-        argument = tyro.conf.arg(help=option_help(of.kind, field))
-        options.append((name, Annotated[kind | None if default is None else kind, argument],
+        argument = tyro.conf.arg(help=option_help(of.kind, field),
+                                 help_behavior_hint=None if default is not None else _hint(_default(of.kind, field)))
+        options.append((name, Annotated[kind | None if default is None else kind, argument, sets(of.kind, field)],
                         dataclasses.field(default=default)))
     return options
 
@@ -74,22 +77,59 @@ def settings_by_choice(offers: Mapping[str, Offer]) -> list[tuple[str, Any, Any]
         fields = {word: (of.kind, of.options[name]) for word, of in offers.items() if name in of.options}
         of_type = functools.reduce(operator.or_, (option_type(*field) for field in fields.values()))
         switch = of_type is bool and not any(getattr(*field) for field in fields.values())
-        texts = _grouped({word: declared(kind)[field].explanation for word, (kind, field) in fields.items()})
+        texts = _grouped({word: _explanation(declared(kind)[field]) for word, (kind, field) in fields.items()})
         help = "\n".join(f"{', '.join(words)}: {text}." for text, words in texts.items())
-        argument = tyro.conf.arg(help=help, help_behavior_hint=None if switch else f"(default: {_defaults(fields)})")
-        options.append((name, Annotated[of_type if switch else of_type | None, argument], False if switch else None))
+        argument = tyro.conf.arg(help=help, help_behavior_hint=_hint(_defaults(fields)))
+        options.append((name, Annotated[of_type if switch else of_type | None, argument,
+                                        Sets(tuple(name for field in fields.values() for name in sets(*field).names))],
+                        False if switch else None))
     return options
 
 
+def overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> list[tuple[str, Any, Any]]:
+    """An option for each of these fields, which is None where it is left out; `default` tells what it is then."""
+    return [(field, Annotated[option_type(kind, field) | None, sets(kind, field), tyro.conf.arg(
+        help=option_help(kind, field), help_behavior_hint=_hint(default or _default(kind, field)),
+        aliases=[aliases[field]] if field in aliases else None)], None) for field in fields]
+
+
+def sets(kind: type, field: str) -> Sets:
+    """That an option sets this field, for messages of errors."""
+    return Sets((f"{kind.__name__}.{field}",))
+
+
 def option_help(kind: type, field: str) -> str:
-    text = declared(kind)[field].explanation
+    text = _explanation(declared(kind)[field])
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _explanation(setting: Setting) -> str:
+    """As the setting's own, but that what None means is told as the default."""
+    if isinstance(setting.rule, OrNone):
+        setting = dataclasses.replace(setting, rule=setting.rule.rule)
+    return setting.explanation
+
+
+def _hint(default: str) -> str:
+    return f"(default: {default})" if default else ""
+
+
+def _default(kind: type, field: str) -> str:
+    """A field's default in words; "" where it has none, or None that means nothing in particular."""
+    value, rule = getattr(kind, field, None), declared(kind)[field].rule
+    match value, rule:
+        case None, Layers((None, word, *_)):
+            return word
+        case None, _:
+            return getattr(rule, "none", "")
+        case bool(), _:
+            return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _defaults(fields: Mapping[str, tuple[type, str]]) -> str:
     """The defaults of an option's classes."""
-    values = {word: getattr(*field, None) for word, field in fields.items()}
-    texts = _grouped({word: f"{value:g}" if isinstance(value, float) else str(value) for word, value in values.items()})
+    texts = _grouped({word: _default(*field) for word, field in fields.items()})
     return ", ".join(text if len(texts) == 1 else f"{text} for {' and '.join(words)}" for text, words in texts.items())
 
 
@@ -117,9 +157,9 @@ def _type(rule: Rule | None) -> Any:
         case OneOf(words):
             return Literal[tuple(word for word in words if word not in UNSERVED)]
         case Layers(words) if any(words):
-            return Literal[tuple(filter(None, words))] | tuple[int, ...]
+            return Literal[tuple(filter(None, words))] | tuple[Layer, ...]
         case Layers() | Exits():
-            return tuple[int, ...]
+            return tuple[Layer, ...]
         case Each(entry):
             return tuple[_type(entry), ...]
         case OrNone(rule):
@@ -141,19 +181,30 @@ def arguments(options, function: Callable) -> dict[str, Any]:
     return {field.name: getattr(options, field.name) for field in dataclasses.fields(options) if field.name in taken}
 
 
-def dashed(name: str) -> str:
-    """An option as one writes it: --exit-layers."""
-    return f"--{name.replace('_', '-')}"
-
-
 def build(options, of: Offer):
     """Build what is on offer, of the options that were given for it."""
+    return of.kind(**given_for(options, of))
+
+
+def given_for(options, of: Offer) -> dict[str, Any]:
+    """The settings of what is on offer that were given, by field."""
     values = {of.options[name]: value for name, value in given(options).items() if name in of.options}
     for field, value in values.items():
         rule = declared(of.kind)[field].rule
         if isinstance(rule, Each) and rule.one and len(value) == 1:
             values[field] = value[0]
-    return of.kind(**values)
+    return values
+
+
+def written(settings, of: Offer) -> list[str]:
+    """The options that make these settings, those at their defaults left out: --exit-layers 2 4."""
+    words = []
+    for name, field in of.options.items():
+        value = getattr(settings, field)
+        if value != getattr(of.kind, field, dataclasses.MISSING):
+            values = value if isinstance(value, tuple) else (value,)
+            words += [dashed(name)] if value is True else [dashed(name), *map(str, values)]
+    return words
 
 
 def refuse_others(options, choice: str, has: Collection[str]) -> None:

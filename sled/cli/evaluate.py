@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import tyro
 
 from sled.cli.derived import arguments, given
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions
+from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, named_value
 from sled.errors import EvaluationError
 from sled.io import writable
 
@@ -86,14 +85,16 @@ class Eval:
         from sled.eval.report.report import report_folder
         from sled.eval.report.run import evaluate
 
-        method = Method(self._name(), fusion=self.fusion_options.strategy(), **self.exit_options.settings(),
-                        sampling=self.sampling_options.sampling())
-        methods = [*(baselines(method) if self.compare else ()), method]
-        metadata = dict(map(_named, self.metadata))
+        settings = dict(fusion=self.fusion_options.strategy(), **self.exit_options.settings())
+        self.sampling_options.check()
+        metadata = dict(named_value("--metadata", each) for each in self.metadata)
         report_folder("--out", self.out)
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
+        lm = self.model_options.load()
+        method = Method(self._name(), **settings, sampling=self.sampling_options.chosen(lm))
+        methods = [*(baselines(method) if self.compare else ()), method]
         report = evaluate(**arguments(self, evaluate) | dict(
-            lm=self.model_options.load(), methods=methods, metadata=metadata, normalise=not self.raw_scores,
+            lm=lm, methods=methods, metadata=metadata, normalise=not self.raw_scores,
             cache=cache, seed=self.sampling_options.seed))
         print(report.markdown())
         print(f"written to {self.out}", file=sys.stderr)
@@ -116,16 +117,6 @@ def _need_harness() -> None:
     except ImportError as reason:
         raise EvaluationError(f"lm-evaluation-harness is not installed ({reason}); "
                               "install it by `pip install 'sled-jax[eval]'`") from reason
-
-
-def _named(text: str) -> tuple[str, Any]:
-    name, mark, value = text.partition("=")
-    if not name or not mark:
-        raise EvaluationError(f"--metadata is {text!r}, but must be NAME=VALUE, such as problems=200")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _shown(value: Any) -> str:

@@ -14,11 +14,21 @@ import tyro
 from sled.calibration.record import Calibration
 from sled.cli.derived import dashed, given
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FusionOptions, ModelOptions, SamplingOptions, read_prompts, unescape
+from sled.cli.options import (
+    ChatOptions,
+    FusionOptions,
+    ModelOptions,
+    SamplingOptions,
+    Stop,
+    left_out,
+    read_prompts,
+    unescape,
+)
 from sled.cli.paint import Paint, PaintedRow, has_colours
 from sled.errors import SettingError
 from sled.results import Stats
 from sled.settings.rules import Whole
+from sled.text.prompts import Prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,25 +42,27 @@ class Generate:
     sled generate "Question: A lamp costs 40 euros. Now it is 20% off. What is the price?\\nAnswer:"
     --exits early --exit-layers 1 2 4 --show-exits
 
+    sled generate -m HuggingFaceTB/SmolLM2-135M-Instruct "What is the capital of Italy?" --chat
+    --system "Answer in one word."
+
     sled generate --calibration calibration.json --file prompts.txt --json > out.jsonl
 
     One prompt is printed as it grows; several are decoded together, under a progress bar.
     """
 
-    prompts: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Texts to continue; a backslash and n stands for a line break.
-    They come first, or last behind --, since an option that takes several values, such as --exit-layers, goes on
-    to the next option."""
+    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]], left_out("those of --file", metavar="[PROMPT ...]")] = ()
+    """Texts to continue, first or last; a backslash and n stands for a line break.
+    One that begins with a dash, or is a number, stands behind --."""
     file: Path | None = None
     """Read one prompt per line from this file instead (-: standard input)."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 128
     """The most tokens to make for a prompt."""
-    stop: tuple[str, ...] = ()
-    """Strings that end a text."""
+    stop: Stop = ()
     batch_size: int = 32
     """Prompts decoded together."""
     json: bool = False
@@ -62,7 +74,8 @@ class Generate:
     It is refused where model, fusion, sampling, --max-new-tokens or --stop are not those it was made for."""
 
     def run(self) -> None:
-        prompts = read_prompts(self.prompts, self.file)
+        texts = read_prompts(self.prompts, self.file)
+        prompts = self.chat_options.prompts(texts)
         Whole(1, hint="prompts are decoded in batches")("--batch-size", self.batch_size)
         if self.calibration and (chosen := list(map(dashed, given(self.exit_options)))):
             raise SettingError(f"{', '.join(chosen)} and --calibration were both given, but the record says how tokens "
@@ -73,8 +86,11 @@ class Generate:
             raise SettingError("--show-exits shows where tokens left in the text, so it needs --exits early or "
                                "speculate, or --calibration, and goes without --json, whose exit_layers say the same")
         settings = dict(max_new_tokens=self.max_new_tokens, fusion=self.fusion_options.strategy(),
-                        sampling=self.sampling_options.sampling(), stop=[unescape(s) for s in self.stop])
+                        stop=[unescape(s) for s in self.stop])
+        self.sampling_options.check()
         lm = self.model_options.load()
+        self.chat_options.hint(lm)
+        settings["sampling"] = self.sampling_options.chosen(lm)
         if record:
             exits = dict(schedule=record.schedule)
             exits["exits"] = record.policy(lm, **settings, **exits)
@@ -84,18 +100,19 @@ class Generate:
             paint = Paint(exits["exits"].exits(lm.config.num_layers), colours=has_colours(sys.stdout))
         marks = paint is not None and not paint.colours  # stand behind whole runs of tokens, which chunks would cut
         if len(prompts) == 1 and not self.json and not marks:
-            stats, layers = self._stream(lm, prompts[0], settings, paint)
+            stats, layers = self._stream(lm, texts[0], prompts[0], settings, paint)
         else:
-            stats, layers = self._together(lm, prompts, settings, paint)
+            stats, layers = self._together(lm, texts, prompts, settings, paint)
         if paint:
             print(paint.legend(layers))
         print(end_line(stats, lm.config.num_layers, exits=bool(exits)), file=sys.stderr)
 
-    def _stream(self, lm, prompt: str, settings: dict, paint: Paint | None):
+    def _stream(self, lm, text: str, prompt: Prompt, settings: dict, paint: Paint | None):
         row = PaintedRow(lm.text.decode, paint) if paint else None
         emitted = []
         chunks = lm.stream(prompt, **settings)  # first, so that no prompt stands before an error
-        print(prompt, end="", flush=True)
+        if not self.chat_options.chat:
+            print(text, end="", flush=True)
         for chunk in chunks:
             text, layers = chunk.texts[0], chunk.exit_layers[0]
             print(row.more(text, chunk.tokens[0], layers) if row else text, end="", flush=True)
@@ -103,16 +120,17 @@ class Generate:
         print()
         return chunk.stats, emitted
 
-    def _together(self, lm, prompts: list[str], settings: dict, paint: Paint | None):
+    def _together(self, lm, texts: list[str], prompts: list[Prompt], settings: dict, paint: Paint | None):
         out = lm.generate(prompts, batch_size=self.batch_size, progress=len(prompts) > 1, **settings)
-        for prompt, text, tokens, layers, reason in zip(prompts, out.texts, out.tokens, out.exit_layers,
+        between = "\n" if self.chat_options.chat else ""
+        for prompt, text, tokens, layers, reason in zip(texts, out.texts, out.tokens, out.exit_layers,
                                                         out.finish_reasons, strict=True):
             if self.json:
                 print(json.dumps(dict(prompt=prompt, text=text, tokens=tokens, exit_layers=layers,
                                       finish_reason=reason), ensure_ascii=False))
             else:
                 shown = PaintedRow(lm.text.decode, paint).more(text, tokens, layers) if paint else text
-                print(f"{prompt}{shown}\n")
+                print(f"{prompt}{between}{shown}\n")
         return out.stats, itertools.chain(*out.exit_layers)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,30 +17,48 @@ import sled
 from sled.cli.derived import (
     build,
     choice,
+    dashed,
     derive,
     explained,
+    given,
+    given_for,
     offer,
     offers,
     refuse_others,
     settings_by_choice,
     settings_of,
 )
-from sled.errors import PromptError
+from sled.decoding.options import GREEDY
+from sled.errors import PromptError, SettingError, SledError
 from sled.fusion import FUSIONS
+from sled.settings.rules import Whole
+from sled.text.prompts import Prompt
 
 OFFERS = offers(FUSIONS)
 SAMPLING = offer(sled.Sampling)
+
+
+def left_out(default: str, *aliases: str, metavar: str | None = None):
+    """Beside an option's type: what it means to leave it out, in words, and what else it is called."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {default})", aliases=aliases or None, metavar=metavar)
+
+
+# Strings that end a text: one each time, so that a prompt may follow.
+Stop = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(
+    help="A string that ends a text; for several, give the option again. A backslash and n stands for a line break.",
+    help_behavior_hint="(default: none)")]
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """Which model."""
 
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "demo"
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """"demo" (bundled), a Hugging Face folder, or a hub id."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the weights; by default the checkpoint's, and float32 on a CPU."""
-    revision: str | None = None
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None,
+                     left_out("the checkpoint's; on a CPU float32")] = None
+    """Type of the weights."""
+    revision: Annotated[str | None, left_out("the newest")] = None
     """Branch, tag or commit of a hub id."""
 
     def load(self) -> sled.LM:
@@ -63,11 +84,63 @@ class FusionOptions(derive(
 class SamplingOptions(derive("Draw", *settings_of(SAMPLING))):
     """The draw of the next token; greedy unless a temperature is given."""
 
+    sampling: Annotated[Literal["checkpoint"] | None, left_out("as the options here say")] = None
+    """checkpoint: as the model's generation_config.json has it; the options here take the place of its numbers."""
     seed: int = 0
     """Random seed; prompt i uses seed + i."""
 
-    def sampling(self) -> sled.Sampling:
-        return build(self, SAMPLING)
+    def check(self) -> None:
+        """Raises SettingError for a number out of its range, before a model is loaded."""
+        build(self, SAMPLING)
+
+    def chosen(self, lm: sled.LM) -> sled.Sampling:
+        """The sampling for this model. Raises SettingError where its own cannot be had."""
+        if self.sampling is None:
+            # The very default where nothing was given: so the model may tell that it has a sampling of its own.
+            return build(self, SAMPLING) if given_for(self, SAMPLING) else GREEDY
+        sampling = dataclasses.replace(lm.checkpoint_sampling, **given_for(self, SAMPLING))
+        print(f"sampling as {lm.name} has it: {sampling}", file=sys.stderr)
+        return sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatOptions:
+    """Prompts as what a user says in a chat, for models that were tuned for chats."""
+
+    chat: bool = False
+    """Put each prompt, as a user's message, into the model's chat template; the text is the assistant's answer."""
+    system: str | None = None
+    """--chat: a system message before it."""
+    chat_variables: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], left_out("none", metavar="NAME=VALUE")] = ()
+    """--chat: a further variable of the template, such as enable_thinking=false; for several, give the option again."""
+
+    def prompts(self, texts: Sequence[str]) -> list[Prompt]:
+        """Prompts for texts. Raises SettingError for options that need --chat, and values that are none."""
+        if not self.chat:
+            if idle := given(self):
+                raise SettingError(f"{dashed(next(iter(idle)))} has no meaning without --chat; leave it out, or give "
+                                   "--chat too")
+            return list(texts)
+        variables = dict(named_value("--chat-variables", each) for each in self.chat_variables)
+        return [sled.Chat(text, self.system and unescape(self.system), variables) for text in texts]
+
+    def hint(self, lm: sled.LM) -> None:
+        """Says on standard error that a model is made for chats, where it is prompted without."""
+        with contextlib.suppress(SledError):  # a broken template is no matter to those who do not use it
+            if not self.chat and lm.text.available and lm.text.chats.templates:
+                print(f"note: {lm.name} has a chat template, so it was tuned to answer in chats; --chat asks so",
+                      file=sys.stderr)
+
+
+def named_value(option: str, text: str) -> tuple[str, Any]:
+    """NAME=VALUE; the value is JSON, or else the text as it is. Raises SettingError."""
+    name, mark, value = text.partition("=")
+    if not name or not mark:
+        raise SettingError(f"{option} is {text!r}, but must be NAME=VALUE, such as limit=200")
+    try:
+        return name, json.loads(value)
+    except (ValueError, RecursionError):
+        return name, value
 
 
 def unescape(text: str) -> str:
@@ -91,6 +164,22 @@ def read_prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
     if not lines:
         raise PromptError(f"{file} holds no prompts; write one per line")
     return lines
+
+
+def prompts_or_problems(file: Path | None, problems: int | None, model: str, usual: int) -> list[str]:
+    """Prompts of a file, or training problems of the demo model: `problems` of them, or the usual number."""
+    if file is not None:
+        if problems is not None:
+            raise PromptError("--problems was given beside --file; give one of the two")
+        return read_prompts((), file)
+    if model != "demo":
+        raise PromptError(f"no prompts were given for {model}: only the demo model comes with some of its own; name a "
+                          "file of prompts by --file")
+    from sled.demo.problems import problems as made
+    from sled.demo.problems import prompt
+
+    count = Whole(1, hint="it counts the problems")("--problems", usual if problems is None else problems)
+    return [prompt(problem.question) for problem in made("train", count)]
 
 
 def print_devices() -> None:

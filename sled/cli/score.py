@@ -4,40 +4,88 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Annotated
 
 import tyro
 
-from sled.cli.options import FusionOptions, ModelOptions, unescape
+from sled.cli.derived import arguments
+from sled.cli.line import Sets
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, left_out, unescape
+from sled.errors import PromptError
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """Log-probabilities of continuations of one prompt, most likely first.
+    """Log-probabilities of continuations of a prompt, most likely first; or of every row of a file.
 
     sled score "Question: What is 2 times 3?\\nAnswer:" " 2*3=6" " 2*3=5" --fusion sled
+
+    sled score -m HuggingFaceTB/SmolLM2-135M-Instruct --chat "What is the capital of Italy?" Rome Paris
+
+    sled score --data rows.jsonl --prompt "Question: {question}\\nAnswer:" --continuation " {answer}" --json > out.jsonl
+
+    What counts as likely: the sum over a continuation's tokens. A longer one is less likely by its length alone.
     """
 
-    prompt: tyro.conf.Positional[str]
-    """The text before; a backslash and n stands for a line break."""
-    continuations: tyro.conf.Positional[tuple[str, ...]]
-    """Texts to score after it; mind the leading space."""
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]],
+                     left_out("the rows of --data", metavar="[PROMPT CONTINUATION ...]")] = ()
+    """The text before, and the texts to score after it; mind their leading space, which --chat does not need.
+    A backslash and n stands for a line break."""
+    data: Annotated[str | None, left_out("none", metavar="PATH")] = None
+    """A file with a prompt and a continuation in each row (.jsonl, .json, .parquet, ...), a folder or a hub data set.
+    Rows of one prompt need not stand together: it is computed once."""
+    prompt: str = "prompt"
+    """--data: the column of prompts, or a template such as "Question: {question}\\nAnswer:"."""
+    continuation: Annotated[str, Sets(("Source.completion",))] = "continuation"
+    """--data: the column of continuations, or a template such as " {answer}"."""
+    limit: Annotated[int | None, left_out("all")] = None
+    """--data: read so many rows, the first."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
+    batch_size: int = 16
+    """Continuations scored together."""
     json: bool = False
     """Print one JSON object per continuation, in the order given, with each token's log-probability."""
 
     def run(self) -> None:
         strategy = self.fusion_options.strategy()
+        pairs = self._pairs()
+        prompts = self.chat_options.prompts([prompt for prompt, _ in pairs])
         lm = self.model_options.load()
-        texts = [unescape(c) for c in self.continuations]
-        scores = lm.score(unescape(self.prompt), texts, fusion=strategy)
+        self.chat_options.hint(lm)
+        scores = lm.score(prompts, [text for _, text in pairs], fusion=strategy, batch_size=self.batch_size,
+                          progress=self.data is not None)
+        rows = list(zip(pairs, scores.tokens, scores.logprobs, scores.totals, scores.greedy, strict=True))
         if self.json:
-            for text, tokens, logprobs, total, greedy in zip(
-                    texts, scores.tokens, scores.logprobs, scores.totals, scores.greedy, strict=True):
-                print(json.dumps(dict(continuation=text, tokens=tokens, logprobs=logprobs, total=total, greedy=greedy),
-                                 ensure_ascii=False))
+            for (prompt, text), tokens, logprobs, total, greedy in rows:
+                print(json.dumps(dict(prompt=prompt, continuation=text, tokens=tokens, logprobs=logprobs, total=total,
+                                      greedy=greedy), ensure_ascii=False))
             return
-        print("  log-prob  tokens  greedy  continuation")
-        for i in sorted(range(len(texts)), key=lambda i: -scores.totals[i]):
-            print(f"{scores.totals[i]:10.3f}  {len(scores.tokens[i]):6d}  {'yes' if scores.greedy[i] else 'no':>6}  "
-                  f"{texts[i]!r}")
+        for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
+            if self.data is not None:
+                print(repr(prompt))
+            print("  log-prob  tokens  greedy  continuation")
+            for (_, text), tokens, _, total, greedy in sorted((row for row in rows if row[0][0] == prompt),
+                                                              key=lambda row: -row[3]):
+                print(f"{total:10.3f}  {len(tokens):6d}  {'yes' if greedy else 'no':>6}  {text!r}")
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        """(prompt, continuation) of each row."""
+        if self.data is None:
+            if len(self.texts) < 2:
+                lacks = "continuation" if self.texts else "prompt"
+                raise PromptError(f"no {lacks} was given; write a prompt and its continuations behind the command, or "
+                                  "name a file by --data")
+            prompt, *texts = map(unescape, self.texts)
+            return [(prompt, text) for text in texts]
+        if self.texts:
+            raise PromptError("texts were given both as arguments and by --data; give one of the two")
+        from sled.train.data.sources import Source
+
+        columns = dict(prompt=unescape(self.prompt), completion=unescape(self.continuation))
+        source = Source(**arguments(self, Source) | columns)
+        pairs = [(example.prompt, example.body) for example in source.open()]
+        if not pairs:
+            raise PromptError(f"{self.data} holds no rows; give one per continuation")
+        return pairs

@@ -9,12 +9,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sled.cli.derived import arguments, build, dashed, derive, given, offer, option_help, option_type, settings_of
+from sled.cli.derived import arguments, build, dashed, derive, given, offer, overrides, sets, settings_of
+from sled.cli.options import left_out
+from sled.cli.values import Layer
 from sled.errors import SettingError
+from sled.models.config import ExitHeads
+from sled.models.sharding.mesh import Mesh
 from sled.train.data.packing import Layout
 from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
-from sled.train.objective.layer_dropout import FixedRows, Masked, WholeBatch, layerskip
+from sled.train.objective.layer_dropout import FixedRows, LayerDropout, Masked, WholeBatch, layerskip
 from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe, named
 
@@ -58,15 +62,8 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
         return source, Source(**arguments(self, Source) | dict(data=several(self.held_out), **others))
 
 
-def _overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> list[tuple[str, Any, Any]]:
-    """An option for each of these fields, which is None where it is left out; `default` tells what it is then."""
-    return [(field, Annotated[option_type(kind, field) | None, tyro.conf.arg(
-        help=option_help(kind, field), help_behavior_hint=f"(default: {default or getattr(kind, field)})",
-        aliases=[aliases[field]] if field in aliases else None)], None) for field in fields]
-
-
 @dataclasses.dataclass(frozen=True)
-class NewModelOptions(derive("NewModelFields", *_overrides(
+class NewModelOptions(derive("NewModelFields", *overrides(
         NewModel, "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "vocabulary"))):
     """A model that begins at random, for --model new: Llama-shaped."""
 
@@ -83,19 +80,18 @@ without early exits.""")
 
 
 @dataclasses.dataclass(frozen=True)
-class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "finetune"), *_overrides(
+class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "finetune"), *overrides(
         Recipe, "steps", "batch", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
         "weight_decay", "clip", "z_loss", "distill", "temperature", "compute_dtype", "remat", "seed",
         default="the recipe's", batch="-b"))):
     """A recipe by name, and changes to it."""
 
-    exit_layers: tuple[int, ...] = ()
+    exit_layers: Annotated[tuple[Layer, ...], sets(AllExits, "layers")] = ()
     """Early exits that learn at every step, in place of the recipe's, which take turns. They count as it weighs them,
     with a recipe that has none as much as the last layer."""
-    layer_dropout: float | None = None
-    """Largest probability of dropping a layer, in place of the recipe's; LayerSkip's dropout where it has none.
-    0 drops none."""
-    drop: Literal["masked", "fixed", "batch"] | None = None
+    layer_dropout: Annotated[float | None, sets(LayerDropout, "rate"), left_out("the recipe's")] = None
+    """Largest probability of dropping a layer; LayerSkip's dropout where the recipe has none. 0 drops none."""
+    drop: Annotated[Literal["masked", "fixed", "batch"] | None, left_out("the recipe's")] = None
     """masked: each sequence on its own; saves no work. fixed: as many sequences of a batch as the probability says,
     left out of the computation. batch: a layer for the whole batch at once."""
 
@@ -137,10 +133,10 @@ class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "
 class HeadOptions:
     """Heads of their own for early exits, which read their hidden states better than the last layer's alone."""
 
-    exit_heads: tuple[int, ...] = ()
+    exit_heads: Annotated[tuple[Layer, ...], sets(ExitHeads, "layers")] = ()
     """After which layers: new heads, that begin by changing nothing. With --recipe tune-exits they alone learn; with
     another give --exit-layers too, with the same layers. A model that has heads keeps them without this."""
-    head_kind: Literal["norm", "affine", "mlp", "projection"] = "norm"
+    head_kind: Annotated[Literal["norm", "affine", "mlp", "projection"], sets(ExitHeads, "kind")] = "norm"
     """norm: a final norm of their own. affine: a linear map before it (tuned lens). mlp: a small network before it.
     projection: nothing but a projection of their own."""
     untied_heads: bool = False
@@ -148,8 +144,6 @@ class HeadOptions:
 
     def heads(self):
         """The new heads, or None. Raises SettingError."""
-        from sled.models.config import ExitHeads
-
         if not self.exit_heads:
             if wanted := given(self):
                 raise SettingError(f"{dashed(next(iter(wanted)))} was given without --exit-heads; say after which "
@@ -162,7 +156,7 @@ class HeadOptions:
 class MeshOptions(derive("ProcessFields", *settings_of(PROCESSES))):
     """The use of several devices; -1 is what is left of them. scripts/launch_*.sh start several processes."""
 
-    data_parallel: int = 1
+    data_parallel: Annotated[int, sets(Mesh, "data")] = 1
     """Groups of devices that hold all weights each."""
     fsdp: int = -1
     """Devices over which weights and optimiser are spread."""
@@ -212,7 +206,6 @@ class Train:
         where = self.mesh_options
         initialize(build(where, PROCESSES))
         from sled.cli.options import print_devices
-        from sled.models.sharding.mesh import Mesh
         from sled.train.trainer import TrainingRun, memory_plan_of, train
 
         print_devices()

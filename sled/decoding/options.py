@@ -18,7 +18,8 @@ A_STRATEGY = Instance(Strategy, hint="give a strategy such as sled.SLED(); sled.
 A_POLICY = Instance(Policy, hint="give sled.EarlyExit(...), sled.SelfSpeculation(...) or what Calibration.policy "
                                  "returns, or leave it out")
 A_SCHEDULE = Instance(Schedule, traced=False, hint="give sled.Immediate(), sled.Lockstep() or sled.Gather(...)")
-A_SAMPLING = Instance(Sampling, hint="give sled.Sampling(temperature=...), or leave it out to be greedy")
+A_SAMPLING = Instance(Sampling, hint="give sled.Sampling(temperature=...), or lm.checkpoint_sampling for the model's "
+                                     "own; leave it out to be greedy")
 FULL_DEPTH, FINAL_LAYER, GREEDY, NEW_TOKENS = FullDepth(), FinalLayer(), Sampling(), 128  # the defaults
 BY_ROW = dict(fusion=A_STRATEGY, exits=A_POLICY, sampling=A_SAMPLING)  # settings that may have an entry per row
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from sled.exits.policy import only_if
 from sled.fusion.partial import max_and_index
 from sled.settings.decorator import setting, settings
-from sled.settings.rules import Number, Whole
+from sled.settings.rules import WIDE, Number, Whole
 
 
 @settings
@@ -27,7 +27,8 @@ class Sampling:
     """
 
     temperature: float = setting(
-        Number(0, hint="0 takes the most likely token, 1 samples the model's own distribution"), default=0.0, rows="B",
+        Number(0, WIDE, least=1 / WIDE, hint="0 takes the most likely token, 1 samples the model's own distribution"),
+        default=0.0, rows="B",
         help="what divides the logits before the draw (Gumbel-max)")
     top_k: int = setting(Whole(0, hint="0 keeps all tokens"), default=0, rows="B",
                          help="keep the k most likely tokens")
@@ -36,7 +37,7 @@ class Sampling:
     min_p: float = setting(Number(0, 1, hint="0 keeps all tokens"), default=0.0, rows="B",
                            help="keep tokens with at least this fraction of the highest probability")
     repetition_penalty: float = setting(
-        Number(0, open_low=True, hint="1 changes nothing, and 1.01 to 1.05 goes well with SLED on open text"),
+        Number(1 / WIDE, WIDE, hint="1 changes nothing, and 1.01 to 1.05 goes well with SLED on open text"),
         default=1.0, rows="B", help="what divides the logits of tokens that were already seen")
 
 

@@ -49,15 +49,21 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
                       capacity=capacity, plan=plan)
         height = min(batch_size, len(rows))
         for at in range(0, len(rows), height):
-            block = _block([(row, *pairs[index]) for row, index in rows[at:at + height]], height, longest, capacity)
-            logp_BT, best_BT = jax.device_get(_score_block(build, params, state.caches, *block, fusion, normalise))
-            for (_, index), logp_T, best_T in zip(rows[at:at + height], logp_BT, best_BT, strict=False):
-                m = len(pairs[index][1])
-                yield index, logp_T[:m], best_T[:m]
+            some_rows = rows[at:at + height]
+            block = _block([(row, *pairs[index]) for row, index in some_rows], height, longest, capacity)
+            logp_P, best_P = jax.device_get(_score_block(build, params, state.caches, *block, fusion, normalise))
+            begun = 0
+            for _, index in some_rows:
+                end = begun + len(pairs[index][1])
+                yield index, logp_P[begun:end], best_P[begun:end]
+                begun = end
 
 
 def _block(rows, height: int, longest: int, capacity: int):
-    """Arrays for `_score_block`: a row's inputs are its prompt's last token and all but its own last."""
+    """Arrays for `_score_block`: a row's inputs are its prompt's last token and all but its own last.
+
+    The last two are an order of the places in which those with a token to score come first, and how many these are.
+    """
     which_B = np.zeros(height, np.int32)
     inputs_BT, targets_BT = np.zeros((2, height, longest), np.int32)
     positions_BT = np.full((height, longest), capacity, np.int32)
@@ -67,26 +73,33 @@ def _block(rows, height: int, longest: int, capacity: int):
         inputs_BT[b, :m] = [prompt[-1], *continuation[:-1]]
         targets_BT[b, :m] = continuation
         positions_BT[b, :m] = len(prompt) - 1 + np.arange(m)
-    return which_B, inputs_BT, targets_BT, positions_BT
+    idle_P = positions_BT.ravel() == capacity
+    return which_B, inputs_BT, targets_BT, positions_BT, np.argsort(idle_P, kind="stable"), (~idle_P).sum()
 
 
 @functools.partial(jax.jit, static_argnames=("build", "normalise"))
-def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, fusion, normalise: bool):
+def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, order_P, scored,
+                 fusion, normalise: bool):
+    """Log-probability and most likely token [P] of the first `scored` places in the order `order_P`."""
     readout = Readout(network := build(params))
     caches = jax.tree.map(lambda x: x[which_B], caches)
     h0 = network.embed(inputs_BT)
     states, _ = network.run_layers(h0, positions_BT, caches, 0, network.num_layers)
-    flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731  every place is a row of its own
+    flat = lambda x: x.reshape(-1, *x.shape[2:])[order_P]  # noqa: E731  every place is a row of its own
 
     def judge(states_PD, target_P):
         logits_PV = readout.fuse(fusion, states_PD, network.num_layers)
         scores_PV = jax.nn.log_softmax(logits_PV, axis=-1) if normalise else logits_PV
-        return jnp.take_along_axis(scores_PV, target_P[:, None], axis=-1)[:, 0], max_and_index(logits_PV)[1][:, 0]
+        scores_P = jnp.take_along_axis(scores_PV, target_P[:, None], axis=-1)[:, 0]
+        return scores_P.astype(jnp.float32), max_and_index(logits_PV)[1][:, 0]
 
-    inputs = ([flat(h) for h in (h0, *states)], flat(targets_BT))
+    def judge_some(scored_P, *inputs):
+        nothing = jnp.zeros(scored_P.shape, jnp.float32), jnp.zeros(scored_P.shape, jnp.int32)
+        return jax.lax.cond(scored_P.any(), lambda: judge(*inputs), lambda: nothing)
+
+    inputs = (jnp.arange(order_P.size) < scored, [flat(h) for h in (h0, *states)], flat(targets_BT))
     layers = 1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))
-    per_place = layers * network.shared_head.vocabulary
-    return jax.tree.map(lambda x: x.reshape(inputs_BT.shape), map_places(judge, inputs, per_place))
+    return map_places(judge_some, inputs, layers * network.shared_head.vocabulary)
 
 
 def map_places(f: Callable, inputs, logits_per_place: int):

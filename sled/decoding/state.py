@@ -3,6 +3,7 @@
     start       ragged prompts into a fresh state   (host arrays -> DecodeState)
     prefill     K/V of a block of prompt tokens     (jitted, one call per block)
     grow        a larger state, when the caches are full
+    spread      the K/V of one row into all rows
     put_row     a row of its own into the place of another
     set_active  rows switched off from outside (stop strings)
 
@@ -26,6 +27,7 @@ from sled.decoding.readout import Readout
 from sled.errors import SettingError
 
 PREFILL_BLOCK = 512  # tokens per row and call: bounds the attention scores to [B, N, 512, S]
+SHARED = 128  # tokens with which all prompts begin, from which on it pays to run them once for all rows
 
 
 def bucket(n: int, *, least: int = 16) -> int:
@@ -57,8 +59,9 @@ class Plan(NamedTuple):
 
     @classmethod
     def of(cls, policy, fusion, network: Network) -> Plan:
-        """Raises SettingError for a layer that the model lacks, and where `Readout.early_layers` does."""
+        """Raises SettingError for a layer that the model lacks, and where `Readout.early_layers` or the policy does."""
         exits, readout = policy.exits(network.num_layers), Readout(network)
+        policy.check(network)
         if policy.verifies and (policy.propagates or len(exits) == 1):
             raise SettingError(f"{type(policy).__name__} verifies its drafts, but has no early exit to draft at, or "
                                "propagates K/V that no verification has seen; give it an exit, and propagates = False")
@@ -175,10 +178,22 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
     length_B = np.array([len(p) for p in prompts], np.int32)
     state = empty_state(build, params, tokens_BS, length_B, np.asarray(limits, np.int32),
                         np.asarray(seeds, np.uint32), memory, plan=plan)
-    block = bucket(min(longest - 1, PREFILL_BLOCK))
-    for begin in range(0, longest - 1, block):
-        state = prefill(build, params, state, np.int32(begin), block=block)
+    begin = shared_length(prompts)
+    if len(prompts) > 1 and begin >= SHARED:
+        state = spread(state, start(build, params, [prompts[0][:begin + 1]], [0], [0], capacity=capacity, plan=plan))
+    else:
+        begin = 0
+    block = bucket(min(longest - 1 - begin, PREFILL_BLOCK))
+    for at in range(begin, longest - 1, block):
+        state = prefill(build, params, state, np.int32(at), block=block)
     return state
+
+
+def shared_length(prompts: list[np.ndarray]) -> int:
+    """How many tokens all prompts begin with, each one's last left out."""
+    most = min(len(p) for p in prompts) - 1
+    alike_T = np.all([p[:most] == prompts[0][:most] for p in prompts], axis=0)
+    return most if alike_T.all() else int(alike_T.argmin())
 
 
 @functools.partial(jax.jit, static_argnames=("build", "plan"))
@@ -208,6 +223,13 @@ def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> D
     positions_BT = jnp.where(positions_T < state.text.length_B[:, None] - 1, positions_T, state.capacity)
     _, caches = network.run_layers(network.embed(tokens_BT), positions_BT, state.caches, 0, network.num_layers)
     return state.replace(caches=caches)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def spread(state: DecodeState, row: DecodeState) -> DecodeState:
+    """The state with the K/V of the one row of `row` in each of its rows."""
+    return state.replace(caches=jax.tree.map(lambda one, rows: jnp.broadcast_to(one, rows.shape), row.caches,
+                                             state.caches))
 
 
 @functools.partial(jax.jit, donate_argnames="state")

@@ -11,6 +11,10 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from sled.errors import SettingError
+from sled.settings.rules import is_array
 
 PROJECTING = ("max_probability", "margin", "entropy")  # measures of the exit's logits
 MEASURES = (*PROJECTING, "saturation", "classifier")
@@ -28,6 +32,23 @@ class Classifier:
     weight_ED: jax.Array
     bias_E: jax.Array
     layers: tuple[int, ...] | None = dataclasses.field(default=None, metadata=dict(static=True))
+
+
+def check_classifier(name: str, classifier: Classifier, exits: int) -> None:
+    """Raises SettingError where the classifier's arrays are none, not those of so many exits, or not finite."""
+    weight_ED, bias_E = classifier.weight_ED, classifier.bias_E
+    if not is_array(weight_ED) or not is_array(bias_E):
+        kinds = f"{type(weight_ED).__name__} and {type(bias_E).__name__}"
+        raise SettingError(f"{name} has weights of the types {kinds}, but must have arrays of NumPy or jax, of the "
+                           f"shapes ({exits}, width) and ({exits},); give np.array(...)")
+    if weight_ED.ndim != 2 or len(weight_ED) != exits or bias_E.shape != (exits,):
+        raise SettingError(f"{name} has weights of the shapes {weight_ED.shape} and {bias_E.shape}, but for the exits "
+                           f"that layers names they are ({exits}, width) and ({exits},); give weights for each of them")
+    if isinstance(weight_ED, jax.core.Tracer) or isinstance(bias_E, jax.core.Tracer):
+        return
+    for array in (weight_ED, bias_E):
+        if array.dtype.kind in "OSU" or not np.all(np.abs(array) <= np.finfo(np.float32).max):
+            raise SettingError(f"{name} has weights that are not finite numbers in float32; train one anew")
 
 
 def confidence(measure: str, logits_BV, h_BD, below_BD, classifier: Classifier | None, exit_index: int):

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from sled.errors import SettingError
-from sled.exits.confidence import MEASURES, PROJECTING, Classifier, confidence
+from sled.exits.confidence import MEASURES, PROJECTING, Classifier, check_classifier, confidence
 from sled.exits.policy import Decision, Exits, ExitView, Policy, only_if, with_last
 from sled.settings.decorator import setting, settings
-from sled.settings.rules import Each, Instance, Number, OneOf, OrNone, Whole
+from sled.settings.rules import WIDE, Each, Instance, Number, OneOf, OrNone, Whole
 
 DECAYS = ("none", "calm-paper", "calm-code")
 
@@ -45,15 +45,14 @@ class EarlyExit(Policy):
         rows="BE", help="how sure an exit must be, one number for all exits or one per exit")
     measure: str = setting(OneOf(MEASURES), default="max_probability", help=(
         "what sure means: max_probability, of the most likely token; margin, its lead over the second; entropy, 1 - "
-        "entropy / log V; saturation, the cosine with the hidden state of the layer below, which needs no projection; "
-        "or that of a trained classifier"))
+        "entropy / log V; saturation, the cosine with the hidden state of the layer below, which needs no projection"))
     decay: str = setting(OneOf(DECAYS), default="none", help=(
         "how the threshold falls as the text grows, since early errors cost more: calm-paper as in CALM's paper, "
         "calm-code as in its code"))
-    decay_temperature: float = setting(Number(0, hint="CALM uses 4"), default=4.0, rows="B",
+    decay_temperature: float = setting(Number(0, WIDE, hint="CALM uses 4"), default=4.0, rows="B",
                                        help="how fast the threshold falls")
     min_layer: int = setting(Whole(0, hint="0 is no bound"), default=0, rows="B",
-                             help="no token leaves before this layer")
+                             help="no token leaves before this layer, and none at all before the last one or more")
     kv: str = setting(OneOf(("exact", "propagate")), default="exact", help=(
         "the keys and values of a token in the layers it skipped: exact, made later in a block, when a segment next "
         "runs for any row; propagate, made at once from the exit's hidden state, which is cheaper and approximate"))
@@ -74,9 +73,8 @@ class EarlyExit(Policy):
         if self.classifier is not None and self.classifier.layers not in (None, self.layers):
             raise SettingError(f"EarlyExit.classifier was trained for exits {self.classifier.layers}, but layers is "
                                f"{self.layers}; give the same, or train one for these")
-        if self.classifier is not None and len(self.classifier.weight_ED) != len(self.layers):
-            raise SettingError(f"EarlyExit.classifier has weights for {len(self.classifier.weight_ED)} exits, but "
-                               f"layers names {len(self.layers)}; give one for each")
+        if self.classifier is not None:
+            check_classifier("EarlyExit.classifier", self.classifier, len(self.layers))
 
     @property
     def propagates(self) -> bool:
@@ -85,6 +83,14 @@ class EarlyExit(Policy):
     @property
     def window(self) -> int:
         return 1 if self.propagates else self.max_deferred + 1
+
+    def check(self, network) -> None:
+        if self.classifier is None:
+            return
+        trained, width = self.classifier.weight_ED.shape[1], network.shared_head.w_VD.shape[1]
+        if trained != width:
+            raise SettingError(f"EarlyExit.classifier is for hidden states of width {trained}, but the model's is "
+                               f"{width}; train one for this model")
 
     def exits(self, num_layers: int) -> tuple[int, ...]:
         return with_last("EarlyExit.layers", self.layers, num_layers)

@@ -101,6 +101,9 @@ class Policy(abc.ABC):
         Raises SettingError for a layer that a model of `num_layers` layers does not have.
         """
 
+    def check(self, network) -> None:  # noqa: B027
+        """Raises SettingError where arrays of the policy do not fit the network. Asked before anything runs."""
+
     @abc.abstractmethod
     def at_exit(self, view: ExitView) -> Decision:
         """Decides who leaves at an early exit. Traced once per exit; the last layer is not asked."""

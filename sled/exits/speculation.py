@@ -79,6 +79,14 @@ class SelfSpeculation(Policy):
     def exits(self, num_layers: int) -> tuple[int, ...]:
         return with_last("SelfSpeculation.layer", self.layer, num_layers)
 
+    def check(self, network) -> None:
+        if self.vocabulary is None or isinstance(self.vocabulary, jax.core.Tracer):
+            return
+        ids, most = np.asarray(self.vocabulary), network.shared_head.vocabulary - 1
+        if (outside := ids[(ids < 0) | (ids > most)]).size:
+            raise SettingError(f"SelfSpeculation.vocabulary has the token id {outside[0]}, but the model's are 0 to "
+                               f"{most}; leave it out")
+
     def prepare(self, readout) -> Drafter:
         """The projections of the drafts, the rows of the draft vocabulary gathered once."""
         some = lambda head: head if self.vocabulary is None else head.with_weights(head.w_VD[self.vocabulary])  # noqa: E731

@@ -2,12 +2,15 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
 from sled.fusion.strategy import explicit_layers, layers_setting, norm_setting
 from sled.settings.decorator import setting, settings
-from sled.settings.rules import Each, Number, OrNone, is_array
+from sled.settings.rules import Each, Number, OrNone, is_array, shorten
+
+LARGEST_WEIGHT = 1e30  # so that their sum is finite
 
 
 @settings
@@ -19,15 +22,21 @@ class LayerAverage:
     """
 
     weights: tuple[float, ...] | jax.Array | None = setting(
-        OrNone(Each(Number(0, hint="give one per early layer and one for the final layer; they are scaled to sum to 1, "
-                                   "and None weighs all alike"))),
+        OrNone(Each(Number(0, LARGEST_WEIGHT, hint="give one per early layer and one for the final layer; they are "
+                                                   "scaled to sum to 1, and None weighs all alike"))),
         default=None, rows="BC", option=None, help="weights of the candidate layers, the final one last, not all zero")
     layers: str | tuple[int, ...] | None = layers_setting(None, "all", help="all, which is the default")
     norm_early: bool = norm_setting(True, hint="without, their distributions are not on the final one's scale")
 
     def __post_init__(self):
-        if isinstance(self.weights, tuple) and not any(is_array(w) or w > 0 for w in self.weights):
-            raise SettingError(f"LayerAverage.weights is {self.weights}, but must not be all 0; None weighs all alike")
+        if isinstance(self.weights, tuple):
+            empty = not any(is_array(w) or w > 0 for w in self.weights)  # an entry that is an array is traced
+        else:
+            known = self.weights is not None and not isinstance(self.weights, jax.core.Tracer)
+            empty = known and not np.all(np.max(self.weights, axis=-1, initial=0) > 0)
+        if empty:
+            raise SettingError(f"LayerAverage.weights is {shorten(self.weights)}, but must not be all 0 for any row; "
+                               "None weighs all alike")
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:
         return tuple(range(num_layers)) if self.layers in (None, "all") else explicit_layers(self, num_layers)

@@ -11,7 +11,7 @@ from sled.errors import SettingError
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import explicit_layers, layers_setting, left_out_setting, norm_setting, per_row
 from sled.settings.decorator import bound_of, setting, settings
-from sled.settings.rules import Flag, Number, Whole
+from sled.settings.rules import WIDE, Flag, Number, Whole
 
 _PRESETS = {
     "official-code": {},
@@ -23,7 +23,7 @@ _PRESETS = {
 
 def _scale_setting():
     return setting(Whole(1, hint="5, 10 or 20 is usual"), default=10, rows="B",
-                   help="how many of the final layer's top tokens take part, k")
+                   help="how many of the final layer's top tokens, or all of a smaller vocabulary, take part, k")
 
 
 def _log_softmax_setting():
@@ -45,10 +45,11 @@ class SLED:
     None as `layers` is "all": every hidden state before the final one, embeddings included.
     """
 
-    rate: float = setting(Number(0, hint="0.5 to 3 is usual"), default=2.0, rows="B", help="evolution rate, alpha")
+    rate: float = setting(Number(0, WIDE, hint="0.5 to 3 is usual"), default=2.0, rows="B",
+                          help="evolution rate, alpha")
     scale: int = _scale_setting()
-    steps: int = setting(Whole(1, hint="1 is usual"), default=1, rows="B", help="evolution steps")
-    temperature: float = setting(Number(0, open_low=True, hint="1 is usual"), default=1.0, rows="B", option=None,
+    steps: int = setting(Whole(1, 1000, hint="1 is usual"), default=1, rows="B", help="evolution steps")
+    temperature: float = setting(Number(1 / WIDE, WIDE, hint="1 is usual"), default=1.0, rows="B", option=None,
                                  help="what divides the logits in every softmax, and the update")
     lower_bound: float = left_out_setting(-1000.0)
     log_softmax: bool = _log_softmax_setting()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.settings.decorator import setting
-from sled.settings.rules import Flag, Layers, Number
+from sled.settings.rules import WIDE, Flag, Layers, Number
 
 
 @runtime_checkable
@@ -39,8 +39,8 @@ def norm_setting(default: bool, *, hint: str) -> Any:
 
 
 def left_out_setting(default: float) -> Any:
-    return setting(Number(hint="-inf or a large negative number, as -1000, leaves a token out"), default=default,
-                   rows="B", help="logit of the tokens that are left out")
+    return setting(Number(high=WIDE, hint="-inf or a large negative number, as -1000, leaves a token out"),
+                   default=default, rows="B", help="logit of the tokens that are left out")
 
 
 def explicit_layers(self, num_layers: int) -> tuple[int, ...]:

@@ -21,11 +21,13 @@ from sled.decoding.readout import Readout
 from sled.decoding.scoring import map_places
 from sled.decoding.state import bucket
 from sled.exits.policy import Exits, with_last
+from sled.settings.brief import brief
 from sled.settings.rules import Number, Whole
 
 BEST = 5  # tokens kept of every layer's distribution, or all of a smaller vocabulary
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Lens:
     """The choices of every layer. Rows are hidden states 0 (embeddings) .. L, columns the T tokens read.
@@ -110,11 +112,11 @@ class Lens:
             leaves_T[sure_T] = layer
         return leaves_T
 
-    def table(self, *, first: int = 0, count: int = 12) -> str:
+    def table(self, *, first: int = 0, count: int = 12, width: int | None = None) -> str:
         """Layers (deepest first) by positions first .. first + count - 1, as text.
 
         Each cell is the layer's choice with its probability in percent; `*` marks agreement with
-        the final layer.
+        the final layer. width: characters of a line, at which wider tables are cut into several.
         """
         columns = self.columns(first, count)
         rows = [["read", *(show(self.tokens[t]) for t in columns)]]
@@ -124,14 +126,36 @@ class Lens:
             rows.append([f"layer {n}" if n else "embed",
                          *(f"{show(self.names[n][t])} {100 * self.probability[n, t]:.0f}"
                            f"{'*' if self.agreement[n, t] else ''}" for t in columns)])
-        widths = [max(len(row[c]) for row in rows) for c in range(len(rows[0]))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+        head, *columns = zip(*rows, strict=True)
+        parts, used = [[head]], max(map(cells, head))
+        for column in columns:
+            needs = 2 + max(map(cells, column))
+            if width is not None and used + needs > width and len(parts[-1]) > 1:
+                parts.append([head])
+                used = max(map(cells, head))
+            parts[-1].append(column)
+            used += needs
+        return "\n\n".join(map(_aligned, parts))
 
     def columns(self, first: int, count: int) -> range:
         """Positions first .. first + count - 1, as far as the text goes."""
         first = Whole(0, len(self.tokens) - 1, hint="it is the first position of the text to show")("first", first)
         count = Whole(1, hint="it counts the positions to show")("count", count)
         return range(first, min(first + count, len(self.tokens)))
+
+
+def _aligned(columns: list[tuple[str, ...]]) -> str:
+    """Columns of cells as lines."""
+    widths = [max(map(cells, column)) for column in columns]
+    rows = ("  ".join(cell + " " * (width - cells(cell)) for cell, width in zip(row, widths, strict=True))
+            for row in zip(*columns, strict=True))
+    return "\n".join(row.rstrip() for row in rows)
+
+
+def cells(text: str) -> int:
+    """The columns of a terminal that a text takes: two for what is wide in East Asia, none for combining marks."""
+    return sum(0 if unicodedata.category(c) in ("Mn", "Me") else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+               for c in text)
 
 
 _SHAPES = {" ": "·", "\n": "⏎", "\t": "⇥"}

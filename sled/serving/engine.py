@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -55,7 +56,8 @@ class Engine:
 
     def __init__(self, lm: LM, *, slots: int = 8, capacity: int | None = None,
                  fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
-                 schedule: Schedule | None = None, sampling: Sampling = GREEDY, limits: Limits = LIMITS):
+                 schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
+                 limits: Limits = LIMITS):
         Instance(LM, traced=False, hint="give what sled.load returns")("lm", lm)
         slots = Whole(1, hint="it counts the requests served at a time")("slots", slots)
         most = lm.config.max_positions
@@ -63,7 +65,7 @@ class Engine:
             "capacity", min(most, 1024) if capacity is None else capacity)
         self.limits = Instance(Limits, traced=False, hint="give sled.Limits(...)")("limits", limits)
         self._lm, self._waiting, self._lock = lm, deque(), threading.Lock()
-        defaults = Decoding(fusion, exits, schedule, sampling)
+        defaults = Decoding(fusion, exits, schedule, lm.sampling_of(sampling))
         exits.exits(lm.config.num_layers)  # for its error, which constant depth would not raise
         self._defaults = self._allowed(defaults, defaults)
         self._slots = Slots(lm.build, lm.params, self._served(self._defaults), slots=slots, capacity=capacity,
@@ -72,8 +74,8 @@ class Engine:
         self._spoilt = False  # whether a failure has left the slots in no good state
 
     def submit(self, prompt: Prompt, *, fusion: Strategy | None = None, exits: Policy | None = None,
-               sampling: Sampling | None = None, max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = (),
-               seed: int = 0) -> Request:
+               sampling: Sampling | Literal["checkpoint"] | None = None, max_new_tokens: int = NEW_TOKENS,
+               stop: str | Sequence[str] = (), seed: int = 0) -> Request:
         """A request that waits for a slot.
 
         prompt: a string or a list of token ids. max_new_tokens, seed, stop: as for `LM.generate`.
@@ -82,7 +84,7 @@ class Engine:
         Raises PromptError, SettingError, TokenizerError; RequestError where the budget has no room for one new token.
         """
         seed = Whole(0, 2**32 - 1, hint="it names one of 2**32 random streams")("seed", seed)
-        own = dict(fusion=fusion, exits=exits, sampling=sampling)
+        own = dict(fusion=fusion, exits=exits, sampling=sampling and self._lm.sampling_of(sampling))
         served = self._served(self._allowed(self._defaults.replace(
             max_new_tokens=max_new_tokens, stop=stop,
             **{name: given for name, given in own.items() if given is not None}), self._defaults))
@@ -100,8 +102,6 @@ class Engine:
         limit = min(served.max_new_tokens, self._slots.capacity - len(ids))
         budgeted = affordable is not None and affordable < limit
         entry = Entry(ids, affordable if budgeted else limit, seed, served)
-        if served.stop:
-            self._lm.text.decode([])  # for its error, where there is no tokenizer
         row = StopStrings(self._lm.text, served.stop, self._lm.config.eos_ids)
         request = Request(entry, row, budgeted=budgeted, shown=self.limits.show_exits,
                           text=self._lm.text.available, step=self.step)

@@ -11,6 +11,7 @@ import numpy as np
 from sled.decoding.batch import Emitted, Entry
 from sled.errors import RequestError, SettingError
 from sled.exits import Policy
+from sled.settings.brief import brief
 from sled.settings.decorator import setting, settings
 from sled.settings.rules import LARGEST, Flag, Number, OrNone, Whole
 from sled.text.stop_strings import StopStrings
@@ -24,7 +25,7 @@ class Limits:
         "no token may leave early at a lower threshold, decay included"))
     min_layer: int = setting(Whole(0, LARGEST, hint="0 is no bound"), default=0, help=(
         "no token may leave before this layer"))
-    budget: int | None = setting(OrNone(Whole(1, hint="None is no bound")), default=None, help=(
+    budget: int | None = setting(OrNone(Whole(1, hint="it counts layer-tokens"), "no bound"), default=None, help=(
         "layer-tokens (one token through one layer) that a request may cost at worst, its prompt included. Every token "
         "is charged for all layers, so that no text costs more by leaving late; with self-speculation every token is "
         'charged for a whole draft of wrong tokens. What is cut off ends for the reason "budget"'))
@@ -58,6 +59,7 @@ class Limits:
         return (self.budget // num_layers - prompt) // int(np.max(exits.positions_per_token))
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Piece:
     """What `Request.stream` yields: what is new of a request.
@@ -71,6 +73,7 @@ class Piece:
     exit_layers: list[int] | None
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Completion:
     """A request's result, as `sled.Output` has it for each prompt.

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from sled.errors import SettingError
-from sled.settings.rules import LARGEST, OrNone, Whole, is_array
+from sled.settings.rules import LARGEST, OrNone, Whole, is_array, shorten
 
 Rule = Callable[[str, Any], Any]
 _KEY = "sled.setting"  # in a dataclass field's metadata
@@ -54,7 +54,7 @@ def setting(rule: Rule | None = None, *, default: Any = dataclasses.MISSING, row
     option: what the command calls it where the field's name would not do; None withholds it.
     """
     traced = traced or rows is not None
-    if traced and isinstance(rule, Whole) and rule.high is None:
+    if isinstance(rule, Whole) and rule.high is None:
         rule = dataclasses.replace(rule, high=LARGEST)
     return dataclasses.field(default=default, metadata={_KEY: Setting(rule, rows, traced, help, option)})
 
@@ -119,10 +119,19 @@ def _clean(self, field: str, of: Setting) -> None:
     if of.rule is None or (of.traced and isinstance(value, jax.core.Tracer)):  # what a tracer holds is not known
         return
     if of.traced and is_array(value) and hasattr(of.rule, "entry"):
-        for number in np.unique(value).tolist():
+        entries = np.ravel(value) if value.dtype == object else np.unique(value)
+        for number in entries.tolist():
             of.rule.entry(f"{name}, an array,", number)
-    else:
+        if isinstance(of.rule.entry, Whole) and value.dtype != np.int32:  # as one number would be
+            object.__setattr__(self, field, value.astype(np.int32))
+        return
+    try:
         object.__setattr__(self, field, of.rule(name, value))
+    except SettingError as refused:
+        if not of.rows or not isinstance(value, (list, tuple)):
+            raise
+        raise SettingError(f"{refused}; numbers for the rows are a NumPy array [{', '.join(of.rows)}], as "
+                           f"np.array({shorten(list(value))}) is one") from None
 
 
 def _hold(self, bound: str, of: Setting, counted: Setting) -> None:

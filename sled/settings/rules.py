@@ -12,16 +12,17 @@ import dataclasses
 import math
 import numbers
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
 from sled.errors import SettingError
 
-LARGEST = 2**31 - 1  # the largest whole number that is traced: they are int32
+LARGEST = 2**31 - 1  # the largest whole number of a setting: they are int32
+WIDE = 1e6  # far beyond any use, and so small that logits times or by several such numbers are finite in float32
 _SHORT = reprlib.Repr()
-_SHORT.maxother = 100
+_SHORT.maxother = _SHORT.maxstring = 100
 
 
 class _Rule:
@@ -32,7 +33,7 @@ class _Rule:
         try:
             return self._clean(value)
         except (TypeError, ValueError, OverflowError):
-            raise SettingError(f"{name} is {value!r}, but must be {self.expects}; "
+            raise SettingError(f"{name} is {shorten(value)}, but must be {self.expects}; "
                                f"{self.hint or 'choose one of them'}") from None
 
     @property
@@ -48,7 +49,10 @@ class _Rule:
 class Number(_Rule):
     """A number from `low` to `high`, as a float. NaN and infinity are refused; minus infinity is, where `low` is more.
 
-    open_low, open_high: whether `low` itself is refused, and `high`.
+    It is computed with in float32, so it must be such a number there too: 1e39 would be infinity, 1e-40 would be 0.
+
+    open_low, open_high: whether `low` itself is refused, and `high`. least: the smallest number above 0, where `low` is
+    0 and means something of its own.
     """
 
     low: float = -math.inf
@@ -56,20 +60,33 @@ class Number(_Rule):
     _: dataclasses.KW_ONLY
     open_low: bool = False
     open_high: bool = False
+    least: float = 0.0
     hint: str
+
+    def __call__(self, name: str, value) -> float:
+        clean = super().__call__(name, value)
+        narrow = _as_float32(clean)
+        if not self._holds(narrow) or (narrow == 0) != (clean == 0) or math.isinf(narrow) != math.isinf(clean):
+            raise SettingError(f"{name} is {shorten(value)}, which is {narrow:g} in float32, but must be {self.expects}"
+                               f" there too; {self.hint}")
+        return clean
 
     @property
     def expects(self) -> str:
         left, right = "(" if self.open_low else "[", ")" if self.open_high or self.high == math.inf else "]"
-        return f"a number in {left}{self.low:g}, {self.high:g}{right}"
+        low, zero = (self.least, "0 or ") if self.least else (self.low, "")
+        return f"{zero}a number in {left}{low:g}, {self.high:g}{right}"
 
     def _clean(self, value) -> float:
         clean = float(_real(value))
-        above = self.low < clean if self.open_low else self.low <= clean
-        below = clean < self.high if self.open_high else clean <= self.high
-        if not (above and below and clean < math.inf):
+        if not self._holds(clean):
             raise ValueError
         return clean
+
+    def _holds(self, number: float) -> bool:
+        above = self.low < number if self.open_low else self.low <= number
+        below = number < self.high if self.open_high else number <= self.high
+        return above and below and number < math.inf and not 0 < number < self.least
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +124,7 @@ class Layers(_Rule):
     def _clean(self, value) -> tuple[int, ...] | str | None:
         if (value is None or isinstance(value, str)) and value in self.words:
             return value
-        given = tuple(value)
+        given = () if isinstance(value, (str, bytes)) else tuple(value)
         if not given or not all(isinstance(n, numbers.Integral) and _real(n) >= 0 for n in given):
             raise ValueError
         return tuple(sorted({int(n) for n in given}))
@@ -184,10 +201,43 @@ class Each(_Around):
 
 
 @dataclasses.dataclass(frozen=True)
+class Several(_Rule):
+    """Several of a kind, or one, as a list. A string is one thing: it is never taken for a list of its letters.
+
+    what: what they are, in words. one: whether one by itself will do; else only a list does.
+    """
+
+    kind: type | tuple[type, ...]
+    what: str
+    _: dataclasses.KW_ONLY
+    one: bool = True
+    hint: str
+
+    @property
+    def expects(self) -> str:
+        return f"{'one or several' if self.one else 'a list of'} {self.what}"
+
+    def _clean(self, value) -> list:
+        if self.one and isinstance(value, self.kind):
+            return [value]
+        if isinstance(value, (str, bytes, Mapping)):
+            raise TypeError
+        given = list(value)
+        if not all(isinstance(each, self.kind) for each in given):
+            raise TypeError
+        return given
+
+
+@dataclasses.dataclass(frozen=True)
 class OrNone(_Around):
-    """None, or what `rule` takes."""
+    """None, or what `rule` takes. none: what None means, in words; the command says it as the option's default."""
 
     rule: Callable[[str, object], object]
+    none: str = ""
+
+    @property
+    def hint(self) -> str:
+        return "; ".join(filter(None, (self.rule.hint, self.none and f"None is {self.none}")))
 
     def __call__(self, name: str, value):
         return None if value is None else self.rule(name, value)
@@ -227,7 +277,17 @@ def is_array(value) -> bool:
 
 def shorten(value) -> str:
     """`value` in an error, in which it may be of any kind and length."""
-    return _SHORT.repr(value)
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # a number too long to be written down, or a class that fails at it
+        return f"a {type(value).__name__}"
+
+
+def _as_float32(number: float) -> float:
+    """The number as devices compute with it: those that are too small for full precision are 0."""
+    with np.errstate(over="ignore"):
+        narrow = float(np.float32(number))
+    return narrow if abs(narrow) >= np.finfo(np.float32).tiny else 0.0
 
 
 def _real(value):

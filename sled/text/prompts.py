@@ -9,19 +9,21 @@ import numpy as np
 from sled.errors import PromptError
 from sled.io import shorten
 from sled.models import DecoderConfig
+from sled.text.chat import Chat
 from sled.text.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | Chat
 Prompts = Prompt | Sequence[Prompt]
 
 
 def is_one(prompts: Prompts, what: str = "a prompt") -> bool:
-    """Whether this is a single prompt (a string, or one list of token ids). Raises PromptError for what is no list."""
-    if isinstance(prompts, str):
+    """Whether this is a single prompt (a string, one list of token ids, or a `Chat`). Raises PromptError for what is no
+    list."""
+    if isinstance(prompts, str | Chat):
         return True
     entries = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays of any library
     if not isinstance(entries, Collection) or isinstance(entries, Mapping | Set):
-        raise PromptError(f"{what} must be a string, a list of token ids, or a list of either, but "
+        raise PromptError(f"{what} must be a string, a list of token ids, a sled.Chat, or a list of these, but "
                           f"{shorten(repr(prompts), 60)} was given; of a generator give list(...), of what a tokenizer "
                           "returned its input_ids")
     return len(entries) > 0 and all(isinstance(x, int | np.integer) for x in entries)
@@ -31,15 +33,21 @@ def prompt_ids(prompts: Prompts, text: Tokenizer, config: DecoderConfig) -> list
     """Token ids [T] of each prompt. Raises PromptError for one that cannot be continued."""
     several = [prompts] if is_one(prompts) else prompts
     if len(several) == 0:
-        raise PromptError("no prompt was given; give a string, a list of token ids, or a list of either")
-    ids = [text.encode(p) if isinstance(p, str) else p for p in several]
+        raise PromptError("no prompt was given; give a string, a list of token ids, a sled.Chat, or a list of these")
+    ids = [text.encode(p) if isinstance(p, str) else text.encode_chat(p)[0] if isinstance(p, Chat) else p
+           for p in several]
     return [check_ids(x, config, f"prompt {i}" if len(ids) > 1 else "the prompt") for i, x in enumerate(ids)]
 
 
 def pair_ids(prompt: Prompt, continuation: Prompt, text: Tokenizer, config: DecoderConfig):
     """Token ids of a prompt and its continuation, for scoring."""
+    if isinstance(prompt, Chat):
+        written = isinstance(continuation, str)
+        prompt, scored = text.encode_chat(prompt, continuation if written else "")
+        continuation = scored if written else continuation
     if isinstance(prompt, str) != isinstance(continuation, str):
-        raise PromptError("a prompt and its continuation must both be strings or both lists of token ids")
+        raise PromptError("a prompt and its continuation must both be strings or both lists of token ids; after a "
+                          "sled.Chat either will do")
     if isinstance(prompt, str):
         before, scored = text.encode_continuation(prompt, continuation)
         if prompt and not before:
@@ -48,7 +56,8 @@ def pair_ids(prompt: Prompt, continuation: Prompt, text: Tokenizer, config: Deco
                               "give a longer prompt")
         prompt, continuation = before, scored
     prompt = _valid_ids(prompt, config, "the prompt")
-    continuation = _valid_ids(continuation, config, "the continuation")
+    continuation = _valid_ids(continuation, config, "the continuation",
+                              empty="there is nothing to score; give at least one token")
     both = len(prompt) + len(continuation)
     if both > config.max_positions + 1:  # the last token is only predicted: it takes no place
         raise PromptError(f"prompt and continuation are {both} tokens long, but the model's context holds "
@@ -65,15 +74,15 @@ def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarra
     return ids
 
 
-def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarray:
+def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str, *, empty: str = (
+        "there is no token to start from; give at least one (the model's BOS token, if it has one)")) -> np.ndarray:
     """As `check_ids`, whatever room there is."""
     ids = np.asarray(ids)
     if ids.size == 0:
-        raise PromptError(f"{what} is empty: there is no token to start from; give at least one "
-                          "(the model's BOS token, if it has one)")
+        raise PromptError(f"{what} is empty: {empty}")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
         raise PromptError(f"{what} is neither a string nor a list of token ids: {shorten(repr(ids.tolist()), 60)}; "
-                          "give text, or whole numbers")
+                          "give text, whole numbers, or sled.Chat(messages)")
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if outside.size:
         raise PromptError(f"{what} has token id {outside[0]}, but the model's vocabulary is 0 to "

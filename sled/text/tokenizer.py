@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import tokenizers
 from sled.errors import TokenizerError
 from sled.io import first_line
 from sled.text.added_tokens import add_tokens_beside
+from sled.text.chat import Chat, ChatTemplates
 
 REMEDIES = {"text": "give whole characters (no lone surrogates) in a string, or token ids",
             "ids": "give ids of its vocabulary"}
@@ -36,6 +38,11 @@ class Tokenizer:
         tokenizer.no_truncation()  # the file may hold what it was last used with
         tokenizer.no_padding()
         return cls(tokenizer, str(folder), folder)
+
+    @functools.cached_property
+    def chats(self) -> ChatTemplates:
+        """The chat templates of the folder. Raises TemplateError and TokenizerError where they cannot be read."""
+        return ChatTemplates.read(self.folder)
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds, or without."""
@@ -62,27 +69,32 @@ class Tokenizer:
         """
         return _cut(self.encode(prompt + continuation), self.encode(prompt.rstrip()))
 
+    def encode_chat(self, chat: Chat, answer: str = "") -> tuple[list[int], list[int]]:
+        """Ids of a conversation, which has the special tokens that its template writes, and of an answer to it.
+
+        Both are tokenised as one text; a token that straddles the boundary belongs to the answer.
+        """
+        text = self.chats.prompt(chat.messages, chat.variables)
+        return _cut(self.encode(text + answer, special=False), self.encode(text, special=False))
+
     def encode_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """As `encode_continuation`, for many prompts with their continuations, on all cores."""
         wholes = self.encode_all([prompt + continuation for prompt, continuation in pairs])
         alones = self.encode_all([prompt.rstrip() for prompt, _ in pairs])
         return [_cut(whole, alone) for whole, alone in zip(wholes, alones, strict=True)]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of the ids, special tokens left out, or written out."""
         with self._naming("ids"):
-            return self._get().decode(list(ids), skip_special_tokens=True)
+            return self._get().decode(list(ids), skip_special_tokens=not special)
 
     def spelling(self, token_id: int) -> str:
         """How the text of one token reads where special tokens are written out."""
-        with self._naming("ids"):
-            return self._get().decode([token_id], skip_special_tokens=False)
+        return self.decode([token_id], special=True)
 
-    def special_id(self, text: str) -> int | None:
-        """The id of the special token that is written like this, or None."""
-        token_id = self._get().token_to_id(text)
-        added = self._get().get_added_tokens_decoder().get(token_id)
-        return token_id if added is not None and added.special else None
+    def holds_special(self, text: str) -> bool:
+        """Whether a special token's spelling is in the text."""
+        return any(token.special and token.content in text for token in self._get().get_added_tokens_decoder().values())
 
     def id_of(self, token: str) -> int | None:
         """The id of a token of the vocabulary, special or not, or None."""

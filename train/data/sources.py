@@ -70,8 +70,9 @@ class Source:
             for field in given:
                 put(field, field)
         if given not in (["text"], ["tokens"], ["prompt", "completion"]):
-            raise SettingError(f"Source names {' and '.join(given)}{' alone' if len(given) == 1 else ''}; name text, "
-                               "or tokens, or prompt with completion")
+            names = " and ".join(f"Source.{field}" for field in given)
+            raise SettingError(f"columns are named by {names}{' alone' if len(given) == 1 else ''}; give Source.text, "
+                               "or Source.tokens, or Source.prompt with Source.completion")
         for field in given:
             _fields(field, getattr(self, field))
 
@@ -204,15 +205,15 @@ def _text(row: Mapping, setting: str, template: str, place: str) -> str:
     for literal, column in _fields(setting, template):
         value = None if column is None else _value(row, column, place, setting)
         if value is not None and not isinstance(value, str | int | float):
-            raise DataError(f"{place} holds {type(value).__name__} in its column {column!r}, but {setting} must be "
-                            "text; name a column of text, or tokens=... for token ids")
+            raise DataError(f"{place} holds {type(value).__name__} in its column {column!r}, but Source.{setting} "
+                            "must be text; name a column of text, or one of token ids by Source.tokens")
         parts += [literal, "" if value is None else str(value)]
     return "".join(parts)
 
 
 def _value(row: Mapping, column: str, place: str, setting: str):
     if column not in row:
-        raise DataError(f"{place} has no column {column!r}, which {setting} needs; it has "
+        raise DataError(f"{place} has no column {column!r}, which Source.{setting} needs; it has "
                         f"{', '.join(map(repr, row)) or 'none'}")
     return row[column]
 
@@ -220,6 +221,6 @@ def _value(row: Mapping, column: str, place: str, setting: str):
 def _ids(value, place: str, column: str) -> list[int]:
     ids = [] if value is None else value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(ids, list | tuple) or not all(type(x) is int for x in ids):
-        raise DataError(f"{place} holds {str(value)[:60]!r} in its column {column!r}, but tokens must be a list of "
-                        "token ids; name text=... for text")
+        raise DataError(f"{place} holds {str(value)[:60]!r} in its column {column!r}, but Source.tokens must be a "
+                        "list of token ids; name a column of text by Source.text")
     return list(ids)

@@ -30,7 +30,7 @@ class Processes:
     server. Machines without a cluster manager need coordinator, count and index, which belong together.
     """
 
-    cluster: str | None = setting(OrNone(OneOf(CLUSTERS, hint="None is what the environment says")), default=None,
+    cluster: str | None = setting(OrNone(OneOf(CLUSTERS), "what the environment says"), default=None,
                                   help="join the processes of a TPU pod slice or a SLURM step")
     coordinator: str | None = setting(default=None, help="without a cluster manager: host:port of process 0")
     count: int | None = setting(OrNone(Whole(1, hint="it counts the processes of the run")), default=None,

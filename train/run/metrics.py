@@ -22,7 +22,7 @@ from matplotlib.colors import Normalize
 from tqdm import tqdm
 
 from sled.errors import CheckpointError, SettingError
-from sled.io import json_numbers, writable
+from sled.io import json_numbers, made_writable
 from sled.plots import grid, new_figure, save_figure, writable_picture
 
 HELD_OUT = "held_out"
@@ -44,7 +44,7 @@ class Metrics(contextlib.AbstractContextManager):
         self._step = resumed_from
         self._file = self._board = None
         if jax.process_index() == 0:
-            path = writable("the metrics file", Path(path))
+            path = made_writable("the metrics file", Path(path))
             _cut(path, resumed_from)
             self._board = _board(tensorboard, resumed_from) if tensorboard is not None else None
             self._file = path.open("a", encoding="utf-8")

@@ -1,0 +1,98 @@
+"""`sled tune`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+import sled
+from sled.cli.derived import arguments, sets, written
+from sled.cli.exit_options import OFFERS, SCHEDULE_OFFERS
+from sled.cli.options import (
+    ChatOptions,
+    FusionOptions,
+    ModelOptions,
+    SamplingOptions,
+    Stop,
+    left_out,
+    prompts_or_problems,
+    unescape,
+)
+from sled.cli.values import Layer, LayerSet
+from sled.errors import SettingError
+from sled.exits import POLICIES, SCHEDULES
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """Find the fastest way to leave early here, if any: all are timed beside no early exit, on prompts of yours.
+
+    sled tune
+
+    sled tune -m meta-llama/Llama-3.2-1B --file prompts.txt --exit-layers 4 8 4,8 --thresholds 0.8 0.9 --drafts 4 6
+
+    sled tune --file prompts.txt --drafts --batch-size 1
+
+    Every way is timed with every schedule that differs at this batch size, all of them in turn, round by round. What is
+    fastest holds for this model, machine and batch size, and for prompts like these. Early exit changes texts: how
+    many stay the same is told here, and sled calibrate finds a threshold with a guarantee. A model that was not
+    trained for early exits gains nothing by either.
+    """
+
+    file: Path | None = None
+    """Read one prompt per line from this file (-: standard input)."""
+    problems: Annotated[int | None, left_out("16")] = None
+    """Without --file: how many of the demo model's own training problems to take."""
+    exit_layers: Annotated[tuple[LayerSet, ...] | None, sets(sled.EarlyExit, "layers"),
+                           left_out("a quarter and half of the layers")] = None
+    """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4."""
+    thresholds: Annotated[tuple[float, ...], sets(sled.EarlyExit, "threshold")] = (0.9,)
+    """Early exit: how sure an exit must be. Nothing behind the option: no early exit is tried."""
+    draft_layers: Annotated[tuple[Layer, ...] | None, sets(sled.SelfSpeculation, "layer"),
+                            left_out("a quarter and half of the layers")] = None
+    """Self-speculation: after which layer to draft, each a setting."""
+    drafts: Annotated[tuple[int, ...], sets(sled.SelfSpeculation, "draft")] = (6,)
+    """Self-speculation: how many tokens to draft. Nothing behind the option: none is tried."""
+    rounds: int = 5
+    """Rounds of timing; the fastest counts."""
+    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
+    fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
+    sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 128
+    """The most tokens to make for a prompt."""
+    stop: Stop = ()
+    batch_size: int = 32
+    """Prompts decoded together."""
+
+    def run(self) -> None:
+        if not self.thresholds and not self.drafts:
+            raise SettingError("nothing is left to try: give --thresholds or --drafts")
+        fusion = self.fusion_options.strategy()
+        self.sampling_options.check()
+        prompts = self.chat_options.prompts(
+            prompts_or_problems(self.file, self.problems, self.model_options.model, 16))
+        lm = self.model_options.load()
+        self.chat_options.hint(lm)
+        near = sorted({max(1, round(lm.config.num_layers * share)) for share in (0.25, 0.5)})
+        exits = [*(sled.EarlyExit(layers, threshold) for layers in self.exit_layers or near
+                   for threshold in self.thresholds),
+                 *(sled.SelfSpeculation(layer, draft) for layer in self.draft_layers or near for draft in self.drafts)]
+        tuned = sled.tune(lm, prompts, exits=exits, fusion=fusion, sampling=self.sampling_options.chosen(lm),
+                          seed=self.sampling_options.seed, max_new_tokens=self.max_new_tokens,
+                          stop=[unescape(s) for s in self.stop], **arguments(self, sled.tune))
+        print(tuned.table())
+        print(f"\nfastest here: {fastest(tuned)}\n{tuned.verdict()}")
+
+
+def fastest(tuned) -> str:
+    """The way as options of sled generate."""
+    [policy] = [word for word, kind in POLICIES.items() if type(tuned.exits) is kind]
+    if policy == "none":
+        return "no early exit"
+    [schedule] = [word for word, kind in SCHEDULES.items() if type(tuned.schedule) is kind]
+    return " ".join(["--exits", policy, *written(tuned.exits, OFFERS[policy]), "--schedule", schedule,
+                     *written(tuned.schedule, SCHEDULE_OFFERS[schedule])])

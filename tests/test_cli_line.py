@@ -1,0 +1,205 @@
+"""The command line: prompts among options, help, misuse, and errors in the words of the one who typed them."""
+
+import functools
+
+import pytest
+from tyro.conf import UseAppendAction
+
+import sled
+from sled.calibration.tune import Trial, Tuned
+from sled.cli import main
+from sled.cli.calibrate import Calibrate
+from sled.cli.commands import SLED, Group
+from sled.cli.evaluate import Eval
+from sled.cli.generate import Generate
+from sled.cli.lens import Lens
+from sled.cli.line import in_options, options_of, parse
+from sled.cli.score import Score
+from sled.cli.sweep import Sweep
+from sled.cli.train import Train
+from sled.cli.tune import fastest
+from sled.cli.values import REGISTRY, spec_of
+from sled.exits import FullDepth
+
+
+def commands(group=SLED, prog="sled"):
+    for name, command in group.commands.items():
+        if isinstance(command, Group):
+            yield from commands(command, f"{prog} {name}")
+        else:
+            yield f"{prog} {name}", command
+
+
+ALL = dict(commands())
+
+
+@pytest.mark.parametrize(("words", "prompts", "options"), [
+    (["--threshold", "0.5", "Hi"], ("Hi",), dict(threshold=(0.5,))),
+    (["--exit-layers", "2", "4", "Hi"], ("Hi",), dict(exit_layers=(2, 4))),
+    (["--exit_layers", "2", "Hi", "you", "--json"], ("Hi", "you"), dict(exit_layers=(2,), json=True)),
+    (["Hi", "--exit-layers", "2", "4"], ("Hi",), dict(exit_layers=(2, 4))),
+    (["--exit-layers=2", "4", "3 apples"], ("3 apples",), dict(exit_layers=(2, 4))),
+    (["--layers", "low", "high and low", "-n", "3"], ("high and low",), dict(layers="low", max_new_tokens=3)),
+    (["--layers", "1", "3", "all of it"], ("all of it",), dict(layers=(1, 3))),
+    (["--stop", "a", "--stop", "b", "Hi"], ("Hi",), dict(stop=("a", "b"))),
+    (["--threshold", "0.5", "0.9", "--", "0.7", "-x", "--json"], ("0.7", "-x", "--json"), dict(threshold=(0.5, 0.9))),
+    (["--threshold", ".5", "--", "--threshold", "1"], ("--threshold", "1"), dict(threshold=(0.5,))),
+    (["--norm-early", "Hi"], ("Hi",), dict(norm_early=True)),
+    (["--no-norm-early", "--lower-bound", "-inf", ""], ("",), dict(norm_early=False, lower_bound=float("-inf"))),
+    (["--exits", "early", "--kv", "exact", "é 漢"], ("é 漢",), dict(exits="early", kv="exact")),
+])
+def test_prompts_stand_first_or_last(words, prompts, options):
+    made = parse(Generate, "sled generate", words)
+    groups = [made, made.exit_options, made.fusion_options]
+    assert made.prompts == prompts
+    for name, value in options.items():
+        assert [getattr(group, name) for group in groups if hasattr(group, name)] == [value]
+
+
+def test_other_texts_stand_last_too():
+    assert parse(Lens, "sled lens", ["--layers", "0", "4", "The text"]).text == "The text"
+    score = parse(Score, "sled score", ["--layers", "all", "The", " one", " two"])
+    assert score.texts == ("The", " one", " two")
+
+
+@pytest.mark.parametrize("prog", ALL)
+def test_no_option_of_several_values_takes_a_prompt_for_one(prog):
+    options = list(options_of(ALL[prog]))
+    if all(option.spellings for option in options):
+        return
+    with REGISTRY:
+        specs = [spec_of(o.kind) for o in options if o.spellings and UseAppendAction not in o.beside]
+    for spec in (spec for spec in specs if spec.nargs == "*"):
+        with pytest.raises(ValueError, match="The"):
+            spec.instance_from_str(["The capital = Paris"])
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--threshold", "Hi"], "'Hi' is no number"), (["--exit-layers", "two", "Hi"], "'two' is no layer's number"),
+    (["--layers", "some", "Hi"], "nor one of all, blocks, low, high"), (["-n", "many", "Hi"], "'many' is no whole"),
+    (["Hi", "--treshold", "0.5"], "--threshold NUMBER [NUMBER ...]"), (["Hi", "--kv", "none"], "'exact', 'propagate'"),
+    (["Hi", "--model"], "Missing value"),
+])
+def test_misuse_is_told_with_the_commands_own_help(words, says, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as end:
+        main(["generate", *words])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and says in said and "sled generate --help" in said and "None" not in said
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["bench"], ["bench", "--help"]])
+def test_groups_show_their_commands(words, capsys):
+    assert main(words) == 0
+    group = SLED.commands["bench"] if "bench" in words else SLED
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in group.commands)
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["generat", "Hi"], "did you mean sled generate?"), (["Generate"], "did you mean sled generate?"),
+    (["bench", "layer"], "did you mean sled bench layers?"), (["xyz"], "there are demo, generate"),
+    (["bench", "xyz"], "there are fusion, decode"), (["--model", "demo", "generate"], "options stand behind"),
+    ([""], "there are demo"), (["--versio"], "options stand behind"),
+])
+def test_what_is_no_command_is_named(words, says, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    out, err = capsys.readouterr()
+    assert (end.value.code, out) == (2, "") and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("columns", ["60", "100"])
+@pytest.mark.parametrize("prog", ALL)
+def test_help_fits_and_speaks_no_python(prog, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        main([*prog.split()[1:], "--help"])
+    said = capsys.readouterr().out
+    too_wide = [line for line in said.splitlines() if len(line) > int(columns)]
+    assert not [line for line in too_wide if '"' not in line and "usage" not in line]  # one does not cut a quoted text
+    assert not [word for word in ("None|", "{None", "default: None", "options options", "STR", "[[") if word in said]
+
+
+@pytest.mark.parametrize(("command", "message", "said"), [
+    (Generate, "max_new_tokens is 0, but must be", "--max-new-tokens is 0, but must be"),
+    (Generate, "EarlyExit.threshold[1] is 2, but", "number 2 of --threshold is 2, but"),
+    (Generate, "SelfSpeculation.layer is 9", "--exit-layers is 9"),
+    (Generate, "seed is -1, but must be", "--seed is -1, but must be"),
+    (Generate, "prompts[0] is wrong", "prompts[0] is wrong"),  # has no option
+    (Generate, "the model's seed is in seed.txt and seed_file", "the model's seed is in seed.txt and seed_file"),
+    (Generate, "SharedHead.shards is 3", "SharedHead.shards is 3"),
+    (Calibrate, "grid has 0.9 after 0.8, and delta is 2", "--grid has 0.9 after 0.8, and delta is 2"),
+    (Eval, "limit is 0, but must be None or a whole number", "--limit is 0, but must be a whole number"),
+    (Train, "Recipe.learning_rate is 0", "--learning-rate is 0"),
+    (Train, "NewModel.width is 5, which", "--width is 5, which"),
+    (Train, "'max_steps' and save_every=3 are in a/save_every.json",
+     "'max_steps' and save_every=3 are in a/save_every.json"),
+    (Train, "recipe.steps was 5 and is 6; data.prompt_weight was 0", "--steps was 5 and is 6; --prompt-weight was 0"),
+    (Train, "columns are named by Source.prompt and data.jsonl, config.json", "columns are named by --prompt and "
+     "data.jsonl, config.json"),
+    (Train, "AllExits.layers is ()", "--exit-layers is ()"), (Train, "LayerDropout.rate is 1", "--layer-dropout is 1"),
+    (Train, "Mesh.data and Mesh.fsdp are -1", "--data-parallel and --fsdp are -1"),
+    (Sweep, "example 1, has no column 'x', which Source.completion needs", "example 1, has no column 'x', which "
+     "--answer needs"),
+    (Sweep, "rounds is 0; give batch_size too", "--rounds is 0; give --batch-size too"),
+])
+def test_errors_name_options(command, message, said):
+    assert in_options(message, command, []) == said
+
+
+def test_an_option_is_named_as_it_was_typed():
+    assert in_options("max_new_tokens is 0", Generate, ["hi", "-n", "0"]) == "-n is 0"
+    assert in_options("Recipe.batch is 0", Train, ["-b", "0"]) == "-b is 0"
+
+
+@pytest.mark.parametrize("prog", ALL)
+def test_options_of_a_command_are_told_apart(prog):
+    names = [name for option in options_of(ALL[prog]) for name in option.spellings]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(("exits", "schedule"), [
+    (sled.EarlyExit((2, 4), 0.7, "margin", min_layer=3), sled.Gather(2)),
+    (sled.EarlyExit(1, 0.5, kv="propagate", decay="calm-code"), sled.Immediate()),
+    (sled.EarlyExit((1, 3), (0.5, 0.9)), sled.Gather(patience=0)),
+    (sled.SelfSpeculation(2), sled.Lockstep()), (sled.SelfSpeculation((2, 4), 3, 0.25, adaptive=True), sled.Gather()),
+])
+def test_the_fastest_way_is_told_in_options_that_make_it(exits, schedule):
+    tuned = Tuned((Trial(exits, schedule, 1.0, 1.0, 5, 2.0, 1.0),))
+    made = parse(Generate, "sled generate", [*fastest(tuned).split(), "Hi"])
+    assert made.prompts == ("Hi",) and made.exit_options.settings() == dict(exits=exits, schedule=schedule)
+
+
+@pytest.mark.parametrize(("words", "policies"), [
+    ([], [sled.EarlyExit(2, 0.9), sled.EarlyExit(4, 0.9), sled.SelfSpeculation(2, 6), sled.SelfSpeculation(4, 6)]),
+    (["--exit-layers", "2", "2,4", "--thresholds", "0.8", "--drafts"], [sled.EarlyExit(2, 0.8),
+                                                                        sled.EarlyExit((2, 4), 0.8)]),
+    (["--thresholds", "--draft-layers", "3", "--drafts", "2", "4"], [sled.SelfSpeculation(3, 2),
+                                                                     sled.SelfSpeculation(3, 4)]),
+])
+def test_tune_tries_what_was_asked_for(words, policies, demo, monkeypatch, capsys):
+    monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
+    asked = {}
+
+    @functools.wraps(sled.tune)
+    def tune(lm, prompts, **settings):
+        asked.update(settings, prompts=prompts)
+        return Tuned((Trial(FullDepth(), sled.Immediate(), 1.0, 1.0, 5, 8.0, 1.0),))
+
+    monkeypatch.setattr(sled, "tune", tune)
+    assert main(["tune", "--problems", "3", "--rounds", "2", "--stop", "\\n", *words]) == 0
+    assert asked["exits"] == policies and len(asked["prompts"]) == 3 and (asked["rounds"], asked["stop"]) == (2, ["\n"])
+    assert capsys.readouterr().out.endswith("fastest here: no early exit\n")
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--thresholds", "--drafts"], "give --thresholds or --drafts"), (["--rounds", "0"], "--rounds is 0"),
+    (["--thresholds", "2"], "--thresholds is 2"), (["--exit-layers", "9"], "--exit-layers"),
+    (["--drafts", "0"], "--drafts is 0"), (["--file", "nowhere"], "nowhere"), (["-m", "./x"], "name a file"),
+    (["--problems", "0"], "--problems is 0"), (["-n", "0", "--problems", "2"], "-n is 0"),
+])
+def test_tune_refuses_in_the_users_words(words, says, demo, monkeypatch, capsys):
+    monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
+    assert main(["tune", *words]) == 1
+    assert says in capsys.readouterr().err.splitlines()[-1]
