@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sled.errors import CheckpointError, DownloadError, UploadError
-from sled.io import first_line
+from sled.io import first_line, path_of, shorten
 
 # Not "*.safetensors": some repositories hold the same weights twice, under other names.
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
@@ -23,13 +23,13 @@ def folder_of(source, revision: str | None = None) -> Path:
     """The local folder of a model: "demo", a folder, or a hub id, then downloaded."""
     if source == "demo":
         return Path(str(importlib.resources.files("sled.demo"))) / "model"
-    path = Path(source).expanduser()
+    path = path_of("source", source)
     if path.is_dir():
         return path
     text = os.fspath(source)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise CheckpointError(
-            f"{text!r} is not a folder here, nor can it be a hub id (owner/name); "
+            f"{shorten(repr(text), 200)} is not a folder here, nor can it be a hub id (owner/name); "
             "give a folder with config.json and safetensors, a hub id, or 'demo'")
     return fetch(text, revision=revision)
 

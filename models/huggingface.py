@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.io import refuse_foreign, share_as, write_json
+from sled.io import naming_full_disk, path_of, refuse_foreign, share_as, write_json
 from sled.models.config import DecoderConfig
 from sled.models.decoder import STACKED, Decoder
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
@@ -82,9 +82,9 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     """
     if max_shard_bytes < 1:
         raise SettingError(f"max_shard_bytes is {max_shard_bytes}, but it must be at least 1")
-    folder = Path(path)
+    folder = path_of("path", path)
     refuse_no_model(folder)
-    if tokenizer_from is not None and not Path(tokenizer_from).is_dir():
+    if tokenizer_from is not None and not path_of("tokenizer_from", tokenizer_from).is_dir():
         raise CheckpointError(f"{tokenizer_from} is not a folder; give one that holds tokenizer.json")
     config = decoder.config
     weights, heads = _named_weights(decoder)
@@ -96,7 +96,8 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
         for name, weight in (weights | heads).items():
             weight.gather(name, dtype)
     else:
-        _write_folder(folder, config, weights, heads, dtype, main_type, max_shard_bytes, tokenizer_from)
+        with naming_full_disk(folder):
+            _write_folder(folder, config, weights, heads, dtype, main_type, max_shard_bytes, tokenizer_from)
     if spread:
         multihost_utils.sync_global_devices(f"saved {folder}")
     return folder

@@ -18,7 +18,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError
-from sled.io import first_line, refuse_foreign
+from sled.io import first_line, path_of, refuse_foreign
 from sled.models.decoder import Decoder
 from sled.models.families.registry import format_config, read_config
 from sled.models.huggingface import write_form
@@ -43,7 +43,7 @@ def save_orbax(decoder: Decoder, path: str | Path, *, dtype=None, tokenizer_from
     Raises ConfigError where the family's format cannot express the model, CheckpointError where weights are not finite
     or the folder holds something.
     """
-    folder = Path(path).absolute()
+    folder = path_of("path", path).absolute()
     refuse_foreign(folder, "folder for a model", owns=lambda held: False)
     main_type = jnp.dtype(dtype or decoder.embedding.weight.dtype)
     format_config(decoder.config, main_type.name)  # raises before anything is written
@@ -66,7 +66,7 @@ def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
     Raises ConfigError for the configuration and CheckpointError for the weights: missing, surplus, misshaped, of an
     unsupported type, damaged, or not finite.
     """
-    folder = Path(path).absolute()
+    folder = path_of("path", path, CheckpointError).absolute()
     if not is_orbax(folder):
         raise CheckpointError(f"{folder} has no config.json with a folder {WEIGHTS} beside it; give one that "
                               "sled export --form orbax wrote")

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from sled.errors import CheckpointError
-from sled.io import read_object
+from sled.io import path_of, read_object
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
 from sled.models.families.family import BASE
@@ -71,7 +71,7 @@ class StoredWeights:
 @contextlib.contextmanager
 def open_weights(path: str | Path) -> Iterator[StoredWeights]:
     """The folder's weights, open for reading. Raises as `load_folder` does for what headers can tell."""
-    folder = Path(path)
+    folder = path_of("path", path, CheckpointError)
     files = _weight_files(folder)
     config = read_config(folder)
     if config.exit_heads is not None:

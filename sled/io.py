@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -17,29 +18,50 @@ import numpy as np
 
 from sled.errors import CheckpointError, SettingError, SledError
 
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # a disk that is full, or fails
 MOST_NESTED = 64  # lists and objects within one another in a JSON file; models' files have fewer than ten
 
 
-def writable(name: str, path: Path) -> Path:
+def path_of(name: str, value: Any, error: type[SledError] = SettingError) -> Path:
+    """A path as a user gives it, ~ being the home folder. Raises `error` for what can be none, such as None."""
+    try:
+        path = Path(os.path.expanduser(value))
+        os.lstat(path)
+    except (TypeError, ValueError) as reason:  # no text, or with a NUL or half a character in it
+        why = str(reason)
+    except OSError as reason:
+        if reason.errno != errno.ENAMETOOLONG:
+            return path
+        why = reason.strerror
+    else:
+        return path
+    raise error(f"{name} is {shorten(repr(value), 100)}, which can be no path ({why}); name a file or a folder")
+
+
+def writable(name: str, path: str | os.PathLike) -> Path:
     """`path`, which can be written: tried without a trace, for what comes after long work. Raises SettingError."""
+    path = path_of(name, path)
     with _naming(name, path):
         _try(path)
     return path
 
 
-def made_writable(name: str, path: Path) -> Path:
+def made_writable(name: str, path: str | os.PathLike) -> Path:
     """As `writable`, with its folder made, for what is written now."""
-    with _naming(name, writable(name, path)):
+    path = writable(name, path)
+    with _naming(name, path):
         path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 
-def writable_folder(name: str, folder: Path, files: Collection[str], *, owns: Callable[[Path], bool]) -> Path:
+def writable_folder(name: str, folder: str | os.PathLike, files: Collection[str], *,
+                    owns: Callable[[Path], bool]) -> Path:
     """`folder`, for `files`, those of an earlier time being replaced; tried as by `writable`.
 
     owns: whether those in the folder are of an earlier time. Raises SettingError where they are not, so that nobody's
     own files are replaced, and where none can be written.
     """
+    folder = path_of(name, folder)
     there = [file for file in files if os.path.lexists(folder / file)]
     if there and not owns(folder):
         raise SettingError(f"{name} is {str(folder)!r}, which holds {' and '.join(there)} that sled did not write or "
@@ -64,6 +86,8 @@ def _naming(name: str, path: Path) -> Iterator[None]:
 
 def _try(path: Path) -> None:
     """Raises OSError where `path` cannot be written. Asking for permissions would not tell a full or read-only disk."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe would wait, beyond interruption
+        raise OSError(errno.EINVAL, "it is a pipe or a device")
     lacking = [folder for folder in path.parents if not os.path.lexists(folder)]
     new = not os.path.lexists(path)
     try:
@@ -89,6 +113,31 @@ def written_whole(path: Path) -> Iterator[Path]:
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Makes of what libraries raise where a disk is full, each its own, a SettingError that names the path."""
+    try:
+        yield
+    except SledError:
+        raise
+    except Exception as reason:
+        if why := disk_failure(reason):
+            raise SettingError(f"{path} cannot be written ({why}); make room, or name a place on another "
+                               "disk") from None
+        raise
+
+
+def disk_failure(error: BaseException | None) -> str | None:
+    """What a disk failed with, where that is the error, or what it came of; some libraries keep only the words."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return os.strerror(error.errno)
+        if found := next((words for words in map(os.strerror, FULL) if words in str(error)), None):
+            return found
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def unfinished(file: str) -> str:
@@ -141,44 +190,56 @@ def share_as(folder: Path, files: Iterable[Path]) -> None:
         file.chmod(folder.stat().st_mode & 0o666)
 
 
-def replace_text(name: str, path: Path, text: str) -> Path:
+def replace_text(name: str, path: str | os.PathLike, text: str) -> Path:
     """Writes `text` to `path` whole or not at all: what stands there stays until all of it is written.
 
     Raises SettingError where it cannot be written.
     """
-    writable(name, path)
+    path = writable(name, path)
     with _naming(name, path), written_whole(path) as beside:
         beside.write_text(text, encoding="utf-8", newline="\n")
     return path
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON for people to read, indented. A number that is not finite is an error (see `json_numbers`)."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    """Writes JSON for people to read."""
+    path.write_text(json_text(value), encoding="utf-8")
 
 
-def read_text(path: Path, error: type[SledError]) -> str:
-    """The text of a file. Raises `error` where it is no UTF-8, or no regular file: opening a pipe would never end."""
+def json_text(value: Any) -> str:
+    """JSON for people to read, indented. A number that is not finite is an error (see `json_numbers`)."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def regular_file(path: Path, error: type[SledError], remedy: str = "fetch it again") -> Path:
+    """`path`. Raises `error` where it is no regular file: opening a pipe would never end."""
     if not path.is_file():
         what = "a folder, a pipe or a device" if os.path.lexists(path) else "not there"
-        raise error(f"{path} is {what}, where a file is needed; fetch it again")
+        raise error(f"{path} is {what}, where a file is needed; {remedy}")
+    return path
+
+
+def read_text(path: Path, error: type[SledError], remedy: str = "fetch it again") -> str:
+    """The text of a file. Raises `error` where it is no UTF-8, or no regular file."""
     try:
-        return path.read_text(encoding="utf-8")
+        return regular_file(path, error, remedy).read_text(encoding="utf-8")
     except (OSError, ValueError) as reason:
-        raise error(f"{path} cannot be read as UTF-8 text ({reason}); fetch it again") from None
+        if isinstance(reason, SledError):
+            raise
+        raise error(f"{path} cannot be read as UTF-8 text ({reason}); {remedy}") from None
 
 
-def read_object(path: Path, error: type[SledError]) -> dict[str, Any]:
+def read_object(path: Path, error: type[SledError], remedy: str = "fetch it again") -> dict[str, Any]:
     """The object in a JSON file. Raises `error` for everything else that a file may hold."""
-    text = read_text(path, error)
+    text = read_text(path, error, remedy)
     try:
         value = json.loads(text)
         deep = _deeper(value, MOST_NESTED)
     except (ValueError, RecursionError) as reason:
-        raise error(f"{path} cannot be read as JSON ({reason}); fetch it again") from None
+        raise error(f"{path} cannot be read as JSON ({reason}); {remedy}") from None
     if deep or not isinstance(value, dict):
         what = f"values nested more than {MOST_NESTED} deep" if deep else f"a {type(value).__name__}, not a JSON object"
-        raise error(f"{path} holds {what}; fetch it again")
+        raise error(f"{path} holds {what}; {remedy}")
     return value
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sled.errors import SettingError
-from sled.io import writable
+from sled.io import path_of, writable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,8 +21,9 @@ STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")
 INK = "#212529"
 
 
-def writable_picture(name: str, path: Path) -> Path:
+def writable_picture(name: str, path: str | os.PathLike) -> Path:
     """As `sled.io.writable`, for a picture, whose format is its ending."""
+    path = path_of(name, path)
     if path.suffix.lower() not in PICTURES:
         raise SettingError(f"{name} is {str(path)!r}, whose ending is none of {', '.join(PICTURES)}; "
                            "the ending chooses the format, so give one of these")

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from sled.calibration.fingerprint import digest_of_weights
 from sled.demo.problems import problems, prompt
 from sled.errors import CalibrationError, SettingError
 from sled.exits import FullDepth
+from sled.io import json_digest
 from sled.settings.describe import describe
 from sled.text.tokenizer import Tokenizer
 
@@ -144,9 +146,10 @@ def test_any_edited_field_is_refused(saved):
 
 
 @pytest.mark.parametrize(("damage", "says"), [
-    (lambda text: text[:len(text) // 2], "not complete JSON"), (lambda text: b"", "not complete JSON"),
-    (lambda text: b"[" * 100_000, "not complete JSON"), (lambda text: b"\xff\xfe\x00", "not complete JSON"),
-    (lambda text: b"[1]", "no calibration"), (lambda text: b"{}", "no calibration"),
+    (lambda text: text[:len(text) // 2], "cannot be read as JSON"), (lambda text: b"", "cannot be read as JSON"),
+    (lambda text: b"[" * 100_000, "cannot be read as JSON"), (lambda text: b"\xff\xfe\x00", "cannot be read as UTF-8"),
+    (lambda text: b'{"a":' * 100 + b"1" + b"}" * 100, "nested more than 64 deep"),
+    (lambda text: b"[1]", "not a JSON object"), (lambda text: b"{}", "no calibration"),
     (lambda text: text.replace(b'"format": 1', b'"format": 2'), "format 2, but this version of sled reads format 1"),
 ])
 def test_damaged_files_and_unknown_formats_are_refused(saved, damage, says):
@@ -156,10 +159,36 @@ def test_damaged_files_and_unknown_formats_are_refused(saved, damage, says):
 
 
 def test_files_that_cannot_be_read_or_written_are_named(record, tmp_path):
-    with pytest.raises(CalibrationError, match="cannot be read"):
-        sled.Calibration.load(tmp_path / "missing.json")
-    with pytest.raises(SettingError, match="cannot be written"):
-        record.save(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for name, says in (("missing.json", "is not there"), (".", "is a folder, a pipe"), ("pipe", "is a folder, a pipe")):
+        with pytest.raises(CalibrationError, match=f"{says}.*, where a file is needed.*calibrate again"):
+            sled.Calibration.load(tmp_path / name)
+    for path, says in ((tmp_path, "cannot be written"), (tmp_path / "pipe", "it is a pipe or a device"),
+                       (None, "path is None, which can be no path"), (3, "path is 3, which can be no path"),
+                       ("a\0b", "embedded null byte"), ("x" * 5000, "File name too long"), ("\ud800", "surrogates")):
+        with pytest.raises(SettingError, match=says):
+            record.save(path)
+        with pytest.raises(CalibrationError):
+            sled.Calibration.load(path)
+
+
+FORGED = [
+    (dict(threshold=0.123), "threshold is 0.123, but its steps choose"), (dict(threshold="0.9"), "threshold is '0.9'"),
+    (dict(delta=2), "delta is 2"), (dict(epsilon=float("nan")), "epsilon is nan"), (dict(grid=[0, 1]), "must descend"),
+    (dict(grid=3), "grid is 3"), (dict(steps=[]), r"steps are at \(\)"), (dict(steps=[{}]), "missing 4 required"),
+    (dict(steps=3), "not iterable"), (dict(prompts=-1), "prompts is -1"), (dict(full_depth=True), "full_depth is True"),
+    (dict(serving=[1]), r"serving is \[1\]"), (dict(serving={}), "serving.exits is None"),
+    (dict(serving={"exits": {"kind": 3}}), "serving.exits.kind is 3"), (dict(versions="1"), "versions is '1'"),
+    (dict(model=None), "model is None"), (dict(seed=1.5), "seed is 1.5"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "says"), FORGED, ids=str)
+def test_a_forged_record_is_refused_though_its_digest_fits(saved, wrong, says):
+    found = {name: value for name, value in json.loads(saved.read_text()).items() if name != "sha256"} | wrong
+    saved.write_text(json.dumps({**found, "sha256": json_digest(found)}))
+    with pytest.raises(CalibrationError, match=f"none that sled made, though its digest fits .*{says}"):
+        sled.Calibration.load(saved)
 
 
 def test_without_a_tokenizer_token_ids_are_calibrated(demo, record):

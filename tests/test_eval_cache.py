@@ -133,3 +133,20 @@ def test_files_that_are_no_cache_are_named(tmp_path):
         Cache(tmp_path / "other")
     with pytest.raises(SettingError, match="cannot be written"):
         Cache(tmp_path / "text" / "below")
+    for path in ("", 3, "a\0b", "x" * 5000):
+        with pytest.raises(SettingError):
+            Cache(path)
+
+
+@pytest.mark.parametrize("damage", [
+    "answer = '[0.5'", "answer = '[0.25]'", "answer = NULL", "answer = 7", "answer = x'ff00'", "sha256 = 'ff'",
+    "answer = cast(x'ff22' AS TEXT)", "sha256 = NULL",
+])
+def test_a_damaged_row_is_named(tmp_path, damage):
+    answers = Cache(tmp_path / "cache").under({"method": "plain"})
+    answers.add({"a": [0.5]})
+    with sqlite3.connect(tmp_path / "cache") as db:
+        db.execute(f"UPDATE answers SET {damage}")
+    db.close()
+    with pytest.raises(EvaluationError, match=r"cache .*/cache (is damaged|cannot be used)"):
+        answers.find(["a"])

@@ -16,13 +16,12 @@ import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from sled.errors import EvaluationError
 from sled.io import json_digest, made_writable, writable
 
-FORMAT = 1  # `PRAGMA user_version` of the file; a file of another is refused
+FORMAT = 2  # `PRAGMA user_version` of the file; a file of another is refused
 PATIENCE = 60.0  # seconds to wait while another process writes to the same file
 
 
@@ -33,7 +32,7 @@ class Cache:
     """
 
     def __init__(self, path: str | os.PathLike | None = None):
-        self.path = None if path is None else writable("cache", Path(path))
+        self.path = None if path is None else writable("cache", path)
         self._db = self._open() if self.path is None or self.path.exists() else None
 
     def _open(self) -> sqlite3.Connection:
@@ -48,7 +47,7 @@ class Cache:
                                       f"format {FORMAT}; name another file")
             with db:
                 db.execute("CREATE TABLE IF NOT EXISTS settings (digest TEXT PRIMARY KEY, described TEXT)")
-                db.execute("CREATE TABLE IF NOT EXISTS answers (settings TEXT, request TEXT, answer TEXT, "
+                db.execute("CREATE TABLE IF NOT EXISTS answers (settings TEXT, request TEXT, answer TEXT, sha256 TEXT, "
                            "PRIMARY KEY (settings, request)) WITHOUT ROWID")
                 db.execute(f"PRAGMA user_version = {FORMAT}")
         return db
@@ -65,7 +64,7 @@ class Cache:
     def _named_errors(self) -> Iterator[None]:
         try:
             yield
-        except sqlite3.Error as reason:
+        except (sqlite3.Error, OverflowError, UnicodeError) as reason:  # the last two of rows that are damaged
             raise EvaluationError(f"the cache {self.path} cannot be used ({reason}); name another file, or delete it "
                                   "if nothing else keeps data in it") from reason
 
@@ -83,20 +82,31 @@ class Answers:
             return found
         with self._cache._named_errors():
             for request in requests:
-                row = self._cache._db.execute("SELECT answer FROM answers WHERE settings = ? AND request = ?",
+                row = self._cache._db.execute("SELECT answer, sha256 FROM answers WHERE settings = ? AND request = ?",
                                               (self.digest, request)).fetchone()
                 if row is not None:
-                    found[request] = json.loads(row[0])
+                    found[request] = self._read(request, *row)
         return found
+
+    def _read(self, request: str, text: Any, sha256: Any) -> Any:
+        """A row's answer. Raises EvaluationError for one that was changed after it was written."""
+        if not isinstance(text, str) or sha256 != self._sum(request, text):
+            raise EvaluationError(f"the cache {self._cache.path} is damaged: the answer to {request[:12]}... is "
+                                  "not the one that was written; name another file, or delete this one")
+        return json.loads(text)
+
+    def _sum(self, request: str, text: str) -> str:
+        return json_digest([self.digest, request, text])
 
     def add(self, answers: Mapping[str, Any]) -> None:
         """Keeps these answers, all or none. One that is there stays."""
-        rows = [(self.digest, request, json.dumps(answer)) for request, answer in answers.items()]
+        texts = {request: json.dumps(answer) for request, answer in answers.items()}
+        rows = [(self.digest, request, text, self._sum(request, text)) for request, text in texts.items()]
         if self._cache._db is None:
             self._cache._db = self._cache._open()
         with self._cache._named_errors(), self._cache._db:
             self._cache._db.execute("INSERT OR IGNORE INTO settings VALUES (?, ?)", (self.digest, self._described))
-            self._cache._db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?)", rows)
+            self._cache._db.executemany("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", rows)
 
 
 @dataclasses.dataclass

@@ -16,7 +16,7 @@ def draw_comparison(comparison: Comparison, path: str | os.PathLike) -> Path:
 
     Raises SettingError unless the path ends in .png, .svg or .pdf.
     """
-    path = writable_picture("the picture", Path(path))
+    path = writable_picture("the picture", path)
     others = [row for row in comparison.rows if row.method != comparison.against]
     [base] = [row for row in comparison.rows if row.method == comparison.against]
     figure = new_figure(8, 1.6 + 0.42 * max(len(others), 1))

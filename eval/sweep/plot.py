@@ -27,7 +27,7 @@ def draw_sweep(swept: Swept, path: str | os.PathLike) -> Path:
     empty for verified drafts; small pentagons for what is timed beside plain decoding. The star is the exits' baseline,
     with its interval as a band; the grey line is the Pareto front, the ring the certified choice.
     """
-    path = writable_picture("the picture", Path(path))
+    path = writable_picture("the picture", path)
     early, drafted = _lines(swept, verifies=False), _lines(swept, verifies=True)
     base = swept.baseline()
     widths = [3] * bool(early) + [3] + [2.4] * bool(drafted)

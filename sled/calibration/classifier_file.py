@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from sled.calibration.fingerprint import digest_of_weights
-from sled.errors import CheckpointError
-from sled.exits.confidence import Classifier
-from sled.io import made_writable
+from sled.errors import CheckpointError, SettingError
+from sled.exits.confidence import Classifier, check_classifier
+from sled.exits.policy import Exits
+from sled.io import made_writable, naming_full_disk, path_of, regular_file, written_whole
 from sled.lm import LM
 from sled.settings.describe import changes, describe
 
@@ -30,18 +30,22 @@ def save_classifier(classifier: Classifier, path: str | os.PathLike, lm: LM) -> 
         raise CheckpointError("the classifier does not say for which exits it is; give Classifier(..., layers=...)")
     header = {"format": FORMAT, "layers": list(classifier.layers), **_model(lm)}
     arrays = {"weight_ED": np.asarray(classifier.weight_ED), "bias_E": np.asarray(classifier.bias_E)}
-    save_file(arrays, made_writable("path", Path(path)), metadata={"sled": json.dumps(header)})
+    path = made_writable("path", path)
+    with naming_full_disk(path), written_whole(path) as beside:
+        save_file(arrays, beside, metadata={"sled": json.dumps(header)})
 
 
 def load_classifier(path: str | os.PathLike, lm: LM) -> Classifier:
     """Reads a classifier that `save_classifier` wrote. Raises CheckpointError for a damaged file, and for any model
     but the one it was trained for."""
+    path = path_of("path", path, CheckpointError)
+    regular_file(path, CheckpointError, "name a file that save_classifier wrote")
     try:
         with safe_open(path, framework="numpy") as file:
             header = json.loads(file.metadata()["sled"])
             weight_ED, bias_E = file.get_tensor("weight_ED"), file.get_tensor("bias_E")
         written, layers = header["format"], tuple(header["layers"])
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no complete classifier ({error!r}); name a file that save_classifier "
                               "wrote") from None
     if written != FORMAT:
@@ -51,10 +55,14 @@ def load_classifier(path: str | os.PathLike, lm: LM) -> Classifier:
     if changed := changes({name: header.get(name) for name in now}, now):
         raise CheckpointError(f"the classifier {path} was trained for another model: {'; '.join(changed)}; load that "
                               "model, or train a classifier for this one")
-    if weight_ED.shape != (len(layers), lm.config.width) or bias_E.shape != (len(layers),) or not (
-            np.isfinite(weight_ED).all() and np.isfinite(bias_E).all()):
-        raise CheckpointError(f"the classifier {path} is damaged: its weights have other shapes than its exits, or are "
-                              "not finite; copy it again, or train one")
+    classifier = Classifier(weight_ED, bias_E, layers)
+    try:
+        layers = Exits()("its exits", layers)
+        check_classifier("it", classifier, len(layers))
+        if weight_ED.shape[1] != lm.config.width or layers != classifier.layers:
+            raise SettingError(f"it is for exits {classifier.layers} of a model of width {weight_ED.shape[1]}")
+    except SettingError as error:
+        raise CheckpointError(f"the classifier {path} is damaged ({error}); copy it again, or train one") from None
     return Classifier(jnp.asarray(weight_ED), jnp.asarray(bias_E), layers)
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from scipy.special import bdtr
 
 from sled.errors import CalibrationError, SettingError
-from sled.settings.rules import Number, Whole
+from sled.settings.rules import Number, Whole, as_list
 
 DELTA = Number(0, 1, open_low=True, open_high=True, hint="it is the mean loss that is tolerated, such as 0.1")
 EPSILON = Number(0, 1, open_low=True, open_high=True,
@@ -78,7 +78,7 @@ def fewest_losses(delta: float, epsilon: float) -> float:
 
 def descending(grid: Iterable[float]) -> tuple[float, ...]:
     """The thresholds to walk down, as a tuple. Raises SettingError unless they are in [0, 1] and fall strictly."""
-    given = tuple(grid) if isinstance(grid, Iterable) and not isinstance(grid, str) else ()
+    given = as_list(grid)
     if not given:
         raise SettingError(f"grid is {grid!r}, but must be a descending tuple of thresholds, such as (0.95, 0.9, 0.8)")
     clean = tuple(GRID(f"grid[{i}]", x) for i, x in enumerate(given))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from pathlib import Path
 from typing import Any
 
 import sled.exits as our
 from sled.calibration.fingerprint import fingerprint
+from sled.calibration.learn_then_test import DELTA, EPSILON, descending, last_rejected
 from sled.decoding.options import FULL_DEPTH, Decoding
-from sled.errors import CalibrationError
+from sled.errors import CalibrationError, SettingError
 from sled.exits import Policy, Schedule
-from sled.io import json_digest, made_writable, write_json
+from sled.io import json_digest, json_text, path_of, read_object, replace_text
 from sled.lm import LM
 from sled.settings.brief import brief
 from sled.settings.describe import changes
+from sled.settings.rules import Instance, Number, OrNone, Whole
 
 FORMAT = 1  # of the file; a reader refuses those that it does not know
 AGAIN = "calibrate again (sled.calibrate, or the command `sled calibrate`)"
@@ -93,7 +93,7 @@ class Calibration:
     def save(self, path: str | os.PathLike) -> None:
         """Writes the record as JSON, with a digest of itself. Raises SettingError where it cannot be written."""
         written = {"format": FORMAT, **dataclasses.asdict(self)}
-        write_json(made_writable("path", Path(path)), {**written, "sha256": json_digest(written)})
+        replace_text("path", path, json_text({**written, "sha256": json_digest(written)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Calibration:
@@ -102,15 +102,9 @@ class Calibration:
         The digest shows damage and edits. It is no signature: who can write the file can write another digest.
         Raises CalibrationError for a file that is not complete, not a record of this format, or was changed.
         """
-        try:
-            found = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as reason:
-            raise CalibrationError(f"the calibration {path} cannot be read ({reason.strerror}); "
-                                   "name a file that `Calibration.save` or `sled calibrate` wrote") from reason
-        except (ValueError, RecursionError) as reason:
-            raise CalibrationError(f"the calibration {path} is not complete JSON ({reason}); "
-                                   f"copy it again, or {AGAIN}") from reason
-        if not isinstance(found, dict) or "format" not in found:
+        path = path_of("path", path, CalibrationError)
+        found = read_object(path, CalibrationError, f"name a calibration that is whole, or {AGAIN}")
+        if "format" not in found:
             raise CalibrationError(f"{path} is no calibration, which is a JSON object with a format; "
                                    "name a file that `Calibration.save` or `sled calibrate` wrote")
         if found["format"] != FORMAT:
@@ -121,7 +115,12 @@ class Calibration:
             raise CalibrationError(f"the calibration {path} was changed after it was made: its digest does not fit, "
                                    f"and its guarantee is void; restore the file, or {AGAIN}")
         del found["format"]
-        return cls(**{**found, "grid": tuple(found["grid"]), "steps": tuple(Step(**s) for s in found["steps"])})
+        try:
+            return _checked(cls(**{**found, "grid": descending(found["grid"]),
+                                   "steps": tuple(Step(**step) for step in found["steps"])}))
+        except (TypeError, SettingError) as reason:
+            raise CalibrationError(f"the calibration {path} is none that sled made, though its digest fits ({reason}); "
+                                   f"{AGAIN}") from None
 
     def table(self) -> str:
         """The steps, one a line, the chosen one marked."""
@@ -155,8 +154,31 @@ class Calibration:
                                    f"as {name}=sled.{kind}(..., {arrays[0]}=...)")
         try:
             return vars(our)[kind](**fields)
-        except (TypeError, KeyError) as reason:
+        except (TypeError, KeyError, SettingError) as reason:
             raise CalibrationError(f"the calibrated {name} has a class or settings that this version of sled lacks "
                                    f"({reason}); give the very settings as {name}=..., use the version that made it, "
                                    f"or {AGAIN}") from reason
 
+
+_TEXT, _TABLE = (Instance(kind, traced=False, hint="it is for the reader") for kind in (str, dict))
+_COUNT, _FINITE = Whole(0, hint="it counts"), Number(hint="it was measured")
+_FIELDS = dict(threshold=OrNone(_FINITE), delta=DELTA, epsilon=EPSILON, loss=_TEXT, prompts=Whole(1, hint="it counts"),
+               full_depth=Whole(1, hint="it counts"), serving=_TABLE, model=_TEXT, seed=_COUNT, batch_size=_COUNT,
+               date=_TEXT, versions=_TABLE, hardware=_TEXT)
+
+
+def _checked(record: Calibration) -> Calibration:
+    """A record that was read. Raises SettingError for values that no calibration has, or that contradict each other."""
+    for name, rule in _FIELDS.items():
+        rule(name, getattr(record, name))
+    for name in ("exits", "schedule"):
+        _TEXT(f"serving.{name}.kind", _TABLE(f"serving.{name}", record.serving.get(name)).get("kind"))
+    for n, step in enumerate(record.steps):
+        for field, value in vars(step).items():
+            _FINITE(f"steps[{n}].{field}", value)
+    tried = tuple(step.threshold for step in record.steps)
+    if not tried or tried != record.grid[:len(tried)]:
+        raise SettingError(f"steps are at {tried}, but must be those of grid, from its first on; they are its walk")
+    if record.threshold not in (None, chosen := last_rejected(record.steps, record.epsilon)):  # none is always safe
+        raise SettingError(f"threshold is {record.threshold}, but its steps choose {chosen}; they decide")
+    return record

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sled.decoding.sampling import Sampling
@@ -12,7 +12,7 @@ from sled.exits import FullDepth, Policy, Schedule
 from sled.fusion import FinalLayer, Strategy
 from sled.settings.describe import describe
 from sled.settings.per_row import check_alike, check_rows, one_row, take_rows
-from sled.settings.rules import Instance, Whole
+from sled.settings.rules import Instance, Whole, as_list, shorten
 
 A_STRATEGY = Instance(Strategy, hint="give a strategy such as sled.SLED(); sled.FinalLayer() is plain decoding")
 A_POLICY = Instance(Policy, hint="give sled.EarlyExit(...), sled.SelfSpeculation(...) or what Calibration.policy "
@@ -100,8 +100,8 @@ class Decoding:
 
 def stop_strings(stop: str | Sequence[str]) -> list[str]:
     """One stop string or several, as a list. Raises SettingError for what is no string, or an empty one."""
-    strings = [stop] if isinstance(stop, str) or not isinstance(stop, Iterable) else list(stop)
-    if any(not isinstance(s, str) or not s for s in strings):
-        raise SettingError(f"stop is {stop!r}, but each stop string must be a string of at least one character; "
+    strings = [stop] if isinstance(stop, str) else as_list(stop)
+    if strings is None or any(not isinstance(s, str) or not s for s in strings):
+        raise SettingError(f"stop is {shorten(stop)}, but each stop string must be a string of at least one character; "
                            "leave it out for none")
     return strings

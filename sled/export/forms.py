@@ -17,7 +17,7 @@ from sled.export.card import Card, check_bound, model_card
 from sled.export.program import save_program
 from sled.export.source import SourceModel, read_source
 from sled.export.target import RECORD, replacing, versions
-from sled.io import write_json
+from sled.io import path_of, write_json
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
 from sled.text.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def export_hf(source: str | os.PathLike, to: str | Path, card: Card = NO_WORD, *
         if record is not None:
             check_bound(record, decoder, model.name)
         save_folder(decoder, folder, tokenizer_from=model.files)
-        written = model_card(card, model, decoder, Path(to).resolve().name, record)
+        written = model_card(card, model, decoder, path_of("to", to).resolve().name, record)
         (folder / "README.md").write_text(written, encoding="utf-8")
         if calibration is not None:
             shutil.copyfile(calibration, folder / "calibration.json")

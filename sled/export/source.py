@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from sled.errors import CheckpointError, SettingError
+from sled.io import path_of
 from sled.models import Decoder, load_folder, load_orbax
 from sled.models.hub import folder_of
 from sled.models.orbax import is_orbax
@@ -45,7 +46,7 @@ def read_source(source: str | os.PathLike, *, step: int | None = None, revision:
     None keeps the stored ones (a run's are float32).
     Raises SettingError for a step of what is no run, CheckpointError and what else loading raises.
     """
-    path = Path(source).expanduser()
+    path = path_of("source", source)
     here = source != "demo" and path.is_dir()  # a folder of that name is ./demo
     if here:
         from sled.train.run.folder import RunFolder, read_checkpoint

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import importlib.metadata
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from sled.errors import CheckpointError, SettingError
-from sled.io import folder_written_whole, refuse_foreign, share_as
+from sled.io import folder_written_whole, naming_full_disk, path_of, read_object, refuse_foreign, share_as
 from sled.models.huggingface import TOKENIZER_FILES
 
 RECORD = "sled_export.json"  # of Hugging Face and Orbax exports
@@ -30,7 +29,7 @@ def replacing(to: str | Path) -> Iterator[Path]:
     Raises CheckpointError, before the block begins, where `to` holds anything but an earlier export; SettingError where
     no folder can be made there.
     """
-    to = Path(to).expanduser().resolve()
+    to = path_of("to", to).resolve()
     refuse_foreign(to, "earlier export", owns=lambda held: any(_has(to / name, key) for name, key in RECORDS.items()))
     held = sorted(path.relative_to(to).as_posix() for path in to.rglob("*")  # none where there is no folder
                   if not path.is_dir() or not any(path.iterdir()))
@@ -43,7 +42,8 @@ def replacing(to: str | Path) -> Iterator[Path]:
         except OSError as reason:
             raise SettingError(f"{to} cannot be written ({reason.strerror}); name a folder in one of your "
                                "own") from reason
-        yield beside
+        with naming_full_disk(to):
+            yield beside
         share_as(beside, (path for path in beside.rglob("*") if path.is_file()))
 
 
@@ -60,7 +60,6 @@ def _is(name: str, pattern: str) -> bool:
 def _has(record: Path, key: str) -> bool:
     """True for a file that holds a JSON object with such a key."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return key in read_object(record, CheckpointError)
+    except CheckpointError:
         return False
-    return isinstance(found, dict) and key in found

@@ -36,7 +36,7 @@ def page(lens: Lens, path: str | Path | None = None, *, title: str | None = None
     Raises SettingError for more positions than a page holds, and where the file cannot be written.
     """
     text = _render(lens, title=title, threshold=threshold, layers=layers, first=first, count=count)
-    return text if path is None else replace_text("the lens page", Path(path), text)
+    return text if path is None else replace_text("the lens page", path, text)
 
 
 def _render(lens: Lens, *, title: str | None, threshold: float, layers, first: int, count: int | None) -> str:

@@ -22,7 +22,7 @@ def picture(lens: Lens, path: str | Path, *, title: str | None = None, first: in
     """
     from matplotlib.patches import Rectangle  # imported here: it is slow, and few draw
 
-    path = writable_picture("the lens picture", Path(path))
+    path = writable_picture("the lens picture", path)
     shown, rows = lens.columns(first, count), len(lens.top)
     columns, last = len(shown), shown.stop
     width, height = 1.9 + columns * CELL_WIDTH, 1.9 + rows * CELL_HEIGHT

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import numbers
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 
 import jax
 import numpy as np
@@ -273,6 +273,17 @@ class Instance:
 def is_array(value) -> bool:
     """True for an array of numpy or jax; tracers are arrays."""
     return isinstance(value, (jax.Array, np.ndarray))
+
+
+def as_list(value) -> list | None:
+    """The entries of a list, a tuple, an array or any other sequence or generator; None for what is none, a text, or
+    what has no order."""
+    if isinstance(value, (str, bytes, Mapping, Set)):
+        return None
+    try:
+        return list(value)
+    except TypeError:  # of a number, and of an array without axes
+        return None
 
 
 def shorten(value) -> str:

@@ -44,7 +44,7 @@ class Metrics(contextlib.AbstractContextManager):
         self._step = resumed_from
         self._file = self._board = None
         if jax.process_index() == 0:
-            path = made_writable("the metrics file", Path(path))
+            path = made_writable("the metrics file", path)
             _cut(path, resumed_from)
             self._board = _board(tensorboard, resumed_from) if tensorboard is not None else None
             self._file = path.open("a", encoding="utf-8")
@@ -113,7 +113,7 @@ def draw(metrics: str | Path, path: str | Path) -> Path:
     if not lines:
         raise SettingError(f"the metrics file is {str(metrics)!r}, which has no {HELD_OUT!r} yet: a list with each "
                            "layer's loss; wait for the run's first evaluation")
-    path = writable_picture("the picture", Path(path))
+    path = writable_picture("the picture", path)
     steps = [line["step"] for line in lines]
     layers = len(lines[0][HELD_OUT])
     number = Normalize(1, max(layers, 2))
@@ -151,7 +151,7 @@ def _lines(path, data: bytes):
         try:
             line = json.loads(text)
             whole = isinstance(line["step"], int) and (not found or line["step"] > found[-1][0]["step"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             whole = False
         if not whole:
             raise CheckpointError(f"line {number} of the metrics file {path} is damaged ({text[:60]!r}); each line is "
