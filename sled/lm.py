@@ -174,8 +174,8 @@ class LM:
         prompts; after a `sled.Chat` they are either, and answers to it. The result has the shape of
         `continuations` (one continuation: a list of one).
 
-        Fused scores are normalised by a log-softmax over the vocabulary; the lower bound of SLED and
-        of the clamp shows as a very low log-probability of the tokens outside the top-k.
+        Fused scores are normalised by a log-softmax over the vocabulary. A token that the fusion leaves out, as SLED
+        does outside its top tokens, has the fusion's lower bound, which is no probability: `Scores.left_out` marks it.
 
         fusion: its settings are the same for all; an array with an entry per row is refused.
         normalise: False leaves the log-softmax out and gives the fusion's own values, logits for `sled.FinalLayer()`;
@@ -208,9 +208,10 @@ class LM:
         scored = score_pairs(self.build, self.params, pairs, fusion=fusion, batch_size=batch_size,
                              normalise=normalise)
         results = {}
-        for index, logp_T, best_T in tqdm(scored, total=len(pairs), unit="text", disable=not progress):
+        for index, logp_T, best_T, left_T in tqdm(scored, total=len(pairs), unit="text", disable=not progress):
             tokens_T = pairs[index][1]
-            results[index] = (tokens_T.tolist(), logp_T.tolist(), float(logp_T.sum()), bool((best_T == tokens_T).all()))
+            results[index] = (tokens_T.tolist(), logp_T.tolist(), float(logp_T.sum()),
+                              bool((best_T == tokens_T).all()), left_T.tolist())
         columns = [list(column) for column in zip(*(results[i] for i in range(len(pairs))), strict=True)]
         if nested:
             columns = [_regroup(column, [len(group) for group in groups]) for column in columns]
@@ -249,15 +250,15 @@ class LM:
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, message: str = "Upload the model") -> str:
         """Uploads what `save` writes to the Hugging Face hub; returns the address of the commit.
 
-        repo_id: "owner/name", made where there is none; weights of an earlier model there are replaced. `sled export
-            --push` writes a model card too.
+        repo_id: "owner/name", or a name alone for one of your own; made where there is none. Weights of an earlier
+            model there are replaced. `sled export --push` writes a model card too.
         private: of a new repository, whether only its owner sees it; None: as the owner's account has it.
         message: of the commit.
 
         Raises UploadError, before anything is written, where nobody is logged in or the repository is another's; and
         what `save` raises.
         """
-        create_repository(repo_id, private=private)
+        repo_id = create_repository(repo_id, private=private)
         with tempfile.TemporaryDirectory() as folder:
             return upload(self.save(Path(folder) / "model"), repo_id, message)
 

@@ -102,10 +102,12 @@ class Scores:
     """What `score` returns: lists in the shape of the continuations given.
 
     tokens: the continuation's token ids; logprobs: natural-log probability of each of them, or what the fusion gives,
-    where that is not normalised; totals: their sum; greedy: whether every token is the most likely one at its place.
+    where that is not normalised; totals: their sum; greedy: whether every token is the most likely one at its place;
+    left_out: for each token, whether the fusion leaves it out, so that its score is but the fusion's lower bound.
     """
 
     tokens: list
     logprobs: list
     totals: list
     greedy: list
+    left_out: list

@@ -75,6 +75,18 @@ def test_data_that_do_not_fit_are_named(tiny_tasks, tmp_path, capfd, name, rows,
     assert "rror" not in capfd.readouterr().err  # what is raised is not logged besides
 
 
+@pytest.mark.parametrize("end, remedy", [
+    ("9{,}500", "write 9500"), ("\u22123", "write -3"), ("18 dollars", "write 18"), ("\u20ac5", "write 5"),
+    ("**7**", "write 7"), (".", "give one clear number"), (",", "give one clear number"), ("", "give one clear number"),
+    ("12 or 13", "give one clear number"), ("3/4", "write 0.75"), ("\uff17", "write 7"),
+])
+def test_references_that_equal_no_answer_are_named(tiny_tasks, tmp_path, end, remedy):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"question": "why", "answer": f"so\n#### {each}"} for each in ("72.", "$1,234.50", "-3", end)])
+    with pytest.raises(DataError, match=f"in row 4 an entry 'answer' that ends with .* behind its ####, .*; {remedy}$"):
+        load_tasks(["tiny_text"], include_path=[tiny_tasks], data=path)
+
+
 def test_local_data_take_the_place_of_a_tasks_own(tiny_tasks, tmp_path):
     rows = [{"question": f"what {n}", "answer": str(n)} for n in range(5)]
     write_rows(tmp_path / "rows.jsonl", rows[:3])

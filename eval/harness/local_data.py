@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import datasets
 
 from sled.errors import DataError, EvaluationError
+from sled.eval.numbers import decimal, right_answer
 from sled.train.data.files import reading
 
 FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
@@ -111,6 +113,21 @@ def _check_rows(rows: datasets.Dataset, where: str, name: str, config: Mapping[s
         empty = next((at for at, value in enumerate(rows[column], 1) if value is None), None)
         if empty is not None:
             raise DataError(f"{where} has no {column!r} in row {empty}; complete or delete the row")
+    for column in _columns({"doc_to_target": config.get("doc_to_target")}):
+        for at, value in enumerate(rows[column], 1):
+            _check_reference(value, f"{where} has in row {at} an entry {column!r}")
+
+
+def _check_reference(value: Any, what: str) -> None:
+    """Raises DataError for a solution in GSM8K's form whose number the harness's filters, which compare strings, could
+    find in no answer: every method would be judged wrong there."""
+    _, mark, end = value.rpartition("####") if isinstance(value, str) else ("", "", "")
+    if not mark or re.fullmatch(r"\s*-?\$?-?(\d[\d,]*\.?\d*|\.\d+)\.?\s*", end, re.ASCII):
+        return
+    right = right_answer(value)
+    remedy = "give one clear number" if right is None else f"write {decimal(right)}"
+    raise DataError(f"{what} that ends with {end.strip()[:60]!r} behind its ####, which equals no answer as the task "
+                    f"compares them; {remedy}")
 
 
 def _columns(config: Mapping[str, Any]) -> Iterator[str]:
