@@ -26,7 +26,7 @@ def toy(monkeypatch):
     monkeypatch.setattr(sled, "load", lambda *_, **__: demo_toy())
     for module, settings in ((solving, dict(MAX_NEW_TOKENS=6)), (layers, dict(MAX_NEW_TOKENS=6)),
                              (engine, dict(POLICIES={"no early exit": None})),
-                             (exits, dict(DRAFTS=((1, 2),), EXITS=(1,), THRESHOLDS=(0.0, 1.0)))):
+                             (exits, dict(DRAFTS=(2,), THRESHOLDS=(0.0, 1.0)))):
         for name, value in settings.items():
             monkeypatch.setattr(module, name, value)
     return demo_toy()
@@ -40,7 +40,7 @@ def toy(monkeypatch):
     (exactness.run_exactness_bench, dict(texts=0), "at least 1"),
     (exactness.run_exactness_bench, dict(batch=0), "at least 1"),
     (exactness.run_exactness_bench, dict(dtype="int8"), "bfloat16"),
-    *((layers.run_layers_bench, dict(models=models), "must be 1 to 4 different ones")
+    *((layers.run_layers_bench, dict(model=models), "must be 1 to 4 different ones")
       for models in ((), ("one", "one"), tuple("abcde"))),
 ])
 def test_settings_that_measure_nothing_are_refused(run, settings, says):
