@@ -69,19 +69,38 @@ def checked_methods(methods: Method | Sequence[Method]) -> list[Method]:
     return found
 
 
-def baselines(method: Method) -> tuple[Method, ...]:
-    """What `method` must be compared with to be believed: the last layer alone and, where it is SLED, the clamp alone.
+def baselines(*methods: Method) -> tuple[Method, ...]:
+    """What methods must be compared with to be believed: the last layer alone and, of SLED, the clamp alone; each once.
 
     Part of SLED's gain on multiple choice comes from leaving out all but the last layer's top tokens, which needs no
     early layer (`sled.ClampOnly`). Both draw tokens as the method does, and go through all layers. A baseline that
-    would be the method itself is left out.
+    would be one of the methods is left out. Several of one kind have in their names what tells them apart.
     """
+    found: list[Method] = []
+    for base in (base for method in methods for base in _baselines_of(method)):
+        if all(base.settings() != other.settings() for other in (*methods, *found)):
+            found.append(base)
+    found.sort(key=lambda base: not plain(base))
+    return tuple(_told_apart(base, [other for other in found if other.name == base.name]) for base in found)
+
+
+def _baselines_of(method: Method) -> list[Method]:
     found = [Method("final layer" if method.samples else "greedy", sampling=method.decoding.sampling)]
     fusion = method.decoding.fusion
     if isinstance(fusion, SLED):
         same = {name: getattr(fusion, name) for name in ("scale", "lower_bound", "log_softmax", "max_scale")}
         found.append(Method("clamp only", fusion=ClampOnly(**same), sampling=method.decoding.sampling))
-    return tuple(base for base in found if base.settings() != method.settings())
+    return found
+
+
+def _told_apart(base: Method, alike: list[Method]) -> Method:
+    """A baseline named by the numbers in which those of its name, itself among them, differ."""
+    numbers = [{**vars(each.decoding.sampling), **vars(each.decoding.fusion)} for each in alike]
+    own = {**vars(base.decoding.sampling), **vars(base.decoding.fusion)}
+    apart = {name.replace("_", " "): value for name, value in own.items() if name != "max_scale"
+             and any(other.get(name) != value for other in numbers)}
+    return Method(", ".join([base.name, *(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+                                          for name, value in apart.items())]), **vars(base.decoding))
 
 
 def deciding_versions() -> dict[str, str]:

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from harness_tasks import lm_eval, write_rows
 import sled
 from sled import cli
 from sled.cli.evaluate import Eval
-from sled.cli.options import FusionOptions, SamplingOptions
-from sled.errors import EvaluationError, SettingError
+from sled.cli.line import parse
+from sled.errors import EvaluationError, SettingError, SledError
 from sled.eval.methods import Method, baselines
 from sled.eval.report import report as report_module
 from sled.eval.report.report import EvaluationReport, report_folder
@@ -35,14 +37,52 @@ def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tiny_t
         evaluate(lm, "tiny_choice", [method], include_path=[tiny_tasks], progress=False)
 
 
-@pytest.mark.parametrize("given, name", [
-    (dict(), "greedy"), (dict(sampling_options=SamplingOptions(seed=3)), "greedy"),
-    (dict(sampling_options=SamplingOptions(temperature=0.5, top_k=4, seed=3)), "final layer, temperature 0.5, top k 4"),
-    (dict(sampling_options=SamplingOptions(temperature=1), fusion_options=FusionOptions("sled", rate=2.0)),
-     "SLED, rate 2, temperature 1"),
+@pytest.mark.parametrize("fusion", [sled.SLED(), sled.SLED(lower_bound=-9.0), sled.ClampOnly(), sled.DoLa(),
+                                    sled.DoLa(lower_bound=-9.0)], ids=str)
+def test_whole_texts_are_not_scored_where_tokens_are_left_out(lm, tiny_tasks, fusion):
+    with pytest.raises(EvaluationError, match="'tiny_rolling' asks for the log-likelihood of whole texts, but 'm' "):
+        evaluate(lm, ["tiny_text", "tiny_rolling"], [Method("m", fusion=fusion)], include_path=tiny_tasks)
+
+
+@pytest.mark.parametrize("words, names", [
+    ("", ["greedy"]), ("--seed 3", ["greedy"]), ("--fusion final", ["greedy"]),
+    ("--temperature 0.5 --top-k 4 --seed 3", ["final layer, temperature 0.5, top k 4"]),
+    ("--fusion sled --rate 2 --temperature 1", ["SLED, rate 2, temperature 1"]),
+    ("--fusion sled dola confident --rate 3", ["SLED, rate 3", "DoLa", "ConfidentDecoding"]),
+    ("--fusion sled dola clamp --lower-bound -9 --layers 0 4",
+     ["SLED, lower bound -9, layers 0 4", "DoLa, lower bound -9, layers 0 4", "clamp only, lower bound -9"]),
+    ("--fusion sled 'sled --layers 0 8 --rate 1' 'dola  --lower-bound -1' --lower-bound -9 --rate 3",
+     ["SLED, rate 3, lower bound -9", "SLED, rate 1, lower bound -9, layers 0 8", "DoLa, lower bound -1"]),
+    ("--fusion confident 'confident --window 4' --no-norm-early",
+     ["ConfidentDecoding, norm early False", "ConfidentDecoding, norm early False, window 4"]),
 ])
-def test_the_command_calls_a_method_by_its_options(given, name):
-    assert Eval(tasks=("sled_demo",), **given)._name() == name
+def test_the_command_calls_methods_by_their_options(words, names):
+    eval = parse(Eval, "sled eval", ["--tasks", "sled_demo", *shlex.split(words)])
+    assert sorted(eval._name(each) for each in eval.fusion_options.each()) == sorted(names)
+
+
+@pytest.mark.parametrize("words, says", [
+    ("--rate 2", "--rate has no meaning for --fusion final;"),
+    ("--fusion dola clamp --rate 2", "--rate has no meaning for --fusion dola clamp;"),
+    ("--fusion sledd", "--fusion has 'sledd', but must begin with one of final, sled"), ("--fusion", "has ''"),
+    ("--fusion sled 'sled,rate=2'", "has 'sled,rate=2'"), ("--fusion sled dola --window 3", "--window has no meaning"),
+    ("--fusion sled sled", "has 'sled' twice")])
+def test_fusions_that_do_not_fit_are_named(command, words, says):
+    code, _, err = command("eval", "--tasks", "sled_demo", *shlex.split(words), "-o", "nowhere")
+    assert code == 1 and says in err and not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize("methods, names", [
+    ([{}, dict(rate=3.0), dict(layers=(0, 1))], ["greedy", "clamp only"]),
+    ([{}, dict(scale=5)], ["greedy", "clamp only, scale 10", "clamp only, scale 5"]),
+    ([dict(lower_bound=-9), dict(lower_bound=-8, scale=5)],
+     ["greedy", "clamp only, scale 10, lower bound -9", "clamp only, scale 5, lower bound -8"]),
+    ([dict(scale=5), sled.ClampOnly(scale=5)], ["greedy"]), ([sled.FinalLayer(), {}], ["clamp only"]),
+    ([sled.DoLa(), sled.ConfidentDecoding()], ["greedy"])])
+def test_several_methods_have_each_baseline_once(methods, names):
+    methods = [Method(str(n), fusion=sled.SLED(**fusion) if isinstance(fusion, dict) else fusion)
+               for n, fusion in enumerate(methods)]
+    assert [base.name for base in baselines(*methods)] == names
 
 
 def test_baselines_are_plain_decoding_and_the_clamp():
@@ -96,6 +136,35 @@ def test_the_command_writes_a_report_and_computes_nothing_twice(tiny_model, tiny
     again = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [m["counts"]["computed"] for m in again["methods"]] == [0, 0, 0]
     assert again["comparisons"] == report["comparisons"]
+
+
+def test_a_report_tells_scores_that_are_no_probabilities(lm, tiny_tasks, tmp_path):
+    choices = json.loads((tiny_tasks / "tiny_choice.yaml").read_text())
+    brier = dict(metric="brier_score", aggregation="brier_score", higher_is_better=False)
+    choices |= {"task": "brier", "metric_list": [dict(metric="acc"), brier]}
+    (tmp_path / "brier.yaml").write_text(json.dumps(choices))
+    methods = [Method("greedy"), Method("clamp", fusion=sled.ClampOnly(scale=2)), Method("dola", fusion=sled.DoLa(
+        "high", relative_top=1e-30)), Method("sled", fusion=sled.SLED(scale=2, log_softmax=True))]
+    report = evaluate(lm, "brier", methods, include_path=tmp_path, progress=False)
+    written = report.markdown()
+    left = {method: (tasks[0].left_out, tasks[0].scored) for method, tasks in report.tasks.items()}
+    assert left["greedy"] == left["dola"] == (0, 18) and left["clamp"][0] > 9 and left["clamp"] == left["sled"]
+    assert f"keeps: {left['clamp'][0]} of 18 under clamp, {left['sled'][0]} of 18 under sled. Each such" in written
+    marked = {line.split()[1] for line in written.splitlines() if re.search(r"brier_score .*\* \|$", line)}
+    assert marked == {"clamp", "sled"} and "\n\\* Of scores some of which are lower bounds" in written
+    [one] = [s for s in report.tasks["clamp"][0].samples if s["doc_id"] == 0]
+    assert len(one["left_out"]) == 3 and "left_out" not in report.tasks["greedy"][0].samples[0]
+
+
+@pytest.mark.parametrize("given", [
+    dict(tasks="nosuch"), dict(limit=0), dict(tasks="tiny_choice", methods=[Method("m", exits=sled.EarlyExit(1, 0.5))]),
+    dict(apply_chat_template=True), dict(against="nobody"), dict(methods=[]), dict(data="nowhere.jsonl"),
+    dict(metadata={"a": 1}), dict(methods=[Method("m"), Method("m")]), dict(num_fewshot=99)], ids=str)
+def test_a_refused_evaluation_leaves_nothing(lm, tiny_tasks, tmp_path, given):
+    with pytest.raises(SledError):
+        evaluate(lm, **{"tasks": "tiny_text", "methods": [Method("m")], "include_path": tiny_tasks, "progress": False,
+                        "out": tmp_path / "a" / "b", "cache": tmp_path / "c" / "d.sqlite", **given})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_report_is_replaced_whole_or_not_at_all(lm, tiny_tasks, tmp_path, monkeypatch):

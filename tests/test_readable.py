@@ -25,7 +25,7 @@ TRIAL = Trial(sled.EarlyExit(2), Immediate(), 1.0, 1.0, 5, 2.0, 1.0)
     (LENS, "best=int64[6, 30, 5]"), (made(tokens=600), "float32[6, 600]"),
     (Output(["long " * 500] * 50, [MANY] * 50, ["eos"] * 50, [MANY] * 50, STATS), "... 1000 in all"),
     (Chunk(["long " * 500], [MANY], [MANY], STATS), "texts=['long long"),
-    (Scores([MANY], [[0.5] * 1000], [1.0], [True]), "greedy=[True]"),
+    (Scores([MANY], [[0.5] * 1000], [1.0], [True], [[False] * 1000]), "greedy=[True]"),
     (Tuned((TRIAL,) * 30), "... 30 in all"),
     (Questions(("Why? " * 99,) * 500, (1,) * 500, "questions"), "source='questions'"),
 ])

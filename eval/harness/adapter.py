@@ -31,6 +31,7 @@ from sled.settings.describe import describe
 from sled.settings.rules import Flag, Whole
 
 GREEDY_METHOD = Method("greedy")
+SCORE = ("total", "greedy", "left_out")  # what is kept of a continuation's score
 Found = Iterator[dict[int, Any]]  # answers by the request's index, batch by batch
 
 
@@ -81,6 +82,14 @@ class SledLM(TemplateLM):
             raise EvaluationError(f"{what} asks for log-likelihoods, which never depend on the {' and '.join(idle)} of "
                                   f"a method: the figures of {self.method.name!r} would be those of the same method "
                                   f"without; leave {' and '.join(idle)} out, or take tasks that generate")
+
+    def check_texts(self, what: str) -> None:
+        """Raises EvaluationError where whole texts cannot be scored: most have tokens that the fusion leaves out."""
+        self.check_scoring(what)
+        if hasattr(self.method.decoding.fusion, "lower_bound"):
+            raise EvaluationError(f"{what} asks for the log-likelihood of whole texts, but {self.method.name!r} leaves "
+                                  "tokens out, each of which counts as its lower bound: their number is all that a "
+                                  "perplexity would show; take tasks of choices, or a fusion that leaves none out")
 
     # Tokens.
 
@@ -149,7 +158,7 @@ class SledLM(TemplateLM):
         return self._scored(pairs)
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
-        self.check_scoring("this task")
+        self.check_texts("this task")
         texts = []
         for request in requests:
             with _naming_sample(request):
@@ -182,10 +191,13 @@ class SledLM(TemplateLM):
         return before, scored
 
     def _scored(self, pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
-        answers = self._answer([{"context": context, "continuation": continuation} for context, continuation in pairs],
-                               lambda which: self._score(pairs, which))
-        return [Scored(total, greedy, tokens=len(continuation))
-                for (total, greedy), (_, continuation) in zip(answers, pairs, strict=True)]
+        answers = self._answer([{"context": context, "continuation": continuation, "answer": SCORE}
+                                for context, continuation in pairs], lambda which: self._score(pairs, which))
+        found = [Scored(total, greedy, len(continuation), left_out)
+                 for (total, greedy, left_out), (_, continuation) in zip(answers, pairs, strict=True)]
+        self.counts.scored += len(found)
+        self.counts.left_out += sum(each.left_out > 0 for each in found)
+        return found
 
     def _window(self, context: list[int], continuation: list[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """A context cut from the left so that it and the continuation fit; the last token takes no place."""
@@ -207,8 +219,9 @@ class SledLM(TemplateLM):
                                    fusion=self.method.decoding.fusion, normalise=self.normalise,
                                    batch_size=self.batch_size)
             indices = [i for context in some for i in of_context[context]]
-            values = [value for of_one in zip(scores.totals, scores.greedy, strict=True)
-                      for value in zip(*of_one, strict=True)]
+            values = [(total, greedy, sum(left_out))
+                      for of_one in zip(scores.totals, scores.greedy, scores.left_out, strict=True)
+                      for total, greedy, left_out in zip(*of_one, strict=True)]
             yield dict(zip(indices, values, strict=True))
 
     def _answer(self, described: list[dict[str, Any]], compute: Callable[[list[int]], Found]) -> list[Any]:

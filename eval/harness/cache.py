@@ -116,6 +116,7 @@ class RequestCounts:
     requests: all that were made. computed: answered by the model; repeated: equal to another one of the same call; the
     rest was in the cache.
     truncated: requests longer than the context, whose beginning was cut off; cut_tokens: the tokens cut off.
+    scored: texts whose log-likelihood was asked for; left_out: those of them with a token that the fusion leaves out.
     unfinished: generated texts that ended at the token limit. new_tokens: of all generated texts; layers: the sum, over
     these tokens, of the layer that each was emitted after.
     """
@@ -125,6 +126,8 @@ class RequestCounts:
     repeated: int = 0
     truncated: int = 0
     cut_tokens: int = 0
+    scored: int = 0
+    left_out: int = 0
     unfinished: int = 0
     new_tokens: int = 0
     layers: int = 0

@@ -12,18 +12,20 @@ from typing import NamedTuple
 
 class Scored(tuple):
     """The harness's pair for a continuation, (sum of its tokens' log-probabilities, whether greedy decoding gives it),
-    with the number of `tokens` that were summed, for which the harness has no place.
+    with what the harness has no place for: the number of `tokens` that were summed, and of those `left_out` by the
+    fusion, which count as its lower bound.
     """
 
     tokens: int
+    left_out: int
 
-    def __new__(cls, logp: float, greedy: bool, tokens: int):
+    def __new__(cls, logp: float, greedy: bool, tokens: int, left_out: int = 0):
         self = super().__new__(cls, (logp, greedy))
-        self.tokens = tokens
+        self.tokens, self.left_out = tokens, left_out
         return self
 
     def __getnewargs__(self):
-        return (*self, self.tokens)
+        return (*self, self.tokens, self.left_out)
 
 
 def first_wins(scores: Sequence[float]) -> bool:

@@ -75,13 +75,28 @@ class EvaluationReport:
                    f"{task.version}" for task in first)]
         tested = sum(comparison.tested for comparison in self.comparisons.values())
         for name, comparison in self.comparisons.items():
-            lines += ["", f"## {name}", "", comparison.markdown(tested=tested), "", f"![{name}]({self.pictures[name]})"]
-        others = [(method, f"{task.name}: {key}", value) for method, tasks in self.tasks.items() for task in tasks
-                  for key, value in task.metrics.items() if f"{task.name}: {key}" not in self.scores]
+            lines += ["", f"## {name}", "", comparison.markdown(tested=tested), *self._left_out(name),
+                      "", f"![{name}]({self.pictures[name]})"]
+        clamped = {method["name"] for method in self.methods if method["counts"]["left_out"]}
+        others = [(method, f"{task.name}: {key}", f"{value:.4g}{'*' * (method in clamped and not task.unanswered)}")
+                  for method, tasks in self.tasks.items() for task in tasks for key, value in task.metrics.items()
+                  if f"{task.name}: {key}" not in self.scores]
         if others:
-            rows = [(method, key, f"{value:.4g}") for method, key, value in others]
-            lines += ["", "## Other metrics", "", table(("method", "metric", "value"), rows)]
+            lines += ["", "## Other metrics", "", table(("method", "metric", "value"), others)]
+            if any(value.endswith("*") for *_, value in others):
+                lines += ["", "\\* Of scores some of which are lower bounds of the fusion, and no log-probabilities."]
         return "\n".join([*lines, "", "## Answers", "", self.answers(), ""])
+
+    def _left_out(self, score: str) -> list[str]:
+        """What must be known of a score under methods that leave tokens out."""
+        found = {method: task for method, tasks in self.tasks.items() for task in tasks
+                 if score.startswith(f"{task.name}: ") and task.left_out}
+        if not found:
+            return []
+        counts = ", ".join(f"{task.left_out} of {task.scored} under {method}" for method, task in found.items())
+        return ["", f"Texts scored with tokens outside those that the method keeps: {counts}. Each such token counts "
+                "as the method's lower bound, so these sums are no log-probabilities: they rank texts first of all by "
+                "how many such tokens they have."]
 
     def answers(self) -> str:
         """Per method a row: requests, computed now, cut prompts, texts at the token limit, no answer, mean layer.

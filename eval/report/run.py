@@ -80,8 +80,10 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                                       now=began)
                   for method in methods}
         for name, task in loaded["tasks"].items():
-            if task.OUTPUT_TYPE != "generate_until":
-                for model in models.values():
+            for model in models.values():
+                if task.OUTPUT_TYPE == "loglikelihood_rolling":
+                    model.check_texts(f"the task {name!r}")
+                elif task.OUTPUT_TYPE != "generate_until":
                     model.check_scoring(f"the task {name!r}")
         if apply_chat_template:
             next(iter(models.values())).chat_template()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from sled.errors import EvaluationError
+from sled.eval.protocols.choices import Scored
 from sled.io import json_numbers
 
 UNANSWERED = ("", "[invalid]")  # the second is what the harness's filters give where a text holds no answer
@@ -22,7 +23,9 @@ class TaskResult:
     n: samples. num_fewshot: examples before each. version: the task's. metrics: means and the like, as the harness
     has them, by "metric" or "metric, filter". higher_is_better: by metric, as far as the task says.
     unanswered: by filter, the samples in which it found no answer; only of tasks that generate.
-    samples: for every document and filter its number, hash, texts, answers and scores.
+    scored: texts whose log-likelihood was asked for; left_out: those of them with tokens that the fusion leaves out.
+    samples: for every document and filter its number, hash, texts, answers and scores; and where tokens were left out
+        of its answers, how many of each.
     """
 
     name: str
@@ -32,6 +35,8 @@ class TaskResult:
     metrics: dict[str, float]
     higher_is_better: dict[str, bool]
     unanswered: dict[str, int]
+    scored: int
+    left_out: int
     samples: list[dict[str, Any]]
 
     @classmethod
@@ -45,9 +50,11 @@ class TaskResult:
             for sample in samples:
                 nothing = all(str(answer).strip() in UNANSWERED for answer in sample["answers"])
                 unanswered[sample["filter"]] = unanswered.get(sample["filter"], 0) + nothing
+        scored = [each for sample in results["samples"][name] for each in _scored(sample["resps"])]
         better = {metric: bool(value) for metric, value in (task.higher_is_better() or {}).items()}
         return cls(name, len({sample["doc_id"] for sample in samples}), int(task.get_config("num_fewshot") or 0),
-                   results["versions"].get(name), metrics, better, unanswered, samples)
+                   results["versions"].get(name), metrics, better, unanswered, len(scored),
+                   sum(each.left_out > 0 for each in scored), samples)
 
     def scores(self) -> dict[str, np.ndarray]:
         """Per metric (and filter) the scores [n] of the samples, where they are all in [0, 1] and higher is better."""
@@ -88,10 +95,19 @@ def scores_of(found: Mapping[str, Sequence[TaskResult]]) -> dict[str, dict[str, 
 def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     """A sample without the document itself, which may be large, and is in the data."""
     scores = {metric: sample[metric] for metric in sample["metrics"]}
+    left_out = [each.left_out for each in _scored(sample["resps"])]
     return {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"],
             "prompt_hash": sample["prompt_hash"], "filter": sample["filter"],
             "target": _plain(sample["target"]), "responses": _plain(sample["resps"]),
-            "answers": _plain(sample["filtered_resps"]), "scores": {name: _plain(v) for name, v in scores.items()}}
+            "answers": _plain(sample["filtered_resps"]), "scores": {name: _plain(v) for name, v in scores.items()},
+            **({"left_out": left_out} if any(left_out) else {})}
+
+
+def _scored(responses: Any) -> list[Scored]:
+    """The scores among the harness's lists of a sample's responses."""
+    if isinstance(responses, Scored):
+        return [responses]
+    return [each for part in responses for each in _scored(part)] if isinstance(responses, list) else []
 
 
 def _plain(value: Any) -> Any:

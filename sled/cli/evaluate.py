@@ -9,11 +9,44 @@ from typing import Annotated, Any
 
 import tyro
 
-from sled.cli.derived import arguments, given
+from sled.cli.derived import arguments, derive, explained, given, settings_by_choice
 from sled.cli.exit_options import ExitOptions
+from sled.cli.line import dashed, parse
 from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, named_value
-from sled.errors import EvaluationError
+from sled.errors import EvaluationError, SettingError
+from sled.fusion import FUSIONS
 from sled.io import writable
+
+
+@dataclasses.dataclass(frozen=True)
+class FusionsOptions(derive(
+        "Fusions", ("fusion", Annotated[tuple[str, ...], tyro.conf.arg(metavar="FUSION [FUSION ...]", help=(
+            "One or several, each a method of its own. Settings given besides are for all that have them; those of one "
+            'alone stand with it, in quotes: --fusion sled "sled --layers 0 4 8" confident.\n'
+            f"{explained(FUSIONS)}\nScores need a finite --lower-bound."))], ("final",)),
+        *settings_by_choice(OFFERS))):
+    """The fusion of the layers' predictions. A setting left out keeps the method's own default."""
+
+    def each(self) -> list[FusionOptions]:
+        """The options of every fusion. Raises SettingError for an unknown one, and a setting that none of them has."""
+        shared = given(self)
+        words = shared.pop("fusion", ("final",))
+        found, idle = [], set(shared)
+        for written in words or ("",):
+            word, _, own = written.strip().partition(" ")
+            if word not in OFFERS:
+                raise SettingError(f"--fusion has {written!r}, but must begin with one of {', '.join(OFFERS)}")
+            options = parse(FusionOptions, "sled eval", ["--fusion", word, *own.split()])
+            mine = {name: value for name, value in shared.items()
+                    if name in OFFERS[word].options and name not in given(options)}
+            idle -= set(OFFERS[word].options)
+            found.append(dataclasses.replace(options, **mine))
+            if found[-1] in found[:-1]:
+                raise SettingError(f"--fusion has {written!r} twice, with the same settings; give it once")
+        if idle:
+            raise SettingError(f"{dashed(min(idle))} has no meaning for --fusion {' '.join(words)}; leave it out or "
+                               "choose another --fusion")
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +57,13 @@ class Eval:
 
     sled eval --tasks gsm8k --data gsm8k=test.jsonl -m meta-llama/Llama-3.2-1B --fusion sled --num-fewshot 5
 
-    sled eval --tasks arc_easy hellaswag -m Qwen/Qwen2.5-0.5B --fusion dola --limit 200 --out arc
+    sled eval --tasks arc_easy hellaswag -m Qwen/Qwen2.5-0.5B --fusion sled dola confident --lower-bound -1000
+    --limit 200 --out arc
 
     sled eval --tasks list
 
-    Every method answers the same samples: the last layer alone, for sled also its clamp alone, and what was chosen.
+    Every method answers the same samples: the last layer alone, for sled also its clamp alone, and what was chosen,
+    of which there may be several.
     The report has means with 95% intervals, differences from plain decoding with theirs, and an exact test.
 
     Answers are kept as they are made: after a kill, the same command goes on where it was.
@@ -38,7 +73,7 @@ class Eval:
     """Names of tasks, groups or tags, or YAML files; list shows what there is."""
     data: tuple[str, ...] = ()
     """A task's data from a local file, TASK=PATH, or PATH where there is one task.
-    JSON Lines, JSON, Parquet or CSV with the columns that the task reads, or a folder of such files by split
+    JSON Lines, JSON, CSV, Parquet, ... with the columns that the task reads, or a folder of such files by split
     (test.jsonl, train.jsonl)."""
     include_path: tuple[Path, ...] = ()
     """Folders with tasks of your own, as YAML files."""
@@ -68,9 +103,9 @@ class Eval:
     batch_size: int = 16
     """Prompts decoded, and continuations scored, together."""
     compare: bool = True
-    """Compare with the baselines; --no-compare scores the chosen method alone."""
+    """Compare with the baselines; --no-compare scores what was chosen alone."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
-    fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
+    fusion_options: FusionsOptions = dataclasses.field(default_factory=FusionsOptions)
     exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
 
@@ -85,27 +120,29 @@ class Eval:
         from sled.eval.report.report import report_folder
         from sled.eval.report.run import evaluate
 
-        settings = dict(fusion=self.fusion_options.strategy(), **self.exit_options.settings())
+        fusions = [(self._name(each), each.strategy()) for each in self.fusion_options.each()]
+        settings = self.exit_options.settings()
         self.sampling_options.check()
         metadata = dict(named_value("--metadata", each) for each in self.metadata)
         report_folder("--out", self.out)
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
         lm = self.model_options.load()
-        method = Method(self._name(), **settings, sampling=self.sampling_options.chosen(lm))
-        methods = [*(baselines(method) if self.compare else ()), method]
+        sampling = self.sampling_options.chosen(lm)
+        methods = [Method(name, fusion=fusion, sampling=sampling, **settings) for name, fusion in fusions]
+        methods = [*(baselines(*methods) if self.compare else ()), *methods]
         report = evaluate(**arguments(self, evaluate) | dict(
             lm=lm, methods=methods, metadata=metadata, normalise=not self.raw_scores,
             cache=cache, seed=self.sampling_options.seed))
         print(report.markdown())
         print(f"written to {self.out}", file=sys.stderr)
 
-    def _name(self) -> str:
-        """The method by the options that were given for it."""
-        chosen = {**given(self.fusion_options), **given(self.exit_options), **given(self.sampling_options)}
+    def _name(self, fusion_options: FusionOptions) -> str:
+        """A method by the options that were given for it."""
+        chosen = {**given(fusion_options), **given(self.exit_options), **given(self.sampling_options)}
         chosen.pop("seed", None)
         if not chosen:
             return "greedy"
-        fusion = self.fusion_options.fusion
+        fusion = fusion_options.fusion
         parts = [{"final": "final layer", "clamp": "clamp only"}.get(fusion, OFFERS[fusion].kind.__name__)]
         parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in chosen.items() if name != "fusion"]
         return ", ".join(parts)

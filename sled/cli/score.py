@@ -56,19 +56,24 @@ class Score:
         self.chat_options.hint(lm)
         scores = lm.score(prompts, [text for _, text in pairs], fusion=strategy, batch_size=self.batch_size,
                           progress=self.data is not None)
-        rows = list(zip(pairs, scores.tokens, scores.logprobs, scores.totals, scores.greedy, strict=True))
+        rows = list(zip(pairs, scores.tokens, scores.logprobs, scores.totals, scores.greedy, scores.left_out,
+                        strict=True))
         if self.json:
-            for (prompt, text), tokens, logprobs, total, greedy in rows:
+            for (prompt, text), tokens, logprobs, total, greedy, left_out in rows:
                 print(json.dumps(dict(prompt=prompt, continuation=text, tokens=tokens, logprobs=logprobs, total=total,
-                                      greedy=greedy), ensure_ascii=False))
+                                      greedy=greedy, left_out=left_out), ensure_ascii=False))
             return
         for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
             if self.data is not None:
                 print(repr(prompt))
-            print("  log-prob  tokens  greedy  continuation")
-            for (_, text), tokens, _, total, greedy in sorted((row for row in rows if row[0][0] == prompt),
-                                                              key=lambda row: -row[3]):
-                print(f"{total:10.3f}  {len(tokens):6d}  {'yes' if greedy else 'no':>6}  {text!r}")
+            print("  log-prob   tokens  greedy  continuation")
+            for (_, text), tokens, _, total, greedy, left_out in sorted(
+                    (row for row in rows if row[0][0] == prompt), key=lambda row: -row[3]):
+                mark = "*" if any(left_out) else " "
+                print(f"{total:10.3f}{mark}  {len(tokens):6d}  {'yes' if greedy else 'no':>6}  {text!r}")
+        if any(map(any, scores.left_out)):
+            print(f"* has tokens outside those that {self.fusion_options.fusion} keeps, each of which counts as its "
+                  f"lower bound, a logit of {strategy.lower_bound:g}: no log-probability, but a sign of their number.")
 
     def _pairs(self) -> list[tuple[str, str]]:
         """(prompt, continuation) of each row."""

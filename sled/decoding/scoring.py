@@ -6,6 +6,7 @@ then run as one block on a copy of its prompt's K/V.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from sled.decoding.readout import Readout
 from sled.decoding.state import Plan, bucket, start
 from sled.exits import FullDepth
 from sled.fusion.partial import max_and_index
+from sled.fusion.strategy import at_lower_bound
 
 LOGITS_AT_ONCE = 2**25  # places x candidates x vocabulary of one pass: 128 MiB of float32
 
@@ -26,12 +28,15 @@ Pair = tuple[np.ndarray, np.ndarray]
 
 
 def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_size: int,
-                normalise: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+                normalise: bool) -> Iterator[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
     """Scores (prompt ids, continuation ids) pairs, neither of them empty.
 
-    Yields (index of the pair, log-probability of each continuation token [m], most likely token at
-    each place [m]) in an order of its own. Without `normalise` what the fusion gives takes the log-probability's place.
+    Yields (index of the pair, log-probability of each continuation token [m], most likely token at each place [m],
+    whether the fusion leaves the continuation's token out [m]) in an order of its own. Without `normalise` what the
+    fusion gives takes the log-probability's place.
     """
+    if getattr(fusion, "log_softmax", False):  # the same scores, with the lower bound still to be seen
+        fusion, normalise = dataclasses.replace(fusion, log_softmax=False), True
     plan = Plan.of(FullDepth(), fusion, build.outline)
     of_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, _) in enumerate(pairs):
@@ -51,11 +56,11 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
         for at in range(0, len(rows), height):
             some_rows = rows[at:at + height]
             block = _block([(row, *pairs[index]) for row, index in some_rows], height, longest, capacity)
-            logp_P, best_P = jax.device_get(_score_block(build, params, state.caches, *block, fusion, normalise))
+            judged = jax.device_get(_score_block(build, params, state.caches, *block, fusion, normalise))
             begun = 0
             for _, index in some_rows:
                 end = begun + len(pairs[index][1])
-                yield index, logp_P[begun:end], best_P[begun:end]
+                yield index, *(x_P[begun:end] for x_P in judged)
                 begun = end
 
 
@@ -80,7 +85,8 @@ def _block(rows, height: int, longest: int, capacity: int):
 @functools.partial(jax.jit, static_argnames=("build", "normalise"))
 def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, order_P, scored,
                  fusion, normalise: bool):
-    """Log-probability and most likely token [P] of the first `scored` places in the order `order_P`."""
+    """Log-probability, most likely token, and whether the token is left out, [P] each, of the first `scored` places in
+    the order `order_P`."""
     readout = Readout(network := build(params))
     caches = jax.tree.map(lambda x: x[which_B], caches)
     h0 = network.embed(inputs_BT)
@@ -90,11 +96,12 @@ def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, p
     def judge(states_PD, target_P):
         logits_PV = readout.fuse(fusion, states_PD, network.num_layers)
         scores_PV = jax.nn.log_softmax(logits_PV, axis=-1) if normalise else logits_PV
-        scores_P = jnp.take_along_axis(scores_PV, target_P[:, None], axis=-1)[:, 0]
-        return scores_P.astype(jnp.float32), max_and_index(logits_PV)[1][:, 0]
+        logits_P, scores_P = (jnp.take_along_axis(x_PV, target_P[:, None], axis=-1)[:, 0]
+                              for x_PV in (logits_PV, scores_PV))
+        return scores_P.astype(jnp.float32), max_and_index(logits_PV)[1][:, 0], at_lower_bound(fusion, logits_P)
 
     def judge_some(scored_P, *inputs):
-        nothing = jnp.zeros(scored_P.shape, jnp.float32), jnp.zeros(scored_P.shape, jnp.int32)
+        nothing = tuple(jnp.zeros(scored_P.shape, kind) for kind in (jnp.float32, jnp.int32, bool))
         return jax.lax.cond(scored_P.any(), lambda: judge(*inputs), lambda: nothing)
 
     inputs = (jnp.arange(order_P.size) < scored, [flat(h) for h in (h0, *states)], flat(targets_BT))

@@ -15,7 +15,10 @@ from sled.settings.rules import WIDE, Flag, Layers, Number
 
 @runtime_checkable
 class Strategy(Protocol):
-    """Makes one distribution over the next token of the candidate layers."""
+    """Makes one distribution over the next token of the candidate layers.
+
+    One that leaves tokens out, all but the top ones as `SLED` does, calls the logit that they get `lower_bound`.
+    """
 
     norm_early: bool
     """True where the caller must apply the final norm to early hidden states too, as to the final one."""
@@ -41,6 +44,12 @@ def norm_setting(default: bool, *, hint: str) -> Any:
 def left_out_setting(default: float) -> Any:
     return setting(Number(high=WIDE, hint="-inf or a large negative number, as -1000, leaves a token out"),
                    default=default, rows="B", help="logit of the tokens that are left out")
+
+
+def at_lower_bound(fusion, logits_P):
+    """Which of the logits [P], each of some token, the fusion gave to a token that it leaves out, [P]."""
+    bound = getattr(fusion, "lower_bound", None)
+    return jnp.zeros(logits_P.shape, bool) if bound is None else logits_P == per_row(bound, logits_P)
 
 
 def explicit_layers(self, num_layers: int) -> tuple[int, ...]:
