@@ -15,6 +15,7 @@ from sled.eval.extraction import RULES, demonstration
 from sled.eval.numbers import right_answer
 from sled.settings.brief import brief
 from sled.settings.rules import OneOf, Whole
+from sled.text.prompts import Prompt
 from sled.train.data.sources import Example, Source
 
 EXTRACT = OneOf(tuple(RULES), hint="it says where a text's answer stands")
@@ -30,7 +31,7 @@ class Questions:
     such as what a next question would begin with. Raises SettingError for no questions, or unequal numbers of them.
     """
 
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     answers: tuple[int | Fraction, ...]
     source: str
     extract: str = STRICT

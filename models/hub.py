@@ -67,15 +67,16 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
     return folder
 
 
-def create_repository(repo_id: str, *, private: bool | None = None) -> None:
-    """Makes the model repository "owner/name" on the hub, if it is not there; private: whether only its owner sees it.
+def create_repository(repo_id: str, *, private: bool | None = None) -> str:
+    """Makes a model repository on the hub, if it is not there; returns "owner/name", for a name alone the user's own.
 
+    private: of a new one, whether only its owner sees it; None: as the owner's account has it.
     Raises UploadError, and says what to do, where the hub does not let us or is out of reach.
     """
     from huggingface_hub import HfApi
 
     with _uploading(repo_id):
-        HfApi().create_repo(repo_id, private=private, exist_ok=True)
+        return HfApi().create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
 def upload(folder: Path, repo_id: str, message: str) -> str:

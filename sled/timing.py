@@ -6,6 +6,7 @@ Ratios are taken between the fastest rounds: what is left there is least the mac
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 
 import jax
+import jax.monitoring
 from tqdm import tqdm
 
 
@@ -48,6 +50,24 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, bar: tqdm
             seconds[name].append(time.perf_counter() - begun)
             bar.update()
     return {name: Times(taken) for name, taken in seconds.items()}
+
+
+def compile_seconds() -> float:
+    """Seconds in which jax traced and compiled in this process since this was first called."""
+    return sum(_compilations())
+
+
+@functools.cache
+def _compilations() -> list[float]:
+    """Of each step of a compilation its seconds, as they come."""
+    seconds: list[float] = []
+
+    def hear(event: str, duration: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    return seconds
 
 
 def hardware() -> str:

@@ -275,7 +275,8 @@ def test_the_command_hints_at_chats_and_asks_so(command, chatty, line):
 
 @pytest.mark.parametrize("line", ["generate a --system b", "score a b --chat-variables c=1", "lens a --answer b",
                                   "generate a --chat --chat-variables c", "generate a --chat", "lens a --chat",
-                                  "calibrate --exit-layers 1 --system x"])
+                                  "calibrate --exit-layers 1 --system x", "sweep --system x",
+                                  "tune --chat-variables a=1"])
 def test_the_command_refuses_what_has_no_meaning(command, line):
     code, out, err = command(*line.split())
     assert (code, out) == (1, "") and "chat" in err

@@ -329,7 +329,7 @@ def test_gsm8k_shows_training_rows(run):
      r"row 1 of the split 'test' of the data of the task factor_wiki \(json\) has no column "
      "'turncated_prefixes', but 'text'; .*AI21Labs/factor"),
     ("factor_wiki", {"test": None}, DownloadError, r"task factor_wiki \(json\) are not there.*test.json"),
-    ("factor_wiki", {"test": "{"}, DataError, "data of the task factor_wiki .json. cannot be read"),
+    ("factor_wiki", {"test": "{"}, DataError, r"test\.json, line \d, cannot be read as json"),
     ("gsm8k_cot8_rows", {"test": [GSM_ROW]}, DataError, "no split 'train', but 'test'"),
     ("gsm8k_cot8", {"test": [GSM_ROW]}, SettingError, "gsm8k_eval.py and name it as primer_file.*gsm8k_cot8_rows"),
 ])

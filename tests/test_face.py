@@ -294,12 +294,14 @@ def test_colours_need_a_terminal_and_no_refusal(monkeypatch):
 
 def test_the_end_line_says_what_exits_did():
     plain = Stats(prompt_tokens=5, new_tokens=10, prefill_seconds=1, decode_seconds=1, mean_depth=8)
-    assert end_line(plain, 8, exits=False) == "10 tokens, 5.0 tokens/s, compilation included"
+    assert end_line(plain, 8, exits=False, compiling=0.01) == "10 tokens, 5.0 tokens/s"
+    assert end_line(plain, 8, exits=False, compiling=1) == "10 tokens, 10.0 tokens/s, besides 1.0 s of compilation"
     early = Stats(5, 10, 1, 1, 2.5, deferred=9, held=3)
-    assert end_line(early, 8, exits=True).endswith(
+    assert end_line(early, 8, exits=True, compiling=0).endswith(
         "; mean depth 2.50 of 8 layers, 9 tokens left before the last; 3 steps spent waiting for deeper layers")
     guessed = Stats(5, 10, 1, 1, 4, drafted=8, accepted=6, verifications=4, deferred=6)
-    assert "included; 6 of 8 drafts accepted (75%), 1.50 per verification; 0 steps" in end_line(guessed, 8, exits=True)
+    assert "tokens/s; 6 of 8 drafts accepted (75%), 1.50 per verification; 0 steps" in end_line(
+        guessed, 8, exits=True, compiling=0)
 
 
 EARLY = ("--exits", "early", "--exit-layers", "1", "--threshold", "0.7")

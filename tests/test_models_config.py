@@ -217,6 +217,8 @@ def http(kind):
     (errors.LocalEntryNotFoundError("gone"), "revision v1 is not in the local cache, .* go online"),
     (OSError("disk full\nand more"),
      r"owner/name at revision v1 could not be fetched \(disk full\); try again"),
+    (RuntimeError("the connection broke"),  # not all of its errors are an OSError
+     r"owner/name at revision v1 could not be fetched \(the connection broke\); try again"),
     (None, "owner/name at revision v1 has no safetensors, and pickles are not loaded; try"),
 ])
 def test_failures_say_what_to_do(error, says, monkeypatch, tmp_path):

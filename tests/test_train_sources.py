@@ -138,7 +138,14 @@ def test_an_example_without_a_target_is_skipped(load):
     ("a.jsonl", "", r"a\.jsonl is empty; remove it"),
     ("a.jsonl", '{"txt": "x", "n": 1}\n', r"a\.jsonl, example 1, has no column 'text', .* it has 'txt', 'n'"),
     ("a.jsonl", '{"text": [1, 2]}\n', r"a\.jsonl, example 1, holds list in its column 'text'"),
-    ("a.csv", "text\nx\n", r"a\.csv ends in '\.csv', but only \.json, .* convert it"),
+    ("a.csv", 'text,n\nx,1\n"y\n",2,3\n', r"a\.csv, line 3, cannot be read as csv \(it has 3 cells, .* 2 columns"),
+    ("a.csv", "text,text\nx,y\n", r"a\.csv, line 1, .* must name each column once"),
+    ("a.csv", 'text\n"x', r"a\.csv, line 2, cannot be read as csv \(unexpected end of data"),
+    ("a.csv", b"text\n\xff\n", r"a\.csv cannot be read as csv"),
+    ("a.json", "[1, 2]", r"a\.json cannot be read as json \(entry 1 is '1', no object such as"),
+    ("a.jsonl", '{"text": "\\ud83d"}\n', r"a\.jsonl, line 1, .* is half a character"),
+    ("a.jsonl", '{"text": "x"}\n{"text": ' + "[" * 99_999, r"a\.jsonl, line 2, .* nested too deep"),
+    ("a.tsv", "text\nx\n", r"a\.tsv ends in '\.tsv', but only \.json, .* convert it"),
     ("a", "x", r"a ends in '', but only"),
 ])
 def test_a_file_that_cannot_be_used_is_named(load, tmp_path, name, content, says, caplog):
@@ -153,8 +160,8 @@ def test_a_folder_must_hold_one_kind_of_file(load, tmp_path):
     (tmp_path / "data").mkdir()
     with pytest.raises(DataError, match="holds no files"):
         load(tmp_path / "data")
-    (tmp_path / "data" / "a.csv").touch()
-    with pytest.raises(DataError, match=r"holds \.csv files, .*; convert them"):
+    (tmp_path / "data" / "a.tsv").touch()
+    with pytest.raises(DataError, match=r"holds \.tsv files, .*; convert them"):
         load(tmp_path / "data")
     write(tmp_path / "data", "json")
     write(tmp_path / "data", "txt")

@@ -11,10 +11,9 @@ from typing import Any
 import datasets
 
 from sled.errors import DataError, EvaluationError
+from sled.eval.harness.tables import read
 from sled.eval.numbers import decimal, right_answer
-from sled.train.data.files import reading
 
-FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 TEXTS = ("doc_to_text", "doc_to_target", "doc_to_choice")  # what a task's YAML makes of a row
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")
 
@@ -53,13 +52,15 @@ def paths_by_task(data: Data | None, tasks: Sequence[str]) -> dict[str, Path]:
 def overrides(name: str, config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The changes to a task's configuration that give it the data of `path`.
 
-    config: the task's own, its functions not resolved. path: a file (JSON Lines, JSON, Parquet or CSV), which is what
-        the task is evaluated on, or a folder of such files that are called after splits (`test.jsonl`, `train.jsonl`).
+    config: the task's own, its functions not resolved. path: a file (JSON Lines, JSON, CSV, Parquet, ...), which is
+        what the task is evaluated on, or a folder of such files that are called after splits (`test.jsonl`,
+        `train.jsonl`).
 
     Few-shot examples come from the task's own split for them, where the folder has it; else from the evaluated rows,
     the harness then leaving out the one that is asked; or as before, where the task lists them itself.
 
-    Raises DataError: nothing there, another format, damaged, no rows, a column missing or empty in some row.
+    Raises DataError: nothing there, another format, damaged, no rows, a column missing or empty in some row, or of
+    dates, which have many spellings.
     """
     found = read(path)
     evaluated = config.get("test_split") or config.get("validation_split") or "test"
@@ -85,22 +86,6 @@ def overrides(name: str, config: Mapping[str, Any], path: Path) -> dict[str, Any
     return {"custom_dataset": dataset, "dataset_path": None, "dataset_name": None, "dataset_kwargs": None, **kept}
 
 
-def read(path: Path) -> datasets.DatasetDict:
-    """The rows of a file, or of a folder's files by their splits."""
-    if not path.exists():
-        raise DataError(f"there is no {path}; name a file of rows, or a folder of such files")
-    if path.is_file() and path.suffix.lower() not in FORMATS:
-        raise DataError(f"{path} ends with {path.suffix!r}, which says nothing about its format; it must be one of "
-                        f"{', '.join(FORMATS)}")
-    if path.is_file() and not path.stat().st_size:
-        raise DataError(f"{path} is empty; give a file with one row per sample")
-    if path.is_dir():
-        with reading([path, *sorted(file for file in path.rglob("*") if file.is_file())], "data"):
-            return datasets.load_dataset(str(path))
-    with reading([path], FORMATS[path.suffix.lower()]):
-        return datasets.load_dataset(FORMATS[path.suffix.lower()], data_files={"test": str(path)})
-
-
 def _check_rows(rows: datasets.Dataset, where: str, name: str, config: Mapping[str, Any]) -> None:
     if not len(rows):
         raise DataError(f"{where} has no rows; give one per sample")
@@ -110,6 +95,10 @@ def _check_rows(rows: datasets.Dataset, where: str, name: str, config: Mapping[s
         if column not in rows.column_names:
             raise DataError(f"{where} has the columns {', '.join(rows.column_names)}, but the task {name} reads "
                             f"{column!r}; rename a column, or give data of the task's own form")
+        kind = str(getattr(rows.features[column], "dtype", ""))
+        if kind.startswith(("timestamp", "date", "time", "duration")):
+            raise DataError(f"{where} holds values of type {kind} in its column {column!r}, which do not say how "
+                            "to write them; store them as text")
         empty = next((at for at, value in enumerate(rows[column], 1) if value is None), None)
         if empty is not None:
             raise DataError(f"{where} has no {column!r} in row {empty}; complete or delete the row")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import datasets
 from lm_eval.api.task import ConfigurableTask
 
-from sled.errors import DataError, DownloadError
+from sled.errors import DataError, DownloadError, SledError
+from sled.eval.harness.tables import UNTYPED, fetched
 from sled.eval.protocols.primers import read_primer
 from sled.io import first_line
 
@@ -38,7 +39,12 @@ class ProtocolTask(ConfigurableTask):
         name = f"the data of the task {self.config.task} ({self.DATASET_PATH})"
         remedy = "go online, or give the data as a local file"
         try:
-            super().download(dataset_kwargs)
+            if self.DATASET_PATH in UNTYPED and self.config.custom_dataset is None:
+                self.dataset = fetched(self.DATASET_PATH, **dataset_kwargs)
+            else:
+                super().download(dataset_kwargs)
+        except SledError:
+            raise
         except (FileNotFoundError, datasets.exceptions.DatasetNotFoundError) as reason:
             raise DownloadError(f"{name} are not there ({first_line(reason)}); check the name, or {remedy}") from reason
         except OSError as reason:  # ConnectionError among them

@@ -31,7 +31,7 @@ class SweepRow:
     lost: share of the questions that the baseline solved and this method did not.
     same_texts, same_tokens: share of the baseline's texts that are the same, token for token, and of its tokens that
         stand at the same place.
-    mean_depth: mean of the layer that a token was emitted after. acceptance: share of the drafts that were accepted.
+    mean_depth: as `Stats` of a result has it. acceptance: share of the drafts that were accepted.
     tokens: the number generated, in all texts. seconds: for all questions in the fastest of the rounds, and in the
         median one; against_seconds, against_median_seconds: the baseline's, in the same rounds.
     relative_speed: against_seconds / seconds: above 1, it answers sooner.
@@ -249,8 +249,8 @@ class Swept:
         notes = [
             "no answer: texts in which none could be read; they count as wrong. lost: share of the questions that "
             f"{' or '.join(against)} solves and the method does not. same texts, same tokens: share of its texts that "
-            "are the same, and of its tokens at the same place. mean depth: of the layer that a token was emitted "
-            f"after, of {self.num_layers}; verified drafts went through all of them. tokens: mean length of an answer. "
+            "are the same, and of its tokens at the same place. mean depth: of the layer whose choice a token is, "
+            f"of {self.num_layers}; of an accepted draft, the one that drafted it. tokens: mean length of an answer. "
             "times as fast: its seconds over the method's, for all questions, fastest round of each, timed in the same "
             "rounds. A method whose answers are longer is slower at the same speed per token, and one whose answers "
             "break off is faster. by medians: the same of the median rounds; as far as the two differ, speed is noise."]

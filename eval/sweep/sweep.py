@@ -68,8 +68,10 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
                  batch_size=Whole(1, hint="questions are answered in batches")("batch_size", batch_size),
                  max_new_tokens=Whole(1, hint="it counts the tokens of an answer")("max_new_tokens", max_new_tokens),
                  stop=stop_strings(questions.stop if stop is None else stop))
-    points = _points(lm, methods, questions, given)
-    _check_room(lm, questions, given["max_new_tokens"])
+    asked = [ids.tolist() for ids in prompt_ids(list(questions.prompts), lm.text, lm.config)]
+    points = _points(lm, methods, given | {
+        "questions": json_digest([asked, list(map(str, questions.answers)), questions.extract])})
+    _check_room(lm, asked, questions.source, given["max_new_tokens"])
     rows = SweepFile(sweep_folder("folder", Path(folder)) / FILES[0])
     programs = _programs([point for point in points if point.digest not in rows.by_digest])
     sequences = tuple(tuple(p.method.name for p in program) for program in _programs(points)
@@ -80,7 +82,7 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
                           f"{few:.0f} at delta {delta:g} and epsilon {epsilon:g}, with {len(sequences)} sequences of "
                           "methods; the sweep measures, and chooses nothing", EvaluationWarning, stacklevel=2)
         solve = lambda point: lm.decode(  # noqa: E731
-            list(questions.prompts), point.method.decoding.replace(max_new_tokens=max_new_tokens, stop=given["stop"]),
+            asked, point.method.decoding.replace(max_new_tokens=max_new_tokens, stop=given["stop"]),
             batch_size=batch_size)
 
         def enough(name: str, base: Answered) -> None:
@@ -116,13 +118,11 @@ def sweep_folder(name: str, folder: Path) -> Path:
     return writable_folder(name, folder, FILES, owns=lambda folder: (folder / FILES[0]).exists())
 
 
-def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict[str, int]) -> list[Point]:
+def _points(lm: LM, methods: Sequence[Method], given: dict[str, Any]) -> list[Point]:
     """The baselines that are needed, then the methods; each once. Raises SettingError for methods that do not fit."""
     methods = checked_methods(methods)
     common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), "tokenizer": lm.text.digest,
-              "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given,
-              "questions": json_digest([list(questions.prompts), list(map(str, questions.answers)),
-                                        questions.extract])}
+              "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given}
     points: dict[str, Point] = {}
     for method in [*itertools.chain(*map(_baselines, methods)), *methods]:
         layers = method.decoding.exits.exits(lm.config.num_layers)[:-1]
@@ -139,13 +139,13 @@ def _points(lm: LM, methods: Sequence[Method], questions: Questions, given: dict
     return list(points.values())
 
 
-def _check_room(lm: LM, questions: Questions, max_new_tokens: int) -> None:
+def _check_room(lm: LM, asked: Sequence[Sequence[int]], source: str, max_new_tokens: int) -> None:
     """Raises SettingError where an answer could end at the model's context before it has `max_new_tokens`."""
-    lengths = list(map(len, prompt_ids(list(questions.prompts), lm.text, lm.config)))
+    lengths = list(map(len, asked))
     longest, context = max(lengths), lm.config.max_positions
     if longest + max_new_tokens > context:
         raise SettingError(f"max_new_tokens is {max_new_tokens}, but the context of {lm.name} holds {context} tokens, "
-                           f"and question {lengths.index(longest) + 1} of {questions.source} takes {longest} of them; "
+                           f"and question {lengths.index(longest) + 1} of {source} takes {longest} of them; "
                            f"ask for at most {context - longest} (--max-new-tokens), or leave long questions out")
 
 

@@ -1,4 +1,4 @@
-"""Decoding speed: greedy and SLED here, greedy in transformers, on the same random weights."""
+"""Decoding speed: greedy and SLED here, greedy in transformers, on the same weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+import sled
 from sled.bench.report import BenchReport, column
 from sled.bench.rival import NOT_INSTALLED, greedy, transformers_twin
 from sled.fusion import SLED, FinalLayer
@@ -40,29 +41,33 @@ class DecodeRow:
     transformers_over_this: float | None = column("transformers / this")
 
 
-def run_decode_bench(*, new_tokens: int = 64, rounds: int = 4, config: DecoderConfig = CONFIG,
+def run_decode_bench(*, model: str | None = None, new_tokens: int = 64, rounds: int = 4, config: DecoderConfig = CONFIG,
                      batches: tuple[int, ...] = BATCHES) -> BenchReport:
     """Measures every way at every batch size. Without torch and transformers, only this library's.
 
+    model: as for `sled.load`; None: random weights of `config`. No text ends before all its tokens are made.
     Raises SettingError for less than one token or round, or more tokens than the model's context holds.
     """
-    Whole(1, config.max_positions - PROMPT_TOKENS, hint="prompt and new tokens lie in the model's context")(
+    lm = LM(Decoder.init(config, rngs=nnx.Rngs(0)), name="random weights") if model is None else sled.load(
+        model, dtype="float32")
+    lm.config = dataclasses.replace(lm.config, eos_ids=())
+    Whole(1, lm.config.max_positions - PROMPT_TOKENS, hint="prompt and new tokens lie in the model's context")(
         "new_tokens", new_tokens)
     Whole(1, hint="it counts the repetitions")("rounds", rounds)
-    model = Decoder.init(config, rngs=nnx.Rngs(0))
-    parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model)))
-    ways = _own_ways(LM(model))
+    parameters = sum(x.size for x in jax.tree.leaves(lm.params))
+    ways = _own_ways(lm)
     notes = []
     try:
-        ways[TRANSFORMERS] = _transformers_way(model)
+        ways[TRANSFORMERS] = _transformers_way(lm.build(lm.params))
     except ImportError as missing:
         notes.append(NOT_INSTALLED.format(missing.name))
     rows = []
     with tqdm(total=len(batches) * len(ways) * (rounds + 3), unit="run") as bar:
         for batch in batches:
-            rows += _measure(ways, batch, new_tokens, rounds, config.vocab_size, bar)
-    title = f"Decoding {new_tokens} tokens after {PROMPT_TOKENS}, {parameters / 1e6:.0f}M parameters, float32"
-    return BenchReport(title, {"parameters": parameters, "new_tokens": new_tokens}, rows, notes)
+            rows += _measure(ways, batch, new_tokens, rounds, lm.config.vocab_size, bar)
+    title = (f"Decoding {new_tokens} tokens after {PROMPT_TOKENS}, {lm.name}, {parameters / 1e6:.0f}M parameters, "
+             "float32; best, median and tokens/s without compilation")
+    return BenchReport(title, {"model": lm.name, "parameters": parameters, "new_tokens": new_tokens}, rows, notes)
 
 
 def _measure(ways, batch: int, new_tokens: int, rounds: int, vocabulary: int, bar) -> list[DecodeRow]:

@@ -1,4 +1,4 @@
-"""Early exit and self-speculation on the bundled model, beside plain decoding, which no ratio leaves out.
+"""Early exit and self-speculation, by default on the bundled model, beside plain decoding, which no ratio leaves out.
 
 Batch 1: self-speculation against plain decoding, with and without SLED, and against transformers' on the same
 weights. Batch 8: early exit by threshold, schedule and treatment of K/V, against no early exit. Held-out problems of
@@ -9,6 +9,7 @@ problems; the ways of one batch size are timed together.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -25,9 +26,8 @@ from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
 BATCH = 8
-DRAFTS = ((2, 3), (2, 6), (4, 3), (4, 6))  # layer and draft
+DRAFTS = (3, 6)
 FEW_TOKENS = 64  # of the reduced draft vocabulary
-EXITS = (1, 2, 4)
 THRESHOLDS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0)
 SCHEDULES = {"immediate": sled.Immediate(), "lockstep": sled.Lockstep(),
              **{f"gather {rows}": sled.Gather(rows) for rows in (2, 4, 8)}}
@@ -81,16 +81,18 @@ class Entry(NamedTuple):
     like: str | None = None
 
 
-def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None = None) -> BenchReport:
+def run_exits_bench(*, model: str = "demo", problems: int = 24, rounds: int = 7,
+                    picture: Path | None = None) -> BenchReport:
     """Measures `problems` at batch 8, and a third of them at batch 1; draws early exit into `picture`, if given.
 
+    model: as for `sled.load`; early exits after an eighth, a quarter and half of its layers, drafts after the last two.
     Without torch and transformers, only this library's ways are measured.
     """
     problems = Whole(1, hint="it counts the problems to solve")("problems", problems)
     rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
     if picture:
         writable_picture("--picture", picture)
-    lm = sled.load("demo", dtype="float32")
+    lm = sled.load(model, dtype="float32")
     questions = mixed_questions(lm, problems)
     few = questions[:max(1, len(questions) // 3)]
     notes = ["With early exit, immediate and lockstep are the same timing by definition: what lies between them here "
@@ -110,9 +112,9 @@ def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None
         from sled.bench.pictures import draw_exits  # imported here: matplotlib is slow
 
         draw_exits(second, picture)
-    title = (f"Exits on the demo model ({lm.config.num_layers} layers of width {lm.config.width}, float32); "
-             f"{len(few)} and {len(questions)} held-out problems of 1 to 4 steps; early exits after layers {EXITS}")
-    settings = {"problems": len(questions), "problems_alone": len(few), "rounds": rounds, "exits": EXITS,
+    title = (f"Exits on {lm.name} ({lm.config.num_layers} layers of width {lm.config.width}, float32); "
+             f"{len(few)} and {len(questions)} held-out problems of 1 to 4 steps; exits after layers {_exits(lm)}")
+    settings = {"problems": len(questions), "problems_alone": len(few), "rounds": rounds, "exits": _exits(lm),
                 "draft_vocabulary": FEW_TOKENS}
     return BenchReport(title, settings, [*first, *second], notes)
 
@@ -120,10 +122,10 @@ def run_exits_bench(*, problems: int = 24, rounds: int = 7, picture: Path | None
 def speculation_entries(lm, questions) -> dict[str, Entry]:
     """Plain and speculating ways at batch 1, those of one compiled program together."""
     way = lambda **how: our_way(lm, questions, 1, **how)  # noqa: E731
-    layers, most = _layers_and_longest_draft()
+    layers, most = _exits(lm)[-2:], max(DRAFTS)
     few = frequent_tokens(lm, FEW_TOKENS)
     entries = {GREEDY: Entry(way(), GREEDY, TRANSFORMERS)}
-    for layer, draft in DRAFTS:
+    for layer, draft in itertools.product(layers, DRAFTS):
         entries[f"speculation after {layer}, draft {draft}"] = Entry(
             way(exits=sled.SelfSpeculation(layer, draft)), GREEDY, ASSISTED.format(layer, most))
     entries[f"speculation after {layers[0]}, draft {most}, of {FEW_TOKENS} tokens"] = Entry(
@@ -140,7 +142,7 @@ def speculation_entries(lm, questions) -> dict[str, Entry]:
 def transformers_entries(lm, questions) -> dict[str, Entry]:
     """transformers on the same weights: greedy, and assisted by the same exits. Raises ImportError without it."""
     twin = transformers_twin(lm.build(lm.params))
-    layers, most = _layers_and_longest_draft()
+    layers, most = _exits(lm)[-2:], max(DRAFTS)
     entries = {TRANSFORMERS: Entry(their_way(twin, questions), GREEDY, TRANSFORMERS)}
     for layer in layers:
         name = ASSISTED.format(layer, most)
@@ -170,7 +172,7 @@ def early_exit_ways(lm, questions) -> dict[tuple, Way]:
     """
     way = lambda **how: our_way(lm, questions, BATCH, **how)  # noqa: E731
     return {NO_EXIT: way()} | {
-        (kv, name, threshold): way(exits=sled.EarlyExit(EXITS, threshold, kv=kv), schedule=schedule)
+        (kv, name, threshold): way(exits=sled.EarlyExit(_exits(lm), threshold, kv=kv), schedule=schedule)
         for kv in ("exact", "propagate") for threshold in THRESHOLDS for name, schedule in SCHEDULES.items()}
 
 
@@ -190,6 +192,5 @@ def early_exit_rows(lm, ways: dict[tuple, Way], rounds: int, bar: tqdm) -> list[
     return rows
 
 
-def _layers_and_longest_draft() -> tuple[tuple[int, ...], int]:
-    layers, drafts = zip(*DRAFTS, strict=True)
-    return tuple(sorted(set(layers))), max(drafts)
+def _exits(lm) -> tuple[int, ...]:
+    return tuple(sorted({max(1, lm.config.num_layers // parts) for parts in (8, 4, 2)}))

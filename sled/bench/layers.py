@@ -44,18 +44,18 @@ class LayerRow:
     solved: float = column("solved, all tokens leaving here", decimals=3)
 
 
-def run_layers_bench(models: Sequence[str], *, problems: int = 200, picture: Path | None = None) -> BenchReport:
+def run_layers_bench(model: Sequence[str], *, problems: int = 200, picture: Path | None = None) -> BenchReport:
     """Measures every layer of every model on `problems` held-out problems; draws them into `picture`, if given.
 
-    models: 1 to 4, as for `sled.load`, all trained on the bundled word problems. Raises SettingError for another
-    number of them, and what loading raises.
+    model: 1 to 4 of them, as for `sled.load`; those that were trained on the bundled word problems solve some. Raises
+    SettingError for another number of them, and what loading raises.
     """
     problems = Whole(1, hint="it counts the problems")("problems", problems)
-    if not 1 <= len(models) <= MODELS or len(set(models)) < len(models):
-        raise SettingError(f"the models are {list(models)}, but must be 1 to {MODELS} different ones, such as demo")
+    if not 1 <= len(model) <= MODELS or len(set(model)) < len(model):
+        raise SettingError(f"model is {list(model)}, but must be 1 to {MODELS} different ones, such as demo")
     if picture:
         writable_picture("--picture", picture)
-    loaded = {str(name): sled.load(name, dtype="float32") for name in models}
+    loaded = {str(name): sled.load(name, dtype="float32") for name in model}
     rows = []
     with tqdm(total=sum(lm.config.num_layers for lm in loaded.values()), desc="sled bench layers", unit="layer") as bar:
         for name, lm in loaded.items():

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
 
 from sled.cli.derived import arguments
-from sled.cli.options import print_devices
+from sled.cli.options import left_out, print_devices
 from sled.io import replace_text, writable
 
 
@@ -41,12 +44,16 @@ class Fusion(Measurement):
 
 @dataclasses.dataclass(frozen=True)
 class Decode(Measurement):
-    """Decoding a random 134M-parameter Llama, against transformers' generate on the same weights.
+    """Decoding, against transformers' generate on the same weights.
+
+    sled bench decode --model HuggingFaceTB/SmolLM2-135M-Instruct
 
     Greedy and SLED, batch 1 and 8, float32; time to first token and compile time. Needs the `parity`
     extra for the transformers side; without it the rest is measured. A few minutes.
     """
 
+    model: Annotated[str | None, left_out("random weights of 134M parameters", "-m", metavar="MODEL")] = None
+    """"demo" (bundled), a Hugging Face folder, or a hub id; in float32."""
     new_tokens: int = 64
     """Tokens per row and run."""
     rounds: int = 4
@@ -55,12 +62,17 @@ class Decode(Measurement):
 
 @dataclasses.dataclass(frozen=True)
 class Exits(Measurement):
-    """Early exit and self-speculation on the bundled model's held-out problems, against plain decoding.
+    """Early exit and self-speculation on held-out word problems, against plain decoding.
 
+    sled bench exits --problems 8 --rounds 3
+
+    Exits after an eighth, a quarter and half of the layers. A model that was not trained for exits gains nothing.
     Batch 1: self-speculation, with and without SLED, and transformers' assisted_early_exit on the same weights
     (needs the `parity` extra). Batch 8: early exit by threshold, schedule and K/V. About five minutes.
     """
 
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
+    """"demo" (bundled), a Hugging Face folder, or a hub id; in float32."""
     problems: int = 24
     """Problems solved at batch 8; a third of them at batch 1."""
     rounds: int = 7
@@ -99,17 +111,45 @@ class Loss(Measurement):
 class Layers(Measurement):
     """The predictions of each layer on held-out word problems, of one or several models side by side.
 
-    sled bench layers --models demo twin/model --picture layers.png
+    sled bench layers --model demo twin/model --picture layers.png
 
     A table of loss, accuracy, agreement with the last layer and problems solved by each layer. No timing.
     """
 
-    models: tuple[str, ...] = ("demo",)
-    """Up to four of "demo" (bundled), Hugging Face folders and hub ids, trained on the bundled problems."""
+    model: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-m"], metavar="MODEL [MODEL ...]")] = ("demo",)
+    """Up to four of "demo" (bundled), Hugging Face folders and hub ids."""
     problems: int = 200
     """Held-out problems."""
     picture: Path | None = None
     """Also draw the layers into this file (.png, .svg or .pdf)."""
 
 
-BENCHES = {kind.__name__.lower(): kind for kind in (Fusion, Decode, Exits, Engine, Layers, Loss)}
+@dataclasses.dataclass(frozen=True)
+class Exactness(Measurement):
+    """The share of texts that batches, streams, the engine, early exit at threshold 1 and self-speculation leave equal.
+
+    sled bench exactness --model HuggingFaceTB/SmolLM2-135M-Instruct --dtype bfloat16
+
+    In float32 they all give plain decoding's tokens; in a narrower type rounding decides near ties. A table of shares,
+    and of the gap between the two logits at the first difference of each text. A few minutes; no timing.
+    """
+
+    model: str = "demo"
+    """"demo" (bundled), a Hugging Face folder, or a hub id; with a tokenizer."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights."""
+    texts: int = 16
+    """Held-out word problems."""
+    new_tokens: int = 64
+    """Tokens per text at most."""
+    batch: int = 4
+    """Texts decoded together."""
+    exit_layer: int | None = None
+    """Where drafts are made; left out: after a quarter of the layers."""
+    draft: int = 6
+    """Tokens drafted before they are verified."""
+    picture: Path | None = None
+    """Also draw the gaps into this file (.png, .svg or .pdf)."""
+
+
+BENCHES = {kind.__name__.lower(): kind for kind in (Fusion, Decode, Exits, Engine, Layers, Exactness, Loss)}

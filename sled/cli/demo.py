@@ -62,7 +62,7 @@ class Demo(derive("Fused", *settings_of(offer(sled.SLED, "rate", "scale")))):
         print()
         for i, p in enumerate(itertools.islice(asked, self.show)):
             print("\n".join(side_by_side(p.question, table[0][1].texts[i], table[2][1].texts[i])) + "\n")
-        print(f"{'method':28}  exact match  tokens/s")
+        print(f"{'method':28}  exact match  tokens/s (compiled before)")
         for name, out, right in table:
             print(f"{name:28}  {right:4d} / {len(asked):<4d}  {out.stats.tokens_per_second:8.0f}")
         text = prompts[0] + table[0][1].texts[0]

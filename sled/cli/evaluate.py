@@ -73,7 +73,7 @@ class Eval:
     """Names of tasks, groups or tags, or YAML files; list shows what there is."""
     data: tuple[str, ...] = ()
     """A task's data from a local file, TASK=PATH, or PATH where there is one task.
-    JSON Lines, JSON, Parquet or CSV with the columns that the task reads, or a folder of such files by split
+    JSON Lines, JSON, CSV, Parquet, ... with the columns that the task reads, or a folder of such files by split
     (test.jsonl, train.jsonl)."""
     include_path: tuple[Path, ...] = ()
     """Folders with tasks of your own, as YAML files."""

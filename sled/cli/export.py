@@ -15,7 +15,7 @@ from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions
 from sled.errors import SettingError
 
-OF_HF = {"heads", "license", "base", "margin", "calibration"}
+OF_HF = {"heads", "license", "base", "margin", "calibration", "push", "private"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Export:
     sled export run --to model
 
     sled export run --to model --license apache-2.0 --calibration calibration.json
+
+    sled export run --to model --push me/model --private
 
     sled export meta-llama/Llama-3.2-1B --to llama --form orbax
 
@@ -60,6 +62,10 @@ class Export:
     """hf: a layer is a recommended exit where its held-out accuracy is at most this far below the last's."""
     calibration: Path | None = None
     """hf: a record that sled calibrate wrote for this model; it is shown in the card and comes along."""
+    push: str | None = None
+    """hf: upload the folder to this repository of the hub, owner/name, which is made where there is none."""
+    private: bool = False
+    """--push: only its owner sees a new repository."""
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
 
@@ -69,12 +75,17 @@ class Export:
         if self.form != "program" and (decoding := {**given(self.fusion_options), **given(self.exit_options)}):
             raise SettingError(f"{dashed(next(iter(decoding)))} has no meaning for --form {self.form}, which holds a "
                                "model and not how to decode with it; leave it out, or choose --form program")
+        if self.private and self.push is None:
+            raise SettingError("--private has no meaning without --push; leave it out, or name a repository by --push")
         from sled.export import forms
         from sled.export.card import Card
 
         reading = dict(step=self.step, revision=self.revision, dtype=self.dtype)
         if self.form == "hf":
-            forms.export_hf(**arguments(self, forms.export_hf), card=Card(**arguments(self, Card)), **reading)
+            options = arguments(self, forms.export_hf) | dict(private=self.private or None)
+            pushed = forms.export_hf(**options, card=Card(**arguments(self, Card)), **reading)
+            if pushed:
+                print(f"pushed: {pushed}", file=sys.stderr)
         elif self.form == "orbax":
             forms.export_orbax(self.source, self.to, **reading)
         else:

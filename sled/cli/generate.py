@@ -29,6 +29,7 @@ from sled.errors import SettingError
 from sled.results import Stats
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompt
+from sled.timing import compile_seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +100,15 @@ class Generate:
         if self.show_exits:
             paint = Paint(exits["exits"].exits(lm.config.num_layers), colours=has_colours(sys.stdout))
         marks = paint is not None and not paint.colours  # stand behind whole runs of tokens, which chunks would cut
+        before = compile_seconds()
         if len(prompts) == 1 and not self.json and not marks:
             stats, layers = self._stream(lm, texts[0], prompts[0], settings, paint)
         else:
             stats, layers = self._together(lm, texts, prompts, settings, paint)
         if paint:
             print(paint.legend(layers))
-        print(end_line(stats, lm.config.num_layers, exits=bool(exits)), file=sys.stderr)
+        compiling = compile_seconds() - before
+        print(end_line(stats, lm.config.num_layers, exits=bool(exits), compiling=compiling), file=sys.stderr)
 
     def _stream(self, lm, text: str, prompt: Prompt, settings: dict, paint: Paint | None):
         row = PaintedRow(lm.text.decode, paint) if paint else None
@@ -134,9 +137,13 @@ class Generate:
         return out.stats, itertools.chain(*out.exit_layers)
 
 
-def end_line(stats: Stats, num_layers: int, *, exits: bool) -> str:
-    """One line on a generation: its speed and, where exits were used, what they did."""
-    parts = [f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, compilation included"]
+def end_line(stats: Stats, num_layers: int, *, exits: bool, compiling: float) -> str:
+    """One line on a generation: its speed without the seconds of `compiling`, and what exits did where they were used.
+    """
+    seconds = max(stats.prefill_seconds + stats.decode_seconds - compiling, 1e-9)
+    parts = [f"{stats.new_tokens} tokens, {stats.new_tokens / seconds:.1f} tokens/s"]
+    if compiling >= 0.1:
+        parts[0] += f", besides {compiling:.1f} s of compilation"
     if exits:
         if stats.acceptance is not None:
             parts.append(f"{stats.accepted} of {stats.drafted} drafts accepted ({stats.acceptance:.0%}), "

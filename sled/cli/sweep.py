@@ -12,7 +12,7 @@ import tyro
 import sled
 from sled.cli.derived import arguments, given, option_help, option_type
 from sled.cli.line import Sets, dashed
-from sled.cli.options import FusionOptions, ModelOptions, Stop, left_out, unescape
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, Stop, left_out, unescape
 from sled.errors import PromptError, SettingError
 from sled.eval.extraction import RULES
 
@@ -84,6 +84,7 @@ class Sweep:
     epsilon: float = 0.05
     """The probability that a setting called certified loses more all the same."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 96
     """The most tokens of an answer."""
@@ -99,8 +100,10 @@ class Sweep:
             raise SettingError("--rates and --scales go together: SLED is swept over both; give both, or neither")
         self._refuse_idle()
         questions = self._questions()
+        questions = dataclasses.replace(questions, prompts=tuple(self.chat_options.prompts(questions.prompts)))
         sweep_folder("--output", self.output)
         lm = self.model_options.load()
+        self.chat_options.hint(lm)
         usual = grid.usual_layers(lm.config.num_layers)
         methods = [*grid.early_exits(layer_sets or usual, self.thresholds, measures=self.measures, kv=self.kv,
                                      fusion=fusion),

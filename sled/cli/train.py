@@ -30,7 +30,8 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
     """The data to train on. --text, or --prompt with --completion, or --tokens names the columns."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-d"])] = ()
-    """"demo" (endless word problems), files (.jsonl, .json, .parquet, .arrow, .txt), a folder, or a hub data set."""
+    """"demo" (endless word problems), files (.jsonl, .json, .csv, .parquet, .arrow, .txt), a folder, or a
+    hub data set."""
     held_out: tuple[str, ...] = ()
     """The same for data that is only measured on: the loss of every layer. For demo: its held-out problems."""
     text: str | None = None

@@ -28,10 +28,13 @@ BY_ROW = dict(fusion=A_STRATEGY, exits=A_POLICY, sampling=A_SAMPLING)  # setting
 class Decoding:
     """How tokens are decoded.
 
+    Equal texts are promised in float32: in a narrower type, near ties may fall otherwise in another batch or schedule,
+    or where drafts are verified (`sled bench exactness` measures it).
+
     fusion: how the layers decide together (`sled.SLED()`, `sled.DoLa()`, ...).
     exits: whether a token may leave before the last layer (`sled.EarlyExit(...)`), or be drafted there
         and verified (`sled.SelfSpeculation(...)`); by default it goes through all layers.
-    schedule: when deeper layers run, for the batch; changes the time, never the text. None: the exits' own.
+    schedule: when deeper layers run, for the batch; changes the time, not the text. None: the exits' own.
     sampling: greedy unless told otherwise.
     max_new_tokens: the most tokens a row gets, within the model's context.
     stop: a string, or several, that end a text.

@@ -20,6 +20,7 @@ from sled.export.target import RECORD, replacing, versions
 from sled.io import path_of, write_json
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
+from sled.models.hub import create_repository, upload
 from sled.text.tokenizer import Tokenizer
 
 NO_WORD = Card()
@@ -27,16 +28,17 @@ NO_WORD = Card()
 
 def export_hf(source: str | os.PathLike, to: str | Path, card: Card = NO_WORD, *,
               heads: Literal["drop", "beside"] | None = None, calibration: str | Path | None = None,
-              **reading) -> None:
-    """Writes a Hugging Face folder that transformers runs, with a model card.
+              push: str | None = None, private: bool | None = None, **reading) -> str | None:
+    """Writes a Hugging Face folder that transformers runs, with a model card; returns the commit's address if pushed.
 
     heads: what becomes of exit heads, which transformers does not have: "drop" leaves them behind; "beside" keeps them
         in files that only sled reads. None refuses a model that has any.
     calibration: a record of `sled.calibrate` for these weights; it is shown in the card, and its file comes along.
+    push: a repository of the hub to upload the folder to, "owner/name", made (`private` or not) where there is none.
     reading: step, revision and dtype of `read_source`.
 
-    Raises CheckpointError for exit heads, CalibrationError for a record of other weights, SettingError; and what
-    `read_source` and `replacing` raise.
+    Raises UploadError where it cannot be pushed, most often before anything is written; CheckpointError for exit heads,
+    CalibrationError for a record of other weights, SettingError; and what `read_source` and `replacing` raise.
     """
     with replacing(to) as folder:
         record = None if calibration is None else Calibration.load(calibration)
@@ -44,12 +46,14 @@ def export_hf(source: str | os.PathLike, to: str | Path, card: Card = NO_WORD, *
         decoder = _without_or_beside(model, heads)
         if record is not None:
             check_bound(record, decoder, model.name)
+        repository = None if push is None else create_repository(push, private=private)
         save_folder(decoder, folder, tokenizer_from=model.files)
-        written = model_card(card, model, decoder, path_of("to", to).resolve().name, record)
+        written = model_card(card, model, decoder, repository or path_of("to", to).resolve().name, record)
         (folder / "README.md").write_text(written, encoding="utf-8")
         if calibration is not None:
             shutil.copyfile(calibration, folder / "calibration.json")
         _write_record(folder, "hf", model, decoder)
+    return None if repository is None else upload(path_of("to", to).expanduser(), repository, f"Export of {model.name}")
 
 
 def export_orbax(source: str | os.PathLike, to: str | Path, **reading) -> None:

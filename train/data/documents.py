@@ -28,7 +28,7 @@ from sled.text.tokenizer import Tokenizer
 from sled.train.data.sources import Example, Reading, Source
 
 DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile)  # what numpy and json raise
-FORMAT = 1  # of the folders; another one is not found
+FORMAT = 2  # of the folders, and of how files are read; another one is not found
 TOGETHER = 1024  # examples that are tokenised at a time, on all cores
 
 

@@ -1,20 +1,16 @@
-"""Local files of training examples: found by path, folder or glob, and read row by row with `datasets`."""
+"""Local files of training examples: found by path, folder or glob."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
 import hashlib
-import json
-import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sled.errors import DataError
-from sled.io import first_line
+from sled.train.data.file_rows import READERS, rows_of
 
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
 REMEDY = ("give a file, a folder or a glob of " + ", ".join(READERS) + " files, a hub id (owner/name), 'demo', or rows "
           "such as [{'text': ...}]")
 
@@ -59,7 +55,7 @@ class Files:
         for path in self.paths:
             if path.stat().st_size == 0:
                 raise DataError(f"{path} is empty; remove it, or fetch it again")
-            yield str(path), _rows(path)
+            yield str(path), rows_of(path)
 
     def digest(self) -> str:
         """SHA-256 of the contents, in order."""
@@ -68,50 +64,3 @@ class Files:
             with open(path, "rb") as file:
                 total.update(path.suffix.lower().encode() + hashlib.file_digest(file, "sha256").digest())
         return total.hexdigest()
-
-
-def _rows(path: Path) -> Iterator[Mapping]:
-    import datasets  # imported where it is needed: it is slow
-
-    reader = READERS[path.suffix.lower()]
-    with reading([path], reader):
-        # Streamed: what is read once needs no second copy in the cache of `datasets`.
-        yield from datasets.load_dataset(reader, data_files=glob.escape(str(path)), split="train", streaming=True)
-
-
-@contextlib.contextmanager
-def reading(paths: Sequence[Path], what: str) -> Iterator[None]:
-    """While `datasets` reads `paths` as `what`: it does not log what it then raises, and what it raises becomes a
-    DataError that names the file and, of JSON, the line."""
-    import datasets
-
-    logger = logging.getLogger("datasets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as reason:
-        # pyarrow's errors are ValueErrors; of what `datasets` made of another error, that is the reason.
-        lines = ((path, _bad_line(path)) for path in paths if READERS.get(path.suffix.lower()) == "json")
-        path, line = next((found for found in lines if found[1]), (paths[0], ""))
-        raise DataError(f"{path}{line} cannot be read as {what} ({first_line(reason.__cause__ or reason)}); mend it, "
-                        "or remove it") from reason
-    finally:
-        logger.setLevel(level)
-
-
-def _bad_line(path: Path) -> str:
-    """The place where a JSON file is broken, as ", line 3,"; it is one list of objects, or an object on each line."""
-    raw = path.read_bytes()
-    parts = [raw] if raw.lstrip().startswith(b"[") else raw.split(b"\n")
-    for before, part in enumerate(parts):
-        try:
-            good = not part.strip() or isinstance(json.loads(part), dict if len(parts) > 1 else list | dict)
-            line = 1
-        except json.JSONDecodeError as error:
-            good, line = False, error.lineno
-        except UnicodeDecodeError as error:
-            good, line = False, 1 + part.count(b"\n", 0, error.start)
-        if not good:
-            return f", line {before + line},"
-    return ""

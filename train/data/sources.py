@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,9 +35,9 @@ class Source:
     """The data to read, and the columns that make an example.
 
     data: "demo" (the problems of sled.demo), a file, folder or glob, a list of files, a hub id (owner/name), or
-        rows: any iterable of mappings, a `datasets.Dataset` among them. Files end in .json, .jsonl, .parquet, .arrow
-        or .txt, whose every line is an example in the column "text". A folder is searched with all its folders, for
-        one kind of file; what is hidden or has another ending is passed over.
+        rows: any iterable of mappings, a `datasets.Dataset` among them. Files end in .json, .jsonl, .csv, .parquet,
+        .arrow or .txt, whose every line is an example in the column "text". A folder is searched with all its folders,
+        for one kind of file; what is hidden or has another ending is passed over.
     text: the column of plain text; every token counts in the loss. The default where no column is named.
     prompt, completion: columns of text, or templates such as "Question: {question}\\nAnswer:", whose fields are
         columns. They are joined as they are: a blank between them must stand in one of them. "demo" has both.
@@ -44,6 +45,7 @@ class Source:
     split, subset, revision: of a hub data set; "demo" has the splits "train" and "heldout".
     limit: examples that are read at most; None for all (20,000 of "demo").
 
+    A text has the characters of the file: 1.10 stays 1.10, 2024-01-05 is no date (`sled.train.data.file_rows`).
     Columns that lack a value (None) are taken for empty. Raises SettingError.
     """
 
@@ -204,10 +206,10 @@ def _text(row: Mapping, setting: str, template: str, place: str) -> str:
     parts = []
     for literal, column in _fields(setting, template):
         value = None if column is None else _value(row, column, place, setting)
-        if value is not None and not isinstance(value, str | int | float):
+        if value is not None and not isinstance(value, str | int | float | Decimal):
             raise DataError(f"{place} holds {type(value).__name__} in its column {column!r}, but Source.{setting} "
                             "must be text; name a column of text, or one of token ids by Source.tokens")
-        parts += [literal, "" if value is None else str(value)]
+        parts += [literal, "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)]
     return "".join(parts)
 
 
