@@ -156,9 +156,23 @@ def test_a_report_tells_scores_that_are_no_probabilities(lm, tiny_tasks, tmp_pat
     assert len(one["left_out"]) == 3 and "left_out" not in report.tasks["greedy"][0].samples[0]
 
 
+def test_methods_are_timed_side_by_side(lm, tiny_tasks, monkeypatch):
+    decoded, decode = [], lm.decode
+    monkeypatch.setattr(lm, "decode", lambda prompts, *of, **how: decoded.append(len(prompts)) or decode(
+        prompts, *of, **how))
+    methods = [Method("greedy"), Method("clamp", fusion=sled.ClampOnly())]
+    report = evaluate(lm, "tiny_text", methods, include_path=tiny_tasks, batch_size=6, time_samples=2, progress=False)
+    assert decoded == [6, 6] + [2] * 8 and {name: len(t.seconds) for name, t in report.times.items()} == {
+        "greedy": 3, "clamp": 3}
+    assert all(method["counts"]["requests"] == 6 for method in report.methods) and len(report.json()["times"]) == 2
+    [_, timed] = report.markdown().split("## Time")
+    assert "The first 2 samples" in timed and re.search(r"greedy \| \d+\.\d\d \| 1\.00 \|", timed)
+
+
 @pytest.mark.parametrize("given", [
     dict(tasks="nosuch"), dict(limit=0), dict(tasks="tiny_choice", methods=[Method("m", exits=sled.EarlyExit(1, 0.5))]),
-    dict(apply_chat_template=True), dict(against="nobody"), dict(methods=[]), dict(data="nowhere.jsonl"),
+    dict(apply_chat_template=True), dict(against="nobody"), dict(methods=[]), dict(time_samples=0),
+    dict(data="nowhere.jsonl"),
     dict(metadata={"a": 1}), dict(methods=[Method("m"), Method("m")]), dict(num_fewshot=99)], ids=str)
 def test_a_refused_evaluation_leaves_nothing(lm, tiny_tasks, tmp_path, given):
     with pytest.raises(SledError):
@@ -215,8 +229,8 @@ def test_a_report_whose_writing_was_killed_does_not_bar_its_folder(tmp_path):
 
 def report_of(scores, methods=()):
     model = dict(name="m", weights="0" * 64, dtype="float32", layers=2)
-    return EvaluationReport(tasks={"base": []}, scores=scores, methods=list(methods), settings={}, versions={},
-                            hardware="h", model=model, date="d", against="base", seed=0)
+    return EvaluationReport(tasks={"base": []}, scores=scores, times={}, methods=list(methods), settings={},
+                            versions={}, hardware="h", model=model, date="d", against="base", seed=0)
 
 
 def test_a_report_counts_the_p_values_of_all_its_tables():

@@ -102,6 +102,8 @@ class Eval:
     SLED's published TruthfulQA figures are such sums."""
     batch_size: int = 16
     """Prompts decoded, and continuations scored, together."""
+    time_samples: int | None = None
+    """Also time all methods side by side on so many samples of each task; the report has ratios to the baseline."""
     compare: bool = True
     """Compare with the baselines; --no-compare scores what was chosen alone."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
