@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import arguments, given, option_help, option_type
+from sled.cli.derived import arguments, given, option_help, option_type, sets
 from sled.cli.line import Sets, dashed
 from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, Stop, left_out, unescape
 from sled.errors import PromptError, SettingError
@@ -61,17 +61,17 @@ class Sweep:
     extract: Annotated[Literal[tuple(RULES)], tyro.conf.arg(help=EXTRACT_HELP)] = next(iter(RULES))
     stop: Annotated[Stop, left_out("what a next question begins with, which a model may invent: the words of --prompt "
                                    "before its first column, such as Question:")] = ()
-    exit_layers: tuple[str, ...] | None = None
+    exit_layers: Annotated[tuple[str, ...] | None, sets(sled.EarlyExit, "layers")] = None
     """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4.
     Left out: an eighth, a quarter, half and three quarters of the layers."""
-    thresholds: tuple[float, ...] = (0.98, 0.9, 0.8, 0.7, 0.5)
+    thresholds: Annotated[tuple[float, ...], sets(sled.EarlyExit, "threshold")] = (0.98, 0.9, 0.8, 0.7, 0.5)
     """Early exit: the confidence that an exit must have. None behind the option: no early exit in the sweep."""
     measures: tuple[Measure, ...] = (sled.EarlyExit.measure,)
     """Early exit: the measure of confidence."""
     kv: KV = sled.EarlyExit.kv
-    draft_layers: tuple[int, ...] | None = None
+    draft_layers: Annotated[tuple[int, ...] | None, sets(sled.SelfSpeculation, "layer")] = None
     """Self-speculation: after which layers to draft. Left out: as for --exit-layers."""
-    drafts: tuple[int, ...] = (2, 4, 6, 8)
+    drafts: Annotated[tuple[int, ...], sets(sled.SelfSpeculation, "draft")] = (2, 4, 6, 8)
     """Self-speculation: how many tokens to draft. None behind the option: no self-speculation in the sweep."""
     rates: tuple[float, ...] = ()
     """SLED without exits, against plain greedy decoding: evolution rates."""
