@@ -18,6 +18,7 @@ from sled.models.config import MOST, MOST_LAYERS, DecoderConfig, LinearScaling, 
 
 REQUIRED = object()
 FLOAT32_MAX = 3.4028235e38
+ROPE_WIDE = 1e12  # of the numbers of rotary positions; published ones go from 1 to 1e8
 
 # Fields that transformers knows, and that change neither weights nor logits of these decoders: of training, of sampling
 # (ours comes from the caller), of what a forward pass returns, of who wrote the file and how, of other kinds of models.
@@ -306,6 +307,7 @@ def check_layer_kinds(f: Fields, windows: tuple[int | None, ...], why: str) -> N
 
 def _positive(f: Fields, name: str, default=REQUIRED) -> float:
     value = f.take(name, float, default)
-    if not value > 0:
-        raise ConfigError(f"{f.source}: '{name}' is {value!r}, but it must be above 0; correct the file")
+    if not 1 / ROPE_WIDE <= value <= ROPE_WIDE:  # of 0, infinity or near them, angles are no numbers in float32
+        raise ConfigError(f"{f.source}: '{name}' is {value!r}, but it must be above 0, and from {1 / ROPE_WIDE:g} to "
+                          f"{ROPE_WIDE:g}; correct the file")
     return float(value)
