@@ -102,7 +102,7 @@ def refuse_more(folder: Path, config: DecoderConfig, tensors: int) -> None:
     their shapes take minutes, where somebody has written a number without end."""
     heads = len(config.exit_heads.layers) if config.exit_heads else 0
     if config.num_layers + heads > tensors:
-        raise CheckpointError(f"{folder}: the configuration asks for {config.num_layers} layers and {heads} exit heads, "
+        raise CheckpointError(f"{folder}: the configuration asks for {config.num_layers} layers, {heads} exit heads, "
                               f"but {tensors} tensors are stored in all; use the configuration of these weights, or "
                               "fetch them again")
 
