@@ -18,6 +18,7 @@ from sled.models.config import MOST, MOST_LAYERS, DecoderConfig, LinearScaling, 
 
 REQUIRED = object()
 FLOAT32_MAX = 3.4028235e38
+MOST_IDS = 1000  # that end a text; published files have up to ten
 ROPE_WIDE = 1e12  # of the numbers of rotary positions; published ones go from 1 to 1e8
 
 # Fields that transformers knows, and that change neither weights nor logits of these decoders: of training, of sampling
@@ -122,9 +123,9 @@ class Fields:
             return default
         value = self._left.pop(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(not isinstance(i, int) or isinstance(i, bool) or abs(i) > MOST for i in ids):
-            raise self._refused(name, value, f"it must be a token id, at most {MOST:,}, or a list of them; correct the "
-                                             "file")
+        if len(ids) > MOST_IDS or any(not isinstance(i, int) or isinstance(i, bool) or abs(i) > MOST for i in ids):
+            raise self._refused(name, value, f"it must be a token id, at most {MOST:,}, or a list of them, of up to "
+                                             f"{MOST_IDS:,}; correct the file")
         self.passed_over += [f"{name} {i} (the vocabulary has {vocabulary})" for i in ids if i >= vocabulary]
         return tuple(i for i in ids if 0 <= i < vocabulary)
 
