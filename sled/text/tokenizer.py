@@ -75,7 +75,8 @@ class Tokenizer:
         Both are tokenised as one text; a token that straddles the boundary belongs to the answer.
         """
         text = self.chats.prompt(chat.messages, chat.variables)
-        return _cut(self.encode(text + answer, special=False), self.encode(text, special=False))
+        asked = self.encode(text, special=False)
+        return _cut(self.encode(text + answer, special=False), asked) if answer else (asked, [])
 
     def encode_written(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """Ids of texts that have their special tokens, and the characters from and to which each stands, on all
