@@ -12,7 +12,7 @@ import tyro
 from sled.cli.derived import arguments, derive, explained, given, settings_by_choice
 from sled.cli.exit_options import ExitOptions
 from sled.cli.line import dashed, parse
-from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, named_value
+from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, left_out, named_value
 from sled.errors import EvaluationError, SettingError
 from sled.fusion import FUSIONS
 from sled.io import writable
@@ -81,13 +81,13 @@ class Eval:
     """Metadata for the tasks, NAME=VALUE, such as problems=200 for sled_demo."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sled-eval")
     """Folder for report.json, report.md, samples.jsonl and pictures; report.json comes last."""
-    cache: Path | None = None
-    """Keep answers in this file. By default answers.sqlite in the folder of --out.
+    cache: Annotated[Path | None, left_out("answers.sqlite in the folder of --out")] = None
+    """Keep answers in this file.
     One file may serve many evaluations: answers of other models, methods or settings are never mixed up."""
-    limit: int | None = None
+    limit: Annotated[int | None, left_out("all")] = None
     """Only so many samples of each task, the first."""
-    num_fewshot: int | None = None
-    """Examples before each question; by default as the task says.
+    num_fewshot: Annotated[int | None, left_out("the task's")] = None
+    """Examples before each question.
     A task that says 0, such as sled_demo, keeps to it."""
     fewshot_seed: int = 1234
     """Chooses the examples; 1234 is the harness's own."""
@@ -95,8 +95,8 @@ class Eval:
     """Put prompts into the model's chat template."""
     system_instruction: str | None = None
     """Say this before all else."""
-    max_new_tokens: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
-    """The most tokens for an answer; by default what the task says, or 256."""
+    max_new_tokens: Annotated[int | None, left_out("the task's, or 256", "-n")] = None
+    """The most tokens for an answer."""
     raw_scores: bool = False
     """Sum what the fusion gives as it is, logits for the last layer alone, in place of log-probabilities.
     SLED's published TruthfulQA figures are such sums."""
