@@ -67,6 +67,10 @@ class RequestError(SledError):
     """A request is beyond what the operator allows, or failed while it was served."""
 
 
+class OutOfMemoryError(SledError, MemoryError):
+    """The device's memory, or the host's, does not suffice for what was asked, or did not when it was tried."""
+
+
 class SledWarning(UserWarning):
     """Base of every warning of this library, which the command line prints in one line."""
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from sled.decoding.batch import Emitted, Generation
 from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, in_words
+from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
@@ -170,6 +171,7 @@ class LM:
             yield Chunk(texts=texts, tokens=tokens, exit_layers=exit_layers, stats=stats)
         self._tell_of_drafts(decoding.exits, stats)
 
+    @naming_shortage("scoring", "lower batch_size, or give shorter texts or fewer layers")
     def score(self, prompts: Prompts, continuations: Prompts | Sequence[Prompts], *, fusion: Strategy = FINAL_LAYER,
               normalise: bool = True, batch_size: int = 16, progress: bool = False) -> Scores:
         """Log-probabilities of given continuations; each distinct prompt is run once.
@@ -222,6 +224,7 @@ class LM:
             columns = [_regroup(column, [len(group) for group in groups]) for column in columns]
         return Scores(*columns)
 
+    @naming_shortage("the lens", "give a shorter text")
     def lens(self, text: Prompt, *, fusion=None) -> Lens:
         """Every layer's own next tokens after every token of `text`: see `sled.Lens`.
 
@@ -299,6 +302,7 @@ class LM:
         """The prompts' token ids, with settings that fit them and the first seed."""
         ids = prompt_ids(prompts, self.text, self.config)
         seed = Whole(0, 2**32 - len(ids), hint="prompt i draws from stream seed + i, one of 2**32")("seed", seed)
+        decoding.check_context(self.config.max_positions)
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
     def _begin(self, ids: list[np.ndarray], batch: Sequence[int], decoding: Decoding, *, height: int,

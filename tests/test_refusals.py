@@ -172,6 +172,11 @@ def risk(text, reference):
     (lambda lm: SLED.preset("unknown"), SettingError, "'unknown'. is unknown; the presets are official-code, paper"),
     # Engines.
     (lambda lm: sled.Engine(lm, slots=0), SettingError, "slots is 0"),
+    *((lambda lm, exits=exits: lm.generate("a", exits=exits), SettingError, says) for exits, says in (
+        (sled.SelfSpeculation(1, draft=10**6), "SelfSpeculation.max_draft is 1048576, but the model's context"),
+        (sled.SelfSpeculation(1, draft=2**31 - 1, max_draft=2**31 - 1), "max_draft is 2147483647, but"),
+        (sled.EarlyExit(1, max_deferred=10**9), "EarlyExit.max_deferred is 1000000000, but the model"))),
+    (lambda lm: sled.Engine(lm, exits=sled.EarlyExit(1, max_deferred=65)), SettingError, "max_deferred is 65, but"),
     (lambda lm: sled.Engine(lm, capacity=0), SettingError, "capacity is 0"),
     (lambda lm: sled.Engine(lm, capacity=49), SettingError, "capacity is 49.*2 to 48"),
     (lambda lm: sled.Engine(lm, exits=sled.EarlyExit(4)), SettingError, "no early exit of a model of 4"),

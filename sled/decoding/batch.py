@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from sled.decoding import loop, state
+from sled.decoding.memory import naming_shortage, refuse_too_large
 from sled.decoding.network import Build
 from sled.decoding.options import Decoding
 from sled.decoding.state import bucket
@@ -87,10 +88,12 @@ class Batch:
                     pause_len_B=pause_len_B.astype(np.int32), max_steps=np.int32(max_steps),
                     min_active=np.int32(min_active))
 
+    @naming_shortage("the prompts of a batch")
     def _start(self, prompts, limits, seeds, capacity: int) -> state.DecodeState:
         return state.start(self._build, self._params, prompts, limits, seeds, capacity=capacity, plan=self._plan,
                            memory=self._decoding.exits.initial_memory(len(prompts)))
 
+    @naming_shortage("decoding a batch")
     def _decode(self, pause_len_B, **named) -> None:
         self._state = loop.decode(**self.arguments(pause_len_B, **named))
         self._fetch()
@@ -170,6 +173,7 @@ class Slots(Batch):
     def __init__(self, build: Build, params: Any, decoding: Decoding, *, slots: int, capacity: int,
                  stop_ids: tuple[int, ...]):
         super().__init__(build, params, decoding, stop_ids=stop_ids)
+        refuse_too_large(build, self._plan.window, len(self._plan.buffered_layers), rows=slots, capacity=capacity)
         self._like, self.capacity = decoding, capacity
         self._of_slot = [decoding] * slots  # an empty slot has the default, so that nobody pays for a past entry
         self._sizes = {"E": len(self._plan.exits) - 1}

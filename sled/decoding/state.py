@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sled.decoding.memory import refuse_too_large
 from sled.decoding.network import KV, Build, Network
 from sled.decoding.readout import Readout
 from sled.errors import SettingError
@@ -171,6 +172,7 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
     (a limit not above the prompt's length makes the row inactive); seeds: one per row; memory: the policy's, to begin
     with.
     """
+    refuse_too_large(build, plan.window, len(plan.buffered_layers), rows=len(prompts), capacity=capacity)
     longest = max(len(p) for p in prompts)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in zip(tokens_BS, prompts, strict=True):

@@ -65,7 +65,7 @@ class Engine:
             "capacity", min(most, 1024) if capacity is None else capacity)
         self.limits = Instance(Limits, traced=False, hint="give sled.Limits(...)")("limits", limits)
         self._lm, self._waiting, self._lock = lm, deque(), threading.Lock()
-        defaults = Decoding(fusion, exits, schedule, lm.sampling_of(sampling))
+        defaults = Decoding(fusion, exits, schedule, lm.sampling_of(sampling)).check_context(most)
         exits.exits(lm.config.num_layers)  # for its error, which constant depth would not raise
         self._defaults = self._allowed(defaults, defaults)
         self._slots = Slots(lm.build, lm.params, self._served(self._defaults), slots=slots, capacity=capacity,
