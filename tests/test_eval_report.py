@@ -52,13 +52,15 @@ def test_whole_texts_are_not_scored_where_tokens_are_left_out(lm, tiny_tasks, fu
     ("--fusion sled dola clamp --lower-bound -9 --layers 0 4",
      ["SLED, lower bound -9, layers 0 4", "DoLa, lower bound -9, layers 0 4", "clamp only, lower bound -9"]),
     ("--fusion sled 'sled --layers 0 8 --rate 1' 'dola  --lower-bound -1' --lower-bound -9 --rate 3",
-     ["SLED, rate 3, lower bound -9", "SLED, rate 1, lower bound -9, layers 0 8", "DoLa, lower bound -1"]),
-    ("--fusion confident 'confident --window 4' --no-norm-early",
-     ["ConfidentDecoding, norm early False", "ConfidentDecoding, norm early False, window 4"]),
+     ["SLED, rate 3", "SLED, rate 1, layers 0 8", "DoLa, lower bound -1"]),
+    ("--fusion sled 'sled --layers 0 4 8 12 16' 'sled --layers 0 1 2 3' --rate 1 --temperature 1",
+     ["SLED, temperature 1", "SLED, layers 0 4 .. 16, temperature 1", "SLED, layers 0 1 2 3, temperature 1"]),
+    ("--fusion confident 'confident --window 4' --no-norm-early", ["ConfidentDecoding", "ConfidentDecoding, window 4"]),
+    ("--fusion final clamp", ["greedy", "clamp only"]),
 ])
 def test_the_command_calls_methods_by_their_options(words, names):
     eval = parse(Eval, "sled eval", ["--tasks", "sled_demo", *shlex.split(words)])
-    assert sorted(eval._name(each) for each in eval.fusion_options.each()) == sorted(names)
+    assert eval._names(eval.fusion_options.each()) == names
 
 
 @pytest.mark.parametrize("words, says", [
@@ -91,6 +93,8 @@ def test_baselines_are_plain_decoding_and_the_clamp():
         ("greedy", sled.FinalLayer(), False), ("clamp only", sled.ClampOnly(scale=20, lower_bound=-500.0), False)]
     assert [b.name for b in baselines(Method("dola", fusion=sled.DoLa()))] == ["greedy"]
     assert baselines(Method("g")) == ()
+    clamps = Method("clamp only", fusion=sled.ClampOnly()), Method("mine", fusion=sled.SLED(scale=5))
+    assert [b.name for b in baselines(*clamps)] == ["greedy", "clamp only, scale 5"]
     with pytest.raises(SettingError, match="fusion is 'sled'"):
         Method("x", fusion="sled")
     with pytest.raises(SettingError, match=r"lm is 'demo', but must be an instance, .* give what sled\.load returns"):
