@@ -12,8 +12,8 @@ import tokenizers
 
 from sled.errors import TokenizerError
 from sled.io import first_line
-from sled.text.added_tokens import add_tokens_beside
 from sled.text.chat import Chat, ChatTemplates
+from sled.text.tokenizer_class import tokenizer_of
 
 REMEDIES = {"text": "give whole characters (no lone surrogates) in a string, or token ids",
             "ids": "give ids of its vocabulary"}
@@ -33,8 +33,7 @@ class Tokenizer:
         if not path.is_file():
             return cls(None, str(folder), folder)
         with _naming(f"{path} cannot be read as a tokenizer", "fetch it again, or give token ids"):
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            add_tokens_beside(tokenizer, folder)
+            tokenizer = tokenizer_of(folder)
         tokenizer.no_truncation()  # the file may hold what it was last used with
         tokenizer.no_padding()
         return cls(tokenizer, str(folder), folder)
@@ -113,6 +112,10 @@ class Tokenizer:
     @property
     def available(self) -> bool:
         return self._tokenizer is not None
+
+    def write(self, path: Path) -> None:
+        """Writes it as a `tokenizer.json` that needs no files beside it."""
+        path.write_text(self._get().to_str(), encoding="utf-8")
 
     @property
     def digest(self) -> str:
