@@ -6,9 +6,7 @@ import time
 
 import numpy as np
 import pytest
-from chat_styles import CONVERSATIONS, STYLES, said
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, processors
+from chat_styles import CONVERSATIONS, STYLES, said, write_tokenizer
 
 import sled
 from sled.errors import PromptError, TemplateError, TokenizerError
@@ -17,25 +15,6 @@ from sled.text import renderer
 from sled.text.chat import ChatTemplates
 from sled.text.prompts import pair_ids, prompt_ids
 from sled.text.tokenizer import Tokenizer
-
-SPECIAL = ["<unk>", "<s>", "</s>"]
-CHARACTERS = " \n.,?:#=*0123456789abcdefghijklmnopqrstuvwxyz"
-
-
-def write_tokenizer(folder, template=None, **config):
-    """One token a character; texts begin with <s>."""
-    tokenizer = HFTokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}, merges=[],
-                                       unk_token="<unk>"))
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
-        tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", unk_token="<unk>",
-        eos_token={"__type": "AddedToken", "content": "</s>"}) | config))
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    return folder
 
 
 @pytest.fixture(scope="module")

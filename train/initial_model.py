@@ -191,8 +191,8 @@ def _write_new(model: NewModel, source: Source, positions: int, folder: Path) ->
 def _texts(source: Source):
     for example in itertools.islice(source.open(), TOKENIZER_EXAMPLES):
         if not isinstance(example.body, str):
-            raise SettingError("the source holds token ids, from which no tokenizer can be made; give "
-                               "NewModel.tokenizer, the folder of theirs")
+            raise SettingError("the source holds token ids or conversations, from which no tokenizer can be made; give "
+                               "NewModel.tokenizer, the folder of one")
         yield example.prompt + example.body
 
 

@@ -27,7 +27,7 @@ PROCESSES = offer(Processes)
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "too_long", "prompt_weight")))):
-    """The data to train on. --text, or --prompt with --completion, or --tokens names the columns."""
+    """The data to train on. --text, --messages, --tokens, or --prompt with --completion names the columns."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-d"])] = ()
     """"demo" (endless word problems), files (.jsonl, .json, .csv, .parquet, .arrow, .txt), a folder, or a
@@ -40,6 +40,9 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
     """Column of prompts, or a template such as "Question: {question} Answer:"; not learnt."""
     completion: str | None = None
     """Column or template of what follows the prompt; learnt."""
+    messages: str | None = None
+    """Column of conversations, lists of messages with role and content, for the model's chat template. The assistant's
+    answers are learnt, the token that ends each among them."""
     tokens: str | None = None
     """Column of token ids."""
     split: str = "train"

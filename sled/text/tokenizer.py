@@ -76,6 +76,13 @@ class Tokenizer:
         text = self.chats.prompt(chat.messages, chat.variables)
         return _cut(self.encode(text + answer, special=False), self.encode(text, special=False))
 
+    def encode_written(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids of texts that have their special tokens, and the characters from and to which each stands, on all
+        cores."""
+        with self._naming("text"):
+            return [(encoding.ids, encoding.offsets)
+                    for encoding in self._get().encode_batch(list(texts), add_special_tokens=False)]
+
     def encode_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """As `encode_continuation`, for many prompts with their continuations, on all cores."""
         wholes = self.encode_all([prompt + continuation for prompt, continuation in pairs])
