@@ -144,8 +144,8 @@ class Exactness(Measurement):
     """Tokens per text at most."""
     batch: int = 4
     """Texts decoded together."""
-    exit_layer: int | None = None
-    """Where drafts are made; left out: after a quarter of the layers."""
+    exit_layer: Annotated[int | None, left_out("a quarter of the layers", metavar="LAYER")] = None
+    """After which layer drafts are made."""
     draft: int = 6
     """Tokens drafted before they are verified."""
     picture: Path | None = None

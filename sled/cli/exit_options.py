@@ -17,7 +17,7 @@ def schedule_options(usual: str) -> tuple[tuple[str, Any, Any], ...]:
     return (choice("schedule", SCHEDULES, default=None, help=(
         "When deeper layers run for prompts decoded together. It changes the time, not the text "
         "(in bfloat16: but for near ties).\n"
-        f"Left out: {usual}.\n{explained(SCHEDULES)}")), *settings_by_choice(SCHEDULE_OFFERS))
+        f"{explained(SCHEDULES)}"), hint=f"(default: {usual})"), *settings_by_choice(SCHEDULE_OFFERS))
 
 
 SCHEDULE = schedule_options("lockstep for speculate, else immediate")

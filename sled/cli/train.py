@@ -49,8 +49,8 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
     """Split of a hub data set."""
     subset: str | None = None
     """Subset (configuration) of a hub data set."""
-    limit: int | None = None
-    """Read at most this many examples (demo: 20,000)."""
+    limit: Annotated[int | None, left_out("all; of demo 20,000")] = None
+    """Read at most this many examples."""
 
     def sources(self):
         """The data, and what is measured on or None. Raises SettingError."""
@@ -71,10 +71,10 @@ class NewModelOptions(derive("NewModelFields", *overrides(
         NewModel, "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "vocabulary"))):
     """A model that begins at random, for --model new: Llama-shaped."""
 
-    tokenizer: Path | None = None
-    """Take this folder's tokenizer instead of one made from the data."""
-    end_of_text: str | None = None
-    """Its token that ends a text (<|endoftext|>)."""
+    tokenizer: Annotated[Path | None, left_out("one made from the data")] = None
+    """Take this folder's tokenizer."""
+    end_of_text: Annotated[str | None, left_out("<|endoftext|>")] = None
+    """Its token that ends a text."""
 
 
 _RECIPE = tyro.conf.arg(aliases=["-r"], help="""plain: no early exit learns. finetune, continue, pretrain: LayerSkip's

@@ -96,17 +96,16 @@ CLASSES: Mapping[str, Callable[[Mapping[str, Any]], Rebuilt]] = {
     "LlamaTokenizer": _llama, "CodeLlamaTokenizer": _code_llama, "GPT2Tokenizer": _gpt2, "Qwen2Tokenizer": _qwen2}
 
 
-def tokenizer_of(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder with a `tokenizer.json`, as its class makes it, with the tokens that stand beside.
+def tokenizer_of(folder: Path, text: str) -> Tokenizer:
+    """The tokenizer of a folder whose `tokenizer.json` is `text`, as its class makes it, with the tokens beside it.
 
     Raises TokenizerError for files that cannot be read or used; and what tokenizers raises for a damaged one.
     """
-    path = folder / "tokenizer.json"
-    of_class = _rebuilt(folder, read_if_there(folder / "tokenizer_config.json"))
-    tokenizer = Tokenizer.from_file(str(path))
+    of_class = _rebuilt(folder, text, read_if_there(folder / "tokenizer_config.json"))
+    tokenizer = Tokenizer.from_str(text)
     own = tokenizer.get_added_tokens_decoder()
     if of_class is not None:
-        spec = _replace(json.loads(path.read_text(encoding="utf-8")), of_class, folder)
+        spec = _replace(json.loads(text), of_class, folder)
         tokenizer = Tokenizer.from_str(json.dumps(spec))
     roles, bare = ({}, False) if of_class is None else (of_class.roles, of_class.bare)
     first = add_tokens_beside(tokenizer, folder, own, roles, bare=bare)
@@ -118,12 +117,12 @@ def tokenizer_of(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _rebuilt(folder: Path, config: Mapping[str, Any]) -> Rebuilt | None:
+def _rebuilt(folder: Path, text: str, config: Mapping[str, Any]) -> Rebuilt | None:
     """What the tokenizer's class puts in the place of parts of the folder's `tokenizer.json`; None: nothing.
 
     config: of `tokenizer_config.json`. Raises TokenizerError for a class that is not followed.
     """
-    name = _class_of(folder, config)
+    name = _class_of(folder, text, config)
     if name.removesuffix("Tokenizer") in OTHERS:
         raise TokenizerError(
             f"{folder}: its tokenizer is of the class {name}, which in transformers does not use tokenizer.json as it "
@@ -145,7 +144,7 @@ def _replace(spec: dict[str, Any], of_class: Rebuilt, folder: Path) -> dict[str,
                    "model": plain | of_class.model | {"vocab": model["vocab"], "merges": model["merges"]}}
 
 
-def _class_of(folder: Path, config: Mapping[str, Any]) -> str:
+def _class_of(folder: Path, text: str, config: Mapping[str, Any]) -> str:
     """The class that AutoTokenizer takes, without "Fast"; "" where it uses the file as it stands."""
     path = folder / "config.json"
     model = read_object(path, TokenizerError) if path.exists() else {}
@@ -156,10 +155,6 @@ def _class_of(folder: Path, config: Mapping[str, Any]) -> str:
         return "Qwen2Tokenizer"
     if family == "mistral":
         return ""
-    if named == "LlamaTokenizer" and "auto_map" not in config and _byte_level(folder):
+    if named == "LlamaTokenizer" and "auto_map" not in config and '"ByteLevel"' in text:
         return ""
     return "Qwen2Tokenizer" if family == "qwen3" and not named else named
-
-
-def _byte_level(folder: Path) -> bool:
-    return '"ByteLevel"' in (folder / "tokenizer.json").read_text(encoding="utf-8")
