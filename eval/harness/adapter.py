@@ -103,7 +103,8 @@ class SledLM(TemplateLM):
     def _eos(self) -> str | None:
         """The tokenizer's EOS token as written, where the model does not end at it by itself; it ends texts too."""
         token = self.special.tokens.get("eos_token")
-        return None if token is None or self.eot_token_id in self.lm.config.eos_ids else token
+        known = token and self.lm.text.id_of(token)
+        return None if known is None or known in self.lm.config.eos_ids else token
 
     @functools.cached_property
     def prefix_token_id(self) -> int:
