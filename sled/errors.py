@@ -80,5 +80,9 @@ class CheckpointWarning(SledWarning):
     or a sampling of its own where none was asked for."""
 
 
+class DecodingWarning(SledWarning):
+    """Texts are what they should be, but drafts that are nearly always wrong make them slower."""
+
+
 class EvaluationWarning(SledWarning):
     """A sweep is about to measure what it cannot judge: too few questions, or none that the model solves."""

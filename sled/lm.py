@@ -19,7 +19,8 @@ from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
-from sled.errors import CheckpointWarning, PromptError
+from sled.decoding.state import bucket
+from sled.errors import CheckpointWarning, DecodingWarning, PromptError
 from sled.exits import Policy, Schedule
 from sled.fusion import Strategy
 from sled.lens.lens import Lens, look
@@ -34,6 +35,7 @@ from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
+FEW_VERIFICATIONS = 16  # drafts are judged by no fewer
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
 
 
@@ -72,6 +74,7 @@ class LM:
         self.text = text or Tokenizer(None, name)
         self.generation = dict(generation or {})
         self._told = False  # that the checkpoint has a sampling of its own
+        self._told_of_drafts = False  # that they cost more than they save
         graph, self.params = nnx.split(model)
         self.build = Merge(graph, self.params)
 
@@ -118,21 +121,24 @@ class LM:
         rows: dict[int, StopStrings] = {}
         emitted: dict[int, Emitted] = {}
         runs = []
+        height = _height(len(ids))
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
-                run = self._begin(ids, batch, decoding, height=min(batch_size, len(ids)), seed=seed)
+                run = self._begin(ids, batch, decoding, height=min(batch_size, height), seed=seed)
                 for done in self._advance(run, len(batch), decoding.stop, STOP_CHUNK if decoding.stop else None):
                     rows.update(zip(batch, done, strict=True))
                 emitted.update({i: run.emitted(at).first(len(rows[i].tokens)) for at, i in enumerate(batch)})
                 runs.append(run)
                 bar.update(len(batch))
         rows_in_order = [rows[i] for i in range(len(ids))]
+        stats = self._stats(runs, ids, emitted.values())
+        self._tell_of_drafts(decoding.exits, stats)
         return Output(
             texts=[row.text() for row in rows_in_order] if self.text.available else None,
             tokens=[row.tokens for row in rows_in_order],
             finish_reasons=[row.finish_reason() for row in rows_in_order],
             exit_layers=[emitted[i].exit_layers for i in range(len(ids))],
-            stats=self._stats(runs, ids, emitted.values()))
+            stats=stats)
 
     def stream(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
                schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
@@ -147,12 +153,12 @@ class LM:
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         decoding = Decoding(fusion, exits, schedule, self.sampling_of(sampling), max_new_tokens, stop)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
-        run = self._begin(ids, range(len(ids)), decoding, height=len(ids), seed=seed)
-        return self._chunks(run, ids, decoding.stop, chunk)
+        run = self._begin(ids, range(len(ids)), decoding, height=_height(len(ids)), seed=seed)
+        return self._chunks(run, ids, decoding, chunk)
 
-    def _chunks(self, run: Generation, ids: list[np.ndarray], stop: Sequence[str], chunk: int) -> Iterator[Chunk]:
+    def _chunks(self, run: Generation, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
-        for rows in self._advance(run, len(ids), stop, chunk):
+        for rows in self._advance(run, len(ids), decoding.stop, chunk):
             emitted = [run.emitted(i).first(len(row.tokens)) for i, row in enumerate(rows)]
             tokens = [row.tokens[sent:] for row, sent in zip(rows, sent_tokens, strict=True)]
             exit_layers = [row.exit_layers[sent:] for row, sent in zip(emitted, sent_tokens, strict=True)]
@@ -160,11 +166,12 @@ class LM:
             texts = None
             if self.text.available:
                 now = [row.final_text() if going else row.text()
-                       for row, going in zip(rows, run.active, strict=True)]
+                       for row, going in zip(rows, run.active[:len(rows)], strict=True)]
                 texts = [text[len(sent):] for text, sent in zip(now, sent_text, strict=True)]
                 sent_text = now
-            yield Chunk(texts=texts, tokens=tokens, exit_layers=exit_layers,
-                        stats=self._stats([run], ids, emitted))
+            stats = self._stats([run], ids, emitted)
+            yield Chunk(texts=texts, tokens=tokens, exit_layers=exit_layers, stats=stats)
+        self._tell_of_drafts(decoding.exits, stats)
 
     @naming_shortage("scoring", "lower batch_size, or give shorter texts or fewer layers")
     def score(self, prompts: Prompts, continuations: Prompts | Sequence[Prompts], *, fusion: Strategy = FINAL_LAYER,
@@ -315,6 +322,19 @@ class LM:
     def _stats(self, runs: Sequence[Generation], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:
         return Stats.of(runs, emitted, prompt_tokens=sum(map(len, ids)), num_layers=self.config.num_layers)
 
+    def _tell_of_drafts(self, exits: Policy, stats: Stats) -> None:
+        """Warns, once, where drafts cost more layers than they save."""
+        if self._told_of_drafts or stats.verifications < FEW_VERIFICATIONS:
+            return
+        layer = exits.first_exit(self.config.num_layers)
+        over = stats.layers_over_plain(layer, self.config.num_layers)
+        if over > 1:
+            self._told_of_drafts = True
+            warnings.warn(f"{stats.acceptance or 0:.0%} of {stats.drafted} drafts after layer {layer} were accepted, "
+                          f"so {over:.1f} times as many layers ran as without drafts; self-speculation needs a model "
+                          "trained for early exits: leave it out here, or draft less or at another layer",
+                          DecodingWarning, stacklevel=3)
+
     def _advance(self, run: Generation, count: int, stop: Sequence[str],
                  chunk: int | None) -> Iterator[list[StopStrings]]:
         """Runs to the end, yielding the first `count` rows after every `chunk` tokens."""
@@ -327,6 +347,11 @@ class LM:
             if ended:
                 run.stop(ended)
             yield rows
+
+
+def _height(prompts: int) -> int:
+    """The rows of a batch of so many prompts: 1, 2, 3, 4, 6, 8, 12, 16, ..., so that other numbers compile nothing."""
+    return bucket(prompts, least=2) if prompts > 1 else 1
 
 
 def _regroup(flat: list, sizes: list[int]) -> list[list]:

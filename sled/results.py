@@ -53,6 +53,13 @@ class Stats:
         """New tokens over prefill and decoding time."""
         return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
 
+    def layers_over_plain(self, exit_layer: int, num_layers: int) -> float:
+        """The layers that ran one after another for drafts made after `exit_layer` and their verifications, over those
+        of plain decoding: above 1, drafting costs more than it saves, on whatever machine."""
+        drafting = (self.drafted + self.verifications) * exit_layer
+        verifying = self.verifications * (num_layers - exit_layer)
+        return (drafting + verifying) / ((self.accepted + self.verifications) * num_layers)
+
     @property
     def acceptance(self) -> float | None:
         """Share of the verified drafts that were right; None where nothing was drafted."""

@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,8 @@ from tiny_lm import (
 
 import sled
 from sled.exits import FullDepth
+from sled.lm import LM
+from sled.results import Stats
 
 
 def sureness(policy, logits_BSV, states, index):
@@ -231,3 +235,28 @@ def test_speculation_loses_nothing_at_any_exit_length_or_schedule(layer):
 def test_no_transfer_to_the_host_inside_the_loop(policy, fusion):
     lengths = tiny.decode_without_transfers(policy, fusion, sled.Gather())
     assert all(length > len(prompt) for prompt, length in zip(PROMPTS, lengths, strict=True))
+
+
+def test_drafts_that_cost_more_than_they_save_are_told_once():
+    lm, hopeless = LM(tiny_lm().build(tiny_lm().params)), sled.SelfSpeculation(
+        2, draft=4, vocabulary=jnp.array([CONFIG.vocab_size - 1]))
+    for vain in (dict(exits=sled.SelfSpeculation(3, draft=1)), dict(exits=hopeless, max_new_tokens=3)):
+        assert not warned(lm, **vain)  # they pay, or too few to tell
+    [said] = warned(lm, exits=hopeless)
+    assert re.match(r"\d+% of \d+ drafts after layer 2 were accepted, so \d\.\d times as many layers ran", said)
+    assert not warned(lm, exits=hopeless) and not warned(lm)
+
+
+def warned(lm, **settings):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        lm.generate(PROMPTS, **{"max_new_tokens": CAPACITY, **settings})
+    return [str(one.message) for one in seen]
+
+
+@pytest.mark.parametrize(("drafted", "accepted", "verifications", "layer", "over"), [
+    (0, 0, 5, 2, 1.0), (20, 20, 4, 2, 72 / 192), (60, 0, 10, 2, 2.5), (60, 15, 10, 2, 1.0),
+    (10, 10, 10, 7, 15 / 16), (10, 9, 10, 7, 150 / 152)])
+def test_layers_over_those_of_plain_decoding(drafted, accepted, verifications, layer, over):
+    stats = Stats(0, 0, 0, 0, 0, drafted, accepted, verifications)
+    assert stats.layers_over_plain(layer, 8) == pytest.approx(over)

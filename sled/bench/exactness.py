@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -145,7 +146,7 @@ def _compared(lm: LM, prompts, plain, made: dict[str, list[list[int]]], step: fl
                 gap, size = abs(float(logits_NV[at, one] - logits_NV[at, other])), abs(float(logits_NV[at, one]))
                 found[name].append(DifferenceRow(
                     name, i + 1, at + 1, lm.text.token(one), lm.text.token(other), gap,
-                    gap / (step * 2.0 ** np.floor(np.log2(size)))))
+                    gap / (step * 2.0 ** math.floor(math.log2(size)))))
     rows = [WayRow(name, len(prompts) - len(mine), len(prompts), *_of_gaps(mine)) for name, mine in found.items()]
     return rows, [row for mine in found.values() for row in mine], np.concatenate(usual)
 

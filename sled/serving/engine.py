@@ -78,7 +78,7 @@ class Engine:
                stop: str | Sequence[str] = (), seed: int = 0) -> Request:
         """A request that waits for a slot.
 
-        prompt: a string or a list of token ids. max_new_tokens, seed, stop: as for `LM.generate`.
+        prompt: a string, a list of token ids, or a `sled.Chat`. max_new_tokens, seed, stop: as for `LM.generate`.
         fusion, exits, sampling: this request's own numbers; None takes the engine's.
 
         Raises PromptError, SettingError, TokenizerError; RequestError where the budget has no room for one new token.
