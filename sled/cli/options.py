@@ -125,10 +125,11 @@ class ChatOptions:
         return [sled.Chat(text, self.system and unescape(self.system), variables) for text in texts]
 
     def hint(self, lm: sled.LM) -> None:
-        """Says on standard error that a model is made for chats, where it is prompted without."""
+        """Says on standard error that a model has a chat template, as most made for chats do, where it is prompted
+        without."""
         with contextlib.suppress(SledError):  # a broken template is no matter to those who do not use it
             if not self.chat and lm.text.available and lm.text.chats.templates:
-                print(f"note: {lm.name} has a chat template, so it was tuned to answer in chats; --chat asks so",
+                print(f"note: {lm.name} has a chat template; if it was tuned for chats, --chat asks so",
                       file=sys.stderr)
 
 
@@ -157,7 +158,7 @@ def read_prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
             raise PromptError("no prompt was given; write it behind the command, or name a file by --file")
         return [unescape(p) for p in prompts]
     try:
-        text = sys.stdin.read() if str(file) == "-" else file.read_text()
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as reason:
         raise PromptError(f"the prompts' file {file} cannot be read ({reason}); name a text file") from reason
     lines = [unescape(line) for line in text.splitlines() if line.strip()]

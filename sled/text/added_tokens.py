@@ -94,4 +94,5 @@ def _by_text(tokens: Iterable[Any]) -> dict[str, AddedToken]:
 
 
 def read_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is none. Raises TokenizerError."""
     return read_object(path, TokenizerError) if path.exists() else {}

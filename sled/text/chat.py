@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sled.errors import PromptError, TemplateError, TokenizerError
-from sled.io import read_object, read_text, shorten
-from sled.text.added_tokens import NAMED_TOKENS
+from sled.errors import PromptError, TemplateError
+from sled.io import read_text, shorten
+from sled.text.added_tokens import NAMED_TOKENS, read_if_there
 from sled.text.renderer import LONGEST_TEMPLATE, Rendered, render_template
 
 GOES_ON = "<<the message goes on here>> "  # the blank tells whether a template strips the end of a message
@@ -111,8 +111,8 @@ class ChatTemplates:
         or else `chat_template` of `tokenizer_config.json`. Raises TemplateError and TokenizerError."""
         if folder is None:
             return cls("the model", {}, {})
-        config = _object(folder / "tokenizer_config.json")
-        older = {} if "added_tokens_decoder" in config else _object(folder / "special_tokens_map.json")
+        config = read_if_there(folder / "tokenizer_config.json")
+        older = {} if "added_tokens_decoder" in config else read_if_there(folder / "special_tokens_map.json")
         tokens = {name: token["content"] if isinstance(token, Mapping) else token
                   for name, token in {**config, **older}.items() if name in NAMED_TOKENS and token}
         files = {"default": folder / "chat_template.jinja"}
@@ -200,6 +200,3 @@ def _text(path: Path) -> str:
         raise TemplateError(f"{path} has {path.stat().st_size:,} bytes, more than any chat template; fetch it again")
     return read_text(path, TemplateError)
 
-
-def _object(path: Path) -> dict[str, Any]:
-    return read_object(path, TokenizerError) if path.exists() else {}

@@ -1,7 +1,7 @@
 """Renders chat templates, in a process of its own: requests come in as lines of JSON, and answers go out so.
 
 A template is a program from a model's folder: it may never end, or fill the memory within one operation, which nothing
-stops from within the process. So `sled.text.template` starts this file by its path, and all that goes wrong ends this
+stops from within the process. So `sled.text.renderer` starts this file by its path, and all that goes wrong ends this
 process at worst. It needs the standard library and jinja2, and knows nothing of sled.
 
 A request has `template`, `now` (for `strftime_now`), its limits `seconds` and `characters`, and `variables`, a list of

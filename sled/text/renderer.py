@@ -75,7 +75,7 @@ class Renderer:
             line = process.stdout.readline()
             if line.endswith(b"\n"):
                 return json.loads(line)
-        except BrokenPipeError:
+        except OSError:  # a pipe whose other end is gone: BrokenPipeError, on Windows another
             pass
         except BaseException:  # such as Ctrl-C: what comes later answers nobody's request
             self.stop()

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from tokenizers import Tokenizer, processors
 
 from sled.errors import TokenizerError
-from sled.io import read_object
 from sled.text.added_tokens import add_tokens_beside, read_if_there
 
 # Classes of transformers that build themselves anew, and are not followed here.
@@ -146,8 +145,7 @@ def _replace(spec: dict[str, Any], of_class: Rebuilt, folder: Path) -> dict[str,
 
 def _class_of(folder: Path, text: str, config: Mapping[str, Any]) -> str:
     """The class that AutoTokenizer takes, without "Fast"; "" where it uses the file as it stands."""
-    path = folder / "config.json"
-    model = read_object(path, TokenizerError) if path.exists() else {}
+    model = read_if_there(folder / "config.json")
     named = config.get("tokenizer_class") or model.get("tokenizer_class")
     named = named.removesuffix("Fast") if isinstance(named, str) else ""
     family = "" if "auto_map" in config else model.get("model_type")
