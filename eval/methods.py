@@ -74,14 +74,15 @@ def baselines(*methods: Method) -> tuple[Method, ...]:
 
     Part of SLED's gain on multiple choice comes from leaving out all but the last layer's top tokens, which needs no
     early layer (`sled.ClampOnly`). Both draw tokens as the method does, and go through all layers. A baseline that
-    would be one of the methods is left out. Several of one kind have in their names what tells them apart.
+    would be one of the methods is left out. Those that would have one name, have in it what tells them apart.
     """
     found: list[Method] = []
     for base in (base for method in methods for base in _baselines_of(method)):
         if all(base.settings() != other.settings() for other in (*methods, *found)):
             found.append(base)
     found.sort(key=lambda base: not plain(base))
-    return tuple(_told_apart(base, [other for other in found if other.name == base.name]) for base in found)
+    return tuple(_told_apart(base, [other for other in (*methods, *found) if other.name == base.name])
+                 for base in found)
 
 
 def _baselines_of(method: Method) -> list[Method]:

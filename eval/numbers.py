@@ -26,7 +26,9 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from sled.errors import SettingError
+from sled.settings.rules import Several
 
+TEXTS = Several(str, "texts", one=False, hint="give one text per answer")
 LONGEST = 400  # digits of a number
 
 SIGNS = str.maketrans(
@@ -108,6 +110,7 @@ def exact_match(texts: Sequence[str], answers: Sequence[int]) -> float:
 
     Raises SettingError unless there are as many texts as answers, and some.
     """
+    texts = TEXTS("texts", texts)
     if len(texts) != len(answers) or not answers:
         raise SettingError(f"{len(texts)} texts and {len(answers)} answers given; "
                            "give as many of one as of the other, at least one")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import shutil
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -36,9 +37,20 @@ from sled.models.stored import (
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json")
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "additional_chat_templates/*.jinja")
 _UNFINISHED = ".unfinished-"
 _SHARDS = "model-*-of-*.safetensors"
+
+
+def copy_files(source: Path, folder: Path, patterns: Iterable[str]) -> None:
+    """Copies the files in `source` that are called so, with the folders below it that they are in."""
+    for pattern in patterns:
+        for file in source.glob(pattern):
+            if file.is_file():
+                copy = folder / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def load_folder(path: str | Path, *, dtype=None) -> Decoder:
@@ -167,9 +179,8 @@ def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str |
     config_json = format_config(config, jnp.dtype(dtype).name)
     kept = read_generation(Path(tokenizer_from)) if tokenizer_from else {}
     write_json(folder / FILE, kept | {name: config_json[name] for name in IDS})
-    for name in TOKENIZER_FILES if tokenizer_from else ():
-        if (Path(tokenizer_from) / name).exists():
-            shutil.copyfile(Path(tokenizer_from) / name, folder / name)
+    if tokenizer_from:
+        copy_files(Path(tokenizer_from), folder, TOKENIZER_FILES)
     if config.exit_heads is not None:
         write_heads(config.exit_heads, folder)
     write_json(folder / "config.json", config_json)
@@ -194,12 +205,14 @@ def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weigh
             save_file(arrays, scratch / HEADS, metadata={"format": "pt"})
         write_form(scratch, config, main_type, tokenizer_from)
 
-        new = {file.name: file for file in sorted(scratch.iterdir(), key=_turn)}
+        files = [path for path in scratch.rglob("*") if path.is_file()]
+        new = {file.relative_to(scratch).as_posix(): file for file in sorted(files, key=_turn)}
         share_as(folder, new.values())
         earlier = [SINGLE, INDEX, HEADS, HEADS_CONFIG, *(file.name for file in folder.glob(_SHARDS))]
         last = new.pop("config.json")
         (folder / last.name).unlink(missing_ok=True)
         for name, file in new.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             file.replace(folder / name)
         for name in earlier:
             if name not in new:

@@ -43,6 +43,7 @@ class Embedding(nnx.Module):
         self.weight = parameter(init(rngs.params(), (config.vocab_size, config.width), dtype), "vocab", "width")
 
     def __call__(self, tokens_BT) -> jax.Array:
+        """Of the table's type."""
         return jnp.take(self.weight[...], tokens_BT, axis=0)
 
     @property
@@ -62,22 +63,23 @@ class Linear(nnx.Module):
         out = "vector" if axes[1] == "width" else axes[1]
         self.bias = parameter(jnp.zeros((d_out,), dtype), out) if bias else None
 
-    def __call__(self, x):
-        y = x @ self.weight[...]
+    def __call__(self, x, dtype=None):
+        """dtype: of the result, to which the product is not rounded before; None: of its inputs."""
+        y = jnp.matmul(x, self.weight[...], preferred_element_type=dtype)
         return y if self.bias is None else y + self.bias[...]
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * w, the mean square taken in float32 (or wider)."""
+    """x / rms(x) * w, the mean square taken in float32 (or wider); of the weight's type where x is wider."""
 
     def __init__(self, d: int, *, eps: float, dtype):
         self.eps = eps
         self.weight = parameter(jnp.ones((d,), dtype), "vector")
 
     def __call__(self, x):
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide, weight = x.astype(jnp.promote_types(x.dtype, jnp.float32)), self.weight[...]
         scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return (wide * scale).astype(x.dtype) * self.weight[...]
+        return (wide * scale).astype(min(x.dtype, weight.dtype, key=lambda dtype: dtype.itemsize)) * weight
 
 
 def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
@@ -158,7 +160,8 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
         self.k_norm = RMSNorm(c.head_dim, eps=c.norm_eps, dtype=dtype) if c.qk_norm else None
 
-    def __call__(self, x_BTD, context: LayerContext, cache: KV | None) -> tuple[jax.Array, KV]:
+    def __call__(self, x_BTD, context: LayerContext, cache: KV | None, dtype=None) -> tuple[jax.Array, KV]:
+        """The output [B, T, D], of type `dtype` (None: of x), and the keys and values."""
         positions_BT, angles, segments_BT, window = context
         q = self._heads(self.q(x_BTD))
         q = rotate(q if self.q_norm is None else self.q_norm(q), *angles)
@@ -170,7 +173,7 @@ class Attention(nnx.Module):
         if segments_BT is not None:
             visible &= segments_BT[:, None, :] == segments_BT[:, :, None]
         out = rearrange(attend(q, k, v, visible), "b n t h -> b t (n h)")
-        return self.o(out), (k, v)
+        return self.o(out, dtype), (k, v)
 
     def keys_values(self, x_BTD, context: LayerContext, cache: KV | None) -> KV:
         """The tokens' own K/V [B, K, T, H], or the cache with them written into it."""
@@ -208,8 +211,9 @@ class MLP(nnx.Module):
         self.up = Linear(config.width, config.mlp_width, ("width", "mlp"), **kw)
         self.down = Linear(config.mlp_width, config.width, ("mlp", "width"), **kw)
 
-    def __call__(self, x):
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x, dtype=None):
+        """dtype: as of `Linear`."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x), dtype)
 
 
 class Block(nnx.Module):
@@ -226,11 +230,12 @@ class Block(nnx.Module):
 
         With `cache` None the block attends within itself and returns its own K/V [B, K, T, H];
         otherwise it writes into the cache, attends over it, and returns it.
-        Packed rows are without a cache.
+        Packed rows are without a cache. Hidden states may be wider than the weights: what is added to them is then
+        not rounded before.
         """
-        mixed, kv = self.attention(self.attention_norm(h_BTD), context, cache)
+        mixed, kv = self.attention(self.attention_norm(h_BTD), context, cache, h_BTD.dtype)
         h_BTD = h_BTD + mixed
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), kv
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD), h_BTD.dtype), kv
 
     def write_kv(self, h_BTD, context: LayerContext, cache: KV) -> KV:
         """The cache with the K/V of tokens that enter this layer as `h_BTD`; the layer itself does not run."""

@@ -23,7 +23,7 @@ from sled.models.decoder import Decoder
 from sled.models.families.registry import format_config, read_config
 from sled.models.huggingface import write_form
 from sled.models.layers import Block
-from sled.models.stored import abstract, check_tensors, parameter_shapes, progress
+from sled.models.stored import abstract, check_tensors, parameter_shapes, progress, refuse_more
 
 WEIGHTS = "weights"
 TYPES = ("float32", "bfloat16", "float16")
@@ -71,8 +71,9 @@ def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
         raise CheckpointError(f"{folder} has no config.json with a folder {WEIGHTS} beside it; give one that "
                               "sled export --form orbax wrote")
     config = read_config(folder)
-    shapes = {"/".join(map(str, path)): shape for path, shape in parameter_shapes(config).items()}
     kinds = _named(_read(folder, lambda: ocp.metadata(folder / WEIGHTS).metadata or _unreadable()))
+    refuse_more(folder, config, len(kinds))
+    shapes = {"/".join(map(str, path)): shape for path, shape in parameter_shapes(config).items()}
     check_tensors(folder, {name: (tuple(kind.shape), str(kind.dtype)) for name, kind in kinds.items()},
                   shapes, TYPES)
     graph, state = nnx.split(abstract(config))

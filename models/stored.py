@@ -76,9 +76,10 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
     config = read_config(folder)
     if config.exit_heads is not None:
         files = [*files, folder / HEADS]
-    parameters = parameter_shapes(config)
     with contextlib.ExitStack() as stack:
         stored = _open(files, stack)
+        refuse_more(folder, config, len(stored))
+        parameters = parameter_shapes(config)
         names = {at: tensor_name(config, at) for at in parameters}
         if not any(name.startswith(BASE) for name in stored):
             names = {at: name.removeprefix(BASE) for at, name in names.items()}
@@ -94,6 +95,16 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
         check_tensors(folder, found, shapes, STORED_TYPES)
         sizes = {name: math.prod(shape) * STORED_TYPES[kind] for name, (shape, kind) in found.items()}
         yield StoredWeights(folder, config, names, sizes, stored, twin)
+
+
+def refuse_more(folder: Path, config: DecoderConfig, tensors: int) -> None:
+    """Raises CheckpointError where a configuration asks for more layers and exit heads than tensors are stored: even
+    their shapes take minutes, where somebody has written a number without end."""
+    heads = len(config.exit_heads.layers) if config.exit_heads else 0
+    if config.num_layers + heads > tensors:
+        raise CheckpointError(f"{folder}: the configuration asks for {config.num_layers} layers, {heads} exit heads, "
+                              f"but {tensors} tensors are stored in all; use the configuration of these weights, or "
+                              "fetch them again")
 
 
 def tensor_name(config: DecoderConfig, path: tuple) -> str:

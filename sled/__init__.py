@@ -34,7 +34,7 @@ _HOME = {
     "load_classifier": "sled.calibration.classifier_file",
     **dict.fromkeys(("SledError", "SettingError", "PromptError", "TokenizerError", "TemplateError", "CheckpointError",
                      "ConfigError", "CalibrationError", "RequestError", "DataError", "DownloadError", "UploadError",
-                     "TrainingError", "EvaluationError", "VersionError"), "sled.errors"),
+                     "TrainingError", "EvaluationError", "VersionError", "OutOfMemoryError"), "sled.errors"),
 }
 _REGISTERS = (("sled.fusion", "FUSIONS"), ("sled.exits", "POLICIES"), ("sled.exits", "SCHEDULES"))  # classes by word
 

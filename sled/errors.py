@@ -67,6 +67,10 @@ class RequestError(SledError):
     """A request is beyond what the operator allows, or failed while it was served."""
 
 
+class OutOfMemoryError(SledError, MemoryError):
+    """The device's memory, or the host's, does not suffice for what was asked, or did not when it was tried."""
+
+
 class SledWarning(UserWarning):
     """Base of every warning of this library, which the command line prints in one line."""
 
@@ -74,6 +78,10 @@ class SledWarning(UserWarning):
 class CheckpointWarning(SledWarning):
     """Something that a model's folder holds was passed over: what its family does not know, so that it cannot matter,
     or a sampling of its own where none was asked for."""
+
+
+class DecodingWarning(SledWarning):
+    """Texts are what they should be, but drafts that are nearly always wrong make them slower."""
 
 
 class EvaluationWarning(SledWarning):

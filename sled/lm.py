@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,13 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.decoding.batch import Generation
+from sled.decoding.batch import Emitted, Generation
 from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, in_words
+from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
-from sled.errors import CheckpointWarning, PromptError
+from sled.errors import CheckpointWarning, DecodingWarning, PromptError
 from sled.exits import Policy, Schedule
 from sled.fusion import Strategy
 from sled.lens.lens import Lens, look
@@ -33,6 +34,7 @@ from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
+FEW_VERIFICATIONS = 16  # drafts are judged by no fewer
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
 
 
@@ -71,6 +73,7 @@ class LM:
         self.text = text or Tokenizer(None, name)
         self.generation = dict(generation or {})
         self._told = False  # that the checkpoint has a sampling of its own
+        self._told_of_drafts = False  # that they cost more than they save
         graph, self.params = nnx.split(model)
         self.build = Merge(graph, self.params)
 
@@ -85,7 +88,7 @@ class LM:
             take an array with one entry per row, the rows are the prompts. sampling="checkpoint" is
             `checkpoint_sampling`.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
-        batch_size: prompts decoded together; a row's tokens do not depend on the others.
+        batch_size: prompts decoded together; a row's tokens do not depend on the others, in float32 (`sled.Decoding`).
         progress: shows a bar over the prompts.
 
         Raises: PromptError, SettingError, TemplateError, TokenizerError (text needed, but no tokenizer).
@@ -115,23 +118,25 @@ class LM:
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
         batches = [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
         rows: dict[int, StopStrings] = {}
-        layers: dict[int, list[int]] = {}
+        emitted: dict[int, Emitted] = {}
         runs = []
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
                 run = self._begin(ids, batch, decoding, height=min(batch_size, len(ids)), seed=seed)
                 for done in self._advance(run, len(batch), decoding.stop, STOP_CHUNK if decoding.stop else None):
                     rows.update(zip(batch, done, strict=True))
-                layers.update({i: run.exit_layers(at)[:len(rows[i].tokens)] for at, i in enumerate(batch)})
+                emitted.update({i: run.emitted(at).first(len(rows[i].tokens)) for at, i in enumerate(batch)})
                 runs.append(run)
                 bar.update(len(batch))
         rows_in_order = [rows[i] for i in range(len(ids))]
+        stats = self._stats(runs, ids, emitted.values())
+        self._tell_of_drafts(decoding.exits, stats)
         return Output(
             texts=[row.text() for row in rows_in_order] if self.text.available else None,
             tokens=[row.tokens for row in rows_in_order],
             finish_reasons=[row.finish_reason() for row in rows_in_order],
-            exit_layers=[layers[i] for i in range(len(ids))],
-            stats=self._stats(runs, ids, layers.values()))
+            exit_layers=[emitted[i].exit_layers for i in range(len(ids))],
+            stats=stats)
 
     def stream(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
                schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
@@ -139,20 +144,22 @@ class LM:
                chunk: int = 8) -> Iterator[Chunk]:
         """As `generate`, all prompts in one batch, yielding what is new every `chunk` tokens.
 
+        Where drafts are verified, a chunk may have some more tokens: no block of drafts is cut.
+
         The prompts are read before it returns, and errors raised; new tokens are made as chunks are taken.
         """
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         decoding = Decoding(fusion, exits, schedule, self.sampling_of(sampling), max_new_tokens, stop)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
         run = self._begin(ids, range(len(ids)), decoding, height=len(ids), seed=seed)
-        return self._chunks(run, ids, decoding.stop, chunk)
+        return self._chunks(run, ids, decoding, chunk)
 
-    def _chunks(self, run: Generation, ids: list[np.ndarray], stop: Sequence[str], chunk: int) -> Iterator[Chunk]:
+    def _chunks(self, run: Generation, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
-        for rows in self._advance(run, len(ids), stop, chunk):
-            layers = [run.exit_layers(i)[:len(row.tokens)] for i, row in enumerate(rows)]
+        for rows in self._advance(run, len(ids), decoding.stop, chunk):
+            emitted = [run.emitted(i).first(len(row.tokens)) for i, row in enumerate(rows)]
             tokens = [row.tokens[sent:] for row, sent in zip(rows, sent_tokens, strict=True)]
-            exit_layers = [of_row[sent:] for of_row, sent in zip(layers, sent_tokens, strict=True)]
+            exit_layers = [row.exit_layers[sent:] for row, sent in zip(emitted, sent_tokens, strict=True)]
             sent_tokens = [len(row.tokens) for row in rows]
             texts = None
             if self.text.available:
@@ -160,9 +167,11 @@ class LM:
                        for row, going in zip(rows, run.active, strict=True)]
                 texts = [text[len(sent):] for text, sent in zip(now, sent_text, strict=True)]
                 sent_text = now
-            yield Chunk(texts=texts, tokens=tokens, exit_layers=exit_layers,
-                        stats=self._stats([run], ids, layers))
+            stats = self._stats([run], ids, emitted)
+            yield Chunk(texts=texts, tokens=tokens, exit_layers=exit_layers, stats=stats)
+        self._tell_of_drafts(decoding.exits, stats)
 
+    @naming_shortage("scoring", "lower batch_size, or give shorter texts or fewer layers")
     def score(self, prompts: Prompts, continuations: Prompts | Sequence[Prompts], *, fusion: Strategy = FINAL_LAYER,
               normalise: bool = True, batch_size: int = 16, progress: bool = False) -> Scores:
         """Log-probabilities of given continuations; each distinct prompt is run once.
@@ -215,6 +224,7 @@ class LM:
             columns = [_regroup(column, [len(group) for group in groups]) for column in columns]
         return Scores(*columns)
 
+    @naming_shortage("the lens", "give a shorter text")
     def lens(self, text: Prompt, *, fusion=None) -> Lens:
         """Every layer's own next tokens after every token of `text`: see `sled.Lens`.
 
@@ -292,6 +302,7 @@ class LM:
         """The prompts' token ids, with settings that fit them and the first seed."""
         ids = prompt_ids(prompts, self.text, self.config)
         seed = Whole(0, 2**32 - len(ids), hint="prompt i draws from stream seed + i, one of 2**32")("seed", seed)
+        decoding.check_context(self.config.max_positions)
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
     def _begin(self, ids: list[np.ndarray], batch: Sequence[int], decoding: Decoding, *, height: int,
@@ -306,9 +317,21 @@ class LM:
                           limits=[*limits, *[0] * (height - len(batch))], seeds=[seed + i for i in rows],
                           stop_ids=self.config.eos_ids)
 
-    def _stats(self, runs: Sequence[Generation], ids: list[np.ndarray], exit_layers) -> Stats:
-        return Stats.of(runs, prompt_tokens=sum(map(len, ids)), exit_layers=exit_layers,
-                        num_layers=self.config.num_layers)
+    def _stats(self, runs: Sequence[Generation], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:
+        return Stats.of(runs, emitted, prompt_tokens=sum(map(len, ids)), num_layers=self.config.num_layers)
+
+    def _tell_of_drafts(self, exits: Policy, stats: Stats) -> None:
+        """Warns, once, where drafts cost more layers than they save."""
+        if self._told_of_drafts or stats.verifications < FEW_VERIFICATIONS:
+            return
+        layer = exits.first_exit(self.config.num_layers)
+        over = stats.layers_over_plain(layer, self.config.num_layers)
+        if over > 1:
+            self._told_of_drafts = True
+            warnings.warn(f"{stats.acceptance or 0:.0%} of {stats.drafted} drafts after layer {layer} were accepted, "
+                          f"so {over:.1f} times as many layers ran as without drafts; self-speculation needs a model "
+                          "trained for early exits: leave it out here, or draft less or at another layer",
+                          DecodingWarning, stacklevel=3)
 
     def _advance(self, run: Generation, count: int, stop: Sequence[str],
                  chunk: int | None) -> Iterator[list[StopStrings]]:
@@ -317,7 +340,7 @@ class LM:
         while run.active.any():
             run.advance(chunk)
             for i, row in enumerate(rows):
-                row.update(run.new_tokens(i))
+                row.update(run.emitted(i).tokens)
             ended = [i for i, row in enumerate(rows) if row.stopped and run.active[i]]
             if ended:
                 run.stop(ended)

@@ -7,6 +7,7 @@ import os
 import jax
 import jax.numpy as jnp
 
+from sled.decoding.memory import naming_shortage
 from sled.errors import SettingError
 from sled.lm import LM
 from sled.models import load_folder, load_orbax
@@ -19,6 +20,7 @@ from sled.text.tokenizer import Tokenizer
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
+@naming_shortage("the model's weights", 'give dtype="bfloat16", or take a smaller model or another device')
 def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str | None = None) -> LM:
     """A language model from `source`.
 

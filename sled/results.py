@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection
 
-import numpy as np
-
+from sled.decoding.batch import Emitted, Generation
 from sled.settings.brief import brief
 
 
@@ -14,9 +13,13 @@ from sled.settings.brief import brief
 class Stats:
     """Counts and times of one `generate`. Seconds include compilation where a shape is new.
 
-    mean_depth: mean over the new tokens of the layer that emitted them; L without early exits.
-    drafted, accepted: drafts verified by the last layer, and those of them that were right.
-    verifications: how many blocks of drafts were verified, over all rows.
+    Counts are sums over the tokens returned, so that neither batch-mates, nor the schedule, nor how a stream is cut
+    changes them; `held` and the seconds are of the batch.
+
+    mean_depth: mean of `exit_layers` over the new tokens; L without early exits and drafts. It says where tokens
+        were chosen, not how many layers ran: all of them ran over an accepted draft, to verify it.
+    drafted: drafts verified by the last layer, in the blocks that the text consists of; accepted: those in the text.
+    verifications: how many such blocks there are.
     deferred: tokens that left before the last layer, whose deeper K/V came later or were propagated.
     held: steps in which a row stood still for deeper layers, over all rows.
     """
@@ -33,21 +36,29 @@ class Stats:
     held: int = 0
 
     @classmethod
-    def of(cls, runs, *, prompt_tokens: int, exit_layers: Iterable[list[int]], num_layers: int) -> Stats:
-        """From finished generations and the layer that emitted each of their tokens."""
-        layers = [layer for row in exit_layers for layer in row]
-        total = lambda name: sum(int(np.sum(getattr(run.tally, name))) for run in runs)  # noqa: E731
+    def of(cls, runs: Collection[Generation], emitted: Collection[Emitted], *, prompt_tokens: int,
+           num_layers: int) -> Stats:
+        """From generations and what counts of the rows that they emitted."""
+        layers = [layer for row in emitted for layer in row.exit_layers]
+        blocks = [drafts for row in emitted for drafts in row.blocks]
         return cls(prompt_tokens=prompt_tokens, new_tokens=len(layers),
                    prefill_seconds=sum(run.prefill_seconds for run in runs),
                    decode_seconds=sum(run.decode_seconds for run in runs),
-                   mean_depth=sum(layers) / max(len(layers), 1), drafted=total("drafted_B"),
-                   accepted=total("accepted_B"), verifications=total("verifications_B"),
-                   deferred=sum(layer < num_layers for layer in layers), held=total("held_B"))
+                   mean_depth=sum(layers) / max(len(layers), 1), drafted=sum(blocks),
+                   accepted=sum(sum(row.accepted) for row in emitted), verifications=len(blocks),
+                   deferred=sum(layer < num_layers for layer in layers), held=sum(run.held for run in runs))
 
     @property
     def tokens_per_second(self) -> float:
         """New tokens over prefill and decoding time."""
         return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
+
+    def layers_over_plain(self, exit_layer: int, num_layers: int) -> float:
+        """The layers that ran one after another for drafts made after `exit_layer` and their verifications, over those
+        of plain decoding: above 1, drafting costs more than it saves, on whatever machine."""
+        drafting = (self.drafted + self.verifications) * exit_layer
+        verifying = self.verifications * (num_layers - exit_layer)
+        return (drafting + verifying) / ((self.accepted + self.verifications) * num_layers)
 
     @property
     def acceptance(self) -> float | None:
@@ -68,7 +79,7 @@ class Output:
     texts: the new text, without special tokens and cut before a stop string; None without a tokenizer.
     tokens: the new token ids; an ending token is included, and so is the token that completes a stop string.
     finish_reasons: "eos", "stop" (a stop string) or "length".
-    exit_layers: the layer that emitted each new token; of a verified draft, the layer that drafted it.
+    exit_layers: the layer whose choice each new token is; of an accepted draft, the layer that drafted it.
     """
 
     texts: list[str] | None

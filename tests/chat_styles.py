@@ -1,4 +1,8 @@
-"""Chat templates in the styles of the families, and conversations for them."""
+"""Chat templates in the styles of the families, conversations for them, and a tokenizer with one token a character."""
+
+import json
+
+from tokenizers import Tokenizer, decoders, models, processors
 
 CHATML = """{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<s>system
 Be kind.</s>
@@ -129,3 +133,22 @@ CONVERSATIONS = [
     [*said("why"), {"role": "assistant", "content": "so", "thinking": "hm \u00e9\u4e2d"}, *said("more")],
     said("one", system="system alone"), said("stop", "it", "now"), [{"role": "assistant", "content": "I begin"}],
 ]
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+CHARACTERS = " \n.,?:#=*0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+def write_tokenizer(folder, template=None, **config):
+    """One token a character; texts begin with <s>."""
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate([*SPECIAL, *CHARACTERS])}, merges=[],
+                                       unk_token="<unk>"))
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(
+        tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", unk_token="<unk>",
+        eos_token={"__type": "AddedToken", "content": "</s>"}) | config))
+    if template is not None:
+        (folder / "chat_template.jinja").write_text(template)
+    return folder

@@ -12,7 +12,7 @@ import pytest
 from demo_toy import TWO, demo_toy
 
 import sled
-from sled.bench import decode, engine, exits, layers, solving
+from sled.bench import decode, engine, exactness, exits, layers, solving
 from sled.bench.fusion import FINAL, FLOOR, TORCH, run_fusion_bench
 from sled.bench.loss import OURS, PLAIN, run_loss_bench
 from sled.bench.report import BenchReport, column
@@ -37,6 +37,9 @@ def toy(monkeypatch):
     (exits.run_exits_bench, dict(problems=0), "at least 1"), (exits.run_exits_bench, dict(rounds=0), "at least 1"),
     (engine.run_engine_bench, dict(requests=0), "at least 1"), (engine.run_engine_bench, dict(slots=0), "at least 1"),
     (decode.run_decode_bench, dict(new_tokens=1024), "context"), (decode.run_decode_bench, dict(rounds=0), "at least"),
+    (exactness.run_exactness_bench, dict(texts=0), "at least 1"),
+    (exactness.run_exactness_bench, dict(batch=0), "at least 1"),
+    (exactness.run_exactness_bench, dict(dtype="int8"), "bfloat16"),
     *((layers.run_layers_bench, dict(model=models), "must be 1 to 4 different ones")
       for models in ((), ("one", "one"), tuple("abcde"))),
 ])
@@ -146,7 +149,8 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
     assert alone[0].acceptance is None and 0 <= alone[1].acceptance <= 1
     assert (full.depth, full.threshold, full.same_tokens, full.no_exit_over_this) == (2, None, 1, 1)
     assert all(row.depth == (1 if row.threshold == 0 else 2) and row.lockstep_over_this > 0 for row in early)
-    assert all(row.same_tokens == row.same_answers == 1 for row in early if row.threshold == 1)
+    assert all(row.same_tokens == 1 for row in early if row.threshold == 1)
+    assert all(row.same_answers is None for row in early)  # the toy answers nothing
     assert "parity" in report.notes[-1]
     assert len(json.loads(report.json())["rows"]) == 15 and report.markdown().count("\n|---|") == 2
     assert (tmp_path / "deep" / "exits.png").read_bytes()[:4] == b"\x89PNG"
@@ -209,3 +213,36 @@ def test_layers_are_measured_on_the_solutions_and_on_what_the_last_one_generates
         np.testing.assert_allclose([getattr(row, name) for row in report.rows], expected, rtol=1e-5)
     assert report.rows[1].agreement == 1 and all(0 <= row.solved <= 1 for row in report.rows)
     assert (tmp_path / "layers.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# Equal texts
+
+EXACT = dict(dtype="float32", texts=3, new_tokens=6, batch=2, exit_layer=1, draft=2)
+
+
+@pytest.mark.exhaustive
+def test_in_float32_every_way_gives_equal_texts(toy):
+    report = exactness.run_exactness_bench(**EXACT)
+    assert len(report.rows) == 7 and all((row.equal, row.texts, row.largest_gap) == (3, 3, None) for row in report.rows)
+
+
+def test_texts_are_compared_and_a_first_difference_is_measured_in_logits(toy, monkeypatch, tmp_path):
+    """One token of one text is changed by hand: its logits are those of `score`."""
+    settings, every = EXACT, exactness.decoded_in_every_way
+
+    def with_a_wrong_one(lm, prompts, *rest):
+        plain = every(lm, prompts, *rest)["plain"]
+        return {"plain": plain, "right": plain, "wrong": lambda: [[*row[:2], 7, *row[3:]] if i == 1 else row
+                                                                  for i, row in enumerate(plain())]}
+
+    monkeypatch.setattr(exactness, "decoded_in_every_way", with_a_wrong_one)
+    picture = tmp_path / "gaps.svg"
+    report = exactness.run_exactness_bench(**settings, picture=picture)
+    right, wrong, difference = report.rows
+    assert (right.equal, wrong.equal, difference.way, difference.text, difference.number) == (3, 2, "wrong", 2, 3)
+    prompt = solving.mixed_questions(toy, 3)[1]
+    plain = toy.generate(prompt, max_new_tokens=6).tokens[0]
+    one, other = toy.score([*prompt, *plain[:2]], [[plain[2]], [7]], normalise=False).totals
+    assert difference.gap == pytest.approx(one - other, rel=1e-4) == wrong.largest_gap == wrong.median_gap
+    assert difference.steps == pytest.approx(difference.gap / np.spacing(np.float32(one)), rel=1e-3)
+    assert "2 | 3 |" in report.markdown() and picture.stat().st_size

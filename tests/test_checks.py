@@ -13,13 +13,14 @@ import pytest
 
 from sled.errors import SettingError
 from sled.settings.decorator import bound_of, declared, setting, settings
-from sled.settings.rules import Each, Flag, Instance, Layers, Number, OneOf, OrNone, Whole
+from sled.settings.rules import Each, Flag, Instance, Layers, Number, OneOf, OrNone, Several, Whole
 
 NAN, INF = float("nan"), float("inf")
 CHANCE = Number(0, 1, open_low=True, open_high=True, hint="h")
 SHARE, RATE, BOUND = Number(0, 1, hint="h"), Number(0, open_low=True, hint="h"), Number(hint="h")
 WARM = Number(0, 10, least=1e-3, hint="h")
 COUNT, FEW = Whole(1, hint="h"), Whole(0, 4, hint="h")
+NAMES = Several(str, "names", hint="h")
 WORDS, WEIGHTS, SWITCH = Layers((None, "all")), OrNone(Each(BOUND)), Flag(hint="h")
 
 
@@ -34,7 +35,9 @@ WORDS, WEIGHTS, SWITCH = Layers((None, "all")), OrNone(Each(BOUND)), Flag(hint="
     (Each(SHARE, one=True), 1, 1.0), (Each(SHARE, one=True), [1, 0], (1.0, 0.0)),
     (Each(COUNT), [np.array(2), jnp.array(3)], (2, 3)), (OneOf(("on", "off")), "off", "off"),
     (WEIGHTS, None, None), (WEIGHTS, [1], (1.0,)), (SWITCH, True, True), (SWITCH, np.False_, False),
-    (Instance(list, traced=False, hint="h"), [], []),
+    (Instance(list, traced=False, hint="h"), [], []), (NAMES, "ab", ["ab"]), (NAMES, ("ab", "c"), ["ab", "c"]),
+    (NAMES, iter("ab"), ["a", "b"]), (NAMES, [], []), (Several(int, "layers", hint="h"), 3, [3]),
+    (Several(object, "things", one=False, hint="h"), range(2), [0, 1]),
 ])
 def test_what_fits_becomes_one_type(rule, value, clean):
     found = rule("name", value)
@@ -43,12 +46,14 @@ def test_what_fits_becomes_one_type(rule, value, clean):
 
 NO_NUMBERS = (NAN, INF, np.float32(NAN), np.float32(INF), True, np.True_, "1", None, 1j, (1,), np.array(1),
               jnp.array(1), ...)
-NO_LAYERS = ((), 3, (-1,), (True,), (1.0,), "", np.array(3), (NAN,), ("all",))
+NO_LAYERS = ((), 3, (-1,), (True,), (1.0,), "", "04", b"04", np.array(3), (NAN,), ("all",))
+NO_NAMES = (None, 5, b"ab", {"a": 1}, [5], ["a", None], [["a"]])
 
 
 @pytest.mark.parametrize(("rule", "value"), [
-    *itertools.product((SHARE, RATE, BOUND, COUNT, FEW), NO_NUMBERS), *itertools.product([WORDS], NO_LAYERS)], ids=repr)
-def test_what_is_no_number_or_no_layers_is_refused(rule, value):
+    *itertools.product((SHARE, RATE, BOUND, COUNT, FEW), NO_NUMBERS), *itertools.product([WORDS], NO_LAYERS),
+    *itertools.product([NAMES], NO_NAMES), (Several(str, "texts", one=False, hint="h"), "ab")], ids=repr)
+def test_what_is_of_another_kind_is_refused(rule, value):
     with pytest.raises(SettingError):
         rule("name", value)
 

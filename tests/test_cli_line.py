@@ -17,7 +17,7 @@ from sled.cli.line import in_options, options_of, parse
 from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
-from sled.cli.tune import fastest
+from sled.cli.tune import Tune, fastest
 from sled.cli.values import REGISTRY, spec_of
 from sled.exits import FullDepth
 
@@ -60,6 +60,21 @@ def test_other_texts_stand_last_too():
     assert parse(Lens, "sled lens", ["--layers", "0", "4", "The text"]).text == "The text"
     score = parse(Score, "sled score", ["--layers", "all", "The", " one", " two"])
     assert score.texts == ("The", " one", " two")
+
+
+@pytest.mark.parametrize(("words", "sets"), [
+    ([], None), (["--exit-layers"], ()), (["--exit-layers", "2"], ((2,),)),
+    (["--exit-layers", "2", "4", "2,4"], ((2,), (4,), (2, 4))), (["--exit-layers=1,2,3", "5"], ((1, 2, 3), (5,))),
+])
+def test_layers_joined_by_commas_are_one_setting(words, sets):
+    assert parse(Sweep, "sled sweep", words).exit_layers == parse(Tune, "sled tune", words).exit_layers == sets
+
+
+@pytest.mark.parametrize("word", ["2,x", "2,", ",", "2;4", "all", "2.5"])
+def test_what_is_no_set_of_layers_is_refused(word, capsys):
+    with pytest.raises(SystemExit):
+        parse(Sweep, "sled sweep", ["--exit-layers", "2", word])
+    assert "is no layer's number" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("prog", ALL)
@@ -142,6 +157,8 @@ def test_help_fits_and_speaks_no_python(prog, columns, capsys, monkeypatch):
     (Train, "Mesh.data and Mesh.fsdp are -1", "--data-parallel and --fsdp are -1"),
     (Sweep, "example 1, has no column 'x', which Source.completion needs", "example 1, has no column 'x', which "
      "--answer needs"),
+    (Sweep, "EarlyExit.layers is (9,)", "--exit-layers is (9,)"),
+    (Sweep, "SelfSpeculation.draft is 0", "--drafts is 0"),
     (Sweep, "rounds is 0; give batch_size too", "--rounds is 0; give --batch-size too"),
 ])
 def test_errors_name_options(command, message, said):
@@ -190,7 +207,7 @@ def test_tune_tries_what_was_asked_for(words, policies, demo, monkeypatch, capsy
     monkeypatch.setattr(sled, "tune", tune)
     assert main(["tune", "--problems", "3", "--rounds", "2", "--stop", "\\n", *words]) == 0
     assert asked["exits"] == policies and len(asked["prompts"]) == 3 and (asked["rounds"], asked["stop"]) == (2, ["\n"])
-    assert capsys.readouterr().out.endswith("fastest here: no early exit\n")
+    assert "\nfastest here: no early exit\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "says"), [

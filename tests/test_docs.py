@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sled.cli import main
+from sled.cli.bench import BENCHES
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -76,7 +77,7 @@ def test_examples_call_what_there_is(name, code):
 
 
 COMMANDS = [*("demo generate score lens eval sweep train export calibrate tune".split()),
-            *(f"bench {what}" for what in "decode engine exits fusion layers loss".split())]
+            *(f"bench {what}" for what in BENCHES)]
 
 
 @pytest.fixture(scope="module")

@@ -95,7 +95,7 @@ def other_eos(lm, folder, eos="<s>"):
     return model, [text_request(q, n, until=until, do_sample=False) for n, (q, until) in enumerate(OTHER_EOS)]
 
 
-@pytest.mark.parametrize("eos", ["<s>", "<unk>", "e", "</s>", None])
+@pytest.mark.parametrize("eos", ["<s>", "<unk>", "e", "</s>", None, "<nowhere>"])
 def test_the_tokenizers_eos_token_ends_a_text_too(lm, tmp_path, eos):
     model, requests = other_eos(lm, tmp_path, eos)
     named = [text_request(q, n, until=[until] if isinstance(until, str) else [*until, *filter(None, [eos])])

@@ -52,13 +52,15 @@ def test_whole_texts_are_not_scored_where_tokens_are_left_out(lm, tiny_tasks, fu
     ("--fusion sled dola clamp --lower-bound -9 --layers 0 4",
      ["SLED, lower bound -9, layers 0 4", "DoLa, lower bound -9, layers 0 4", "clamp only, lower bound -9"]),
     ("--fusion sled 'sled --layers 0 8 --rate 1' 'dola  --lower-bound -1' --lower-bound -9 --rate 3",
-     ["SLED, rate 3, lower bound -9", "SLED, rate 1, lower bound -9, layers 0 8", "DoLa, lower bound -1"]),
-    ("--fusion confident 'confident --window 4' --no-norm-early",
-     ["ConfidentDecoding, norm early False", "ConfidentDecoding, norm early False, window 4"]),
+     ["SLED, rate 3", "SLED, rate 1, layers 0 8", "DoLa, lower bound -1"]),
+    ("--fusion sled 'sled --layers 0 4 8 12 16' 'sled --layers 0 1 2 3' --rate 1 --temperature 1",
+     ["SLED, temperature 1", "SLED, layers 0 4 .. 16, temperature 1", "SLED, layers 0 1 2 3, temperature 1"]),
+    ("--fusion confident 'confident --window 4' --no-norm-early", ["ConfidentDecoding", "ConfidentDecoding, window 4"]),
+    ("--fusion final clamp", ["greedy", "clamp only"]),
 ])
 def test_the_command_calls_methods_by_their_options(words, names):
     eval = parse(Eval, "sled eval", ["--tasks", "sled_demo", *shlex.split(words)])
-    assert sorted(eval._name(each) for each in eval.fusion_options.each()) == sorted(names)
+    assert eval._names(eval.fusion_options.each()) == names
 
 
 @pytest.mark.parametrize("words, says", [
@@ -91,6 +93,8 @@ def test_baselines_are_plain_decoding_and_the_clamp():
         ("greedy", sled.FinalLayer(), False), ("clamp only", sled.ClampOnly(scale=20, lower_bound=-500.0), False)]
     assert [b.name for b in baselines(Method("dola", fusion=sled.DoLa()))] == ["greedy"]
     assert baselines(Method("g")) == ()
+    clamps = Method("clamp only", fusion=sled.ClampOnly()), Method("mine", fusion=sled.SLED(scale=5))
+    assert [b.name for b in baselines(*clamps)] == ["greedy", "clamp only, scale 5"]
     with pytest.raises(SettingError, match="fusion is 'sled'"):
         Method("x", fusion="sled")
     with pytest.raises(SettingError, match=r"lm is 'demo', but must be an instance, .* give what sled\.load returns"):
@@ -156,9 +160,23 @@ def test_a_report_tells_scores_that_are_no_probabilities(lm, tiny_tasks, tmp_pat
     assert len(one["left_out"]) == 3 and "left_out" not in report.tasks["greedy"][0].samples[0]
 
 
+def test_methods_are_timed_side_by_side(lm, tiny_tasks, monkeypatch):
+    decoded, decode = [], lm.decode
+    monkeypatch.setattr(lm, "decode", lambda prompts, *of, **how: decoded.append(len(prompts)) or decode(
+        prompts, *of, **how))
+    methods = [Method("greedy"), Method("clamp", fusion=sled.ClampOnly())]
+    report = evaluate(lm, "tiny_text", methods, include_path=tiny_tasks, batch_size=6, time_samples=2, progress=False)
+    assert decoded == [6, 6] + [2] * 8 and {name: len(t.seconds) for name, t in report.times.items()} == {
+        "greedy": 3, "clamp": 3}
+    assert all(method["counts"]["requests"] == 6 for method in report.methods) and len(report.json()["times"]) == 2
+    [_, timed] = report.markdown().split("## Time")
+    assert "The first 2 samples" in timed and re.search(r"greedy \| \d+\.\d\d \| 1\.00 \|", timed)
+
+
 @pytest.mark.parametrize("given", [
     dict(tasks="nosuch"), dict(limit=0), dict(tasks="tiny_choice", methods=[Method("m", exits=sled.EarlyExit(1, 0.5))]),
-    dict(apply_chat_template=True), dict(against="nobody"), dict(methods=[]), dict(data="nowhere.jsonl"),
+    dict(apply_chat_template=True), dict(against="nobody"), dict(methods=[]), dict(time_samples=0),
+    dict(data="nowhere.jsonl"),
     dict(metadata={"a": 1}), dict(methods=[Method("m"), Method("m")]), dict(num_fewshot=99)], ids=str)
 def test_a_refused_evaluation_leaves_nothing(lm, tiny_tasks, tmp_path, given):
     with pytest.raises(SledError):
@@ -215,8 +233,8 @@ def test_a_report_whose_writing_was_killed_does_not_bar_its_folder(tmp_path):
 
 def report_of(scores, methods=()):
     model = dict(name="m", weights="0" * 64, dtype="float32", layers=2)
-    return EvaluationReport(tasks={"base": []}, scores=scores, methods=list(methods), settings={}, versions={},
-                            hardware="h", model=model, date="d", against="base", seed=0)
+    return EvaluationReport(tasks={"base": []}, scores=scores, times={}, methods=list(methods), settings={},
+                            versions={}, hardware="h", model=model, date="d", against="base", seed=0)
 
 
 def test_a_report_counts_the_p_values_of_all_its_tables():

@@ -100,6 +100,30 @@ def test_the_picture_of_a_fused_sweep_has_its_baseline_at_1(tmp_path, monkeypatc
     assert at["*"] == [[1, 0.9]] and at["p"] == [[pytest.approx(0.8), 0.8]]  # of two such marks the last
 
 
+@pytest.mark.parametrize(("accuracies", "n", "ticks", "says"), [
+    ((0.0, 0.0, 0.0), 10, "0%", "no method solves any question"), ((0.0, 0.01, 0.0), 100, "0%", None),
+    ((0.3, 0.0, 0.1), 100, "0%", None), ((0.69, 0.5, 0.6), 30, "60%", None), ((0.95, 0.0, 0.9), 100, "0%", None),
+    ((1.0, 1.0, 1.0), 3, "100%", None),
+])
+def test_pictures_show_all_markers_whole_at_any_accuracy(tmp_path, monkeypatch, accuracies, n, ticks, says):
+    figures = []
+    monkeypatch.setattr(sweep_picture, "save_figure", lambda figure, _: figures.append(figure))
+    rows = [dataclasses.replace(row, accuracy=accuracy, n=n, low=max(accuracy - 0.1, 0), high=min(accuracy + 0.2, 1))
+            for row, accuracy in zip(fused().rows[1:4], accuracies, strict=True)]
+    draw_sweep(dataclasses.replace(fused(), rows=tuple(rows)), tmp_path / "low.svg")
+    [depth, *_] = figures[0].axes
+    to_pixels = depth.transData.transform
+    low, high = depth.get_ylim()
+    bottom, top = (to_pixels((0, y))[1] for y in (low, high))
+    for accuracy in accuracies:  # a marker of 7 points, at 100 pixels an inch
+        assert bottom + 5 < to_pixels((0, accuracy))[1] < top - 5
+    figures[0].canvas.draw()
+    assert ticks in [label.get_text() for label in depth.get_yticklabels()]
+    assert [text.get_text() for text in depth.texts] == [says] * bool(says)
+    front = {line.get_linewidth() for line in depth.lines if len(line.get_xdata())}
+    assert (6 in front) == (max(accuracies) > 0.01)
+
+
 @settings(max_examples=25, deadline=None)
 @given(share=st.floats(0, 1))
 def test_a_file_cut_anywhere_gives_its_whole_rows(tmp_path_factory, share):

@@ -1,16 +1,33 @@
 """Early exit and self-speculation: against a full pass for every token, and what they promise."""
 
 import dataclasses
+import itertools
+import re
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_lm as tiny
-from tiny_lm import CAPACITY, CONFIG, EOS, PROMPTS, SAMPLED, FullPass, compiled, generate, tiny_lm
+from tiny_lm import (
+    CAPACITY,
+    CONFIG,
+    EOS,
+    PROMPTS,
+    SAMPLED,
+    FullPass,
+    compiled,
+    generate,
+    talking_lm,
+    tiny_lm,
+    totals,
+)
 
 import sled
 from sled.exits import FullDepth
+from sled.lm import LM
+from sled.results import Stats
 
 
 def sureness(policy, logits_BSV, states, index):
@@ -96,6 +113,36 @@ def test_no_schedule_and_no_batch_mate_changes_a_row():
             together = generate(prompts, schedule=schedule, exits=MOST_LIKELY)
             assert together.tokens == [out.tokens[0] for out in mine]
             assert together.exit_layers == [out.exit_layers[0] for out in mine]
+
+
+@pytest.mark.parametrize("confidence", [0.0, 0.05])
+def test_what_is_drafted_and_counted_depends_on_the_row_alone(confidence, monkeypatch):
+    policy = sled.SelfSpeculation((1, 2), draft=5, confidence=confidence, adaptive=True)
+    whole, lm = generate(exits=policy), talking_lm()
+    assert 0 < whole.stats.accepted < whole.stats.drafted
+    for schedule in (sled.Immediate(), sled.Gather(2, 1), sled.Gather(8)):
+        out = generate(exits=policy, schedule=schedule)
+        assert (out.exit_layers, totals(out.stats)) == (whole.exit_layers, totals(whole.stats))
+    for mates in ([3, 2, 1, 0], [0, 0, 3, 3], [2, 1, 2, 2]):
+        layers = generate([PROMPTS[i] for i in mates], exits=policy).exit_layers
+        assert layers == [whole.exit_layers[i] for i in mates]
+    short = generate(exits=policy, max_new_tokens=20)
+    assert short.exit_layers == [layers[:20] for layers in whole.exit_layers]
+    stop = lm.text.decode(whole.tokens[2][9:11])
+    for stops in ((), (stop,)):  # what was decoded beyond a stop string does not count
+        once = lm.generate(PROMPTS, exits=policy, stop=stops, max_new_tokens=CAPACITY)
+        for chunk in (1, 3, 5, 7, 40):
+            pieces = list(lm.stream(PROMPTS, exits=policy, stop=stops, chunk=chunk, max_new_tokens=CAPACITY))
+            layers = [list(itertools.chain(*(piece.exit_layers[i] for piece in pieces))) for i in range(len(PROMPTS))]
+            assert (layers, totals(pieces[-1].stats)) == (once.exit_layers, totals(once.stats))
+    engine = sled.Engine(lm, slots=4, capacity=CAPACITY, exits=policy, limits=sled.Limits(show_exits=True))
+    served = [engine.submit(prompt, max_new_tokens=CAPACITY) for prompt in (*PROMPTS[::-1], *PROMPTS)]
+    results = [request.result() for request in served]
+    assert [result.exit_layers for result in results] == [*whole.exit_layers[::-1], *whole.exit_layers]
+    assert [2 * n for n in (whole.stats.drafted, whole.stats.accepted)] == [
+        sum(result.drafted for result in results), sum(result.accepted for result in results)]
+    monkeypatch.setattr("sled.decoding.batch.HEADROOM", 8)  # the caches grow
+    assert generate(exits=policy).exit_layers == whole.exit_layers
 
 
 @pytest.mark.parametrize("policy", [MOST_LIKELY, speculation()], ids=lambda policy: type(policy).__name__)
@@ -188,3 +235,28 @@ def test_speculation_loses_nothing_at_any_exit_length_or_schedule(layer):
 def test_no_transfer_to_the_host_inside_the_loop(policy, fusion):
     lengths = tiny.decode_without_transfers(policy, fusion, sled.Gather())
     assert all(length > len(prompt) for prompt, length in zip(PROMPTS, lengths, strict=True))
+
+
+def test_drafts_that_cost_more_than_they_save_are_told_once():
+    lm, hopeless = LM(tiny_lm().build(tiny_lm().params)), sled.SelfSpeculation(
+        2, draft=4, vocabulary=jnp.array([CONFIG.vocab_size - 1]))
+    for vain in (dict(exits=sled.SelfSpeculation(3, draft=1)), dict(exits=hopeless, max_new_tokens=3)):
+        assert not warned(lm, **vain)  # they pay, or too few to tell
+    [said] = warned(lm, exits=hopeless)
+    assert re.match(r"\d+% of \d+ drafts after layer 2 were accepted, so \d\.\d times as many layers ran", said)
+    assert not warned(lm, exits=hopeless) and not warned(lm)
+
+
+def warned(lm, **settings):
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        lm.generate(PROMPTS, **{"max_new_tokens": CAPACITY, **settings})
+    return [str(one.message) for one in seen]
+
+
+@pytest.mark.parametrize(("drafted", "accepted", "verifications", "layer", "over"), [
+    (0, 0, 5, 2, 1.0), (20, 20, 4, 2, 72 / 192), (60, 0, 10, 2, 2.5), (60, 15, 10, 2, 1.0),
+    (10, 10, 10, 7, 15 / 16), (10, 9, 10, 7, 150 / 152)])
+def test_layers_over_those_of_plain_decoding(drafted, accepted, verifications, layer, over):
+    stats = Stats(0, 0, 0, 0, 0, drafted, accepted, verifications)
+    assert stats.layers_over_plain(layer, 8) == pytest.approx(over)

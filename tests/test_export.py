@@ -15,8 +15,9 @@ from sled.calibration.fingerprint import digest_of_weights, fingerprint
 from sled.calibration.record import Step
 from sled.cli import main
 from sled.errors import CalibrationError, CheckpointError, SettingError
-from sled.export.card import Card, Measured
+from sled.export.card import Card, Measured, model_card
 from sled.export.forms import export_hf, export_orbax
+from sled.export.source import read_source
 from sled.export.target import replacing
 from sled.lm import LM
 from sled.models import load_folder, load_orbax, save_folder, save_orbax
@@ -120,9 +121,57 @@ def test_the_card_says_what_was_measured(run_folder, tmp_path):
     card = huggingface_hub.ModelCard.load(tmp_path / "model" / "README.md")
     assert card.data.license == "unknown" and card.data.base_model is None
     assert "measured no held-out data at step 2" in card.text and "from random weights" in card.text
-    assert "was not measured" in card.text and "| 1 |" not in card.text
+    assert "was not measured" in card.text and "| 1 |" not in card.text and "SelfSpeculation" not in card.text
     found = Measured([3.0, 2.0, 2.0, 1.0], [0.25, 0.75, 0.5, 0.75])  # within a margin of the last layer
     assert found.within(0) == [2] and found.within(0.25) == [2, 3] and found.within(1) == [1, 2, 3]
+
+
+def card_of(source, name="model", margin=0.02, measured=None, heads=None, tmp_path=None):
+    """The text of a card; measured: held-out accuracy of each layer, as a run would have measured it."""
+    model = read_source(source)
+    if measured:
+        line = {"step": 3, "held_out": [1.0] * len(measured), "held_out_accuracy": measured}
+        (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        model = model._replace(run=tmp_path, step=3, settings={"model": {"name": "new"}})
+    return model_card(Card(margin=margin), model, model.decoder if heads != "drop" else model.decoder.with_exit_heads(
+        None), name, None)
+
+
+@pytest.mark.parametrize(("settings", "drafts"), [
+    (dict(), None), (dict(measured=[0.0275, 0.3, 0.9]), None), (dict(measured=[0.9, 0.9, 0.9]), 1),
+    (dict(measured=[0.1, 0.885, 0.9]), 2), (dict(measured=[0.1, 0.885, 0.9], margin=0.01), None),
+    (dict(measured=[0.1, 0.2, 0.9], margin=1.0), 1), (dict(measured=[0.9, 0.9, 0.9], heads="drop"), None),
+], ids=str)
+def test_the_card_drafts_only_at_a_layer_that_was_measured_and_is_good(settings, drafts, plain_folder, headed_folder,
+                                                                      tmp_path):
+    card = card_of(headed_folder if "heads" in settings else plain_folder, tmp_path=tmp_path, **settings)
+    shown = set(re.findall(r"(?:SelfSpeculation\(|assistant_early_exit=)(\d+)", card))
+    assert shown == (set() if drafts is None else {str(drafts)})
+    assert ("not measured" in card) == ("measured" not in settings)
+
+
+@pytest.mark.parametrize("kind", ["token ids, plain", "text, drafted",
+                                  pytest.param("text, plain", marks=pytest.mark.exhaustive)])
+def test_the_code_of_the_card_runs_as_it_stands(kind, plain_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if kind.startswith("text"):
+        export_hf("demo", "model")
+        card = card_of("demo", measured=[0.5, 0.9, *[0.9] * 6] if "drafted" in kind else None, tmp_path=tmp_path)
+    else:
+        export_hf(plain_folder, "model")
+        card = (tmp_path / "model" / "README.md").read_text()
+    ours, theirs = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert ("SelfSpeculation(2)" in ours) == ("assistant_early_exit=2" in theirs) == ("drafted" in kind)
+    exec(ours, {})
+    said = capsys.readouterr().out.strip()
+    assert said
+    pytest.importorskip("transformers", reason="transformers is not installed: pip install sled-jax[parity]")
+    exec(theirs, {})
+    whole = capsys.readouterr().out.strip()
+    if kind.startswith("text"):
+        assert said in whole
+    else:
+        assert json.loads(whole) == [1, 2, 3, *json.loads(said)]
 
 
 @pytest.fixture(scope="module")

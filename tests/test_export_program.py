@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from sled.decoding.readout import Readout
 from sled.errors import SettingError
 from sled.export.forms import export_program
 from sled.export.program import _export, take_apart, trace_step
+from sled.export.run_program import Program
 from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import ExitHeads
@@ -38,6 +40,27 @@ WAYS = {
     "speculation": dict(exits=sled.SelfSpeculation(1, draft=2, max_draft=3, vocabulary=np.arange(3, 47)),
                         fusion=sled.ClampOnly(scale=7)),
 }
+WRONG = [  # arguments, with what is said of them
+    *((dict(numbers={name: value}), says) for name, value, says in (
+        ("fusion.scale", 17, "fusion.scale is 17, but must be from 1 to 16, its bounds at export"),
+        ("fusion.scale", "abc", "fusion.scale is 'abc', but must be a number"),
+        ("nosuch", 1, "no numbers called ['nosuch']; there are "),
+        ("fusion.scale", 2.5, "must be a whole number"), ("fusion.scale", True, "must be a number"),
+        ("fusion.scale", [[1], [2]], "has shape [2, 1], but must have [1]"), ("exits.draft", 4, "must be from 1 to 3"),
+        ("fusion.lower_bound", float("nan"), "must be from -inf"), ("fusion.lower_bound", -1e39, "is -inf in float32"),
+        ("sampling.temperature", 1e-9, "must be 0 or from 1e-06 to 1e+06"), ("sampling.top_p", 0, "from 1.17549e-38"),
+        ("sampling.repetition_penalty", 1e39, "must be from 1e-06"), ("fusion.scale", None, "must be a number"))),
+    *((dict(prompts=prompts), says) for prompts, says in (
+        ([], "no prompt"), ([[]], "prompt 0 has 0 tokens"), ("ab", "prompts is 'ab', but must be a list"),
+        ([7], "prompt 0 is 7, but must be a list"), ([[7.0]], "a token id of prompt 0 is 7.0"), ([[-1]], "is -1, but"),
+        ([[10**9]], "must be a whole number from 0 to"), ([[True]], "a token id of prompt 0 is True"))),
+    (dict(max_new_tokens=-1), "max_new_tokens is -1"), (dict(max_new_tokens=10**12), "max_new_tokens is 1000000000000"),
+    (dict(max_new_tokens=1.5), "max_new_tokens is 1.5"), (dict(seed=-1), "seed is -1"),
+    (dict(seed=2**32), "seed is 4294967296"),
+    (dict(stop_ids=5), "stop_ids is 5, but must be a list"), (dict(stop_ids=[2**31]), "a stop id is 2147483648"),
+    (dict(hidden=[[1.0]]), "hidden has shape [1, 1]"), (dict(hidden="a"), "hidden has shape []"),
+    (dict(hidden=[[[float("nan")] * CONFIG.width]]), "hidden has values that are not finite"),
+]
 # Runs in a process that has neither this library nor flax.
 DRIVER = """
 import json, sys
@@ -55,9 +78,10 @@ for folder, calls in json.loads(sys.argv[1]).items():
 hidden = np.load(sys.argv[2])
 found["fuse"] = np.asarray(program.fuse(hidden, {"fusion.scale": [5, 9]})).tolist()
 found["refused"] = []
-for numbers in ({"fusion.scale": 17}, {"fusion.scale": "abc"}, {"nosuch": 1}):
+for wrong in json.loads(sys.argv[3]):
     try:
-        program.numbers(1, numbers)
+        program.fuse(wrong["hidden"]) if "hidden" in wrong else program.generate(**{"prompts": [[7]], **wrong})
+        found["refused"].append(None)
     except ValueError as error:
         found["refused"].append(str(error))
 sys.argv = ["run.py", "7", "--ids", "--set", "fusion.scale=abc"]
@@ -84,7 +108,8 @@ def programs(request, headed_folder, plain_folder, tmp_path_factory):
         calls[str(root / name)] = [dict(prompts=PROMPTS, max_new_tokens=NEW, seed=3, numbers=numbers),
                                    dict(prompts=PROMPTS[:1] if name == "speculation" else PROMPTS, max_new_tokens=NEW)]
     np.save(root / "hidden.npy", hidden_states())
-    done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(calls), root / "hidden.npy"], check=False,
+    wrong = json.dumps([arguments for arguments, _ in WRONG])
+    done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps(calls), root / "hidden.npy", wrong], check=False,
                           capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, cwd=root)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -117,9 +142,41 @@ def test_the_fused_step_is_the_fusion(programs, decoder):
 
 
 def test_wrong_numbers_are_named_in_python_and_at_the_command(programs):
-    assert programs["refused"][:2] == ["fusion.scale must be from 1 to 16, its bound at export",
-                                       "fusion.scale is 'abc', but must be a number"]
-    assert "no numbers called ['nosuch']; there are " in programs["refused"][2] and programs["code"] == 2
+    for (wrong, says), said in zip(WRONG, programs["refused"], strict=True):
+        assert said is not None and says in said, (wrong, said)
+    assert programs["code"] == 2
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: flip(folder / "weights.safetensors"), lambda folder: flip(folder / "generate.jax_export"),
+    lambda folder: change(folder, "weights", "file", "../weights.safetensors"),
+    lambda folder: change(folder, "weights", "file", "gone.safetensors"),
+    lambda folder: change(folder, "weights", "sha256", "0" * 64), lambda folder: change(folder, "weights", "file", 3),
+    lambda folder: (folder / "program.json").write_text("[" * 10**5), lambda folder: change(folder, "format", None, 2),
+    lambda folder: (folder / "program.json").write_text("{}"), lambda folder: (folder / "weights.safetensors").unlink(),
+    lambda folder: (folder / "program.json").unlink(), lambda folder: change(folder, "weights", None, "x"),
+])
+def test_a_changed_file_is_refused(damage, programs, tmp_path):
+    folder = shutil.copytree(programs["root"] / "speculation", tmp_path / "program")
+    damage(folder)
+    with pytest.raises(ValueError, match=r"was changed or damaged|cannot be used .*; copy the folder again"):
+        Program(folder).call("generate")
+
+
+def flip(file: Path) -> None:
+    """One bit of a file's last number."""
+    data = bytearray(file.read_bytes())
+    data[-2] ^= 1
+    file.write_bytes(data)
+
+
+def change(folder: Path, name: str, within: str | None, value) -> None:
+    about = json.loads((folder / "program.json").read_text())
+    if within is None:
+        about[name] = value
+    else:
+        about[name][within] = value
+    (folder / "program.json").write_text(json.dumps(about))
 
 
 @pytest.mark.parametrize(("heads", "norm_early", "states"), [
@@ -155,9 +212,10 @@ def test_a_program_describes_itself(programs, decoder):
     assert arguments["weights/layers.0.mlp.up.weight"] == ("float32", [16, 24])
     assert arguments["weights/settings.exits.vocabulary"][1] == [44]
     assert whole["arguments"][0]["name"].startswith("weights/")
-    assert about["numbers"]["exits.draft"] == {"dtype": "int32", "rows": True, "shape": [], "default": 2, "most": 3}
+    assert about["numbers"]["exits.draft"] == {"dtype": "int32", "rows": True, "shape": [], "default": 2, "from": 1,
+                                               "to": 3}
     assert about["numbers"]["schedule.rows"]["rows"] is False and about["stop_ids"] == [5]
-    assert about["weights"]["sha256"] == digest_of_weights(nnx.state(decoder))
+    assert about["weights"]["parameters_sha256"] == digest_of_weights(nnx.state(decoder))
     assert about["programs"]["fuse"]["projection"] == "embedding.weight" and about["exit_heads"] is None
     headed = json.loads((programs["root"] / "early" / "program.json").read_text())
     assert headed["exit_heads"] == {"layers": [1, 2], "kind": "affine", "tied": True}

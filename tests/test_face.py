@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,17 +184,17 @@ def test_a_path_is_tried_without_a_trace(tmp_path):
     assert old.read_text() == "{}" and not new.parent.exists()
 
 
-def command_that(does: str) -> subprocess.Popen:
+def command_that(does: str, words: Sequence[str] = ("generate", "hi")) -> subprocess.Popen:
     """`sled generate hi`, which does this instead."""
     code = (f"import sys, sled.cli, sled.cli.generate as c\ndef run(self): {does}\nc.Generate.run = run\n"
             "sys.exit(sled.cli.main())")
-    return subprocess.Popen([sys.executable, "-c", code, "generate", "hi"], text=True, stdout=subprocess.PIPE,
+    return subprocess.Popen([sys.executable, "-c", code, *words], text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
 
-def test_a_reader_that_has_had_enough_ends_the_command_quietly():
-    with command_that("print('long ' * 10**6)") as command:
-        command.stdout.read(1)
+@pytest.mark.parametrize("words", [("generate", "hi"), ("generate", "--help")])
+def test_a_reader_that_has_had_enough_ends_the_command_quietly(words):
+    with command_that("print('long ' * 10**6)", words) as command:
         command.stdout.close()
         assert command.wait(60) == 1 and command.stderr.read() == ""
 

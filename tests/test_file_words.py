@@ -62,6 +62,13 @@ def test_csv_is_read_word_for_word(end, mark, tmp_path):
     assert texts(path) == [long]
 
 
+@pytest.mark.parametrize("lines", [",text\n0,a\n", "text,\na,0\n", ",,text\n0,0,a\n", ",text,\n,a,\n"])
+def test_columns_without_a_name_are_passed_over(tmp_path, lines):
+    path = tmp_path / "a.csv"
+    path.write_text(lines)
+    assert list(rows_of(path)) == [{"text": "a"}]
+
+
 def test_lines_of_text_are_not_stripped(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff 4.0 \r\n\t00123\n\u2028x\x0cy".encode())

@@ -10,7 +10,18 @@ from headed_models import bare, headed
 from tiny_lm import PROMPTS, talking_lm
 
 import sled
-from sled.errors import CalibrationError, CheckpointError, ConfigError, DownloadError, PromptError, SettingError
+from sled.bench.layers import run_layers_bench
+from sled.errors import (
+    CalibrationError,
+    CheckpointError,
+    ConfigError,
+    DownloadError,
+    PromptError,
+    SettingError,
+    SledError,
+)
+from sled.eval.numbers import exact_match
+from sled.eval.sweep.grid import early_exits
 from sled.fusion import SLED, ClampOnly, ConfidentDecoding, DoLa, FinalLayer, LayerAverage, SharedHead
 from sled.lm import LM
 from sled.models import ExitHeads, from_pre_exit
@@ -131,13 +142,20 @@ def risk(text, reference):
     (lambda lm: lm.generate([[1, 2], [3, 10**6]]), PromptError, "1000000"),
     (lambda lm: lm.generate([[1, -1]]), PromptError, "-1"),
     (lambda lm: lm.generate([1] * 48), PromptError, "48"),
-    (lambda lm: lm.score(["a"], [3]), PromptError, "a continuation must be .* but 3 was"),
+    (lambda lm: lm.score(["a"], [3]), PromptError, r"one continuation by itself, \[3\]; give a list"),
     (lambda lm: lm.score("a", []), PromptError, "no"),
     (lambda lm: lm.score(["a", "b"], ["c"]), PromptError, "2 prompts"),
     (lambda lm: lm.score("a", [[1]]), PromptError, "both"),
     (lambda lm: lm.score([1] * 40, [[1] * 20]), PromptError, "60"),
     (lambda lm: lm.lens(["a", "b"]), PromptError, "one text, but 2"),
     # How a text is made.
+    (lambda lm: lm.score(["AB", "CD"], "FG"), PromptError, "one continuation by itself, 'FG'; give a list"),
+    (lambda lm: lm.score([[7], [8]], [9, 10]), PromptError, r"one continuation by itself, \[9, 10\]; give a list"),
+    (lambda lm: exact_match("54", [5, 4]), SettingError, "texts is '54', but must be a list of texts"),
+    (lambda lm: sled.calibrate(lm, ["a", "b"], exits=sled.EarlyExit(1), references="ab", risk=max), SettingError,
+     "references is 'ab', but must be .*a list of right answers"),
+    (lambda lm: early_exits([1], [0.5], measures="margins"), SettingError, "measure is 'margins', but must be one of"),
+    (lambda lm: run_layers_bench("no-where"), SledError, "no-where"),
     (lambda lm: lm.generate("a", stop=5), SettingError, "stop is 5.* leave it out"),
     (lambda lm: lm.generate("a", stop=""), SettingError, "stop"),
     (lambda lm: lm.generate("a", max_new_tokens=0), SettingError, "max_new_tokens"),
@@ -172,6 +190,11 @@ def risk(text, reference):
     (lambda lm: SLED.preset("unknown"), SettingError, "'unknown'. is unknown; the presets are official-code, paper"),
     # Engines.
     (lambda lm: sled.Engine(lm, slots=0), SettingError, "slots is 0"),
+    *((lambda lm, exits=exits: lm.generate("a", exits=exits), SettingError, says) for exits, says in (
+        (sled.SelfSpeculation(1, draft=10**6), "SelfSpeculation.max_draft is 1048576, but the model's context"),
+        (sled.SelfSpeculation(1, draft=2**31 - 1, max_draft=2**31 - 1), "max_draft is 2147483647, but"),
+        (sled.EarlyExit(1, max_deferred=10**9), "EarlyExit.max_deferred is 1000000000, but the model"))),
+    (lambda lm: sled.Engine(lm, exits=sled.EarlyExit(1, max_deferred=65)), SettingError, "max_deferred is 65, but"),
     (lambda lm: sled.Engine(lm, capacity=0), SettingError, "capacity is 0"),
     (lambda lm: sled.Engine(lm, capacity=49), SettingError, "capacity is 49.*2 to 48"),
     (lambda lm: sled.Engine(lm, exits=sled.EarlyExit(4)), SettingError, "no early exit of a model of 4"),

@@ -55,6 +55,11 @@ def generate(prompts=PROMPTS, **settings) -> sled.Output:
     return tiny_lm().generate(prompts, **{"max_new_tokens": CAPACITY, **settings})
 
 
+def totals(stats) -> tuple:
+    """What of a result's statistics is told by its tokens, whatever they were decoded with."""
+    return (stats.new_tokens, stats.mean_depth, stats.deferred, stats.drafted, stats.accepted, stats.verifications)
+
+
 class FullPass:
     """Texts through the whole model at once, without caches: states [L + 1, B, S, D] of every layer and position."""
 

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from sled.models import Decoder, DecoderConfig, load_folder, read_config
 from sled.models.config import ExitHeads
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
 from sled.models.hub import folder_of
-from sled.models.huggingface import TOKENIZER_FILES
+from sled.models.huggingface import TOKENIZER_FILES, copy_files
 from sled.models.layers import Block
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.sharding import Sharding
@@ -142,7 +141,7 @@ def prepare_initial_model(model: str | Path | NewModel, source: Source, context:
         if new:
             _write_new(model, source, model.positions or context, folder)
         else:
-            _copy(model, folder, (*TOKENIZER_FILES, "config.json", "generation_config.json", HEADS_CONFIG))
+            copy_files(model, folder, (*TOKENIZER_FILES, "config.json", "generation_config.json", HEADS_CONFIG))
         if heads is not None:
             write_heads(heads, folder)
             read_config(folder)  # raises where the model has no such layers
@@ -167,12 +166,6 @@ def _weights_digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
-
-
 def _write_new(model: NewModel, source: Source, positions: int, folder: Path) -> None:
     if model.tokenizer is None:
         tokenizer = train_tokenizer(_texts(source), model.vocabulary)
@@ -184,15 +177,15 @@ def _write_new(model: NewModel, source: Source, positions: int, folder: Path) ->
         if end is None:
             raise SettingError(f"the tokenizer in {model.tokenizer} has no token {model.end_of_text!r}; name the one "
                                "that ends its texts as end_of_text")
-        _copy(Path(model.tokenizer), folder, TOKENIZER_FILES)
+        copy_files(Path(model.tokenizer), folder, TOKENIZER_FILES)
     write_json(folder / "config.json", format_config(model.config(size, end, positions), "float32"))
 
 
 def _texts(source: Source):
     for example in itertools.islice(source.open(), TOKENIZER_EXAMPLES):
         if not isinstance(example.body, str):
-            raise SettingError("the source holds token ids, from which no tokenizer can be made; give "
-                               "NewModel.tokenizer, the folder of theirs")
+            raise SettingError("the source holds token ids or conversations, from which no tokenizer can be made; give "
+                               "NewModel.tokenizer, the folder of one")
         yield example.prompt + example.body
 
 

@@ -8,6 +8,7 @@ batch in which it was made.
 from __future__ import annotations
 
 import contextlib
+import copy
 import datetime
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -65,6 +66,7 @@ class SledLM(TemplateLM):
         self.weights = weights or digest_of_weights(lm.params)
         self.now = now or datetime.datetime.now().astimezone()
         self.counts = RequestCounts()
+        self._asked: list[tuple[str, list]] = []  # requests, with the names of the methods that they came by
         self._answers = (cache or Cache()).under(self.settings())
 
     def settings(self) -> dict[str, Any]:
@@ -101,7 +103,8 @@ class SledLM(TemplateLM):
     def _eos(self) -> str | None:
         """The tokenizer's EOS token as written, where the model does not end at it by itself; it ends texts too."""
         token = self.special.tokens.get("eos_token")
-        return None if token is None or self.eot_token_id in self.lm.config.eos_ids else token
+        known = token and self.lm.text.id_of(token)
+        return None if known is None or known in self.lm.config.eos_ids else token
 
     @functools.cached_property
     def prefix_token_id(self) -> int:
@@ -151,6 +154,7 @@ class SledLM(TemplateLM):
 
     def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         self.check_scoring("this task")
+        self._asked.append(("loglikelihood", requests))
         pairs = []
         for request in requests:
             with _naming_sample(request):
@@ -159,6 +163,7 @@ class SledLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         self.check_texts("this task")
+        self._asked.append(("loglikelihood_rolling", requests))
         texts = []
         for request in requests:
             with _naming_sample(request):
@@ -224,6 +229,13 @@ class SledLM(TemplateLM):
                       for total, greedy, left_out in zip(*of_one, strict=True)]
             yield dict(zip(indices, values, strict=True))
 
+    def answer_again(self, samples: int) -> None:
+        """Answers anew what was asked of the first so many samples of each task; for the time that it takes."""
+        other = copy.copy(self)
+        other._answers, other._asked, other.counts, other.progress = Cache().under({}), [], RequestCounts(), False
+        for kind, requests in self._asked:
+            getattr(other, kind)([request for request in requests if request.doc_id < samples])
+
     def _answer(self, described: list[dict[str, Any]], compute: Callable[[list[int]], Found]) -> list[Any]:
         """The answer of each request. Those not kept yet are computed, equal ones once; each batch is kept at once.
 
@@ -248,6 +260,7 @@ class SledLM(TemplateLM):
     # Texts.
 
     def generate_until(self, requests, disable_tqdm: bool = False) -> list[str]:
+        self._asked.append(("generate_until", requests))
         repeats: dict[tuple, int] = {}
         wanted = []
         for request in requests:

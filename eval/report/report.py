@@ -21,6 +21,7 @@ from sled.eval.report.scores import TaskResult
 from sled.eval.report.tables import table
 from sled.io import unfinished, writable_folder, written_whole
 from sled.settings.brief import brief
+from sled.timing import Times
 
 FORMAT = 1  # of report.json
 FILES = ("report.json", "report.md", "samples.jsonl")  # besides pictures
@@ -32,6 +33,7 @@ class EvaluationReport:
     """The scores found, and all that decided them.
 
     tasks: by method. scores: by "task: metric, filter" the scores [n] of every method, on the same samples.
+    times: by method the seconds for the samples that were timed, side by side; {} where none were.
     against: the method that the others are compared with. methods: name, settings, whether its exits verify, and
     counts (`sled.eval.harness.cache.RequestCounts`).
     date: when it began; the day that chat templates wrote into prompts, where they do.
@@ -39,6 +41,7 @@ class EvaluationReport:
 
     tasks: Mapping[str, list[TaskResult]]
     scores: Mapping[str, Mapping[str, np.ndarray]]
+    times: Mapping[str, Times]
     against: str
     seed: int
     methods: list[dict[str, Any]]
@@ -85,7 +88,16 @@ class EvaluationReport:
             lines += ["", "## Other metrics", "", table(("method", "metric", "value"), others)]
             if any(value.endswith("*") for *_, value in others):
                 lines += ["", "\\* Of scores some of which are lower bounds of the fusion, and no log-probabilities."]
+        if self.times:
+            lines += ["", "## Time", "", f"The first {self.settings['time_samples']} samples of each task, answered by "
+                      "every method in turn; the fastest round counts.", "", self.timing()]
         return "\n".join([*lines, "", "## Answers", "", self.answers(), ""])
+
+    def timing(self) -> str:
+        """Per method a row: seconds, and their ratio to the baseline's."""
+        base = self.times[self.against].best
+        return table(("method", "seconds", f"x {self.against}"), [
+            (name, f"{times.best:.2f}", f"{times.best / base:.2f}") for name, times in self.times.items()])
 
     def _left_out(self, score: str) -> list[str]:
         """What must be known of a score under methods that leave tokens out."""
@@ -122,6 +134,7 @@ class EvaluationReport:
                 "tasks": {method: [{field.name: getattr(task, field.name) for field in dataclasses.fields(task)
                                     if field.name != "samples"} for task in tasks]
                           for method, tasks in self.tasks.items()},
+                "times": {name: times.seconds for name, times in self.times.items()},
                 "comparisons": {name: comparison.json() for name, comparison in self.comparisons.items()},
                 "pictures": list(self.pictures.values())}
 

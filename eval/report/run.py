@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import importlib.metadata
 import logging
 import os
@@ -12,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
 from sled.errors import EvaluationError
@@ -24,7 +27,9 @@ from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.scores import TaskResult, scores_of
 from sled.lm import LM
 from sled.settings.rules import OrNone, Whole
-from sled.timing import hardware, versions
+from sled.timing import Times, hardware, interleave, versions
+
+ROUNDS = 3  # of timing; the fastest counts
 
 
 def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, against: str | None = None,
@@ -33,7 +38,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
              apply_chat_template: bool = False, system_instruction: str | None = None,
              max_new_tokens: int | None = None, normalise: bool = True, batch_size: int = 16,
              cache: str | os.PathLike | None = None, out: str | os.PathLike | None = None, seed: int = 0,
-             fewshot_seed: int = 1234, progress: bool = True) -> EvaluationReport:
+             fewshot_seed: int = 1234, time_samples: int | None = None, progress: bool = True) -> EvaluationReport:
     """Scores of every method on every task, and how sure the differences from a baseline are.
 
     tasks: names of tasks, groups or tags of the harness, of this library (`sled_demo`) or of `include_path`.
@@ -48,7 +53,9 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     cache: a file that keeps every answer as it is made; the same call, after a kill, goes on from there.
     out: a folder for the report, written at the end; `report.json` comes last, so where it is, all is complete.
     seed: of methods and tasks that draw, of the bootstrap, and of Python's and numpy's random numbers; fewshot_seed: of
-        the choice of examples, by default the harness's own. progress: shows bars and warnings.
+        the choice of examples, by default the harness's own.
+    time_samples: also time all methods side by side, on so many samples of each task, the first, in `ROUNDS` rounds
+        after one that compiles; None: no timing. progress: shows bars and warnings.
 
     Raises EvaluationError, DataError, DownloadError, SettingError: what cannot be run is found before any work, as far
     as it can be known.
@@ -66,6 +73,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     num_fewshot = OrNone(Whole(0, hint="it counts the examples before each question"))("num_fewshot", num_fewshot)
     seed = Whole(0, 2**31, hint="it begins the random streams")("seed", seed)
     fewshot_seed = Whole(0, hint="it chooses the examples")("fewshot_seed", fewshot_seed)
+    time_samples = OrNone(Whole(1, hint="it counts the samples to time"))("time_samples", time_samples)
     with _quiet():
         loaded = load_tasks(names, data=data, include_path=include_path, metadata=metadata, num_fewshot=num_fewshot,
                             seed=seed, fewshot_seed=fewshot_seed)
@@ -96,9 +104,10 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                 system_instruction=system_instruction)
             found[name] = [TaskResult.of(results, task, loaded["tasks"][task]) for task in loaded["tasks"]]
         store.close()
+        times = _times(models, time_samples, progress) if time_samples else {}
     described = next(iter(models.values())).settings()
     report = EvaluationReport(
-        tasks=found, scores=scores_of(found), against=against, seed=seed,
+        tasks=found, scores=scores_of(found), times=times, against=against, seed=seed,
         methods=[{"name": method.name, "settings": method.settings(), "verifies": method.verifies,
                   "counts": dataclasses.asdict(models[method.name].counts)} for method in methods],
         model={"name": lm.name, "layers": lm.config.num_layers,
@@ -107,13 +116,23 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                   "metadata": dict(metadata or {}), "limit": limit, "num_fewshot": num_fewshot,
                   "apply_chat_template": apply_chat_template, "system_instruction": system_instruction,
                   "max_new_tokens": max_new_tokens, "normalise": normalise, "batch_size": batch_size, "seed": seed,
-                  "fewshot_seed": fewshot_seed},
+                  "fewshot_seed": fewshot_seed, "time_samples": time_samples},
         versions={name: importlib.metadata.version(name) for name in ("sled-jax", "lm_eval", "datasets", "tokenizers")}
         | {name: version for name, version in versions().items() if name in ("python", "jax", "flax")},
         hardware=hardware(), date=began.isoformat(timespec="seconds"))
     if out is not None:
         report.write(Path(out))
     return report
+
+
+def _times(models: Mapping[str, SledLM], samples: int, progress: bool) -> dict[str, Times]:
+    """The seconds of every method for the same samples, compiled before."""
+    with tqdm(total=(1 + ROUNDS) * len(models), desc="timing", unit="run", disable=not progress) as bar:
+        for model in models.values():
+            model.answer_again(samples)
+            bar.update()
+        return interleave({name: functools.partial(model.answer_again, samples) for name, model in models.items()},
+                          ROUNDS, bar)
 
 
 def _baseline(methods: list[Method], against: str | None) -> str:

@@ -9,7 +9,9 @@ from sled.decoding.options import FINAL_LAYER
 from sled.eval.methods import Method
 from sled.exits import EarlyExit, SelfSpeculation
 from sled.fusion import SLED, Strategy
+from sled.settings.rules import Several
 
+MEASURES = Several(str, "names of measures", hint="see sled.EarlyExit")
 Layers = int | tuple[int, ...]
 
 
@@ -18,14 +20,15 @@ def no_exit(fusion: Strategy = FINAL_LAYER) -> Method:
     return Method(_under(fusion, "no exit"), fusion=fusion)
 
 
-def early_exits(exits: Sequence[Layers], thresholds: Iterable[float], *, measures: Sequence[str] = ("max_probability",),
-                kv: str = "exact", fusion: Strategy = FINAL_LAYER) -> list[Method]:
+def early_exits(exits: Sequence[Layers], thresholds: Iterable[float], *,
+                measures: str | Sequence[str] = "max_probability", kv: str = "exact",
+                fusion: Strategy = FINAL_LAYER) -> list[Method]:
     """Every threshold, from the highest down, of every measure at every layer or set of layers in `exits`.
 
     measures, kv: as of `sled.EarlyExit`; what is not usual stands in the name. Raises SettingError.
     """
     methods = []
-    for layers, measure in itertools.product(exits, measures):
+    for layers, measure in itertools.product(exits, MEASURES("measures", measures)):
         for threshold in sorted(set(thresholds), reverse=True):
             policy = EarlyExit(layers, threshold, measure=measure, kv=kv)
             by = "" if measure == "max_probability" else f" {measure}"

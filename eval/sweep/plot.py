@@ -189,4 +189,4 @@ def _legend(swept: Swept, base: SweepRow) -> list:
     return [*handles, Line2D([], [], color=INK, marker="*", markersize=14, markeredgecolor="white", linestyle="none",
                              label=base.method),
             Patch(color=BAND, label=f"95% interval of {base.method}"),
-            Line2D([], [], color=GREY, linewidth=6, label="Pareto front")]
+            *[Line2D([], [], color=GREY, linewidth=6, label="Pareto front")] * any(swept.fronts())]

@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class SweepRow:
     lost: share of the questions that the baseline solved and this method did not.
     same_texts, same_tokens: share of the baseline's texts that are the same, token for token, and of its tokens that
         stand at the same place.
-    mean_depth: mean of the layer that a token was emitted after. acceptance: share of the drafts that were accepted.
+    mean_depth: as `Stats` of a result has it. acceptance: share of the drafts that were accepted.
     tokens: the number generated, in all texts. seconds: for all questions in the fastest of the rounds, and in the
         median one; against_seconds, against_median_seconds: the baseline's, in the same rounds.
     relative_speed: against_seconds / seconds: above 1, it answers sooner.
@@ -133,6 +133,11 @@ def too_few(method: str, right: int, n: int, unread: int, delta: float) -> str:
             f"might keep within a loss of {delta:g}")
 
 
+def counted(sequences: Sequence[Any]) -> str:
+    """How many sequences of methods there are, in words."""
+    return f"{len(sequences)} sequence{'s' * (len(sequences) != 1)}"
+
+
 class Choice(NamedTuple):
     """The fastest certified method that is faster than its baseline, or None; and all certified methods."""
 
@@ -189,12 +194,12 @@ class Swept:
                   f"{row.relative_speed:.2f}", f"{row.against_median_seconds / row.median_seconds:.2f}",
                   None if row.method not in tested else "yes" if row.method in passed else "no") for row in self.rows]
         machines = dict.fromkeys(f"{row.machine}; {row.versions}; {row.run[:10]}" for row in self.rows)
-        depth, speed = ("; ".join(row.method for row in front) for front in self.fronts())
         headings = ("method", "accuracy", "95%", "no answer", "lost", "same texts", "same tokens", "mean depth",
                     "acceptance", "tokens", "times as fast", "by medians", "certified")
+        fronts = [f"Not beaten in both accuracy and {what}: {'; '.join(row.method for row in front)}."
+                  for what, front in zip(("mean depth", "speed"), self.fronts(), strict=True) if front]
         return "\n\n".join(["# Sweep", f"{self.what}; {'; '.join(machines)}.", table(headings, cells), self.verdict(),
-                            f"Not beaten in both accuracy and mean depth: {depth}.",
-                            f"Not beaten in both accuracy and speed: {speed}.", *self._notes()])
+                            *fronts, *self._notes()])
 
     def verdict(self) -> str:
         """The choice in words."""
@@ -208,7 +213,7 @@ class Swept:
                     "model solves, in a form that it knows (solved examples, a chat template, another rule that finds "
                     "its answers). How far texts change is bounded by sled.calibrate, which needs no answers.")
         found = (f"With {100 * (1 - self.epsilon):.6g}% confidence over the draw of the {n} questions, each of the "
-                 f"{len(passed)} certified methods, of {count} tested in {len(self.sequences)} sequences, has an "
+                 f"{len(passed)} certified methods, of {count} tested in {counted(self.sequences)}, has an "
                  f"expected loss of at most {self.delta:g}: of further such questions, that share at most is solved "
                  f"without the exits and lost with them. {base.method} solves {base.accuracy:.3g} of these.")
         if not passed:
@@ -239,7 +244,10 @@ class Swept:
         return [row for row in self.rows if not row.verifies]
 
     def fronts(self) -> tuple[list[SweepRow], list[SweepRow]]:
-        """Rows that no other row beats in accuracy and mean depth, and in accuracy and `speed`."""
+        """Rows that no other row beats in accuracy and mean depth, and in accuracy and `speed`; none where no row
+        solves enough to be compared by it."""
+        if not any(can_lose(row.accuracy, row.n, self.delta, self.epsilon) for row in self.rows):
+            return [], []
         shallow, accuracy = self.by_depth(), lambda rows: [row.accuracy for row in rows]
         return ([shallow[i] for i in pareto([-row.mean_depth for row in shallow], accuracy(shallow))],
                 [self.rows[i] for i in pareto([self.speed(row) for row in self.rows], accuracy(self.rows))])
@@ -249,8 +257,8 @@ class Swept:
         notes = [
             "no answer: texts in which none could be read; they count as wrong. lost: share of the questions that "
             f"{' or '.join(against)} solves and the method does not. same texts, same tokens: share of its texts that "
-            "are the same, and of its tokens at the same place. mean depth: of the layer that a token was emitted "
-            f"after, of {self.num_layers}; verified drafts went through all of them. tokens: mean length of an answer. "
+            "are the same, and of its tokens at the same place. mean depth: of the layer whose choice a token is, "
+            f"of {self.num_layers}; of an accepted draft, the one that drafted it. tokens: mean length of an answer. "
             "times as fast: its seconds over the method's, for all questions, fastest round of each, timed in the same "
             "rounds. A method whose answers are longer is slower at the same speed per token, and one whose answers "
             "break off is faster. by medians: the same of the median rounds; as far as the two differ, speed is noise."]

@@ -27,7 +27,7 @@ from sled.eval.questions import Questions
 from sled.eval.sweep.grid import no_exit
 from sled.eval.sweep.measure import Answered, Point, measure
 from sled.eval.sweep.plot import draw_sweep
-from sled.eval.sweep.result import SweepFile, Swept, too_few
+from sled.eval.sweep.result import SweepFile, Swept, counted, too_few
 from sled.io import json_digest, replace_text, shorten, writable_folder, written_whole
 from sled.lm import LM
 from sled.settings.describe import describe
@@ -79,7 +79,7 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     if programs:
         if sequences and (few := fewest_losses(delta, epsilon / len(sequences))) > len(questions.prompts):
             warnings.warn(f"{len(questions.prompts)} questions certify nothing: even without any loss it takes "
-                          f"{few:.0f} at delta {delta:g} and epsilon {epsilon:g}, with {len(sequences)} sequences of "
+                          f"{few:.0f} at delta {delta:g} and epsilon {epsilon:g}, with {counted(sequences)} of "
                           "methods; the sweep measures, and chooses nothing", EvaluationWarning, stacklevel=2)
         solve = lambda point: lm.decode(  # noqa: E731
             asked, point.method.decoding.replace(max_new_tokens=max_new_tokens, stop=given["stop"]),

@@ -18,6 +18,8 @@ from sled.models.config import MOST, MOST_LAYERS, DecoderConfig, LinearScaling, 
 
 REQUIRED = object()
 FLOAT32_MAX = 3.4028235e38
+MOST_IDS = 1000  # that end a text; published files have up to ten
+ROPE_WIDE = 1e12  # of the numbers of rotary positions; published ones go from 1 to 1e8
 
 # Fields that transformers knows, and that change neither weights nor logits of these decoders: of training, of sampling
 # (ours comes from the caller), of what a forward pass returns, of who wrote the file and how, of other kinds of models.
@@ -121,9 +123,9 @@ class Fields:
             return default
         value = self._left.pop(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(not isinstance(i, int) or isinstance(i, bool) or abs(i) > MOST for i in ids):
-            raise self._refused(name, value, f"it must be a token id, at most {MOST:,}, or a list of them; correct the "
-                                             "file")
+        if len(ids) > MOST_IDS or any(not isinstance(i, int) or isinstance(i, bool) or abs(i) > MOST for i in ids):
+            raise self._refused(name, value, f"it must be a token id, at most {MOST:,}, or a list of them, of up to "
+                                             f"{MOST_IDS:,}; correct the file")
         self.passed_over += [f"{name} {i} (the vocabulary has {vocabulary})" for i in ids if i >= vocabulary]
         return tuple(i for i in ids if 0 <= i < vocabulary)
 
@@ -306,6 +308,7 @@ def check_layer_kinds(f: Fields, windows: tuple[int | None, ...], why: str) -> N
 
 def _positive(f: Fields, name: str, default=REQUIRED) -> float:
     value = f.take(name, float, default)
-    if not value > 0:
-        raise ConfigError(f"{f.source}: '{name}' is {value!r}, but it must be above 0; correct the file")
+    if not 1 / ROPE_WIDE <= value <= ROPE_WIDE:  # of 0, infinity or near them, angles are no numbers in float32
+        raise ConfigError(f"{f.source}: '{name}' is {value!r}, but it must be above 0, and from {1 / ROPE_WIDE:g} to "
+                          f"{ROPE_WIDE:g}; correct the file")
     return float(value)

@@ -55,7 +55,10 @@ class SpeculationRow:
 
 @dataclasses.dataclass
 class EarlyExitRow:
-    """Early exit with one setting, in batches. A ratio above 1 says that this setting is faster."""
+    """Early exit with one setting, in batches. A ratio above 1 says that this setting is faster.
+
+    same_answers: share of the answers that can be read in the full model's texts; None where it gives none.
+    """
 
     batch: int = column("batch")
     kv: str = column("K/V")
@@ -68,7 +71,7 @@ class EarlyExitRow:
     depth: float = column("mean depth")
     held: int = column("rounds held")
     same_tokens: float = column("tokens as full model")
-    same_answers: float = column("answers as full model")
+    same_answers: float | None = column("answers as full model")
     no_exit_over_this: float = column("no exit / this")
     lockstep_over_this: float | None = column("lockstep / this")
 
@@ -180,13 +183,14 @@ def early_exit_rows(lm, ways: dict[tuple, Way], rounds: int, bar: tqdm) -> list[
     measured = measure(ways, rounds, bar)
     full = measured[NO_EXIT]
     answers = lambda measured: [final_answer(lm.text.decode(row)) for row in measured.first.tokens]  # noqa: E731
-    rows = []
+    rows, known = [], answers(full)
     for (kv, schedule, threshold), this in measured.items():
         lockstep = measured.get((kv, "lockstep", threshold))
+        same = [a == b for a, b in zip(answers(this), known, strict=True) if b is not None]
         rows.append(EarlyExitRow(
             batch=BATCH, kv=kv, schedule=schedule, threshold=threshold, **this.speeds(), depth=this.first.mean_depth,
             held=this.first.held, same_tokens=same_tokens(this.first.tokens, full.first.tokens),
-            same_answers=fmean(a == b for a, b in zip(answers(this), answers(full), strict=True)),
+            same_answers=fmean(same) if same else None,
             no_exit_over_this=full.times.best / this.times.best,
             lockstep_over_this=lockstep and lockstep.times.best / this.times.best))
     return rows

@@ -26,7 +26,7 @@ from sled.errors import SettingError
 from sled.eval.numbers import exact_match
 from sled.lm import LM
 from sled.plots import writable_picture
-from sled.settings.rules import Whole
+from sled.settings.rules import Several, Whole
 
 ROWS = 32  # texts read at once
 MODELS = 4  # side by side in a picture
@@ -44,15 +44,16 @@ class LayerRow:
     solved: float = column("solved, all tokens leaving here", decimals=3)
 
 
-def run_layers_bench(model: Sequence[str], *, problems: int = 200, picture: Path | None = None) -> BenchReport:
+def run_layers_bench(model: str | Sequence[str], *, problems: int = 200, picture: Path | None = None) -> BenchReport:
     """Measures every layer of every model on `problems` held-out problems; draws them into `picture`, if given.
 
     model: 1 to 4 of them, as for `sled.load`; those that were trained on the bundled word problems solve some. Raises
     SettingError for another number of them, and what loading raises.
     """
     problems = Whole(1, hint="it counts the problems")("problems", problems)
+    model = Several((str, Path), "models", hint="demo is the bundled one")("model", model)
     if not 1 <= len(model) <= MODELS or len(set(model)) < len(model):
-        raise SettingError(f"model is {list(model)}, but must be 1 to {MODELS} different ones, such as demo")
+        raise SettingError(f"model is {model}, but must be 1 to {MODELS} different ones, such as demo")
     if picture:
         writable_picture("--picture", picture)
     loaded = {str(name): sled.load(name, dtype="float32") for name in model}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from sled.plots import STYLES, grid, new_figure, save_figure
+from sled.plots import INK, STYLES, grid, new_figure, save_figure
 
 KV_DASHES = {"exact": "-", "propagate": "--"}
 DASHES = ("-", "--", "-.", ":")
@@ -38,7 +40,7 @@ def draw_exits(rows, path: Path) -> Path:
         colour, marker = styles[schedule]
         speed.plot(places, [row.tokens_per_second for row in line], KV_DASHES[kv], color=colour, marker=marker,
                    markersize=5, label=f"{schedule}, {kv} K/V")
-        if schedule == "lockstep":  # neither text nor depth depends on the schedule
+        if schedule == "lockstep":  # neither text nor depth depends on the schedule, in float32
             agreement.plot(places, [row.same_tokens for row in line], KV_DASHES[kv], color="#D55E00", marker="o",
                            label=f"share of tokens, {kv} K/V")
             depth.plot(places, [row.depth for row in line], KV_DASHES[kv], color="#0072B2", marker="s", markersize=4,
@@ -85,4 +87,28 @@ def draw_layers(rows: Sequence, path: Path) -> Path:
             axes.set_ylabel(unit)
             axes.set_yscale("log")
     figure.axes[0].legend(frameon=False)
+    return save_figure(figure, path)
+
+
+def draw_exactness(usual, differences: Sequence, dtype: str, path: Path) -> Path:
+    """Where texts first differ, on the scale of how far apart the two best tokens usually are: the share of tokens
+    with a gap up to each, and a mark for each first difference.
+
+    usual: gaps between the two best logits, of every token of plain decoding; differences: `DifferenceRow`s.
+    """
+    figure = new_figure(8, 4)
+    axes = figure.subplots()
+    gaps, ways = np.sort(usual), list(dict.fromkeys(row.way for row in differences))
+    axes.plot(gaps, np.arange(1, len(gaps) + 1) / len(gaps), color=INK, drawstyle="steps-post",
+              label="all tokens of plain decoding")
+    for way, (colour, marker) in zip(ways, itertools.cycle(STYLES)):
+        own = [row.gap for row in differences if row.way == way]
+        axes.plot(own, np.searchsorted(gaps, own, "right") / len(gaps), marker, color=colour, markersize=7, label=way)
+    axes.set_xscale("symlog", linthresh=0.01)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("gap between the two logits")
+    axes.set_title(f"First differences from plain decoding in {dtype}: where the best tokens nearly tie", fontsize=11)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    grid(axes)
     return save_figure(figure, path)

@@ -22,7 +22,7 @@ class Trial:
     """One way to decode the prompts.
 
     seconds: of the fastest round, compilation not included; median: of the median round.
-    mean_depth: mean over the new tokens of the layer that emitted them.
+    mean_depth: as `Stats` of a result has it.
     same_texts: share of the prompts whose tokens are all as without early exit.
     """
 

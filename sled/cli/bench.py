@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -124,4 +124,32 @@ class Layers(Measurement):
     """Also draw the layers into this file (.png, .svg or .pdf)."""
 
 
-BENCHES = {kind.__name__.lower(): kind for kind in (Fusion, Decode, Exits, Engine, Layers, Loss)}
+@dataclasses.dataclass(frozen=True)
+class Exactness(Measurement):
+    """The share of texts that batches, streams, the engine, early exit at threshold 1 and self-speculation leave equal.
+
+    sled bench exactness --model HuggingFaceTB/SmolLM2-135M-Instruct --dtype bfloat16
+
+    In float32 they all give plain decoding's tokens; in a narrower type rounding decides near ties. A table of shares,
+    and of the gap between the two logits at the first difference of each text. A few minutes; no timing.
+    """
+
+    model: str = "demo"
+    """"demo" (bundled), a Hugging Face folder, or a hub id; with a tokenizer."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Type of the weights."""
+    texts: int = 16
+    """Held-out word problems."""
+    new_tokens: int = 64
+    """Tokens per text at most."""
+    batch: int = 4
+    """Texts decoded together."""
+    exit_layer: Annotated[int | None, left_out("a quarter of the layers", metavar="LAYER")] = None
+    """After which layer drafts are made."""
+    draft: int = 6
+    """Tokens drafted before they are verified."""
+    picture: Path | None = None
+    """Also draw the gaps into this file (.png, .svg or .pdf)."""
+
+
+BENCHES = {kind.__name__.lower(): kind for kind in (Fusion, Decode, Exits, Engine, Layers, Exactness, Loss)}

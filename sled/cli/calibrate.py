@@ -63,8 +63,8 @@ class Calibrate(derive("Exits", *EXITS)):
     loss: Literal["rouge", "exact"] = "rouge"
     """The distance of a text from the full model's, 0 to 1.
     rouge: 1 - ROUGE-L, the share of tokens that differ or moved. exact: 1 where anything differs, else 0."""
-    grid: tuple[float, ...] | None = None
-    """Thresholds to try, descending, 0 to 1. By default 18 of them, from 0.999 to 0.1."""
+    grid: Annotated[tuple[float, ...] | None, left_out("18 of them, from 0.999 to 0.1")] = None
+    """Thresholds to try, descending, 0 to 1."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)

@@ -23,7 +23,9 @@ from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
 from sled.cli.tune import Tune
+from sled.decoding.memory import LOWER, is_shortage
 from sled.errors import SledError, SledWarning
+from sled.io import disk_failure, first_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,20 @@ def run(words: Sequence[str]) -> int:
     except SledError as error:
         print(f"sled: {type(error).__name__}: {in_options(str(error), kind, words)}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if (said := _of_the_machine(error)) is None:
+            raise
+        print(f"sled: {said}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _of_the_machine(error: Exception) -> str | None:
+    """What to say of an error that is no fault of this program, wherever it came from: a full disk, too little memory.
+    """
+    if why := disk_failure(error):
+        return f"a file cannot be written ({why}); make room, or name a place on another disk"
+    return f"there was too little memory ({first_line(error)}); {LOWER}" if is_shortage(error) else None
 
 
 def _chosen(words: Sequence[str]) -> tuple[str, type | None, Sequence[str]]:

@@ -49,10 +49,12 @@ def derive(name: str, *fields: tuple[str, Any, Any]) -> type:
     return dataclasses.make_dataclass(name, fields, frozen=True)
 
 
-def choice(name: str, of: Collection[str], *, default: str | None, help: str) -> tuple[str, Any, Any]:
-    """The option that chooses among classes by name."""
+def choice(name: str, of: Collection[str], *, default: str | None, help: str,
+           hint: str | None = None) -> tuple[str, Any, Any]:
+    """The option that chooses among classes by name. hint: its default in words, where None is one."""
     words = Literal[tuple(dict.fromkeys([*filter(None, [default]), *of]))]
-    return name, Annotated[words if default else words | None, tyro.conf.arg(help=help)], default
+    return name, Annotated[words if default else words | None, tyro.conf.arg(
+        help=help, help_behavior_hint=hint)], default
 
 
 def settings_of(of: Offer) -> list[tuple[str, Any, Any]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +14,7 @@ import tyro
 from sled.cli.derived import arguments, derive, explained, given, settings_by_choice
 from sled.cli.exit_options import ExitOptions
 from sled.cli.line import dashed, parse
-from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, named_value
+from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, left_out, named_value
 from sled.errors import EvaluationError, SettingError
 from sled.fusion import FUSIONS
 from sled.io import writable
@@ -81,27 +83,28 @@ class Eval:
     """Metadata for the tasks, NAME=VALUE, such as problems=200 for sled_demo."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sled-eval")
     """Folder for report.json, report.md, samples.jsonl and pictures; report.json comes last."""
-    cache: Path | None = None
-    """Keep answers in this file. By default answers.sqlite in the folder of --out.
-    One file may serve many evaluations: answers of other models, methods or settings are never mixed up."""
-    limit: int | None = None
+    cache: Annotated[Path | None, left_out("answers.sqlite in the folder of --out")] = None
+    """Keep answers in this file. One file may serve many evaluations: answers of other models, methods or settings are
+    never mixed up."""
+    limit: Annotated[int | None, left_out("all")] = None
     """Only so many samples of each task, the first."""
-    num_fewshot: int | None = None
-    """Examples before each question; by default as the task says.
-    A task that says 0, such as sled_demo, keeps to it."""
+    num_fewshot: Annotated[int | None, left_out("as the task says")] = None
+    """Examples before each question. A task that says 0, such as sled_demo, keeps to it."""
     fewshot_seed: int = 1234
     """Chooses the examples; 1234 is the harness's own."""
     apply_chat_template: bool = False
     """Put prompts into the model's chat template."""
     system_instruction: str | None = None
     """Say this before all else."""
-    max_new_tokens: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
-    """The most tokens for an answer; by default what the task says, or 256."""
+    max_new_tokens: Annotated[int | None, left_out("what the task says, or 256", "-n")] = None
+    """The most tokens for an answer."""
     raw_scores: bool = False
     """Sum what the fusion gives as it is, logits for the last layer alone, in place of log-probabilities.
     SLED's published TruthfulQA figures are such sums."""
     batch_size: int = 16
     """Prompts decoded, and continuations scored, together."""
+    time_samples: Annotated[int | None, left_out("no timing")] = None
+    """Also time all methods side by side on so many samples of each task; the report has ratios to the baseline."""
     compare: bool = True
     """Compare with the baselines; --no-compare scores what was chosen alone."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
@@ -120,7 +123,8 @@ class Eval:
         from sled.eval.report.report import report_folder
         from sled.eval.report.run import evaluate
 
-        fusions = [(self._name(each), each.strategy()) for each in self.fusion_options.each()]
+        chosen = self.fusion_options.each()
+        fusions = list(zip(self._names(chosen), [each.strategy() for each in chosen], strict=True))
         settings = self.exit_options.settings()
         self.sampling_options.check()
         metadata = dict(named_value("--metadata", each) for each in self.metadata)
@@ -136,16 +140,21 @@ class Eval:
         print(report.markdown())
         print(f"written to {self.out}", file=sys.stderr)
 
-    def _name(self, fusion_options: FusionOptions) -> str:
-        """A method by the options that were given for it."""
-        chosen = {**given(fusion_options), **given(self.exit_options), **given(self.sampling_options)}
-        chosen.pop("seed", None)
-        if not chosen:
-            return "greedy"
-        fusion = fusion_options.fusion
-        parts = [{"final": "final layer", "clamp": "clamp only"}.get(fusion, OFFERS[fusion].kind.__name__)]
-        parts += [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in chosen.items() if name != "fusion"]
-        return ", ".join(parts)
+    def _names(self, fusions: Sequence[FusionOptions]) -> list[str]:
+        """Every method by the options that were given for it; what all of one fusion share is left out."""
+        others = {**given(self.exit_options), **given(self.sampling_options)}
+        others.pop("seed", None)
+        names = []
+        for each in fusions:
+            rivals = [given(other) for other in fusions if other.fusion == each.fusion and other is not each]
+            own = {name: value for name, value in given(each).items() if name != "fusion" and not (
+                rivals and all(other.get(name) == value for other in rivals))}
+            chosen = {**own, **others}
+            kind = {"final": "final layer" if chosen else "greedy", "clamp": "clamp only"}.get(
+                each.fusion, OFFERS[each.fusion].kind.__name__)
+            names.append(", ".join([kind, *(f"{name.replace('_', ' ')} {_shown(value)}"
+                                            for name, value in chosen.items())]))
+        return names
 
 
 def _need_harness() -> None:
@@ -157,5 +166,9 @@ def _need_harness() -> None:
 
 
 def _shown(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if isinstance(value, float) else str(
-        value)
+    """A setting's value in a few words; of layers at equal steps the first two and the last."""
+    if isinstance(value, tuple):
+        steps = {later - earlier for earlier, later in itertools.pairwise(value) if isinstance(later, int)}
+        listed = (*value[:2], "..", value[-1]) if len(steps) == 1 and len(value) > 4 else value
+        return " ".join(map(str, listed))
+    return f"{value:g}" if isinstance(value, float) else str(value)

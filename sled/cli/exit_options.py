@@ -15,8 +15,9 @@ OFFERS, SCHEDULE_OFFERS = offers(POLICIES), offers(SCHEDULES)
 def schedule_options(usual: str) -> tuple[tuple[str, Any, Any], ...]:
     """The choice of a schedule, and its settings. usual: which one it is where it is left out, in words."""
     return (choice("schedule", SCHEDULES, default=None, help=(
-        "When deeper layers run for prompts decoded together. It changes the time, never the text.\n"
-        f"Left out: {usual}.\n{explained(SCHEDULES)}")), *settings_by_choice(SCHEDULE_OFFERS))
+        "When deeper layers run for prompts decoded together. It changes the time, not the text "
+        "(in bfloat16: but for near ties).\n"
+        f"{explained(SCHEDULES)}"), hint=f"(default: {usual})"), *settings_by_choice(SCHEDULE_OFFERS))
 
 
 SCHEDULE = schedule_options("lockstep for speculate, else immediate")

@@ -12,7 +12,7 @@ import tyro
 import sled
 from sled.cli.derived import arguments, dashed, given, refuse_others
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import FusionOptions
+from sled.cli.options import FusionOptions, left_out
 from sled.errors import SettingError
 
 OF_HF = {"heads", "license", "base", "margin", "calibration", "push", "private"}
@@ -45,17 +45,18 @@ class Export:
     """Folder to write: a new one, or an earlier export."""
     form: Literal["hf", "orbax", "program"] = "hf"
     """The form to write: hf, a Hugging Face folder; orbax, a checkpoint; program, a compiled function."""
-    step: int | None = None
-    """Of a run: which checkpoint; the latest by default."""
-    revision: str | None = None
+    step: Annotated[int | None, left_out("the latest")] = None
+    """Of a run: which checkpoint."""
+    revision: Annotated[str | None, left_out("the newest")] = None
     """Of a hub id: branch, tag or commit."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Type of the written weights; by default the stored one, and float32 of a run."""
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None,
+                     left_out("the stored one; of a run float32")] = None
+    """Type of the written weights."""
     heads: Literal["drop", "beside"] | None = None
     """hf: what becomes of exit heads, which transformers does not have. drop: they are left behind.
     beside: in files that only sled reads. Without it a model with exit heads is refused."""
-    license: str | None = None
-    """hf: license for the model card, such as apache-2.0; unknown by default."""
+    license: Annotated[str | None, left_out("unknown")] = None
+    """hf: license for the model card, such as apache-2.0."""
     base: str | None = None
     """hf: hub id of the model that this one was trained from, for the card."""
     margin: float = 0.02

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, unescape
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, left_out, unescape
 from sled.errors import SettingError
 from sled.io import writable
 from sled.plots import writable_picture
@@ -38,8 +38,8 @@ class Lens:
     """Also draw it into this file (.png, .svg or .pdf)."""
     html: Path | None = None
     """Also write it into this file, as a page for a browser: details of every cell, early exits at any threshold."""
-    last: int | None = None
-    """Show the last so many positions of the text: by default 12, on the page all that it holds."""
+    last: Annotated[int | None, left_out("12; on the page all that it holds")] = None
+    """Show the last so many positions of the text."""
 
     def run(self) -> None:
         from sled.lens import page, picture

@@ -65,7 +65,8 @@ def parse(command: type, prog: str, words: Sequence[str]):
             command.__annotations__[field] = Annotated[kind, tyro.conf.arg(name=field.removesuffix("_options"))]
     with REGISTRY:
         return tyro.cli(command, prog=prog, description=description(command), args=ordered(command, words),
-                        config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone))
+                        config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone,
+                                tyro.conf.PositionalMetavarFromFieldName))
 
 
 def ordered(command: type, words: Sequence[str]) -> list[str]:

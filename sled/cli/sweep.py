@@ -10,9 +10,10 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import arguments, given, option_help, option_type
+from sled.cli.derived import arguments, given, option_help, option_type, sets
 from sled.cli.line import Sets, dashed
 from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, Stop, left_out, unescape
+from sled.cli.values import Layer, LayerSet
 from sled.errors import PromptError, SettingError
 from sled.eval.extraction import RULES
 
@@ -44,8 +45,8 @@ class Sweep:
 
     output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sweep")
     """Folder for sweep.csv, sweep.md and sweep.png."""
-    problems: int | None = None
-    """The number of questions to ask; left out, 160 of the demo model's held-out problems, or all of --data."""
+    problems: Annotated[int | None, left_out("all of --data, or 160 held-out problems of the demo model")] = None
+    """The number of questions to ask."""
     data: str | None = None
     """Questions of your own: a file of JSON lines, or what else sled train reads."""
     prompt: str | None = None
@@ -61,18 +62,19 @@ class Sweep:
     extract: Annotated[Literal[tuple(RULES)], tyro.conf.arg(help=EXTRACT_HELP)] = next(iter(RULES))
     stop: Annotated[Stop, left_out("what a next question begins with, which a model may invent: the words of --prompt "
                                    "before its first column, such as Question:")] = ()
-    exit_layers: tuple[str, ...] | None = None
-    """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4.
-    Left out: an eighth, a quarter, half and three quarters of the layers."""
-    thresholds: tuple[float, ...] = (0.98, 0.9, 0.8, 0.7, 0.5)
-    """Early exit: the confidence that an exit must have. None behind the option: no early exit in the sweep."""
+    exit_layers: Annotated[tuple[LayerSet, ...] | None, sets(sled.EarlyExit, "layers"),
+                           left_out("an eighth, a quarter, half and three quarters of the layers")] = None
+    """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4."""
+    thresholds: Annotated[tuple[float, ...], sets(sled.EarlyExit, "threshold")] = (0.98, 0.9, 0.8, 0.7, 0.5)
+    """Early exit: how sure an exit must be. Nothing behind the option: no early exit in the sweep."""
     measures: tuple[Measure, ...] = (sled.EarlyExit.measure,)
     """Early exit: the measure of confidence."""
     kv: KV = sled.EarlyExit.kv
-    draft_layers: tuple[int, ...] | None = None
-    """Self-speculation: after which layers to draft. Left out: as for --exit-layers."""
-    drafts: tuple[int, ...] = (2, 4, 6, 8)
-    """Self-speculation: how many tokens to draft. None behind the option: no self-speculation in the sweep."""
+    draft_layers: Annotated[tuple[Layer, ...] | None, sets(sled.SelfSpeculation, "layer"),
+                            left_out("as for --exit-layers")] = None
+    """Self-speculation: after which layer to draft, each a setting."""
+    drafts: Annotated[tuple[int, ...], sets(sled.SelfSpeculation, "draft")] = (2, 4, 6, 8)
+    """Self-speculation: how many tokens to draft. Nothing behind the option: no self-speculation in the sweep."""
     rates: tuple[float, ...] = ()
     """SLED without exits, against plain greedy decoding: evolution rates."""
     scales: tuple[int, ...] = ()
@@ -95,7 +97,7 @@ class Sweep:
         from sled.eval.sweep import grid
         from sled.eval.sweep.sweep import sweep, sweep_folder
 
-        fusion, layer_sets = self.fusion_options.strategy(), self._layer_sets()
+        fusion = self.fusion_options.strategy()
         if bool(self.rates) != bool(self.scales):
             raise SettingError("--rates and --scales go together: SLED is swept over both; give both, or neither")
         self._refuse_idle()
@@ -105,7 +107,7 @@ class Sweep:
         lm = self.model_options.load()
         self.chat_options.hint(lm)
         usual = grid.usual_layers(lm.config.num_layers)
-        methods = [*grid.early_exits(layer_sets or usual, self.thresholds, measures=self.measures, kv=self.kv,
+        methods = [*grid.early_exits(self.exit_layers or usual, self.thresholds, measures=self.measures, kv=self.kv,
                                      fusion=fusion),
                    *grid.self_speculation(self.draft_layers or usual, self.drafts, fusion=fusion),
                    *grid.sled_settings(self.rates, self.scales)]
@@ -126,13 +128,6 @@ class Sweep:
             if there and not used:
                 raise SettingError(f"{option} has no meaning without {needs}, which were left empty; leave it out, or "
                                    f"give {needs}")
-
-    def _layer_sets(self) -> list[tuple[int, ...]] | None:
-        try:
-            return self.exit_layers and [tuple(map(int, each.split(","))) for each in self.exit_layers]
-        except ValueError:
-            raise SettingError(f"--exit-layers is {' '.join(self.exit_layers)!r}, but must be layers, or layers joined "
-                               "by commas, such as 2 4 2,4") from None
 
     def _questions(self):
         from sled.eval.questions import demo_questions, read_questions

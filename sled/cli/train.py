@@ -27,7 +27,7 @@ PROCESSES = offer(Processes)
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "too_long", "prompt_weight")))):
-    """The data to train on. --text, or --prompt with --completion, or --tokens names the columns."""
+    """The data to train on. --text, --messages, --tokens, or --prompt with --completion names the columns."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-d"])] = ()
     """"demo" (endless word problems), files (.jsonl, .json, .csv, .parquet, .arrow, .txt), a folder, or a
@@ -40,14 +40,17 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
     """Column of prompts, or a template such as "Question: {question} Answer:"; not learnt."""
     completion: str | None = None
     """Column or template of what follows the prompt; learnt."""
+    messages: str | None = None
+    """Column of conversations, lists of messages with role and content, for the model's chat template. The assistant's
+    answers are learnt, the token that ends each among them."""
     tokens: str | None = None
     """Column of token ids."""
     split: str = "train"
     """Split of a hub data set."""
     subset: str | None = None
     """Subset (configuration) of a hub data set."""
-    limit: int | None = None
-    """Read at most this many examples (demo: 20,000)."""
+    limit: Annotated[int | None, left_out("all; of demo 20,000")] = None
+    """Read at most this many examples."""
 
     def sources(self):
         """The data, and what is measured on or None. Raises SettingError."""
@@ -68,10 +71,10 @@ class NewModelOptions(derive("NewModelFields", *overrides(
         NewModel, "layers", "width", "heads", "kv_heads", "mlp_width", "positions", "vocabulary"))):
     """A model that begins at random, for --model new: Llama-shaped."""
 
-    tokenizer: Path | None = None
-    """Take this folder's tokenizer instead of one made from the data."""
-    end_of_text: str | None = None
-    """Its token that ends a text (<|endoftext|>)."""
+    tokenizer: Annotated[Path | None, left_out("one made from the data")] = None
+    """Take this folder's tokenizer."""
+    end_of_text: Annotated[str | None, left_out("<|endoftext|>")] = None
+    """Its token that ends a text."""
 
 
 _RECIPE = tyro.conf.arg(aliases=["-r"], help="""plain: no early exit learns. finetune, continue, pretrain: LayerSkip's

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from sled.decoding import loop, state
+from sled.decoding.memory import naming_shortage, refuse_too_large
 from sled.decoding.network import Build
 from sled.decoding.options import Decoding
 from sled.decoding.state import bucket
@@ -22,6 +23,29 @@ from sled.settings.per_row import stack_rows
 
 HEADROOM = 256  # new positions allocated at first: attention costs by the slot, growing costs a compilation
 NO_LIMIT = np.int32(2**31 - 1)
+
+
+class Emitted(NamedTuple):
+    """What a row has emitted: its new tokens, an ending one included, and how each came about.
+
+    exit_layers: the layer whose choice each token is; of an accepted draft, the layer that drafted it.
+    accepted: whether it is an accepted draft.
+    drafts: how many drafts were verified as the block that begins with this token; -1 where none begins.
+    """
+
+    tokens: list[int]
+    exit_layers: list[int]
+    accepted: list[bool]
+    drafts: list[int]
+
+    @property
+    def blocks(self) -> list[int]:
+        """How many drafts were verified in each block."""
+        return [drafts for drafts in self.drafts if drafts >= 0]
+
+    def first(self, count: int) -> Emitted:
+        """Of the first `count` tokens alone."""
+        return Emitted(*(of_each[:count] for of_each in self))
 
 
 class Batch:
@@ -43,17 +67,18 @@ class Batch:
         self.active[rows] = False
         self._state = state.set_active(self._state, self.active)
 
-    def new_tokens(self, row: int) -> list[int]:
-        """Tokens made so far for a row, an ending token included."""
-        return self._text.tokens_BS[row, self._new(row)].tolist()
-
-    def exit_layers(self, row: int) -> list[int]:
-        """The layer that chose each of `new_tokens`."""
-        return [self._plan.exits[e] for e in self._text.exit_BS[row, self._new(row)].tolist()]
+    def emitted(self, row: int) -> Emitted:
+        """What a row has emitted so far."""
+        new = slice(self._text.prompt_B[row], self.lengths[row])
+        tokens, exits, drafts = (of_row[row, new].tolist() for of_row in (
+            self._text.tokens_BS, self._text.exit_BS, self._text.drafts_BS))
+        verifies, last = self._decoding.exits.verifies, self._plan.last_exit
+        return Emitted(tokens, [self._plan.exits[e] for e in exits], [verifies and e < last for e in exits], drafts)
 
     @property
-    def tally(self) -> state.Tally:
-        return self._state.tally
+    def held(self) -> int:
+        """Steps in which a row stood still, over all rows."""
+        return int(np.sum(self._state.progress.held_B))
 
     def arguments(self, pause_len_B, *, max_steps=NO_LIMIT, min_active: int = 1) -> dict[str, Any]:
         """The arguments of `loop.decode`, by name."""
@@ -63,10 +88,12 @@ class Batch:
                     pause_len_B=pause_len_B.astype(np.int32), max_steps=np.int32(max_steps),
                     min_active=np.int32(min_active))
 
+    @naming_shortage("the prompts of a batch")
     def _start(self, prompts, limits, seeds, capacity: int) -> state.DecodeState:
         return state.start(self._build, self._params, prompts, limits, seeds, capacity=capacity, plan=self._plan,
                            memory=self._decoding.exits.initial_memory(len(prompts)))
 
+    @naming_shortage("decoding a batch")
     def _decode(self, pause_len_B, **named) -> None:
         self._state = loop.decode(**self.arguments(pause_len_B, **named))
         self._fetch()
@@ -78,9 +105,6 @@ class Batch:
         if self._decoding.exits.verifies:
             self.lengths = np.asarray(self._state.progress.complete_B) + 1
         self.active = self._text.active_B.copy()  # `stop` writes to it
-
-    def _new(self, row: int) -> slice:
-        return slice(self._text.prompt_B[row], self.lengths[row])
 
 
 class Generation(Batch):
@@ -105,15 +129,26 @@ class Generation(Batch):
         self.decode_seconds = 0.0
 
     def advance(self, count: int | None = None) -> None:
-        """Up to `count` more tokens per active row, or all that are left."""
+        """`count` more tokens per active row, as far as so many are left, or all that are.
+
+        Where drafts are verified, a row may get some more: no block of drafts is cut.
+        """
         begun = time.perf_counter()
         most = int(self._ends.max())  # `count` may be more than an int32 holds
         goal_B = self._ends if count is None else np.minimum(self._ends, self.lengths + min(count, most))
         while (self.active & (self.lengths < goal_B)).any():
-            if (self.active & (self.lengths == self._state.capacity)).any():
-                self._state = state.grow(self._state, capacity=bucket(self._state.capacity + 1))
-            self._decode(np.minimum(goal_B, self._state.capacity))
+            capacity = self._state.capacity
+            while (self.active & (self.lengths >= self._room_B(capacity))).any():
+                capacity = bucket(capacity + 1)
+            if capacity > self._state.capacity:
+                self._state = state.grow(self._state, capacity=capacity)
+            self._decode(np.minimum(goal_B, self._room_B(capacity)))
         self.decode_seconds += time.perf_counter() - begun
+
+    def _room_B(self, capacity: int) -> np.ndarray:
+        """The known tokens up to which rows can go in so many positions, with room for drafts that follow them."""
+        drafts = self._plan.window - 1 if self._decoding.exits.verifies else 0
+        return np.where(self._ends <= capacity, self._ends, capacity - drafts)
 
 
 class Entry(NamedTuple):
@@ -138,6 +173,7 @@ class Slots(Batch):
     def __init__(self, build: Build, params: Any, decoding: Decoding, *, slots: int, capacity: int,
                  stop_ids: tuple[int, ...]):
         super().__init__(build, params, decoding, stop_ids=stop_ids)
+        refuse_too_large(build, self._plan.window, len(self._plan.buffered_layers), rows=slots, capacity=capacity)
         self._like, self.capacity = decoding, capacity
         self._of_slot = [decoding] * slots  # an empty slot has the default, so that nobody pays for a past entry
         self._sizes = {"E": len(self._plan.exits) - 1}

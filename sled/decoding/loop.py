@@ -60,11 +60,13 @@ def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fus
            pause_len_B, max_steps, min_active) -> DecodeState:
     """Further tokens for every active row, until fewer than `min_active` of them are left, or for `max_steps` steps.
 
-    A row is left while it is active and has fewer than `pause_len_B` known tokens.
+    A row is left while it is active and has fewer than `pause_len_B` known tokens. A row whose policy verifies has
+    whole blocks of drafts verified, and may so come to have some more.
 
     policy and timing are of `sled.exits`, fusion of `sled.fusion`; their numbers, like those of
     `sampling`, `stop_ids` (token ids that end a row, the token included), `pause_len_B`, `max_steps` and `min_active`
-    (1 or more) are traced: changing them compiles nothing. The caller leaves room: pause_len_B <= capacity.
+    (1 or more) are traced: changing them compiles nothing. The caller leaves room: within the capacity lie a row's
+    `limit_B`, or pause_len_B and as many drafts more as the policy may have waiting.
     """
     readout = Readout(build(params))
     plan = Plan.of(policy, fusion, readout.network)
@@ -128,23 +130,26 @@ def _deeper_segment(run: Context, timing: Timing, state: DecodeState, s: int, em
     plan, progress = run.plan, state.progress
     # As it will be once this step has emitted. A draft counts as going on: if it ends its row, the next step verifies.
     crowded_B = run.deferred_B(state) + emission.rows_B >= plan.window
-    goes_on_B = state.text.length_B + emission.rows_B < run.pause_len_B
+    goes_on_B = state.text.length_B + emission.rows_B < run.end_len_B(state)
     full_B = run.free_B(state) & crowded_B & goes_on_B & (_pending_B(state, s) > 0)
-    due = timing.due(blocked_B=run.unfinished_B(state) & ((progress.waiting_B == s) | full_B),
-                     waited_B=progress.waited_B, full_B=full_B,
+    blocked_B = run.unfinished_B(state) & ((progress.waiting_B == s) | full_B)
+    due = timing.due(blocked_B=blocked_B, waited_B=progress.waited_B, full_B=full_B,
                      moving_B=emission.rows_B & ~crowded_B & (goes_on_B | run.policy.verifies))
     through = _verify if run.policy.verifies and s == plan.last_exit else _through_segment
-    return run_if(due, lambda carry: through(run, carry[0], s, carry[1]), (state, emission))
+    return run_if(due, lambda carry: through(run, carry[0], s, carry[1], blocked_B), (state, emission))
 
 
-def _verify(run: Context, state: DecodeState, s: int, emission: Emission):
-    """The last segment over the drafts of all rows."""
-    state, token_B = verify(run, state)
+def _verify(run: Context, state: DecodeState, s: int, emission: Emission, blocked_B):
+    """The last segment over the drafts of the rows that cannot go on without it.
+
+    Those of other rows would be cut short: what a row drafts would then depend on its batch-mates.
+    """
+    state, token_B = verify(run, state, blocked_B)
     return state, emission._replace(exit_B=jnp.where(token_B >= 0, s, emission.exit_B), verified_B=token_B)
 
 
-def _through_segment(run: Context, state: DecodeState, s: int, emission: Emission):
-    """Segment s over all pending tokens, and what follows for rows that have waited for it."""
+def _through_segment(run: Context, state: DecodeState, s: int, emission: Emission, _):
+    """Segment s over all rows' pending tokens, and what follows for rows that have waited for it."""
     here_B = state.text.active_B & (state.progress.waiting_B == s)
     state, states = _run_pending(run, state, s)
     if s == run.plan.last_exit:
@@ -179,7 +184,7 @@ def _run_pending(run: Context, state: DecodeState, s: int):
     def block(size, carry):
         state, new = carry
         at_B = newest_B - state.progress.kv_len_BE[:, s]
-        state, states, _ = run_block(run, state, s, size)
+        state, states, _ = run_block(run, state, s, size, state.text.active_B)
         picked = {n: states[n][rows, jnp.clip(at_B, 0, size - 1)] for n in new}
         inside_B1 = ((at_B >= 0) & (at_B < size))[:, None]
         return state, {n: jnp.where(inside_B1, picked[n], new[n]) for n in new}
@@ -217,11 +222,10 @@ def _emit(run: Context, state: DecodeState, emission: Emission) -> DecodeState:
         here_BS, emission.exit_B[:, None].astype(text.exit_BS.dtype), text.exit_BS)
     length_B = text.length_B + rows_B
     ends_B = rows_B & (run.ends_B(token_B) | (length_B >= text.limit_B))
-    if policy.verifies:  # a draft that ends its row, or comes to where it pauses, waits for its verification
+    if policy.verifies:  # a draft that ends its row waits for its verification
         draft_B = rows_B & (emission.verified_B < 0)
-        waits_B = draft_B & (ends_B | (length_B >= run.pause_len_B))
         progress = state.progress.replace(
-            waiting_B=jnp.where(waits_B, emission.exit_B + 1, state.progress.waiting_B))
+            waiting_B=jnp.where(draft_B & ends_B, emission.exit_B + 1, state.progress.waiting_B))
         state, ends_B = state.replace(progress=progress), ends_B & ~draft_B
     return state.replace(text=text.replace(
         tokens_BS=jnp.where(here_BS, token_B[:, None], text.tokens_BS), exit_BS=exit_BS, length_B=length_B,
@@ -231,6 +235,5 @@ def _emit(run: Context, state: DecodeState, emission: Emission) -> DecodeState:
 def _wait(run: Context, state: DecodeState) -> DecodeState:
     """Counts the step for rows that stand still."""
     held_B = run.unfinished_B(state) & ~run.ready_B(state)
-    waited_B = jnp.where(held_B, state.progress.waited_B + 1, 0)
-    return state.replace(progress=state.progress.replace(waited_B=waited_B),
-                         tally=state.tally.replace(held_B=state.tally.held_B + held_B))
+    return state.replace(progress=state.progress.replace(
+        waited_B=jnp.where(held_B, state.progress.waited_B + 1, 0), held_B=state.progress.held_B + held_B))

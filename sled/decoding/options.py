@@ -21,6 +21,7 @@ A_SCHEDULE = Instance(Schedule, traced=False, hint="give sled.Immediate(), sled.
 A_SAMPLING = Instance(Sampling, hint="give sled.Sampling(temperature=...), or lm.checkpoint_sampling for the model's "
                                      "own; leave it out to be greedy")
 FULL_DEPTH, FINAL_LAYER, GREEDY, NEW_TOKENS = FullDepth(), FinalLayer(), Sampling(), 128  # the defaults
+USUAL_CONTEXT = 64  # a bound up to this is taken, however small a model's context is
 BY_ROW = dict(fusion=A_STRATEGY, exits=A_POLICY, sampling=A_SAMPLING)  # settings that may have an entry per row
 
 
@@ -28,10 +29,13 @@ BY_ROW = dict(fusion=A_STRATEGY, exits=A_POLICY, sampling=A_SAMPLING)  # setting
 class Decoding:
     """How tokens are decoded.
 
+    Equal texts are promised in float32: in a narrower type, near ties may fall otherwise in another batch or schedule,
+    or where drafts are verified (`sled bench exactness` measures it).
+
     fusion: how the layers decide together (`sled.SLED()`, `sled.DoLa()`, ...).
     exits: whether a token may leave before the last layer (`sled.EarlyExit(...)`), or be drafted there
         and verified (`sled.SelfSpeculation(...)`); by default it goes through all layers.
-    schedule: when deeper layers run, for the batch; changes the time, never the text. None: the exits' own.
+    schedule: when deeper layers run, for the batch; changes the time, not the text. None: the exits' own.
     sampling: greedy unless told otherwise.
     max_new_tokens: the most tokens a row gets, within the model's context.
     stop: a string, or several, that end a text.
@@ -72,6 +76,14 @@ class Decoding:
         """Itself. Raises SettingError for an array that fits neither all rows alike nor each of `rows` rows."""
         for name in BY_ROW:
             check_rows(getattr(self, name), rows, hint=hint)
+        return self
+
+    def check_context(self, max_positions: int) -> Decoding:
+        """Itself. Raises SettingError where more tokens may wait, or be drafted, than a context has positions."""
+        bound = "max_draft" if self.exits.verifies else "max_deferred"
+        if (waiting := self.exits.window - 1) > max(max_positions, USUAL_CONTEXT):
+            raise SettingError(f"{type(self.exits).__name__}.{bound} is {waiting}, but the model's context holds "
+                               f"{max_positions} positions; memory grows with it, so give at most that")
         return self
 
     def take_rows(self, rows: Sequence[int]) -> Decoding:

@@ -79,7 +79,9 @@ class Readout(NamedTuple):
                     return self.network.normalise(states[n])
             return states[n]
 
-        return jnp.stack([*map(early_one, early), self.pre_logits(states[last], last)], axis=-2)
+        final = self.pre_logits(states[last], last)
+        # Of one type: states may be wider than what a norm gives, and would have the projection widened for them.
+        return jnp.stack([*(early_one(n).astype(final.dtype) for n in early), final], axis=-2)
 
     def fuse(self, fusion, states: Mapping[int, jax.Array], last: int, *, positions: int | None = None) -> jax.Array:
         """The fusion's logits [P, V] at P positions where `last` is the last layer: the model's end, or an exit.

@@ -20,7 +20,8 @@ from sled.decoding.state import DecodeState, Plan
 class Context(NamedTuple):
     """All that one call of `decode` works with, and predicates of a state under it.
 
-    key_data_BS: see `sled.decoding.sampling.position_keys`. pause_len_B: known tokens at which a row pauses or stops.
+    key_data_BS: see `sled.decoding.sampling.position_keys`. pause_len_B: known tokens at which a row pauses or stops. A
+    pause never cuts a draft: where pauses fall, and so how a caller cuts a text into calls, changes no draft.
     prepared: see `Policy.prepare`.
     """
 
@@ -46,9 +47,14 @@ class Context(NamedTuple):
         """Tokens of a row, its newest one aside, that lack K/V in some layer."""
         return state.text.length_B - 1 - state.progress.complete_B
 
+    def end_len_B(self, state: DecodeState):
+        """The length at which a row emits no more, drafts included."""
+        return state.text.limit_B if self.policy.verifies else self.pause_len_B
+
     def free_B(self, state: DecodeState):
         """Rows that wait for no segment, and may go on."""
-        return state.text.active_B & (state.progress.waiting_B == 0) & (state.text.length_B < self.pause_len_B)
+        unbound_B = (state.progress.waiting_B == 0) & (state.text.length_B < self.end_len_B(state))
+        return self.unfinished_B(state) & unbound_B
 
     def ready_B(self, state: DecodeState):
         """Rows whose newest token the first segment can take: free ones with room for another pending token."""
@@ -74,8 +80,8 @@ def first_segment(run: Context, state: DecodeState, ready_B):
     return state, {n: h[:, 0] for n, h in states.items()}
 
 
-def run_block(run: Context, state: DecodeState, s: int, size: int):
-    """Segment s over every active row's pending tokens, at most `size` of them.
+def run_block(run: Context, state: DecodeState, s: int, size: int, rows_B):
+    """Segment s over the pending tokens of rows `rows_B`, at most `size` of each.
 
     Returns the state, the tokens' hidden states [B, size, D] by layer, and their positions [B, size], which are the
     capacity where there is no token. In the last segment of a policy that verifies, the K/V length is left to `verify`.
@@ -87,12 +93,11 @@ def run_block(run: Context, state: DecodeState, s: int, size: int):
     slot_BT = position_BT % plan.window
     states = {n: jnp.take_along_axis(buffer_BPD, slot_BT[:, :, None], axis=1)
               for n, buffer_BPD in zip(plan.buffered_layers, progress.buffers, strict=True) if n <= below}
-    position_BT = jnp.where(state.text.active_B[:, None] & (position_BT < end_B[:, None]), position_BT, state.capacity)
+    position_BT = jnp.where(rows_B[:, None] & (position_BT < end_B[:, None]), position_BT, state.capacity)
     new, caches = network.run_layers(states[below], position_BT, state.caches[below:top], below, top)
     states |= dict(enumerate(new, below + 1))
     verified_later = run.policy.verifies and s == plan.last_exit
-    kv_len_B = first_B if verified_later else jnp.where(
-        state.text.active_B, jnp.minimum(end_B, first_B + size), first_B)
+    kv_len_B = first_B if verified_later else jnp.where(rows_B, jnp.minimum(end_B, first_B + size), first_B)
     return _ran(run, state, s, states, position_BT, caches, kv_len_B), states, position_BT
 
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sled.decoding.memory import refuse_too_large
 from sled.decoding.network import KV, Build, Network
 from sled.decoding.readout import Readout
 from sled.errors import SettingError
@@ -98,6 +99,7 @@ class Text:
 
     tokens_BS: token at each position, prompt first. Positions >= length hold nothing of meaning.
     exit_BS: the exit (0 .. E - 1) at which each new token was chosen.
+    drafts_BS: how many drafts were verified as the block that begins with this token; -1 where none begins.
     length_B: tokens known, drafts that are still to be verified included.
     prompt_B: length of the prompt. limit_B: length at which the row stops.
     active_B: whether the row still generates. An inactive row computes along and writes nothing.
@@ -106,6 +108,7 @@ class Text:
 
     tokens_BS: jax.Array
     exit_BS: jax.Array
+    drafts_BS: jax.Array
     length_B: jax.Array
     prompt_B: jax.Array
     limit_B: jax.Array
@@ -125,35 +128,22 @@ class Progress:
     kv_len_BE: how many positions have their K/V through each segment. Never increasing along E; the
         positions from kv_len[b, s] to kv_len[b, s - 1] are pending before segment s: with (12, 9, 9), the tokens at
         positions 9, 10 and 11 have left at the first exit, and their states wait in the buffers.
-    waiting_B: 0, or the segment that the row's newest token waits for; of a draft that ends or pauses its row, the
-        segment with which its verification begins.
-    waited_B: steps since the row was last able to go on.
+    waiting_B: 0, or the segment that the row's newest token waits for; of a draft that ends its row, the segment
+        with which its verification begins.
+    waited_B: steps since the row was last able to go on. held_B: all steps in which it was not.
     buffers: for each of `Plan.buffered_layers`, hidden states [B, P, D] of pending tokens, slot = position modulo P.
     """
 
     kv_len_BE: jax.Array
     waiting_B: jax.Array
     waited_B: jax.Array
+    held_B: jax.Array
     buffers: tuple[jax.Array, ...]
 
     @property
     def complete_B(self) -> jax.Array:
         """Positions with K/V in every layer."""
         return self.kv_len_BE[:, -1]
-
-
-@_group
-class Tally:
-    """Counts by row, for the statistics of a result.
-
-    drafted_B: drafts verified; accepted_B: those of them that were right; verifications_B: of blocks;
-    held_B: steps in which a row stood still, because it waited for deeper layers or had no room to defer another token.
-    """
-
-    drafted_B: jax.Array
-    accepted_B: jax.Array
-    verifications_B: jax.Array
-    held_B: jax.Array
 
 
 @_group
@@ -167,7 +157,6 @@ class DecodeState:
     progress: Progress
     caches: list[KV]
     memory: Any
-    tally: Tally
 
     @property
     def capacity(self) -> int:
@@ -183,6 +172,7 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
     (a limit not above the prompt's length makes the row inactive); seeds: one per row; memory: the policy's, to begin
     with.
     """
+    refuse_too_large(build, plan.window, len(plan.buffered_layers), rows=len(prompts), capacity=capacity)
     longest = max(len(p) for p in prompts)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in zip(tokens_BS, prompts, strict=True):
@@ -216,15 +206,14 @@ def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, mem
     zero_B = jnp.zeros(batch, jnp.int32)
     h_BD = network.embed(tokens_BS[:, :1])[:, 0]  # for its width and type
     return DecodeState(
-        text=Text(tokens_BS=tokens_BS, exit_BS=jnp.zeros((batch, slots), jnp.int8), length_B=length_B,
-                  prompt_B=length_B, limit_B=limit_B, active_B=length_B < limit_B,
-                  keys_B=jax.vmap(jax.random.key)(seeds_B)),
+        text=Text(tokens_BS=tokens_BS, exit_BS=jnp.zeros((batch, slots), jnp.int8),
+                  drafts_BS=jnp.full((batch, slots), -1, jnp.int32), length_B=length_B, prompt_B=length_B,
+                  limit_B=limit_B, active_B=length_B < limit_B, keys_B=jax.vmap(jax.random.key)(seeds_B)),
         progress=Progress(kv_len_BE=jnp.tile(length_B[:, None] - 1, (1, len(plan.exits))), waiting_B=zero_B,
-                          waited_B=zero_B, buffers=tuple(
+                          waited_B=zero_B, held_B=zero_B, buffers=tuple(
                               jnp.zeros((batch, plan.window, h_BD.shape[-1]), h_BD.dtype)
                               for _ in plan.buffered_layers)),
-        caches=network.empty_caches(batch, slots), memory=memory,
-        tally=Tally(zero_B, zero_B, zero_B, zero_B))
+        caches=network.empty_caches(batch, slots), memory=memory)
 
 
 @functools.partial(jax.jit, static_argnames=("build", "block"), donate_argnames="state")

@@ -17,14 +17,15 @@ from sled.decoding.state import DecodeState
 from sled.exits.policy import Verification
 
 
-def verify(run: Context, state: DecodeState) -> tuple[DecodeState, jax.Array]:
-    """Runs the last segment over all pending positions, and keeps each row's drafts as far as they are right.
+def verify(run: Context, state: DecodeState, rows_B) -> tuple[DecodeState, jax.Array]:
+    """Runs the last segment over the pending positions of rows `rows_B`, and keeps their drafts as far as they are
+    right.
 
     Returns the state, cut to what is right, and a token [B] for the step to emit: the last layer's choice after that.
     It is -1 for rows that get none: the last pending position is followed by a right draft, or nothing was pending.
     """
     last = run.plan.last_exit
-    state, states, position_BT = run_block(run, state, last, run.plan.window)
+    state, states, position_BT = run_block(run, state, last, run.plan.window, rows_B)
     text, progress, size = state.text, state.progress, position_BT.shape[1]
     pending_BT = position_BT < state.capacity
     count_B = pending_BT.sum(1, dtype=jnp.int32)
@@ -44,17 +45,16 @@ def verify(run: Context, state: DecodeState) -> tuple[DecodeState, jax.Array]:
 
     # Rows that wait no longer: they get a new token, or this was the verification that they waited for.
     done_B = fresh_B | (progress.waiting_B == last) & (count_B > 0)
-    text = text.replace(length_B=length_B)
+    # What the verification decides begins with the first token that was not known.
+    begins_BS = (count_B > 0)[:, None] & (jnp.arange(state.capacity) == progress.complete_B[:, None] + 1)
+    drafted_B = drafted_BT.sum(1, dtype=jnp.int32)
+    text = text.replace(length_B=length_B, drafts_BS=jnp.where(begins_BS, drafted_B[:, None], text.drafts_BS))
     # Rows that end without a new token: all drafts are right, and the newest of them is an end.
     over_B = (count_B > 0) & ~fresh_B & (kv_len_BE[:, last] + 1 == length_B) & (
         run.ends_B(text.newest_B) | (length_B >= text.limit_B))
-    tally = state.tally.replace(
-        drafted_B=state.tally.drafted_B + drafted_BT.sum(1, dtype=jnp.int32),
-        accepted_B=state.tally.accepted_B + accepted_B,
-        verifications_B=state.tally.verifications_B + (count_B > 0))
     memory = run.policy.observe(state.memory, Verification(drafted_BT, accepted_B, chosen_BT, states), run.prepared)
     state = state.replace(
-        text=text.replace(active_B=text.active_B & ~over_B), tally=tally, memory=memory,
+        text=text.replace(active_B=text.active_B & ~over_B), memory=memory,
         progress=progress.replace(kv_len_BE=kv_len_BE, waiting_B=jnp.where(done_B, 0, progress.waiting_B)))
     return state, jnp.where(fresh_B, token_B, -1)
 

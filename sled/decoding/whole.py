@@ -33,7 +33,7 @@ def generate(build: Build, params: Any, *, policy, timing: Timing, fusion, sampl
     the row's S positions or of the model's `max_positions`.
 
     tokens_BS: prompts, from the left; length_B: of each, 1 .. S. A row with `new_B` 0 gets nothing. The same tokens as
-    `Generation` gives; B and S may be symbolic dimensions (`jax.export`).
+    `Generation` gives, in float32; B and S may be symbolic dimensions (`jax.export`).
     """
     room = tokens_BS.shape[1]
     plan = state.Plan.of(policy, fusion, build.outline)

@@ -28,8 +28,10 @@ class EarlyExit(Policy):
     It leaves after the first of `layers` whose confidence is above the threshold; at it CALM's leave too, here 1 never.
     The exit's logits are those of the fusion in use, on the layers up to the exit, through its own head where the
     model has one (`sled.models.ExitHeads`). Rows decide alone: neither batch-mates nor the schedule
-    change a row's tokens. A row whose confidence is not finite goes on to the next exit. The tokens of the
-    prompt go through all layers, but for the last one, after which the first new token may leave as any other.
+    change a row's tokens, and at threshold 1 they are plain decoding's; in a type narrower than float32 but for near
+    ties, which another block of tokens may round otherwise. A row whose confidence is not finite goes on to the next
+    exit. The tokens of the prompt go through all layers, but for the last one, after which the first new token may
+    leave as any other.
 
     With "calm-paper" the threshold lambda falls with t, the tokens made so far of at most N, to 0.9 lambda +
     0.1 exp(-decay_temperature t / N); with "calm-code", as in t5x, to 0.9 lambda +

@@ -1,6 +1,7 @@
 """When the deeper layers run: at once, when nobody can go on without them, or when it pays.
 
-A schedule decides about time alone. A row's tokens do not depend on it.
+A schedule decides about time alone. A row's tokens do not depend on it (in types narrower than float32: but for near
+ties, which are rounded otherwise in other blocks).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Self-speculation: the first layers draft, the whole model verifies, nothing is lost.
+"""Self-speculation: the first layers draft, and the whole model verifies.
 
 Elhoushi et al., "LayerSkip", ACL 2024 (arXiv 2404.16710); stopping below a confidence as in Zhang et
 al., "Draft & Verify", ACL 2024 (arXiv 2309.08168); the choice of draft length and exit by expected
@@ -28,10 +28,11 @@ PRIOR = (3.0, 4.0)  # accepted drafts and all verified ones, before any was seen
 
 @settings
 class SelfSpeculation(Policy):
-    """The first layers draft, the others verify the drafts as one block: the text stays the same.
+    """The first layers draft, the others verify the drafts as one block: the text stays the same, but for rounding.
 
-    The text is the one that plain decoding with the same fusion, sampling and seed gives, token for
-    token: when sampling, draft and verification take the same random numbers (Gumbel-max coupling,
+    The text is the one that plain decoding with the same fusion, sampling and seed gives: in float32 token for token,
+    in a narrower type up to near ties, which a block of drafts may round otherwise (`sled bench exactness`). When
+    sampling, draft and verification take the same random numbers (Gumbel-max coupling,
     Daliri et al. 2024, arXiv 2408.07978), so a draft is right when both choose alike, and a wrong one is
     replaced by what plain decoding would have drawn. Rows of a batch keep prefixes of different length.
 

@@ -81,6 +81,7 @@ def check_bound(record: Calibration, decoder: Decoder, name: str) -> None:
 
 def model_card(card: Card, model: SourceModel, decoder: Decoder, name: str, calibration: Calibration | None) -> str:
     """The README.md of a folder `name` with this decoder, which is the one given or that without its exit heads."""
+    has_text = (model.files / "tokenizer.json").is_file()
     found = None if model.run is None else measured(model.run, model.step)
     front = ModelCardData(license=card.license or "unknown", library_name="transformers",
                           pipeline_tag="text-generation", tags=["sled", "early-exit"],
@@ -93,7 +94,7 @@ def model_card(card: Card, model: SourceModel, decoder: Decoder, name: str, cali
                      "transformers the exits share the final norm and projection.")
     elif model.decoder.config.exit_heads is not None:
         parts.append("The model that this was exported from had heads at its early exits; they were left behind.")
-    parts += [_layers(found, recommended, card.margin, model), _use(name, recommended, decoder.config.num_layers)]
+    parts += [_layers(found, recommended, card.margin, model), _use(name, recommended, has_text)]
     if calibration is not None:
         parts.append(_calibration(calibration))
     return "\n\n".join(parts) + "\n"
@@ -131,29 +132,43 @@ def _layers(found: Measured | None, good: list[int], margin: float, model: Sourc
         f"{'' if heads is None else BY_HEADS}That is no promise about generated text; calibrate a threshold for it."])
 
 
-def _use(name: str, recommended: list[int], num_layers: int) -> str:
-    exit_layer = recommended[0] if recommended else max(1, num_layers // 4)
-    why = "" if recommended else (f"\n\nLayer {exit_layer} stands here as a quarter of the layers, a usual first try; "
-                                  "it was not measured.")
-    return f"""## Use{why}
+def _use(name: str, recommended: list[int], has_text: bool) -> str:
+    """Code that runs as it stands, where the folder, or the hub's repository, of that name is found."""
+    what, ours, theirs = "The model decodes as any other.", "", ""
+    if recommended:
+        what = (f"Layer {recommended[0]} drafts and all layers verify, so the text stays theirs (in bfloat16 but for "
+                "near ties, which a block of drafts may round otherwise).")
+        ours, theirs = f", exits=sled.SelfSpeculation({recommended[0]})", f", assistant_early_exit={recommended[0]}"
+    prompt, shown = '"The capital of France is"', "out.texts[0]"
+    imports, decoded = "from transformers import AutoModelForCausalLM, AutoTokenizer", "tokenizer.decode(out[0])"
+    inputs = f'tokenizer = AutoTokenizer.from_pretrained("{name}")\ninputs = tokenizer(prompt, return_tensors="pt")'
+    if not has_text:
+        prompt, shown = "[1, 2, 3]  # token ids: the folder has no tokenizer", "out.tokens[0]"
+        imports, decoded = "import torch\nfrom transformers import AutoModelForCausalLM", "out[0].tolist()"
+        inputs = 'inputs = {"input_ids": torch.tensor([prompt])}'
+    return f"""## Use
 
-Drafts of an early layer are verified by all layers, so the text stays theirs. With sled:
+{what} With sled:
 
 ```python
 import sled
 
 lm = sled.load("{name}")
-out = lm.generate(prompt, exits=sled.SelfSpeculation({exit_layer}))
+prompt = {prompt}
+out = lm.generate(prompt, max_new_tokens=64{ours})
+print({shown})
 ```
 
 With transformers:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{imports}
 
-tokenizer, model = AutoTokenizer.from_pretrained("{name}"), AutoModelForCausalLM.from_pretrained("{name}")
-inputs = tokenizer(prompt, return_tensors="pt")
-out = model.generate(**inputs, do_sample=False, assistant_early_exit={exit_layer})
+model = AutoModelForCausalLM.from_pretrained("{name}")
+prompt = {prompt}
+{inputs}
+out = model.generate(**inputs, max_new_tokens=64, do_sample=False{theirs})
+print({decoded})
 ```"""
 
 

@@ -36,11 +36,12 @@ from sled.export.target import versions
 from sled.fusion.projection import fused_logits
 from sled.io import json_numbers, write_json
 from sled.lm import LM
+from sled.settings import rules
 from sled.settings.decorator import declared
 from sled.settings.describe import describe
 from sled.settings.per_row import check_rows, one_row, stack_rows
 
-FORMAT = 2  # of program.json
+FORMAT = 3  # of program.json, which run_program.py reads
 ABOUT, WEIGHTS, RUN = "program.json", "weights.safetensors", "run.py"
 PLATFORMS = ("cpu", "cuda", "tpu")
 NARROW = {"f": np.float32, "i": np.int32}  # what a traced number is, by the kind of a Python one
@@ -59,7 +60,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
     source: what the record says the model comes from.
     Raises SettingError for settings that the model cannot use, or that have an entry per row.
     """
-    config, exits = lm.config, decoding.exits
+    config, exits = lm.config, decoding.check_context(lm.config.max_positions).exits
     counts = {"E": len(exits.exits(config.num_layers)) - 1}
     parts = [take_apart(name, settings, counts)
              for name, settings in (("fusion", decoding.fusion), ("exits", exits), ("sampling", decoding.sampling))]
@@ -85,20 +86,26 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
         "vocabulary": config.vocab_size,
         "max_positions": config.max_positions,
         "exit_heads": config.exit_heads and dataclasses.asdict(config.exit_heads),
-        "weights": {"file": WEIGHTS, "sha256": digest_of_weights(lm.params)},
-        "tokenizer": tokenizer.name if tokenizer.is_file() else None,
+        "weights": {**_file(folder / WEIGHTS), "parameters_sha256": digest_of_weights(lm.params)},
+        "tokenizer": _file(folder / tokenizer.name) if tokenizer.is_file() else None,
         "source": source,
         "versions": versions(),
     }
     write_json(folder / ABOUT, about)
 
 
+def _file(path: Path) -> dict[str, str]:
+    """A file for program.json, which is read only as it was written."""
+    with path.open("rb") as file:
+        return {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 class Number(NamedTuple):
-    """A setting that stays an argument. default: of one row, with whatever axes it has besides. most: its static
-    bound, fixed at export, or None."""
+    """A setting that stays an argument. default: of one row, with whatever axes it has besides. bounds: from and to,
+    and "or" for a number besides; to is its static bound, fixed at export, where it has one."""
 
     default: np.ndarray
-    most: int | None
+    bounds: dict[str, Any]
 
 
 class Parts(NamedTuple):
@@ -128,15 +135,28 @@ def take_apart(name: str, settings, sizes: Mapping[str, int]) -> Parts:
     check_rows(settings, 1, hint="a program gets its rows when it runs, so give one value")
     whole = one_row(settings)
     of_rows = stack_rows([whole], whole, sizes)
-    numbers, bounds = {}, {of.bounds: bound for bound, of in declared(type(whole)).items()}
+    fields = declared(type(whole))
+    numbers, most = {}, {of.bounds: getattr(whole, bound) for bound, of in fields.items() if of.bounds}
     for field in getattr(whole, "row_axes", {}):
         if getattr(whole, field) is not None:
             default = getattr(of_rows, field)[0]
             numbers[f"{name}.{field}"] = Number(default.astype(NARROW[default.dtype.kind]),
-                                                getattr(whole, bounds[field]) if field in bounds else None)
+                                                _bounds(fields[field].rule, most.get(field)))
     arrays = {_array_name(name, field, path): np.asarray(jnp.asarray(leaf)) for field in _shared(whole)
               for path, leaf in jax.tree_util.tree_flatten_with_path(getattr(whole, field))[0]}
     return Parts(name, whole, numbers, arrays)
+
+
+def _bounds(rule, most: int | None) -> dict[str, Any]:
+    """What a rule says of a number, for a program that runs without it."""
+    entry = getattr(rule, "entry", None)
+    if isinstance(entry, rules.Whole):
+        return {"from": entry.low, "to": most or entry.high or rules.LARGEST}
+    if not isinstance(entry, rules.Number):
+        return {}
+    low = float(np.finfo(np.float32).tiny) if entry.open_low else entry.low  # the first above 0
+    return {"from": json_numbers(entry.least or low), "to": min(entry.high, float(np.finfo(np.float32).max)),
+            **({"or": entry.low} if entry.least else {})}
 
 
 def _shared(settings) -> list[str]:
@@ -227,10 +247,11 @@ def _described(name: str, argument) -> list[dict[str, Any]]:
 def _numbers(parts: list[Parts], timing: Timing | None) -> dict[str, dict[str, Any]]:
     """Every number for program.json: its type, axes besides the rows', default, and bound where it has one."""
     found = {name: {"dtype": default.dtype.name, "rows": True, "shape": list(default.shape),
-                    "default": json_numbers(default.tolist())} | ({} if most is None else {"most": most})
-             for part in parts for name, (default, most) in part.numbers.items()}
+                    "default": json_numbers(default.tolist()), **bounds}
+             for part in parts for name, (default, bounds) in part.numbers.items()}
     for field, value in zip(Timing._fields, timing or (), strict=False):
-        found[f"schedule.{field}"] = {"dtype": "int32", "rows": False, "shape": [], "default": int(value)}
+        found[f"schedule.{field}"] = {"dtype": "int32", "rows": False, "shape": [], "default": int(value),
+                                      "from": int(field == "rows"), "to": rules.LARGEST}
     return found
 
 

@@ -30,9 +30,9 @@ class Engine:
     """Serves requests of any length through a fixed number of slots.
 
     A request takes a slot when one is free and gives it back when it ends. What a request gets is what `lm.generate`
-    gives for it alone with the same settings, whatever the others do; they wait for it while its prompt is read. One
-    program serves all slots; the first prompt of a new length, rounded up to 16, 24, 32, 48, ... and 512 at most,
-    compiles one more.
+    gives for it alone with the same settings, whatever the others do, in float32 (`sled.Decoding`); they wait for it
+    while its prompt is read. One program serves all slots; the first prompt of a new length, rounded up to 16, 24, 32,
+    48, ... and 512 at most, compiles one more.
 
         engine = sled.Engine(lm, slots=8, exits=sled.SelfSpeculation(2))
         requests = [engine.submit(prompt, max_new_tokens=64) for prompt in prompts]
@@ -48,7 +48,7 @@ class Engine:
         None: the model's context, 1024 at most.
     fusion, exits, sampling: as for `LM.generate`, for requests that do not give their own. A request's own must be
         of the same class and may differ in its numbers, of one row each.
-    schedule: when deeper layers run. Changes the time, never a text. None: the exits' own.
+    schedule: when deeper layers run. Changes the time, not a text. None: the exits' own.
     limits: what the operator allows.
 
     Raises SettingError for a value out of range, and where the engine's own settings are beyond its limits.
@@ -65,7 +65,7 @@ class Engine:
             "capacity", min(most, 1024) if capacity is None else capacity)
         self.limits = Instance(Limits, traced=False, hint="give sled.Limits(...)")("limits", limits)
         self._lm, self._waiting, self._lock = lm, deque(), threading.Lock()
-        defaults = Decoding(fusion, exits, schedule, lm.sampling_of(sampling))
+        defaults = Decoding(fusion, exits, schedule, lm.sampling_of(sampling)).check_context(most)
         exits.exits(lm.config.num_layers)  # for its error, which constant depth would not raise
         self._defaults = self._allowed(defaults, defaults)
         self._slots = Slots(lm.build, lm.params, self._served(self._defaults), slots=slots, capacity=capacity,
@@ -78,7 +78,7 @@ class Engine:
                stop: str | Sequence[str] = (), seed: int = 0) -> Request:
         """A request that waits for a slot.
 
-        prompt: a string or a list of token ids. max_new_tokens, seed, stop: as for `LM.generate`.
+        prompt: a string, a list of token ids, or a `sled.Chat`. max_new_tokens, seed, stop: as for `LM.generate`.
         fusion, exits, sampling: this request's own numbers; None takes the engine's.
 
         Raises PromptError, SettingError, TokenizerError; RequestError where the budget has no room for one new token.
@@ -194,14 +194,11 @@ class Engine:
 
     def _deliver(self) -> None:
         """Hands every running request what is new, and ends those that are through."""
-        tally = self._slots.tally
-        drafted_B, accepted_B = np.asarray(tally.drafted_B), np.asarray(tally.accepted_B)
         for slot, request in enumerate(self._running):
             if request is None or request.ended:
                 continue
             try:
-                request.take(self._slots.new_tokens(slot), self._slots.exit_layers(slot),
-                             int(drafted_B[slot]), int(accepted_B[slot]))
+                request.take(self._slots.emitted(slot))
             except Exception as reason:  # of its text: the others have theirs
                 request.fail(reason)
             if request.status == "running" and (request.stopped or not self._slots.active[slot]):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sled.decoding.batch import Entry
+from sled.decoding.batch import Emitted, Entry
 from sled.errors import RequestError, SettingError
 from sled.exits import Policy
 from sled.settings.brief import brief
@@ -31,7 +31,8 @@ class Limits:
         'charged for a whole draft of wrong tokens. What is cut off ends for the reason "budget"'))
     constant_depth: bool = setting(Flag(hint="True sends every token through all layers"), default=False, help=(
         "every token goes through all layers, whatever exits are asked for, so that the time it takes tells nothing; "
-        "with self-speculation the text stays the same, with early exit it is the full model's"))
+        "with self-speculation the text stays the same (in bfloat16 but for near ties), with early exit it is the full "
+        "model's"))
     show_exits: bool = setting(Flag(hint="True shows requesters the layers their tokens left at"), default=False, help=(
         "give requesters the layers their tokens left at and counts of drafts, which tell how hard a text is; time and "
         "the sizes of streamed pieces still tell something, and only constant_depth hides that too"))
@@ -64,7 +65,7 @@ class Piece:
     """What `Request.stream` yields: what is new of a request.
 
     text: held back while it may still be the beginning of a stop string or half a character; None without a tokenizer.
-    exit_layers: the layer that emitted each token; None unless the operator shows it.
+    exit_layers: as in `sled.Output`; None unless the operator shows it.
     """
 
     text: str | None
@@ -78,7 +79,7 @@ class Completion:
     """A request's result, as `sled.Output` has it for each prompt.
 
     finish_reason: "eos", "stop" (a stop string), "length", "budget" or "cancelled".
-    exit_layers, drafted, accepted: None unless the operator shows them.
+    exit_layers, drafted, accepted: as in `sled.Output` and its `Stats`; None unless the operator shows them.
     """
 
     text: str | None
@@ -101,8 +102,7 @@ class Request:
         self.entry = entry
         self.failure: Exception | None = None
         self._row, self._budgeted, self._shown, self._text, self._step = row, budgeted, shown, text, step
-        self._exit_layers: list[int] = []
-        self._drafts = (0, 0)
+        self._emitted = Emitted([], [], [], [])
         self._lock = threading.Lock()  # so that a reader sees tokens and layers of the same moment, none after the end
 
     @property
@@ -130,13 +130,12 @@ class Request:
         """Ends the request with an error, which `stream` and `result` raise as a RequestError."""
         self._become("failed", reason)
 
-    def take(self, tokens: list[int], exit_layers: list[int], drafted: int, accepted: int) -> None:
-        """All new tokens so far, the layers that emitted them, and the drafts verified and accepted."""
+    def take(self, emitted: Emitted) -> None:
+        """All that its row has emitted so far."""
         with self._lock:
             if not self.ended:
-                self._row.update(tokens)
-                self._exit_layers = exit_layers[:len(self._row.tokens)]
-                self._drafts = (drafted, accepted)
+                self._row.update(emitted.tokens)
+                self._emitted = emitted.first(len(self._row.tokens))
 
     def stream(self) -> Iterator[Piece]:
         """What is new, as it is made, from the first token on.
@@ -146,7 +145,7 @@ class Request:
         tokens, text = 0, ""
         while True:
             with self._lock:
-                ended, layers, now = self.ended, self._exit_layers, self._row.tokens
+                ended, layers, now = self.ended, self._emitted.exit_layers, self._row.tokens
                 whole = None
                 if self._text:
                     whole = self._row.text() if ended else self._row.final_text()
@@ -167,10 +166,11 @@ class Request:
         while not self.ended:
             self._drive()
         self._raise()
-        drafted, accepted = self._drafts if self._shown else (None, None)
+        made, shown = self._emitted, self._shown
         return Completion(
             text=self._row.text() if self._text else None, tokens=self._row.tokens, finish_reason=self._reason(),
-            exit_layers=self._exit_layers if self._shown else None, drafted=drafted, accepted=accepted)
+            exit_layers=made.exit_layers if shown else None, drafted=sum(made.blocks) if shown else None,
+            accepted=sum(made.accepted) if shown else None)
 
     def _drive(self) -> None:
         """A step of the engine. Where it fails, and this request with it, `_raise` raises."""

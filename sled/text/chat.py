@@ -11,7 +11,7 @@ from typing import Any
 from sled.errors import PromptError, TemplateError, TokenizerError
 from sled.io import read_object, read_text, shorten
 from sled.text.added_tokens import NAMED_TOKENS
-from sled.text.renderer import Rendered, render_template
+from sled.text.renderer import LONGEST_TEMPLATE, Rendered, render_template
 
 GOES_ON = "<<the message goes on here>> "  # the blank tells whether a template strips the end of a message
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names that datasets and templates have for one thing
@@ -117,7 +117,7 @@ class ChatTemplates:
                   for name, token in {**config, **older}.items() if name in NAMED_TOKENS and token}
         files = {"default": folder / "chat_template.jinja"}
         files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-        templates = {name: read_text(file, TemplateError) for name, file in files.items() if file.exists()}
+        templates = {name: _text(file) for name, file in files.items() if file.exists()}
         if not templates:
             templates = _in_settings(config.get("chat_template"), folder / "tokenizer_config.json")
         return cls(str(folder), templates, tokens)
@@ -193,6 +193,12 @@ def _in_settings(value: Any, path: Path) -> dict[str, str]:
         raise TemplateError(f"{path}: chat_template is neither a template nor a list of templates, each with a name; "
                             "fetch the file again")
     return named
+
+
+def _text(path: Path) -> str:
+    if path.stat().st_size > 4 * LONGEST_TEMPLATE:  # bytes of a character, at most
+        raise TemplateError(f"{path} has {path.stat().st_size:,} bytes, more than any chat template; fetch it again")
+    return read_text(path, TemplateError)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import importlib.util
 import json
 import os
 import subprocess
@@ -87,6 +88,9 @@ class Renderer:
             self._process, self._owner = None, os.getpid()
         if self._process is None or self._process.poll() is not None:
             self.stop()
+            if importlib.util.find_spec("jinja2") is None:
+                raise TemplateError("jinja2, which renders chat templates, is not installed; install it by `pip "
+                                    "install 'jinja2>=3.1.6'`, or give token ids")
             script = Path(__file__).with_name("render_templates.py")
             try:
                 self._process = subprocess.Popen(

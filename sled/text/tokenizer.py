@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from sled.errors import TokenizerError
-from sled.io import first_line
+from sled.io import first_line, read_text
 from sled.text.added_tokens import add_tokens_beside
 from sled.text.chat import Chat, ChatTemplates
+from sled.text.watch import in_time, may_run_away
 
 REMEDIES = {"text": "give whole characters (no lone surrogates) in a string, or token ids",
             "ids": "give ids of its vocabulary"}
@@ -22,22 +24,25 @@ REMEDIES = {"text": "give whole characters (no lone surrogates) in a string, or 
 class Tokenizer:
     """A checkpoint's tokenizer, or the lack of one: every use then raises TokenizerError."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer | None, source: str, folder: Path | None = None):
+    def __init__(self, tokenizer: tokenizers.Tokenizer | None, source: str, folder: Path | None = None, *,
+                 watched: bool = False):
         self._tokenizer = tokenizer
+        self._watched = watched  # whether a limit holds for the time that a text takes
         self._source = source
         self.folder = folder  # where the tokenizer's own settings lie, its chat template among them
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.lexists(path):
             return cls(None, str(folder), folder)
+        watched = may_run_away(read_text(path, TokenizerError))
         with _naming(f"{path} cannot be read as a tokenizer", "fetch it again, or give token ids"):
             tokenizer = tokenizers.Tokenizer.from_file(str(path))
             add_tokens_beside(tokenizer, folder)
         tokenizer.no_truncation()  # the file may hold what it was last used with
         tokenizer.no_padding()
-        return cls(tokenizer, str(folder), folder)
+        return cls(tokenizer, str(folder), folder, watched=watched)
 
     @functools.cached_property
     def chats(self) -> ChatTemplates:
@@ -47,12 +52,19 @@ class Tokenizer:
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids, with the special tokens (such as a leading BOS) that the tokenizer adds, or without."""
         with self._naming("text"):
+            if self._watched:
+                [found] = self._encode_batch([text], special)
+                return found.ids
             return self._get().encode(text, add_special_tokens=special).ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """As `encode`, for many texts, on all cores."""
         with self._naming("text"):
-            return [encoding.ids for encoding in self._get().encode_batch_fast(list(texts))]
+            return [encoding.ids for encoding in self._encode_batch(list(texts), True)]
+
+    def _encode_batch(self, texts: list[str], special: bool) -> list[tokenizers.Encoding]:
+        encode = functools.partial(self._get().encode_batch_fast, texts, add_special_tokens=special)
+        return in_time(encode, sum(map(len, texts))) if self._watched else encode()
 
     def encode_continuation(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
         """Ids of both parts of one text; a token that straddles the boundary belongs to the continuation.
@@ -75,7 +87,15 @@ class Tokenizer:
         Both are tokenised as one text; a token that straddles the boundary belongs to the answer.
         """
         text = self.chats.prompt(chat.messages, chat.variables)
-        return _cut(self.encode(text + answer, special=False), self.encode(text, special=False))
+        asked = self.encode(text, special=False)
+        return _cut(self.encode(text + answer, special=False), asked) if answer else (asked, [])
+
+    def encode_written(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Ids of texts that have their special tokens, and the characters from and to which each stands, on all
+        cores."""
+        with self._naming("text"):
+            return [(encoding.ids, encoding.offsets)
+                    for encoding in self._get().encode_batch(list(texts), add_special_tokens=False)]
 
     def encode_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """As `encode_continuation`, for many prompts with their continuations, on all cores."""

@@ -131,14 +131,15 @@ def _csv(path: Path) -> Iterator[dict[str, Word | None]]:
         begin = 1
         try:
             header = next(lines, [])
-            if "" in header or len(set(header)) < len(header):
+            named = [name for name in header if name]  # pandas leaves the column of its row numbers without a name
+            if not named or len(set(named)) < len(named):
                 raise unreadable(path, "csv", "its first line must name each column once", 1)
             for cells in lines:
                 if cells and len(cells) != len(header):
                     raise unreadable(path, "csv", f"it has {len(cells)} cells, but the first line names "
                                      f"{len(header)} columns", begin + 1)
                 if cells:
-                    yield {name: Word(cell) if cell else None for name, cell in zip(header, cells, strict=True)}
+                    yield {name: Word(cell) if cell else None for name, cell in zip(header, cells, strict=True) if name}
                 begin = lines.line_num
         except csv.Error as error:
             raise unreadable(path, "csv", error, lines.line_num) from None

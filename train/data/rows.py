@@ -112,6 +112,9 @@ class TrainingRows:
                 tokens_T[here] = documents.tokens_M[start:start + count]
                 weights_T[here] = 1
                 weights_T[at:at + documents.prompts_N[n]] = self._layout.prompt_weight
+                first, last = np.searchsorted(documents.gaps_G2[:, 0], [start, start + count])
+                for begin, end in at - start + documents.gaps_G2[first:last]:
+                    weights_T[begin:min(end, at + count)] = self._layout.prompt_weight
                 weights_T[at] = 0
                 segments_T[here] = segment
                 at += count

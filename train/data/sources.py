@@ -13,21 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sled.demo.problems import problems, prompt
-from sled.errors import DataError, DownloadError, SettingError
+from sled.errors import DataError, DownloadError, PromptError, SettingError
 from sled.io import first_line
 from sled.settings.rules import Whole
+from sled.text.chat import checked_messages
 from sled.train.data.files import REMEDY, Files, find
 
-COLUMNS = ("text", "prompt", "completion", "tokens")
+COLUMNS = ("text", "prompt", "completion", "tokens", "messages")
 DEMO_EXAMPLES = 20_000  # of the endless problems, where no limit is given
 
 
 class Example(NamedTuple):
-    """One example before tokenising. `body` is text or token ids; only text has a `prompt`, which may be empty."""
+    """One example before tokenising. `body` is text, token ids or messages; only text has a `prompt`, which may be
+    empty."""
 
     place: str  # for messages: the file or source, and the number of the example in it, from 1
     prompt: str
-    body: str | list[int]
+    body: str | list[int] | list[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Source:
     prompt, completion: columns of text, or templates such as "Question: {question}\\nAnswer:", whose fields are
         columns. They are joined as they are: a blank between them must stand in one of them. "demo" has both.
     tokens: the column of token ids.
+    messages: the column of conversations, each a list of messages such as {"role": "user", "content": "Hello"}, which
+        the model's chat template writes out; the assistant's are learnt (`sled.train.data.conversations`).
     split, subset, revision: of a hub data set; "demo" has the splits "train" and "heldout".
     limit: examples that are read at most; None for all (20,000 of "demo").
 
@@ -55,6 +59,7 @@ class Source:
     prompt: str | None = None
     completion: str | None = None
     tokens: str | None = None
+    messages: str | None = None
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
@@ -71,10 +76,10 @@ class Source:
             given = ["prompt", "completion"] if self.data == "demo" else ["text"]
             for field in given:
                 put(field, field)
-        if given not in (["text"], ["tokens"], ["prompt", "completion"]):
+        if given not in (["text"], ["tokens"], ["messages"], ["prompt", "completion"]):
             names = " and ".join(f"Source.{field}" for field in given)
             raise SettingError(f"columns are named by {names}{' alone' if len(given) == 1 else ''}; give Source.text, "
-                               "or Source.tokens, or Source.prompt with Source.completion")
+                               "or Source.messages, or Source.tokens, or Source.prompt with Source.completion")
         for field in given:
             _fields(field, getattr(self, field))
 
@@ -162,6 +167,8 @@ class Reading:
                                 "{'text': ...}")
             if s.tokens is not None:
                 yield Example(place, "", _ids(_value(row, s.tokens, place, "tokens"), place, s.tokens))
+            elif s.messages is not None:
+                yield Example(place, "", _conversation(_value(row, s.messages, place, "messages"), place, s.messages))
             elif s.text is not None:
                 yield Example(place, "", _text(row, "text", s.text, place))
             else:
@@ -226,3 +233,12 @@ def _ids(value, place: str, column: str) -> list[int]:
         raise DataError(f"{place} holds {str(value)[:60]!r} in its column {column!r}, but Source.tokens must be a "
                         "list of token ids; name a column of text by Source.text")
     return list(ids)
+
+
+def _conversation(value, place: str, column: str) -> list[dict[str, Any]]:
+    """The messages of a row, none where it has none."""
+    given = [] if value is None else value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return checked_messages(given) if given != [] else []
+    except PromptError as reason:
+        raise DataError(f"{place} in its column {column!r}: {reason}") from None

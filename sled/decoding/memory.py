@@ -1,0 +1,74 @@
+"""Memory: what decoding a batch would take, told before any of it is, and one error for where there was too little."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from sled.decoding.network import Build
+from sled.errors import OutOfMemoryError, SledError
+from sled.io import first_line
+
+LOWER = "lower batch_size, slots, capacity, max_new_tokens, max_draft or max_deferred, or the length of the prompts"
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # a container's own bound
+
+
+def refuse_too_large(build: Build, window: int, buffers: int, *, rows: int, capacity: int) -> None:
+    """Raises OutOfMemoryError where `rows` rows of `capacity` positions are more than the device's whole memory.
+
+    Counted from shapes: K/V, hidden states of waiting tokens (`window` of a row, after `buffers` layers), and attention
+    scores of as many. What else a step takes comes besides, so that what is let pass may still fail.
+    """
+    needed, memory = _bytes(build, window, buffers, rows, capacity), device_memory()
+    if memory is not None and needed > memory:
+        raise OutOfMemoryError(f"{rows:,} rows of {capacity:,} positions, {window:,} of which may wait for deeper "
+                               f"layers, would take at least {in_words(needed)}, but the device has "
+                               f"{in_words(memory)}; {LOWER}")
+
+
+@functools.lru_cache(maxsize=256)
+def _bytes(build: Build, window: int, buffers: int, rows: int, capacity: int) -> int:
+    caches = jax.tree.leaves(jax.eval_shape(lambda: build.outline.empty_caches(1, capacity)))
+    kv = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in caches)
+    width = build.outline.shared_head.w_VD.shape[1]
+    waiting = buffers * window * width * caches[0].dtype.itemsize
+    return rows * (kv + waiting + caches[0].shape[1] * window * capacity * 4)
+
+
+def device_memory() -> int | None:
+    """Bytes of the default device's memory, or of the host's where that is the device; None where nothing tells."""
+    device = jax.devices()[0]
+    if limit := (device.memory_stats() or {}).get("bytes_limit"):
+        return limit
+    if device.platform != "cpu":
+        return None
+    bounds = [file.read_text().strip() for file in map(Path, _CGROUPS) if file.is_file()]
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *map(int, filter(str.isdecimal, bounds))])
+
+
+@contextlib.contextmanager
+def naming_shortage(what: str, remedy: str = LOWER) -> Iterator[None]:
+    """Makes an OutOfMemoryError of what jax and NumPy raise where memory does not suffice; a decorator, too."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as reason:
+        if isinstance(reason, SledError) or not is_shortage(reason):
+            raise
+        raise OutOfMemoryError(f"there was too little memory for {what} ({first_line(reason)}); {remedy}") from None
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error means that memory did not suffice."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def in_words(count: int) -> str:
+    """Bytes in the largest binary unit that leaves a number of at least 1."""
+    power = min(max(count.bit_length() - 1, 0) // 10, 5)
+    return f"{count / 1024**power:,.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"
