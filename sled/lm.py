@@ -19,6 +19,7 @@ from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
+from sled.decoding.state import bucket
 from sled.errors import CheckpointWarning, DecodingWarning, PromptError
 from sled.exits import Policy, Schedule
 from sled.fusion import Strategy
@@ -120,9 +121,10 @@ class LM:
         rows: dict[int, StopStrings] = {}
         emitted: dict[int, Emitted] = {}
         runs = []
+        height = _height(len(ids))
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
-                run = self._begin(ids, batch, decoding, height=min(batch_size, len(ids)), seed=seed)
+                run = self._begin(ids, batch, decoding, height=min(batch_size, height), seed=seed)
                 for done in self._advance(run, len(batch), decoding.stop, STOP_CHUNK if decoding.stop else None):
                     rows.update(zip(batch, done, strict=True))
                 emitted.update({i: run.emitted(at).first(len(rows[i].tokens)) for at, i in enumerate(batch)})
@@ -151,7 +153,7 @@ class LM:
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         decoding = Decoding(fusion, exits, schedule, self.sampling_of(sampling), max_new_tokens, stop)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
-        run = self._begin(ids, range(len(ids)), decoding, height=len(ids), seed=seed)
+        run = self._begin(ids, range(len(ids)), decoding, height=_height(len(ids)), seed=seed)
         return self._chunks(run, ids, decoding, chunk)
 
     def _chunks(self, run: Generation, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
@@ -164,7 +166,7 @@ class LM:
             texts = None
             if self.text.available:
                 now = [row.final_text() if going else row.text()
-                       for row, going in zip(rows, run.active, strict=True)]
+                       for row, going in zip(rows, run.active[:len(rows)], strict=True)]
                 texts = [text[len(sent):] for text, sent in zip(now, sent_text, strict=True)]
                 sent_text = now
             stats = self._stats([run], ids, emitted)
@@ -345,6 +347,11 @@ class LM:
             if ended:
                 run.stop(ended)
             yield rows
+
+
+def _height(prompts: int) -> int:
+    """The rows of a batch of so many prompts: 1, 2, 3, 4, 6, 8, 12, 16, ..., so that other numbers compile nothing."""
+    return bucket(prompts, least=2) if prompts > 1 else 1
 
 
 def _regroup(flat: list, sizes: list[int]) -> list[list]:

@@ -21,8 +21,8 @@ from tiny_lm import (
     totals,
 )
 
-import sled
-from sled.decoding import state
+import sled.lm
+from sled.decoding import programs, state
 from sled.decoding.sampling import penalise, truncate
 from sled.errors import SettingError
 from sled.exits import FullDepth
@@ -114,6 +114,29 @@ def test_rows_do_not_depend_on_mates_capacity_limit_or_batch_size(sampling, monk
     assert generate(max_new_tokens=20, **settings).tokens == [tokens[:20] for tokens in together]
     monkeypatch.setattr("sled.decoding.batch.HEADROOM", 8)
     assert generate(**settings).tokens == together  # the caches grow
+
+
+def test_the_number_of_prompts_is_rounded_so_that_another_compiles_nothing():
+    many = [PROMPTS[i % 4] for i in range(6)]
+    expected = generate().tokens + generate().tokens[:2]
+    assert generate(many).tokens == expected
+    counts = compiled()
+    assert generate(many[:5]).tokens == expected[:5]
+    pieces = list(tiny_lm().stream(many[:5], max_new_tokens=CAPACITY, chunk=20))
+    assert [list(itertools.chain(*row)) for row in zip(*(p.tokens for p in pieces), strict=True)] == expected[:5]
+    assert compiled() == counts
+    assert [sled.lm._height(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+
+
+def test_no_more_programs_are_kept_than_a_bound(monkeypatch):
+    out = generate()
+    held = compiled()
+    monkeypatch.setattr("sled.decoding.programs.MOST", sum(f._cache_size() for f in programs._BOUNDED))
+    assert generate().tokens == out.tokens and compiled() == held  # at the bound all are kept
+    monkeypatch.setattr("sled.decoding.programs.MOST", 1)
+    run = tiny_lm().stream(PROMPTS, max_new_tokens=CAPACITY, chunk=20)
+    assert generate().tokens == out.tokens and sum(compiled()) < sum(held)
+    assert [len(tokens) for tokens in next(run).tokens] == [min(20, len(tokens)) for tokens in out.tokens]
 
 
 def test_long_prompts_are_read_in_blocks(monkeypatch):

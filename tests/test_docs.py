@@ -113,3 +113,12 @@ def test_links_lead_to_files():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_examples_of_early_exits_take_models_that_were_trained_for_them():
+    sources = [*TEXTS.values(), *(path.read_text(encoding="utf-8") for path in (ROOT / "sled" / "cli").glob("*.py"))]
+    lines = re.findall(r"\bsled (?:generate|tune|calibrate|sweep|export|bench exits) .*", "\n".join(sources))
+    named = [re.search(r"(?:-m|--model)[ =](\S+)", line) for line in lines
+             if re.search("--(exits|exit-layers|drafts|draft-layers|thresholds)", line)]
+    models = {match[1] for match in named if match}
+    assert models and all("layerskip" in model or model == "demo" for model in models), models

@@ -92,6 +92,16 @@ def test_the_stacked_form_equals_the_separate_one(decoder, whole):
         np.testing.assert_array_equal(a, b)
 
 
+def test_hidden_states_of_narrow_weights_are_float32_and_not_rounded_on_the_way(tiny_folder):
+    narrow = load_folder(tiny_folder(CHOSEN[1]), dtype=jnp.bfloat16)
+    caches = narrow.empty_caches(2, SLOTS)
+    states, kv = run(narrow, TOKENS_BT, caches=caches)
+    assert states.dtype == narrow.embed(TOKENS_BT).dtype == narrow.logits(states[-1]).dtype == jnp.float32
+    assert {x.dtype for pair in (*caches, *kv) for x in pair} == {jnp.dtype(jnp.bfloat16)}
+    assert narrow.normalise(states[-1]).dtype == jnp.bfloat16  # for a product with the projection as it is
+    assert (states[1:] != states[1:].astype(jnp.bfloat16)).mean() > 0.9
+
+
 def test_padding_to_the_right_changes_nothing(decoder, whole):
     close(run(decoder, TOKENS_BT.at[:, 8:].set(0))[0][:, :, :8], whole[:, :, :8])
 

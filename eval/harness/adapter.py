@@ -32,7 +32,6 @@ from sled.settings.describe import describe
 from sled.settings.rules import Flag, Whole
 
 GREEDY_METHOD = Method("greedy")
-SCORE = ("total", "greedy", "left_out")  # what is kept of a continuation's score
 Found = Iterator[dict[int, Any]]  # answers by the request's index, batch by batch
 
 
@@ -196,8 +195,8 @@ class SledLM(TemplateLM):
         return before, scored
 
     def _scored(self, pairs: list[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[tuple[float, bool]]:
-        answers = self._answer([{"context": context, "continuation": continuation, "answer": SCORE}
-                                for context, continuation in pairs], lambda which: self._score(pairs, which))
+        answers = self._answer([{"context": context, "continuation": continuation} for context, continuation in pairs],
+                               lambda which: self._score(pairs, which))
         found = [Scored(total, greedy, len(continuation), left_out)
                  for (total, greedy, left_out), (_, continuation) in zip(answers, pairs, strict=True)]
         self.counts.scored += len(found)

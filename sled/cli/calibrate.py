@@ -35,7 +35,7 @@ class Calibrate(derive("Exits", *EXITS)):
 
     sled calibrate --exit-layers 1 2 4
 
-    sled calibrate -m meta-llama/Llama-3.2-1B --file prompts.txt --exit-layers 4 8 --delta 0.05
+    sled calibrate -m facebook/layerskip-llama3.2-1B --file prompts.txt --exit-layers 4 8 --delta 0.05
 
     Thresholds are tried from the safest down, on prompts of yours. Each is compared with the full model; the first
     that cannot be shown to be safe ends the search, and the one before it is chosen. The promise: for further prompts

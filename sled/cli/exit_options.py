@@ -29,7 +29,8 @@ class ExitOptions(derive(
         *settings_by_choice(OFFERS), *SCHEDULE)):
     """Early exit and self-speculation. A setting left out keeps the policy's own default.
 
-    A quarter of the layers is a good first exit on a model trained for early exits.
+    A quarter of the layers is a good first exit on a model trained for early exits, as the bundled one and
+    facebook/layerskip-llama3.2-1B are. On others nearly all drafts are wrong, and early tokens too.
     """
 
     def settings(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Tune:
 
     sled tune
 
-    sled tune -m meta-llama/Llama-3.2-1B --file prompts.txt --exit-layers 4 8 4,8 --thresholds 0.8 0.9 --drafts 4 6
+    sled tune -m facebook/layerskip-llama3.2-1B --file prompts.txt --exit-layers 4 8 --thresholds 0.8 0.9 --drafts 4 6
 
     sled tune --file prompts.txt --drafts --batch-size 1
 

@@ -17,6 +17,7 @@ from sled.decoding import loop, state
 from sled.decoding.memory import naming_shortage, refuse_too_large
 from sled.decoding.network import Build
 from sled.decoding.options import Decoding
+from sled.decoding.programs import forget_programs
 from sled.decoding.state import bucket
 from sled.exits.schedule import Timing
 from sled.settings.per_row import stack_rows
@@ -119,6 +120,7 @@ class Generation(Batch):
     def __init__(self, build: Build, params: Any, prompts: list[np.ndarray], decoding: Decoding, *, limits: list[int],
                  seeds: list[int], stop_ids: tuple[int, ...]):
         super().__init__(build, params, decoding, stop_ids=stop_ids)
+        forget_programs()
         lengths = np.array([len(p) for p in prompts])
         self._ends = lengths + limits
         begun = time.perf_counter()

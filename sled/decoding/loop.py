@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.decoding.network import Build
+from sled.decoding.programs import bounded
 from sled.decoding.readout import Readout
 from sled.decoding.sampling import Sampling, choose, position_keys, processed_logits, seen_tokens
 from sled.decoding.segments import Context, first_segment, propagate_kv, run_block, run_if
@@ -55,6 +56,7 @@ class Emission(NamedTuple):
         return self._replace(exit_B=jnp.where(leaves_B, s, self.exit_B), logits_BV=logits_BV)
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames="build", donate_argnames="state")
 def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fusion, sampling: Sampling, stop_ids,
            pause_len_B, max_steps, min_active) -> DecodeState:

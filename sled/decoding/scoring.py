@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sled.decoding.network import Build
+from sled.decoding.programs import bounded, forget_programs
 from sled.decoding.readout import Readout
 from sled.decoding.state import Plan, bucket, start
 from sled.exits import FullDepth
@@ -37,6 +38,7 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
     """
     if getattr(fusion, "log_softmax", False):  # the same scores, with the lower bound still to be seen
         fusion, normalise = dataclasses.replace(fusion, log_softmax=False), True
+    forget_programs()
     plan = Plan.of(FullDepth(), fusion, build.outline)
     of_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, _) in enumerate(pairs):
@@ -82,6 +84,7 @@ def _block(rows, height: int, longest: int, capacity: int):
     return which_B, inputs_BT, targets_BT, positions_BT, np.argsort(idle_P, kind="stable"), (~idle_P).sum()
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames=("build", "normalise"))
 def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, order_P, scored,
                  fusion, normalise: bool):

@@ -24,6 +24,7 @@ import numpy as np
 
 from sled.decoding.memory import refuse_too_large
 from sled.decoding.network import KV, Build, Network
+from sled.decoding.programs import bounded
 from sled.decoding.readout import Readout
 from sled.errors import SettingError
 
@@ -198,6 +199,7 @@ def shared_length(prompts: list[np.ndarray]) -> int:
     return most if alike_T.all() else int(alike_T.argmin())
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames=("build", "plan"))
 def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, memory, *, plan: Plan) -> DecodeState:
     """A state with these tokens and no K/V yet; the arguments are those of `start`."""
@@ -216,6 +218,7 @@ def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, mem
         caches=network.empty_caches(batch, slots), memory=memory)
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames=("build", "block"), donate_argnames="state")
 def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> DecodeState:
     """K/V of the tokens at positions begin .. begin + block - 1, as far as they precede a row's last."""
@@ -246,6 +249,7 @@ def put_row(state: DecodeState, row: DecodeState, at) -> DecodeState:
     return jax.tree.map(lambda rows, one: jax.lax.dynamic_update_index_in_dim(rows, one[0], at, axis=0), state, row)
 
 
+@bounded
 @functools.partial(jax.jit, static_argnames="capacity")
 def grow(state: DecodeState, *, capacity: int) -> DecodeState:
     """The same state with room for `capacity` positions: axis S of the text's arrays, as their names have it, and the

@@ -71,7 +71,7 @@ def export_program(source: str | os.PathLike, to: str | Path, decoding: Decoding
     with replacing(to) as folder:
         model = read_source(source, **reading)
         lm = LM(model.decoder, Tokenizer.from_folder(model.files), name=model.name)
-        save_program(lm, folder, decoding, tokenizer_from=model.files, source=model.record())
+        save_program(lm, folder, decoding, source=model.record())
 
 
 def _without_or_beside(model: SourceModel, heads: str | None) -> Decoder:

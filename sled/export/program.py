@@ -54,7 +54,7 @@ class Traced(NamedTuple):
     about: dict[str, Any]
 
 
-def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Path, source: dict[str, Any]) -> None:
+def save_program(lm: LM, folder: Path, decoding: Decoding, *, source: dict[str, Any]) -> None:
     """Writes the program that generates as `lm.generate` does with these settings into the empty folder `folder`.
 
     source: what the record says the model comes from.
@@ -73,9 +73,9 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
         programs[name] = make()
         (folder / f"{name}.jax_export").write_bytes(programs[name].data)
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
-    tokenizer = tokenizer_from / "tokenizer.json"
-    if tokenizer.is_file():
-        shutil.copyfile(tokenizer, folder / tokenizer.name)
+    tokenizer = folder / "tokenizer.json"
+    if lm.text.available:
+        lm.text.write(tokenizer)
     shutil.copyfile(Path(__file__).with_name("run_program.py"), folder / RUN)
     about = {
         "format": FORMAT,
@@ -87,7 +87,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, tokenizer_from: Pa
         "max_positions": config.max_positions,
         "exit_heads": config.exit_heads and dataclasses.asdict(config.exit_heads),
         "weights": {**_file(folder / WEIGHTS), "parameters_sha256": digest_of_weights(lm.params)},
-        "tokenizer": _file(folder / tokenizer.name) if tokenizer.is_file() else None,
+        "tokenizer": _file(tokenizer) if lm.text.available else None,
         "source": source,
         "versions": versions(),
     }

@@ -13,8 +13,8 @@ import tokenizers
 
 from sled.errors import TokenizerError
 from sled.io import first_line, read_text
-from sled.text.added_tokens import add_tokens_beside
 from sled.text.chat import Chat, ChatTemplates
+from sled.text.tokenizer_class import tokenizer_of
 from sled.text.watch import in_time, may_run_away
 
 REMEDIES = {"text": "give whole characters (no lone surrogates) in a string, or token ids",
@@ -36,13 +36,12 @@ class Tokenizer:
         path = folder / "tokenizer.json"
         if not os.path.lexists(path):
             return cls(None, str(folder), folder)
-        watched = may_run_away(read_text(path, TokenizerError))
+        text = read_text(path, TokenizerError)
         with _naming(f"{path} cannot be read as a tokenizer", "fetch it again, or give token ids"):
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-            add_tokens_beside(tokenizer, folder)
+            tokenizer = tokenizer_of(folder, text)
         tokenizer.no_truncation()  # the file may hold what it was last used with
         tokenizer.no_padding()
-        return cls(tokenizer, str(folder), folder, watched=watched)
+        return cls(tokenizer, str(folder), folder, watched=may_run_away(text))
 
     @functools.cached_property
     def chats(self) -> ChatTemplates:
@@ -133,6 +132,10 @@ class Tokenizer:
     @property
     def available(self) -> bool:
         return self._tokenizer is not None
+
+    def write(self, path: Path) -> None:
+        """Writes it as a `tokenizer.json` that needs no files beside it."""
+        path.write_text(self._get().to_str(), encoding="utf-8")
 
     @property
     def digest(self) -> str:
