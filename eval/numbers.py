@@ -14,7 +14,8 @@ dates, sums without a result (9*2) and broken numbers (1,23,4) are no answer.
 
 A comma, a blank, an apostrophe or an underscore before groups of three digits separates thousands, and so do LaTeX's
 {,}, India's groups (1,23,456), and points where there are several or a decimal comma follows (1.234.567 and 1.234,5).
-Any other point is a decimal point (1.234), and a comma before fewer or more than three digits a decimal comma (1,5).
+Any other point is a decimal point (1.234), and a comma before fewer or more than three digits, or behind 0, a decimal
+comma (1,5 and 0,125).
 """
 
 from __future__ import annotations

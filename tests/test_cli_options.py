@@ -1,5 +1,6 @@
 """Options of the command that derive from declared settings: their types, defaults, help, and what they build."""
 
+import copy
 import dataclasses
 import re
 
@@ -59,6 +60,10 @@ def test_exits_and_draws(demo):
     draws = parse(SamplingOptions, "sled", ["--top-k", "5", "--seed", "3"])
     assert draws.chosen(demo) == sled.Sampling(top_k=5) and draws.seed == 3
     assert dataclasses.replace(draws, top_k=0).chosen(demo) == sled.Sampling()
+    lm = copy.copy(demo)
+    lm.generation = dict(do_sample=True, temperature=0.7)
+    words = ["--sampling", "checkpoint", "--top-k", "0", "--temperature", "0"]  # numbers that are the usual defaults
+    assert parse(SamplingOptions, "sled", words).chosen(lm) == sled.Sampling()
     with pytest.raises(SystemExit):  # its weights are in no option
         parse(ExitOptions, "sled", ["--exits", "early", "--exit-layers", "2", "--measure", "classifier"])
     with pytest.raises(SettingError, match="--lower-bound has no meaning"):

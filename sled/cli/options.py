@@ -24,9 +24,9 @@ from sled.cli.derived import (
     given_for,
     offer,
     offers,
+    overrides,
     refuse_others,
     settings_by_choice,
-    settings_of,
 )
 from sled.decoding.options import GREEDY
 from sled.errors import PromptError, SettingError, SledError
@@ -81,7 +81,7 @@ class FusionOptions(derive(
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingOptions(derive("Draw", *settings_of(SAMPLING))):
+class SamplingOptions(derive("Draw", *overrides(sled.Sampling, *SAMPLING.options.values()))):
     """The draw of the next token; greedy unless a temperature is given."""
 
     sampling: Annotated[Literal["checkpoint"] | None, left_out("as the options here say")] = None

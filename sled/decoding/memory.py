@@ -42,11 +42,12 @@ def _bytes(build: Build, window: int, buffers: int, rows: int, capacity: int) ->
 
 
 def device_memory() -> int | None:
-    """Bytes of the default device's memory, or of the host's where that is the device; None where nothing tells."""
+    """Bytes of the default device's memory, or of the host's where that is the device; None where nothing tells, as on
+    Windows."""
     device = jax.devices()[0]
     if limit := (device.memory_stats() or {}).get("bytes_limit"):
         return limit
-    if device.platform != "cpu":
+    if device.platform != "cpu" or not hasattr(os, "sysconf"):
         return None
     bounds = [file.read_text().strip() for file in map(Path, _CGROUPS) if file.is_file()]
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *map(int, filter(str.isdecimal, bounds))])

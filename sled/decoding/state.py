@@ -230,6 +230,7 @@ def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> D
     return state.replace(caches=caches)
 
 
+@bounded
 @functools.partial(jax.jit, donate_argnames="state")
 def spread(state: DecodeState, row: DecodeState) -> DecodeState:
     """The state with the K/V of the one row of `row` in each of its rows."""
