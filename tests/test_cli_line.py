@@ -153,11 +153,13 @@ def test_help_fits_and_speaks_no_python(prog, columns, capsys, monkeypatch):
     (Train, "recipe.steps was 5 and is 6; data.prompt_weight was 0", "--steps was 5 and is 6; --prompt-weight was 0"),
     (Train, "columns are named by Source.prompt and data.jsonl, config.json", "columns are named by --prompt and "
      "data.jsonl, config.json"),
+    (Generate, "EarlyExit.layers is (2, 40), but 40 is", "--exit-layers is 2 40, but 40 is"),
+    (Generate, "it is (2, 40), or EarlyExit.threshold is (0.5,) there", "it is (2, 40), or --threshold is 0.5 there"),
     (Train, "AllExits.layers is ()", "--exit-layers is ()"), (Train, "LayerDropout.rate is 1", "--layer-dropout is 1"),
     (Train, "Mesh.data and Mesh.fsdp are -1", "--data-parallel and --fsdp are -1"),
     (Sweep, "example 1, has no column 'x', which Source.completion needs", "example 1, has no column 'x', which "
      "--answer needs"),
-    (Sweep, "EarlyExit.layers is (9,)", "--exit-layers is (9,)"),
+    (Sweep, "EarlyExit.layers is (9,)", "--exit-layers is 9"),
     (Sweep, "SelfSpeculation.draft is 0", "--drafts is 0"),
     (Sweep, "rounds is 0; give batch_size too", "--rounds is 0; give --batch-size too"),
 ])

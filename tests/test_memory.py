@@ -1,12 +1,20 @@
-"""Too little memory: told beforehand where shapes tell, and one named error where it shows."""
+"""What a machine lacks: memory, told beforehand where shapes tell; room on a disk. One named error where it shows."""
+
+import errno
+import logging
 
 import jax
+import numpy as np
 import pytest
+from safetensors import SafetensorError
 from tiny_lm import talking_lm
 
 import sled
 from sled.decoding import memory
-from sled.errors import OutOfMemoryError
+from sled.errors import OutOfMemoryError, SettingError
+from sled.export.forms import export_program
+from sled.export.program import Traced
+from sled.models import save_folder
 
 
 @pytest.mark.parametrize("call", [
@@ -48,3 +56,49 @@ def test_a_device_that_fails_otherwise_is_not_called_short_of_memory(monkeypatch
     monkeypatch.setattr("sled.lm.look", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
         talking_lm().lens("a")
+
+
+def chained(error: Exception) -> Exception:
+    outer = ValueError("a library's own words")
+    outer.__cause__ = error
+    return outer
+
+
+@pytest.mark.parametrize(("error", "says"), [
+    (OSError(errno.ENOSPC, "x"), "a file cannot be written (No space left on device); make room"),
+    (OSError(errno.EDQUOT, "x"), "a file cannot be written (Disk quota exceeded); make room"),
+    (chained(OSError(errno.EFBIG, "x")), "a file cannot be written (File too large); make room"),
+    (RuntimeError("I/O error: No space left on device (os error 28)"), "a file cannot be written (No space left on"),
+    (MemoryError(), "there was too little memory (MemoryError); lower"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "there was too little memory (RES"),
+])
+def test_what_the_machine_lacks_is_one_line_of_the_command(error, says, monkeypatch, command):
+    def fail(*_, **__):
+        try:
+            raise error
+        finally:
+            logging.getLogger("absl").error("pages", exc_info=True)  # as Orbax does
+
+    monkeypatch.setattr(sled, "load", fail)
+    code, out, err = command("generate", "a")
+    [line] = [line for line in err.splitlines() if not line.startswith("running on")]
+    assert (code, out) == (1, "") and line.startswith(f"sled: {says}")
+
+
+@pytest.mark.parametrize("write", [
+    lambda lm, folder: save_folder(lm.build(lm.params), folder),
+    lambda lm, folder: export_program("demo", folder, sled.Decoding()),
+    lambda lm, folder: sled.save_classifier(sled.Classifier(np.ones((1, 32)), np.ones(1), (1,)), folder / "x", lm),
+], ids=["model", "program", "classifier"])
+def test_a_full_disk_is_named_and_nothing_is_left(write, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    for module in ("sled.models.huggingface", "sled.export.program", "sled.calibration.classifier_file"):
+        monkeypatch.setattr(f"{module}.save_file", full)
+    monkeypatch.setattr("sled.export.program.trace_generation", lambda *_: Traced(b"", {}))
+    monkeypatch.setattr("sled.export.program.trace_step", lambda *_: Traced(b"", {}))
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SettingError, match=r"cannot be written \(No space left on device\); make room"):
+        write(talking_lm(), tmp_path / "folder")
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))

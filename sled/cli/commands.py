@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.metadata
+import logging
 import shutil
 import sys
 import textwrap
+import threading
 import warnings
 from collections.abc import Sequence
 
@@ -66,6 +68,8 @@ def run(words: Sequence[str]) -> int:
     if kind is None:
         return 0
     command = parse(kind, prog, words)
+    others, threading.excepthook = threading.excepthook, _print_first_line
+    logging.getLogger("absl").addFilter(_no_traceback)
     try:
         with warnings.catch_warnings():
             _print_in_one_line(SledWarning)
@@ -78,6 +82,9 @@ def run(words: Sequence[str]) -> int:
             raise
         print(f"sled: {said}", file=sys.stderr)
         return 1
+    finally:
+        threading.excepthook = others
+        logging.getLogger("absl").removeFilter(_no_traceback)
     return 0
 
 
@@ -106,6 +113,17 @@ def _chosen(words: Sequence[str]) -> tuple[str, type | None, Sequence[str]]:
             sys.exit(2)
         prog, chosen = f"{prog} {name}", chosen.commands[name]
     return prog, chosen, words
+
+
+def _print_first_line(of) -> None:
+    """For `threading.excepthook`: of an error in another thread, such as one that writes a checkpoint."""
+    print(f"sled: a thread ended: {type(of.exc_value).__name__}: {first_line(of.exc_value)}", file=sys.stderr)
+
+
+def _no_traceback(record: logging.LogRecord) -> bool:
+    """For the log of Orbax: where a checkpoint cannot be written, each of its threads writes pages, and then raises
+    what our own error tells in a line."""
+    return record.exc_info is None and "Traceback" not in record.getMessage()
 
 
 def _print_in_one_line(kind: type[Warning]) -> None:

@@ -149,4 +149,5 @@ def in_options(message: str, command: type, words: Sequence[str]) -> str:
 
     for names in (r"[A-Za-z]\w*\.[a-z]\w*", r"[a-z]+(?:_[a-z]+)+", r"^[a-z]+(?= (?:is|has|was)\b|\[)"):
         message = re.sub(rf"(?<![\w./'\"-])(?P<name>{names})(?:\[(?P<place>\d+)\])?(?![\w'\"/=(])", said, message)
+    message = re.sub(r"(--[\w-]+ is) \(([\d., ]+)\)", lambda m: f"{m[1]} {m[2].replace(',', '')}", message)  # as typed
     return message.replace("must be None or ", "must be ")

@@ -23,6 +23,9 @@ class DoLa:
 
     In models of more than 40 layers, "low" and "high" are taken from the first or last 20; with tied embeddings "low"
     starts at 2.
+
+    Its authors generate with a repetition penalty of 1.2 (`sled.Sampling(repetition_penalty=1.2)`). Without one it may
+    repeat itself on small models, in their code too.
     """
 
     layers: str | tuple[int, ...] = layers_setting(
