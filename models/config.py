@@ -126,8 +126,11 @@ class DecoderConfig:
         for name in ("vocab_size", "width", "mlp_width", "num_layers", "num_heads", "num_kv_heads",
                      "head_dim", "max_positions"):
             value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else MOST
-            if not isinstance(value, int) or not 1 <= value <= most:
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise ConfigError(f"{name} is {value!r}, but it must be a whole number from 1 to {most:,}")
+        for name in ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied_head"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be True or False")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly; "

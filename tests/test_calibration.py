@@ -287,7 +287,7 @@ def test_calibration_refuses_a_model_that_solves_nothing(demo):
 
 @pytest.mark.parametrize(("largest", "n", "delta", "enough"), [
     (0, 1000, 0.01, False), (0.05, 10**6, 0.05, False), (0.06, 50, 0.05, False), (0.06, 10**5, 0.05, True),
-    (1, 3, 0.05, True), (0.5, 24, 0.2, True), (0.1, 160, 0.05, True), (0.1, 30, 0.05, False),
+    (1, 3, 0.05, True), (1, 3, 1e-12, True), (0.5, 24, 0.2, True), (0.1, 160, 0.05, True), (0.1, 30, 0.05, False),
 ])
 def test_what_can_be_lost_must_be_shown(largest, n, delta, enough):
     assert can_lose(largest, n, delta, 0.05) == enough

@@ -6,6 +6,7 @@ Seeded: the same cases every time. `--exhaustive` runs 2,000 and more; the rule 
 import contextlib
 import dataclasses
 import json
+import shutil
 import signal
 import sqlite3
 import struct
@@ -235,3 +236,23 @@ def test_records(trials, tmp_path):
     safe = JSON.filter(lambda value: "\\ud800" not in json.dumps(value))
     trials(st.tuples(st.sampled_from([*whole, "cache", "cache"]), safe, st.sampled_from(["exits", "schedule", None])),
            check, few=60)
+
+
+@pytest.mark.parametrize(("fields", "heads"), [
+    (dict(num_hidden_layers=9_999), None), (dict(num_hidden_layers=10_000), list(range(1, 9_999))),
+    (dict(num_hidden_layers=2), [1]), (dict(num_hidden_layers=10_001), None), (dict(num_hidden_layers=2**63), None),
+    (dict(vocab_size=2**31 - 1), None), (dict(hidden_size=2**30), None), (dict(eos_token_id=[1] * 1001), None),
+    (dict(rope_theta=1e-30), None), (dict(rope_theta=1e39), None), (dict(), list(range(1, 10**5))),
+])
+def test_counts_beyond_what_is_stored_are_refused_before_anything_is_built(fields, heads, tmp_path, write_model):
+    folder = write_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    for old in ("rope_parameters", "rope_scaling") if "rope_theta" in fields else ():
+        config.pop(old, None)
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    if heads:
+        (folder / "exit_heads.json").write_text(json.dumps({"layers": heads, "kind": "mlp", "tied": False}))
+        shutil.copyfile(folder / "model.safetensors", folder / "exit_heads.safetensors")
+    with named_errors(), pytest.raises(SledError) as refused, open_weights(folder):
+        raise AssertionError("it is no model")
+    assert len(str(refused.value)) < 1000

@@ -243,3 +243,14 @@ def test_without_a_network_the_real_client_fails_soon(environment, tmp_path):
                           capture_output=True, text=True, timeout=60)
     assert time.monotonic() - start < 30
     assert "DownloadError: nobody/nothing is not in the local cache, and the hub is out of" in done.stderr
+
+
+@pytest.mark.parametrize("wrong", [
+    dict(tied_head="no"), dict(tied_head=1), dict(qkv_bias=0), dict(qk_norm=None), dict(mlp_bias=[]),
+    dict(out_bias="False"), dict(vocab_size=True), dict(num_layers=1.0), dict(num_layers=2**63)])
+def test_flags_and_counts_of_a_configuration_are_what_they_say(wrong):
+    plain = dict(family="llama", vocab_size=8, width=8, mlp_width=8, num_layers=1, num_heads=1, num_kv_heads=1,
+                 head_dim=8, max_positions=8)
+    [name] = wrong
+    with pytest.raises(ConfigError, match=f"^{name} is .*, but it must be"):
+        DecoderConfig(**plain | wrong)

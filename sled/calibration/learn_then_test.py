@@ -24,8 +24,9 @@ from scipy.special import bdtr
 from sled.errors import CalibrationError, SettingError
 from sled.settings.rules import Number, Whole, as_list
 
-DELTA = Number(0, 1, open_low=True, open_high=True, hint="it is the mean loss that is tolerated, such as 0.1")
-EPSILON = Number(0, 1, open_low=True, open_high=True,
+DELTA = Number(0, 1, open_low=True, open_high=True, float32=False,
+               hint="it is the mean loss that is tolerated, such as 0.1")
+EPSILON = Number(0, 1, open_low=True, open_high=True, float32=False,
                  hint="it is the probability that the tolerated loss is exceeded, such as 0.05")
 GRID = Number(0, 1, hint="a confidence lies in [0, 1]; 1 never leaves early")
 SLACK = 1e-9  # a sum of losses this little above a whole number is that number, and rounding error
@@ -50,7 +51,7 @@ def p_value(mean_loss: float, n: int, delta: float) -> float:
     mean_loss: r, in [0, 1]; n: how many losses, at least 1; delta: in (0, 1).
     Raises SettingError for a value out of range.
     """
-    r = Number(0, 1, hint="losses lie in [0, 1]")("mean_loss", mean_loss)
+    r = Number(0, 1, float32=False, hint="losses lie in [0, 1]")("mean_loss", mean_loss)
     n = Whole(1, hint="it counts the losses")("n", n)
     delta = DELTA("delta", delta)
     bentkus = math.e * float(bdtr(math.ceil(n * r - SLACK), n, delta))

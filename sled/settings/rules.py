@@ -49,10 +49,11 @@ class _Rule:
 class Number(_Rule):
     """A number from `low` to `high`, as a float. NaN and infinity are refused; minus infinity is, where `low` is more.
 
-    It is computed with in float32, so it must be such a number there too: 1e39 would be infinity, 1e-40 would be 0.
+    Where it is computed with in float32, it must be such a number there too: 1e39 would be infinity, 1e-40 would be 0.
 
     open_low, open_high: whether `low` itself is refused, and `high`. least: the smallest number above 0, where `low` is
-    0 and means something of its own.
+    0 and means something of its own. float32: whether it is computed with there, as all on a device is; statistics are
+    not.
     """
 
     low: float = -math.inf
@@ -61,11 +62,12 @@ class Number(_Rule):
     open_low: bool = False
     open_high: bool = False
     least: float = 0.0
+    float32: bool = True
     hint: str
 
     def __call__(self, name: str, value) -> float:
         clean = super().__call__(name, value)
-        narrow = _as_float32(clean)
+        narrow = _as_float32(clean) if self.float32 else clean
         if not self._holds(narrow) or (narrow == 0) != (clean == 0) or math.isinf(narrow) != math.isinf(clean):
             raise SettingError(f"{name} is {shorten(value)}, which is {narrow:g} in float32, but must be {self.expects}"
                                f" there too; {self.hint}")
