@@ -279,3 +279,9 @@ def shorten(text: str, most: int) -> str:
         return text
     end = (most - 3) // 3
     return f"{text[:most - 3 - end]}...{text[len(text) - end:]}"
+
+
+def size_in_words(count: int) -> str:
+    """Bytes in the largest binary unit that leaves a number of at least 1."""
+    power = min(max(count.bit_length() - 1, 0) // 10, 5)
+    return f"{count / 1024**power:,.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"

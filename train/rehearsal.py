@@ -9,9 +9,10 @@ import time
 import jax
 import optax
 
+from sled.io import size_in_words
 from sled.train.data.batches import some_batches
 from sled.train.data.rows import DataReport
-from sled.train.parallel.memory_plan import MemoryPlan, memory_plan, size_in_words
+from sled.train.parallel.memory_plan import MemoryPlan, memory_plan
 from sled.train.recipes import Recipe
 from sled.train.run.folder import RunFolder
 from sled.train.trainer import Prepared, TrainingRun, optimizer_of, prepare, share_of

@@ -134,7 +134,7 @@ class Exactness(Measurement):
     and of the gap between the two logits at the first difference of each text. A few minutes; no timing.
     """
 
-    model: str = "demo"
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """"demo" (bundled), a Hugging Face folder, or a hub id; with a tokenizer."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Type of the weights."""

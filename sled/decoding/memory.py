@@ -13,7 +13,7 @@ import jax
 
 from sled.decoding.network import Build
 from sled.errors import OutOfMemoryError, SledError
-from sled.io import first_line
+from sled.io import first_line, size_in_words
 
 LOWER = "lower batch_size, slots, capacity, max_new_tokens, max_draft or max_deferred, or the length of the prompts"
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # a container's own bound
@@ -28,8 +28,8 @@ def refuse_too_large(build: Build, window: int, buffers: int, *, rows: int, capa
     needed, memory = _bytes(build, window, buffers, rows, capacity), device_memory()
     if memory is not None and needed > memory:
         raise OutOfMemoryError(f"{rows:,} rows of {capacity:,} positions, {window:,} of which may wait for deeper "
-                               f"layers, would take at least {in_words(needed)}, but the device has "
-                               f"{in_words(memory)}; {LOWER}")
+                               f"layers, would take at least {size_in_words(needed)}, but the device has "
+                               f"{size_in_words(memory)}; {LOWER}")
 
 
 @functools.lru_cache(maxsize=256)
@@ -67,9 +67,3 @@ def naming_shortage(what: str, remedy: str = LOWER) -> Iterator[None]:
 def is_shortage(error: BaseException) -> bool:
     """Whether an error means that memory did not suffice."""
     return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
-
-
-def in_words(count: int) -> str:
-    """Bytes in the largest binary unit that leaves a number of at least 1."""
-    power = min(max(count.bit_length() - 1, 0) // 10, 5)
-    return f"{count / 1024**power:,.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB', 'PiB')[power]}"

@@ -61,8 +61,9 @@ class Tokenizer:
         with self._naming("text"):
             return [encoding.ids for encoding in self._encode_batch(list(texts), True)]
 
-    def _encode_batch(self, texts: list[str], special: bool) -> list[tokenizers.Encoding]:
-        encode = functools.partial(self._get().encode_batch_fast, texts, add_special_tokens=special)
+    def _encode_batch(self, texts: list[str], special: bool, *, offsets: bool = False) -> list[tokenizers.Encoding]:
+        of_all = self._get().encode_batch if offsets else self._get().encode_batch_fast
+        encode = functools.partial(of_all, texts, add_special_tokens=special)
         return in_time(encode, sum(map(len, texts))) if self._watched else encode()
 
     def encode_continuation(self, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -94,7 +95,7 @@ class Tokenizer:
         cores."""
         with self._naming("text"):
             return [(encoding.ids, encoding.offsets)
-                    for encoding in self._get().encode_batch(list(texts), add_special_tokens=False)]
+                    for encoding in self._encode_batch(list(texts), False, offsets=True)]
 
     def encode_continuations(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """As `encode_continuation`, for many prompts with their continuations, on all cores."""

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sled.io import size_in_words
 from sled.models.sharding.sharding import RULES, Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.exit_heads import partition
@@ -111,9 +112,3 @@ def _taken(sharding: Sharding, tree) -> Counter[str | None]:
 
 def _spell(spec: PartitionSpec, mesh: dict[str, int]) -> str:
     return ", ".join(f"{axis} {mesh[axis]}" if mesh.get(axis, 1) > 1 else "-" for axis in spec)
-
-
-def size_in_words(count: int) -> str:
-    """Bytes in the largest binary unit that leaves a number of at least 1."""
-    power = min(max(count.bit_length() - 1, 0) // 10, 4)
-    return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
