@@ -97,7 +97,7 @@ def _uploading(repo_id: str) -> Iterator[None]:
         yield
     except Exception as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        if isinstance(error, errors.HFValidationError):
+        if isinstance(error, (errors.HFValidationError, TypeError)):
             why, remedy = f"{repo_id!r} is no hub id", "give one such as 'owner/name'"
         elif isinstance(error, errors.OfflineModeIsEnabled):
             why, remedy = "HF_HUB_OFFLINE is set", "unset it and go online"

@@ -29,13 +29,14 @@ from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
-from sled.settings.rules import Flag, Whole, shorten
+from sled.settings.rules import Flag, OneOf, OrNone, Whole, shorten
 from sled.text.chat import Messages, conversations
 from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
 FEW_VERIFICATIONS = 16  # drafts are judged by no fewer
+STORED_TYPES = ("float32", "bfloat16", "float16")
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
 
 
@@ -255,6 +256,7 @@ class LM:
 
         dtype: None keeps the weights as they are here, which is float32 where `sled.load` widened them for a CPU.
         """
+        dtype = OrNone(OneOf(STORED_TYPES, hint="None keeps the weights as they are"))("dtype", dtype)
         return save_folder(self.build(self.params), path, dtype=dtype, tokenizer_from=self.text.folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, message: str = "Upload the model") -> str:

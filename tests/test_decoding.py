@@ -84,12 +84,11 @@ def test_what_all_prompts_begin_with_is_run_once(prompts, shared, runs, monkeypa
     np.testing.assert_allclose(score(), scores, atol=1e-4)
 
 
-@pytest.mark.parametrize("fusion, kept", [
-    (sled.SLED(scale=3), 3), (sled.SLED(scale=3, lower_bound=-9.0), 3), (sled.SLED(scale=12, log_softmax=True), 12),
-    (sled.ClampOnly(scale=7), 7), (sled.ClampOnly(scale=61, max_scale=61), 61), (sled.DoLa(relative_top=1.0), 1),
-    (sled.DoLa(relative_top=1e-30, lower_bound=-9.0), 61), (sled.FinalLayer(), 61), (sled.ConfidentDecoding(), 61)],
-    ids=str)
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("fusion, kept, normalise", [
+    (sled.SLED(scale=3), 3, True), (sled.SLED(scale=3, lower_bound=-9.0), 3, True), (sled.SLED(scale=12), 12, True),
+    (sled.SLED(scale=12, log_softmax=True), 12, False), (sled.ClampOnly(scale=7), 7, False),
+    (sled.ClampOnly(scale=61, max_scale=61), 61, False), (sled.DoLa(relative_top=1.0), 1, True),
+    (sled.DoLa(relative_top=1e-30, lower_bound=-9.0), 61, True), (sled.FinalLayer(), 61, True)], ids=str)
 def test_scores_mark_the_tokens_that_are_left_out(fusion, kept, normalise):
     scores = tiny_lm().score(PROMPTS[1], [[token] for token in range(CONFIG.vocab_size)], fusion=fusion,
                              batch_size=CONFIG.vocab_size, normalise=normalise)

@@ -355,8 +355,8 @@ def test_the_command(command, scripted, tmp_path, capsys):
     (["--stop", ""], "at least one character"), (["--data", "x.jsonl"], "without --prompt or --answer"),
     (["--data", "x.jsonl", "--prompt", "q", "--answer", "a"], "no file at 'x.jsonl'"),
     (["-m", "other"], "no questions were given for other"),
-    (["--exit-layers", "9"], "--exit-layers is (9,), but 9 is no early exit of a model of 3"),
-    (["--draft-layers", "9"], "--draft-layers is (9,)"), (["--drafts", "0"], "--drafts is 0"),
+    (["--exit-layers", "9"], "--exit-layers is 9, but 9 is no early exit of a model of 3"),
+    (["--draft-layers", "9"], "--draft-layers is 9"), (["--drafts", "0"], "--drafts is 0"),
     (["--thresholds", "0.9", "3"], "--thresholds is 3"),
     (["--thresholds", "2"], "--thresholds is 2"),
 ], ids=str)

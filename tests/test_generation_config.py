@@ -166,6 +166,14 @@ def test_a_number_that_is_not_finite_is_refused(tmp_path, write_model):
         sled.load(folder)
 
 
+def test_the_type_of_what_is_saved_is_checked(demo, tmp_path):
+    with pytest.raises(SettingError, match=r"dtype is 'int7'.* None keeps the weights as they are"):
+        demo.save(tmp_path / "m", dtype="int7")
+    assert not (tmp_path / "m").exists()
+    folder = demo.save(tmp_path / "m", dtype="bfloat16")
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+
+
 def test_the_checkpoints_sampling_is_offered_once(demo):
     lm = sled.LM(demo.build(demo.params), demo.text, name="m", generation=DRAWN)
     own, short = sled.Sampling(temperature=0.6, top_k=50, top_p=0.9), dict(max_new_tokens=8)

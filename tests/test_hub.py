@@ -74,6 +74,7 @@ def test_the_command_exports_and_pushes_with_a_card(hub, command, tmp_path):
     (dict(HF_HUB_OFFLINE=True), "me/model", "HF_HUB_OFFLINE is set; unset it and go online"),
     (dict(), "a/b/c", "'a/b/c' is no hub id; give one such as 'owner/name'"),
     (dict(), "", "'' is no hub id"),
+    (dict(), 3, "3 is no hub id"),
     (dict(), "me/mo del", "is no hub id"),
     (dict(ENDPOINT="http://127.0.0.1:9"), "me/model", "see that the hub can be reached, and try again"),
     (dict(broken="/repos/create"), "me/model", "500 Internal Server Error.*see that the hub can be reached"),

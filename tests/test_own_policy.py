@@ -120,6 +120,7 @@ def test_it_is_tuned_and_calibrated(tmp_path):
     assert again.policy(lm, OFTEN, max_new_tokens=4) == OFTEN.with_threshold(record.threshold)
 
 
+@pytest.mark.filterwarnings("ignore::sled.errors.EvaluationWarning")  # of one question, which it cannot solve
 def test_it_is_swept(demo, tmp_path):
     asked = Questions(("Question: 2+3?\nAnswer:",), (5,), "one question")
     sweep(demo, [Method("streak", exits=Streak(2))], asked, tmp_path, rounds=1, max_new_tokens=4, progress=False)

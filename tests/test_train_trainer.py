@@ -25,11 +25,12 @@ from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import AllExits, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
 from sled.train.objective.layer_dropout import FixedRows, layerskip
 from sled.train.recipes import named
+from sled.train.rehearsal import rehearse
 from sled.train.run.checkpoint import complete_steps
 from sled.train.run.folder import read_checkpoint
 from sled.train.run.metrics import read_metrics
 from sled.train.run.preemption import EXIT_CODE
-from sled.train.trainer import TrainingRun, memory_plan_of, train
+from sled.train.trainer import TrainingRun, train
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
 STEPS = 30
@@ -67,7 +68,9 @@ def uninterrupted(runs, tmp_path_factory) -> Path:
 
 
 def metrics_of(folder: Path) -> list[dict]:
-    lines = read_metrics(folder / "metrics.jsonl")
+    """The lines of a run's steps; step 0, before them, is only measured."""
+    begin, *lines = read_metrics(folder / "metrics.jsonl")
+    assert begin["step"] == 0 and begin.keys() == {"step", "held_out", "held_out_accuracy"}
     for line in lines:
         assert line.pop("tokens_per_second") > 0
     return lines
@@ -107,14 +110,15 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(kills, runs, unin
     assert not half_written(tmp_path / "checkpoints")
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(runs, uninterrupted, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
+def test_a_signal_saves_and_the_same_command_goes_on(number, runs, uninterrupted, tmp_path):
     pid = runs.start("train", folder=tmp_path, save_every=1000)
-    until(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").stat().st_size)
-    os.kill(pid, signal.SIGTERM)
+    until(lambda: (tmp_path / "metrics.jsonl").is_file() and (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") > 1)
+    os.kill(pid, number)
     assert runs.ended() == EXIT_CODE
     stopped = latest(tmp_path / "checkpoints")
     assert 0 < stopped < STEPS and not (tmp_path / "model").exists()
-    assert f"stopped by SIGTERM after step {stopped}" in runs.errors.read_text()
+    assert f"stopped after step {stopped}" in runs.errors.read_text()
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["step"] == stopped
     exported(tmp_path, tmp_path / "early")
     expected = exported(uninterrupted, tmp_path / "expected", stopped)
@@ -187,7 +191,7 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
     by_command(runs, tmp_path / "run", file, file, "--prompt question --completion answer --steps 12 --warmup 2 "
                "--learning-rate 1e-3 --batch 4 --context 32 --save-every 4")
     held_out = [line["held_out"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
-    assert len(held_out) == 3 and held_out[-1][-1] < held_out[0][-1] / 1.5
+    assert len(held_out) == 4 and held_out[-1][-1] < held_out[0][-1] / 1.5
     assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
 
 
@@ -257,7 +261,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(ended, tmp_path
     assert (reached == 4 or not ended) and latest(tmp_path / "run" / "checkpoints") < (1 if ended else reached)
     assert not (tmp_path / "run" / "model").exists()
     said = capsys.readouterr().err
-    assert "recipe: Recipe(steps=8, batch=2" in said and "warning: no early exit learns with this recipe" in said
+    assert re.search(r"  steps +8\n  batch +2\n  context +32\n  exits +WeightedExits\(profile LayerSkipWeights", said)
+    assert "warning: no early exit learns with this recipe" in said
     assert "the learning rate rises over 8 steps, but the run has 8; give a shorter warm-up" in said
     assert re.search(r"the tokenizer has \d+ tokens, not 1000: the data gives no more", said)
 
@@ -271,8 +276,34 @@ def test_a_new_model_takes_a_tokenizer_that_there_is(tmp_path, data):
     assert lm.text.digest == sled.load("demo").text.digest
 
 
-def test_what_a_run_would_hold_is_planned_without_it(tmp_path, data):
-    assert memory_plan_of(run_of(tmp_path, data)).weights > 0
+def test_a_rehearsal_tells_what_the_run_would_be_and_leaves_nothing(tmp_path, data, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
+    found = rehearse(run_of(tmp_path, data, held_out=Source(data / "held_out.jsonl")))
+    assert found.data.examples > found.held_out.examples > 0 and found.epochs == 4 / -(-found.data.rows // 2)
+    assert found.recipe.context == 32 and found.step_seconds > 0
+    assert found.step_bytes > found.plan.state + found.plan.gradients / 2
+    assert found.measuring_bytes > found.plan.state and found.saving_bytes > found.plan.state
+    text = found.text()
+    assert re.search(r"\n  context +32\n(.*\n)*  parameters +[\d,]+\n  data +\d+ examples .*\n  held out +\d", text)
+    assert re.search(r"  a step +\d.*gradients and activations\n    measuring .*\n    saving ", text), text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(source=Source("no/such.jsonl")), "there is no file at 'no/such.jsonl'"),
+    (dict(held_out=Source("none.csv")), "there is no file at 'none.csv'"),
+    (dict(column="words"), "has no column 'words', which .*text needs"),
+    (dict(content="{"), r"a\.jsonl, line 1, cannot be read as json"), (dict(content=""), r"a\.jsonl is empty"),
+    (dict(content='{"text": " "}'), "no example is left"),
+])
+def test_a_rehearsal_reads_the_data(changes, words, tmp_path, data, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
+    changes, model = dict(changes), Path(sled.__file__).parent / "demo" / "model"
+    if {"content", "column"} & changes.keys():
+        (tmp_path / "a.jsonl").write_text(changes.pop("content", '{"text": "x"}'))
+        changes["source"] = Source(tmp_path / "a.jsonl", text=changes.pop("column", "text"))
+    with pytest.raises(DataError, match=words):
+        rehearse(run_of(tmp_path, data, model=model, **changes))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,6 @@
 """Weights of the exits over time, against the papers' formulas in plain Python."""
 
+import math
 from fractions import Fraction
 
 import jax
@@ -120,13 +121,24 @@ def test_long_runs_of_deep_models_do_not_overflow():
     assert on.tolist() == [[gradual(steps)(t, i, num_layers) for i in range(num_layers - 1)] for t in times]
 
 
-def test_fixed_weights_warm_up_linearly():
-    plan = FixedExits((2, 5), (0.1, 0.4), initial=0.02, warmup=200)
+@pytest.mark.parametrize("course, way", [
+    ("linear", lambda r: r), ("cosine", lambda r: 0.5 * (math.cos(math.pi * (r + 1)) + 1))])
+@pytest.mark.parametrize("initial", [0.02, (0.3, 0.0)])  # one number, or one above and one below
+def test_fixed_weights_warm_up_as_in_ee_llm(course, way, initial):
+    plan = FixedExits((2, 5), (0.1, 0.4), initial=initial, warmup=200, course=course)
     layers, weights = map(np.asarray, jax.jit(jax.vmap(lambda step: plan.exits_at(step, 8)))(jnp.arange(STEPS)))
     assert (layers == [2, 5, 8]).all()
-    want = [[w0 + (w - w0) * min(t / 200, 1) for w0, w in ((0.02, 0.1), (0.02, 0.4), (1, 1))] for t in range(STEPS)]
-    np.testing.assert_allclose(weights, want, rtol=1e-6)
+    ends = list(zip(np.broadcast_to(initial, 2), (0.1, 0.4), strict=True))
+    want = [[*(way(min(t / 200, 1)) * (w - w0) + w0 for w0, w in ends), 1] for t in range(STEPS)]
+    np.testing.assert_allclose(weights, want, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(FixedExits((2, 5), (0.1, 0.4)).exits_at(0, 8)[1], [0.1, 0.4, 1])
+
+
+def test_the_last_layers_share_is_the_papers_and_not_torchtunes():
+    """The figures of docs/training.md: 32 layers, all learning, scale 0.2."""
+    share = float(WeightedExits(LayerSkipWeights(0.2), AllExits()).exits_at(0, 32)[1][-1])
+    torchtunes = np.cumsum(np.arange(1, 33)) * np.where(np.arange(32) < 31, 0.2, 1)
+    assert round(share, 3) == 0.111 and round(torchtunes[-1] / torchtunes.sum(), 3) == 0.326
 
 
 def test_what_users_tune_compiles_nothing_anew():
@@ -148,6 +160,9 @@ def test_what_users_tune_compiles_nothing_anew():
     (lambda: WeightedExits(SKIP, AllExits((0, 3))).exits_at(0, 8), "names 0"),
     (lambda: FixedExits((4, 2), (0.1, 0.2)), "ascending"),
     (lambda: FixedExits((2, 4), (0.1,)), "1 entries for 2 layers"),
+    (lambda: FixedExits((2, 4), (0.1, 0.2), initial=(0.1,)), "initial has 1 entries for 2 layers"),
+    (lambda: FixedExits((2,), (0.1,), initial=-1), "initial is -1"),
+    (lambda: FixedExits((2,), (0.1,), course="step"), "course is 'step'"),
     (lambda: FixedExits((2,), 0.1), "tuple of numbers"),
     (lambda: FixedExits((2,), (-0.1,)), r"weights\[0\] is -0.1"),
     (lambda: FixedExits((2, 8), (0.1, 0.1)).exits_at(0, 8), "the last one"),

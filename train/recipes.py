@@ -98,6 +98,23 @@ class Recipe:
                                        f"alone, which has no use for it; leave it at {off}")
 
 
+    def text(self) -> str:
+        """A line for each setting that is not at its default, and for those that every run is told by."""
+        always = ("steps", "batch", "context", "learning_rate", "optimizer", "schedule", "warmup")
+        lines = {field.name.replace("_", " "): _short(getattr(self, field.name)) for field in dataclasses.fields(self)
+                 if field.name in always or getattr(self, field.name) != field.default}
+        return "\n".join(f"  {name:<{max(map(len, lines))}}  {value}" for name, value in lines.items())
+
+
+def _short(value: Any) -> str:
+    """A setting as one reads it: of plain settings within it those that are not at their defaults."""
+    if not dataclasses.is_dataclass(value):
+        return "as the model's" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    inner = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)
+             if dataclasses.is_dataclass(of := getattr(value, field.name)) or of != field.default]
+    return type(value).__name__ + (f"({', '.join(f'{name} {_short(of)}' for name, of in inner)})" if inner else "")
+
+
 def named(name: str, **changes) -> Recipe:
     """The recipe of this name in `RECIPES`, with other values in some fields.
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ from sled.train.objective.train_step import (
 )
 from sled.train.optimizers import make_optimizer, rate_schedule
 from sled.train.parallel.distributed import check_same_everywhere
-from sled.train.parallel.memory_plan import MemoryPlan, memory_plan
 from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.run.checkpoint import Checkpoints, check_format
 from sled.train.run.folder import RunFolder
@@ -70,7 +68,7 @@ class TrainingRun:
 
     The folder is new or empty; given again with the same settings, the run goes on from its last checkpoint. shape,
     too_long and prompt_weight are explained in `sled.train.data.packing.Layout`. The held-out losses of all layers are
-    measured as often as checkpoints are saved.
+    measured before the first step, and as often as checkpoints are saved.
     """
 
     folder: Path = setting(lambda name, value: Path(value))
@@ -120,6 +118,11 @@ class Prepared:
     evaluation: Callable[..., LayerSums]
     early_exits: Callable[[int, int], float]
 
+    @property
+    def placed(self) -> Sharding:
+        """The places of the parameters, on one device too."""
+        return self.sharding or Sharding(self.model.config, self.run.mesh.build())
+
     def on_devices(self, batch: TrainingBatch, rows: int) -> TrainingBatch:
         """The batch of `rows` rows, of which this process supplies its own."""
         return batch if self.sharding is None else self.sharding.batch(batch, rows)
@@ -137,7 +140,7 @@ class Prepared:
     def evaluate(self, weights: nnx.State) -> dict[str, list[float]]:
         """Held-out loss and accuracy of the layers 1..L."""
         chosen = some_batches(self.held_out, self.run.held_out_rows, self.part, seed=self.run.recipe.seed,
-                              **_share_of(self.part, self.sharding))
+                              **share_of(self.part, self.sharding))
         sums = [jax.device_get(self.evaluation(weights, self.on_devices(batch, self.part))) for batch in chosen]
         nll_L, correct_L, targets = (np.sum(parts, axis=0, dtype=np.float64) for parts in zip(*sums, strict=True))
         return {HELD_OUT: (nll_L / targets).tolist(), "held_out_accuracy": (correct_L / targets).tolist()}
@@ -157,19 +160,29 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
     optimizer: of one's own, in place of the recipe's; it is not among the settings that a resumed run compares.
 
     Raises SettingError, DataError, CheckpointError, TrainingError where a loss is not finite, and whatever reading the
-    model raises. SIGTERM ends the process in order, with exit code 75, after a checkpoint.
+    model raises. SIGTERM or Ctrl-C ends the process in order, with exit code 75, after a checkpoint; a second Ctrl-C at
+    once.
     """
     recipe, folder = run.recipe, RunFolder(run.folder)
     with folder.claimed():
-        prepared, state = prepare(run, folder, optimizer or _optimizer(recipe))
+        prepared, state = prepare(run, folder, optimizer or optimizer_of(recipe))
         with preemption() as reached, prepared.checkpoints() as checkpoints:
             begun, state = _resume(checkpoints, prepared, state)
             _announce(prepared)
             flops = flops_per_token(prepared.model.config, *prepared.sizes, prepared.model.context)
             throughput, logged_at = Throughput(flops if recipe.trainable == ALL else None), begun
             board = folder.tensorboard if run.tensorboard else None
-            with (Metrics(folder.metrics, resumed_from=begun, tensorboard=board) as metrics,
+            with (_saying_how_to_go_on(checkpoints),
+                  Metrics(folder.metrics, resumed_from=begun or -1, tensorboard=board) as metrics,
                   progress_bar(recipe.steps, begun) as bar):
+
+                def evaluate(weights: nnx.State) -> dict[str, list[float]]:
+                    bar.set_postfix_str("measuring")
+                    with throughput.paused():
+                        return prepared.evaluate(weights)
+
+                if not begun and prepared.held_out is not None:
+                    metrics.write(0, evaluate(state.weights))
                 for step in range(begun + 1, recipe.steps + 1):
                     batch = next(prepared.batches)
                     state, measured = prepared.train_step(state, prepared.on_devices(batch, recipe.batch),
@@ -182,8 +195,7 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
                             lambda: prepared.early_exits(logged_at, step))  # noqa: B023
                         logged_at = step
                         if save and prepared.held_out is not None:
-                            with throughput.paused():
-                                line |= prepared.evaluate(state.weights)
+                            line |= evaluate(state.weights)
                         metrics.write(step, line)
                         bar.set_postfix_str(progress_line({name: line[name] for name in SHOWN if name in line}))
                     bar.update()
@@ -196,7 +208,9 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
                         leave(step, checkpoints.folder)
         if prepared.held_out is not None and jax.process_index() == 0:
             draw(folder.metrics, folder.picture)
-        return save_folder(nnx.merge(prepared.graph, state.weights), folder.model, tokenizer_from=folder.model_config)
+        decoder = nnx.merge(prepared.graph, state.weights)
+        del state  # the optimiser's part makes room
+        return save_folder(decoder, folder.model, tokenizer_from=folder.model_config)
 
 
 def prepare(run: TrainingRun, folder: RunFolder,
@@ -225,20 +239,13 @@ def prepare(run: TrainingRun, folder: RunFolder,
                           for source in (run.source, run.held_out))
     decisive = _decisive_settings(run, model, rows, held_out)
     check_same_everywhere(decisive)
-    batches = Batches(rows, recipe.batch, seed=recipe.seed, **_share_of(recipe.batch, sharding))
+    batches = Batches(rows, recipe.batch, seed=recipe.seed, **share_of(recipe.batch, sharding))
     decoder = model.decoder(recipe.seed, sharding)
     graph, weights = nnx.split(decoder)
     prepared = Prepared(run, folder, model, sharding, part, rows, held_out, decisive, batches, graph, _sizes(weights),
                         make_train_step(decoder, recipe, optimizer, sharding),
                         make_evaluation(decoder, recipe, sharding), exit_counter(recipe.exits, model.config.num_layers))
     return prepared, init_state(weights, optimizer, sharding, trainable=recipe.trainable)
-
-
-def memory_plan_of(run: TrainingRun) -> MemoryPlan:
-    """The bytes that each device would hold, from shapes alone. Raises as `train` does."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = _initial_model(run, Path(folder), resumed=False).config
-    return memory_plan(Sharding(config, run.mesh.build()), _optimizer(run.recipe), trainable=run.recipe.trainable)
 
 
 def _initial_model(run: TrainingRun, folder: Path, *, resumed: bool) -> InitialModel:
@@ -266,12 +273,12 @@ def _rates(recipe: Recipe) -> Callable[[int], optax.Schedule]:
     return rate_schedule(recipe.schedule, recipe.learning_rate, recipe.warmup)
 
 
-def _optimizer(recipe: Recipe) -> optax.GradientTransformation:
+def optimizer_of(recipe: Recipe) -> optax.GradientTransformation:
     return make_optimizer(recipe.optimizer, _rates(recipe)(recipe.steps), clip=recipe.clip,
                           weight_decay=recipe.weight_decay, beta2=recipe.beta2)
 
 
-def _share_of(rows: int, sharding: Sharding | None) -> dict[str, int]:
+def share_of(rows: int, sharding: Sharding | None) -> dict[str, int]:
     """The part of a batch of `rows` rows that is this process', and the number of parts."""
     if sharding is None:
         return dict(process_index=0, process_count=1)
@@ -301,7 +308,7 @@ def _announce(prepared: Prepared) -> None:
     recipe, config, model = prepared.run.recipe, prepared.model.config, prepared.run.model
     _say(f"{sum(prepared.sizes):,} parameters on {jax.device_count()} "
          f"{jax.devices()[0].device_kind}; data: {prepared.rows.report}")
-    _say(f"recipe: {recipe}")
+    _say(dataclasses.replace(recipe, context=prepared.model.context).text())
     if recipe.trainable == ALL and recipe.exits != LastOnly():
         early = prepared.early_exits(0, recipe.steps)
         _say(f"early exits that learn at a step, on average: {early:.2f}" if early else
@@ -328,6 +335,17 @@ def _check_finite(run: TrainingRun, step: int, measured: StepMetrics) -> None:
         raise TrainingError(f"step {step} has loss {loss:g} and a gradient of norm {norm:g}; look at the data, or "
                             f"train in another folder with a lower learning rate than {run.recipe.learning_rate:g}; "
                             f"what was saved before stays in {RunFolder(run.folder).checkpoints}")
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(checkpoints: Checkpoints) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = (f"the checkpoint of step {checkpoints.steps[-1]} in {checkpoints.folder} is kept" if checkpoints.steps
+                else "no checkpoint had been saved")
+        _say(f"stopped at once; {kept}; run the same command to go on")
+        raise
 
 
 def _say(line: str) -> None:

@@ -47,8 +47,8 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
         certified choice in the order given: the safest first. Those with exits share one fusion.
     rounds: times that each program's methods and their baseline are timed, interleaved, after a run that compiles;
         the fastest counts.
-    batch_size, max_new_tokens, stop: as for `LM.generate`. Speed depends on the batch size, texts do not. Without stop
-        strings, the questions' own end an answer.
+    batch_size, max_new_tokens, stop: as for `LM.generate`. Speed depends on the batch size, texts (in float32) do not.
+        Without stop strings, the questions' own end an answer.
     delta, epsilon: the choice is the fastest method whose expected loss is at most delta, for further questions from
         the same source, with a confidence of 1 - epsilon: see `Swept.choice` and docs/sweeps.md.
 

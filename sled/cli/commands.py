@@ -128,11 +128,13 @@ def _no_traceback(record: logging.LogRecord) -> bool:
 
 def _print_in_one_line(kind: type[Warning]) -> None:
     """Within `warnings.catch_warnings`: such warnings are for the user, who has no line of source to look at."""
-    others = warnings.showwarning
+    others, said = warnings.showwarning, set()
 
     def show(message, category, *where, **more):
         if issubclass(category, kind):
-            print(f"warning: {message}", file=sys.stderr)
+            if str(message) not in said:  # a folder may be read more than once
+                print(f"warning: {message}", file=sys.stderr)
+            said.add(str(message))
         else:
             others(message, category, *where, **more)
 

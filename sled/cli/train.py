@@ -204,13 +204,15 @@ class Train:
     tensorboard: bool = False
     """Also write for TensorBoard (needs the extra `tensorboard`)."""
     dry_run: bool = False
-    """Only say what the recipe is and what each device would hold, and stop."""
+    """Only read the model and the data and take one step, say what the run would be (recipe, examples, time, memory),
+    and stop; --out is left alone."""
 
     def run(self) -> None:
         where = self.mesh_options
         initialize(build(where, PROCESSES))
         from sled.cli.options import print_devices
-        from sled.train.trainer import TrainingRun, memory_plan_of, train
+        from sled.train.rehearsal import rehearse
+        from sled.train.trainer import TrainingRun, train
 
         print_devices()
         source, held_out = self.data_options.sources()
@@ -218,7 +220,7 @@ class Train:
             folder=self.out, model=self._model(), source=source, held_out=held_out, recipe=self.recipe_options.made(),
             heads=self.head_options.heads(), mesh=Mesh(where.data_parallel, where.fsdp, where.tensor)))
         if self.dry_run:
-            print(f"recipe: {run.recipe}\n{memory_plan_of(run).text()}")
+            print(rehearse(run).text())
             return
         print(f"the trained model is in {train(run)}", file=sys.stderr)
 

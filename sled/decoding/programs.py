@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-MOST = 128
+MOST = 64
 
 _BOUNDED = []
 

@@ -25,7 +25,7 @@ DECAYS = ("none", "calm-paper", "calm-code")
 class EarlyExit(Policy):
     """A token leaves at the first exit that is sure of it, unchecked: less work, and the text may change.
 
-    It leaves after the first of `layers` whose confidence is above the threshold.
+    It leaves after the first of `layers` whose confidence is above the threshold; at it CALM's leave too, here 1 never.
     The exit's logits are those of the fusion in use, on the layers up to the exit, through its own head where the
     model has one (`sled.models.ExitHeads`). Rows decide alone: neither batch-mates nor the schedule
     change a row's tokens, and at threshold 1 they are plain decoding's; in a type narrower than float32 but for near

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.settings.decorator import setting, settings
-from sled.settings.rules import Each, Instance, Layers, Number, Whole
+from sled.settings.rules import Each, Instance, Layers, Number, OneOf, Whole
 
 
 @runtime_checkable
@@ -171,27 +171,36 @@ def _ascending(name: str, value) -> tuple[int, ...]:
 class FixedExits:
     """EE-LLM's plan (arXiv 2312.04916): early exits at `layers` with a weight each beside the last layer's 1.
 
-    The weights go linearly from `initial` at step 0 to `weights` at step `warmup` and stay; they are not normalised.
+    The weights go from `initial` at step 0, one number for all or one per exit, above or below, to `weights` at step
+    `warmup` and stay; they are not normalised. r = step / warmup of the way is "linear"; "cosine" is
+    (1 - cos(pi r)) / 2 of it, slow at both ends. Initial weights, both courses and their names are those of EE-LLM's
+    code.
     `layers` are hidden states, which EE-LLM calls post-exit; its pre-exit layer n is hidden state n - 1 here.
     """
 
     layers: tuple[int, ...] = setting(_ascending)
     weights: tuple[float, ...] = setting(Each(_WEIGHT), traced=True)
-    initial: float = setting(_WEIGHT, default=0.0, traced=True)
+    initial: float | tuple[float, ...] = setting(Each(_WEIGHT, one=True), default=0.0, traced=True)
     warmup: int = setting(Whole(0, hint="it counts the steps until the weights are reached"), default=0, traced=True)
+    course: str = setting(OneOf(("linear", "cosine")), default="linear")
 
     def __post_init__(self):
-        if len(self.weights) != len(self.layers):
-            raise SettingError(f"FixedExits.weights has {len(self.weights)} entries for {len(self.layers)} layers; "
-                               "give one per layer, none for the last layer of the model")
+        several = isinstance(self.initial, tuple)
+        for field, values in (("weights", self.weights), *([("initial", self.initial)] if several else [])):
+            if len(values) != len(self.layers):
+                raise SettingError(f"FixedExits.{field} has {len(values)} entries for {len(self.layers)} layers; "
+                                   "give one per layer, none for the last layer of the model")
 
     def exits_at(self, step, num_layers: int) -> tuple[jax.Array, jax.Array]:
         _check_range(self, (*self.layers, num_layers), num_layers)
         if num_layers in self.layers:
             raise SettingError(f"FixedExits.layers names layer {num_layers}, the last one, whose weight is always 1; "
                                "leave it out")
-        progress = jnp.where(step < self.warmup, step / jnp.maximum(self.warmup, 1), 1.0)
-        weights_E = self.initial + (jnp.asarray(self.weights, jnp.float32) - self.initial) * progress
+        way = jnp.where(step < self.warmup, step / jnp.maximum(self.warmup, 1), 1.0)
+        if self.course == "cosine":
+            way = (1 - jnp.cos(jnp.pi * way)) / 2
+        initial_E, weights_E = (jnp.asarray(values, jnp.float32) for values in (self.initial, self.weights))
+        weights_E = initial_E + (weights_E - initial_E) * way
         return jnp.array([*self.layers, num_layers], jnp.int32), jnp.append(weights_E, 1.0)
 
 

@@ -57,18 +57,27 @@ class MemoryPlan:
     def optimizer(self) -> int:
         return sum(share.optimizer for share in self.shares) + self.other
 
+    @property
+    def state(self) -> int:
+        """Weights and optimiser, which a checkpoint holds."""
+        return self.weights + self.optimizer
+
+    @property
+    def devices(self) -> int:
+        return math.prod(self.mesh.values())
+
     def text(self) -> str:
         """A table with a line for each parameter, the sums, and what was left whole."""
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         head = ("parameter", "shape", "split by", "copies", "weights", "optimizer")
         body = [(share.name, " x ".join(map(str, share.shape)), _spell(share.spec, self.mesh), str(share.copies),
-                 _size(share.weights), _size(share.optimizer)) for share in self.shares]
-        body.append(("all", "", "", "", _size(self.weights), _size(self.optimizer)))
+                 size_in_words(share.weights), size_in_words(share.optimizer)) for share in self.shares]
+        body.append(("all", "", "", "", size_in_words(self.weights), size_in_words(self.optimizer)))
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [f"On each of {math.prod(self.mesh.values())} devices ({mesh}):"]
+        lines = [f"On each of {self.devices} devices ({mesh}):"]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                   for row in (head, *body)]
-        lines.append(f"During a step gradients take {_size(self.gradients)} more, and activations come besides.")
+        lines.append(f"During a step gradients take {size_in_words(self.gradients)} more, and activations besides.")
         lines += [f"Left whole over {RULES[axis]}: {reason}." for axis, reason in self.undivided.items()]
         return "\n".join(lines)
 
@@ -104,7 +113,7 @@ def _spell(spec: PartitionSpec, mesh: dict[str, int]) -> str:
     return ", ".join(f"{axis} {mesh[axis]}" if mesh.get(axis, 1) > 1 else "-" for axis in spec)
 
 
-def _size(count: int) -> str:
+def size_in_words(count: int) -> str:
     """Bytes in the largest binary unit that leaves a number of at least 1."""
     power = min(max(count.bit_length() - 1, 0) // 10, 4)
     return f"{count / 1024**power:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

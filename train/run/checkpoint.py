@@ -135,7 +135,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def save(self, step: int, state, host: Mapping[str, Any], *, force: bool = False) -> bool:
         """Begin to save step `step` where its turn has come, or by `force`; returns whether it is, or was, saved.
 
-        Returns once the state is copied off the devices, so the next step may give it up. First waits for the
+        Returns once the state is copied off the devices, so the next step may give it up; on CPUs, whose memory a copy
+        would take as well, once it is written. First waits for the
         checkpoint before, of which one is thus never skipped.
         state: a pytree of jax arrays. host: comes back as it is, so only what JSON has (no tuples, no arrays).
         Raises CheckpointError where this checkpoint or the one before cannot be written, or where there is one of a
@@ -161,6 +162,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._under_way = step
         with self._write_errors():
             self._checkpointer.save_async(step, saved, force=True, custom_metadata=about)
+        if jax.default_backend() == "cpu":
+            self.wait()
         return True
 
     def wait(self) -> None:

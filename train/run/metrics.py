@@ -33,14 +33,15 @@ class Metrics(contextlib.AbstractContextManager):
     """Appends a line per step to a JSON Lines file; a context manager.
 
     path: the file. What it holds of steps after `resumed_from` is cut off, as is a last line that a kill tore, so the
-    file goes on as if the run had never stopped and has each step once. 0 begins a run: all that is there goes.
+    file goes on as if the run had never stopped and has each step once. -1 begins a run: all that is there goes, and
+    step 0 may tell what was measured before the first step.
     tensorboard: a folder to write the same numbers to, for TensorBoard; a list becomes one curve for each entry.
     With several processes only the first one writes.
     Raises SettingError where the file cannot be written, or where tensorboardX is missing; CheckpointError for a file
     that is damaged before its last line.
     """
 
-    def __init__(self, path: str | Path, *, resumed_from: int = 0, tensorboard: str | Path | None = None):
+    def __init__(self, path: str | Path, *, resumed_from: int = -1, tensorboard: str | Path | None = None):
         self._step = resumed_from
         self._file = self._board = None
         if jax.process_index() == 0:
