@@ -104,8 +104,8 @@ def refuse_more(folder: Path, config: DecoderConfig, names: Collection[str]) -> 
     if config.num_layers + heads > len(names):
         besides = f" and exit_heads.json for {heads} heads" * bool(heads)
         raise CheckpointError(f"{folder}: config.json asks for {config.num_layers} layers{besides}, but "
-                              f"{_layers(names)} are stored, in {len(names)} tensors; use the configuration of these weights, or fetch "
-                              "them again")
+                              f"{_layers(names)} are stored, in {len(names)} tensors; use the configuration of "
+                              "these weights, or fetch them again")
 
 
 def tensor_name(config: DecoderConfig, path: tuple) -> str:
