@@ -72,7 +72,7 @@ def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
                               "sled export --form orbax wrote")
     config = read_config(folder)
     kinds = _named(_read(folder, lambda: ocp.metadata(folder / WEIGHTS).metadata or _unreadable()))
-    refuse_more(folder, config, len(kinds))
+    refuse_more(folder, config, kinds)
     shapes = {"/".join(map(str, path)): shape for path, shape in parameter_shapes(config).items()}
     check_tensors(folder, {name: (tuple(kind.shape), str(kind.dtype)) for name, kind in kinds.items()},
                   shapes, TYPES)

@@ -78,7 +78,7 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
         files = [*files, folder / HEADS]
     with contextlib.ExitStack() as stack:
         stored = _open(files, stack)
-        refuse_more(folder, config, len(stored))
+        refuse_more(folder, config, stored)
         parameters = parameter_shapes(config)
         names = {at: tensor_name(config, at) for at in parameters}
         if not any(name.startswith(BASE) for name in stored):
@@ -97,14 +97,15 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
         yield StoredWeights(folder, config, names, sizes, stored, twin)
 
 
-def refuse_more(folder: Path, config: DecoderConfig, tensors: int) -> None:
+def refuse_more(folder: Path, config: DecoderConfig, names: Collection[str]) -> None:
     """Raises CheckpointError where a configuration asks for more layers and exit heads than tensors are stored: even
     their shapes take minutes, where somebody has written a number without end."""
     heads = len(config.exit_heads.layers) if config.exit_heads else 0
-    if config.num_layers + heads > tensors:
-        raise CheckpointError(f"{folder}: the configuration asks for {config.num_layers} layers, {heads} exit heads, "
-                              f"but {tensors} tensors are stored in all; use the configuration of these weights, or "
-                              "fetch them again")
+    if config.num_layers + heads > len(names):
+        besides = f" and exit_heads.json for {heads} heads" * bool(heads)
+        raise CheckpointError(f"{folder}: config.json asks for {config.num_layers} layers{besides}, but "
+                              f"{_layers(names)} are stored, in {len(names)} tensors; use the configuration of "
+                              "these weights, or fetch them again")
 
 
 def tensor_name(config: DecoderConfig, path: tuple) -> str:

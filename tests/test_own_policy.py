@@ -10,7 +10,7 @@ from export_folders import random_decoder
 from tiny_lm import CAPACITY, PROMPTS, check_caches, generate, tiny_lm
 
 import sled
-from sled.errors import EvaluationWarning, SettingError
+from sled.errors import SettingError
 from sled.eval.methods import Method
 from sled.eval.questions import Questions
 from sled.eval.sweep.sweep import sweep
@@ -120,10 +120,10 @@ def test_it_is_tuned_and_calibrated(tmp_path):
     assert again.policy(lm, OFTEN, max_new_tokens=4) == OFTEN.with_threshold(record.threshold)
 
 
+@pytest.mark.filterwarnings("ignore::sled.errors.EvaluationWarning")  # of one question, which it cannot solve
 def test_it_is_swept(demo, tmp_path):
     asked = Questions(("Question: 2+3?\nAnswer:",), (5,), "one question")
-    with pytest.warns(EvaluationWarning, match="1 questions certify nothing"):
-        sweep(demo, [Method("streak", exits=Streak(2))], asked, tmp_path, rounds=1, max_new_tokens=4, progress=False)
+    sweep(demo, [Method("streak", exits=Streak(2))], asked, tmp_path, rounds=1, max_new_tokens=4, progress=False)
     assert "Streak" in (tmp_path / "sweep.csv").read_text()
 
 

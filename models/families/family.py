@@ -19,7 +19,7 @@ from sled.models.config import MOST, MOST_LAYERS, DecoderConfig, LinearScaling, 
 REQUIRED = object()
 FLOAT32_MAX = 3.4028235e38
 MOST_IDS = 1000  # that end a text; published files have up to ten
-ROPE_WIDE = 1e12  # of the numbers of rotary positions; published ones go from 1 to 1e8
+ROPE_LEAST = 1e-12  # of the numbers of rotary positions; published ones go from 1 to 1e8
 
 # Fields that transformers knows, and that change neither weights nor logits of these decoders: of training, of sampling
 # (ours comes from the caller), of what a forward pass returns, of who wrote the file and how, of other kinds of models.
@@ -308,7 +308,7 @@ def check_layer_kinds(f: Fields, windows: tuple[int | None, ...], why: str) -> N
 
 def _positive(f: Fields, name: str, default=REQUIRED) -> float:
     value = f.take(name, float, default)
-    if not 1 / ROPE_WIDE <= value <= ROPE_WIDE:  # of 0, infinity or near them, angles are no numbers in float32
-        raise ConfigError(f"{f.source}: '{name}' is {value!r}, but it must be above 0, and from {1 / ROPE_WIDE:g} to "
-                          f"{ROPE_WIDE:g}; correct the file")
+    if not ROPE_LEAST <= value <= FLOAT32_MAX:  # of 0, infinity or near them, angles are no numbers in float32
+        raise ConfigError(f"{f.source}: '{name}' is {value!r}, but it must be above 0, at least "
+                          f"{ROPE_LEAST:g}; correct the file")
     return float(value)

@@ -77,7 +77,10 @@ def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarra
 def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str, *, empty: str = (
         "there is no token to start from; give at least one (the model's BOS token, if it has one)")) -> np.ndarray:
     """As `check_ids`, whatever room there is."""
-    ids = np.asarray(ids)
+    try:
+        ids = np.asarray(ids)
+    except ValueError:  # lists of several lengths within one another
+        ids = np.asarray(ids, object)
     if ids.size == 0:
         raise PromptError(f"{what} is empty: {empty}")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):

@@ -83,7 +83,7 @@ def _json(path: Path) -> Iterator[dict[str, Any]]:
             if not raw:
                 continue
             if not begun and (raw.lstrip().startswith(b"[") or raw == b"{"):
-                value = _parsed(path, raw + b"\n" + file.read().rstrip(), number)
+                value = _parsed(path, (raw + b"\n" + file.read()).rstrip(), number)
                 for at, row in enumerate([value] if isinstance(value, dict) else value, 1):
                     yield _object(row, path, f"entry {at} is")
                 return
