@@ -70,6 +70,7 @@ def test_a_run_killed_before_its_form_stood_is_begun_anew(folder):
     (folder.path / ".run.lock").touch()
     (folder.path / ".unfinished-model_config").mkdir()
     (folder.path / ".unfinished-model_config" / "old.json").touch()
+    (folder.path / ".unfinished-model_config" / "additional_chat_templates").mkdir()
     folder.metrics.touch()
     with folder.claimed():
         put_config(folder)

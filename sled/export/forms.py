@@ -53,7 +53,7 @@ def export_hf(source: str | os.PathLike, to: str | Path, card: Card = NO_WORD, *
         if calibration is not None:
             shutil.copyfile(calibration, folder / "calibration.json")
         _write_record(folder, "hf", model, decoder)
-    return None if repository is None else upload(path_of("to", to).expanduser(), repository, f"Export of {model.name}")
+    return None if repository is None else upload(path_of("to", to), repository, f"Export of {model.name}")
 
 
 def export_orbax(source: str | os.PathLike, to: str | Path, **reading) -> None:

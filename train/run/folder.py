@@ -112,7 +112,7 @@ class RunFolder:
             if first:
                 unfinished.mkdir(exist_ok=True)
                 for left in unfinished.iterdir():  # by a run that was killed
-                    left.unlink()
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield unfinished
             synchronise("the model's configuration is read")
             if first:
