@@ -85,6 +85,9 @@ def test_references_that_equal_no_answer_are_named(tiny_tasks, tmp_path, end, re
     write_rows(path, [{"question": "why", "answer": f"so\n#### {each}"} for each in ("72.", "$1,234.50", "-3", end)])
     with pytest.raises(DataError, match=f"in row 4 an entry 'answer' that ends with .* behind its ####, .*; {remedy}$"):
         load_tasks(["tiny_text"], include_path=[tiny_tasks], data=path)
+    with path.open("a") as file:  # without the mark in all rows, and in the task, it is a heading in Markdown
+        file.write(json.dumps({"question": "why", "answer": "so"}) + "\n")
+    load_tasks(["tiny_text"], include_path=[tiny_tasks], data=path)
 
 
 def test_local_data_take_the_place_of_a_tasks_own(tiny_tasks, tmp_path):

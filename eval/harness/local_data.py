@@ -102,9 +102,10 @@ def _check_rows(rows: datasets.Dataset, where: str, name: str, config: Mapping[s
         empty = next((at for at, value in enumerate(rows[column], 1) if value is None), None)
         if empty is not None:
             raise DataError(f"{where} has no {column!r} in row {empty}; complete or delete the row")
-    if "####" not in repr([config.get(field) for field in ("filter_list", "metric_list")]):
-        return  # to this task, the mark means nothing: it may be a heading in Markdown
+    by_mark = "####" in repr([config.get(field) for field in ("filter_list", "metric_list")])
     for column in _columns({"doc_to_target": config.get("doc_to_target")}):
+        if not by_mark and not all("####" in str(value) for value in rows[column]):
+            continue  # the mark means nothing to this task: it may be a heading in Markdown
         for at, value in enumerate(rows[column], 1):
             _check_reference(value, f"{where} has in row {at} an entry {column!r}")
 
