@@ -63,12 +63,14 @@ class Score:
                 print(json.dumps(dict(prompt=prompt, continuation=text, tokens=tokens, logprobs=logprobs, total=total,
                                       greedy=greedy, left_out=left_out), ensure_ascii=False))
             return
-        for prompt in dict.fromkeys(prompt for prompt, _ in pairs):
+        of_prompt: dict[str, list] = {}
+        for row in rows:
+            of_prompt.setdefault(row[0][0], []).append(row)
+        for prompt, its_rows in of_prompt.items():
             if self.data is not None:
                 print(repr(prompt))
             print("  log-prob   tokens  greedy  continuation")
-            for (_, text), tokens, _, total, greedy, left_out in sorted(
-                    (row for row in rows if row[0][0] == prompt), key=lambda row: -row[3]):
+            for (_, text), tokens, _, total, greedy, left_out in sorted(its_rows, key=lambda row: -row[3]):
                 mark = "*" if any(left_out) else " "
                 print(f"{total:10.3f}{mark}  {len(tokens):6d}  {'yes' if greedy else 'no':>6}  {text!r}")
         if any(map(any, scores.left_out)):
