@@ -52,7 +52,7 @@ class EarlyExit(Policy):
     decay_temperature: float = setting(Number(0, WIDE, hint="CALM uses 4"), default=4.0, rows="B",
                                        help="how fast the threshold falls")
     min_layer: int = setting(Whole(0, hint="0 is no bound"), default=0, rows="B",
-                             help="no token leaves before this layer, and none at all before the last one or more")
+                             help="no token leaves before this layer; with the last one or more, none leaves early")
     kv: str = setting(OneOf(("exact", "propagate")), default="exact", help=(
         "the keys and values of a token in the layers it skipped: exact, made later in a block, when a segment next "
         "runs for any row; propagate, made at once from the exit's hidden state, which is cheaper and approximate"))
