@@ -97,7 +97,6 @@ class Recipe:
                     raise SettingError(f"Recipe.{field} is {getattr(self, field)!r}, but the recipe tunes exit heads "
                                        f"alone, which has no use for it; leave it at {off}")
 
-
     def text(self) -> str:
         """A line for each setting that is not at its default, and for those that every run is told by."""
         always = ("steps", "batch", "context", "learning_rate", "optimizer", "schedule", "warmup")

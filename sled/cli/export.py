@@ -63,8 +63,8 @@ class Export:
     """hf: a layer is a recommended exit where its held-out accuracy is at most this far below the last's."""
     calibration: Path | None = None
     """hf: a record that sled calibrate wrote for this model; it is shown in the card and comes along."""
-    push: str | None = None
-    """hf: upload the folder to this repository of the hub, owner/name, which is made where there is none."""
+    push: Annotated[str | None, left_out("none", metavar="OWNER/NAME")] = None
+    """hf: upload the folder to this repository of the hub, which is made where there is none."""
     private: bool = False
     """--push: only its owner sees a new repository."""
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)

@@ -91,7 +91,7 @@ class Sweep:
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 96
     """The most tokens of an answer."""
     batch_size: int = 8
-    """Questions answered together. Speeds are those of this batch size; texts do not depend on it."""
+    """Questions answered together. Speeds are those of this batch size; in float32, texts do not depend on it."""
 
     def run(self) -> None:
         from sled.eval.sweep import grid

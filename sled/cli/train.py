@@ -186,7 +186,7 @@ class Train:
 
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
     """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "demo"
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """The model to start from: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
     data_options: DataOptions = dataclasses.field(default_factory=DataOptions)
     recipe_options: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)

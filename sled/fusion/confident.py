@@ -13,7 +13,7 @@ from sled.settings.rules import Whole
 
 @settings
 class ConfidentDecoding:
-    """The logits of the layer to which one comes from the final one while the entropy falls.
+    """The logits of the layer that one reaches by going down from the final one while the entropy falls.
 
     The paper's conservative backward search: among the layers L - M + 1 .. L, every one through the final
     norm and projection, take the first l from the end with H(l - 1) >= H(l); if the entropy falls all the
