@@ -75,6 +75,13 @@ def test_other_settings_are_refused_by_name(demo, record, change, says):
         record.policy(demo, **{**SERVING, **change})
 
 
+@pytest.mark.parametrize("before", [{"arithmetic": 1}, {}], ids=["another", "none told"])
+def test_another_arithmetic_is_refused(before, demo, record):
+    serving = {name: value for name, value in record.serving.items() if name != "arithmetic"} | before
+    with pytest.raises(CalibrationError, match=f"arithmetic was {before.get('arithmetic')} and is 2.*calibrate again"):
+        dataclasses.replace(record, serving=serving).policy(demo, **SERVING)
+
+
 def test_another_model_is_refused(demo, record):
     params = nnx.clone(demo.params)
     norm = params["layers"][3]["mlp_norm"]["weight"]
