@@ -18,7 +18,7 @@ import numpy as np
 
 from sled.errors import CheckpointError, SettingError, SledError
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}  # a disk that is full, or fails
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of a disk that takes no more
 MOST_NESTED = 64  # lists and objects within one another in a JSON file; models' files have fewer than ten
 
 
@@ -124,18 +124,18 @@ def naming_full_disk(path: Path) -> Iterator[None]:
         raise
     except Exception as reason:
         if why := disk_failure(reason):
-            raise SettingError(f"{path} cannot be written ({why}); make room, or name a place on another "
-                               "disk") from None
+            raise SettingError(f"{path} {why}") from None
         raise
 
 
 def disk_failure(error: BaseException | None) -> str | None:
-    """What a disk failed with, where that is the error, or what it came of; some libraries keep only the words."""
+    """What to say behind a file's name where a disk is full or fails, and that is the error, or what it came of."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in FULL:
-            return os.strerror(error.errno)
-        if found := next((words for words in map(os.strerror, FULL) if words in str(error)), None):
-            return found
+        for number in (*FULL, errno.EIO):
+            words = os.strerror(number)  # some libraries keep only the words
+            if (isinstance(error, OSError) and error.errno == number) or words in str(error):
+                return (f"cannot be written ({words}); make room, or name a place on another disk" if number in FULL
+                        else f"cannot be read or written ({words}); check its disk, or name a place on another")
         error = error.__cause__ or error.__context__
     return None
 

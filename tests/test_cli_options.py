@@ -10,8 +10,8 @@ import sled
 from sled.cli.derived import offers
 from sled.cli.exit_options import ExitOptions
 from sled.cli.line import parse
-from sled.cli.options import SAMPLING, FusionOptions, SamplingOptions
-from sled.cli.train import NewModelOptions
+from sled.cli.options import SAMPLING, FusionOptions, SamplingOptions, read_prompts
+from sled.cli.train import NewModelOptions, RecipeOptions
 from sled.errors import SettingError
 from sled.exits import POLICIES, SCHEDULES
 from sled.fusion import FUSIONS
@@ -25,6 +25,9 @@ from sled.settings.decorator import declared
                    "--adaptive, --no-adaptive speculate: whether each row", "early: layers after which a token may"]),
     (SamplingOptions, ["--top-k N Keep the k most likely tokens; 0 keeps all tokens. (default: 0)"]),
     (NewModelOptions, ["--kv-heads N Key/value heads; they divide the query heads. (default: as many as heads)"]),
+    (RecipeOptions, ["--context N Tokens of a row; a row holds a token and its target at least. (default: the "
+                     "recipe's, or as many as the model holds, at most 512)",
+                     "50,000 is usual. (default: the recipe's) "]),
 ], ids=lambda of: getattr(of, "__name__", None))
 def test_help_tells_whose_setting_it_is_and_its_default(options, texts, capsys):
     with pytest.raises(SystemExit):
@@ -68,3 +71,9 @@ def test_exits_and_draws(demo):
         parse(ExitOptions, "sled", ["--exits", "early", "--exit-layers", "2", "--measure", "classifier"])
     with pytest.raises(SettingError, match="--lower-bound has no meaning"):
         FusionOptions(lower_bound=-2500.0).strategy()
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c", "\\n"])
+def test_only_a_line_break_ends_a_prompt_of_a_file(inside, tmp_path):
+    (tmp_path / "p.txt").write_bytes(f"a{inside}b\r\n\nc\n".encode())
+    assert read_prompts((), tmp_path / "p.txt") == [f"a{inside}b".replace("\\n", "\n"), "c"]

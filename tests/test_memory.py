@@ -68,6 +68,7 @@ def chained(error: Exception) -> Exception:
     (OSError(errno.ENOSPC, "x"), "a file cannot be written (No space left on device); make room"),
     (OSError(errno.EDQUOT, "x"), "a file cannot be written (Disk quota exceeded); make room"),
     (chained(OSError(errno.EFBIG, "x")), "a file cannot be written (File too large); make room"),
+    (OSError(errno.EIO, "x"), "a file cannot be read or written (Input/output error); check its disk"),
     (RuntimeError("I/O error: No space left on device (os error 28)"), "a file cannot be written (No space left on"),
     (MemoryError(), "there was too little memory (MemoryError); lower"),
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "there was too little memory (RES"),

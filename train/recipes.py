@@ -51,8 +51,9 @@ class Recipe:
                          help="steps of the whole run")
     batch: int = setting(Whole(1, hint="16 to 256 is usual"), default=32,
                          help="rows of a step, over all devices")
-    context: int | None = setting(OrNone(Whole(2, hint="a row holds a token and its target at least")), default=None,
-                                  help=f"tokens of a row, by default as many as the model holds, at most {CONTEXT}")
+    context: int | None = setting(
+        OrNone(Whole(2, hint="a row holds a token and its target at least"),
+               f"as many as the model holds, at most {CONTEXT}"), default=None, help="tokens of a row")
     accumulate: int = setting(Whole(1, hint="1 works off the batch at once"), default=1,
                               help="parts in which a batch is worked off: less memory, the same result, but that layer "
                                    "dropout draws anew for each part")

@@ -92,7 +92,7 @@ def _of_the_machine(error: Exception) -> str | None:
     """What to say of an error that is no fault of this program, wherever it came from: a full disk, too little memory.
     """
     if why := disk_failure(error):
-        return f"a file cannot be written ({why}); make room, or name a place on another disk"
+        return f"a file {why}"
     return f"there was too little memory ({first_line(error)}); {LOWER}" if is_shortage(error) else None
 
 

@@ -89,9 +89,13 @@ def settings_by_choice(offers: Mapping[str, Offer]) -> list[tuple[str, Any, Any]
 
 
 def overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> list[tuple[str, Any, Any]]:
-    """An option for each of these fields, which is None where it is left out; `default` tells what it is then."""
+    """An option for each of these fields, which is None where it is left out; `default` tells what it is then, or else
+    the field's own default holds."""
+    def told(field: str) -> str:
+        return ", or ".join(filter(None, (default, getattr(declared(kind)[field].rule, "none", ""))))
+
     return [(field, Annotated[option_type(kind, field) | None, sets(kind, field), tyro.conf.arg(
-        help=option_help(kind, field), help_behavior_hint=_hint(default or _default(kind, field)),
+        help=option_help(kind, field), help_behavior_hint=_hint(told(field) if default else _default(kind, field)),
         aliases=[aliases[field]] if field in aliases else None)], None) for field in fields]
 
 

@@ -161,7 +161,7 @@ def read_prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as reason:
         raise PromptError(f"the prompts' file {file} cannot be read ({reason}); name a text file") from reason
-    lines = [unescape(line) for line in text.splitlines() if line.strip()]
+    lines = [unescape(line) for line in text.split("\n") if line.strip()]  # no other character ends one
     if not lines:
         raise PromptError(f"{file} holds no prompts; write one per line")
     return lines
