@@ -12,6 +12,7 @@ from sled.errors import SettingError
 from sled.exits import FullDepth
 from sled.fusion import SLED, ClampOnly, FinalLayer
 from sled.lm import LM
+from sled.models.decoder import ARITHMETIC
 from sled.settings.rules import Instance
 
 A_MODEL = Instance(LM, traced=False, hint="give what sled.load returns")
@@ -104,9 +105,10 @@ def _told_apart(base: Method, alike: list[Method]) -> Method:
                                           for name, value in apart.items())]), **vars(base.decoding))
 
 
-def deciding_versions() -> dict[str, str]:
-    """Versions of the packages that may change an answer."""
-    return {name: importlib.metadata.version(name) for name in ("sled-jax", "jax", "jaxlib", "flax", "tokenizers")}
+def deciding_versions() -> dict[str, str | int]:
+    """Versions of the packages that may change an answer, and of the decoder's arithmetic."""
+    packages = ("sled-jax", "jax", "jaxlib", "flax", "tokenizers")
+    return {name: importlib.metadata.version(name) for name in packages} | {"arithmetic": ARITHMETIC}
 
 
 def plain(method: Method) -> bool:

@@ -22,6 +22,10 @@ from sled.models.layers import KV, Block, Embedding, LayerContext, RMSNorm
 # Parts whose parameters have one more, leading axis in the stacked form, and what that axis is called.
 STACKED = {"layers": "layers", "exit_heads": "exits"}
 
+# How hidden states and logits are computed: raised wherever the same weights come to give others, if only in a narrow
+# type, so that calibrations and kept answers from before do not pass for this version's. 2: float32 between layers.
+ARITHMETIC = 2
+
 
 class Decoder(nnx.Module):
     """A decoder-only transformer that gives every layer's hidden state.

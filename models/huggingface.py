@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ def load_folder(path: str | Path, *, dtype=None) -> Decoder:
 
 
 def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_bytes: int = 5_000_000_000,
-                tokenizer_from: str | Path | None = None) -> Path:
+                tokenizer_from: str | Path | None = None, generation: Mapping[str, Any] | None = None) -> Path:
     """Writes a folder that transformers (4.4x and 5) and `load_folder` read; returns its path.
 
     Exit heads lie beside the model, in `exit_heads.safetensors` and `.json`, which only `load_folder` reads: to
@@ -84,10 +85,11 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     Either form of decoder. One that is spread over the devices of several processes is gathered tensor
     by tensor: all of them call this, process 0 writes, and all return once the folder is whole.
     `dtype` None stores every weight as it is. `tokenizer_from` is a folder whose tokenizer files are
-    copied, and whose settings for generation are kept. An existing model folder is overwritten: its weights and
-    configuration are replaced, its other files stay. Everything is first written under a name that no loader takes for
-    a model, and `config.json` moves last. Killed at any moment, it can be called again; what it left is then removed,
-    so two programs must not save into one folder at once.
+    copied, and whose settings for generation are kept, where `generation` gives no others. An existing model folder is
+    overwritten: its weights and configuration are replaced, with `tokenizer_from` its tokenizer and chat template too;
+    its other files stay. Everything is first written under a name that no loader takes for a model, and `config.json`
+    moves last. Killed at any moment, it can be called again; what it left is then removed, so two programs must not
+    save into one folder at once.
 
     Raises ConfigError where the family's format cannot express the model, CheckpointError where
     weights are not finite or the folder holds something else than a model.
@@ -109,7 +111,8 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
             weight.gather(name, dtype)
     else:
         with naming_full_disk(folder):
-            _write_folder(folder, config, weights, heads, dtype, main_type, max_shard_bytes, tokenizer_from)
+            _write_folder(folder, config, weights, heads, dtype, main_type, max_shard_bytes, tokenizer_from,
+                          generation)
     if spread:
         multihost_utils.sync_global_devices(f"saved {folder}")
     return folder
@@ -171,14 +174,16 @@ def _named_weights(decoder: Decoder) -> tuple[dict[str, _Weight], dict[str, _Wei
     return model, heads
 
 
-def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str | Path | None) -> None:
+def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str | Path | None,
+               generation: Mapping[str, Any] | None = None) -> None:
     """Writes all of a model's folder but its weights: configuration, special tokens, the tokenizer's files.
 
-    Settings for generation are kept from `tokenizer_from`.
+    generation: settings for generation; None keeps those in `tokenizer_from`.
     """
     config_json = format_config(config, jnp.dtype(dtype).name)
-    kept = read_generation(Path(tokenizer_from)) if tokenizer_from else {}
-    write_json(folder / FILE, kept | {name: config_json[name] for name in IDS})
+    if generation is None:
+        generation = read_generation(Path(tokenizer_from)) if tokenizer_from else {}
+    write_json(folder / FILE, {**generation} | {name: config_json[name] for name in IDS})
     if tokenizer_from:
         copy_files(Path(tokenizer_from), folder, TOKENIZER_FILES)
     if config.exit_heads is not None:
@@ -187,7 +192,8 @@ def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str |
 
 
 def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weight], heads: dict[str, _Weight], dtype,
-                  main_type, max_shard_bytes: int, tokenizer_from: str | Path | None):
+                  main_type, max_shard_bytes: int, tokenizer_from: str | Path | None,
+                  generation: Mapping[str, Any] | None):
     """Everything under a name of its own first, then moved into place, `config.json` last.
 
     Without it no loader takes the folder for a model. Weights move first, those of an earlier model go after that: so
@@ -203,12 +209,14 @@ def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weigh
         if heads:
             arrays = {name: weight.gather(name, dtype) for name, weight in heads.items()}
             save_file(arrays, scratch / HEADS, metadata={"format": "pt"})
-        write_form(scratch, config, main_type, tokenizer_from)
+        write_form(scratch, config, main_type, tokenizer_from, generation)
 
         files = [path for path in scratch.rglob("*") if path.is_file()]
         new = {file.relative_to(scratch).as_posix(): file for file in sorted(files, key=_turn)}
         share_as(folder, new.values())
         earlier = [SINGLE, INDEX, HEADS, HEADS_CONFIG, *(file.name for file in folder.glob(_SHARDS))]
+        if tokenizer_from is not None:  # a chat template, say, that only the earlier model had would count
+            earlier += [file.relative_to(folder).as_posix() for name in TOKENIZER_FILES for file in folder.glob(name)]
         last = new.pop("config.json")
         (folder / last.name).unlink(missing_ok=True)
         for name, file in new.items():

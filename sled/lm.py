@@ -257,7 +257,8 @@ class LM:
         dtype: None keeps the weights as they are here, which is float32 where `sled.load` widened them for a CPU.
         """
         dtype = OrNone(OneOf(STORED_TYPES, hint="None keeps the weights as they are"))("dtype", dtype)
-        return save_folder(self.build(self.params), path, dtype=dtype, tokenizer_from=self.text.folder)
+        return save_folder(self.build(self.params), path, dtype=dtype, tokenizer_from=self.text.folder,
+                           generation=self.generation)
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, message: str = "Upload the model") -> str:
         """Uploads what `save` writes to the Hugging Face hub; returns the address of the commit.

@@ -112,8 +112,15 @@ def test_tokenizer_files_come_along(tiny_folder, tmp_path):
     (source / "secrets.env").write_text("")
     folder = save_folder(load_folder(tiny_folder("llama")), tmp_path / "model", tokenizer_from=source)
     assert (folder / "tokenizer.json").read_text() == "{}" and not (folder / "secrets.env").exists()
+    template, extra = folder / "chat_template.jinja", folder / "additional_chat_templates" / "tool.jinja"
+    extra.parent.mkdir()
+    for own in (template, extra):
+        own.write_text("")
     save_folder(load_folder(folder), folder, tokenizer_from=folder)
-    assert (folder / "tokenizer.json").read_text() == "{}"
+    save_folder(load_folder(folder), folder)  # with no tokenizer to replace it by
+    assert (folder / "tokenizer.json").read_text() == "{}" and template.exists() and extra.exists()
+    save_folder(load_folder(folder), folder, tokenizer_from=source)  # which has none of them
+    assert (folder / "tokenizer.json").read_text() == "{}" and not template.exists() and not extra.exists()
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["raised", "killed"])

@@ -103,7 +103,7 @@ def test_a_classifier_is_kept_for_its_model(toy, classifier, tmp_path):
         sled.load_classifier(tmp_path / "cut.safetensors", LM(toy))
     with pytest.raises(SettingError, match=r"trained for exits \(1, 2\), but layers is \(1, 3\)"):
         sled.EarlyExit((1, 3), measure="classifier", classifier=found)
-    with pytest.raises(SettingError, match="has weights for 2 exits, but layers names 1"):
+    with pytest.raises(SettingError, match=r"has weights of the shapes .* but for the exits that layers names"):
         sled.EarlyExit(1, measure="classifier", classifier=dataclasses.replace(found, layers=None))
     with pytest.raises(CheckpointError, match="does not say for which exits"):
         sled.save_classifier(dataclasses.replace(found, layers=None), tmp_path / "c", LM(toy))

@@ -244,8 +244,8 @@ def test_what_is_no_export_stays(mine, says, tmp_path):
     (["demo", "--step", "3"], "demo is no training run"),
     (["demo", "--form", "orbax", "--license", "mit"], "--license has no meaning for --form orbax"),
     (["demo", "--fusion", "sled"], "--fusion has no meaning for --form hf"),
-    (["demo", "--margin", "2"], "Card.margin is 2.0"),
-    (["demo", "--license", " "], "Card.license is empty"),
+    (["demo", "--margin", "2"], "--margin is 2.0"),
+    (["demo", "--license", " "], "--license is empty"),
     (["{run}", "--step", "9"], "no checkpoint of step 9"),
 ])
 def test_the_command_says_what_it_refuses(arguments, words, run_folder, tmp_path, capsys):
@@ -261,5 +261,5 @@ def test_the_command_writes_every_form(run_folder, tmp_path, capsys):
     assert load_folder(tmp_path / "hf").embedding.weight.dtype == jnp.bfloat16
     about = json.loads((tmp_path / "program" / "program.json").read_text())
     assert about["source"] == {"source": run_folder.name, "step": 1}
-    assert about["settings"]["fusion"]["kind"] == "sled.LayerAverage" and about["tokenizer"] == "tokenizer.json"
+    assert about["settings"]["fusion"]["kind"] == "sled.LayerAverage" and about["tokenizer"]["file"] == "tokenizer.json"
     assert "the program export is in" in capsys.readouterr().err

@@ -160,6 +160,13 @@ def test_settings_are_kept_wherever_a_model_is_written(generation, write, transf
     assert read_config(tmp_path / "out").eos_ids == ((5, 6) if generation else (2,))
 
 
+@pytest.mark.parametrize("generation", [None, DRAWN])
+def test_a_model_made_here_is_saved_with_its_own_settings(generation, demo, tmp_path):
+    lm = sled.LM(demo.build(demo.params), demo.text, generation=generation)
+    for _ in range(2):  # anew, and over what is there
+        assert sled.load(lm.save(tmp_path / "m")).generation == lm.generation == (generation or {})
+
+
 def test_a_number_that_is_not_finite_is_refused(tmp_path, write_model):
     folder = folder_with(tmp_path, write_model, {"temperature": float("nan")})
     with pytest.raises(ConfigError, match=r"generation_config.json holds a number that is not finite; correct"):

@@ -48,12 +48,13 @@ def run_decode_bench(*, model: str | None = None, new_tokens: int = 64, rounds: 
     model: as for `sled.load`; None: random weights of `config`. No text ends before all its tokens are made.
     Raises SettingError for less than one token or round, or more tokens than the model's context holds.
     """
-    lm = LM(Decoder.init(config, rngs=nnx.Rngs(0)), name="random weights") if model is None else sled.load(
-        model, dtype="float32")
-    lm.config = dataclasses.replace(lm.config, eos_ids=())
-    Whole(1, lm.config.max_positions - PROMPT_TOKENS, hint="prompt and new tokens lie in the model's context")(
-        "new_tokens", new_tokens)
     Whole(1, hint="it counts the repetitions")("rounds", rounds)
+    lm = None if model is None else sled.load(model, dtype="float32")
+    config = lm.config if lm else config
+    Whole(1, config.max_positions - PROMPT_TOKENS, hint="prompt and new tokens lie in the model's context")(
+        "new_tokens", new_tokens)
+    lm = lm or LM(Decoder.init(config, rngs=nnx.Rngs(0)), name="random weights")
+    lm.config = dataclasses.replace(config, eos_ids=())
     parameters = sum(x.size for x in jax.tree.leaves(lm.params))
     ways = _own_ways(lm)
     notes = []

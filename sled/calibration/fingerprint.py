@@ -11,6 +11,7 @@ from flax import nnx
 from sled.decoding.options import Decoding
 from sled.io import add_array
 from sled.lm import LM
+from sled.models.decoder import ARITHMETIC
 from sled.settings.describe import describe
 
 
@@ -24,7 +25,7 @@ def fingerprint(lm: LM, decoding: Decoding) -> dict[str, Any]:
     low, high = (describe(decoding.exits.with_threshold(threshold)) for threshold in (0.0, 1.0))
     exits = {name: value for name, value in low.items() if value == high[name]}
     return {"model": describe(lm.config), "exits": exits, **(decoding.describe() | {"exits": exits}),
-            "weights": digest_of_weights(lm.params)}
+            "weights": digest_of_weights(lm.params), "arithmetic": ARITHMETIC}
 
 
 def digest_of_weights(params) -> str:

@@ -15,6 +15,7 @@ from sled.calibration.record import Calibration
 from sled.errors import CalibrationError, SettingError
 from sled.export.source import SourceModel, cast
 from sled.models import Decoder
+from sled.models.decoder import ARITHMETIC
 from sled.settings.decorator import setting, settings
 from sled.settings.describe import changes, describe
 from sled.settings.rules import Number
@@ -69,7 +70,8 @@ def measured(run: Path, step: int) -> Measured | None:
 
 def check_bound(record: Calibration, decoder: Decoder, name: str) -> None:
     """Raises CalibrationError unless the record is of these weights, in whatever type they were loaded."""
-    changed = changes({"model": record.serving.get("model")}, {"model": describe(decoder.config)})
+    bound = {"model": describe(decoder.config), "arithmetic": ARITHMETIC}
+    changed = changes({name: record.serving.get(name) for name in bound}, bound)
     weights = nnx.state(decoder)
     if not changed and not any(record.serving.get("weights") == digest_of_weights(cast(weights, dtype))
                                for dtype in DTYPES):
