@@ -6,8 +6,9 @@ import dataclasses
 import functools
 import inspect
 import operator
+import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import tyro
 
@@ -106,6 +107,8 @@ def sets(kind: type, field: str) -> Sets:
 
 def option_help(kind: type, field: str) -> str:
     text = _explanation(declared(kind)[field])
+    if re.match(r"[\w-]+", text)[0] in get_args(option_type(kind, field)):  # a word that one writes as it stands
+        return f"{text}."
     return f"{text[0].upper()}{text[1:]}."
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 import shutil
@@ -11,6 +12,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, get_args, get_origin
 
+import docstring_parser
 import tyro
 
 from sled.cli.values import REGISTRY, spec_of
@@ -59,14 +61,38 @@ def dashed(name: str) -> str:
 
 def parse(command: type, prog: str, words: Sequence[str]):
     """The command that these words describe. Prints help, or what is wrong with them, and raises SystemExit."""
-    hints = typing.get_type_hints(command, include_extras=True)
-    for field, kind in hints.items():
-        if dataclasses.is_dataclass(kind):  # a group of options, whose title the help takes from the field
-            command.__annotations__[field] = Annotated[kind, tyro.conf.arg(name=field.removesuffix("_options"))]
+    _explain(command)
     with REGISTRY:
         return tyro.cli(command, prog=prog, description=description(command), args=ordered(command, words),
                         config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone,
                                 tyro.conf.PositionalMetavarFromFieldName))
+
+
+@functools.cache
+def _explain(command: type) -> None:
+    """Puts beside the types of a command's fields what tyro is to say of them: it would break the lines of the help as
+    those of the source, and tell a switch's default as Python does."""
+    texts = {each.arg_name: each.description for base in reversed(command.__mro__) if base.__module__ != "builtins"
+             for each in docstring_parser.parse_from_object(base).params}
+    hints = typing.get_type_hints(command, include_extras=True)
+    for field in dataclasses.fields(command):
+        kind, beside = hints[field.name], ()
+        if get_origin(kind) is Annotated:
+            kind, *beside = get_args(kind)
+        if dataclasses.is_dataclass(kind):  # a group of options, whose title the help takes from the field
+            _explain(kind)
+            said = tyro.conf.arg(name=field.name.removesuffix("_options"))
+        else:
+            text = texts.get(field.name)
+            default = {True: "yes", False: "no"}.get(field.default) if kind is bool else None
+            said = tyro.conf.arg(help=text and _joined(text),
+                                 help_behavior_hint=default and f"(default: {default})")
+        command.__annotations__[field.name] = Annotated[(kind, said, *beside)]  # what stands there already holds
+
+
+def _joined(text: str) -> str:
+    """A text of the source with its lines joined, but where one begins with a word that it explains, as in "drop: "."""
+    return re.sub(r"\n(?![\w-]+(?:, [\w-]+)*: )", " ", inspect.cleandoc(text))
 
 
 def ordered(command: type, words: Sequence[str]) -> list[str]:

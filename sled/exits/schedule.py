@@ -67,7 +67,7 @@ class Lockstep:
 
 @settings
 class Gather:
-    """Rows that need deeper layers wait until `rows` of them do; the others go on meanwhile.
+    """Rows that need deeper layers wait until enough of them do; the others go on meanwhile.
 
     The deeper layers also run when one row has waited `patience` steps, when a row has no room to defer
     another token, and when no row can go on without them.

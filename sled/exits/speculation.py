@@ -45,7 +45,7 @@ class SelfSpeculation(Policy):
                          help="how many tokens are drafted before they are verified")
     confidence: float = setting(Number(0, 1, hint="0 never stops a draft"), default=0.0, rows="B",
                                 option="draft_confidence", help="stop drafting at a token less probable than this")
-    adaptive: bool = setting(Flag(hint="True chooses what promises most accepted tokens per layer run"), default=False,
+    adaptive: bool = setting(Flag(hint="the choice is what promises most accepted tokens per layer run"), default=False,
                              help=("whether each row chooses the length of its draft, up to draft, and its layer, by "
                                    "what was accepted so far"))
     vocabulary: jax.Array | None = setting(default=None, traced=True, option=None, help=(
