@@ -6,6 +6,8 @@ import os
 import pytest
 
 from sled.errors import SettingError
+from sled.train.data.sources import Source
+from sled.train.initial_model import prepare_initial_model
 from sled.train.run.folder import RunFolder
 
 
@@ -92,6 +94,17 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / ("long" * 100)):
         check_refused(RunFolder(path), r"which (is a file|cannot be written .*); give a folder of your own")
+
+
+def test_where_each_process_has_a_folder_of_its_own_each_writes_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    own, shared = RunFolder(tmp_path / "own", shared=False), RunFolder(tmp_path / "shared")
+    assert own.writes and not shared.writes
+    own.path.mkdir()
+    with own.new_model_config() as config, shared.new_model_config() as theirs:
+        prepare_initial_model("demo", Source("demo"), 8, config, resumed=False, writes=own.writes)
+        prepare_initial_model("demo", Source("demo"), 8, theirs, resumed=False, writes=shared.writes)
+    assert (own.model_config / "config.json").is_file() and not shared.path.exists()
 
 
 def test_a_form_that_fails_leaves_the_earlier_one_and_a_run_that_fails_at_once_nothing(folder):

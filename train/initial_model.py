@@ -106,13 +106,14 @@ class InitialModel(NamedTuple):
 
 
 def prepare_initial_model(model: str | Path | NewModel, source: Source, context: int | None, folder: Path, *,
-                          heads: ExitHeads | None = None, resumed: bool) -> InitialModel:
+                          heads: ExitHeads | None = None, resumed: bool, writes: bool = True) -> InitialModel:
     """Puts config.json and the tokenizer of a run's model into the empty `folder`; all processes call this together.
 
     model: what to start from: "demo", a Hugging Face folder or a hub id; or a new one.
     context: the most tokens of a row, None for as many as the model holds, at most `CONTEXT`.
     heads: new ones for its early exits.
     resumed: whether the run has checkpoints, so that `folder` has its files already and keeps them.
+    writes: whether this process writes, of those that see the folder one.
     Raises SettingError where an existing model's context is shorter or it has exit heads already, and CheckpointError
     for a resumed run without its config.json.
     """
@@ -137,7 +138,7 @@ def prepare_initial_model(model: str | Path | NewModel, source: Source, context:
                                f"{', '.join(map(str, config.exit_heads.layers))}; leave yours out to go on with them")
         config = config if heads is None else dataclasses.replace(config, exit_heads=heads)
     context = min(CONTEXT, most or CONTEXT) if context is None else context
-    if not resumed and jax.process_index() == 0:
+    if not resumed and writes:
         if new:
             _write_new(model, source, model.positions or context, folder)
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 import time
 
@@ -67,13 +68,14 @@ def rehearse(run: TrainingRun, *, optimizer: optax.GradientTransformation | None
     into the run's folder. All processes call this together. Raises as `train` does."""
     recipe, optimizer = run.recipe, optimizer or optimizer_of(run.recipe)
     with tempfile.TemporaryDirectory() as folder:
-        prepared, state = prepare(run, RunFolder(folder), optimizer)
+        prepared, state = prepare(run, RunFolder(folder, shared=False), optimizer)
         arguments = (state, prepared.on_devices(next(prepared.batches), recipe.batch), prepared.dropout(1))
         began = time.perf_counter()
         step = prepared.train_step.lower(*arguments).compile()
         measuring = _measuring(prepared, state)
         compiled = time.perf_counter()
-        largest = max(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+        largest = max(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                      for leaf in jax.tree.leaves(state))
         jax.block_until_ready(step(*arguments))
         taken = time.perf_counter() - compiled
     plan = memory_plan(prepared.placed, optimizer, trainable=recipe.trainable)

@@ -230,7 +230,7 @@ def prepare(run: TrainingRun, folder: RunFolder,
         check_format(folder.checkpoints)
     mesh = run.mesh.build()
     with contextlib.nullcontext(folder.model_config) if steps else folder.new_model_config() as model_config:
-        model = _initial_model(run, model_config, resumed=bool(steps))
+        model = _initial_model(run, model_config, resumed=bool(steps), writes=folder.writes)
         sharding = Sharding(model.config, mesh) if mesh.size > 1 else None
         if sharding is not None:
             sharding.local_rows(part)  # raises where a part does not divide
@@ -248,8 +248,8 @@ def prepare(run: TrainingRun, folder: RunFolder,
     return prepared, init_state(weights, optimizer, sharding, trainable=recipe.trainable)
 
 
-def _initial_model(run: TrainingRun, folder: Path, *, resumed: bool) -> InitialModel:
-    model = prepare_initial_model(run.model, run.source, run.recipe.context, folder, heads=run.heads, resumed=resumed)
+def _initial_model(run: TrainingRun, folder: Path, **how: bool) -> InitialModel:
+    model = prepare_initial_model(run.model, run.source, run.recipe.context, folder, heads=run.heads, **how)
     if run.recipe.trainable == HEADS and model.config.exit_heads is None:
         raise SettingError("the recipe tunes exit heads alone, but the model has none; give it some as heads "
                            "(--exit-heads 2 4), or take another recipe")

@@ -33,10 +33,14 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what network file 
 
 
 class RunFolder:
-    """The paths within a run's folder, and the right to write there."""
+    """The paths within a run's folder, and the right to write there.
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    shared: whether all processes of the run see this one folder; else each has, and writes, one of its own.
+    writes: whether this process writes the model's configuration.
+    """
+
+    def __init__(self, path: str | Path, *, shared: bool = True):
+        self.path, self.writes = Path(path), not shared or jax.process_index() == 0
         self.model_config, self.checkpoints = self.path / "model_config", self.path / "checkpoints"
         self.metrics, self.picture = self.path / "metrics.jsonl", self.path / "layers.png"
         self.tensorboard, self.model = self.path / "tensorboard", self.path / "model"
@@ -104,23 +108,23 @@ class RunFolder:
     def new_model_config(self) -> Iterator[Path]:
         """A folder that takes the place of `model_config` when the block ends, and goes when it raises.
 
-        All processes enter and leave together; the first one writes. Until `model_config` is in its place, the folder
-        under its other name tells that this is a run.
+        All processes enter and leave together; those write of which `writes` is true. Until `model_config` is in its
+        place, the folder under its other name tells that this is a run.
         """
-        first, unfinished = jax.process_index() == 0, self.path / _UNFINISHED
+        unfinished = self.path / _UNFINISHED
         try:
-            if first:
+            if self.writes:
                 unfinished.mkdir(exist_ok=True)
                 for left in unfinished.iterdir():  # by a run that was killed
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield unfinished
             synchronise("the model's configuration is read")
-            if first:
+            if self.writes:
                 shutil.rmtree(self.model_config, ignore_errors=True)
                 unfinished.rename(self.model_config)
             synchronise("the model's configuration is in its place")
         finally:
-            if first:
+            if self.writes:
                 shutil.rmtree(unfinished, ignore_errors=True)
 
 
