@@ -77,7 +77,7 @@ class NewModelOptions(derive("NewModelFields", *overrides(
     """Its token that ends a text."""
 
 
-_RECIPE = tyro.conf.arg(aliases=["-r"], help="""plain: no early exit learns.
+_RECIPE = tyro.conf.arg(aliases=["-r"], metavar="RECIPE", help="""plain: no early exit learns.
 finetune, continue, pretrain: LayerSkip's early-exit loss and layer dropout.
 layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe.
 tune-exits: the heads of --exit-heads alone, on a frozen model.
