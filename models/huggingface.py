@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.io import naming_full_disk, path_of, refuse_foreign, share_as, write_json
+from sled.io import naming_folder, naming_full_disk, path_of, refuse_foreign, share_as, write_json
 from sled.models.config import DecoderConfig
 from sled.models.decoder import STACKED, Decoder
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
@@ -92,7 +92,7 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     save into one folder at once.
 
     Raises ConfigError where the family's format cannot express the model, CheckpointError where
-    weights are not finite or the folder holds something else than a model.
+    weights are not finite or the folder holds something else than a model, SettingError where it cannot be written.
     """
     if max_shard_bytes < 1:
         raise SettingError(f"max_shard_bytes is {max_shard_bytes}, but it must be at least 1")
@@ -199,9 +199,11 @@ def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weigh
     Without it no loader takes the folder for a model. Weights move first, those of an earlier model go after that: so
     wherever this ends, the folder holds weights, or the unfinished folder, by which the next save knows its own.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as unfinished:
-        scratch = Path(unfinished)
+    with naming_folder(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder)
+    with unfinished:
+        scratch = Path(unfinished.name)
         for killed in folder.glob(f"{_UNFINISHED}*"):
             if killed != scratch:
                 shutil.rmtree(killed)

@@ -18,7 +18,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError
-from sled.io import first_line, path_of, refuse_foreign
+from sled.io import first_line, naming_folder, path_of, refuse_foreign
 from sled.models.decoder import Decoder
 from sled.models.families.registry import format_config, read_config
 from sled.models.huggingface import write_form
@@ -41,7 +41,7 @@ def save_orbax(decoder: Decoder, path: str | Path, *, dtype=None, tokenizer_from
     whose settings for generation are kept. Of several processes that hold a decoder together all call this.
     `config.json` comes last, and without it the folder is no model.
     Raises ConfigError where the family's format cannot express the model, CheckpointError where weights are not finite
-    or the folder holds something.
+    or the folder holds something, SettingError where it cannot be made.
     """
     folder = path_of("path", path).absolute()
     refuse_foreign(folder, "folder for a model", owns=lambda held: False)
@@ -52,7 +52,8 @@ def save_orbax(decoder: Decoder, path: str | Path, *, dtype=None, tokenizer_from
     if dtype is not None:
         weights = jax.tree.map(lambda x: x.astype(dtype), weights)
     _check_finite("the model", weights)
-    folder.mkdir(parents=True, exist_ok=True)
+    with naming_folder(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     ocp.save(folder / WEIGHTS, weights)
     if jax.process_index() == 0:
         write_form(folder, decoder.config, main_type, tokenizer_from)

@@ -116,6 +116,16 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def naming_folder(folder: Path) -> Iterator[None]:
+    """Where a folder is made or looked at: makes of an OSError a SettingError that names it."""
+    try:
+        yield
+    except OSError as reason:
+        raise SettingError(f"{folder} cannot be written ({reason.strerror}); name a folder in one of your "
+                           "own") from reason
+
+
+@contextlib.contextmanager
 def naming_full_disk(path: Path) -> Iterator[None]:
     """Makes of what libraries raise where a disk is full, each its own, a SettingError that names the path."""
     try:
@@ -173,13 +183,15 @@ def unfinished_folder(name: str) -> str:
 
 
 def refuse_foreign(folder: Path, kind: str, owns: Callable[[Sequence[str]], bool]) -> None:
-    """Raises CheckpointError where `folder` is a file, or a folder that holds something else than an earlier `kind`.
+    """Raises CheckpointError where `folder` is a file, or a folder that holds something else than an earlier `kind`,
+    and SettingError where it cannot be looked into.
 
     owns: whether the names in the folder, sorted and at least one, are those of an earlier one.
     """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder} is a file; give the name of a folder")
-    held = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    with naming_folder(folder):
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f"{folder} is a file; give the name of a folder")
+        held = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     if held and not owns(held):
         raise CheckpointError(f"{folder} is not empty and no {kind} (it holds {held[0]}); give a new or empty folder")
 

@@ -186,6 +186,24 @@ def test_an_interrupted_rendering_answers_nobody_else(lm, monkeypatch):
     assert "fourth" in lm.text.chats.prompt(sled.Chat("fourth").messages)
 
 
+@pytest.mark.parametrize(("ending", "says"), [
+    ("sys.exit(1)", "does not end within 3 seconds"), ("sys.exit(3)", "jinja2.*cannot be imported; install it"),
+    ("sys.exit(4)", "ends the process that renders it"), ("os.kill(os.getpid(), 9)", "ends the process that renders"),
+    (None, "jinja2.*cannot be imported; install it")])
+def test_how_a_rendering_ended_is_told_by_its_process(ending, says, lm, tmp_path, monkeypatch):
+    renderer.render_template.stop()
+    with monkeypatch.context() as patch:
+        if ending is None:
+            (tmp_path / "jinja2.py").write_text("raise ImportError")
+            patch.syspath_prepend(tmp_path)
+        else:
+            (tmp_path / "ends.py").write_text(f"import os, sys; sys.stdin.readline(); {ending}")
+            patch.setattr(renderer, "SCRIPT", tmp_path / "ends.py")
+        with pytest.raises(TemplateError, match=says):
+            lm.text.chats.prompt(said("a"))
+    assert "b" in lm.text.chats.prompt(said("b"))
+
+
 def test_chat_is_generate_of_the_ids_that_the_template_writes(lm, monkeypatch):
     ids = lm.text.encode("<s>system\nbe kind</s>\n<s>user\nhi</s>\n<s>assistant\n", special=False)
     assert ids[0] == 1 and ids.count(1) == 3  # no other BOS

@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.models import Decoder, load_folder, read_config, save_folder
+from sled.models import Decoder, load_folder, read_config, save_folder, save_orbax
 
 EMBED, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"
 
@@ -182,6 +182,14 @@ def test_nothing_else_is_overwritten(prepare, says, tiny_folder, tmp_path):
     prepare(tmp_path / "taken")
     with pytest.raises(CheckpointError, match=says):
         save_folder(load_folder(tiny_folder("llama")), tmp_path / "taken")
+
+
+@pytest.mark.parametrize("save", [save_folder, save_orbax])
+@pytest.mark.parametrize("place", ["/proc/none", "/proc/none/model", "file/model", "file/a/model"])
+def test_a_place_where_no_folder_can_be_is_named(place, save, tiny_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingError, match=r"(none|model) cannot be written \(.*; name a folder"):
+        save(load_folder(tiny_folder("llama")), tmp_path / place)
 
 
 def test_what_cannot_be_saved_is_refused_before_anything_is_replaced(tiny_folder, tmp_path):

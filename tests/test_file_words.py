@@ -1,6 +1,7 @@
 """Data keep their words: texts and numbers are the characters of the file, wherever data are read."""
 
 import json
+import logging
 from datetime import date
 from decimal import Decimal
 
@@ -38,6 +39,15 @@ def test_json_is_read_word_for_word(form, tmp_path):
     assert texts(path) == [value if says is None else says for value, says in VALUES.items()]
     [*_, last] = rows_of(path)
     assert last == {"text": "None", "n": len(VALUES) - 1} and type(last["n"]) is int
+
+
+def test_files_that_are_read_at_once_leave_the_level_of_the_log(tmp_path):
+    datasets.Dataset.from_list([{"text": str(n)} for n in range(250)]).to_parquet(tmp_path / "a.parquet")
+    level = logging.getLogger("datasets").level
+    one, other = rows_of(tmp_path / "a.parquet"), rows_of(tmp_path / "a.parquet")
+    assert next(one) == next(other) == {"text": "0"} and logging.getLogger("datasets").level == level
+    assert [row["text"] for row in one] == [row["text"] for row in other] == [str(n) for n in range(1, 250)]
+    assert logging.getLogger("datasets").level == level
 
 
 def test_one_object_over_several_lines_is_a_row(tmp_path):

@@ -8,8 +8,16 @@ import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
 
-from sled.errors import CheckpointError, SettingError
-from sled.io import folder_written_whole, naming_full_disk, path_of, read_object, refuse_foreign, share_as
+from sled.errors import CheckpointError
+from sled.io import (
+    folder_written_whole,
+    naming_folder,
+    naming_full_disk,
+    path_of,
+    read_object,
+    refuse_foreign,
+    share_as,
+)
 from sled.models.huggingface import TOKENIZER_FILES
 
 RECORD = "sled_export.json"  # of Hugging Face and Orbax exports
@@ -37,11 +45,8 @@ def replacing(to: str | Path) -> Iterator[Path]:
         raise CheckpointError(f"{to} is an earlier export, but it also holds {others[0]}, which would go with it; move "
                               "that elsewhere, or give a new folder")
     with contextlib.ExitStack() as stack:
-        try:
+        with naming_folder(to):
             beside = stack.enter_context(folder_written_whole(to))
-        except OSError as reason:
-            raise SettingError(f"{to} cannot be written ({reason.strerror}); name a folder in one of your "
-                               "own") from reason
         with naming_full_disk(to):
             yield beside
         share_as(beside, (path for path in beside.rglob("*") if path.is_file()))

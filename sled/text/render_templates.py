@@ -19,12 +19,17 @@ import sys
 
 MEMORY = 2**30  # bytes that the process may have, this interpreter's share (about 30 MB) among them
 LONGEST_REASON = 300
+# What the process ends with, besides 0 at the end of its input and 1 where a rendering takes too long (faulthandler's).
+NO_JINJA2, FAILED = 3, 4
 
 
 def main() -> None:
     sys.path[:] = json.loads(sys.argv[1])  # the isolated interpreter has only its own
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks; this one ends with its input
-    import jinja2  # noqa: F401  before the memory is bounded, and before the first request's time runs
+    try:
+        import jinja2  # noqa: F401  before the memory is bounded, and before the first request's time runs
+    except Exception:
+        sys.exit(NO_JINJA2)
 
     _bound_memory()
     answers, nowhere = sys.stdout.buffer, open(os.devnull, "w")
@@ -140,4 +145,7 @@ def _compiled(source: str):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except Exception:
+        sys.exit(FAILED)

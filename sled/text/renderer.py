@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +21,9 @@ SECONDS = 3  # for one rendering, which takes a millisecond; the first of a temp
 LONGEST_TEMPLATE = 2**20  # characters
 ROOM = 2**20  # characters that a template may write of its own, besides four times what it is given
 REMEDY = "mend it, fetch the model again, or go without a chat"
+INSTALL = "install it by `pip install 'jinja2>=3.1.6'`, or give token ids"
+SCRIPT = Path(__file__).with_name("render_templates.py")
+OUT_OF_TIME, NO_JINJA2 = 1, 3  # what it ends with, as it says there: it is run by itself, and not imported
 
 
 class Rendered(NamedTuple):
@@ -53,21 +55,15 @@ class Renderer:
         limits = dict(seconds=SECONDS, characters=ROOM + 4 * len(given))  # of all variables: they are of one kind
         request = json.dumps(dict(template=template, now=now.isoformat(), **limits))
         with self._lock:
-            begun = time.monotonic()
             answers = self._ask(f'{request[:-1]}, "variables": {given}}}\n'.encode())
-            ended = time.monotonic() - begun
-        if answers is None:
-            how = (f"does not end within {SECONDS} seconds" if ended > SECONDS else
-                   "ends the process that renders it, as too deep a recursion does")
-            raise TemplateError(f"the model's chat template {how}; {REMEDY}")
         if "error" in answers[-1]:
             error, reason = answers[-1]["error"], answers[-1]["reason"]
             untaken = "leave out what it does not take, such as a system message; or " if "messages" in error else ""
             raise TemplateError(f"the model's chat template {error} ({reason}); {untaken}{REMEDY}")
         return [Rendered(answer["text"], [tuple(span) for span in answer["generated"]]) for answer in answers]
 
-    def _ask(self, request: bytes) -> list[dict[str, Any]] | None:
-        """The answers to a request; None where the process ended instead."""
+    def _ask(self, request: bytes) -> list[dict[str, Any]]:
+        """The answers to a request. Raises TemplateError where the process ends instead."""
         process = self._running()
         try:
             process.stdin.write(request)
@@ -80,8 +76,15 @@ class Renderer:
         except BaseException:  # such as Ctrl-C: what comes later answers nobody's request
             self.stop()
             raise
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS)
+        code = process.returncode
         self.stop()
-        return None
+        if code == NO_JINJA2:
+            raise TemplateError(f"jinja2, which renders chat templates, cannot be imported; {INSTALL}")
+        how = (f"does not end within {SECONDS} seconds" if code == OUT_OF_TIME else
+               "ends the process that renders it, as too deep a recursion does")
+        raise TemplateError(f"the model's chat template {how}; {REMEDY}")
 
     def _running(self) -> subprocess.Popen:
         if self._owner != os.getpid():
@@ -89,12 +92,10 @@ class Renderer:
         if self._process is None or self._process.poll() is not None:
             self.stop()
             if importlib.util.find_spec("jinja2") is None:
-                raise TemplateError("jinja2, which renders chat templates, is not installed; install it by `pip "
-                                    "install 'jinja2>=3.1.6'`, or give token ids")
-            script = Path(__file__).with_name("render_templates.py")
+                raise TemplateError(f"jinja2, which renders chat templates, is not installed; {INSTALL}")
             try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", str(script), json.dumps(sys.path)],
+                    [sys.executable, "-I", "-S", str(SCRIPT), json.dumps(sys.path)],
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
             except OSError as reason:
                 raise TemplateError(f"the process that renders chat templates cannot be started ({reason}); make room "

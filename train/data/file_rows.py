@@ -10,8 +10,10 @@ import codecs
 import contextlib
 import csv
 import glob
+import itertools
 import json
 import logging
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,10 @@ from sled.errors import DataError, SledError
 from sled.io import first_line
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow", ".txt": "text"}
+ROWS_AT_A_TIME = 100  # of a file that `datasets` reads
 MOST_DIGITS = 4000  # of a number that Python reads as an int; of more it would refuse to make a text again
+
+_LEVEL = threading.RLock()  # of the logger of `datasets`, while it is another
 
 # A cell may be as long as a text, where the module's own bound is 131,072 characters.
 csv.field_size_limit(2**31 - 1)
@@ -45,18 +50,35 @@ def rows_of(path: Path, kind: str | None = None) -> Iterator[Mapping[str, Any]]:
     """
     kind = kind or READERS[path.suffix.lower()]
     read = {"json": _json, "csv": _csv, "text": _text}.get(kind)
-    with reading(path, kind):
+    with _named(path, kind):
         yield from _typed(path, kind) if read is None else read(path)
 
 
 @contextlib.contextmanager
 def reading(path: Path, kind: str) -> Iterator[None]:
-    """Within it what goes wrong becomes a DataError that names the file; `datasets` does not log it besides."""
+    """For calls of `datasets`: what goes wrong becomes a DataError that names the file, and is not logged besides."""
+    with _named(path, kind), _quiet():
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it `datasets` logs nothing. Never over a `yield` of rows, whose reader may leave it open for long."""
+    logger = logging.getLogger("datasets")
+    with _LEVEL:
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _named(path: Path, kind: str) -> Iterator[None]:
+    """Within it what goes wrong becomes a DataError that names the file."""
     import datasets  # imported where it is needed: it is slow
 
-    logger = logging.getLogger("datasets")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except SledError:
@@ -64,8 +86,6 @@ def reading(path: Path, kind: str) -> Iterator[None]:
     except (ValueError, OSError, RuntimeError, csv.Error, datasets.exceptions.DatasetsError) as reason:
         # pyarrow's errors are ValueErrors; of what `datasets` made of another error, that is the reason.
         raise unreadable(path, kind, reason.__cause__ or reason) from reason
-    finally:
-        logger.setLevel(level)
 
 
 def unreadable(path: Path, kind: str, reason: Exception | str, line: int | None = None) -> DataError:
@@ -155,7 +175,16 @@ def _typed(path: Path, kind: str) -> Iterator[dict[str, Any]]:
     import datasets
 
     # Streamed: what is read once needs no second copy in the cache of `datasets`.
-    rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
+    with _quiet():
+        rows = datasets.load_dataset(kind, data_files=glob.escape(str(path)), split="train", streaming=True)
+    rest = iter(rows)
     short = [name for name, of in (rows.features or {}).items() if getattr(of, "dtype", None) in ("float16", "float32")]
-    for row in rows:
-        yield row | {name: Word(np.float32(row[name])) for name in short if row[name] is not None}
+    while some := _next(rest):
+        for row in some:
+            yield row | {name: Word(np.float32(row[name])) for name in short if row[name] is not None}
+
+
+@_quiet()
+def _next(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some rows at a time, none at the end: to set the level of a logger takes as long as to read a row."""
+    return list(itertools.islice(rows, ROWS_AT_A_TIME))
