@@ -11,7 +11,7 @@ from sled.cli.derived import offers
 from sled.cli.exit_options import ExitOptions
 from sled.cli.line import parse
 from sled.cli.options import SAMPLING, FusionOptions, SamplingOptions, read_prompts
-from sled.cli.train import NewModelOptions, RecipeOptions
+from sled.cli.train import DataOptions, NewModelOptions, RecipeOptions
 from sled.errors import SettingError
 from sled.exits import POLICIES, SCHEDULES
 from sled.fusion import FUSIONS
@@ -77,3 +77,9 @@ def test_exits_and_draws(demo):
 def test_only_a_line_break_ends_a_prompt_of_a_file(inside, tmp_path):
     (tmp_path / "p.txt").write_bytes(f"a{inside}b\r\n\nc\n".encode())
     assert read_prompts((), tmp_path / "p.txt") == [f"a{inside}b".replace("\\n", "\n"), "c"]
+
+
+def test_templates_of_training_data_may_hold_line_breaks_as_a_prompt_may():
+    options = parse(DataOptions, "sled", ["--data", "a.jsonl", "--held-out", "b.jsonl", "--prompt", r"Q: {q}\nA:",
+                                          "--completion", r" {a}\n"])
+    assert [(data.prompt, data.completion) for data in options.sources()] == [("Q: {q}\nA:", " {a}\n")] * 2

@@ -79,8 +79,8 @@ class Eval:
     (test.jsonl, train.jsonl)."""
     include_path: tuple[Path, ...] = ()
     """Folders with tasks of your own, as YAML files."""
-    metadata: tuple[str, ...] = ()
-    """Metadata for the tasks, NAME=VALUE, such as problems=200 for sled_demo."""
+    metadata: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE [NAME=VALUE ...]")] = ()
+    """Metadata for the tasks, such as problems=200 for sled_demo."""
     out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sled-eval")
     """Folder for report.json, report.md, samples.jsonl and pictures; report.json comes last."""
     cache: Annotated[Path | None, left_out("answers.sqlite in the folder of --out")] = None

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sled.cli.derived import arguments, build, dashed, derive, given, offer, overrides, sets, settings_of
-from sled.cli.options import left_out
+from sled.cli.options import left_out, unescape
 from sled.cli.values import Layer
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
@@ -37,7 +37,8 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
     text: str | None = None
     """Column of plain text; every token is learnt."""
     prompt: str | None = None
-    """Column of prompts, or a template such as "Question: {question} Answer:"; not learnt."""
+    """Column of prompts, or a template such as "Question: {question}\\nAnswer:"; not learnt. A backslash and n stands
+    for a line break."""
     completion: str | None = None
     """Column or template of what follows the prompt; learnt."""
     messages: str | None = None
@@ -59,11 +60,13 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
         if not self.data:
             raise SettingError("--data is missing, so there is nothing to learn; name files, a hub data set, or demo")
         several = lambda names: names[0] if len(names) == 1 else list(names)  # noqa: E731
-        source = Source(**arguments(self, Source) | dict(data=several(self.data)))
+        typed = {name: text and unescape(text) for name, text in dict(prompt=self.prompt,
+                                                                      completion=self.completion).items()}
+        source = Source(**arguments(self, Source) | typed | dict(data=several(self.data)))
         if not self.held_out:
             return source, None
         others = dict(split="heldout", limit=500) if self.held_out == ("demo",) else dict(limit=None)
-        return source, Source(**arguments(self, Source) | dict(data=several(self.held_out), **others))
+        return source, Source(**arguments(self, Source) | typed | dict(data=several(self.held_out), **others))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +80,7 @@ class NewModelOptions(derive("NewModelFields", *overrides(
     """Its token that ends a text."""
 
 
-_RECIPE = tyro.conf.arg(aliases=["-r"], help="""plain: no early exit learns.
+_RECIPE = tyro.conf.arg(aliases=["-r"], metavar="RECIPE", help="""plain: no early exit learns.
 finetune, continue, pretrain: LayerSkip's early-exit loss and layer dropout.
 layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe.
 tune-exits: the heads of --exit-heads alone, on a frozen model.

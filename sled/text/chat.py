@@ -77,8 +77,8 @@ def checked_messages(messages) -> list[dict[str, Any]]:
     templates read.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise PromptError(f"a conversation is {shorten(repr(messages), 60)}, but must be a string or a list of "
-                          'messages, at least one, such as {"role": "user", "content": "Hello"}')
+        raise PromptError(f"a conversation is {shorten(repr(messages), 60)}, but must be a list of messages, at least "
+                          'one, such as {"role": "user", "content": "Hello"}')
     return [_checked(message) for message in messages]
 
 
