@@ -91,7 +91,8 @@ def test_what_is_of_another_kind_is_refused(rule, value):
     (Instance(list, hint="h"), list, "name is <class 'list'>, but must be an instance, not its class or name; h"),
     (Instance(list, hint="h"), 3, "name is 3, which is no list; h"),
     (Instance(Fraction, hint="h"), Fraction(1),
-     "name is Fraction(1, 1), but must be an instance that jax can trace; h"),
+     "name is Fraction(1, 1), but must be an instance that jax can trace (its class "
+     "decorated with sled.settings.decorator.settings); h"),
     (WORDS, "low", "name is 'low', but must be None or 'all' or a tuple of layer indices such as (0, 8, 16); "),
     (Layers(("low",)), None, "name is None, but must be 'low' or a tuple"),
 ])

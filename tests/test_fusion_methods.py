@@ -8,6 +8,7 @@ from programs import on_devices, run_together
 from scipy.special import log_softmax
 
 from sled import fusion
+from sled.errors import SettingError
 from sled.fusion import SLED, ClampOnly, ConfidentDecoding, DoLa, FinalLayer, LayerAverage, SharedHead
 from sled.fusion.confident import first_valley
 from sled.fusion.dola import final_divergence
@@ -211,6 +212,16 @@ for strategy in (SLED(), DoLa(), LayerAverage()):
             # The projection's width is 16, and nothing else's is: no rows of it may travel.
             assert not [line for line in gathers if ",16]" in line.split(" all-gather")[0]], gathers
 """
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (2, 5), (2, 3, 7)], ids=str)
+def test_a_strategy_of_ones_own_must_give_logits(shape):
+    class Own:
+        def logits(self, h_BCD, head):
+            return jnp.zeros(shape)
+
+    with pytest.raises(SettingError, match=r"Own.logits gave an array of the shape .* \(2, 7\)"):
+        fusion.projection.fused_logits(Own(), jnp.zeros((2, 3, 4)), SharedHead(jnp.zeros((7, 4))))
 
 
 def test_split_projection_on_eight_devices():

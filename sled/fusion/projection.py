@@ -131,11 +131,21 @@ def fused_logits(fusion, h_BCD, head: SharedHead, rows: int | None = None):
     """A strategy's logits (B, V), by the tile that suits the platform for which the computation is lowered.
 
     rows: batch x candidate layers, where `h_BCD` holds only a part of them (under `vmap`).
+    Raises SettingError where a strategy gives something else than logits (B, V).
     """
     rows = h_BCD.shape[0] * h_BCD.shape[1] if rows is None else rows
     on_cpu, elsewhere = (dataclasses.replace(head, tile=default_tile(rows, head.vocabulary, name))
                          for name in ("cpu", "elsewhere"))
+
+    def logits(h_BCD, tiled):
+        logits_BV, expected = fusion.logits(h_BCD, tiled), (h_BCD.shape[0], head.vocabulary)
+        if jnp.shape(logits_BV) != expected:
+            raise SettingError(f"{type(fusion).__name__}.logits gave an array of the shape {jnp.shape(logits_BV)} for "
+                               f"hidden states of {h_BCD.shape}, but must give one row of logits for each of the first "
+                               f"axis, {expected}")
+        return logits_BV
+
     if on_cpu.tile == elsewhere.tile:
-        return fusion.logits(h_BCD, on_cpu)
-    return jax.lax.platform_dependent(
-        h_BCD, cpu=lambda h_BCD: fusion.logits(h_BCD, on_cpu), default=lambda h_BCD: fusion.logits(h_BCD, elsewhere))
+        return logits(h_BCD, on_cpu)
+    return jax.lax.platform_dependent(h_BCD, cpu=lambda h_BCD: logits(h_BCD, on_cpu),
+                                      default=lambda h_BCD: logits(h_BCD, elsewhere))

@@ -263,7 +263,8 @@ class Instance:
         fits = isinstance(value, self.kind) and not isinstance(value, type)
         if not fits or (self.traced and jax.tree_util.all_leaves([value])):
             if fits:
-                why = "but must be an instance that jax can trace"
+                why = ("but must be an instance that jax can trace (its class decorated with "
+                       "sled.settings.decorator.settings)")
             elif isinstance(value, (type, str)):
                 why = "but must be an instance, not its class or name"
             else:
