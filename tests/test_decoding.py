@@ -130,12 +130,24 @@ def test_the_number_of_prompts_is_rounded_so_that_another_compiles_nothing():
 def test_no_more_programs_are_kept_than_a_bound(monkeypatch):
     out = generate()
     held = compiled()
-    monkeypatch.setattr("sled.decoding.programs.MOST", sum(f._cache_size() for f in programs._BOUNDED))
+    monkeypatch.setattr("sled.decoding.programs.MOST", sum(f.programs[False] for f in programs._PROGRAMS))
     assert generate().tokens == out.tokens and compiled() == held  # at the bound all are kept
     monkeypatch.setattr("sled.decoding.programs.MOST", 1)
     run = tiny_lm().stream(PROMPTS, max_new_tokens=CAPACITY, chunk=20)
     assert generate().tokens == out.tokens and sum(compiled()) < sum(held)
     assert [len(tokens) for tokens in next(run).tokens] == [min(20, len(tokens)) for tokens in out.tokens]
+
+
+def test_a_service_keeps_its_programs(monkeypatch):
+    engine = sled.Engine(tiny_lm(), slots=2)
+    first = engine.submit(PROMPTS[0]).result().tokens
+    held = [f.programs[True] for f in programs._PROGRAMS]
+    monkeypatch.setattr("sled.decoding.programs.MOST", 1)
+    generate()
+    assert sum(f.programs[False] for f in programs._PROGRAMS) < 9  # of this one call
+    sled.Engine(tiny_lm(), slots=2)
+    assert engine.submit(PROMPTS[0]).result().tokens == first
+    assert [f.programs[True] for f in programs._PROGRAMS] == held
 
 
 def test_long_prompts_are_read_in_blocks(monkeypatch):
