@@ -127,8 +127,10 @@ def test_the_number_of_prompts_is_rounded_so_that_another_compiles_nothing():
     assert [sled.lm._height(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
 
 
-def test_no_more_programs_are_kept_than_a_bound(monkeypatch):
-    out = generate()
+def test_no_more_programs_are_kept_than_a_bound_and_those_of_a_service(monkeypatch):
+    out, engine = generate(), sled.Engine(tiny_lm(), slots=2)
+    served = engine.submit(PROMPTS[0]).result().tokens
+    of_services = [f.programs[True] for f in programs._PROGRAMS]
     held = compiled()
     monkeypatch.setattr("sled.decoding.programs.MOST", sum(f.programs[False] for f in programs._PROGRAMS))
     assert generate().tokens == out.tokens and compiled() == held  # at the bound all are kept
@@ -136,18 +138,8 @@ def test_no_more_programs_are_kept_than_a_bound(monkeypatch):
     run = tiny_lm().stream(PROMPTS, max_new_tokens=CAPACITY, chunk=20)
     assert generate().tokens == out.tokens and sum(compiled()) < sum(held)
     assert [len(tokens) for tokens in next(run).tokens] == [min(20, len(tokens)) for tokens in out.tokens]
-
-
-def test_a_service_keeps_its_programs(monkeypatch):
-    engine = sled.Engine(tiny_lm(), slots=2)
-    first = engine.submit(PROMPTS[0]).result().tokens
-    held = [f.programs[True] for f in programs._PROGRAMS]
-    monkeypatch.setattr("sled.decoding.programs.MOST", 1)
-    generate()
-    assert sum(f.programs[False] for f in programs._PROGRAMS) < 9  # of this one call
-    sled.Engine(tiny_lm(), slots=2)
-    assert engine.submit(PROMPTS[0]).result().tokens == first
-    assert [f.programs[True] for f in programs._PROGRAMS] == held
+    assert sled.Engine(tiny_lm(), slots=2) and engine.submit(PROMPTS[0]).result().tokens == served
+    assert [f.programs[True] for f in programs._PROGRAMS] == of_services
 
 
 def test_long_prompts_are_read_in_blocks(monkeypatch):
