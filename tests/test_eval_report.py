@@ -37,6 +37,11 @@ def test_log_likelihoods_are_refused_where_a_setting_would_do_nothing(lm, tiny_t
         evaluate(lm, "tiny_choice", [method], include_path=[tiny_tasks], progress=False)
 
 
+def test_choices_are_not_scored_where_what_is_left_out_has_no_finite_score(lm, tiny_tasks):
+    with pytest.raises(EvaluationError, match="'tiny_choice' asks for log-likelihoods, but 'm' gives minus infinity"):
+        evaluate(lm, "tiny_choice", [Method("m", fusion=sled.DoLa())], include_path=tiny_tasks, progress=False)
+
+
 @pytest.mark.parametrize("fusion", [sled.SLED(), sled.SLED(lower_bound=-9.0), sled.ClampOnly(), sled.DoLa(),
                                     sled.DoLa(lower_bound=-9.0)], ids=str)
 def test_whole_texts_are_not_scored_where_tokens_are_left_out(lm, tiny_tasks, fusion):
@@ -148,7 +153,7 @@ def test_a_report_tells_scores_that_are_no_probabilities(lm, tiny_tasks, tmp_pat
     choices |= {"task": "brier", "metric_list": [dict(metric="acc"), brier]}
     (tmp_path / "brier.yaml").write_text(json.dumps(choices))
     methods = [Method("greedy"), Method("clamp", fusion=sled.ClampOnly(scale=2)), Method("dola", fusion=sled.DoLa(
-        "high", relative_top=1e-30)), Method("sled", fusion=sled.SLED(scale=2, log_softmax=True))]
+        "high", relative_top=1e-30, lower_bound=-1000)), Method("sled", fusion=sled.SLED(scale=2, log_softmax=True))]
     report = evaluate(lm, "brier", methods, include_path=tmp_path, progress=False)
     written = report.markdown()
     left = {method: (tasks[0].left_out, tasks[0].scored) for method, tasks in report.tasks.items()}

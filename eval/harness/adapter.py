@@ -11,6 +11,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -76,21 +77,26 @@ class SledLM(TemplateLM):
                 "versions": deciding_versions()}
 
     def check_scoring(self, what: str) -> None:
-        """Raises EvaluationError where the method has settings that no log-likelihood depends on."""
+        """Raises EvaluationError where no log-likelihood depends on the settings, or most are minus infinity."""
         idle = [name for name, there in (("exits", self.method.leaves_early), ("sampling", self.method.samples))
                 if there]
         if idle:
             raise EvaluationError(f"{what} asks for log-likelihoods, which never depend on the {' and '.join(idle)} of "
                                   f"a method: the figures of {self.method.name!r} would be those of the same method "
                                   f"without; leave {' and '.join(idle)} out, or take tasks that generate")
+        if getattr(self.method.decoding.fusion, "lower_bound", 0) == -math.inf:
+            raise EvaluationError(f"{what} asks for log-likelihoods, but {self.method.name!r} gives minus infinity to "
+                                  "an answer with a token that it leaves out, so that answers could not be told apart; "
+                                  "give it a finite lower bound: DoLa's authors have -1000 (--fusion \"dola "
+                                  "--lower-bound -1000\")")
 
     def check_texts(self, what: str) -> None:
         """Raises EvaluationError where whole texts cannot be scored: most have tokens that the fusion leaves out."""
-        self.check_scoring(what)
         if hasattr(self.method.decoding.fusion, "lower_bound"):
             raise EvaluationError(f"{what} asks for the log-likelihood of whole texts, but {self.method.name!r} leaves "
                                   "tokens out, each of which counts as its lower bound: their number is all that a "
                                   "perplexity would show; take tasks of choices, or a fusion that leaves none out")
+        self.check_scoring(what)
 
     # Tokens.
 

@@ -25,7 +25,7 @@ class FusionsOptions(derive(
         "Fusions", ("fusion", Annotated[tuple[str, ...], tyro.conf.arg(metavar="FUSION [FUSION ...]", help=(
             "One or several, each a method of its own. Settings given besides are for all that have them; those of one "
             'alone stand with it, in quotes: --fusion sled "sled --layers 0 4 8" confident.\n'
-            f"{explained(FUSIONS)}\nScores need a finite --lower-bound."))], ("final",)),
+            f"{explained(FUSIONS)}\nFor scores, dola needs a finite --lower-bound, such as -1000."))], ("final",)),
         *settings_by_choice(OFFERS))):
     """The fusion of the layers' predictions. A setting left out keeps the method's own default."""
 

@@ -69,7 +69,7 @@ class ModelOptions:
 @dataclasses.dataclass(frozen=True)
 class FusionOptions(derive(
         "Fusion", choice("fusion", FUSIONS, default="final",
-                         help=f"{explained(FUSIONS)}\nScores need a finite --lower-bound."),
+                         help=f"{explained(FUSIONS)}\nFor scores, dola needs a finite --lower-bound, such as -1000."),
         *settings_by_choice(OFFERS))):
     """The fusion of the layers' predictions. A setting left out keeps the method's own default."""
 

@@ -41,6 +41,7 @@ def _bytes(build: Build, window: int, buffers: int, rows: int, capacity: int) ->
     return rows * (kv + waiting + caches[0].shape[1] * window * capacity * 4)
 
 
+@functools.cache  # files are read, and every call of a user asks
 def device_memory() -> int | None:
     """Bytes of the default device's memory, or of the host's where that is the device; None where nothing tells, as on
     Windows."""
