@@ -127,15 +127,19 @@ def test_the_number_of_prompts_is_rounded_so_that_another_compiles_nothing():
     assert [sled.lm._height(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
 
 
-def test_no_more_programs_are_kept_than_a_bound(monkeypatch):
-    out = generate()
+def test_no_more_programs_are_kept_than_a_bound_and_those_of_a_service(monkeypatch):
+    out, engine = generate(), sled.Engine(tiny_lm(), slots=2)
+    served = engine.submit(PROMPTS[0]).result().tokens
+    of_services = [f.programs[True] for f in programs._PROGRAMS]
     held = compiled()
-    monkeypatch.setattr("sled.decoding.programs.MOST", sum(f._cache_size() for f in programs._BOUNDED))
+    monkeypatch.setattr("sled.decoding.programs.MOST", sum(f.programs[False] for f in programs._PROGRAMS))
     assert generate().tokens == out.tokens and compiled() == held  # at the bound all are kept
     monkeypatch.setattr("sled.decoding.programs.MOST", 1)
     run = tiny_lm().stream(PROMPTS, max_new_tokens=CAPACITY, chunk=20)
     assert generate().tokens == out.tokens and sum(compiled()) < sum(held)
     assert [len(tokens) for tokens in next(run).tokens] == [min(20, len(tokens)) for tokens in out.tokens]
+    assert sled.Engine(tiny_lm(), slots=2) and engine.submit(PROMPTS[0]).result().tokens == served
+    assert [f.programs[True] for f in programs._PROGRAMS] == of_services
 
 
 def test_long_prompts_are_read_in_blocks(monkeypatch):

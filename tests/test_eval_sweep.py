@@ -90,9 +90,9 @@ def test_grids_go_from_safe_to_risky_and_name_what_is_swept():
 
 def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path):
     toy = demo_toy()
-    before = loop.decode._cache_size()
+    before = loop.decode.programs[False]
     swept = run(toy, tmp_path / "new" / "folder")
-    assert loop.decode._cache_size() == before + 3  # no exit, early exit, speculation
+    assert loop.decode.programs[False] == before + 3  # no exit, early exit, speculation
     rows = {row.method: row for row in swept.rows}
     full, one, half, none, *drafts = swept.rows
     assert [row.method for row in swept.rows] == ["no exit", *(m.name for m in (*EARLY, *DRAFTS))]
@@ -107,7 +107,7 @@ def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path):
         assert row.relative_speed == pytest.approx(row.against_seconds / row.seconds) and row.low <= row.accuracy
     assert swept.sequences == (tuple(m.name for m in EARLY), tuple(m.name for m in DRAFTS))
     again = run(toy, tmp_path / "b", [*grid.early_exits([1], [0.2, 0.7]), *grid.self_speculation([1], [2])], rounds=2)
-    assert loop.decode._cache_size() == before + 3 and len(again.rows) == 4  # other numbers, no other program
+    assert loop.decode.programs[False] == before + 3 and len(again.rows) == 4  # other numbers, no other program
     assert {p.name for p in (tmp_path / "b").iterdir()} == {"sweep.csv", "sweep.md", "sweep.png"}
     with (tmp_path / "new" / "folder" / "sweep.csv").open() as file:
         kept = list(csv.DictReader(file))

@@ -108,7 +108,7 @@ DECODE = "sled.decoding.loop.decode"
 
 def compiled() -> tuple[int, ...]:
     """How many programs there are of the loop, of reading prompts, and of putting a row into a batch."""
-    return tuple(f._cache_size() for f in (loop.decode, state.prefill, state.put_row))
+    return tuple(sum(f.programs.values()) for f in (loop.decode, state.prefill, state.put_row))
 
 
 def begin(policy, fusion, schedule=None) -> Generation:

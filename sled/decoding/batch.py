@@ -17,7 +17,7 @@ from sled.decoding import loop, state
 from sled.decoding.memory import naming_shortage, refuse_too_large
 from sled.decoding.network import Build
 from sled.decoding.options import Decoding
-from sled.decoding.programs import forget_programs
+from sled.decoding.programs import begin_service, forget_programs, serving
 from sled.decoding.state import bucket
 from sled.exits.schedule import Timing
 from sled.settings.per_row import stack_rows
@@ -179,8 +179,10 @@ class Slots(Batch):
         self._like, self.capacity = decoding, capacity
         self._of_slot = [decoding] * slots  # an empty slot has the default, so that nobody pays for a past entry
         self._sizes = {"E": len(self._plan.exits) - 1}
+        begin_service(self)
         self.clear()
 
+    @serving()
     def clear(self) -> None:
         """Empty slots, whatever was in them."""
         nothing, slots = np.zeros(1, np.int32), len(self._of_slot)
@@ -188,6 +190,7 @@ class Slots(Batch):
         self._of_slot = [self._like] * slots
         self._fetch()
 
+    @serving()
     def stop(self, rows: list[int]) -> None:
         super().stop(rows)
         for row in rows:
@@ -197,6 +200,7 @@ class Slots(Batch):
         """Raises SettingError where numbers of one row's settings have another shape than the other rows' have."""
         self._stacked([decoding])
 
+    @serving()
     def enter(self, entries: Mapping[int, Entry]) -> dict[int, Exception]:
         """Puts entries into slots, in which nothing of their past is left. Returns what went wrong, by slot."""
         failed = {}
@@ -212,6 +216,7 @@ class Slots(Batch):
             self._fetch()
         return failed
 
+    @serving()
     def advance(self, steps: int, *, min_active: int = 1) -> None:
         """All rows go on, for so many steps of the loop or until fewer than `min_active` of them are left."""
         self._decoding = self._stacked(self._of_slot)

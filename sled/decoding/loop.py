@@ -56,8 +56,7 @@ class Emission(NamedTuple):
         return self._replace(exit_B=jnp.where(leaves_B, s, self.exit_B), logits_BV=logits_BV)
 
 
-@bounded
-@functools.partial(jax.jit, static_argnames="build", donate_argnames="state")
+@bounded(static_argnames="build", donate_argnames="state")
 def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fusion, sampling: Sampling, stop_ids,
            pause_len_B, max_steps, min_active) -> DecodeState:
     """Further tokens for every active row, until fewer than `min_active` of them are left, or for `max_steps` steps.

@@ -7,7 +7,6 @@ then run as one block on a copy of its prompt's K/V.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,8 +83,7 @@ def _block(rows, height: int, longest: int, capacity: int):
     return which_B, inputs_BT, targets_BT, positions_BT, np.argsort(idle_P, kind="stable"), (~idle_P).sum()
 
 
-@bounded
-@functools.partial(jax.jit, static_argnames=("build", "normalise"))
+@bounded(static_argnames=("build", "normalise"))
 def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, order_P, scored,
                  fusion, normalise: bool):
     """Log-probability, most likely token, and whether the token is left out, [P] each, of the first `scored` places in

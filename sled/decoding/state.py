@@ -14,7 +14,6 @@ included, is produced by `loop.decode`.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -199,8 +198,7 @@ def shared_length(prompts: list[np.ndarray]) -> int:
     return most if alike_T.all() else int(alike_T.argmin())
 
 
-@bounded
-@functools.partial(jax.jit, static_argnames=("build", "plan"))
+@bounded(static_argnames=("build", "plan"))
 def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, memory, *, plan: Plan) -> DecodeState:
     """A state with these tokens and no K/V yet; the arguments are those of `start`."""
     network = build(params)
@@ -218,8 +216,7 @@ def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, mem
         caches=network.empty_caches(batch, slots), memory=memory)
 
 
-@bounded
-@functools.partial(jax.jit, static_argnames=("build", "block"), donate_argnames="state")
+@bounded(static_argnames=("build", "block"), donate_argnames="state")
 def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> DecodeState:
     """K/V of the tokens at positions begin .. begin + block - 1, as far as they precede a row's last."""
     network = build(params)
@@ -230,28 +227,26 @@ def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> D
     return state.replace(caches=caches)
 
 
-@bounded
-@functools.partial(jax.jit, donate_argnames="state")
+@bounded(donate_argnames="state")
 def spread(state: DecodeState, row: DecodeState) -> DecodeState:
     """The state with the K/V of the one row of `row` in each of its rows."""
     return state.replace(caches=jax.tree.map(lambda one, rows: jnp.broadcast_to(one, rows.shape), row.caches,
                                              state.caches))
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@bounded(donate_argnames="state")
 def set_active(state: DecodeState, active_B) -> DecodeState:
     """The same state with other rows active."""
     return state.replace(text=state.text.replace(active_B=active_B))
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@bounded(donate_argnames="state")
 def put_row(state: DecodeState, row: DecodeState, at) -> DecodeState:
     """The state with row `at` (traced) replaced by the one row of `row`, which has the same plan and capacity."""
     return jax.tree.map(lambda rows, one: jax.lax.dynamic_update_index_in_dim(rows, one[0], at, axis=0), state, row)
 
 
-@bounded
-@functools.partial(jax.jit, static_argnames="capacity")
+@bounded(static_argnames="capacity")
 def grow(state: DecodeState, *, capacity: int) -> DecodeState:
     """The same state with room for `capacity` positions: axis S of the text's arrays, as their names have it, and the
     slots of the caches, their last axis but one."""
