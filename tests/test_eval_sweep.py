@@ -88,7 +88,8 @@ def test_grids_go_from_safe_to_risky_and_name_what_is_swept():
     assert grid.usual_layers(2) == (1,) and grid.usual_layers(1) == ()
 
 
-def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path):
+def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path, monkeypatch):
+    monkeypatch.setattr("sled.decoding.programs.MOST", 10**6)  # those of earlier tests must not be forgotten meanwhile
     toy = demo_toy()
     before = loop.decode.programs[False]
     swept = run(toy, tmp_path / "new" / "folder")
