@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import string
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +15,7 @@ from sled.eval.numbers import right_answer
 from sled.settings.brief import brief
 from sled.settings.rules import OneOf, Whole
 from sled.text.prompts import Prompt
-from sled.train.data.sources import Example, Source
+from sled.train.data.sources import Example, Source, template_parts
 
 EXTRACT = OneOf(tuple(RULES), hint="it says where a text's answer stands")
 STRICT = next(iter(RULES))
@@ -99,7 +98,7 @@ def next_question(template: str) -> tuple[str, ...]:
     """What a text that goes on behind its answer would begin the next question with: the last words in `template`
     before its first column, in one line; none where it begins with that column."""
     head = ""
-    for literal, column, _, _ in string.Formatter().parse(template) if "{" in template else ():
+    for literal, column in template_parts("prompt", template):
         head += literal
         if column is not None:
             break

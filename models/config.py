@@ -11,6 +11,7 @@ import dataclasses
 from sled.errors import ConfigError, SettingError
 from sled.io import shorten
 
+WEIGHT_TYPES = ("float32", "bfloat16", "float16")  # in which weights are kept and computed with
 HEAD_KINDS = ("projection", "norm", "affine", "mlp")
 MOST = 2**31 - 1  # of every count: positions and token ids are int32
 MOST_LAYERS = 10_000  # the deepest models published have hundreds

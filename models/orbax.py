@@ -19,6 +19,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sled.errors import CheckpointError
 from sled.io import first_line, naming_folder, path_of, refuse_foreign
+from sled.models.config import WEIGHT_TYPES
 from sled.models.decoder import Decoder
 from sled.models.families.registry import format_config, read_config
 from sled.models.huggingface import write_form
@@ -26,7 +27,6 @@ from sled.models.layers import Block
 from sled.models.stored import abstract, check_tensors, parameter_shapes, progress, refuse_more
 
 WEIGHTS = "weights"
-TYPES = ("float32", "bfloat16", "float16")
 
 
 def is_orbax(folder: Path) -> bool:
@@ -76,7 +76,7 @@ def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
     refuse_more(folder, config, kinds)
     shapes = {"/".join(map(str, path)): shape for path, shape in parameter_shapes(config).items()}
     check_tensors(folder, {name: (tuple(kind.shape), str(kind.dtype)) for name, kind in kinds.items()},
-                  shapes, TYPES)
+                  shapes, WEIGHT_TYPES)
     graph, state = nnx.split(abstract(config))
     wanted = nnx.to_pure_dict(state)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

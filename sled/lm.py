@@ -25,6 +25,7 @@ from sled.exits import Policy, Schedule
 from sled.fusion import Strategy
 from sled.lens.lens import Lens, look
 from sled.models import Decoder, save_folder
+from sled.models.config import WEIGHT_TYPES
 from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
 from sled.results import Chunk, Output, Scores, Stats
@@ -36,7 +37,6 @@ from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
 FEW_VERIFICATIONS = 16  # drafts are judged by no fewer
-STORED_TYPES = ("float32", "bfloat16", "float16")
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
 
 
@@ -256,7 +256,7 @@ class LM:
 
         dtype: None keeps the weights as they are here, which is float32 where `sled.load` widened them for a CPU.
         """
-        dtype = OrNone(OneOf(STORED_TYPES, hint="None keeps the weights as they are"))("dtype", dtype)
+        dtype = OrNone(OneOf(WEIGHT_TYPES, hint="None keeps the weights as they are"))("dtype", dtype)
         return save_folder(self.build(self.params), path, dtype=dtype, tokenizer_from=self.text.folder,
                            generation=self.generation)
 

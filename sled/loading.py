@@ -11,13 +11,14 @@ from sled.decoding.memory import naming_shortage
 from sled.errors import SettingError
 from sled.lm import LM
 from sled.models import load_folder, load_orbax
+from sled.models.config import WEIGHT_TYPES
 from sled.models.generation import read_generation
 from sled.models.hub import folder_of
 from sled.models.orbax import is_orbax
 from sled.settings.rules import OneOf, OrNone
 from sled.text.tokenizer import Tokenizer
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+DTYPES = {name: getattr(jnp, name) for name in WEIGHT_TYPES}
 
 
 @naming_shortage("the model's weights", 'give dtype="bfloat16", or take a smaller model or another device')

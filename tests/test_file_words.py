@@ -114,7 +114,7 @@ def test_numbers_as_they_are_written_are_right_answers(tmp_path):
     ([Word("true")], ["true"]), ([[1, "a", Word("1e3")], None, [2.5]], [[1, "a", "1e3"], None, [2.5]]),
     ([[1, 2.5], [3]], None), ([["1"], ["2.0"]], None), ([[], "x", {"a": [{"b": None}]}], None)])
 def test_the_values_of_a_column_stay_what_they_are(values, expected):
-    tables = pytest.importorskip("sled.eval.harness.tables", exc_type=ImportError)
+    tables = pytest.importorskip("sled.eval.typed_rows", exc_type=ImportError)
     found, of = tables.typed(values)
     table = datasets.Dataset.from_dict({"a": found}, features=datasets.Features(a=of))
     kept = table["a"][:]
@@ -172,7 +172,7 @@ def test_dates_of_parquet_are_refused(target, tmp_path):
      [(1990.0, True), (4, False)]),
 ])
 def test_a_protocols_own_file_is_read_word_for_word(kind, content, expected, tmp_path):
-    tables = pytest.importorskip("sled.eval.harness.tables", exc_type=ImportError)
+    tables = pytest.importorskip("sled.eval.typed_rows", exc_type=ImportError)
     (tmp_path / "cached").write_text(content)  # under a name without its ending, as downloads are kept
     rows = tables.fetched(kind, data_files={"test": str(tmp_path / "cached")})["test"]
     assert [tuple(row.values()) for row in rows] == expected

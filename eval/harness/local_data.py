@@ -11,8 +11,8 @@ from typing import Any
 import datasets
 
 from sled.errors import DataError, EvaluationError
-from sled.eval.harness.tables import read
 from sled.eval.numbers import decimal, right_answer
+from sled.eval.typed_rows import read
 
 TEXTS = ("doc_to_text", "doc_to_target", "doc_to_choice")  # what a task's YAML makes of a row
 SPLITS = ("training_split", "validation_split", "test_split", "fewshot_split")

@@ -8,8 +8,8 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 
 from sled.errors import DataError, DownloadError, SledError
-from sled.eval.harness.tables import UNTYPED, fetched
 from sled.eval.protocols.primers import read_primer
+from sled.eval.typed_rows import UNTYPED, fetched
 from sled.io import first_line
 
 

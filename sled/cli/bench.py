@@ -12,6 +12,7 @@ import tyro
 from sled.cli.derived import arguments
 from sled.cli.options import left_out, print_devices
 from sled.io import replace_text, writable
+from sled.models.config import WEIGHT_TYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +137,7 @@ class Exactness(Measurement):
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """"demo" (bundled), a Hugging Face folder, or a hub id; with a tokenizer."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal[WEIGHT_TYPES] = "bfloat16"
     """Type of the weights."""
     texts: int = 16
     """Held-out word problems."""

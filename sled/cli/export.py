@@ -14,6 +14,7 @@ from sled.cli.derived import arguments, dashed, given, refuse_others
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import FusionOptions, left_out
 from sled.errors import SettingError
+from sled.models.config import WEIGHT_TYPES
 
 OF_HF = {"heads", "license", "base", "margin", "calibration", "push", "private"}
 
@@ -49,7 +50,7 @@ class Export:
     """Of a run: which checkpoint."""
     revision: Annotated[str | None, left_out("the newest")] = None
     """Of a hub id: branch, tag or commit."""
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None,
+    dtype: Annotated[Literal[WEIGHT_TYPES] | None,
                      left_out("the stored one; of a run float32")] = None
     """Type of the written weights."""
     heads: Literal["drop", "beside"] | None = None

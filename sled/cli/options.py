@@ -31,6 +31,7 @@ from sled.cli.derived import (
 from sled.decoding.options import GREEDY
 from sled.errors import PromptError, SettingError, SledError
 from sled.fusion import FUSIONS
+from sled.models.config import WEIGHT_TYPES
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompt
 
@@ -55,7 +56,7 @@ class ModelOptions:
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """"demo" (bundled), a Hugging Face folder, or a hub id."""
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"] | None,
+    dtype: Annotated[Literal[WEIGHT_TYPES] | None,
                      left_out("the checkpoint's; on a CPU float32")] = None
     """Type of the weights."""
     revision: Annotated[str | None, left_out("the newest")] = None
@@ -165,6 +166,22 @@ def read_prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
     if not lines:
         raise PromptError(f"{file} holds no prompts; write one per line")
     return lines
+
+
+def begin(command, usual: int) -> tuple[sled.LM, list[Prompt], dict[str, Any]]:
+    """For `sled calibrate` and `sled tune`: the model, prompts to try it on, and how all their texts are made.
+
+    What can be refused without the model is refused before it is loaded. usual: as for `prompts_or_problems`.
+    """
+    fusion = command.fusion_options.strategy()
+    command.sampling_options.check()
+    prompts = command.chat_options.prompts(
+        prompts_or_problems(command.file, command.problems, command.model_options.model, usual))
+    lm = command.model_options.load()
+    command.chat_options.hint(lm)
+    return lm, prompts, dict(fusion=fusion, sampling=command.sampling_options.chosen(lm),
+                             seed=command.sampling_options.seed, max_new_tokens=command.max_new_tokens,
+                             stop=[unescape(s) for s in command.stop])
 
 
 def prompts_or_problems(file: Path | None, problems: int | None, model: str, usual: int) -> list[str]:

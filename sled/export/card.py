@@ -15,12 +15,13 @@ from sled.calibration.record import Calibration
 from sled.errors import CalibrationError, SettingError
 from sled.export.source import SourceModel, cast
 from sled.models import Decoder
+from sled.models.config import WEIGHT_TYPES
 from sled.models.decoder import ARITHMETIC
 from sled.settings.decorator import setting, settings
 from sled.settings.describe import changes, describe
 from sled.settings.rules import Number
 
-DTYPES = (None, "float32", "bfloat16", "float16")  # in which a model may have been loaded to be calibrated
+DTYPES = (None, *WEIGHT_TYPES)  # in which a model may have been loaded to be calibrated
 
 
 @settings

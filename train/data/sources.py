@@ -81,7 +81,7 @@ class Source:
             raise SettingError(f"columns are named by {names}{' alone' if len(given) == 1 else ''}; give Source.text, "
                                "or Source.messages, or Source.tokens, or Source.prompt with Source.completion")
         for field in given:
-            _fields(field, getattr(self, field))
+            template_parts(field, getattr(self, field))
 
     @property
     def name(self) -> str:
@@ -192,7 +192,7 @@ class _Demo:
 
 
 @functools.lru_cache
-def _fields(setting: str, template: str) -> list[tuple[str, str | None]]:
+def template_parts(setting: str, template: str) -> list[tuple[str, str | None]]:
     """Pieces of a column's name or of a template: literal text, then the column that follows it, if any."""
     if not isinstance(template, str) or not template:
         raise SettingError(f"Source.{setting} is {template!r}, but must be the name of a column")
@@ -211,7 +211,7 @@ def _fields(setting: str, template: str) -> list[tuple[str, str | None]]:
 
 def _text(row: Mapping, setting: str, template: str, place: str) -> str:
     parts = []
-    for literal, column in _fields(setting, template):
+    for literal, column in template_parts(setting, template):
         value = None if column is None else _value(row, column, place, setting)
         if value is not None and not isinstance(value, str | int | float | Decimal):
             raise DataError(f"{place} holds {type(value).__name__} in its column {column!r}, but Source.{setting} "
