@@ -12,16 +12,7 @@ import tyro
 import sled
 from sled.cli.derived import arguments, derive, offer, settings_of
 from sled.cli.exit_options import ExitOptions, schedule_options
-from sled.cli.options import (
-    ChatOptions,
-    FusionOptions,
-    ModelOptions,
-    SamplingOptions,
-    Stop,
-    left_out,
-    prompts_or_problems,
-    unescape,
-)
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, SamplingOptions, Stop, begin, left_out
 from sled.io import writable
 from sled.settings.decorator import declared
 
@@ -77,16 +68,9 @@ class Calibrate(derive("Exits", *EXITS)):
 
     def run(self) -> None:
         exits = ExitOptions(exits="early", **{name: getattr(self, name) for name, *_ in EXITS}).settings()
-        fusion = self.fusion_options.strategy()
-        self.sampling_options.check()
-        prompts = self.chat_options.prompts(
-            prompts_or_problems(self.file, self.problems, self.model_options.model, 200))
         output = writable("--output", self.output)
-        lm = self.model_options.load()
-        self.chat_options.hint(lm)
-        record = sled.calibrate(lm, prompts, **exits, fusion=fusion, sampling=self.sampling_options.chosen(lm),
-                                seed=self.sampling_options.seed, max_new_tokens=self.max_new_tokens,
-                                stop=[unescape(s) for s in self.stop], **arguments(self, sled.calibrate))
+        lm, prompts, settings = begin(self, 200)
+        record = sled.calibrate(lm, prompts, **exits, **settings, **arguments(self, sled.calibrate))
         record.save(output)
         print(f"{record.table()}\n\n{record.verdict()}")
         print(f"written to {output}", file=sys.stderr)

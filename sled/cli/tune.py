@@ -11,16 +11,7 @@ import tyro
 import sled
 from sled.cli.derived import arguments, sets, written
 from sled.cli.exit_options import OFFERS, SCHEDULE_OFFERS
-from sled.cli.options import (
-    ChatOptions,
-    FusionOptions,
-    ModelOptions,
-    SamplingOptions,
-    Stop,
-    left_out,
-    prompts_or_problems,
-    unescape,
-)
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, SamplingOptions, Stop, begin, left_out
 from sled.cli.values import Layer, LayerSet
 from sled.errors import SettingError
 from sled.exits import POLICIES, SCHEDULES
@@ -71,19 +62,12 @@ class Tune:
     def run(self) -> None:
         if not self.thresholds and not self.drafts:
             raise SettingError("nothing is left to try: give --thresholds or --drafts")
-        fusion = self.fusion_options.strategy()
-        self.sampling_options.check()
-        prompts = self.chat_options.prompts(
-            prompts_or_problems(self.file, self.problems, self.model_options.model, 16))
-        lm = self.model_options.load()
-        self.chat_options.hint(lm)
+        lm, prompts, settings = begin(self, 16)
         near = sorted({max(1, round(lm.config.num_layers * share)) for share in (0.25, 0.5)})
         exits = [*(sled.EarlyExit(layers, threshold) for layers in self.exit_layers or near
                    for threshold in self.thresholds),
                  *(sled.SelfSpeculation(layer, draft) for layer in self.draft_layers or near for draft in self.drafts)]
-        tuned = sled.tune(lm, prompts, exits=exits, fusion=fusion, sampling=self.sampling_options.chosen(lm),
-                          seed=self.sampling_options.seed, max_new_tokens=self.max_new_tokens,
-                          stop=[unescape(s) for s in self.stop], **arguments(self, sled.tune))
+        tuned = sled.tune(lm, prompts, exits=exits, **settings, **arguments(self, sled.tune))
         print(tuned.table())
         print(f"\nfastest here: {fastest(tuned)}\n{tuned.verdict()}")
 
