@@ -10,8 +10,9 @@ import importlib
 
 _HOMES = {
     "DecoderConfig": "config",
-    "LinearScaling": "config",
-    "Llama3Scaling": "config",
+    "Rope": "positions",
+    "LinearScaling": "positions",
+    "Llama3Scaling": "positions",
     "ExitHeads": "config",
     "from_pre_exit": "config",
     "Decoder": "decoder",

@@ -10,32 +10,17 @@ import dataclasses
 
 from sled.errors import ConfigError, SettingError
 from sled.io import shorten
+from sled.models.positions import Rope
 
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")  # in which weights are kept and computed with
+NORMS = ("rms", "rms_plus_one", "layer")  # see layers/basic.py
+NORM_PLACES = ("before", "around", "after")  # of attention and of the MLP
+QK_NORMS = (None, "head", "whole")
+DEFAULT_ROPE = Rope()
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")  # by config.json's names
 HEAD_KINDS = ("projection", "norm", "affine", "mlp")
 MOST = 2**31 - 1  # of every count: positions and token ids are int32
 MOST_LAYERS = 10_000  # the deepest models published have hundreds
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearScaling:
-    """Position interpolation: every frequency divided by `factor` (Chen et al. 2023)."""
-
-    factor: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's scaling: long wavelengths divided by `factor`, short ones kept, a ramp between.
-
-    Wavelengths are in tokens; the ramp lies between `original_positions / low_freq_factor` and
-    `original_positions / high_freq_factor`.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_positions: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +75,21 @@ def from_pre_exit(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape of a decoder-only transformer with rotary positions, RMS norms and a gated MLP.
+    """Shape of a decoder-only transformer: what families differ in, as data.
 
     Letters as in the legend of shapes: V `vocab_size`, D `width`, F `mlp_width`, L `num_layers`,
     N `num_heads`, K `num_kv_heads`, H `head_dim`.
 
-    `windows` holds one entry per layer: how many positions back (itself included) a token attends
-    to, or None for all of them. `eos_ids` end a generation. `exit_heads`: what early exits have of
-    their own, or None.
+    rope: rotary positions; None: positions are learned, up to `max_positions`, and added to the embeddings.
+        local_rope: those of layers with a window, where they have their own.
+    norm: x / rms(x) times w ("rms"), times 1 + w ("rms_plus_one"), or (x - mean) / std * w + b ("layer").
+    norms_at: "before" attention and MLP, between them and their residual ("after"), or both ("around").
+    qk_norm: of queries and keys, each "head" by itself or the "whole" vector before it is split; None: not.
+    activation: of the MLP, by config.json's name; gated: down(act(gate x) * up x), else down(act(up x)).
+    embedding_scale, query_scale: factors of the embeddings and of the attention scores (None: 1, and H ** -0.5).
+    attention_cap, logit_cap: scores, and logits of every layer, s become cap * tanh(s / cap); None: not.
+    windows: one entry per layer: how many positions back (itself included) a token attends to, or None for all.
+    eos_ids end a generation. exit_heads: what early exits have of their own, or None.
     """
 
     family: str
@@ -109,13 +101,21 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
-    rope_theta: float = 10_000.0
-    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    rope: Rope | None = DEFAULT_ROPE
+    local_rope: Rope | None = None
+    norm: str = "rms"
+    norms_at: str = "before"
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str | None = None
+    activation: str = "silu"
+    gated: bool = True
+    embedding_scale: float | None = None
+    query_scale: float | None = None
+    attention_cap: float | None = None
+    logit_cap: float | None = None
     tied_head: bool = False
     windows: tuple[int | None, ...] = ()
     bos_id: int | None = None
@@ -129,9 +129,16 @@ class DecoderConfig:
             value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else MOST
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise ConfigError(f"{name} is {value!r}, but it must be a whole number from 1 to {most:,}")
-        for name in ("qkv_bias", "out_bias", "mlp_bias", "qk_norm", "tied_head"):
+        for name in ("qkv_bias", "out_bias", "mlp_bias", "gated", "tied_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be True or False")
+        for name, choices in (("norm", NORMS), ("norms_at", NORM_PLACES), ("qk_norm", QK_NORMS),
+                              ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be one of {choices}")
+        for name in ("embedding_scale", "query_scale", "attention_cap", "logit_cap"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be above 0 or None")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly; "
@@ -141,7 +148,7 @@ class DecoderConfig:
                               "correct num_heads or head_dim")
         if not self.norm_eps >= 0:
             raise ConfigError(f"norm_eps is {self.norm_eps!r}, but it must be at least 0")
-        if self.head_dim % 2:
+        if self.rope is not None and self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even number")
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)

@@ -17,7 +17,7 @@ from flax import nnx
 from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.exit_heads import BoundHead, ExitHead
-from sled.models.layers import KV, Block, Embedding, LayerContext, RMSNorm
+from sled.models.layers import KV, Block, Embedding, LayerContext, LayerNorm, RMSNorm, norm_of
 
 # Parts whose parameters have one more, leading axis in the stacked form, and what that axis is called.
 STACKED = {"layers": "layers", "exit_heads": "exits"}
@@ -35,10 +35,12 @@ class Decoder(nnx.Module):
     `exit_head` is what an exit has of its own, where `config.exit_heads` names it.
     """
 
-    def __init__(self, config: DecoderConfig, *, embed: Embedding, layers: nnx.List | Block, norm: RMSNorm,
-                 head: Embedding | None, exit_heads: nnx.List | ExitHead | None = None):
+    def __init__(self, config: DecoderConfig, *, embed: Embedding, positions: Embedding | None,
+                 layers: nnx.List | Block, norm: RMSNorm | LayerNorm, head: Embedding | None,
+                 exit_heads: nnx.List | ExitHead | None = None):
         self.config = config
         self.embedding = embed
+        self.positions = positions
         self.layers = layers
         self.norm = norm
         self.head = head
@@ -47,13 +49,14 @@ class Decoder(nnx.Module):
     @classmethod
     def init(cls, config: DecoderConfig, *, rngs: nnx.Rngs, dtype=jnp.float32) -> Decoder:
         """Random weights in the separate form. Under `nnx.eval_shape` it allocates nothing."""
-        table = lambda: Embedding(config, dtype=dtype, rngs=rngs)  # noqa: E731
+        table = lambda rows, axis: Embedding(rows, config.width, axis, dtype=dtype, rngs=rngs)  # noqa: E731
         decoder = cls(
             dataclasses.replace(config, exit_heads=None),
-            embed=table(),
+            embed=table(config.vocab_size, "vocab"),
+            positions=table(config.max_positions, "positions") if config.rope is None else None,
             layers=nnx.List([Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]),
-            norm=RMSNorm(config.width, eps=config.norm_eps, dtype=dtype),
-            head=None if config.tied_head else table(),
+            norm=norm_of(config, config.width, dtype),
+            head=None if config.tied_head else table(config.vocab_size, "vocab"),
         )
         return decoder if config.exit_heads is None else decoder.with_exit_heads(config.exit_heads, rngs=rngs)
 
@@ -69,16 +72,23 @@ class Decoder(nnx.Module):
     @property
     def shared_head(self) -> SharedHead:
         """The final projection, through which every layer's logits come."""
-        return (self.embedding if self.head is None else self.head).projection
+        table = self.embedding if self.head is None else self.head
+        return SharedHead(table.weight[...], cap=self.config.logit_cap)
 
-    def embed(self, tokens_BT) -> jax.Array:
+    def embed(self, tokens_BT, positions_BT) -> jax.Array:
         """Hidden state 0 of each token: [B, T, D], float32 (or wider), whatever type the weights have.
+
+        `positions_BT` [B or 1, T] matter where they are learned; those beyond the table, of tokens that are switched
+        off, are read as its last.
 
         So all hidden states are: rounded after every layer to a narrower type, they would differ about twice as much
         between blocks of other shapes, and near ties fall otherwise twice as often.
         """
-        h_BTD = self.embedding(tokens_BT)
-        return h_BTD.astype(jnp.promote_types(h_BTD.dtype, jnp.float32))
+        h_BTD, scale = self.embedding(tokens_BT), self.config.embedding_scale
+        if scale is not None:
+            h_BTD = h_BTD * jnp.asarray(scale, h_BTD.dtype)  # rounded to the weights' type, as transformers has it
+        h_BTD = h_BTD.astype(jnp.promote_types(h_BTD.dtype, jnp.float32))
+        return h_BTD if self.positions is None else h_BTD + self.positions(positions_BT)
 
     def empty_caches(self, batch: int, slots: int) -> list[KV]:
         """Zeroed K/V caches of every layer for `slots` positions: L pairs of [B, K, slots + 1, H]."""
@@ -115,7 +125,7 @@ class Decoder(nnx.Module):
     def hidden_states(self, tokens_BT) -> jax.Array:
         """Every hidden state of whole sequences, separate form: [L + 1, B, T, D], none of them normed."""
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-        h0 = self.embed(tokens_BT)
+        h0 = self.embed(tokens_BT, positions)
         states, _ = self.run_layers(h0, positions, None, 0, self.num_layers)
         return jnp.stack([h0, *states])
 
@@ -162,8 +172,8 @@ class Decoder(nnx.Module):
                                 heads and _separated(self.exit_heads, len(heads.layers)))
 
     def _with_parts(self, layers, exit_heads, config: DecoderConfig | None = None) -> Decoder:
-        return Decoder(config or self.config, embed=self.embedding, layers=layers, norm=self.norm, head=self.head,
-                       exit_heads=exit_heads)
+        return Decoder(config or self.config, embed=self.embedding, positions=self.positions, layers=layers,
+                       norm=self.norm, head=self.head, exit_heads=exit_heads)
 
 
 def _stacked(modules: nnx.List):

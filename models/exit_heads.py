@@ -13,7 +13,7 @@ from flax import nnx
 
 from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig
-from sled.models.layers import MLP, Linear, RMSNorm, parameter
+from sled.models.layers import MLP, LayerNorm, Linear, RMSNorm, norm_of, parameter
 
 
 class ExitHead(nnx.Module):
@@ -23,10 +23,10 @@ class ExitHead(nnx.Module):
     `projection` [V, D] of an untied one.
     """
 
-    def __init__(self, config: DecoderConfig, *, norm: RMSNorm, projection: jax.Array, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, norm: RMSNorm | LayerNorm, projection: jax.Array, rngs: nnx.Rngs):
         """`norm` and `projection` are the model's own: untied ones start as copies of them."""
         kind, dtype = config.exit_heads.kind, projection.dtype
-        new_norm = lambda: RMSNorm(config.width, eps=config.norm_eps, dtype=dtype)  # noqa: E731
+        new_norm = lambda: norm_of(config, config.width, dtype)  # noqa: E731
         square = dict(bias=True, dtype=dtype, rngs=rngs)
         self.affine = Linear(config.width, config.width, ("width", "vector"), **square) if kind == "affine" else None
         self.mlp_norm = new_norm() if kind == "mlp" else None
@@ -38,9 +38,9 @@ class ExitHead(nnx.Module):
         if self.mlp is not None:
             self.mlp.down.weight[...] = jnp.zeros_like(self.mlp.down.weight[...])
         if self.norm is not None:
-            self.norm.weight[...] = jnp.array(norm.weight[...])
+            nnx.update(self.norm, jax.tree.map(jnp.array, nnx.state(norm)))  # copies
 
-    def __call__(self, h, final_norm: RMSNorm) -> jax.Array:
+    def __call__(self, h, final_norm: RMSNorm | LayerNorm) -> jax.Array:
         """Hidden states [..., D], ready for projection; `final_norm` is the model's, for kinds without one."""
         if self.affine is not None:
             h = h + self.affine(h)
@@ -53,7 +53,7 @@ class BoundHead(NamedTuple):
     """One exit's head beside the model's final norm and projection: all that reading its hidden state takes."""
 
     head: ExitHead
-    final_norm: RMSNorm
+    final_norm: RMSNorm | LayerNorm
     shared_head: SharedHead
 
     @property

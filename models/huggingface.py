@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import math
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -24,6 +24,7 @@ from sled.models.decoder import STACKED, Decoder
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
 from sled.models.generation import FILE, IDS, read_generation
 from sled.models.layers import Block
+from sled.models.layout import Stored, layout
 from sled.models.stored import (
     HEADS,
     INDEX,
@@ -31,9 +32,8 @@ from sled.models.stored import (
     abstract,
     finite,
     open_weights,
+    parameter_shapes,
     progress,
-    stored_order,
-    tensor_name,
 )
 
 TOKENIZER_FILES = (
@@ -68,10 +68,11 @@ def load_folder(path: str | Path, *, dtype=None) -> Decoder:
     with open_weights(path) as stored, progress("Loading", sum(stored.sizes.values())) as bar:
         graph, state = nnx.split(abstract(stored.config))
         slots = dict(nnx.to_flat_state(state))
-        for at, name in stored.names.items():
-            own = jnp.asarray(stored.read(at, dtype))
-            slots[at] = slots[at].replace(own.T if stored_order(at) < 0 else own)
-            bar.update(stored.sizes[name])
+        for at, where in stored.tensors.items():
+            own = stored.read(at, dtype)  # what is stored the other way round goes to the device so, which is quicker
+            own = jnp.asarray(own.mT).mT if where.swapped else jnp.asarray(own)
+            slots[at] = slots[at].replace(own)
+            bar.update(stored.sizes[at])
     return nnx.merge(graph, nnx.from_flat_state(slots))
 
 
@@ -105,7 +106,7 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     main_type = jnp.dtype(dtype or decoder.embedding.weight.dtype)
     format_config(config, main_type.name)  # raises before anything is written
 
-    spread = not all(weight.array.is_fully_addressable for weight in weights.values())
+    spread = not all(weight.is_here for weight in weights.values())
     if spread and jax.process_index() > 0:
         for name, weight in (weights | heads).items():
             weight.gather(name, dtype)
@@ -119,28 +120,48 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
 
 
 @dataclasses.dataclass(frozen=True)
-class _Weight:
-    """One tensor to be stored: `array`, or layer `layer` of it, the other way round where `order` is -1."""
+class _Part:
+    """A parameter, or one layer, one expert, or one expert of one layer of it, and where it is to be stored."""
 
     array: jax.Array
-    layer: int | None
-    order: int
+    index: tuple[int, ...]
+    where: Stored
+
+    def gather(self) -> np.ndarray:
+        """The values on this host. All processes that hold a part of them have to call this."""
+        own = _take(self.array, self.index) if self.index else self.array
+        return np.asarray(own) if own.is_fully_addressable else multihost_utils.process_allgather(own, tiled=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weight:
+    """One tensor to be stored, made of the parameters in it."""
+
+    parts: tuple[_Part, ...]
+
+    @property
+    def is_here(self) -> bool:
+        """Whether this process holds all of it."""
+        return all(part.array.is_fully_addressable for part in self.parts)
 
     def nbytes(self, dtype) -> int:
-        size = self.array.size // (1 if self.layer is None else self.array.shape[0])
-        return size * jnp.dtype(dtype or self.array.dtype).itemsize
+        size = jnp.dtype(dtype or self.parts[0].array.dtype).itemsize
+        return sum(math.prod(part.where.shape) for part in self.parts) * size
 
     def gather(self, name: str, dtype) -> np.ndarray:
         """The tensor on this host. All processes that hold a part of it have to call this."""
-        own = _take(self.array, self.layer, self.order)
-        whole = np.asarray(own) if own.is_fully_addressable else multihost_utils.process_allgather(own, tiled=True)
-        return np.ascontiguousarray(finite("the model", name, whole, dtype))
+        gathered = [part.gather() for part in self.parts]
+        whole = np.empty(self.parts[0].where.stored_shape, gathered[0].dtype)
+        for part, own in zip(self.parts, gathered, strict=True):
+            part.where.put(own, whole)
+        return finite("the model", name, whole, dtype)
 
 
-@functools.partial(jax.jit, static_argnames="order")
-def _take(array, layer: int | None, order: int):
-    own = array if layer is None else jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
-    return own.T if order < 0 else own
+@jax.jit
+def _take(array, index: tuple[int, ...]):
+    for at in index:
+        array = jax.lax.dynamic_index_in_dim(array, at, keepdims=False)
+    return array
 
 
 def exportable(decoder: Decoder) -> Decoder:
@@ -161,17 +182,16 @@ def exportable(decoder: Decoder) -> Decoder:
 def _named_weights(decoder: Decoder) -> tuple[dict[str, _Weight], dict[str, _Weight]]:
     """Stored names of the model's weights and of the exit heads', in the order of the separate form's paths."""
     stacked = isinstance(decoder.layers, Block)
-    weights = {}
-    for path, param in nnx.to_flat_state(nnx.state(decoder, nnx.Param)):
-        if stacked and path[0] in STACKED:
-            for i in range(param.shape[0]):
-                weights[path[0], i, *path[1:]] = _Weight(param[...], i, stored_order(path))
-        else:
-            weights[path] = _Weight(param[...], None, stored_order(path))
+    tensors = layout(decoder.config, parameter_shapes(decoder.config))
+    parameters = {path: param[...] for path, param in nnx.to_flat_state(nnx.state(decoder, nnx.Param))}
     model, heads = {}, {}
-    for path in sorted(weights):
-        (heads if path[0] == "exit_heads" else model)[tensor_name(decoder.config, path)] = weights[path]
-    return model, heads
+    for path in sorted(tensors):
+        where, at = tensors[path], path[1:2] if stacked and path[0] in STACKED else ()
+        array = parameters[(path[0], *path[2:]) if at else path]
+        for expert, name in enumerate(where.names):
+            part = _Part(array, (*at, expert) if where.per_expert else at, where)
+            (heads if path[0] == "exit_heads" else model).setdefault(name, []).append(part)
+    return tuple({name: _Weight(tuple(parts)) for name, parts in found.items()} for found in (model, heads))
 
 
 def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str | Path | None,

@@ -24,9 +24,9 @@ from sled.errors import CheckpointError
 from sled.io import path_of, read_object
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
-from sled.models.families.family import BASE
 from sled.models.families.registry import config_file, family_of, read_config
 from sled.models.layers import Block
+from sled.models.layout import Stored, layout, tensor_shapes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "exit_heads.safetensors"
@@ -39,33 +39,34 @@ PROGRESS_FROM = 1_000_000_000  # bytes: below, a bar would only flicker
 class StoredWeights:
     """An open folder whose headers fit its configuration.
 
-    names: of every parameter's path (separate form), the stored tensor's name.
-    sizes: of every stored tensor's name, its bytes as it is stored.
+    tensors: where every parameter (path of the separate form) lies. sizes: of every parameter, its bytes as stored.
     """
 
     folder: Path
     config: DecoderConfig
-    names: Mapping[tuple, str]
-    sizes: Mapping[str, int]
+    tensors: Mapping[tuple, Stored]
+    sizes: Mapping[tuple, int]
     _files: Mapping
     _twin: str | None
 
-    def read(self, path: tuple, dtype=None, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
-        """The parameter at `path` as it is stored (see `stored_order`), or the part of it that `index` selects.
+    def read(self, path: tuple, dtype=None, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The parameter at `path`, or the part of it that `index` (a slice for each axis) selects; only that is read.
 
-        Only that part is read. `dtype` None keeps the stored type, float32 for float64. Raises CheckpointError where
-        values are not finite, or too large for the type, or a tied checkpoint's second head differs.
+        `dtype` None keeps the stored type, float32 for float64. Raises CheckpointError where values are not finite, or
+        too large for the type, or a tied checkpoint's second head differs.
         """
-        name = self.names[path]
-        weight = self._files[name].get_slice(name)[index]
-        if dtype is None and weight.dtype == np.float64:
-            dtype = np.float32
+        where = self.tensors[path]
+        weight = where.read(lambda name, index: self._read(name, dtype, index), index)
         if self._twin and path == ("embedding", "weight"):
-            if not np.array_equal(weight, self._files[self._twin].get_slice(self._twin)[index]):
+            if not np.array_equal(weight, self._read(self._twin, dtype, index or (slice(None),))):
                 raise CheckpointError(
-                    f"{self.folder}: {self._twin} differs from {name}, but config.json ties them; set "
+                    f"{self.folder}: {self._twin} differs from {where.names[0]}, but config.json ties them; set "
                     "tie_word_embeddings to false there, or remove the wrong tensor")
-        return finite(self.folder, name, weight, dtype)
+        return weight
+
+    def _read(self, name: str, dtype, index: tuple[slice, ...]) -> np.ndarray:
+        weight = self._files[name].get_slice(name)[index]
+        return finite(self.folder, name, weight, np.float32 if dtype is None and weight.dtype == np.float64 else dtype)
 
 
 @contextlib.contextmanager
@@ -77,24 +78,26 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
     if config.exit_heads is not None:
         files = [*files, folder / HEADS]
     with contextlib.ExitStack() as stack:
-        stored = _open(files, stack)
-        refuse_more(folder, config, stored)
-        parameters = parameter_shapes(config)
-        names = {at: tensor_name(config, at) for at in parameters}
-        if not any(name.startswith(BASE) for name in stored):
-            names = {at: name.removeprefix(BASE) for at, name in names.items()}
-        table, head = ("embedding", "weight"), family_of(config).tensor_name(("head", "weight"))
-        twin = head if config.tied_head and head in stored else None
-        if twin and names[table] not in stored:  # one of the two that are tied is enough
-            names[table], twin = twin, None
-        shapes = {names[at]: shape[::stored_order(at)] for at, shape in parameters.items()}
+        files = _open(files, stack)
+        refuse_more(folder, config, files)
+        family, shapes = family_of(config), parameter_shapes(config)
+        tensors = layout(config, shapes)
+        held = family.canonical(files)
+        table, head = tensors["embedding", "weight"].names[0], family.stored_name(("head", "weight"))
+        twin = head if config.tied_head and head in held else None
+        if twin and table not in held:  # one of the two that are tied is enough
+            held[table], twin = held.pop(head), None
+        wanted = tensor_shapes(tensors)
         if twin:
-            shapes[twin] = parameters[table]
-        headers = {name: file.get_slice(name) for name, file in stored.items()}
+            wanted[twin] = shapes["embedding", "weight"]
+        headers = {name: files[stored].get_slice(stored) for name, stored in held.items()}
         found = {name: (tuple(header.get_shape()), header.get_dtype()) for name, header in headers.items()}
-        check_tensors(folder, found, shapes, STORED_TYPES)
-        sizes = {name: math.prod(shape) * STORED_TYPES[kind] for name, (shape, kind) in found.items()}
-        yield StoredWeights(folder, config, names, sizes, stored, twin)
+        check_tensors(folder, found, wanted, STORED_TYPES)
+        yield StoredWeights(
+            folder, config, {at: where._replace(names=tuple(held[name] for name in where.names))
+                             for at, where in tensors.items()},
+            {at: math.prod(shape) * STORED_TYPES[found[tensors[at].names[0]][1]] for at, shape in shapes.items()},
+            files, twin and held[twin])
 
 
 def refuse_more(folder: Path, config: DecoderConfig, names: Collection[str]) -> None:
@@ -106,18 +109,6 @@ def refuse_more(folder: Path, config: DecoderConfig, names: Collection[str]) -> 
         raise CheckpointError(f"{folder}: config.json asks for {config.num_layers} layers{besides}, but "
                               f"{_layers(names)} are stored, in {len(names)} tensors; use the configuration of "
                               "these weights, or fetch them again")
-
-
-def tensor_name(config: DecoderConfig, path: tuple) -> str:
-    """The stored name of the parameter at `path` (separate form): the family's, or an exit head's by its layer."""
-    if path[0] == "exit_heads":
-        return ".".join(("exit_heads", str(config.exit_heads.layers[path[1]]), *path[2:]))
-    return family_of(config).tensor_name(path)
-
-
-def stored_order(path: tuple) -> int:
-    """1, or -1 for a parameter stored the other way round: a layer's matrices are [out, in] in checkpoints."""
-    return -1 if "layers" in path and path[-1] == "weight" else 1
 
 
 def parameter_shapes(config: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
@@ -155,8 +146,8 @@ def _one_layer(config: DecoderConfig) -> Decoder:
 
 def _assembled(config: DecoderConfig, shapes: Decoder, layers: nnx.List | Block) -> Decoder:
     """The decoder with these layers and the other parts of `shapes`, and the exit heads of its configuration."""
-    bare = Decoder(dataclasses.replace(config, exit_heads=None), embed=shapes.embedding, layers=layers,
-                   norm=shapes.norm, head=shapes.head)
+    bare = Decoder(dataclasses.replace(config, exit_heads=None), embed=shapes.embedding,
+                   positions=shapes.positions, layers=layers, norm=shapes.norm, head=shapes.head)
     if config.exit_heads is None:
         return bare
     graph, state = nnx.split(bare)
@@ -197,7 +188,7 @@ def _open(files: list[Path], stack: contextlib.ExitStack) -> dict:
             opened = stack.enter_context(safe_open(file, framework="numpy"))
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} is damaged or cut short ({error}); fetch it again") from None
-        stored |= {name: opened for name in opened.keys() if not name.endswith("rotary_emb.inv_freq")}
+        stored |= dict.fromkeys(opened.keys(), opened)
     return stored
 
 
@@ -248,7 +239,7 @@ def _some(names: list[str]) -> str:
 
 def _layers(names: Collection[str]) -> int:
     """How many layers the tensors of these names are of."""
-    found = (re.search(r"\blayers[./](\d+)[./]", name) for name in names)
+    found = (re.search(r"\b(?:layers|h)[./](\d+)[./]", name) for name in names)
     return len({match[1] for match in found if match})
 
 

@@ -195,7 +195,7 @@ def test_a_place_where_no_folder_can_be_is_named(place, save, tiny_folder, tmp_p
 def test_what_cannot_be_saved_is_refused_before_anything_is_replaced(tiny_folder, tmp_path):
     decoder = load_folder(tiny_folder("llama"))
     folder = save_folder(decoder, tmp_path / "model")
-    broken = Decoder(decoder.config, embed=decoder.embedding, layers=decoder.layers,
+    broken = Decoder(decoder.config, embed=decoder.embedding, positions=None, layers=decoder.layers,
                      norm=nnx.clone(decoder.norm), head=decoder.head)
     broken.norm.weight[...] = broken.norm.weight[...].at[0].set(jnp.nan)
     with pytest.raises(CheckpointError,

@@ -177,7 +177,8 @@ def test_propagation_equals_the_slow_reference():
     for prompt, expected in list(zip(PROMPTS, out.tokens, strict=True))[1::2]:
         caches, ids = model.empty_caches(1, CAPACITY), list(prompt)
         for t in range(len(prompt) + count - 1):
-            h, at = model.embed(np.array([[ids[t]]])), np.array([[t]])
+            at = np.array([[t]])
+            h = model.embed(np.array([[ids[t]]]), at)
             states, low = run_layers(h, at, caches[:2], 0, 2)
             logits = model.logits(states[-1][0, 0])
             sure = float(jax.nn.softmax(logits).max())

@@ -16,7 +16,7 @@ from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
 from sled.errors import ConfigError, DownloadError
-from sled.models import DecoderConfig, LinearScaling, Llama3Scaling, fetch, read_config
+from sled.models import DecoderConfig, LinearScaling, Llama3Scaling, Rope, fetch, read_config
 from sled.models.families.registry import format_config, parse_config
 from sled.models.huggingface import abstract
 
@@ -64,8 +64,8 @@ def test_released_configurations_have_the_published_number_of_parameters(name):
 
 def test_what_released_configurations_mean():
     config = parse_config(LLAMA_31_70B)
-    assert config.rope_scaling == Llama3Scaling(8.0, 1.0, 4.0, 8192)
-    assert config.rope_theta == 500_000 and config.norm_eps == 1e-5
+    assert config.rope == Rope(500_000, Llama3Scaling(8.0, 1.0, 4.0, 8192))
+    assert config.norm_eps == 1e-5
     assert config.head_dim == 128 and config.eos_ids == (128001, 128008, 128009)
     assert set(parse_config(MISTRAL_7B).windows) == {4096}
     assert set(parse_config(QWEN25_7B).windows) == {None}  # a window that is not in use
@@ -92,10 +92,10 @@ def test_absent_fields_have_each_familys_defaults(variants):
 def test_both_spellings_of_rotary_positions_mean_the_same(variants):
     assert parse_config(variants["llama-llama3"]) == parse_config(variants["llama-llama3-old-spelling"])
     old = parse_config(variants["llama-linear-old-spelling"])
-    assert old.rope_scaling == LinearScaling(4.0) and old.rope_theta == 1000
+    assert old.rope == Rope(1000, LinearScaling(4.0))
     without = {**LLAMA_31_8B, "rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
                                                "high_freq_factor": 4}}
-    assert parse_config(without).rope_scaling.original_positions == 131072
+    assert parse_config(without).rope.scaling.original_positions == 131072
 
 
 def test_generation_config_decides_about_token_ids(tmp_path, write_model):
@@ -161,7 +161,7 @@ SMALL = DecoderConfig(family="llama", vocab_size=8, width=8, mlp_width=8, num_la
 @pytest.mark.parametrize("change, says", [
     (dict(family="gpt5"), "'gpt5' is unknown; choose one of llama, mistral"),
     (dict(qkv_bias=True), "out_bias = False cannot be written as a llama config.json"),
-    (dict(qk_norm=True), "qk_norm = True cannot be written"),
+    (dict(qk_norm="head"), "qk_norm = 'head' cannot be written"),
     (dict(windows=(3, None)), "windows = .* cannot be written as a llama"),
     (dict(family="qwen2", qkv_bias=True, windows=(3, 5)), "windows = .* cannot be written as a qwen2"),
     # What no family can.
@@ -246,7 +246,7 @@ def test_without_a_network_the_real_client_fails_soon(environment, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [
-    dict(tied_head="no"), dict(tied_head=1), dict(qkv_bias=0), dict(qk_norm=None), dict(mlp_bias=[]),
+    dict(tied_head="no"), dict(tied_head=1), dict(qkv_bias=0), dict(qk_norm=True), dict(mlp_bias=[]),
     dict(out_bias="False"), dict(vocab_size=True), dict(num_layers=1.0), dict(num_layers=2**63)])
 def test_flags_and_counts_of_a_configuration_are_what_they_say(wrong):
     plain = dict(family="llama", vocab_size=8, width=8, mlp_width=8, num_layers=1, num_heads=1, num_kv_heads=1,

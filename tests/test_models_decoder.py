@@ -28,7 +28,7 @@ def decoder(request, tiny_folder):
 def _run(graph, state, tokens_BT, positions_BT, caches):
     """In two segments: layers join, whatever their windows."""
     model = nnx.merge(graph, state)
-    h_BTD = model.embed(tokens_BT)
+    h_BTD = model.embed(tokens_BT, positions_BT)
     lower, below = model.run_layers(h_BTD, positions_BT, caches and caches[:1], 0, 1)
     upper, above = model.run_layers(lower[-1], positions_BT, caches and caches[1:], 1, model.config.num_layers)
     return jnp.stack([h_BTD, *lower, *upper]), [*below, *above]
@@ -83,7 +83,7 @@ def test_a_position_beyond_the_cache_writes_nothing(decoder):
 
 def test_the_stacked_form_equals_the_separate_one(decoder, whole):
     """Also beyond max_positions, which limits no layer without a window."""
-    short = Decoder(dataclasses.replace(decoder.config, max_positions=4), embed=decoder.embedding,
+    short = Decoder(dataclasses.replace(decoder.config, max_positions=4), embed=decoder.embedding, positions=None,
                     layers=decoder.layers, norm=decoder.norm, head=decoder.head)
     stacked = short.stack()
     close(exit_states(stacked, TOKENS_BT, range(1, decoder.num_layers + 1)), whole[1:])
@@ -96,7 +96,7 @@ def test_hidden_states_of_narrow_weights_are_float32_and_not_rounded_on_the_way(
     narrow = load_folder(tiny_folder(CHOSEN[1]), dtype=jnp.bfloat16)
     caches = narrow.empty_caches(2, SLOTS)
     states, kv = run(narrow, TOKENS_BT, caches=caches)
-    assert states.dtype == narrow.embed(TOKENS_BT).dtype == narrow.logits(states[-1]).dtype == jnp.float32
+    assert states.dtype == narrow.embed(TOKENS_BT, None).dtype == narrow.logits(states[-1]).dtype == jnp.float32
     assert {x.dtype for pair in (*caches, *kv) for x in pair} == {jnp.dtype(jnp.bfloat16)}
     assert narrow.normalise(states[-1]).dtype == jnp.bfloat16  # for a product with the projection as it is
     assert (states[1:] != states[1:].astype(jnp.bfloat16)).mean() > 0.9
@@ -115,7 +115,7 @@ def test_a_position_depends_on_no_later_token_and_none_before_its_window(name, l
     def output(h_BTD):
         return jnp.abs(decoder.run_layers(h_BTD, positions, None, 0, layers)[0][-1][:, at]).sum()
 
-    seen = (jax.jit(jax.grad(output))(decoder.embed(TOKENS_BT)) != 0).any(axis=(0, 2))
+    seen = (jax.jit(jax.grad(output))(decoder.embed(TOKENS_BT, positions)) != 0).any(axis=(0, 2))
     assert seen.tolist() == [first <= t <= at for t in range(20)]
 
 

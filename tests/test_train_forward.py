@@ -14,7 +14,7 @@ from sled.models import Decoder, DecoderConfig
 from sled.train.objective.forward import REMAT, exit_states
 
 CONFIG = DecoderConfig("llama", vocab_size=24, width=16, mlp_width=24, num_layers=4, num_heads=2, num_kv_heads=1,
-                       head_dim=8, max_positions=8, qk_norm=True, windows=(None, 3, None, 3))
+                       head_dim=8, max_positions=8, qk_norm="head", windows=(None, 3, None, 3))
 TOKENS_BT = np.random.RandomState(0).randint(1, 24, (3, 11))
 # Documents of each row; the second's numbers come back, the third ends in padding of its own number.
 SEGMENTS_BT = np.array([[0] * 11, [1] * 4 + [2] * 3 + [1] * 4, [5] * 6 + [6] * 2 + [0] * 3])

@@ -9,17 +9,17 @@ tables below (tests/test_models_published.py sees it read them); what it does no
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from sled.errors import ConfigError
 from sled.io import shorten
-from sled.models.config import MOST, MOST_LAYERS, DecoderConfig, LinearScaling, Llama3Scaling
+from sled.models.config import MOST, MOST_LAYERS, DecoderConfig
 
 REQUIRED = object()
+FULL, SLIDING = "full_attention", "sliding_attention"
 FLOAT32_MAX = 3.4028235e38
 MOST_IDS = 1000  # that end a text; published files have up to ten
-ROPE_LEAST = 1e-12  # of the numbers of rotary positions; published ones go from 1 to 1e8
 
 # Fields that transformers knows, and that change neither weights nor logits of these decoders: of training, of sampling
 # (ours comes from the caller), of what a forward pass returns, of who wrote the file and how, of other kinds of models.
@@ -49,7 +49,6 @@ ONE_VALUE: Mapping[str, tuple] = {
     "decoder": (None,),
     "fusion_config": (None,),
     "generator": (None,),
-    "hidden_act": ("silu", "swish"),
     "is_causal": (True, None),
     "is_encoder_decoder": (False, None),
     "kv_sharing_modes": (None,),
@@ -61,15 +60,12 @@ ONE_VALUE: Mapping[str, tuple] = {
     "text_config": (None,),
     "transformers_weights": (None,),
 }
-ROPE_ONE_VALUE: Mapping[str, tuple] = {
-    "partial_rotary_factor": (1, None),
-    "full_attention": (None,),  # positions of their own for each kind of layer
-    "sliding_attention": (None,),
-}
+# Hugging Face's names of activations -> ours. "gelu_new" is the same tanh.
+ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+                    "gelu_new": "gelu_pytorch_tanh"}
 
-BASE = "model."  # before all names but the head's; a base model saved alone has them without
-
-# Ours -> Hugging Face's. `#` is the layer; the last part of a name (weight, bias) is the same in both.
+# Ours -> Hugging Face's. `#` is the layer; the last part of a name (weight, bias) is the same in both, unless the table
+# has the whole name of a parameter.
 MODULES = {
     "embedding": "model.embed_tokens",
     "layers.#.attention_norm": "model.layers.#.input_layernorm",
@@ -110,10 +106,10 @@ class Fields:
             return value
         fits = isinstance(value, (int, float) if kind is float else kind)
         if not fits or (isinstance(value, bool) and kind is not bool):
-            raise self._refused(name, value, f"it must be of type {kind.__name__}; correct the file")
+            raise self.refused(name, value, f"it must be of type {kind.__name__}; correct the file")
         most = most or {int: MOST, float: FLOAT32_MAX}.get(kind)
         if most is not None and not abs(value) <= most:
-            raise self._refused(name, value, f"it can be at most {most:,}; correct the file")
+            raise self.refused(name, value, f"it can be at most {most:,}; correct the file")
         return value
 
     def take_ids(self, name: str, vocabulary: int, default: tuple[int, ...] = ()) -> tuple[int, ...]:
@@ -124,7 +120,7 @@ class Fields:
         value = self._left.pop(name)
         ids = [] if value is None else value if isinstance(value, list) else [value]
         if len(ids) > MOST_IDS or any(not isinstance(i, int) or isinstance(i, bool) or abs(i) > MOST for i in ids):
-            raise self._refused(name, value, f"it must be a token id, at most {MOST:,}, or a list of them, of up to "
+            raise self.refused(name, value, f"it must be a token id, at most {MOST:,}, or a list of them, of up to "
                                              f"{MOST_IDS:,}; correct the file")
         self.passed_over += [f"{name} {i} (the vocabulary has {vocabulary})" for i in ids if i >= vocabulary]
         return tuple(i for i in ids if 0 <= i < vocabulary)
@@ -136,16 +132,16 @@ class Fields:
         """
         for name, value in self._left.items():
             if one_value is None:
-                raise self._refused(name, value, "it is not understood; remove it")
+                raise self.refused(name, value, "it is not understood; remove it")
             if name not in one_value:
                 off = value is None or value is False  # what a file says it does not use is not worth a word
                 self.passed_over += [] if off or name in WITHOUT_EFFECT else [name]
             elif not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in one_value[name]):
-                raise self._refused(name, value, f"only {one_value[name][0]!r} is supported; use a checkpoint without "
+                raise self.refused(name, value, f"only {one_value[name][0]!r} is supported; use a checkpoint without "
                                                  "it")
         return self.passed_over
 
-    def _refused(self, name: str, value: Any, why: str) -> ConfigError:
+    def refused(self, name: str, value: Any, why: str) -> ConfigError:
         return ConfigError(f"{self.source}: field '{name}' is {shorten(repr(value), 200)}, but {why}")
 
 
@@ -153,8 +149,15 @@ class Fields:
 class Family:
     """One model family. `name` is Hugging Face's `model_type`.
 
-    `read` takes the family's fields and returns `DecoderConfig` arguments; `write` gives the JSON
-    fields that only this family has; `modules` is its table of module names.
+    read: takes the family's fields and returns `DecoderConfig` arguments; write: all fields of its config.json.
+    modules: its table of module names. Parameters with one name there are parts of one tensor: side by side, in the
+        order of the table, along their last axis.
+    interleaved: names of the table whose parts lie column by column in turn.
+    in_out: names of the table whose matrices are stored [in, out], as ours, and not the other way round.
+    base: before all names but the head's; a base model saved alone has them without.
+    other_bases: what other classes that hold this model have before its names, each with what belongs there.
+    left_out: beginnings of the names of tensors that are no part of the decoder.
+    buffers: ends of the names of stored tensors that are no weights.
     """
 
     name: str
@@ -162,54 +165,90 @@ class Family:
     read: Callable[[Fields], dict]
     write: Callable[[DecoderConfig], dict]
     modules: Mapping[str, str] = dataclasses.field(default_factory=lambda: MODULES)
+    interleaved: frozenset[str] = frozenset()
+    in_out: frozenset[str] = frozenset()
+    base: str = "model."
+    other_bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
     def has(self, architecture: Any) -> bool:
         """Whether this names the family's class, or the one without a head; older files write LLaMA."""
         own = self.architecture.lower()
-        return isinstance(architecture, str) and architecture.lower() in (own, own.replace("forcausallm", "model"))
+        names = own, own.replace("forcausallm", "model"), own.replace("lmhead", "")
+        return isinstance(architecture, str) and architecture.lower() in names
 
-    def tensor_name(self, path: tuple[str | int, ...]) -> str:
-        """Hugging Face's name of the parameter at `path`, e.g. ("layers", 3, "mlp", "up", "weight")."""
-        *module, last = path
-        layer = next((str(part) for part in module if isinstance(part, int)), "")
-        key = ".".join("#" if isinstance(part, int) else part for part in module)
-        return f"{self.modules[key].replace('#', layer)}.{last}"
+    def key(self, path: tuple[str | int, ...]) -> str:
+        """The entry of the table for the parameter at `path`, e.g. ("layers", 3, "mlp", "up", "weight")."""
+        parts = ["#" if isinstance(part, int) else part for part in path]
+        whole = ".".join(parts)
+        return whole if whole in self.modules else ".".join(parts[:-1])
+
+    def stored_name(self, path: tuple[str | int, ...]) -> str:
+        """Hugging Face's name of the parameter at `path`; `*` stands for the expert, where each has a tensor."""
+        key, layer = self.key(path), next((str(part) for part in path if isinstance(part, int)), "")
+        name = self.modules[key].replace("#", layer)
+        return name if key.endswith(f".{path[-1]}") else f"{name}.{path[-1]}"
+
+    def canonical(self, names: Collection[str]) -> dict[str, str]:
+        """The stored tensors that count, by the names that the family's own class has for them."""
+        found = {}
+        for name in names:
+            if name.startswith(self.left_out) or name.endswith(self.buffers):
+                continue
+            other = next((other for other in self.other_bases if name.startswith(other)), None)
+            found[name if other is None else self.other_bases[other] + name.removeprefix(other)] = name
+        if any(name.startswith(self.base) for name in found):
+            return found
+        head = self.modules["head"]
+        return {name if name.startswith(head) else self.base + name: stored for name, stored in found.items()}
 
 
 def read_shape(f: Fields, *, max_positions: int, kv_heads: int | None = None, head_dim: int | None = None,
-               bos: tuple[int, ...] = (), eos: tuple[int, ...] = ()) -> dict:
-    """The fields that all families have. The arguments are the family's defaults for absent fields.
+               bos: tuple[int, ...] = (), eos: tuple[int, ...] = (), pad: tuple[int, ...] = (), tied: bool = False,
+               activation: tuple[str, str] = ("hidden_act", "silu"), absent: Mapping[str, int] | None = None) -> dict:
+    """The fields that most families have. The arguments are the family's defaults for absent fields.
 
-    Absent `kv_heads` means as many as query heads; absent `head_dim` means width / heads.
+    Absent `kv_heads` means as many as query heads; absent `head_dim` means width / heads. `activation`: the field's
+    name and default. absent: defaults of the sizes, which files need not give in every family.
     """
-    width, heads = f.take("hidden_size", int), f.take("num_attention_heads", int)
-    positions = f.take("max_position_embeddings", int, max_positions)
+    sizes = absent or {}
+    size = lambda name, **kw: f.take(name, int, sizes.get(name, REQUIRED), **kw)  # noqa: E731
+    width, heads = size("hidden_size"), size("num_attention_heads")
     given_kv = f.take("num_key_value_heads", int, heads if kv_heads is None else kv_heads, null=True)
     given_dim = f.take("head_dim", int, head_dim)
     if given_dim is None and (heads < 1 or width % heads):
         raise ConfigError(f"{f.source}: hidden_size {width} is not a multiple of num_attention_heads "
                           f"{heads}; add the field 'head_dim' to the file")
-    vocabulary = f.take("vocab_size", int)
-    bos_ids, pad_ids = f.take_ids("bos_token_id", vocabulary, bos), f.take_ids("pad_token_id", vocabulary)
+    vocabulary = size("vocab_size")
+    bos_ids, pad_ids = f.take_ids("bos_token_id", vocabulary, bos), f.take_ids("pad_token_id", vocabulary, pad)
     return dict(
         vocab_size=vocabulary,
         width=width,
-        mlp_width=f.take("intermediate_size", int),
-        num_layers=f.take("num_hidden_layers", int, most=MOST_LAYERS),
+        mlp_width=size("intermediate_size"),
+        num_layers=size("num_hidden_layers", most=MOST_LAYERS),
         num_heads=heads,
         num_kv_heads=heads if given_kv is None else given_kv,
         head_dim=width // heads if given_dim is None else given_dim,
-        max_positions=positions,
+        max_positions=f.take("max_position_embeddings", int, max_positions),
         norm_eps=float(f.take("rms_norm_eps", float, 1e-6)),
-        tied_head=f.take("tie_word_embeddings", bool, False),
+        activation=read_activation(f, *activation),
+        tied_head=f.take("tie_word_embeddings", bool, tied),
         bos_id=bos_ids[0] if bos_ids else None,
         eos_ids=f.take_ids("eos_token_id", vocabulary, eos),
         pad_id=pad_ids[0] if pad_ids else None,
-        **_read_rope(f, positions),
     )
 
 
-def write_shape(c: DecoderConfig) -> dict:
+def read_activation(f: Fields, name: str, default: str) -> str:
+    """The activation that a field names, by our name."""
+    given = f.take(name, str, default)
+    if given not in ACTIVATION_NAMES:
+        raise f.refused(name, given, f"only {', '.join(ACTIVATION_NAMES)} are supported; use another model")
+    return ACTIVATION_NAMES[given]
+
+
+def write_shape(c: DecoderConfig, activation: str = "hidden_act") -> dict:
     """The inverse of `read_shape`."""
     eos = list(c.eos_ids)
     return {
@@ -220,80 +259,33 @@ def write_shape(c: DecoderConfig) -> dict:
         "num_attention_heads": c.num_heads,
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
-        "hidden_act": "silu",
+        activation: c.activation,
         "max_position_embeddings": c.max_positions,
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied_head,
         "bos_token_id": c.bos_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "pad_token_id": c.pad_id,
-        **_write_rope(c),
-    }
-
-
-def _read_rope(f: Fields, max_positions: int) -> dict:
-    """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before), or both alike.
-
-    Versions of transformers disagree on which of the two wins, so a contradiction is refused.
-    """
-    spellings = {name: f.take(name, dict, None) or {} for name in ("rope_parameters", "rope_scaling")}
-    beside = "original_max_position_embeddings"
-    given = {"rope_theta": f.take("rope_theta", float, None), beside: f.take(beside, int, None)}
-    for values in spellings.values():
-        renamed = {"rope_type" if key == "type" else key: value for key, value in values.items()}
-        if values.get("type", renamed.get("rope_type")) != renamed.get("rope_type"):
-            raise ConfigError(f"{f.source}: the rope's 'type' is {values['type']!r} but its 'rope_type' is "
-                              f"{values['rope_type']!r}; remove the wrong one")
-        for key, value in renamed.items():
-            if given.get(key) not in (None, value):
-                raise ConfigError(f"{f.source}: '{key}' of the rotary positions is given as {given[key]!r} "
-                                  f"and as {value!r}; remove the wrong one")
-            given[key] = value
-
-    rope = Fields(given, f"{f.source}, rotary positions")
-    theta = _positive(rope, "rope_theta", 10_000.0)
-    kind = rope.take("rope_type", str, "default")
-    original = rope.take(beside, int, max_positions)
-    scaling: LinearScaling | Llama3Scaling | None = None
-    if kind == "linear":
-        scaling = LinearScaling(factor=_positive(rope, "factor"))
-    elif kind == "llama3":
-        scaling = Llama3Scaling(
-            factor=_positive(rope, "factor"),
-            low_freq_factor=_positive(rope, "low_freq_factor"),
-            high_freq_factor=_positive(rope, "high_freq_factor"),
-            original_positions=original,
-        )
-        if scaling.high_freq_factor <= scaling.low_freq_factor:
-            raise ConfigError(f"{rope.source}: high_freq_factor {scaling.high_freq_factor} must be above "
-                              f"low_freq_factor {scaling.low_freq_factor}; correct the file")
-    elif kind != "default":
-        raise ConfigError(f"{f.source}: rotary scaling {shorten(kind, 60)!r} is not supported (supported: default, "
-                          "linear, llama3); use another model")
-    f.passed_over += [f"{name} (of the rotary positions)" for name in rope.finish(ROPE_ONE_VALUE)]
-    return dict(rope_theta=theta, rope_scaling=scaling)
-
-
-def _write_rope(c: DecoderConfig) -> dict:
-    """Both spellings: transformers 5 reads `rope_parameters`, 4.x the other two."""
-    s = c.rope_scaling
-    scaling = None
-    if isinstance(s, LinearScaling):
-        scaling = {"rope_type": "linear", "factor": s.factor}
-    elif isinstance(s, Llama3Scaling):
-        scaling = {"rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
-                   "high_freq_factor": s.high_freq_factor,
-                   "original_max_position_embeddings": s.original_positions}
-    return {
-        "rope_theta": c.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": c.rope_theta},
     }
 
 
 def layer_kinds(windows: tuple[int | None, ...]) -> list[str]:
     """What transformers' `layer_types` calls layers with these windows."""
-    return ["full_attention" if window is None else "sliding_attention" for window in windows]
+    return [FULL if window is None else SLIDING for window in windows]
+
+
+def read_windows(f: Fields, num_layers: int, *, every: int) -> tuple[int | None, ...]:
+    """The window of each layer by `sliding_window` and `layer_types`; without the latter every `every`th layer has
+    none. Raises ConfigError where a layer has to slide and there is no window."""
+    window = f.take("sliding_window", int, 4096, null=True)
+    default = [FULL if (i + 1) % every == 0 else SLIDING for i in range(num_layers)]
+    kinds = f.take("layer_types", list, default)
+    for kind in kinds:
+        if kind not in (FULL, SLIDING):
+            raise f.refused("layer_types", kind, f"only {FULL} and {SLIDING} are supported; use another model")
+        if kind == SLIDING and window is None:
+            raise f.refused("layer_types", kinds, "'sliding_window' is null; give the window, or correct 'layer_types'")
+    return tuple(window if kind == SLIDING else None for kind in kinds)
 
 
 def check_layer_kinds(f: Fields, windows: tuple[int | None, ...], why: str) -> None:
@@ -304,11 +296,3 @@ def check_layer_kinds(f: Fields, windows: tuple[int | None, ...], why: str) -> N
         wrong = f"{len(given)} entries" if differing is None else f"{given[differing]!r} for layer {differing + 1}"
         raise ConfigError(f"{f.source}: field 'layer_types' has {shorten(wrong, 100)}, but {why}; remove the field, or "
                           "use a model whose layers are alike")
-
-
-def _positive(f: Fields, name: str, default=REQUIRED) -> float:
-    value = f.take(name, float, default)
-    if not ROPE_LEAST <= value <= FLOAT32_MAX:  # of 0, infinity or near them, angles are no numbers in float32
-        raise ConfigError(f"{f.source}: '{name}' is {value!r}, but it must be above 0, at least "
-                          f"{ROPE_LEAST:g}; correct the file")
-    return float(value)

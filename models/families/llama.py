@@ -1,7 +1,8 @@
 """Llama 1 to 3.x and the many models that share its architecture."""
 
 from sled.models.config import DecoderConfig
-from sled.models.families.family import Family, Fields, check_layer_kinds, read_shape
+from sled.models.families.family import Family, Fields, check_layer_kinds, read_shape, write_shape
+from sled.models.families.rope import read_rope, write_rope
 
 
 def _read(f: Fields) -> dict:
@@ -10,6 +11,7 @@ def _read(f: Fields) -> dict:
     check_layer_kinds(f, (None,) * shape["num_layers"], "every layer of a llama model sees all positions")
     return dict(
         shape,
+        rope=read_rope(f, shape["max_positions"]),
         qkv_bias=bias,
         out_bias=bias,
         mlp_bias=f.take("mlp_bias", bool, False),
@@ -17,7 +19,7 @@ def _read(f: Fields) -> dict:
 
 
 def _write(c: DecoderConfig) -> dict:
-    return {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
+    return {**write_shape(c), **write_rope(c.rope), "attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
 
 
 LLAMA = Family("llama", "LlamaForCausalLM", _read, _write)

@@ -2,7 +2,8 @@
 
 from sled.errors import ConfigError
 from sled.models.config import DecoderConfig
-from sled.models.families.family import MODULES, Family, Fields, layer_kinds, read_shape
+from sled.models.families.family import MODULES, Family, Fields, layer_kinds, read_shape, write_shape
+from sled.models.families.rope import read_rope, write_rope
 
 
 def _read_windows(f: Fields, num_layers: int) -> tuple[int | None, ...]:
@@ -40,21 +41,26 @@ def _write_windows(c: DecoderConfig) -> dict:
 
 def _read_qwen2(f: Fields) -> dict:
     shape = read_shape(f, max_positions=32_768, kv_heads=32)
-    return dict(shape, qkv_bias=True, windows=_read_windows(f, shape["num_layers"]))
+    return dict(shape, rope=read_rope(f, shape["max_positions"]), qkv_bias=True,
+                windows=_read_windows(f, shape["num_layers"]))
+
+
+def _write_qwen2(c: DecoderConfig) -> dict:
+    return {**write_shape(c), **write_rope(c.rope), **_write_windows(c)}
 
 
 def _read_qwen3(f: Fields) -> dict:
     shape = read_shape(f, max_positions=32_768, kv_heads=32, head_dim=128)
     bias = f.take("attention_bias", bool, False)
-    return dict(shape, qk_norm=True, qkv_bias=bias, out_bias=bias,
+    return dict(shape, rope=read_rope(f, shape["max_positions"]), qk_norm="head", qkv_bias=bias, out_bias=bias,
                 windows=_read_windows(f, shape["num_layers"]))
 
 
 def _write_qwen3(c: DecoderConfig) -> dict:
-    return {"attention_bias": c.qkv_bias, **_write_windows(c)}
+    return {**_write_qwen2(c), "attention_bias": c.qkv_bias}
 
 
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_windows)
+QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, {
     **MODULES,
     "layers.#.attention.q_norm": "model.layers.#.self_attn.q_norm",

@@ -10,13 +10,18 @@ from pathlib import Path
 from sled.errors import CheckpointError, CheckpointWarning, ConfigError, SettingError
 from sled.io import read_object, shorten, write_json
 from sled.models.config import DecoderConfig, ExitHeads
-from sled.models.families.family import ONE_VALUE, Family, Fields, write_shape
+from sled.models.families.family import ONE_VALUE, Family, Fields
+from sled.models.families.gemma import GEMMA, GEMMA_2, GEMMA_3
 from sled.models.families.llama import LLAMA
 from sled.models.families.mistral import MISTRAL
 from sled.models.families.qwen import QWEN2, QWEN3
 
 HEADS_CONFIG = "exit_heads.json"  # beside config.json, whose readers need not know of it
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+# Classes that hold a decoder among other parts, by `model_type`: its config.json is their 'text_config', and beside it
+# the fields of the whole count that follow.
+HOLDERS = {"gemma3": "Gemma3ForConditionalGeneration"}
+OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
+FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA_2, GEMMA_3)}
 
 
 def family_of(config: DecoderConfig) -> Family:
@@ -82,7 +87,7 @@ def _parse_heads(path: Path) -> ExitHeads:
 
 def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
     """The fields of a `config.json` as a `DecoderConfig`; `source` names the file in messages."""
-    f = Fields(values, source)
+    f = Fields(_decoder_of(values, source), source)
     kind, architectures = f.take("model_type", str, None), f.take("architectures", list, None) or []
     found = [family for family in FAMILIES.values()
              if kind in (None, family.name) and all(family.has(architecture) for architecture in architectures)]
@@ -101,6 +106,19 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
     return config
 
 
+def _decoder_of(values: dict, source: str) -> dict:
+    """The fields of the decoder: all, or those that a class with other parts holds of it. Warns of what is left out."""
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in HOLDERS:
+        return values
+    text = Fields(values, source).take("text_config", dict)
+    left_out = sorted(name.removesuffix("_config") for name in values if name.endswith("_config") and
+                      isinstance(values[name], dict) and name != "text_config")
+    warnings.warn(f"{source}: of this {HOLDERS[kind]} only the text model is read, without its "
+                  f"{shorten(', '.join(left_out) or 'other', 200)} parts", CheckpointWarning, stacklevel=4)
+    return {name: values[name] for name in OF_THE_WHOLE if name in values} | {"model_type": "gemma3_text"} | text
+
+
 def _warn(f: Fields, family: str) -> None:
     if f.passed_over:
         warnings.warn(f"{f.source}: passed over, as fields that transformers' {family} models do not know or token ids "
@@ -117,7 +135,7 @@ def format_config(config: DecoderConfig, dtype: str) -> dict:
     config = dataclasses.replace(config, exit_heads=None)
     family = family_of(config)
     fields = {"architectures": [family.architecture], "model_type": family.name,
-              **write_shape(config), **family.write(config)}
+              **family.write(config)}
     read_back = parse_config(fields, f"a {family.name} config.json")
     lost = [field.name for field in dataclasses.fields(config)
             if getattr(config, field.name) != getattr(read_back, field.name)]

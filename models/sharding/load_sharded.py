@@ -14,7 +14,7 @@ from flax import nnx
 
 from sled.models.decoder import STACKED, Decoder
 from sled.models.sharding.sharding import Sharding
-from sled.models.stored import StoredWeights, abstract_stacked, open_weights, progress, stored_order
+from sled.models.stored import StoredWeights, abstract_stacked, open_weights, progress
 
 
 def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None) -> Decoder:
@@ -32,7 +32,7 @@ def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None) -> Decod
             for at, slot in slots.items():
                 shape, spec = sharding.parameters[".".join(at)]
                 slots[at] = slot.replace(_read_onto(stored, at, shape, jax.sharding.NamedSharding(mesh, spec), dtype))
-                bar.update(sum(stored.sizes[stored.names[one]] for one in _separate(at, shape)))
+                bar.update(sum(stored.sizes[one] for one in _separate(at, shape)))
     return nnx.merge(graph, nnx.from_flat_state(slots))
 
 
@@ -53,9 +53,7 @@ def _read_part(stored: StoredWeights, at: tuple, shape: tuple[int, ...], index: 
     if at[0] not in STACKED:
         return stored.read(at, dtype, index)
     which, *inside = index
-    order = stored_order(at)
-    read = [stored.read(one, dtype, tuple(inside[::order])) for one in _separate(at, shape)[which]]
-    return np.stack([weight.T if order < 0 else weight for weight in read])
+    return np.stack([stored.read(one, dtype, tuple(inside)) for one in _separate(at, shape)[which]])
 
 
 def _separate(at: tuple, shape: tuple[int, ...]) -> list[tuple]:

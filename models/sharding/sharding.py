@@ -32,6 +32,7 @@ RULES = {
     "mlp": "tensor",
     "layers": None,  # scanned over; a pipeline's stages would split it
     "exits": None,
+    "positions": None,
     "vector": None,  # norms, and biases of what is summed over the tensor axis: too small to split
 }
 MAY_STAY_WHOLE = ("vocab", "kv_heads")  # where they do not divide; for the others that is an error

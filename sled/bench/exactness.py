@@ -163,7 +163,7 @@ def _logits_of_new(build, params, text_T, before, most: int):
     """The logits [most, V] of the tokens after position `before`, in one pass over the text."""
     network = build(params)
     positions_1T = jnp.arange(text_T.shape[0])[None]
-    states, _ = network.run_layers(network.embed(text_T[None]), positions_1T, None, 0, network.num_layers)
+    states, _ = network.run_layers(network.embed(text_T[None], positions_1T), positions_1T, None, 0, network.num_layers)
     h_ND = jnp.take(states[-1][0], before + jnp.arange(most), axis=0, mode="clip")
     return Readout(network).fuse(FinalLayer(), {network.num_layers: h_ND}, network.num_layers)
 

@@ -112,7 +112,7 @@ def _sums(build, params, tokens_BT, asked_BT):
     """Loss, hits and number of the places asked, summed: [3, L]. Place t is asked for token t + 1."""
     network = build(params)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    states, _ = network.run_layers(network.embed(tokens_BT), positions_BT, None, 0, network.num_layers)
+    states, _ = network.run_layers(network.embed(tokens_BT, positions_BT), positions_BT, None, 0, network.num_layers)
     next_BT = jnp.roll(tokens_BT, -1, axis=1)
 
     def of_layer(number, h_BTD):

@@ -39,8 +39,8 @@ class Network(Protocol):
     def shared_head(self) -> SharedHead:
         """The final projection, through which every layer's logits come."""
 
-    def embed(self, tokens_BT) -> jax.Array:
-        """[B, T] token ids to hidden state 0, [B, T, D]."""
+    def embed(self, tokens_BT, positions_BT) -> jax.Array:
+        """[B, T] token ids, at these absolute positions, to hidden state 0, [B, T, D]."""
 
     def empty_caches(self, batch: int, slots: int) -> list[KV]:
         """One K/V pair per layer, with room for `slots` positions; the slot axis is the last but one."""

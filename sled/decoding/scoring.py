@@ -90,7 +90,7 @@ def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, p
     the order `order_P`."""
     readout = Readout(network := build(params))
     caches = jax.tree.map(lambda x: x[which_B], caches)
-    h0 = network.embed(inputs_BT)
+    h0 = network.embed(inputs_BT, positions_BT)
     states, _ = network.run_layers(h0, positions_BT, caches, 0, network.num_layers)
     flat = lambda x: x.reshape(-1, *x.shape[2:])[order_P]  # noqa: E731  every place is a row of its own
 

@@ -72,7 +72,7 @@ def first_segment(run: Context, state: DecodeState, ready_B):
     """
     network, text, top = run.readout.network, state.text, run.plan.exits[0]
     position_B1 = jnp.where(ready_B, text.length_B - 1, state.capacity)[:, None]
-    h0 = network.embed(text.newest_B[:, None])
+    h0 = network.embed(text.newest_B[:, None], position_B1)
     new, caches = network.run_layers(h0, position_B1, state.caches[:top], 0, top)
     states = dict(enumerate([h0, *new]))
     state = _ran(run, state, 0, states, position_B1, caches, jnp.where(

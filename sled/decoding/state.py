@@ -204,7 +204,7 @@ def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, mem
     network = build(params)
     batch, slots = tokens_BS.shape
     zero_B = jnp.zeros(batch, jnp.int32)
-    h_BD = network.embed(tokens_BS[:, :1])[:, 0]  # for its width and type
+    h_BD = network.embed(tokens_BS[:, :1], tokens_BS[:, :1])[:, 0]  # for its width and type
     return DecodeState(
         text=Text(tokens_BS=tokens_BS, exit_BS=jnp.zeros((batch, slots), jnp.int8),
                   drafts_BS=jnp.full((batch, slots), -1, jnp.int32), length_B=length_B, prompt_B=length_B,
@@ -223,7 +223,8 @@ def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> D
     positions_T = begin + jnp.arange(block)
     tokens_BT = jnp.take(state.text.tokens_BS, positions_T, axis=1, mode="clip")
     positions_BT = jnp.where(positions_T < state.text.length_B[:, None] - 1, positions_T, state.capacity)
-    _, caches = network.run_layers(network.embed(tokens_BT), positions_BT, state.caches, 0, network.num_layers)
+    h_BTD = network.embed(tokens_BT, positions_BT)
+    _, caches = network.run_layers(h_BTD, positions_BT, state.caches, 0, network.num_layers)
     return state.replace(caches=caches)
 
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from sled.errors import SettingError
 from sled.settings.decorator import setting, settings
-from sled.settings.rules import OrNone, Whole
+from sled.settings.rules import Number, OrNone, Whole
 
 # Above this many bytes of logits the temporaries leave the processor's cache (CPU) or start to crowd
 # out the K/V cache (accelerators), and streaming wins. Measured on a CPU with 32 MB of L3, see `sled bench`.
@@ -38,6 +38,8 @@ class SharedHead:
                                help="how many vocabulary rows to stream at a time")
     shards: int = setting(Whole(1, hint="it must divide the vocabulary"), default=1,
                           help="how many devices split the vocabulary axis")
+    cap: float | None = setting(OrNone(Number(0, open_low=True, hint="None leaves logits as they are")), default=None,
+                                help="logits l become cap * tanh(l / cap), in every layer's (Gemma)")
 
     def __post_init__(self):
         if self.vocabulary % self.shards:
@@ -63,11 +65,14 @@ class SharedHead:
         product = functools.partial(jnp.einsum, preferred_element_type=self.dtype(h_CD))
 
         def pull_back(slope_CV, by_h: bool, by_w: bool):
+            if self.cap is not None:
+                slope_CV = slope_CV * (1 - (logits_CV / self.cap) ** 2)  # the slope of tanh
             slope_CV = slope_CV.astype(jnp.promote_types(h_CD.dtype, self.w_VD.dtype))
             return (product("cv,vd->cd", slope_CV, self.w_VD) if by_h else None,
                     product("cv,cd->vd", slope_CV, h_CD) if by_w else None)
 
-        return self.project(h_CD), pull_back
+        logits_CV = self.project(h_CD)
+        return logits_CV, pull_back
 
     def project_rows(self, h_BCD, ids_BK):
         """Logits (B, C, K) of chosen tokens only, from their K rows of the projection."""
@@ -106,7 +111,8 @@ class SharedHead:
         return carry
 
     def _logits(self, axes, h, w):
-        return jnp.einsum(axes, h, w, preferred_element_type=self.dtype(h))
+        logits = jnp.einsum(axes, h, w, preferred_element_type=self.dtype(h))
+        return logits if self.cap is None else self.cap * jnp.tanh(logits / self.cap)
 
 
 def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int | None:

@@ -199,7 +199,7 @@ def look(build: Build, params: Any, ids: np.ndarray, *, fusion, name_token: Call
 def _say(build: Build, params, ids_T, fusion):
     network = build(params)
     positions_1T = jnp.arange(ids_T.shape[0])[None]
-    h0 = network.embed(ids_T[None])
+    h0 = network.embed(ids_T[None], positions_1T)
     states, _ = network.run_layers(h0, positions_1T, None, 0, network.num_layers)
     states_TCD = jnp.stack([h[0] for h in (h0, *states)], axis=1)
     readout = Readout(network)

@@ -22,7 +22,7 @@ from sled.text.added_tokens import add_tokens_beside, read_if_there
 OTHERS = frozenset("""
     Albert Bart Barthez Bartpho Bert BertJapanese Bertweet BigBird BioGpt Blenderbot BlenderbotSmall ByT5 CLIP CTRL
     Camembert Canine Clvp Cohere Cpm CpmAnt DPRQuestionEncoder Deberta DebertaV2 Dia Esm Esmc FSMT Flaubert Funnel
-    GPTNeoX GPTNeoXJapanese Gemma Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke Lxmert MBart MBart50 MPNet
+    GPTNeoX GPTNeoXJapanese Herbert LED Lasr LayoutLMv2 LayoutLMv3 LayoutXLM Luke Lxmert MBart MBart50 MPNet
     MarkupLM Mgpstr MobileBert Mvp MyT5 Nllb Nougat OpenAIGPT PLBart Pegasus Perceiver Phobert ProphetNet Qwen3_5 Rag
     Reformer RemBert RoCBert RoFormer Roberta SeamlessM4T Siglip2 Splinter T5 Tapas Udop VideoPrism Vits Wav2Vec2CTC
     Wav2Vec2PhonemeCTC Whisper XGLM XLM XLMRoberta XLNet
@@ -91,8 +91,20 @@ def _qwen2(config: Mapping[str, Any]) -> Rebuilt:
                    {"eos_token": end, "unk_token": end, "pad_token": end}, bare=True)
 
 
+def _gemma(config: Mapping[str, Any]) -> Rebuilt:
+    unknown = config.get("unk_token", "<unk>")
+    return Rebuilt({"fuse_unk": True, "byte_fallback": True,
+                    "unk_token": unknown["content"] if isinstance(unknown, dict) else str(unknown)},
+                   {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+                   {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False},
+                   _spaced(strip=False),
+                   {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>",
+                    "mask_token": "<mask>"})
+
+
 CLASSES: Mapping[str, Callable[[Mapping[str, Any]], Rebuilt]] = {
-    "LlamaTokenizer": _llama, "CodeLlamaTokenizer": _code_llama, "GPT2Tokenizer": _gpt2, "Qwen2Tokenizer": _qwen2}
+    "LlamaTokenizer": _llama, "CodeLlamaTokenizer": _code_llama, "GPT2Tokenizer": _gpt2, "Qwen2Tokenizer": _qwen2,
+    "GemmaTokenizer": _gemma}
 
 
 def tokenizer_of(folder: Path, text: str) -> Tokenizer:

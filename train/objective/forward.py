@@ -63,7 +63,7 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     exits_E = jnp.asarray(exits, jnp.int32)
     count = exits_E.shape[0]
     slots_L = jnp.searchsorted(exits_E, jnp.arange(1, depth + 1))  # of the first exit that is not below the layer
-    h_BTD = place(cast(model.embed(tokens_BT), dtype))
+    h_BTD = place(cast(model.embed(tokens_BT, rows.positions_BT), dtype))
     carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype)
     begin = 0
     lengths = [depth] if drops is None else drops.strategy.stretches(depth)

@@ -1,0 +1,152 @@
+"""Attention, its keys and values, and what a layer reads beside hidden states.
+
+Axes: B batch, T tokens of this call, S cache slots, D width, N query heads, K key/value heads, G = N / K, H head width.
+
+A key/value cache is laid out [B, K, S, H]: with S next to H, attention over it is a plain batched
+matrix product (on a CPU several times faster than [B, S, K, H], which is transposed at every step).
+The token at position p of a row always lies in slot p, so a query at position p sees exactly the
+slots 0..p, whatever the padding to its right holds. One slot more than there are positions takes what
+tokens that are switched off would write.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import nnx
+
+from sled.models.config import DecoderConfig
+from sled.models.layers.basic import Linear, norm_of
+from sled.models.positions import Rope
+
+KV = tuple[jax.Array, jax.Array]
+Angles = tuple[jax.Array, jax.Array]
+UNLIMITED = jnp.iinfo(jnp.int32).max  # a traced window that hides nothing; max_positions would cut a longer sequence
+
+
+class LayerContext(NamedTuple):
+    """What a layer reads beside hidden states; leaves have the rows' axis first, of length 1 where all rows share it.
+
+    angles: cos and sin of every position's angles, each [B, 1, T, H] (both halves alike); None where layers do not
+        rotate. local_angles: those of layers with a window, where they have their own.
+    segments_BT: the document of each token in a packed row, which is all that it sees; None: rows are not packed.
+    window: how many positions back the layer sees: None for all, a number, or one of `traced_windows`.
+    """
+
+    positions_BT: jax.Array
+    angles: Angles | None
+    local_angles: Angles | None
+    segments_BT: jax.Array | None
+    window: Any = None
+
+    @classmethod
+    def of(cls, config: DecoderConfig, positions_BT, segments_BT=None) -> LayerContext:
+        angles, local = (rope and _angles(rope, config.head_dim, positions_BT)
+                         for rope in (config.rope, config.local_rope))
+        return cls(positions_BT, angles, local, segments_BT)
+
+    def for_window(self, window) -> LayerContext:
+        """The same for a layer of this window."""
+        angles = self.angles
+        if self.local_angles is not None and window is not None:
+            full = window == UNLIMITED
+            angles = jax.tree.map(lambda all_, local: jnp.where(full, all_, local), angles, self.local_angles)
+        return self._replace(angles=angles, window=window)
+
+
+def _angles(rope: Rope, head_dim: int, positions_BT) -> Angles:
+    angles = positions_BT[..., None] * jnp.asarray(rope.frequencies(head_dim), jnp.float32)
+    angles = jnp.concatenate([angles, angles], axis=-1)[:, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def traced_windows(config: DecoderConfig) -> jax.Array:
+    """Every layer's window as a number, for a scan over layers: [L]."""
+    return jnp.array([UNLIMITED if window is None else window for window in config.windows])
+
+
+def rotate(x_BNTH, angles: Angles | None):
+    """Rotate pair (i, i + H/2) of every head by its position's angle."""
+    if angles is None:
+        return x_BNTH
+    cos, sin = angles
+    low, high = jnp.split(x_BNTH, 2, axis=-1)
+    turned_BNTH = jnp.concatenate([-high, low], axis=-1)
+    return x_BNTH * cos.astype(x_BNTH.dtype) + turned_BNTH * sin.astype(x_BNTH.dtype)
+
+
+def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, *, scale: float, cap: float | None = None):
+    """Grouped-query attention. Query head n reads key/value head n // G. Returns [B, N, T, H].
+
+    Scores and softmax are float32 (or wider). scale: of the scores. cap: scores s become cap * tanh(s / cap).
+    """
+    groups = q_BNTH.shape[1] // k_BKSH.shape[1]
+    q = rearrange(q_BNTH, "b (k g) t h -> b k (g t) h", g=groups)
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bkth,bksh->bkts", q, k_BKSH, preferred_element_type=wide) * scale
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    visible = jnp.tile(visible_BTS, (1, groups, 1))[:, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(wide).min), axis=-1)
+    mixed = jnp.einsum("bkts,bksh->bkth", weights.astype(v_BKSH.dtype), v_BKSH)
+    return rearrange(mixed, "b k (g t) h -> b (k g) t h", g=groups)
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        c, kw = config, dict(dtype=dtype, rngs=rngs)
+        heads, kv_heads = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.head_dim, self.cap = c.head_dim, c.attention_cap
+        self.scale = c.head_dim ** -0.5 if c.query_scale is None else c.query_scale
+        self.q = Linear(c.width, heads, ("width", "heads"), bias=c.qkv_bias, **kw)
+        self.k = Linear(c.width, kv_heads, ("width", "kv_heads"), bias=c.qkv_bias, **kw)
+        self.v = Linear(c.width, kv_heads, ("width", "kv_heads"), bias=c.qkv_bias, **kw)
+        self.o = Linear(heads, c.width, ("heads", "width"), bias=c.out_bias, **kw)
+        self.whole_norm = c.qk_norm == "whole"
+        normed = (heads, kv_heads) if self.whole_norm else (c.head_dim, c.head_dim)
+        self.q_norm, self.k_norm = (norm_of(c, d, dtype) for d in normed) if c.qk_norm else (None, None)
+
+    def __call__(self, x_BTD, context: LayerContext, cache: KV | None, dtype=None) -> tuple[jax.Array, KV]:
+        """The output [B, T, D], of type `dtype` (None: of x), and the keys and values."""
+        positions_BT, segments_BT, window = context.positions_BT, context.segments_BT, context.window
+        q = rotate(self._heads(self.q(x_BTD), self.q_norm), context.angles)
+        k, v = self.keys_values(x_BTD, context, cache)
+        slots_BS = positions_BT if cache is None else jnp.arange(k.shape[2])[None]
+        visible = slots_BS[:, None, :] <= positions_BT[:, :, None]
+        if window is not None:
+            visible &= slots_BS[:, None, :] > positions_BT[:, :, None] - window
+        if segments_BT is not None:
+            visible &= segments_BT[:, None, :] == segments_BT[:, :, None]
+        out = rearrange(attend(q, k, v, visible, scale=self.scale, cap=self.cap), "b n t h -> b t (n h)")
+        return self.o(out, dtype), (k, v)
+
+    def keys_values(self, x_BTD, context: LayerContext, cache: KV | None) -> KV:
+        """The tokens' own K/V [B, K, T, H], or the cache with them written into it."""
+        k = rotate(self._heads(self.k(x_BTD), self.k_norm), context.angles)
+        v = self._heads(self.v(x_BTD))
+        return (k, v) if cache is None else tuple(
+            _write(old, new, context.positions_BT) for old, new in zip(cache, (k, v), strict=True))
+
+    def _heads(self, y, norm=None):
+        """[B, N, T, H], normed before the heads are split, or each by itself."""
+        y = norm(y) if norm is not None and self.whole_norm else y
+        y = rearrange(y, "b t (n h) -> b n t h", h=self.head_dim)
+        return norm(y) if norm is not None and not self.whole_norm else y
+
+
+def _write(cache_BKSH, new_BKTH, positions_BT):
+    """Put each token's key (or value) into the slot of its position.
+
+    Positions from the last slot on go into the last slot, which no token owns: a write that is clipped
+    happens in place, one that is dropped makes XLA copy the cache (at batch 1 four times a layer).
+    """
+    slots_BT = jnp.minimum(positions_BT, cache_BKSH.shape[2] - 1)
+    new_BTKH = rearrange(new_BKTH, "b k t h -> b t k h").astype(cache_BKSH.dtype)
+    if slots_BT.size == 1:
+        # Written twice: XLA turns a scatter of one place into an update that it fuses with the reading, and
+        # then copies the whole cache for it, four times a layer and token (measured: half of a small model's time).
+        slots_BT, new_BTKH = jnp.repeat(slots_BT, 2, axis=1), jnp.repeat(new_BTKH, 2, axis=1)
+    rows = jnp.arange(cache_BKSH.shape[0])[:, None]
+    return cache_BKSH.at[rows, :, slots_BT].set(new_BTKH, mode="promise_in_bounds")
