@@ -17,6 +17,7 @@ from sled.demo.problems import problems, prompt
 from sled.errors import CalibrationError, SettingError
 from sled.exits import FullDepth
 from sled.io import json_digest
+from sled.models import Rope
 from sled.settings.describe import describe
 from sled.text.tokenizer import Tokenizer
 

@@ -112,7 +112,7 @@ def test_generation_config_decides_about_token_ids(tmp_path, write_model):
 
 @pytest.mark.parametrize("name, fields, says", [
     ("llama", {"sliding_window": 128}, "'sliding_window' is 128, but only None is supported; use a checkpoint without"),
-    ("llama", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu', but only 'silu'"),
+    ("llama", {"hidden_act": "relu6"}, "'hidden_act' is 'relu6', but only silu, swish, gelu"),
     ("llama", {"quantization_config": {"bits": 4}}, "'quantization_config' is .* only None"),
     ("llama", {"hidden_size": "32"}, "'hidden_size' is '32', but it must be of type int"),
     ("llama", {"hidden_size": None}, "'hidden_size' is missing"),
@@ -120,8 +120,8 @@ def test_generation_config_decides_about_token_ids(tmp_path, write_model):
     ("llama", {"num_key_value_heads": 3}, "config.json: 4 query heads cannot share 3"),
     ("llama", {"eos_token_id": "</s>"}, "'eos_token_id' is '</s>', but it must be a token id"),
     ("llama", {"tie_word_embeddings": 1}, "'tie_word_embeddings' is 1, but it must be of type bool"),
-    ("llama", {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]},
-     "'gemma'.*supported: llama .*qwen3"),
+    ("llama", {"model_type": "falcon", "architectures": ["FalconForCausalLM"]},
+     "'falcon'.*supported: llama .*qwen3"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]},
      "LlamaForSequenceClassification.*not supported"),
     ("llama", {"architectures": ["MistralForCausalLM"]},
