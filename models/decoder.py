@@ -17,7 +17,7 @@ from flax import nnx
 from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.exit_heads import BoundHead, ExitHead
-from sled.models.layers import KV, Block, Embedding, LayerContext, LayerNorm, RMSNorm, norm_of
+from sled.models.layers import KV, Block, Embedding, LayerContext, LayerNorm, RMSNorm, norm_of, ring_size
 
 # Parts whose parameters have one more, leading axis in the stacked form, and what that axis is called.
 STACKED = {"layers": "layers", "exit_heads": "exits"}
@@ -90,11 +90,15 @@ class Decoder(nnx.Module):
         h_BTD = h_BTD.astype(jnp.promote_types(h_BTD.dtype, jnp.float32))
         return h_BTD if self.positions is None else h_BTD + self.positions(positions_BT)
 
-    def empty_caches(self, batch: int, slots: int) -> list[KV]:
-        """Zeroed K/V caches of every layer for `slots` positions: L pairs of [B, K, slots + 1, H]."""
-        shape = (batch, self.config.num_kv_heads, slots + 1, self.config.head_dim)
-        dtype = self.embedding.weight[...].dtype
-        return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(self.num_layers)]
+    def empty_caches(self, batch: int, slots: int, ahead: int) -> list[KV]:
+        """Zeroed K/V caches of every layer for `slots` positions: L pairs of [B, K, slots + 1, H].
+
+        Layers with a window have fewer: as many as the window, and `ahead` more (see `layers.attention.ring_size`).
+        """
+        c, dtype = self.config, self.embedding.weight[...].dtype
+        sizes = [ring_size(slots, window, ahead) + 1 for window in c.windows]
+        empty = lambda size: jnp.zeros((batch, c.num_kv_heads, size, c.head_dim), dtype)  # noqa: E731
+        return [(empty(size), empty(size)) for size in sizes]
 
     def run_layers(self, h_BTD, positions_BT, caches: list[KV] | None, start: int,
                    stop: int) -> tuple[list[jax.Array], list[KV]]:
@@ -103,7 +107,8 @@ class Decoder(nnx.Module):
         `h_BTD` is hidden state `start`; `positions_BT` are the tokens' absolute positions; `caches`
         holds the K/V of exactly those layers, or None for a block that stands alone. Returns the hidden
         states start+1 .. stop and those layers' new K/V.
-        A position without a slot writes nothing that is ever read: so are rows switched off.
+        The tokens of a row stand at neighbouring positions. At a negative one a token writes nothing that is ever
+        read: so are tokens and rows switched off.
         """
         context = LayerContext.of(self.config, positions_BT)
         states, new = [], []

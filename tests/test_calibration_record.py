@@ -88,7 +88,8 @@ def test_another_model_is_refused(demo, record):
     norm = params["layers"][3]["mlp_norm"]["weight"]
     norm[...] = norm[...].at[5].set(np.nextafter(norm[...][5], np.float32(9)))
     for change, says in ((dict(params=params), "weights was .* and is [^;]*"),
-                         (dict(config=dataclasses.replace(demo.config, rope=Rope(500.0))), "model.rope.theta was 10000.0 and is 500.0")):
+                         (dict(config=dataclasses.replace(demo.config, rope=Rope(500.0))),
+                          "model.rope.theta was 10000.0 and is 500.0")):
         other = copy.copy(demo)
         vars(other).update(change)
         with pytest.raises(CalibrationError, match=f"does not hold here: {says}; serve"):

@@ -175,7 +175,7 @@ def test_propagation_equals_the_slow_reference():
     out = generate(exits=PROPAGATING)
     assert {layer for row in out.exit_layers for layer in row} == {2, 4}
     for prompt, expected in list(zip(PROMPTS, out.tokens, strict=True))[1::2]:
-        caches, ids = model.empty_caches(1, CAPACITY), list(prompt)
+        caches, ids = model.empty_caches(1, CAPACITY, 0), list(prompt)
         for t in range(len(prompt) + count - 1):
             at = np.array([[t]])
             h = model.embed(np.array([[ids[t]]]), at)

@@ -73,10 +73,10 @@ def test_rows_may_stand_at_different_positions(decoder, whole):
     close(states, whole[:, jnp.arange(2)[:, None], at])
 
 
-def test_a_position_beyond_the_cache_writes_nothing(decoder):
+def test_a_negative_position_writes_nothing(decoder):
     """Nothing but the last slot, which belongs to no position."""
     caches = padded(run(decoder, TOKENS_BT)[1])
-    _, after = run(decoder, TOKENS_BT[:, :1], jnp.array([[20], [SLOTS]]), caches)
+    _, after = run(decoder, TOKENS_BT[:, :1], jnp.array([[20], [-1]]), caches)
     for old, new in zip(jax.tree.leaves(caches), jax.tree.leaves(after), strict=True):
         assert (old[1, :, :-1] == new[1, :, :-1]).all() and (old[0] != new[0]).any()
 
@@ -94,7 +94,7 @@ def test_the_stacked_form_equals_the_separate_one(decoder, whole):
 
 def test_hidden_states_of_narrow_weights_are_float32_and_not_rounded_on_the_way(tiny_folder):
     narrow = load_folder(tiny_folder(CHOSEN[1]), dtype=jnp.bfloat16)
-    caches = narrow.empty_caches(2, SLOTS)
+    caches = narrow.empty_caches(2, SLOTS, 0)
     states, kv = run(narrow, TOKENS_BT, caches=caches)
     assert states.dtype == narrow.embed(TOKENS_BT, None).dtype == narrow.logits(states[-1]).dtype == jnp.float32
     assert {x.dtype for pair in (*caches, *kv) for x in pair} == {jnp.dtype(jnp.bfloat16)}

@@ -1,9 +1,9 @@
 """The layers of a decoder: one file per kind of part, and the block that puts them together."""
 
-from sled.models.layers.attention import KV, LayerContext, traced_windows
+from sled.models.layers.attention import KV, LayerContext, ring_size, traced_windows
 from sled.models.layers.basic import Embedding, LayerNorm, Linear, RMSNorm, norm_of, parameter
 from sled.models.layers.block import Block
 from sled.models.layers.mlp import MLP
 
 __all__ = ["KV", "MLP", "Block", "Embedding", "LayerContext", "LayerNorm", "Linear", "RMSNorm", "norm_of", "parameter",
-           "traced_windows"]
+           "ring_size", "traced_windows"]

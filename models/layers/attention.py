@@ -4,9 +4,12 @@ Axes: B batch, T tokens of this call, S cache slots, D width, N query heads, K k
 
 A key/value cache is laid out [B, K, S, H]: with S next to H, attention over it is a plain batched
 matrix product (on a CPU several times faster than [B, S, K, H], which is transposed at every step).
-The token at position p of a row always lies in slot p, so a query at position p sees exactly the
-slots 0..p, whatever the padding to its right holds. One slot more than there are positions takes what
-tokens that are switched off would write.
+The token at position p of a row lies in slot p, so a query at position p sees exactly the slots 0..p, whatever the
+padding to its right holds. One slot more than there are positions takes what tokens that are switched off (at a
+negative position) would write.
+
+A layer with a window has only as many slots as the window and what may be written ahead of a query take: a ring, in
+which the token at position p lies in slot p modulo its size (`ring_size`).
 """
 
 from __future__ import annotations
@@ -112,22 +115,33 @@ class Attention(nnx.Module):
         """The output [B, T, D], of type `dtype` (None: of x), and the keys and values."""
         positions_BT, segments_BT, window = context.positions_BT, context.segments_BT, context.window
         q = rotate(self._heads(self.q(x_BTD), self.q_norm), context.angles)
-        k, v = self.keys_values(x_BTD, context, cache)
-        slots_BS = positions_BT if cache is None else jnp.arange(k.shape[2])[None]
-        visible = slots_BS[:, None, :] <= positions_BT[:, :, None]
+        own = self._own_keys_values(x_BTD, context)
+        kv = own if cache is None else _write(cache, own, positions_BT, window)
+        if cache is None:
+            seen, at = own, positions_BT[:, None]
+        elif _fits(cache, positions_BT.shape[1], window):
+            seen, at = kv, _positions_of_slots(kv, positions_BT, window)
+        else:  # what the block writes may be in the place of what its first tokens still see
+            seen = tuple(jnp.concatenate([old, new.astype(old.dtype)], axis=2)
+                         for old, new in zip(cache, own, strict=True))
+            before_B1S = _positions_of_slots(cache, positions_BT[:, :1] - 1, window)
+            at = jnp.concatenate([before_B1S, positions_BT[:, None]], axis=-1)
+        visible = (at >= 0) & (at <= positions_BT[:, :, None])
         if window is not None:
-            visible &= slots_BS[:, None, :] > positions_BT[:, :, None] - window
+            visible &= at > positions_BT[:, :, None] - window
         if segments_BT is not None:
             visible &= segments_BT[:, None, :] == segments_BT[:, :, None]
-        out = rearrange(attend(q, k, v, visible, scale=self.scale, cap=self.cap), "b n t h -> b t (n h)")
-        return self.o(out, dtype), (k, v)
+        out = rearrange(attend(q, *seen, visible, scale=self.scale, cap=self.cap), "b n t h -> b t (n h)")
+        return self.o(out, dtype), kv
 
-    def keys_values(self, x_BTD, context: LayerContext, cache: KV | None) -> KV:
-        """The tokens' own K/V [B, K, T, H], or the cache with them written into it."""
+    def write_kv(self, x_BTD, context: LayerContext, cache: KV) -> KV:
+        """The cache with the tokens' K/V written into it."""
+        return _write(cache, self._own_keys_values(x_BTD, context), context.positions_BT, context.window)
+
+    def _own_keys_values(self, x_BTD, context: LayerContext) -> KV:
+        """The tokens' own K/V [B, K, T, H]."""
         k = rotate(self._heads(self.k(x_BTD), self.k_norm), context.angles)
-        v = self._heads(self.v(x_BTD))
-        return (k, v) if cache is None else tuple(
-            _write(old, new, context.positions_BT) for old, new in zip(cache, (k, v), strict=True))
+        return k, self._heads(self.v(x_BTD))
 
     def _heads(self, y, norm=None):
         """[B, N, T, H], normed before the heads are split, or each by itself."""
@@ -136,13 +150,51 @@ class Attention(nnx.Module):
         return norm(y) if norm is not None and not self.whole_norm else y
 
 
-def _write(cache_BKSH, new_BKTH, positions_BT):
-    """Put each token's key (or value) into the slot of its position.
+def ring_size(slots: int, window: int | None, ahead: int) -> int:
+    """How many positions a layer's cache holds of `slots`: all, or as many as its window takes.
 
-    Positions from the last slot on go into the last slot, which no token owns: a write that is clipped
+    ahead: by how many positions a block's last token, or a draft that was not right, may be ahead of the token that
+    attends. What is written there must not be in the place of what that token sees.
+    """
+    if window is None or not isinstance(slots, int):  # the symbolic size of an exported program
+        return slots
+    return min(slots, window + ahead)
+
+
+def _positions_of_slots(cache: KV, positions_BT, window: int | None):
+    """The position whose K/V a slot holds for a query at each of these positions, [B or 1, T or 1, S]; of slots that
+    hold nothing for it, a negative one or one beyond the query's."""
+    size = cache[0].shape[2] - 1
+    slots_S = jnp.arange(size + 1)
+    if window is None or not isinstance(size, int):
+        return slots_S[None, None]
+    at_BTS = positions_BT[:, :, None] - (positions_BT[:, :, None] - slots_S) % size
+    return jnp.where(slots_S < size, at_BTS, -1)
+
+
+def _fits(cache: KV, block: int, window: int | None) -> bool:
+    """Whether a block can be written before its tokens attend: nothing that they see is in the places it takes."""
+    size = cache[0].shape[2] - 1
+    return window is None or not isinstance(size, int) or size < window or block - 1 <= size - window
+
+
+def _write(cache: KV, new: KV, positions_BT, window: int | None) -> KV:
+    """Puts each token's key and value into the slot of its position.
+
+    Negative positions go into the last slot, which no token owns: a write that is clipped
     happens in place, one that is dropped makes XLA copy the cache (at batch 1 four times a layer).
     """
-    slots_BT = jnp.minimum(positions_BT, cache_BKSH.shape[2] - 1)
+    size = cache[0].shape[2] - 1
+    if window is not None and isinstance(size, int):
+        if positions_BT.shape[1] > size:  # of several tokens with one slot the last counts
+            positions_BT = jnp.where(positions_BT > positions_BT.max(1, keepdims=True) - size, positions_BT, -1)
+        slots_BT = jnp.where(positions_BT < 0, size, positions_BT % size)
+    else:
+        slots_BT = jnp.where(positions_BT < 0, size, positions_BT)
+    return tuple(_put(old, own, slots_BT) for old, own in zip(cache, new, strict=True))
+
+
+def _put(cache_BKSH, new_BKTH, slots_BT):
     new_BTKH = rearrange(new_BKTH, "b k t h -> b t k h").astype(cache_BKSH.dtype)
     if slots_BT.size == 1:
         # Written twice: XLA turns a scatter of one place into an update that it fuses with the reading, and

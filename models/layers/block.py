@@ -44,7 +44,7 @@ class Block(nnx.Module):
 
     def write_kv(self, h_BTD, context: LayerContext, cache: KV) -> KV:
         """The cache with the K/V of tokens that enter this layer as `h_BTD`; the layer itself does not run."""
-        return self.attention.keys_values(self._before(self.attention_norm, h_BTD), context, cache)
+        return self.attention.write_kv(self._before(self.attention_norm, h_BTD), context, cache)
 
     def _before(self, norm, h_BTD):
         """What the weights are multiplied with: of their type, if that is the narrower."""

@@ -143,7 +143,7 @@ class Generation(Batch):
             while (self.active & (self.lengths >= self._room_B(capacity))).any():
                 capacity = bucket(capacity + 1)
             if capacity > self._state.capacity:
-                self._state = state.grow(self._state, capacity=capacity)
+                self._state = state.grow(self._build, self._state, plan=self._plan, capacity=capacity)
             self._decode(np.minimum(goal_B, self._room_B(capacity)))
         self.decode_seconds += time.perf_counter() - begun
 

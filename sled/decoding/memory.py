@@ -34,7 +34,7 @@ def refuse_too_large(build: Build, window: int, buffers: int, *, rows: int, capa
 
 @functools.lru_cache(maxsize=256)
 def _bytes(build: Build, window: int, buffers: int, rows: int, capacity: int) -> int:
-    caches = jax.tree.leaves(jax.eval_shape(lambda: build.outline.empty_caches(1, capacity)))
+    caches = jax.tree.leaves(jax.eval_shape(lambda: build.outline.empty_caches(1, capacity, window - 1)))
     kv = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in caches)
     width = build.outline.shared_head.w_VD.shape[1]
     waiting = buffers * window * width * caches[0].dtype.itemsize

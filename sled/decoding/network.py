@@ -9,6 +9,7 @@ import jax
 from sled.fusion.projection import SharedHead
 
 KV = tuple[jax.Array, jax.Array]
+NOWHERE = -1  # the position of a token that is switched off
 
 
 class ExitHead(Protocol):
@@ -42,15 +43,19 @@ class Network(Protocol):
     def embed(self, tokens_BT, positions_BT) -> jax.Array:
         """[B, T] token ids, at these absolute positions, to hidden state 0, [B, T, D]."""
 
-    def empty_caches(self, batch: int, slots: int) -> list[KV]:
-        """One K/V pair per layer, with room for `slots` positions; the slot axis is the last but one."""
+    def empty_caches(self, batch: int, slots: int, ahead: int) -> list[KV]:
+        """One K/V pair per layer, for texts of `slots` positions; the slot axis is the last but one.
+
+        A layer may keep fewer than all, if it never looks further back: tokens are written up to `ahead` positions
+        beyond one that still attends.
+        """
 
     def run_layers(self, h_BTD, positions_BT, caches: list[KV] | None, start: int,
                    stop: int) -> tuple[list[jax.Array], list[KV]]:
         """Layers start+1 .. stop over a block of tokens at the given absolute positions.
 
-        Writes the block's K/V into its slots (slot = position; a position from `slots` on writes
-        nothing that is ever read) and attends to slots 0 .. position. Returns the layers' outputs and their caches.
+        Writes the block's K/V (at a negative position, `NOWHERE`, nothing that is ever read) and attends to positions
+        0 .. its own. Of a row the positions are neighbours. Returns the layers' outputs and their caches.
         """
 
     def write_kv(self, h_BTD, positions_BT, caches: list[KV], start: int, stop: int) -> list[KV]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.decoding.network import Build
+from sled.decoding.network import NOWHERE, Build
 from sled.decoding.programs import bounded, forget_programs
 from sled.decoding.readout import Readout
 from sled.decoding.state import Plan, bucket, start
@@ -56,7 +56,7 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
         height = min(batch_size, len(rows))
         for at in range(0, len(rows), height):
             some_rows = rows[at:at + height]
-            block = _block([(row, *pairs[index]) for row, index in some_rows], height, longest, capacity)
+            block = _block([(row, *pairs[index]) for row, index in some_rows], height, longest)
             judged = jax.device_get(_score_block(build, params, state.caches, *block, fusion, normalise))
             begun = 0
             for _, index in some_rows:
@@ -65,21 +65,21 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
                 begun = end
 
 
-def _block(rows, height: int, longest: int, capacity: int):
+def _block(rows, height: int, longest: int):
     """Arrays for `_score_block`: a row's inputs are its prompt's last token and all but its own last.
 
     The last two are an order of the places in which those with a token to score come first, and how many these are.
     """
     which_B = np.zeros(height, np.int32)
     inputs_BT, targets_BT = np.zeros((2, height, longest), np.int32)
-    positions_BT = np.full((height, longest), capacity, np.int32)
+    positions_BT = np.full((height, longest), NOWHERE, np.int32)
     for b, (row, prompt, continuation) in enumerate(rows):
         m = len(continuation)
         which_B[b] = row
         inputs_BT[b, :m] = [prompt[-1], *continuation[:-1]]
         targets_BT[b, :m] = continuation
         positions_BT[b, :m] = len(prompt) - 1 + np.arange(m)
-    idle_P = positions_BT.ravel() == capacity
+    idle_P = positions_BT.ravel() == NOWHERE
     return which_B, inputs_BT, targets_BT, positions_BT, np.argsort(idle_P, kind="stable"), (~idle_P).sum()
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sled.decoding.network import NOWHERE
 from sled.decoding.readout import Readout
 from sled.decoding.sampling import Sampling
 from sled.decoding.state import DecodeState, Plan
@@ -71,7 +72,7 @@ def first_segment(run: Context, state: DecodeState, ready_B):
     Returns the state, and the tokens' hidden states [B, D] by layer.
     """
     network, text, top = run.readout.network, state.text, run.plan.exits[0]
-    position_B1 = jnp.where(ready_B, text.length_B - 1, state.capacity)[:, None]
+    position_B1 = jnp.where(ready_B, text.length_B - 1, NOWHERE)[:, None]
     h0 = network.embed(text.newest_B[:, None], position_B1)
     new, caches = network.run_layers(h0, position_B1, state.caches[:top], 0, top)
     states = dict(enumerate([h0, *new]))
@@ -83,8 +84,8 @@ def first_segment(run: Context, state: DecodeState, ready_B):
 def run_block(run: Context, state: DecodeState, s: int, size: int, rows_B):
     """Segment s over the pending tokens of rows `rows_B`, at most `size` of each.
 
-    Returns the state, the tokens' hidden states [B, size, D] by layer, and their positions [B, size], which are the
-    capacity where there is no token. In the last segment of a policy that verifies, the K/V length is left to `verify`.
+    Returns the state, the tokens' hidden states [B, size, D] by layer, and their positions [B, size], NOWHERE
+    where there is no token. In the last segment of a policy that verifies, the K/V length is left to `verify`.
     """
     network, plan, progress = run.readout.network, run.plan, state.progress
     below, top = plan.bounds(s)
@@ -93,7 +94,7 @@ def run_block(run: Context, state: DecodeState, s: int, size: int, rows_B):
     slot_BT = position_BT % plan.window
     states = {n: jnp.take_along_axis(buffer_BPD, slot_BT[:, :, None], axis=1)
               for n, buffer_BPD in zip(plan.buffered_layers, progress.buffers, strict=True) if n <= below}
-    position_BT = jnp.where(rows_B[:, None] & (position_BT < end_B[:, None]), position_BT, state.capacity)
+    position_BT = jnp.where(rows_B[:, None] & (position_BT < end_B[:, None]), position_BT, NOWHERE)
     new, caches = network.run_layers(states[below], position_BT, state.caches[below:top], below, top)
     states |= dict(enumerate(new, below + 1))
     verified_later = run.policy.verifies and s == plan.last_exit
@@ -106,14 +107,14 @@ def _ran(run: Context, state: DecodeState, s: int, states, position_BT, caches, 
     plan, progress = run.plan, state.progress
     below, top = plan.bounds(s)
     buffers = [
-        _buffered(buffer_BPD, states[n], position_BT, state.capacity) if n in states and (n > below or s == 0)
+        _buffered(buffer_BPD, states[n], position_BT) if n in states and (n > below or s == 0)
         else buffer_BPD for n, buffer_BPD in zip(plan.buffered_layers, progress.buffers, strict=True)]
     progress = progress.replace(buffers=tuple(buffers), kv_len_BE=progress.kv_len_BE.at[:, s].set(kv_len_B))
     return state.replace(progress=progress, caches=[*state.caches[:below], *caches, *state.caches[top:]])
 
 
-def _buffered(buffer_BPD, h_BTD, position_BT, capacity: int):
-    """The buffer with the hidden states of consecutive positions in their slots; positions at capacity write nothing.
+def _buffered(buffer_BPD, h_BTD, position_BT):
+    """The buffer with the hidden states of consecutive positions in their slots; a token at NOWHERE writes nothing.
 
     Every slot looks up what it gets: on a CPU a scatter runs as a loop of its own.
     """
@@ -121,7 +122,7 @@ def _buffered(buffer_BPD, h_BTD, position_BT, capacity: int):
     at_BP = (jnp.arange(window) - position_BT[:, :1]) % window  # the place in the block that belongs into each slot
     at_BP = jnp.minimum(at_BP, size - 1)
     position_BP = jnp.take_along_axis(position_BT, at_BP, axis=1)
-    mine_BP = (position_BP < capacity) & (position_BP % window == jnp.arange(window))
+    mine_BP = (position_BP >= 0) & (position_BP % window == jnp.arange(window))
     h_BPD = jnp.take_along_axis(h_BTD, at_BP[:, :, None], axis=1)
     return jnp.where(mine_BP[:, :, None], h_BPD, buffer_BPD)
 
@@ -132,7 +133,7 @@ def propagate_kv(run: Context, state: DecodeState, s: int, leaves_B, h_BD) -> De
 
     def write(state: DecodeState) -> DecodeState:
         length_B, progress = state.text.length_B, state.progress
-        position_B1 = jnp.where(leaves_B, length_B - 1, state.capacity)[:, None]
+        position_B1 = jnp.where(leaves_B, length_B - 1, NOWHERE)[:, None]
         caches = run.readout.network.write_kv(h_BD[:, None], position_B1, state.caches[top:], top, last)
         deeper_E = jnp.arange(len(run.plan.exits)) > s
         kv_len_BE = jnp.where(leaves_B[:, None] & deeper_E, length_B[:, None], progress.kv_len_BE)

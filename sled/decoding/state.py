@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sled.decoding.memory import refuse_too_large
-from sled.decoding.network import KV, Build, Network
+from sled.decoding.network import KV, NOWHERE, Build, Network
 from sled.decoding.programs import bounded
 from sled.decoding.readout import Readout
 from sled.errors import SettingError
@@ -150,7 +150,7 @@ class Progress:
 class DecodeState:
     """Everything the loop carries. Rows are independent: no value of one row depends on another.
 
-    caches: per layer K and V, slot = position. memory: the policy's own arrays (`Policy.initial_memory`).
+    caches: per layer K and V. memory: the policy's own arrays (`Policy.initial_memory`).
     """
 
     text: Text
@@ -213,7 +213,7 @@ def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, mem
                           waited_B=zero_B, held_B=zero_B, buffers=tuple(
                               jnp.zeros((batch, plan.window, h_BD.shape[-1]), h_BD.dtype)
                               for _ in plan.buffered_layers)),
-        caches=network.empty_caches(batch, slots), memory=memory)
+        caches=network.empty_caches(batch, slots, plan.window - 1), memory=memory)
 
 
 @bounded(static_argnames=("build", "block"), donate_argnames="state")
@@ -222,7 +222,7 @@ def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> D
     network = build(params)
     positions_T = begin + jnp.arange(block)
     tokens_BT = jnp.take(state.text.tokens_BS, positions_T, axis=1, mode="clip")
-    positions_BT = jnp.where(positions_T < state.text.length_B[:, None] - 1, positions_T, state.capacity)
+    positions_BT = jnp.where(positions_T < state.text.length_B[:, None] - 1, positions_T, NOWHERE)
     h_BTD = network.embed(tokens_BT, positions_BT)
     _, caches = network.run_layers(h_BTD, positions_BT, state.caches, 0, network.num_layers)
     return state.replace(caches=caches)
@@ -247,15 +247,15 @@ def put_row(state: DecodeState, row: DecodeState, at) -> DecodeState:
     return jax.tree.map(lambda rows, one: jax.lax.dynamic_update_index_in_dim(rows, one[0], at, axis=0), state, row)
 
 
-@bounded(static_argnames="capacity")
-def grow(state: DecodeState, *, capacity: int) -> DecodeState:
+@bounded(static_argnames=("build", "plan", "capacity"))
+def grow(build: Build, state: DecodeState, *, plan: Plan, capacity: int) -> DecodeState:
     """The same state with room for `capacity` positions: axis S of the text's arrays, as their names have it, and the
-    slots of the caches, their last axis but one."""
-    more = capacity - state.capacity
+    slots of the caches, as the network has them for so many."""
+    def wider(x, shape):
+        return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
 
-    def wider(x, axis: int):
-        return jnp.pad(x, [(0, more if n == axis % x.ndim else 0) for n in range(x.ndim)])
-
+    batch, _ = state.text.tokens_BS.shape
+    caches = jax.eval_shape(lambda: build.outline.empty_caches(batch, capacity, plan.window - 1))
     by_position = [field.name for field in dataclasses.fields(Text) if field.name.endswith("_BS")]
-    text = state.text.replace(**{name: wider(getattr(state.text, name), 1) for name in by_position})
-    return state.replace(text=text, caches=jax.tree.map(lambda x: wider(x, -2), state.caches))
+    text = state.text.replace(**{name: wider(getattr(state.text, name), (batch, capacity)) for name in by_position})
+    return state.replace(text=text, caches=jax.tree.map(lambda x, new: wider(x, new.shape), state.caches, caches))

@@ -27,7 +27,7 @@ def verify(run: Context, state: DecodeState, rows_B) -> tuple[DecodeState, jax.A
     last = run.plan.last_exit
     state, states, position_BT = run_block(run, state, last, run.plan.window, rows_B)
     text, progress, size = state.text, state.progress, position_BT.shape[1]
-    pending_BT = position_BT < state.capacity
+    pending_BT = position_BT >= 0
     count_B = pending_BT.sum(1, dtype=jnp.int32)
     chosen_BT = _last_layer_choices(run, state, states, position_BT)
 
