@@ -183,8 +183,12 @@ class DecoderConfig:
                               "correct num_heads or head_dim")
         if not self.norm_eps >= 0:
             raise ConfigError(f"norm_eps is {self.norm_eps!r}, but it must be at least 0")
-        if self.rope is not None and self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                rope.check(self.head_dim)
+        if self.rope and self.local_rope and self.rope.share != self.local_rope.share:
+            raise ConfigError(f"{self.rope.share:g} of each head is to turn, but {self.local_rope.share:g} in layers "
+                              "with a window; give one share")
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
@@ -197,3 +201,14 @@ class DecoderConfig:
             given = shorten(repr(self.exit_heads.layers), 100)
             raise ConfigError(f"exit heads are given for layers {given}, but a model of {self.num_layers} layers has "
                               f"early exits 1 to {self.num_layers - 1}")
+
+    @property
+    def context(self) -> int:
+        """How many positions a text may have: `max_positions`, or as many as the rotary positions hold for."""
+        ropes = [rope for rope in (self.rope, self.local_rope) if rope is not None]
+        return min((rope.context(self.max_positions) for rope in ropes), default=self.max_positions)
+
+    @property
+    def beyond(self) -> str:
+        """What to know where a text is to have more: a clause to follow "; ", or nothing."""
+        return "" if self.rope is None else self.rope.beyond()

@@ -33,8 +33,8 @@ UNLIMITED = jnp.iinfo(jnp.int32).max  # a traced window that hides nothing; max_
 class LayerContext(NamedTuple):
     """What a layer reads beside hidden states; leaves have the rows' axis first, of length 1 where all rows share it.
 
-    angles: cos and sin of every position's angles, each [B, 1, T, H] (both halves alike); None where layers do not
-        rotate. local_angles: those of layers with a window, where they have their own.
+    angles: cos and sin of every position's angles, each [B, 1, T, R] (both halves alike), of the R numbers of a head
+        that turn; None where layers do not rotate. local_angles: those of layers with a window, where they have theirs.
     segments_BT: the document of each token in a packed row, which is all that it sees; None: rows are not packed.
     window: how many positions back the layer sees: None for all, a number, or one of `traced_windows`.
     mesh: over which rows and weights are split; None: they are not. No leaf: it is set where the layer runs.
@@ -65,7 +65,8 @@ class LayerContext(NamedTuple):
 def _angles(rope: Rope, head_dim: int, positions_BT) -> Angles:
     angles = positions_BT[..., None] * jnp.asarray(rope.frequencies(head_dim), jnp.float32)
     angles = jnp.concatenate([angles, angles], axis=-1)[:, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    amplitude = rope.amplitude()
+    return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
 def traced_windows(config: DecoderConfig) -> jax.Array:
@@ -74,13 +75,14 @@ def traced_windows(config: DecoderConfig) -> jax.Array:
 
 
 def rotate(x_BNTH, angles: Angles | None):
-    """Rotate pair (i, i + H/2) of every head by its position's angle."""
+    """Rotate pair (i, i + R/2) of every head by its position's angle; what a head has beyond R stays."""
     if angles is None:
         return x_BNTH
-    cos, sin = angles
-    low, high = jnp.split(x_BNTH, 2, axis=-1)
-    turned_BNTH = jnp.concatenate([-high, low], axis=-1)
-    return x_BNTH * cos.astype(x_BNTH.dtype) + turned_BNTH * sin.astype(x_BNTH.dtype)
+    cos, sin = (table.astype(x_BNTH.dtype) for table in angles)
+    x_BNTR, rest = jnp.split(x_BNTH, [cos.shape[-1]], axis=-1)
+    low, high = jnp.split(x_BNTR, 2, axis=-1)
+    turned_BNTR = x_BNTR * cos + jnp.concatenate([-high, low], axis=-1) * sin
+    return jnp.concatenate([turned_BNTR, rest], axis=-1) if rest.shape[-1] else turned_BNTR
 
 
 def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, *, scale: float, cap: float | None = None, sink_N=None):
