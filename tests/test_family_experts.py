@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import BASE
-from flax import nnx
 from safetensors.numpy import load_file
 
 import sled
@@ -70,3 +69,28 @@ def test_hidden_states_and_logits_equal_transformers(name, models):
     for n, (h, other) in enumerate(zip([*states[:-1], decoder.normalise(states[-1])], out.hidden_states, strict=True)):
         np.testing.assert_allclose(h, other.numpy(), atol=1e-4, rtol=0, err_msg=f"hidden state {n}")
     np.testing.assert_allclose(decoder.logits(states[-1]), out.logits.numpy(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_greedy_tokens_of_ragged_prompts_equal_transformers(name, models):
+    import torch
+
+    folder, model = models(name)
+    lm, prompts = sled.load(folder), [TOKENS_BT[0, :n].tolist() for n in (3, 14, 9)]
+    for prompt, ours in zip(prompts, lm.generate(prompts, max_new_tokens=12).tokens, strict=True):
+        with torch.no_grad():
+            tokens = model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False)[0].tolist()
+        ours = [int(token) for token in ours]
+        assert ours == tokens[len(prompt):][:len(ours)] and len(ours) >= len(tokens) - len(prompt) - 1
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_folder_is_written_back_as_it_was_read(name, models, tmp_path, transformers):
+    folder, model = models(name)
+    decoder = load_folder(folder)
+    written = save_folder(decoder, tmp_path / "saved")
+    one, other = (load_file(where / "model.safetensors") for where in (folder, written))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    assert load_folder(written).config == decoder.config
+    read = transformers.AutoModelForCausalLM.from_pretrained(written).state_dict()
+    assert all((read[name] == tensor).all() for name, tensor in model.state_dict().items())

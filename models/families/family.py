@@ -33,11 +33,11 @@ WITHOUT_EFFECT = frozenset("""
     gradient_checkpointing id2label initializer_range is_decoder label2id length_penalty max_length min_length
     mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule
     num_beam_groups num_beams num_heads num_labels num_return_sequences output_attentions output_hidden_states
-    output_router_logits output_scores prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens target_lookbehind task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p use_bfloat16 use_cache vision_aspect_ratio vision_feature_layer
-    vision_feature_select_strategy
+    output_router_logits output_scores prefix pretraining_tp problem_type pruned_heads remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens target_lookbehind
+    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k
+    top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache vision_aspect_ratio
+    vision_feature_layer vision_feature_select_strategy
 """.split())
 
 # Fields that change what transformers computes, and the only values under which they do not.

@@ -17,6 +17,8 @@ from sled.models.families.family import (
 from sled.models.families.rope import read_rope, write_rope
 
 EXPERTS = "model.layers.#.mlp.experts"
+YARN = dict(rope_type="yarn", factor=32.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+            original_max_position_embeddings=4096)
 GATE_AND_UP = ("layers.#.mlp.gate", "layers.#.mlp.up")
 
 
@@ -30,8 +32,8 @@ def _read(f: Fields) -> dict:
                       chosen=f.take("num_experts_per_tok", int, 4), width=shape["mlp_width"],
                       balance=f.take("router_aux_loss_coef", float, 0.001),
                       clamp=(f.take("swiglu_alpha", float, 1.702), f.take("swiglu_limit", float, 7.0)))
-    return dict(shape, rope=read_rope(f, shape["max_positions"], 150_000.0), qkv_bias=bias, out_bias=bias,
-                mlp_bias=True, sinks=True, experts=experts,
+    return dict(shape, rope=read_rope(f, shape["max_positions"], 150_000.0, absent=YARN), qkv_bias=bias,
+                out_bias=bias, mlp_bias=True, sinks=True, experts=experts,
                 windows=read_windows(f, shape["num_layers"], every=2, window=128))
 
 

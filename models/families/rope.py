@@ -32,15 +32,18 @@ ONE_VALUE: Mapping[str, tuple] = {
 
 
 def read_rope(f: Fields, max_positions: int, theta: float = 10_000.0, *, original: int | None = None,
-              partial: bool = False, kinds: Mapping[str, str] | None = None) -> Rope:
+              partial: bool = False, kinds: Mapping[str, str] | None = None, absent: Mapping | None = None) -> Rope:
     """`rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before), or both alike.
 
     Versions of transformers disagree on which of the two wins, so a contradiction is refused.
 
     theta, original: of a file that does not say (None: `max_positions`). partial: whether the family's class lets a
-    share of each head turn. kinds: the family's own names of ways to stretch, with the usual ones.
+    share of each head turn. kinds: the family's own names of ways to stretch, with the usual ones. absent: the
+    `rope_parameters` of a file that has neither them nor `rope_scaling`.
     """
     spellings = {name: f.take(name, dict, None) or {} for name in ("rope_parameters", "rope_scaling")}
+    if not any(spellings.values()):
+        spellings["rope_parameters"] = absent or {}
     given = {"rope_theta": f.take("rope_theta", float, None), BESIDE: f.take(BESIDE, int, original)}
     if partial:
         given[SHARE] = f.take(SHARE, float, None)
