@@ -50,6 +50,10 @@ Stop = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(
     help_behavior_hint="(default: none)")]
 
 
+LongContext = Annotated[bool, tyro.conf.arg(
+    help="Load a model that has two ways to compute positions (longrope, as Phi-3-mini-128k) for long texts.")]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """Which model."""
@@ -61,10 +65,11 @@ class ModelOptions:
     """Type of the weights."""
     revision: Annotated[str | None, left_out("the newest")] = None
     """Branch, tag or commit of a hub id."""
+    long_context: LongContext = False
 
     def load(self) -> sled.LM:
         print_devices()
-        return sled.load(self.model, dtype=self.dtype, revision=self.revision)
+        return sled.load(self.model, dtype=self.dtype, revision=self.revision, long_context=self.long_context)
 
 
 @dataclasses.dataclass(frozen=True)

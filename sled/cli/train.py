@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sled.cli.derived import arguments, build, dashed, derive, given, offer, overrides, sets, settings_of
-from sled.cli.options import left_out, unescape
+from sled.cli.options import LongContext, left_out, unescape
 from sled.cli.values import Layer
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
@@ -192,6 +192,7 @@ class Train:
     """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """The model to start from: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
+    long_context: LongContext = False
     data_options: DataOptions = dataclasses.field(default_factory=DataOptions)
     recipe_options: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)
     new_model_options: NewModelOptions = dataclasses.field(default_factory=NewModelOptions)
