@@ -67,7 +67,7 @@ VARIANTS = {
     "gemma": dict(GEMMA, model_type="gemma", architectures=["GemmaForCausalLM"], hidden_act="gelu"),
     "gemma2": dict(GEMMA, model_type="gemma2", architectures=["Gemma2ForCausalLM"], sliding_window=6,
                    query_pre_attn_scalar=24, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
-    "gemma3": dict(GEMMA, model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=6,
+    "gemma3_text": dict(GEMMA, model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=6,
                    query_pre_attn_scalar=24, rope_parameters={
                        "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=500.0),
                        "sliding_attention": dict(rope_type="default", rope_theta=100.0)},
