@@ -11,11 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from published_configs import PUBLISHED, whole
+from safetensors.numpy import load_file
 
 import sled
 from sled.decoding.readout import Readout
+from sled.errors import CheckpointWarning
 from sled.lm import LM
 from sled.models import Decoder, load_folder
+from sled.models.families.registry import parse_config
+from sled.models.stored import abstract
 from sled.train.objective.cross_entropy import exit_cross_entropy
 from sled.train.objective.forward import exit_states
 
@@ -98,3 +103,53 @@ def test_gradients_of_the_fused_loss_are_those_of_plain_logits(variant, tiny_fol
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(by), jax.tree.leaves(by_plain), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=2e-5 * max(1, float(jnp.abs(theirs).max())))
+
+
+def old_names(weights):
+    return {f"language_model.{name}": array for name, array in weights.items()}
+
+
+def new_names(weights):
+    return {name.replace("model.", "model.language_model.", 1): array for name, array in weights.items()}
+
+
+@pytest.mark.parametrize("names", [old_names, new_names])
+@pytest.mark.parametrize("text", ["gemma3_text", "gemma3-old-spelling-untied"])
+def test_the_text_model_of_a_multimodal_folder_is_read(names, text, variants, tiny_folder, write_model, tmp_path):
+    whole = {"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"], "eos_token_id": [1, 7],
+             "text_config": {k: v for k, v in variants[text].items() if k not in ("architectures", "eos_token_id")},
+             "vision_config": {"hidden_size": 8, "model_type": "siglip_vision_model"}, "mm_tokens_per_image": 4}
+    other = {f"{'model.' * (names is new_names)}{part}.weight": np.ones((2, 2), np.float32)
+             for part in ("vision_tower.vision_model.post_layernorm", "multi_modal_projector.mm_soft_emb_norm")}
+    folder = write_model(tmp_path / "whole", whole, names(load_file(tiny_folder(text) / "model.safetensors")) | other)
+    with pytest.warns(CheckpointWarning, match="of this Gemma3ForConditionalGeneration only the text .* vision parts"):
+        read = load_folder(folder)
+    expected = load_folder(tiny_folder(text))
+    assert read.config == dataclasses.replace(expected.config, eos_ids=(1, 7))
+    for ours, plain in zip(jax.tree.leaves(nnx.state(read)), jax.tree.leaves(nnx.state(expected)), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.filterwarnings("ignore::sled.errors.CheckpointWarning")
+def test_the_text_model_of_a_multimodal_folder_by_transformers_says_the_same(transformers, variants, tmp_path):
+    import torch
+
+    text = {k: v for k, v in variants["gemma3_text"].items() if k != "architectures"}
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28,
+                  patch_size=14)
+    theirs = transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=47)).eval()
+    theirs.save_pretrained(tmp_path / "whole")
+    ids = np.random.RandomState(0).randint(3, 40, (1, 20))
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    model = load_folder(tmp_path / "whole")
+    np.testing.assert_allclose(model.logits(model.hidden_states(jnp.asarray(ids))[-1]), expected, atol=1e-4)
+
+
+def test_a_window_bounds_what_a_layer_keeps():
+    """K/V of Gemma 3 270M for 32,768 positions: three layers keep all of them, fifteen 512, of 2 KiB each in float32."""
+    config = parse_config(whole(PUBLISHED["google/gemma-3-270m"]))
+    caches = jax.eval_shape(lambda: abstract(config).empty_caches(1, 32_768, 0))
+    full, windowed = 32_768 + 1, 512 + 1  # one more for tokens that are switched off
+    assert sum(x.size * 4 for x in jax.tree.leaves(caches)) == 2 * 256 * 4 * (3 * full + 15 * windowed) == 217_063_424
