@@ -74,6 +74,36 @@ def from_pre_exit(layers: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the MLP's place.
+
+    count, chosen, width: how many there are; how many a token goes through, those whose router logits are the highest;
+        and F of each.
+    normalised: a token's experts are weighed by the softmax over their logits alone, else over those of all experts.
+    balance: the coefficient of the load-balancing loss in training (Switch Transformers, arXiv 2101.03961).
+    clamp: (slope, limit) of gpt-oss's form, g sigmoid(slope g) (u + 1), of the gate g at most `limit`, and u within
+        both limits. None: act(g) * u, as in an MLP.
+    """
+
+    count: int
+    chosen: int
+    width: int
+    normalised: bool = True
+    balance: float = 0.001
+    clamp: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        for name, most in (("count", MOST), ("chosen", self.count), ("width", MOST)):
+            if not 1 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} of the experts is {getattr(self, name)!r}, but it must be from 1 to "
+                                  f"{most:,}")
+        if not self.balance >= 0:
+            raise ConfigError(f"balance of the experts is {self.balance!r}, but it must be at least 0")
+        if self.clamp is not None and not min(self.clamp) > 0:
+            raise ConfigError(f"clamp of the experts is {self.clamp!r}, but both numbers must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Shape of a decoder-only transformer: what families differ in, as data.
 
@@ -86,7 +116,10 @@ class DecoderConfig:
     norms_at: "before" attention and MLP, between them and their residual ("after"), or both ("around").
     qk_norm: of queries and keys, each "head" by itself or the "whole" vector before it is split; None: not.
     activation: of the MLP, by config.json's name; gated: down(act(gate x) * up x), else down(act(up x)).
+    experts: what every layer has in the MLP's place, which only exit heads then have; None: an MLP.
     embedding_scale, query_scale: factors of the embeddings and of the attention scores (None: 1, and H ** -0.5).
+    sinks: every query head has a logit of its own in the softmax over its scores, whose share goes nowhere (arXiv
+        2309.17453).
     attention_cap, logit_cap: scores, and logits of every layer, s become cap * tanh(s / cap); None: not.
     windows: one entry per layer: how many positions back (itself included) a token attends to, or None for all.
     eos_ids end a generation. exit_heads: what early exits have of their own, or None.
@@ -112,8 +145,10 @@ class DecoderConfig:
     qk_norm: str | None = None
     activation: str = "silu"
     gated: bool = True
+    experts: Experts | None = None
     embedding_scale: float | None = None
     query_scale: float | None = None
+    sinks: bool = False
     attention_cap: float | None = None
     logit_cap: float | None = None
     tied_head: bool = False
@@ -129,7 +164,7 @@ class DecoderConfig:
             value, most = getattr(self, name), MOST_LAYERS if name == "num_layers" else MOST
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise ConfigError(f"{name} is {value!r}, but it must be a whole number from 1 to {most:,}")
-        for name in ("qkv_bias", "out_bias", "mlp_bias", "gated", "tied_head"):
+        for name in ("qkv_bias", "out_bias", "mlp_bias", "gated", "sinks", "tied_head"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, but it must be True or False")
         for name, choices in (("norm", NORMS), ("norms_at", NORM_PLACES), ("qk_norm", QK_NORMS),
@@ -148,8 +183,12 @@ class DecoderConfig:
                               "correct num_heads or head_dim")
         if not self.norm_eps >= 0:
             raise ConfigError(f"norm_eps is {self.norm_eps!r}, but it must be at least 0")
-        if self.rope is not None and self.head_dim % 2:
-            raise ConfigError(f"head_dim is {self.head_dim}; rotary positions need an even number")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                rope.check(self.head_dim)
+        if self.rope and self.local_rope and self.rope.share != self.local_rope.share:
+            raise ConfigError(f"{self.rope.share:g} of each head is to turn, but {self.local_rope.share:g} in layers "
+                              "with a window; give one share")
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
@@ -162,3 +201,14 @@ class DecoderConfig:
             given = shorten(repr(self.exit_heads.layers), 100)
             raise ConfigError(f"exit heads are given for layers {given}, but a model of {self.num_layers} layers has "
                               f"early exits 1 to {self.num_layers - 1}")
+
+    @property
+    def context(self) -> int:
+        """How many positions a text may have: `max_positions`, or as many as the rotary positions hold for."""
+        ropes = [rope for rope in (self.rope, self.local_rope) if rope is not None]
+        return min((rope.context(self.max_positions) for rope in ropes), default=self.max_positions)
+
+    @property
+    def beyond(self) -> str:
+        """What to know where a text is to have more: a clause to follow "; ", or nothing."""
+        return "" if self.rope is None else self.rope.beyond()

@@ -27,6 +27,7 @@ from sled.models.decoder import Decoder
 from sled.models.families.registry import config_file, family_of, read_config
 from sled.models.layers import Block
 from sled.models.layout import Stored, layout, tensor_shapes
+from sled.models.mxfp4 import unpacked
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "exit_heads.safetensors"
@@ -78,7 +79,7 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
     if config.exit_heads is not None:
         files = [*files, folder / HEADS]
     with contextlib.ExitStack() as stack:
-        files = _open(files, stack)
+        files = unpacked(_open(files, stack))
         refuse_more(folder, config, files)
         family, shapes = family_of(config), parameter_shapes(config)
         tensors = layout(config, shapes)

@@ -111,6 +111,8 @@ PUBLISHED = {
     "meta-llama/Llama-2-13b-chat-hf": dict(LLAMA, **B13),
     "meta-llama/Llama-2-70b-hf": dict(LLAMA, **B70),
     "togethercomputer/LLaMA-2-7B-32K": dict(LLAMA, max_position_embeddings=32768, rope_scaling=LINEAR_8),
+    "NousResearch/Yarn-Llama-2-7b-64k": dict(
+        LLAMA, rope_scaling=dict(factor=16.0, finetuned=True, original_max_position_embeddings=4096, type="yarn")),
     "meta-llama/Meta-Llama-3-8B": LLAMA_3,
     "meta-llama/Meta-Llama-3-8B-Instruct": dict(LLAMA_3, eos_token_id=128009),
     "meta-llama/Meta-Llama-3-70B-Instruct": dict(LLAMA_3, **B70, eos_token_id=128009),
@@ -156,6 +158,8 @@ PUBLISHED = {
                                                 num_attention_heads=56, num_hidden_layers=62, num_key_value_heads=8),
     "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": dict(LLAMA_31, transformers_version="4.43.0.dev0"),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": dict(QWEN_25, **QWEN_15, rope_theta=10000, sliding_window=4096),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": dict(QWEN_25, rope_theta=10000, sliding_window=4096,
+                                                    transformers_version="4.44.0"),
     "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": dict(QWEN_25, **QWEN_32),
     "mistralai/Mistral-7B-v0.1": MISTRAL,
     "mistralai/Mistral-7B-Instruct-v0.1": MISTRAL,
@@ -180,6 +184,9 @@ PUBLISHED = {
     "Qwen/Qwen2-72B": dict(QWEN_2, **B70, max_window_layers=80, rms_norm_eps=1e-05) | dict(intermediate_size=29568),
     "Qwen/Qwen2.5-0.5B-Instruct": dict(QWEN_25, **QWEN_HALF, eos_token_id=151645) | dict(max_window_layers=21),
     "Qwen/Qwen2.5-7B": QWEN_25,
+    "Qwen/Qwen2.5-7B-Instruct, for long texts": dict(  # with what its card says to add
+        QWEN_25, eos_token_id=151645, max_position_embeddings=32768,
+        rope_scaling=dict(factor=4.0, original_max_position_embeddings=32768, type="yarn")),
     "Qwen/Qwen2.5-Coder-32B-Instruct": dict(QWEN_25, **QWEN_32, eos_token_id=151645),
     "Qwen/Qwen2.5-Math-1.5B": dict(QWEN_25, **QWEN_15, max_position_embeddings=4096, rope_theta=10000.0,
                                    sliding_window=4096, tie_word_embeddings=True),
@@ -192,6 +199,9 @@ PUBLISHED = {
     "Qwen/Qwen3-4B-Instruct-2507": dict(QWEN_3, hidden_size=2560, intermediate_size=9728, rope_theta=5000000,
                                         max_position_embeddings=262144, tie_word_embeddings=True),
     "Qwen/Qwen3-8B": QWEN_3,
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": dict(
+        QWEN_3, max_position_embeddings=131072, rope_scaling=dict(
+            attn_factor=0.8782488562869419, factor=4.0, original_max_position_embeddings=32768, rope_type="yarn")),
     "Qwen/Qwen3-32B": dict(QWEN_3, hidden_size=5120, intermediate_size=25600, max_window_layers=64,
                            num_attention_heads=64, num_hidden_layers=64),
     "Qwen/Qwen3-Embedding-0.6B": dict(QWEN_3_06, eos_token_id=151643, max_position_embeddings=32768,
@@ -242,6 +252,8 @@ COUNTS = {
 
 # What a load says that it passes over.
 PASSED_OVER = {
+    "NousResearch/Yarn-Llama-2-7b-64k": ["finetuned (of the rotary positions)"],
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": ["attn_factor (of the rotary positions)"],
     "huggyllama/llama-7b": ["max_sequence_length"],
     "decapoda-research/llama-7b-hf": ["max_sequence_length"],
     "lmsys/vicuna-13b-v1.5-16k": ["max_sequence_length"],
@@ -252,13 +264,6 @@ PASSED_OVER = {
 
 # Published, and refused: the file, and what the error says.
 REFUSED = {
-    "NousResearch/Yarn-Llama-2-7b-64k": (
-        dict(LLAMA, auto_map={"AutoModelForCausalLM": "modeling_llama_together_yarn.LlamaForCausalLM"},
-             rope_scaling=dict(factor=16.0, finetuned=True, original_max_position_embeddings=4096, type="yarn")),
-        "rotary scaling 'yarn'"),
-    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": (
-        dict(QWEN_3, rope_scaling=dict(attn_factor=0.8782488562869419, factor=4.0, rope_type="yarn",
-                                       original_max_position_embeddings=32768)), "rotary scaling 'yarn'"),
     "Alibaba-NLP/gte-Qwen2-1.5B-instruct": (dict(QWEN_2, **QWEN_15, is_causal=False), "'is_causal' is False"),
     "Qwen/Qwen2.5-7B-Instruct-AWQ": (
         dict(QWEN_25, eos_token_id=151645, quantization_config=dict(

@@ -154,7 +154,7 @@ def test_fields_without_effect_have_none(family, theirs, variants, tmp_path):
 @pytest.mark.parametrize("family, name, value", [
     ("llama", "is_causal", False), ("llama", "sliding_window", 4),
     ("llama", "attention_chunk_size", 4),
-    ("llama", "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}),
+    ("llama", "rope_parameters", {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
     ("mistral-window", "is_causal", False), ("qwen2", "is_causal", False), ("qwen3", "is_causal", False),
 ])
 def test_fields_that_are_refused_have_an_effect(family, name, value, theirs, variants, tmp_path):
@@ -172,7 +172,7 @@ def test_fields_that_are_refused_have_an_effect(family, name, value, theirs, var
                            return_dict_in_generate=True)
         outs.append(torch.stack(out.logits))
     assert not torch.allclose(*outs, atol=1e-3)
-    with pytest.raises(ConfigError, match=name if name != "rope_scaling" else "rotary"):
+    with pytest.raises(ConfigError, match=name if name != "rope_parameters" else "rotary"):
         parse_config(odd)
 
 

@@ -133,17 +133,19 @@ def test_a_rate_of_zero_changes_no_bit(pass_of, strategy):
     jax.tree.map(np.testing.assert_array_equal, pass_of(LayerDropout(0.0, strategy=strategy)), pass_of(None))
 
 
-def test_a_dropped_layer_passes_its_input_on(strategy):
+def test_a_dropped_layer_passes_its_input_on_and_counts_nothing(strategy):
     h_BTD = jax.random.normal(KEY, (BATCH, 2, 3))
 
     @jax.jit
     def run(step):
         drops = jax.tree.map(lambda leaf: leaf[-1], LayerDropout(0.6, strategy=strategy).draw(KEY, step, BATCH, LAYERS))
-        out = strategy.apply(lambda h, rows: h + jnp.sin(h), h_BTD, {}, drops, LAYERS - 1)
-        return out, jnp.broadcast_to(drops.scale_LB, BATCH)
+        layer = lambda h, rows: (h + jnp.sin(h), {"counts": jnp.ones((len(h), 2))})  # noqa: E731
+        out, counted = strategy.apply(layer, h_BTD, {}, drops, LAYERS - 1)
+        return out, counted["counts"], jnp.broadcast_to(drops.scale_LB, BATCH)
 
     dropped = 0
-    for out, scale in map(run, range(6)):
+    for out, counts, scale in map(run, range(6)):
+        np.testing.assert_array_equal(counts, np.tile(scale[:, None] > 0, 2))
         np.testing.assert_array_equal(out[scale == 0], h_BTD[scale == 0])
         np.testing.assert_allclose(out, h_BTD + scale[:, None, None] * jnp.sin(h_BTD), rtol=1e-5, atol=1e-6)
         dropped += int((scale == 0).sum())
@@ -180,8 +182,8 @@ def test_rows_left_out_cost_no_arithmetic(model):
         strategy = FixedRows((saved,))
 
         def loss(weights, h_BTD, drops):
-            run = lambda h, rows: nnx.merge(graph, weights)(h, rows, None)[0]  # noqa: E731
-            return strategy.apply(run, h_BTD, context, drops, 0).sum()
+            run = lambda h, rows: (nnx.merge(graph, weights)(h, rows, None)[0], None)  # noqa: E731
+            return strategy.apply(run, h_BTD, context, drops, 0)[0].sum()
 
         drops = jax.eval_shape(lambda: jax.tree.map(lambda leaf: leaf[0], LayerDropout(0.0, strategy=strategy).draw(
             KEY, 0, BATCH, 1)))
@@ -207,7 +209,7 @@ def test_a_batch_that_drops_a_layer_does_not_run_it():
     @jax.jit
     @jax.grad
     def gradient(h_BTD, drops):
-        body = lambda h, drop: (drop.strategy.apply(lambda h, rows: block(h), h, {}, drop, 0), None)  # noqa: E731
+        body = lambda h, drop: drop.strategy.apply(lambda h, rows: (block(h), None), h, {}, drop, 0)  # noqa: E731
         return jax.lax.scan(body, h_BTD, drops)[0].sum()
 
     h_BTD, kept = jnp.ones((2, 1, 1)), []

@@ -33,8 +33,8 @@ WITHOUT_EFFECT = frozenset("""
     forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder label2id
     length_penalty max_length min_length mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size
     num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_heads num_labels
-    num_return_sequences output_attentions output_hidden_states output_scores prefix pretraining_tp problem_type
-    pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
     suppress_tokens target_lookbehind task_specific_params temperature tf_legacy_loss tie_encoder_decoder
     tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
     use_bfloat16 use_cache vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
@@ -56,6 +56,7 @@ ONE_VALUE: Mapping[str, tuple] = {
     "partial_rotary_factor": (1, None),
     "per_layer_config": (None, {}),
     "quantization_config": (None,),
+    "router_jitter_noise": (0, None),  # of training
     "sliding_window": (None,),  # its cache forgets what is further back, in every class
     "text_config": (None,),
     "transformers_weights": (None,),
@@ -207,7 +208,8 @@ class Family:
 
 def read_shape(f: Fields, *, max_positions: int, kv_heads: int | None = None, head_dim: int | None = None,
                bos: tuple[int, ...] = (), eos: tuple[int, ...] = (), pad: tuple[int, ...] = (), tied: bool = False,
-               activation: tuple[str, str] = ("hidden_act", "silu"), absent: Mapping[str, int] | None = None) -> dict:
+               activation: tuple[str, str] = ("hidden_act", "silu"), eps: float = 1e-6,
+               absent: Mapping[str, int] | None = None) -> dict:
     """The fields that most families have. The arguments are the family's defaults for absent fields.
 
     Absent `kv_heads` means as many as query heads; absent `head_dim` means width / heads. `activation`: the field's
@@ -232,13 +234,21 @@ def read_shape(f: Fields, *, max_positions: int, kv_heads: int | None = None, he
         num_kv_heads=heads if given_kv is None else given_kv,
         head_dim=width // heads if given_dim is None else given_dim,
         max_positions=f.take("max_position_embeddings", int, max_positions),
-        norm_eps=float(f.take("rms_norm_eps", float, 1e-6)),
+        norm_eps=float(f.take("rms_norm_eps", float, eps)),
         activation=read_activation(f, *activation),
         tied_head=f.take("tie_word_embeddings", bool, tied),
         bos_id=bos_ids[0] if bos_ids else None,
         eos_ids=f.take_ids("eos_token_id", vocabulary, eos),
         pad_id=pad_ids[0] if pad_ids else None,
     )
+
+
+def take_either(f: Fields, name: str, other: str, default: int) -> int:
+    """A count that transformers takes by two names. Raises ConfigError where they differ."""
+    first, second = (f.take(one, int, None) for one in (name, other))
+    if first is not None and second not in (None, first):
+        raise f.refused(other, second, f"'{name}' is {first}; remove the wrong one")
+    return next((one for one in (first, second) if one is not None), default)
 
 
 def read_activation(f: Fields, name: str, default: str) -> str:
@@ -275,10 +285,11 @@ def layer_kinds(windows: tuple[int | None, ...]) -> list[str]:
     return [FULL if window is None else SLIDING for window in windows]
 
 
-def read_windows(f: Fields, num_layers: int, *, every: int) -> tuple[int | None, ...]:
+def read_windows(f: Fields, num_layers: int, *, every: int, window: int = 4096) -> tuple[int | None, ...]:
     """The window of each layer by `sliding_window` and `layer_types`; without the latter every `every`th layer has
-    none. Raises ConfigError where a layer has to slide and there is no window."""
-    window = f.take("sliding_window", int, 4096, null=True)
+    none. Raises ConfigError where a layer has to slide and there is no window; `window` is that of files without one.
+    """
+    window = f.take("sliding_window", int, window, null=True)
     default = [FULL if (i + 1) % every == 0 else SLIDING for i in range(num_layers)]
     kinds = f.take("layer_types", list, default)
     for kind in kinds:

@@ -12,16 +12,20 @@ from sled.io import read_object, shorten, write_json
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.families.family import ONE_VALUE, Family, Fields
 from sled.models.families.gemma import GEMMA, GEMMA_2, GEMMA_3
+from sled.models.families.gpt_oss import GPT_OSS
 from sled.models.families.llama import LLAMA
 from sled.models.families.mistral import MISTRAL
+from sled.models.families.mixtral import MIXTRAL
 from sled.models.families.qwen import QWEN2, QWEN3
+from sled.models.families.qwen_moe import QWEN3_MOE
 
 HEADS_CONFIG = "exit_heads.json"  # beside config.json, whose readers need not know of it
 # Classes that hold a decoder among other parts, by `model_type`: its config.json is their 'text_config', and beside it
 # the fields of the whole count that follow.
 HOLDERS = {"gemma3": "Gemma3ForConditionalGeneration"}
 OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
-FAMILIES = {family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA_2, GEMMA_3)}
+FAMILIES = {family.name: family for family in (
+    LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA, GEMMA_2, GEMMA_3, GPT_OSS)}
 
 
 def family_of(config: DecoderConfig) -> Family:

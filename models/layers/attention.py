@@ -22,7 +22,7 @@ from einops import rearrange
 from flax import nnx
 
 from sled.models.config import DecoderConfig
-from sled.models.layers.basic import Linear, norm_of
+from sled.models.layers.basic import Linear, norm_of, parameter
 from sled.models.positions import Rope
 
 KV = tuple[jax.Array, jax.Array]
@@ -33,10 +33,11 @@ UNLIMITED = jnp.iinfo(jnp.int32).max  # a traced window that hides nothing; max_
 class LayerContext(NamedTuple):
     """What a layer reads beside hidden states; leaves have the rows' axis first, of length 1 where all rows share it.
 
-    angles: cos and sin of every position's angles, each [B, 1, T, H] (both halves alike); None where layers do not
-        rotate. local_angles: those of layers with a window, where they have their own.
+    angles: cos and sin of every position's angles, each [B, 1, T, R] (both halves alike), of the R numbers of a head
+        that turn; None where layers do not rotate. local_angles: those of layers with a window, where they have theirs.
     segments_BT: the document of each token in a packed row, which is all that it sees; None: rows are not packed.
     window: how many positions back the layer sees: None for all, a number, or one of `traced_windows`.
+    mesh: over which rows and weights are split; None: they are not. No leaf: it is set where the layer runs.
     """
 
     positions_BT: jax.Array
@@ -44,6 +45,7 @@ class LayerContext(NamedTuple):
     local_angles: Angles | None
     segments_BT: jax.Array | None
     window: Any = None
+    mesh: jax.sharding.Mesh | None = None
 
     @classmethod
     def of(cls, config: DecoderConfig, positions_BT, segments_BT=None) -> LayerContext:
@@ -63,7 +65,8 @@ class LayerContext(NamedTuple):
 def _angles(rope: Rope, head_dim: int, positions_BT) -> Angles:
     angles = positions_BT[..., None] * jnp.asarray(rope.frequencies(head_dim), jnp.float32)
     angles = jnp.concatenate([angles, angles], axis=-1)[:, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    amplitude = rope.amplitude()
+    return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
 def traced_windows(config: DecoderConfig) -> jax.Array:
@@ -72,19 +75,21 @@ def traced_windows(config: DecoderConfig) -> jax.Array:
 
 
 def rotate(x_BNTH, angles: Angles | None):
-    """Rotate pair (i, i + H/2) of every head by its position's angle."""
+    """Rotate pair (i, i + R/2) of every head by its position's angle; what a head has beyond R stays."""
     if angles is None:
         return x_BNTH
-    cos, sin = angles
-    low, high = jnp.split(x_BNTH, 2, axis=-1)
-    turned_BNTH = jnp.concatenate([-high, low], axis=-1)
-    return x_BNTH * cos.astype(x_BNTH.dtype) + turned_BNTH * sin.astype(x_BNTH.dtype)
+    cos, sin = (table.astype(x_BNTH.dtype) for table in angles)
+    x_BNTR, rest = jnp.split(x_BNTH, [cos.shape[-1]], axis=-1)
+    low, high = jnp.split(x_BNTR, 2, axis=-1)
+    turned_BNTR = x_BNTR * cos + jnp.concatenate([-high, low], axis=-1) * sin
+    return jnp.concatenate([turned_BNTR, rest], axis=-1) if rest.shape[-1] else turned_BNTR
 
 
-def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, *, scale: float, cap: float | None = None):
+def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, *, scale: float, cap: float | None = None, sink_N=None):
     """Grouped-query attention. Query head n reads key/value head n // G. Returns [B, N, T, H].
 
-    Scores and softmax are float32 (or wider). scale: of the scores. cap: scores s become cap * tanh(s / cap).
+    Scores and softmax are float32 (or wider). scale: of the scores. cap: scores s become cap * tanh(s / cap). sink_N:
+    a logit of each head beside its scores, whose share of the softmax is lost.
     """
     groups = q_BNTH.shape[1] // k_BKSH.shape[1]
     q = rearrange(q_BNTH, "b (k g) t h -> b k (g t) h", g=groups)
@@ -92,7 +97,11 @@ def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, *, scale: float, cap: float | No
     scores = jnp.einsum("bkth,bksh->bkts", q, k_BKSH, preferred_element_type=wide) * scale
     scores = scores if cap is None else cap * jnp.tanh(scores / cap)
     visible = jnp.tile(visible_BTS, (1, groups, 1))[:, None]
-    weights = jax.nn.softmax(jnp.where(visible, scores, jnp.finfo(wide).min), axis=-1)
+    scores = jnp.where(visible, scores, jnp.finfo(wide).min)
+    weights = jax.nn.softmax(scores, axis=-1)
+    if sink_N is not None:
+        sink = jnp.tile(sink_N.reshape(-1, groups, 1), (1, 1, q_BNTH.shape[2])).reshape(*q.shape[1:3], 1)
+        weights *= jax.nn.sigmoid(jax.nn.logsumexp(scores, axis=-1, keepdims=True) - sink)
     mixed = jnp.einsum("bkts,bksh->bkth", weights.astype(v_BKSH.dtype), v_BKSH)
     return rearrange(mixed, "b k (g t) h -> b (k g) t h", g=groups)
 
@@ -107,6 +116,7 @@ class Attention(nnx.Module):
         self.k = Linear(c.width, kv_heads, ("width", "kv_heads"), bias=c.qkv_bias, **kw)
         self.v = Linear(c.width, kv_heads, ("width", "kv_heads"), bias=c.qkv_bias, **kw)
         self.o = Linear(heads, c.width, ("heads", "width"), bias=c.out_bias, **kw)
+        self.sinks = parameter(jnp.zeros((c.num_heads,), dtype), "heads") if c.sinks else None
         self.whole_norm = c.qk_norm == "whole"
         normed = (heads, kv_heads) if self.whole_norm else (c.head_dim, c.head_dim)
         self.q_norm, self.k_norm = (norm_of(c, d, dtype) for d in normed) if c.qk_norm else (None, None)
@@ -131,8 +141,9 @@ class Attention(nnx.Module):
             visible &= at > positions_BT[:, :, None] - window
         if segments_BT is not None:
             visible &= segments_BT[:, None, :] == segments_BT[:, :, None]
-        out = rearrange(attend(q, *seen, visible, scale=self.scale, cap=self.cap), "b n t h -> b t (n h)")
-        return self.o(out, dtype), kv
+        mixed = attend(q, *seen, visible, scale=self.scale, cap=self.cap,
+                       sink_N=None if self.sinks is None else self.sinks[...])
+        return self.o(rearrange(mixed, "b n t h -> b t (n h)"), dtype), kv
 
     def write_kv(self, x_BTD, context: LayerContext, cache: KV) -> KV:
         """The cache with the tokens' K/V written into it."""

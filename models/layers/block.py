@@ -8,11 +8,12 @@ from flax import nnx
 from sled.models.config import DecoderConfig
 from sled.models.layers.attention import KV, Attention, LayerContext
 from sled.models.layers.basic import narrower, norm_of
+from sled.models.layers.experts import ExpertMLP, Routing
 from sled.models.layers.mlp import MLP
 
 
 class Block(nnx.Module):
-    """Attention, then the MLP, a residual around both.
+    """Attention, then the MLP or a mixture of experts, a residual around both.
 
     `attention_norm` and `mlp_norm` are before the two, `attention_post_norm` and `mlp_post_norm` between each and its
     residual; None where the model has no norm there (`DecoderConfig.norms_at`).
@@ -26,7 +27,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.attention_post_norm = norm("after", "around")
         self.mlp_norm = norm("before", "around")
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+        self.mlp = (ExpertMLP if config.experts else MLP)(config, dtype=dtype, rngs=rngs)
         self.mlp_post_norm = norm("after", "around")
 
     def __call__(self, h_BTD, context: LayerContext, cache: KV | None) -> tuple[jax.Array, KV]:
@@ -37,10 +38,18 @@ class Block(nnx.Module):
         Packed rows are without a cache. Hidden states may be wider than the weights: what is added to them is then
         not rounded before.
         """
+        return self.run(h_BTD, context, cache)[:2]
+
+    def run(self, h_BTD, context: LayerContext, cache: KV | None) -> tuple[jax.Array, KV, Routing | None]:
+        """As a call, and how tokens were routed to experts, where there are any."""
         mixed, kv = self.attention(self._before(self.attention_norm, h_BTD), context, cache, h_BTD.dtype)
         h_BTD = h_BTD + _after(self.attention_post_norm, mixed)
-        mixed = self.mlp(self._before(self.mlp_norm, h_BTD), h_BTD.dtype)
-        return h_BTD + _after(self.mlp_post_norm, mixed), kv
+        x_BTD, routing = self._before(self.mlp_norm, h_BTD), None
+        if isinstance(self.mlp, ExpertMLP):
+            mixed, routing = self.mlp(x_BTD, h_BTD.dtype, context.mesh)
+        else:
+            mixed = self.mlp(x_BTD, h_BTD.dtype)
+        return h_BTD + _after(self.mlp_post_norm, mixed), kv, routing
 
     def write_kv(self, h_BTD, context: LayerContext, cache: KV) -> KV:
         """The cache with the K/V of tokens that enter this layer as `h_BTD`; the layer itself does not run."""

@@ -20,6 +20,7 @@ from sled.settings.decorator import setting, settings
 from sled.settings.rules import Whole
 
 AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # those that split the batch
 REST = -1  # as a size: what is left of the devices
 
 

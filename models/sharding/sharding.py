@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import STACKED
+from sled.models.sharding.mesh import ROWS
 from sled.models.stored import abstract_stacked
 
 RULES = {
@@ -30,13 +31,13 @@ RULES = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "experts": None,  # each is split as an MLP is
     "layers": None,  # scanned over; a pipeline's stages would split it
     "exits": None,
     "positions": None,
     "vector": None,  # norms, and biases of what is summed over the tensor axis: too small to split
 }
 MAY_STAY_WHOLE = ("vocab", "kv_heads")  # where they do not divide; for the others that is an error
-ROWS = ("data", "fsdp")  # mesh axes that split the batch
 LARGE = 2**24  # bytes: what is no parameter may be this large and still lie whole on every device
 
 
@@ -63,7 +64,8 @@ class Sharding:
         c = self.config
         counts = {"vocab": (c.vocab_size, "vocabulary entries"), "width": (c.width, "columns of width"),
                   "heads": (c.num_heads, "query heads"), "kv_heads": (c.num_kv_heads, "key/value heads"),
-                  "mlp": (c.mlp_width, "columns of feed-forward width")}
+                  "mlp": (math.gcd(c.mlp_width, c.experts.width) if c.experts else c.mlp_width,
+                          "columns of feed-forward width")}
         return {axis: f"{count} {what} do not divide over {RULES[axis]} {self.mesh.shape[RULES[axis]]}"
                 for axis, (count, what) in counts.items() if count % self.mesh.shape[RULES[axis]]}
 

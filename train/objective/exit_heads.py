@@ -7,7 +7,7 @@ optimiser's state, exist only for the heads; layers above the last exit are not 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -113,17 +113,17 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
 
 
 def tuning_loss(model: Decoder, tokens_BT, targets_BT, mask_BT, weights_E=None, *, segments_BT=None,
-                compute_dtype=None, place: Callable[[jax.Array], jax.Array] | None = None,
+                compute_dtype=None, sharding: Sharding | None = None,
                 **options) -> tuple[jax.Array, ExitMetrics]:
     """The loss of the model's exit heads alone, in nats, to be differentiated by them; and its parts.
 
     model: in the stacked form, with exit heads. Its layers are run up to the last exit, and no gradient enters them.
     targets_BT, mask_BT: what comes after each token, and how much it counts.
-    weights_E: of the exits, in their order; None: all 1. segments_BT, compute_dtype, place: as for
+    weights_E: of the exits, in their order; None: all 1. segments_BT, compute_dtype, sharding: as for
     `exit_states`; options: as for `exit_cross_entropy`.
     """
     exits = model.config.exit_heads.layers
     states = exit_states(model, tokens_BT, exits, segments_BT=segments_BT, remat="none", compute_dtype=compute_dtype,
-                         place=place)
+                         sharding=sharding)
     weights_E = jnp.ones(len(exits)) if weights_E is None else weights_E
     return exit_head_loss(model, jax.lax.stop_gradient(states), exits, targets_BT, mask_BT, weights_E, **options)

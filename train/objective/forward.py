@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,9 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.decoder import Decoder
 from sled.models.layers import Block, LayerContext, traced_windows
+from sled.models.sharding.sharding import Sharding
 from sled.settings.rules import OneOf, is_array
+from sled.train.objective.balance import Routed, routed
 from sled.train.objective.layer_dropout import Drops
 
 REMAT = {
@@ -25,10 +27,18 @@ REMAT = {
 REMAT_RULE = OneOf(tuple(REMAT), hint="full needs the least memory")
 
 
-def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, segments_BT=None,
-                drops: Drops | None = None, remat: str = "full", compute_dtype=None,
-                place: Callable[[jax.Array], jax.Array] | None = None) -> jax.Array:
-    """The hidden states number `exits` of whole sequences: [E, B, T, D], none of them normed.
+def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, **options) -> jax.Array:
+    """The hidden states of `states_and_routing` alone: [E, B, T, D]."""
+    return states_and_routing(model, tokens_BT, exits, **options)[0]
+
+
+def states_and_routing(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, segments_BT=None,
+                       drops: Drops | None = None, remat: str = "full", compute_dtype=None,
+                       sharding: Sharding | None = None) -> tuple[jax.Array, Routed | None]:
+    """The hidden states number `exits` of whole sequences, [E, B, T, D], none of them normed; and what experts got.
+
+    The latter are sums over all layers that ran and all their rows that were not dropped, but for tokens of segment 0,
+    which are padding; None where there are no experts.
 
     model: in the stacked form. Its parameters keep their type; every layer's are cast to `compute_dtype` (None: as
         they are) where the layer runs, and so are the hidden states. Norms and softmax take float32 all the same.
@@ -40,49 +50,56 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, 
     remat: what the backward pass finds stored of each layer, beside its input: "none" everything it needs, "full"
         nothing, "dots" every matrix product, "projections" the products with weights, not attention's. Less stored
         is more computed again, which where memory is slow (a CPU) may still be the faster.
-    place: is called on the embeddings and on every layer's output, to hold them to their place on a mesh
-        (`Sharding.activations`).
+    sharding: of the model on a mesh, which holds the embeddings and every layer's output to their place.
 
     Raises SettingError for a model in the separate form, and for exits or remat out of their range.
     """
-    depth, place = model.num_layers, place or (lambda h_BTD: h_BTD)
+    depth, place = model.num_layers, sharding.activations if sharding else (lambda h_BTD: h_BTD)
+    experts, mesh = model.config.experts, sharding and sharding.mesh
     check_stacked(model)
     remat = REMAT_RULE("remat", remat)
     stop = _last_layer(exits, depth)
     dtype = jnp.dtype(compute_dtype or model.embedding.weight[...].dtype)
-    rows = _rows_of(model, tokens_BT, segments_BT)
+    counts_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT > 0
+    context = _rows_of(model, tokens_BT, segments_BT)
+    rows = context, counts_BT if experts else None
     graph, weights_L = nnx.split(model.layers)
 
     def layer(h_BTD, weights, window, drop, number):
         def run(h, rows):
+            context, counts_BT = rows
             block = nnx.merge(graph, cast(weights, dtype))
-            return block(h, rows.for_window(window), None)[0]
+            h, _, routing = block.run(h, context.for_window(window)._replace(mesh=mesh), None)
+            return h, routing and routed(routing, counts_BT)
 
         return run(h_BTD, rows) if drop is None else drop.strategy.apply(run, h_BTD, rows, drop, number)
 
     exits_E = jnp.asarray(exits, jnp.int32)
     count = exits_E.shape[0]
     slots_L = jnp.searchsorted(exits_E, jnp.arange(1, depth + 1))  # of the first exit that is not below the layer
-    h_BTD = place(cast(model.embed(tokens_BT, rows.positions_BT), dtype))
-    carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype)
+    h_BTD = place(cast(model.embed(tokens_BT, context.positions_BT), dtype))
+    total = experts and Routed(jnp.zeros(experts.count), jnp.zeros(experts.count), jnp.zeros(()))
+    carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype), total
     begin = 0
     lengths = [depth] if drops is None else drops.strategy.stretches(depth)
     for length, part in _parts(lengths, stop, (weights_L, traced_windows(model.config), slots_L, drops)):
 
         def body(carry, xs, begin=begin):
-            (h, states), (weights, window, slot, drop) = carry, xs
+            (h, states, total), (weights, window, slot, drop) = carry, xs
             run = lambda h, weights: layer(h, weights, window, drop, begin)  # noqa: E731
             if remat != "none":
                 run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
-            h = place(run(h, weights))
+            h, of_rows = run(h, weights)
+            h = place(h)
+            total = jax.tree.map(lambda total, of_rows: total + of_rows.sum(0), total, of_rows)
             # Every layer writes into the next exit's place, the exit itself last: a layer moves one state, the
             # backward pass needs none of them, and traced exits cost no more than static ones.
             last = states[count - 1]
-            return (h, states.at[slot].set(jnp.where(slot < count, h, last), mode="clip")), None
+            return (h, states.at[slot].set(jnp.where(slot < count, h, last), mode="clip"), total), None
 
         carry, _ = jax.lax.scan(body, carry, part)
         begin += length
-    return carry[1]
+    return carry[1:]
 
 
 def check_stacked(model: Decoder) -> None:

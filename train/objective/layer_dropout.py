@@ -21,16 +21,17 @@ from sled.errors import SettingError
 from sled.settings.decorator import setting, settings
 from sled.settings.rules import Each, Flag, Instance, Number, Whole
 
-RunLayer = Callable[[jax.Array, Any], jax.Array]
+RunLayer = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
 
 
 @runtime_checkable
 class DropStrategy(Protocol):
     """Drops a layer for some rows of a batch: draws which at the start of a step, and applies it where the layer runs.
 
-    `run(h, rows)` is the layer, h + f(h), on any number of rows; `rows` is a pytree of what else it reads per row
-    (positions, masks), each leaf with the rows' axis first, of length 1 where all rows share it. With s = 0 where a row
-    is dropped, else 1 or 1 / (1 - p), the layer becomes h + s f(h).
+    `run(h, rows)` is the layer on any number of rows: h + f(h), and a pytree of what it counted of each, to become 0
+    where one is dropped (None: nothing). `rows` is a pytree of what else it reads per row (positions, masks). Leaves
+    have the rows' axis first, in `rows` of length 1 where all rows share it. With s = 0 where a row is dropped, else 1
+    or 1 / (1 - p), the layer becomes h + s f(h).
     """
 
     def draw(self, key, rates_L, scale_L, batch: int) -> Drops:
@@ -44,12 +45,12 @@ class DropStrategy(Protocol):
         """Lengths of the runs of layers that are compiled alike."""
         return [num_layers]
 
-    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
-        """The layer's output [B, T, D]. `drops` is one layer's; `layer` is any of its stretch (0-based).
+    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> tuple[jax.Array, Any]:
+        """The layer's output [B, T, D] and its counts. `drops` is one layer's; `layer` is any of its stretch (0-based).
 
         By default all rows are computed, and dropped ones masked.
         """
-        return _blend(run(h_BTD, rows), h_BTD, drops.scale_LB)
+        return _kept(run, h_BTD, rows, drops.scale_LB)
 
 
 @settings
@@ -85,9 +86,10 @@ class WholeBatch(DropStrategy):
         kept_L = jax.random.uniform(key, rates_L.shape) >= rates_L
         return Drops((kept_L * scale_L)[:, None], None, self)
 
-    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
-        keep = lambda h: _blend(run(h, rows), h, drops.scale_LB)  # noqa: E731
-        return jax.lax.cond(drops.scale_LB[0] > 0, keep, lambda h: h, h_BTD)
+    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> tuple[jax.Array, Any]:
+        keep = lambda h: _kept(run, h, rows, drops.scale_LB)  # noqa: E731
+        nothing = jax.tree.map(lambda counts: jnp.zeros(counts.shape, counts.dtype), jax.eval_shape(keep, h_BTD)[1])
+        return jax.lax.cond(drops.scale_LB[0] > 0, keep, lambda h: (h, nothing), h_BTD)
 
 
 @settings
@@ -133,7 +135,7 @@ class FixedRows(DropStrategy):
                                "layer: LayerDropout.saving makes them")
         return [len(list(equal)) for _, equal in groupby(self.saved or (0,) * num_layers)]
 
-    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> jax.Array:
+    def apply(self, run: RunLayer, h_BTD, rows, drops: Drops, layer: int) -> tuple[jax.Array, Any]:
         saved = self.saved[layer] if self.saved else 0
         if saved == 0:
             return super().apply(run, h_BTD, rows, drops, layer)
@@ -147,10 +149,15 @@ class FixedRows(DropStrategy):
             return jax.vmap(lambda part, kept: part[kept])(split(x), kept_GK).reshape(-1, *x.shape[1:])
 
         h_KTD = take(h_BTD)
-        new_KTD = _blend(run(h_KTD, jax.tree.map(take, rows)), h_KTD, take(drops.scale_LB))
-        # No promise that indices are unique: with it the gradient is wrong where parts span devices (jax 0.10).
-        put = lambda part, kept, new: part.at[kept].set(new)  # noqa: E731
-        return jax.vmap(put)(split(h_BTD), kept_GK, split(new_KTD)).reshape(h_BTD.shape)
+        new_KTD, counts = _kept(run, h_KTD, jax.tree.map(take, rows), take(drops.scale_LB))
+
+        def put(into, new):
+            # No promise that indices are unique: with it the gradient is wrong where parts span devices (jax 0.10).
+            put = lambda part, kept, new: part.at[kept].set(new)  # noqa: E731
+            return jax.vmap(put)(split(into), kept_GK, split(new)).reshape(into.shape)
+
+        return put(h_BTD, new_KTD), jax.tree.map(
+            lambda of_kept: put(jnp.zeros((len(h_BTD), *of_kept.shape[1:]), of_kept.dtype), of_kept), counts)
 
     def _rows_per_shard(self, batch: int) -> int:
         if batch % self.shards:
@@ -160,6 +167,13 @@ class FixedRows(DropStrategy):
 
 
 _SLACK = 1e-3  # rows; what float32 may take from R p
+
+
+def _kept(run: RunLayer, h_BTD, rows, scale_B) -> tuple[jax.Array, Any]:
+    """All rows computed, and those of scale 0 masked."""
+    out_BTD, counts = run(h_BTD, rows)
+    mask = lambda of_rows: of_rows * (scale_B > 0).reshape(-1, *[1] * (of_rows.ndim - 1))  # noqa: E731
+    return _blend(out_BTD, h_BTD, scale_B), jax.tree.map(mask, counts)
 
 
 def _blend(out_BTD, h_BTD, scale_B):

@@ -16,10 +16,11 @@ from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
 from sled.models.sharding.sharding import ROWS, Sharding
 from sled.train.data.rows import TrainingBatch
+from sled.train.objective.balance import balance_loss
 from sled.train.objective.cross_entropy import Split
 from sled.train.objective.exit_heads import exit_head_loss, merge, partition, tuning_loss
 from sled.train.objective.exit_weights import fixed_layers
-from sled.train.objective.forward import exit_states
+from sled.train.objective.forward import states_and_routing
 from sled.train.objective.layer_dropout import LayerDropout
 from sled.train.recipes import ALL, HEADS, Recipe
 
@@ -112,7 +113,7 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
             layers_E = jnp.array(heads.layers)
             loss, metrics = tuning_loss(model, batch.tokens_BT, **_targets(batch, recipe, sharding),
                                         segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                                        place=sharding and sharding.activations)
+                                        sharding=sharding)
         else:
             layers_E, weights_E = recipe.exits.exits_at(step, depth)
             key = jax.random.fold_in(jax.random.key(seed), part)
@@ -185,11 +186,18 @@ def make_evaluation(model: Decoder, recipe: Recipe, sharding: Sharding | None = 
 
 def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, recipe: Recipe,
                  sharding: Sharding | None, *, drops=None, **options):
-    """The loss of these exits with its metrics. A model with exit heads takes static exits."""
-    h_EBTD = exit_states(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
-                         remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                         place=sharding and sharding.activations)
-    return exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, **_targets(batch, recipe, sharding), **options)
+    """The loss of these exits, of which experts' balance is a part, with its metrics.
+
+    A model with exit heads takes static exits.
+    """
+    h_EBTD, experts = states_and_routing(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
+                                         remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype),
+                                         sharding=sharding)
+    loss, metrics = exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, **_targets(batch, recipe, sharding),
+                                   **options)
+    if experts is not None:
+        loss += model.config.experts.balance * balance_loss(experts)
+    return loss, metrics
 
 
 def _targets(batch: TrainingBatch, recipe: Recipe, sharding: Sharding | None) -> dict[str, Any]:

@@ -1,0 +1,261 @@
+"""A mixture of experts in the MLP's place: of many MLPs a router chooses a few for each token.
+
+Shazeer et al. 2017 (arXiv 1701.06538), as Mixtral (2401.04088) has it: an expert takes all tokens that chose it, so
+that none is dropped and none depends on another.
+
+Axes: B rows, T tokens, D width, X experts, A chosen by a token, F feed-forward width of one expert; P pairs of a token
+and an expert that it chose; M blocks of R pairs of one expert.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from sled.models.config import DecoderConfig
+from sled.models.layers.basic import Linear, parameter
+from sled.models.layers.mlp import FUNCTIONS
+from sled.models.sharding.mesh import ROWS
+
+MOST_ROWS = 128  # of a block: more make no faster products, and more of a block is empty
+LEAST_ROWS = 8  # fewer would not be faster, unless every pair has another expert
+CACHE_BYTES = 2**19  # of a stretch of a matrix that is copied, read, and forgotten, within a CPU's cache
+
+
+class Routing(NamedTuple):
+    """The router's logits, float32 (or wider), and the experts that it chose, the best first."""
+
+    logits_BTX: jax.Array
+    chosen_BTA: jax.Array
+
+
+class ExpertLinear(nnx.Module):
+    """The matrices [X, in, out] of all experts, and their biases [X, out]; `axes` as of `Linear`."""
+
+    def __init__(self, count: int, d_in: int, d_out: int, axes: tuple[str, str], *, bias: bool, dtype, rngs: nnx.Rngs):
+        init = nnx.initializers.normal(0.02)
+        self.weight = parameter(init(rngs.params(), (count, d_in, d_out), dtype), "experts", *axes)
+        out = "vector" if axes[1] == "width" else axes[1]
+        self.bias = parameter(jnp.zeros((count, d_out), dtype), "experts", out) if bias else None
+
+
+class Matrices(NamedTuple):
+    """What experts multiply with, but for the last bias: of all, [X, ...], of each pair, [P, ...], or of one."""
+
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+    gate_bias: jax.Array | None
+    up_bias: jax.Array | None
+
+    def map(self, function: Callable, *others: Matrices) -> Matrices:
+        """`function` of each array that there is, with where [X, ...] has F, and of those of the others."""
+        return Matrices(*(None if arrays[0] is None else function(*arrays[:1], axis, *arrays[1:])
+                          for axis, *arrays in zip((2, 2, 1, 1, 1), self, *others, strict=True)))
+
+
+Form = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class ExpertMLP(nnx.Module):
+    """The sum over a token's experts of weight * (down(form(gate x, up x))); see `Experts` of the configuration."""
+
+    def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
+        c, kw = config, dict(bias=config.mlp_bias, dtype=dtype, rngs=rngs)
+        self.experts, self.activation = c.experts, c.activation
+        count, width = c.experts.count, c.experts.width
+        self.router = Linear(c.width, count, ("width", "experts"), **kw)
+        self.gate = ExpertLinear(count, c.width, width, ("width", "mlp"), **kw)
+        self.up = ExpertLinear(count, c.width, width, ("width", "mlp"), **kw)
+        self.down = ExpertLinear(count, width, c.width, ("mlp", "width"), **kw)
+
+    def __call__(self, x_BTD, dtype=None, mesh: jax.sharding.Mesh | None = None) -> tuple[jax.Array, Routing]:
+        """The output [B, T, D], of type `dtype` (None: of x), and how tokens were routed.
+
+        mesh: over which rows are split, and weights as `sled.models.sharding` splits them; None: they are not.
+        """
+        wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
+        logits_BTX = self.router(x_BTD, wide)
+        best_BTA, chosen_BTA = jax.lax.top_k(logits_BTX, self.experts.chosen)
+        every = best_BTA if self.experts.normalised else logits_BTX
+        share_BTA = jnp.exp(best_BTA - jax.nn.logsumexp(every, axis=-1, keepdims=True))
+        matrices = Matrices(*(None if one is None else one[...] for one in (
+            self.gate.weight, self.up.weight, self.down.weight, self.gate.bias, self.up.bias)))
+        form = functools.partial(_form, self.activation, self.experts.clamp)
+        y_BTD = _on_mesh(mesh, form, matrices, x_BTD, chosen_BTA, share_BTA)
+        if self.down.bias is not None:
+            hot_BTAX = jax.nn.one_hot(chosen_BTA, self.experts.count, dtype=wide)
+            share_BTX = (hot_BTAX * share_BTA[..., None]).sum(-2)
+            y_BTD = y_BTD + jnp.matmul(share_BTX, self.down.bias[...].astype(wide))
+        return y_BTD.astype(dtype or x_BTD.dtype), Routing(logits_BTX, chosen_BTA)
+
+
+def _form(activation: str, clamp: tuple[float, float] | None, gate, up):
+    if clamp is None:
+        return FUNCTIONS[activation](gate) * up
+    slope, limit = clamp
+    gate = jnp.minimum(gate, limit)
+    return gate * jax.nn.sigmoid(slope * gate) * (jnp.clip(up, -limit, limit) + 1)
+
+
+def _on_mesh(mesh, form: Form, matrices: Matrices, x_BTD, chosen_BTA, share_BTA):
+    """Every device routes its own rows, to its own part of every expert.
+
+    Left to the partitioner, which cannot divide a sort over all tokens, each would compute them all.
+    """
+    if mesh is None:
+        return _mixture(form, matrices, x_BTD, chosen_BTA, share_BTA)
+    even = x_BTD.shape[0] % (mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]) == 0
+    rows = PartitionSpec(ROWS if even else None)
+    split = matrices.map(lambda _, axis: PartitionSpec(*[None] * axis, "tensor"))
+
+    def on_device(matrices, *args):
+        return jax.lax.psum(_mixture(form, matrices, *args), "tensor")
+
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(split, rows, rows, rows), out_specs=rows,
+                         check_vma=False)(matrices, x_BTD, chosen_BTA, share_BTA)
+
+
+def _mixture(form: Form, matrices: Matrices, x_BTD, chosen_BTA, share_BTA):
+    x_ND, chosen_NA, share_NA = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, chosen_BTA, share_BTA))
+    known = isinstance(x_ND.shape[0], int)  # an exported program's is symbolic
+    mixture = in_blocks if jax.default_backend() == "cpu" or not known else in_groups
+    return mixture(form, matrices, x_ND, chosen_NA, share_NA).reshape(x_BTD.shape)
+
+
+def _expert(form: Form, dot: Callable, matrices: Matrices, x, dtype):
+    """One expert's MLP without the last bias, or each row by its own: `dot` multiplies rows with their matrix."""
+    gate, up = (dot(x, matrix, x.dtype) if bias is None else dot(x, matrix, x.dtype) + bias
+                for matrix, bias in ((matrices.gate, matrices.gate_bias), (matrices.up, matrices.up_bias)))
+    return dot(form(gate, up), matrices.down, dtype)
+
+
+# On accelerators: by the products that JAX has.
+
+def in_groups(form: Form, matrices: Matrices, x_ND, chosen_NA, share_NA):
+    """The mixture [N, D], float32 (or wider): pairs sorted by expert, or where those are fewer than experts, each with
+    its own matrices."""
+    experts, expert_P = matrices.gate.shape[0], chosen_NA.ravel()
+    x_PD = jnp.repeat(x_ND, chosen_NA.shape[1], axis=0)
+    if expert_P.shape[0] < experts:
+        dot = lambda x, m, dtype: jnp.einsum("pi,pio->po", x, m, preferred_element_type=dtype)  # noqa: E731
+        y_PD = _expert(form, dot, matrices.map(lambda m, _: m[expert_P]), x_PD, share_NA.dtype)
+    else:
+        order_P = jnp.argsort(expert_P)
+        sizes_X = jnp.bincount(expert_P, length=experts).astype(jnp.int32)
+        dot = lambda x, m, dtype: jax.lax.ragged_dot(x, m, sizes_X, preferred_element_type=dtype)  # noqa: E731
+        own = matrices._replace(**{name: bias if bias is None else bias[expert_P[order_P]] for name, bias in
+                                   (("gate_bias", matrices.gate_bias), ("up_bias", matrices.up_bias))})
+        y_PD = _expert(form, dot, own, x_PD[order_P], share_NA.dtype)
+        y_PD = jnp.zeros_like(y_PD).at[order_P].set(y_PD)
+    return (y_PD.reshape(*chosen_NA.shape, -1) * share_NA[..., None]).sum(1)
+
+
+# On a CPU, where XLA makes a ragged product of as many whole ones as there are experts, and copies what it gathers.
+
+def in_blocks(form: Form, matrices: Matrices, x_ND, chosen_NA, share_NA):
+    """As `in_groups`: every expert's pairs in blocks of R, the last one filled up; blocks one after the other."""
+    experts, expert_P = matrices.gate.shape[0], chosen_NA.ravel()
+    (tokens, chosen), pairs = chosen_NA.shape, expert_P.shape[0]
+    if not isinstance(tokens, int):
+        rows = LEAST_ROWS
+        most = (pairs + experts * (rows - 1)) // rows
+    else:
+        fair = 2 ** max(pairs // experts, 1).bit_length() // 2
+        rows = 1 if tokens == 1 else min(max(fair, LEAST_ROWS), MOST_ROWS)
+        most = min(pairs, (pairs + experts * (rows - 1)) // rows)  # blocks that there can be
+    size_X = jnp.bincount(expert_P, length=experts)
+    blocks_X = -(-size_X // rows)
+    ends_X = jnp.cumsum(blocks_X)
+    order_P = jnp.argsort(expert_P)
+    sorted_P = expert_P[order_P]
+    place_P = (rows * (ends_X - blocks_X) - (jnp.cumsum(size_X) - size_X))[sorted_P] + jnp.arange(pairs)
+    place_P = jnp.zeros_like(place_P).at[order_P].set(place_P)
+    fill = lambda of_pairs: jnp.zeros((most * rows, *of_pairs.shape[1:]), of_pairs.dtype).at[place_P].set(  # noqa: E731
+        of_pairs).reshape(most, rows, *of_pairs.shape[1:])
+    expert_M = jnp.searchsorted(ends_X, jnp.arange(most), side="right")
+    y_MRD = _blocks(form, matrices, fill(jnp.repeat(x_ND, chosen, axis=0)), fill(share_NA.ravel()), expert_M,
+                    ends_X[-1])
+    return y_MRD.reshape(most * rows, -1)[place_P].reshape(tokens, chosen, -1).sum(1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(form: Form, matrices: Matrices, x_MRD, share_MR, expert_M, used):
+    """Every block's outputs times the shares, [M, R, D]; those of the first `used`, the others are 0.
+
+    Of an expert's matrices a stretch of F is taken at a time. The backward pass computes each block again.
+    """
+    stretches = _stretches(matrices)
+
+    def add(i, y_MRD):
+        m, place = i // stretches, (expert_M[i // stretches], i % stretches)
+        y_RD = _shared(form, _stretch(matrices, place, stretches), x_MRD[m], share_MR[m])
+        return _put(y_MRD, m, y_RD)
+
+    return jax.lax.fori_loop(0, used * stretches, add, jnp.zeros(x_MRD.shape, share_MR.dtype))
+
+
+def _blocks_forward(form: Form, *args):
+    return _blocks(form, *args), args
+
+
+def _blocks_backward(form: Form, args, dy_MRD):
+    matrices, x_MRD, share_MR, expert_M, used = args
+    stretches = _stretches(matrices)
+
+    def add(i, gradients):
+        m, place = i // stretches, (expert_M[i // stretches], i % stretches)
+        own = _stretch(matrices, place, stretches), x_MRD[m], share_MR[m]
+        of_matrices, dx_RD, dshare_R = jax.vjp(functools.partial(_shared, form), *own)[1](dy_MRD[m])
+        sums, dx_MRD, dshare_MR = gradients
+        added = jax.tree.map(lambda total, part: total + part.astype(total.dtype),
+                             _stretch(sums, place, stretches), of_matrices)
+        return _put_stretch(sums, place, stretches, added), _put(dx_MRD, m, dx_RD), _put(dshare_MR, m, dshare_R)
+
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, share_MR.dtype), (matrices, x_MRD, share_MR))
+    gradients = jax.lax.fori_loop(0, used * stretches, add, zeros)
+    return *jax.tree.map(lambda total, a: total.astype(a.dtype), gradients, args[:3]), None, None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+def _shared(form: Form, matrices: Matrices, x_RD, share_R):
+    dot = lambda x, m, dtype: jnp.matmul(x, m, preferred_element_type=dtype)  # noqa: E731
+    return _expert(form, dot, matrices, x_RD, share_R.dtype) * share_R[:, None]
+
+
+def _stretches(matrices: Matrices) -> int:
+    """Into how many parts F is cut, so that one of a matrix fits a CPU's cache."""
+    _, d, f = matrices.gate.shape
+    size = d * f * matrices.gate.dtype.itemsize
+    return next((n for n in range(1, f // 16 + 1) if f % n == 0 and size <= n * CACHE_BYTES), 1)
+
+
+def _begin_and_shape(array, axis: int, place, stretches: int):
+    expert, stretch = place
+    length = array.shape[axis] // stretches
+    begin = [expert, *(0 for _ in array.shape[1:])]
+    begin[axis] = stretch * length
+    return begin, (1, *(length if i == axis else n for i, n in enumerate(array.shape) if i))
+
+
+def _stretch(matrices: Matrices, place, stretches: int) -> Matrices:
+    """One expert's matrices, a stretch of them: place is (expert, stretch)."""
+    return matrices.map(lambda a, axis: jax.lax.dynamic_slice(a, *_begin_and_shape(a, axis, place, stretches))[0])
+
+
+def _put_stretch(matrices: Matrices, place, stretches: int, parts: Matrices) -> Matrices:
+    return matrices.map(lambda a, axis, part: jax.lax.dynamic_update_slice(
+        a, part[None], _begin_and_shape(a, axis, place, stretches)[0]), parts)
+
+
+def _put(whole, m, part):
+    """Adds a block's part."""
+    return jax.lax.dynamic_update_index_in_dim(whole, whole[m] + part.astype(whole.dtype), m, 0)
