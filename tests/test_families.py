@@ -148,7 +148,7 @@ def test_the_text_model_of_a_multimodal_folder_by_transformers_says_the_same(tra
 
 
 def test_a_window_bounds_what_a_layer_keeps():
-    """K/V of Gemma 3 270M for 32,768 positions: three layers keep all of them, fifteen 512, of 2 KiB each in float32."""
+    """K/V of Gemma 3 270M for 32,768 positions: 3 layers keep all of them, 15 keep 512, of 2 KiB each in float32."""
     config = parse_config(whole(PUBLISHED["google/gemma-3-270m"]))
     caches = jax.eval_shape(lambda: abstract(config).empty_caches(1, 32_768, 0))
     full, windowed = 32_768 + 1, 512 + 1  # one more for tokens that are switched off
