@@ -96,7 +96,7 @@ class Decoder(nnx.Module):
 
         Layers with a window have fewer: as many as the window, and `ahead` more (see `layers.attention.ring_size`).
         """
-        c, dtype = self.config, self.embedding.weight[...].dtype
+        c, dtype = self.config, self.embedding.weight.dtype
         sizes = [ring_size(slots, window, ahead) + 1 for window in c.windows]
         empty = lambda size: jnp.zeros((batch, c.num_kv_heads, size, c.head_dim), dtype)  # noqa: E731
         return [(empty(size), empty(size)) for size in sizes]

@@ -27,17 +27,17 @@ WITHOUT_EFFECT = frozenset("""
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation_internal _flash_attn_2_enabled _name_or_path _output_attentions _post_init_done
     add_cross_attention assistant_confidence_threshold assistant_lookbehind attention_dropout attn_implementation
-    bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size diversity_penalty do_sample
-    dtype early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
-    experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing id2label initializer_range is_decoder label2id length_penalty max_length min_length
-    mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule
-    num_beam_groups num_beams num_heads num_labels num_return_sequences output_attentions output_hidden_states
-    output_router_logits output_scores prefix pretraining_tp problem_type pruned_heads remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens target_lookbehind
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k
-    top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache vision_aspect_ratio
-    vision_feature_layer vision_feature_select_strategy
+    bad_words_ids begin_suppress_tokens cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
+    epsilon_cutoff eta_cutoff experts_implementation exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder label2id
+    length_penalty max_length min_length mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size
+    num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_heads num_labels
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens target_lookbehind task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+    use_bfloat16 use_cache vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
 """.split())
 
 # Fields that change what transformers computes, and the only values under which they do not.
@@ -60,6 +60,7 @@ ONE_VALUE: Mapping[str, tuple] = {
     "sliding_window": (None,),  # its cache forgets what is further back, in every class
     "text_config": (None,),
     "transformers_weights": (None,),
+    "use_bidirectional_attention": (False, None),
 }
 # Hugging Face's names of activations -> ours. "gelu_new" is the same tanh.
 ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh",
