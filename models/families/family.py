@@ -33,12 +33,12 @@ WITHOUT_EFFECT = frozenset("""
     finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
     label2id length_penalty max_length min_length mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size
     num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_heads num_labels
-    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores prefix pretraining_tp
-    problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
-    sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    suppress_tokens target_lookbehind task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    use_bfloat16 use_cache vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
+    num_return_sequences output_attentions output_cross_attentions output_hidden_states output_router_logits
+    output_scores prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop
+    return_dict return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj suppress_tokens target_lookbehind task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p use_bfloat16 use_cache vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
 """.split())
 
 # Fields that change what transformers computes, and the only values under which they do not.
@@ -58,6 +58,7 @@ ONE_VALUE: Mapping[str, tuple] = {
     "per_layer_config": (None, {}),
     "quantization_config": (None,),
     "reorder_and_upcast_attn": (False, None),
+    "rope_parameters": (None, {}),
     "router_jitter_noise": (0, None),  # of training
     "scale_attn_by_inverse_layer_idx": (False, None),
     "scale_attn_weights": (True,),

@@ -28,6 +28,9 @@ def _read(f: Fields) -> dict:
         raise ConfigError(f"{f.source}: n_embd {width} is not a multiple of n_head {heads}; correct the file")
     if layers > MOST_LAYERS:
         raise f.refused("n_layer", layers, f"it can be at most {MOST_LAYERS:,}; correct the file")
+    head_dim = f.take("head_dim", int, width // heads)
+    if head_dim * heads != width:
+        raise f.refused("head_dim", head_dim, f"it is {width // heads}, n_embd / n_head, in this family; remove it")
     f.take("n_ctx", int, None)  # of versions long gone; as many as positions
     vocabulary = f.take("vocab_size", int, 50_257)
     return dict(
@@ -37,7 +40,7 @@ def _read(f: Fields) -> dict:
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=heads,
-        head_dim=width // heads,
+        head_dim=head_dim,
         max_positions=take_either(f, "n_positions", "max_position_embeddings", 1024),
         rope=None,
         norm="layer",
