@@ -11,7 +11,7 @@ import tyro
 
 from sled.cli.derived import arguments, build, dashed, derive, given, offer, overrides, sets, settings_of
 from sled.cli.options import left_out, unescape
-from sled.cli.values import Layer
+from sled.cli.values import Layer, NewPath
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
 from sled.models.sharding.mesh import Mesh
@@ -188,7 +188,7 @@ class Train:
     killed at any moment, the same command goes on from the last checkpoint, as if nothing had happened.
     """
 
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])]
     """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """The model to start from: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
