@@ -176,7 +176,8 @@ def test_texts_that_ended_at_the_token_limit_are_told(scripted, tmp_path, cut, w
         swept = run(scripted, tmp_path, EARLY, many(100))
     assert [bool(re.match(warns or "", str(each.message))) for each in found] == [True] * bool(warns)
     assert all(row.unfinished == cut for row in swept.rows)
-    assert swept.markdown().count(f"\n**{cut} of 100 texts of no exit ended at the token limit: ") == stands
+    said = f"\n**{cut} of 100 texts of no exit ended at the token limit**: an answer that "
+    assert swept.markdown().count(said) == stands
     ends = [json.loads(line)["finish_reasons"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert ends.count(["length"]) == cut * len(swept.rows) and len(ends) == 100 * len(swept.rows)
 
