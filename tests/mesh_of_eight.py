@@ -1,4 +1,4 @@
-"""Run by test_train_mesh.py: python mesh_of_eight.py FOLDER OUT MESHES... FOLDER's model trains on 8 devices as on 1."""
+"""Run by test_train_mesh.py, python mesh_of_eight.py FOLDER OUT MESHES...: a model trains on 8 devices as on 1."""
 
 import collections
 import dataclasses
