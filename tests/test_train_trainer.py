@@ -250,7 +250,7 @@ def test_options_change_the_recipe():
     assert made("plain", exit_layers=(3,)).exits == WeightedExits(UniformWeights(), AllExits((3,)))
     assert made("finetune").exits.curriculum == Rotational(16)
     assert made("plain", exit_layers=(2, 4), exit_weights=(0.1, 0.4), exit_initial=(0.3,), exit_warmup=9,
-                exit_course="cosine").exits == FixedExits((2, 4), (0.1, 0.4), (0.3,), 9, "cosine")
+                exit_course="cosine").exits == FixedExits((2, 4), (0.1, 0.4), 0.3, 9, "cosine")
     for changes, says in ((dict(exit_layers=(1, 2)), "names layer 1, which learns nothing with --recipe finetune"),
                           (dict(exit_layers=(1, 2), exit_warmup=9), "--exit-warmup was given without --exit-weights"),
                           (dict(exit_weights=(0.1,)), "FixedExits.layers is"),
@@ -299,14 +299,18 @@ def test_a_new_model_takes_a_tokenizer_that_there_is(tmp_path, data):
 
 def test_a_rehearsal_tells_what_the_run_would_be_and_leaves_nothing(tmp_path, data, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
-    found = rehearse(run_of(tmp_path, data, held_out=Source(data / "held_out.jsonl")))
+    columns = dict(prompt="Say {text}", completion=" {text}")
+    found = rehearse(run_of(tmp_path, data, dict(context=96), source=Source(data / "train.jsonl", **columns),
+                            held_out=Source(data / "held_out.jsonl", **columns)))
     assert found.data.examples > found.held_out.examples > 0 and found.epochs == 4 / -(-found.data.rows // 2)
-    assert found.recipe.context == 32 and found.step_seconds > 0
-    assert found.step_bytes > found.plan.state + found.plan.gradients / 2
+    assert found.recipe.context == 96 and found.step_seconds > 0 and found.measuring_seconds > 0
+    assert (found.measurings, found.saves) == (2, 1)
+    assert found.step_bytes > found.plan.state + found.plan.gradients / 2 and found.peak_bytes > found.plan.state
     assert found.measuring_bytes > found.plan.state and found.saving_bytes > found.plan.state
     text = found.text()
-    assert re.search(r"\n  context +32\n(.*\n)*  parameters +[\d,]+\n  data +\d+ examples .*\n  held out +\d", text)
-    assert re.search(r"  a step +\d.*gradients and activations\n    measuring .*\n    saving ", text), text
+    assert re.search(r"\n  context +96\n(?:.*\n)*  parameters +[\d,]+\n  data +\d+ examples .*\n"
+                     r"  example +Say ([^[]+)\[ \1<\|endoftext\|>\]\n  held out +\d", text), text
+    assert re.search(r"  a step +\d.*gradients and activations\n    measuring .*\n    saving .*\n    measured ", text)
     assert not (tmp_path / "run").exists()
 
 

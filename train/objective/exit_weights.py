@@ -191,7 +191,7 @@ class FixedExits:
                           help="course of the weights on that way")
 
     def __post_init__(self):
-        several = isinstance(self.initial, tuple) and len(self.initial) > 1
+        several = isinstance(self.initial, tuple)
         for field, values in (("weights", self.weights), *([("initial", self.initial)] if several else [])):
             if len(values) != len(self.layers):
                 raise SettingError(f"FixedExits.{field} has {len(values)} entries for {len(self.layers)} layers; "
