@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sled.errors import CheckpointError, DownloadError, UploadError
-from sled.io import first_line, path_of, shorten
+from sled.io import first_line, path_of, shown
 
 # Not "*.safetensors": some repositories hold the same weights twice, under other names.
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
@@ -29,8 +29,9 @@ def folder_of(source, revision: str | None = None) -> Path:
     text = os.fspath(source)
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise CheckpointError(
-            f"{shorten(repr(text), 200)} is not a folder here, nor can it be a hub id (owner/name); "
-            "give a folder with config.json and safetensors, a hub id, or 'demo'")
+            f"{shown(text, 200)} is no folder here, and is taken for a model on the hub only with its owner, as "
+            "owner/name; give a folder with config.json and safetensors, an id such as 'openai-community/gpt2', or "
+            "'demo'")
     return fetch(text, revision=revision)
 
 

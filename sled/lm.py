@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +13,16 @@ from flax import nnx
 from tqdm import tqdm
 
 from sled.decoding.batch import Emitted, Generation
-from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, in_words
+from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, listed
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.decoding.state import bucket
-from sled.errors import CheckpointWarning, DecodingWarning, PromptError
+from sled.errors import CheckpointWarning, DecodingWarning, PromptError, SettingError, warn
 from sled.exits import Policy, Schedule
 from sled.fusion import Strategy
+from sled.io import shown
 from sled.lens.lens import Lens, look
 from sled.models import Decoder, save_folder
 from sled.models.config import WEIGHT_TYPES
@@ -30,7 +30,7 @@ from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
-from sled.settings.rules import Flag, OneOf, OrNone, Whole, shorten
+from sled.settings.rules import Flag, OneOf, OrNone, Whole
 from sled.text.chat import Messages, conversations
 from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
@@ -201,7 +201,7 @@ class LM:
         else:
             if single:
                 raise PromptError("a list of prompts was given, but one continuation by itself, "
-                                  f"{shorten(continuations)}; give a list of continuations, one or several for each "
+                                  f"{shown(continuations)}; give a list of continuations, one or several for each "
                                   "prompt")
             if len(prompts) != len(continuations):
                 raise PromptError(f"{len(prompts)} prompts but {len(continuations)} continuations; give one "
@@ -288,19 +288,22 @@ class LM:
             "context": f"{c.max_positions:,} tokens",
             "exit heads": heads or "none: exits share the final norm and projection",
             "tokenizer": "yes" if self.text.available else "none: prompts are lists of token ids",
-            "sampling": f"the checkpoint's: {in_words(acting(self.generation)) or 'greedy'}",
+            "sampling": f"the checkpoint's: {listed(acting(self.generation)) or 'greedy'}",
             "folder": self.text.folder,
         }
         return "\n".join([f"LM {self.name!r}", *(f"  {name:<11} {value}" for name, value in rows.items() if value)])
 
     def sampling_of(self, sampling: Sampling | Literal["checkpoint"]) -> Sampling:
         """The sampling that a user gave or named. Warns once that the checkpoint has its own, where none was given."""
-        if isinstance(sampling, str) and sampling == WORD:
-            return self.checkpoint_sampling
+        if isinstance(sampling, str):
+            if sampling == WORD:
+                return self.checkpoint_sampling
+            raise SettingError(f"sampling is {shown(sampling)}, but must be {WORD!r}, the model's own, or a "
+                               "sled.Sampling(...), of which sled.Sampling() is greedy")
         if sampling is GREEDY and not self._told and (own := acting(self.generation)):
             self._told = True
-            warnings.warn(f"{self.name} is decoded greedily, though its generation_config.json has {in_words(own)}; "
-                          f"give sampling={WORD!r} (--sampling {WORD}) to follow it", CheckpointWarning, stacklevel=3)
+            warn(f"{self.name} is decoded greedily, though its generation_config.json has {listed(own)}; give "
+                 f"sampling={WORD!r} (--sampling {WORD}) to follow it", CheckpointWarning)
         return sampling
 
     def _checked(self, prompts: Prompts, decoding: Decoding, seed: int) -> tuple[list[np.ndarray], Decoding, int]:
@@ -333,10 +336,9 @@ class LM:
         over = stats.layers_over_plain(layer, self.config.num_layers)
         if over > 1:
             self._told_of_drafts = True
-            warnings.warn(f"{stats.acceptance or 0:.0%} of {stats.drafted} drafts after layer {layer} were accepted, "
-                          f"so {over:.1f} times as many layers ran as without drafts; self-speculation needs a model "
-                          "trained for early exits: leave it out here, or draft less or at another layer",
-                          DecodingWarning, stacklevel=3)
+            warn(f"{stats.acceptance or 0:.0%} of {stats.drafted} drafts after layer {layer} were accepted, so "
+                 f"{over:.1f} times as many layers ran as without drafts; self-speculation needs a model trained for "
+                 "early exits: leave it out here, or draft less or at another layer", DecodingWarning)
 
     def _advance(self, run: Generation, count: int, stop: Sequence[str],
                  chunk: int | None) -> Iterator[list[StopStrings]]:

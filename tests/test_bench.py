@@ -225,6 +225,14 @@ def test_in_float32_every_way_gives_equal_texts(toy):
     assert len(report.rows) == 7 and all((row.equal, row.texts, row.largest_gap) == (3, 3, None) for row in report.rows)
 
 
+@pytest.mark.parametrize(("texts", "batch", "names"), [
+    (2, 2, ["each alone", "by the engine, 2 slots"]), (5, 2, ["each alone", "batches of 4", "by the engine, 2 slots"]),
+    (3, 2, ["each alone", "batches of 3", "by the engine, 2 slots"]), (1, 1, ["by the engine, 1 slot"])])
+def test_ways_are_those_that_so_many_texts_have(toy, texts, batch, names):
+    ways = exactness.decoded_in_every_way(toy, [[1]] * texts, 2, batch, 1, 2)
+    assert [name for name in ways if "alone" in name or "batches" in name or "slot" in name] == names
+
+
 def test_texts_are_compared_and_a_first_difference_is_measured_in_logits(toy, monkeypatch, tmp_path):
     """One token of one text is changed by hand: its logits are those of `score`."""
     settings, every = EXACT, exactness.decoded_in_every_way

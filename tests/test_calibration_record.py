@@ -181,7 +181,8 @@ def test_files_that_cannot_be_read_or_written_are_named(record, tmp_path):
 
 FORGED = [
     (dict(threshold=0.123), "threshold is 0.123, but its steps choose"), (dict(threshold="0.9"), "threshold is '0.9'"),
-    (dict(delta=2), "delta is 2"), (dict(epsilon=float("nan")), "epsilon is nan"), (dict(grid=[0, 1]), "must descend"),
+    (dict(delta=2), "delta is 2"), (dict(epsilon=float("nan")), "epsilon is nan"),
+    (dict(grid=[0, 1]), "must be those of grid"),
     (dict(grid=3), "grid is 3"), (dict(steps=[]), r"steps are at \(\)"), (dict(steps=[{}]), "missing 4 required"),
     (dict(steps=3), "not iterable"), (dict(prompts=-1), "prompts is -1"), (dict(full_depth=True), "full_depth is True"),
     (dict(serving=[1]), r"serving is \[1\]"), (dict(serving={}), "serving.exits is None"),

@@ -102,7 +102,8 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                 lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
                 system_instruction=system_instruction)
-            found[name] = [TaskResult.of(results, task, loaded["tasks"][task]) for task in loaded["tasks"]]
+            found[name] = [TaskResult.of(results, task, loaded["tasks"][task], model.finish_reasons)
+                           for task in loaded["tasks"]]
         store.close()
         times = _times(models, time_samples, progress) if time_samples else {}
     described = next(iter(models.values())).settings()

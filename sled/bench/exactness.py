@@ -72,7 +72,7 @@ def run_exactness_bench(model: str = "demo", *, dtype: str = "bfloat16", texts: 
     """
     dtype = OneOf(tuple(DTYPES))("dtype", dtype)
     texts = Whole(1, hint="it counts the problems")("texts", texts)
-    batch = Whole(1, hint="it counts the texts decoded together")("batch", batch)
+    batch = min(texts, Whole(1, hint="it counts the texts decoded together")("batch", batch))
     if picture:
         writable_picture("--picture", picture)
     lm = sled.load(model, dtype=dtype)
@@ -116,10 +116,12 @@ def decoded_in_every_way(lm: LM, prompts: list[list[int]], new_tokens: int, batc
         return [request.result().tokens for request in requests]
 
     longest = max(map(len, prompts)) + new_tokens
+    larger = min(2 * batch, len(prompts))
     return {
-        "plain": generate, "again": generate, "each alone": lambda: generate(1),
-        f"batches of {2 * batch}": lambda: generate(2 * batch), f"streamed, {CHUNK} tokens at a time": stream,
-        f"by the engine, {batch} slots": engine,
+        "plain": generate, "again": generate, **({"each alone": lambda: generate(1)} if batch > 1 else {}),
+        **({f"batches of {larger}": lambda: generate(larger)} if larger > batch else {}),
+        f"streamed, {CHUNK} tokens at a time": stream,
+        f"by the engine, {batch} slot{'s' * (batch > 1)}": engine,
         f"early exit after {layer}, threshold 1": lambda: generate(exits=sled.EarlyExit(layer, threshold=1.0)),
         f"self-speculation after {layer}, drafts of {draft}": lambda: generate(
             exits=sled.SelfSpeculation(layer, draft=draft)),

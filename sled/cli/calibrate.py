@@ -55,7 +55,7 @@ class Calibrate(derive("Exits", *EXITS)):
     """The distance of a text from the full model's, 0 to 1.
     rouge: 1 - ROUGE-L, the share of tokens that differ or moved. exact: 1 where anything differs, else 0."""
     grid: Annotated[tuple[float, ...] | None, left_out("18 of them, from 0.999 to 0.1")] = None
-    """Thresholds to try, descending, 0 to 1."""
+    """Thresholds to try, 0 to 1, in any order."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)

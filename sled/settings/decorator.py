@@ -13,7 +13,8 @@ import jax
 import numpy as np
 
 from sled.errors import SettingError
-from sled.settings.rules import LARGEST, OrNone, Whole, is_array, shorten
+from sled.io import shown
+from sled.settings.rules import LARGEST, OrNone, Whole, is_array
 
 Rule = Callable[[str, Any], Any]
 _KEY = "sled.setting"  # in a dataclass field's metadata
@@ -131,7 +132,7 @@ def _clean(self, field: str, of: Setting) -> None:
         if not of.rows or not isinstance(value, (list, tuple)):
             raise
         raise SettingError(f"{refused}; numbers for the rows are a NumPy array [{', '.join(of.rows)}], as "
-                           f"np.array({shorten(list(value))}) is one") from None
+                           f"np.array({shown(list(value))}) is one") from None
 
 
 def _hold(self, bound: str, of: Setting, counted: Setting) -> None:
