@@ -138,12 +138,11 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(exits, "speculation_entries", two_of_them)  # each is a program to compile, and so is a schedule
-    monkeypatch.setattr(exits, "SCHEDULES", {name: exits.SCHEDULES[name] for name in ("immediate", "lockstep",
-                                                                                       "gather 2")})
+    monkeypatch.setattr(exits, "SCHEDULES", {name: exits.SCHEDULES[name] for name in ("immediate", "lockstep")})
     report = exits.run_exits_bench(problems=8, rounds=1, picture=tmp_path / "deep" / "exits.png")
     alone = [row for row in report.rows if isinstance(row, exits.SpeculationRow)]
     full, *early = [row for row in report.rows if isinstance(row, exits.EarlyExitRow)]
-    assert len(alone) == 2 and len(early) == 2 * 3 * 2 and len(report.rows) == 15
+    assert len(alone) == 2 and len(early) == 2 * 2 * 2 and len(report.rows) == 11
     assert all(row.best > 0 and row.plain_over_this > 0 and row.transformers_over_this is None for row in alone)
     assert all(row.same_texts == 1 for row in alone)
     assert alone[0].acceptance is None and 0 <= alone[1].acceptance <= 1
@@ -152,7 +151,7 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
     assert all(row.same_tokens == 1 for row in early if row.threshold == 1)
     assert all(row.same_answers is None for row in early)  # the toy answers nothing
     assert "parity" in report.notes[-1]
-    assert len(json.loads(report.json())["rows"]) == 15 and report.markdown().count("\n|---|") == 2
+    assert len(json.loads(report.json())["rows"]) == 11 and report.markdown().count("\n|---|") == 2
     assert (tmp_path / "deep" / "exits.png").read_bytes()[:4] == b"\x89PNG"
 
 

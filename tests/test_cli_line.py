@@ -98,7 +98,8 @@ def test_no_option_of_several_values_takes_a_prompt_for_one(prog):
     (["Hi", "-z"], "has no option -z ("), (["Hi", "--xyz", "5"], "has no option --xyz ("),
     ([LENS, "Hi", "you"], "takes no further word, but 'you' was given"), ([LENS], "Missing from sled lens: TEXT ("),
     *(([*words, "no/folder/x.png"], "there is no folder 'no/folder' for x.png; make it") for words in (
-        [LENS, "Hi", "--picture"], [LENS, "Hi", "--html"], ["demo", "-o"], ["sweep", "--out"], ["calibrate", "--out"],
+        [LENS, "Hi", "--picture"], [LENS, "Hi", "--html"], ["demo", "-o"], ["sweep", "--out"],
+        ["calibrate", "--exit-layers", "1", "--out"],
         ["train", "-o"], ["export", "demo", "--out"], ["eval", "--tasks", "a", "-o"],
         ["eval", "--tasks", "a", "--cache"], ["bench layers", "--picture"], ["bench fusion", "--json"])),
 ])

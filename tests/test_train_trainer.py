@@ -22,14 +22,21 @@ from sled.errors import CheckpointError, ConfigError, DataError, SettingError, T
 from sled.models import ExitHeads, save_folder
 from sled.train.data.sources import Source
 from sled.train.initial_model import NewModel
-from sled.train.objective.exit_weights import AllExits, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
+from sled.train.objective.exit_weights import (
+    AllExits,
+    FixedExits,
+    LayerSkipWeights,
+    Rotational,
+    UniformWeights,
+    WeightedExits,
+)
 from sled.train.objective.layer_dropout import FixedRows, layerskip
 from sled.train.recipes import named
 from sled.train.rehearsal import rehearse
 from sled.train.run.checkpoint import complete_steps
 from sled.train.run.folder import read_checkpoint
 from sled.train.run.metrics import read_metrics
-from sled.train.run.preemption import EXIT_CODE
+from sled.train.run.preemption import EXIT_CODE, preemption
 from sled.train.trainer import TrainingRun, train
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
@@ -126,6 +133,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, runs, uninterrupted
     runs.whole("train", folder=tmp_path, save_every=1000)
     ours, others = metrics_of(tmp_path), metrics_of(uninterrupted)
     assert [line["loss"] for line in ours] == [line["loss"] for line in others]
+
+
+def test_ctrl_c_is_answered_and_once_more_stops(capfd):
+    with pytest.raises(KeyboardInterrupt), preemption() as reached:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert reached(1)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert "stopping after this step and what is being measured" in capfd.readouterr().err
 
 
 def test_a_run_tells_each_step_and_the_held_out_loss_of_every_layer(uninterrupted):
@@ -234,8 +249,14 @@ def test_options_change_the_recipe():
     assert own == WeightedExits(LayerSkipWeights(1.0), AllExits((2, 4)))
     assert made("plain", exit_layers=(3,)).exits == WeightedExits(UniformWeights(), AllExits((3,)))
     assert made("finetune").exits.curriculum == Rotational(16)
-    with pytest.raises(SettingError, match="names layer 1, which learns nothing with --recipe finetune"):
-        made("finetune", exit_layers=(1, 2))
+    assert made("plain", exit_layers=(2, 4), exit_weights=(0.1, 0.4), exit_initial=(0.3,), exit_warmup=9,
+                exit_course="cosine").exits == FixedExits((2, 4), (0.1, 0.4), 0.3, 9, "cosine")
+    for changes, says in ((dict(exit_layers=(1, 2)), "names layer 1, which learns nothing with --recipe finetune"),
+                          (dict(exit_layers=(1, 2), exit_warmup=9), "--exit-warmup was given without --exit-weights"),
+                          (dict(exit_weights=(0.1,)), "FixedExits.layers is"),
+                          (dict(exit_layers=(1, 2), exit_weights=(0.1,)), "weights has 1 entries for 2 layers")):
+        with pytest.raises(SettingError, match=says):
+            made("finetune", **changes)
 
 
 def run_of(tmp_path, data, recipe=None, **changes):
@@ -278,14 +299,18 @@ def test_a_new_model_takes_a_tokenizer_that_there_is(tmp_path, data):
 
 def test_a_rehearsal_tells_what_the_run_would_be_and_leaves_nothing(tmp_path, data, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
-    found = rehearse(run_of(tmp_path, data, held_out=Source(data / "held_out.jsonl")))
+    columns = dict(prompt="Say {text}", completion=" {text}")
+    found = rehearse(run_of(tmp_path, data, dict(context=96), source=Source(data / "train.jsonl", **columns),
+                            held_out=Source(data / "held_out.jsonl", **columns)))
     assert found.data.examples > found.held_out.examples > 0 and found.epochs == 4 / -(-found.data.rows // 2)
-    assert found.recipe.context == 32 and found.step_seconds > 0
-    assert found.step_bytes > found.plan.state + found.plan.gradients / 2
+    assert found.recipe.context == 96 and found.step_seconds > 0 and found.measuring_seconds > 0
+    assert (found.measurings, found.saves) == (2, 1)
+    assert found.step_bytes > found.plan.state + found.plan.gradients / 2 and found.peak_bytes > found.plan.state
     assert found.measuring_bytes > found.plan.state and found.saving_bytes > found.plan.state
     text = found.text()
-    assert re.search(r"\n  context +32\n(.*\n)*  parameters +[\d,]+\n  data +\d+ examples .*\n  held out +\d", text)
-    assert re.search(r"  a step +\d.*gradients and activations\n    measuring .*\n    saving ", text), text
+    assert re.search(r"\n  context +96\n(?:.*\n)*  parameters +[\d,]+\n  data +\d+ examples .*\n"
+                     r"  example +Say ([^[]+)\[ \1<\|endoftext\|>\]\n  held out +\d", text), text
+    assert re.search(r"  a step +\d.*gradients and activations\n    measuring .*\n    saving .*\n    measured ", text)
     assert not (tmp_path / "run").exists()
 
 

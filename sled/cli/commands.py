@@ -143,7 +143,10 @@ def _print_in_one_line(kind: type[Warning]) -> None:
     def show(message, category, *where, **more):
         if issubclass(category, kind):
             if str(message) not in said:  # a folder may be read more than once
-                print(f"warning: {message}", file=sys.stderr)
+                from tqdm import tqdm  # imported here: few commands warn
+
+                with tqdm.external_write_mode(sys.stderr):  # not behind a bar
+                    print(f"warning: {message}", file=sys.stderr)
             said.add(str(message))
         else:
             others(message, category, *where, **more)

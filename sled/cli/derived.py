@@ -95,9 +95,10 @@ def overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> li
     def told(field: str) -> str:
         return ", or ".join(filter(None, (default, getattr(declared(kind)[field].rule, "none", ""))))
 
-    return [(field, Annotated[option_type(kind, field) | None, sets(kind, field), tyro.conf.arg(
-        help=option_help(kind, field), help_behavior_hint=_hint(told(field) if default else _default(kind, field)),
-        aliases=[aliases[field]] if field in aliases else None)], None) for field in fields]
+    return [(declared(kind)[field].option or field, Annotated[
+        option_type(kind, field) | None, sets(kind, field), tyro.conf.arg(
+            help=option_help(kind, field), aliases=[aliases[field]] if field in aliases else None,
+            help_behavior_hint=_hint(told(field) if default else _default(kind, field)))], None) for field in fields]
 
 
 def sets(kind: type, field: str) -> Sets:

@@ -44,7 +44,7 @@ class Sweep:
     """
 
     out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])] = Path("sweep")
-    """Folder for sweep.csv, sweep.md and sweep.png."""
+    """Folder for sweep.csv, samples.jsonl (every prompt and text), sweep.md and sweep.png."""
     problems: Annotated[int | None, left_out("all of --data, or 160 held-out problems of the demo model")] = None
     """The number of questions to ask."""
     data: str | None = None
@@ -95,7 +95,7 @@ class Sweep:
 
     def run(self) -> None:
         from sled.eval.sweep import grid
-        from sled.eval.sweep.sweep import sweep, sweep_folder
+        from sled.eval.sweep.sweep import FILES, sweep, sweep_folder
 
         fusion = self.fusion_options.strategy()
         if bool(self.rates) != bool(self.scales):
@@ -116,7 +116,7 @@ class Sweep:
         stop = [unescape(each) for each in self.stop] or None  # the questions' own
         swept = sweep(lm, methods, questions, self.out, **{**arguments(self, sweep), "stop": stop})
         print(swept.markdown())
-        print(f"written to {self.out}: sweep.csv, sweep.md, sweep.png", file=sys.stderr)
+        print(f"written to {self.out}: {', '.join(FILES)}", file=sys.stderr)
 
     def _refuse_idle(self) -> None:
         """Raises SettingError for an option that decides nothing in this sweep."""
