@@ -247,7 +247,7 @@ def test_generate_leaves_as_a_record_says(demo, record, tmp_path, command):
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (("-m", "owner/name"), "PromptError: no prompts were given for owner/name"),
-    (("--problems", "3", "--file", "x"), "PromptError: --problems was given beside --file"),
+    (("--problems", "3", "--file", "x"), "PromptError: --problems was given beside --file or --data"),
     (("--problems", "0"), "SettingError: --problems is 0"),
     (("--problems", "3"), "CalibrationError: 3 prompts show nothing"),
     (("--patience", "3"), "--patience has no meaning without --schedule"),

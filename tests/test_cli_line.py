@@ -178,8 +178,8 @@ def ragged(said, columns):
     (Generate, "it is (2, 40), or EarlyExit.threshold is (0.5,) there", "it is (2, 40), or --threshold is 0.5 there"),
     (Train, "AllExits.layers is ()", "--exit-layers is ()"), (Train, "LayerDropout.rate is 1", "--layer-dropout is 1"),
     (Train, "Mesh.data and Mesh.fsdp are -1", "--data-parallel and --fsdp are -1"),
-    (Sweep, "example 1, has no column 'x', which Source.completion needs", "example 1, has no column 'x', which "
-     "--answer needs"),
+    (Sweep, "example 1, has no column 'x'; by Source.completion name one", "example 1, has no column 'x'; by --answer "
+     "name one"),
     (Sweep, "EarlyExit.layers is (9,)", "--exit-layers is 9"),
     (Sweep, "SelfSpeculation.draft is 0", "--drafts is 0"),
     (Sweep, "rounds is 0; give batch_size too", "--rounds is 0; give --batch-size too"),

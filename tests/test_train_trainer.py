@@ -317,7 +317,7 @@ def test_a_rehearsal_tells_what_the_run_would_be_and_leaves_nothing(tmp_path, da
 @pytest.mark.parametrize("changes, words", [
     (dict(source=Source("no/such.jsonl")), "there is no file at 'no/such.jsonl'"),
     (dict(held_out=Source("none.csv")), "there is no file at 'none.csv'"),
-    (dict(column="words"), "has no column 'words', which .*text needs"),
+    (dict(column="words"), "has no column 'words'; by .*text name one"),
     (dict(content="{"), r"a\.jsonl, line 1, cannot be read as json"), (dict(content=""), r"a\.jsonl is empty"),
     (dict(content='{"text": " "}'), "no example is left"),
 ])

@@ -18,14 +18,14 @@ from sled.cli.options import (
     ChatOptions,
     FusionOptions,
     ModelOptions,
+    PromptOptions,
     SamplingOptions,
     Stop,
     left_out,
-    read_prompts,
     unescape,
 )
 from sled.cli.paint import Paint, PaintedRow, has_colours
-from sled.errors import SettingError
+from sled.errors import PromptError, SettingError
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompt
 
@@ -52,11 +52,11 @@ class Generate:
     One prompt is printed as it grows; several are decoded together, under a progress bar.
     """
 
-    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]], left_out("those of --file", metavar="[PROMPT ...]")] = ()
+    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]],
+                       left_out("those of --file or --data", metavar="[PROMPT ...]")] = ()
     """Texts to continue, first or last; a backslash and n stands for a line break.
     One that begins with a dash, or is a number, stands behind --."""
-    file: Path | None = None
-    """Read one prompt per line from this file instead (-: standard input)."""
+    prompt_options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
@@ -76,7 +76,9 @@ class Generate:
     It is refused where model, fusion, sampling, --max-new-tokens or --stop are not those it was made for."""
 
     def run(self) -> None:
-        texts = read_prompts(self.prompts, self.file)
+        texts = self.prompt_options.read(self.prompts)
+        if not texts:
+            raise PromptError("no prompt was given; write it behind the command, or name a file by --file or --data")
         prompts = self.chat_options.prompts(texts)
         Whole(1, hint="prompts are decoded in batches")("--batch-size", self.batch_size)
         if self.calibration and (chosen := list(map(dashed, given(self.exit_options)))):

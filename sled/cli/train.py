@@ -38,7 +38,7 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
     held_out: tuple[str, ...] = ()
     """The same for data that is only measured on: the loss of every layer. For demo: its held-out problems."""
     text: str | None = None
-    """Column of plain text; every token is learnt."""
+    """Column of plain text, or a template; every token is learnt."""
     prompt: str | None = None
     """Column of prompts, or a template such as "Question: {question}\\nAnswer:"; not learnt. A backslash and n stands
     for a line break."""
