@@ -172,10 +172,13 @@ def too_few(method: str, right: int, n: int, unanswered: int, unfinished: int, d
             f"might keep within a loss of {delta:g}")
 
 
+MORE_TOKENS = "Allow more tokens (--max-new-tokens), or say what ends an answer (--stop)"
+
+
 def cut_off(method: str, unfinished: int, n: int) -> str:
     """That texts ended at the token limit, and what to do, in words."""
     return (f"{unfinished} of {n} texts of {method} ended at the token limit: an answer that would have come later is "
-            "missed. Allow more tokens (--max-new-tokens), or say what ends an answer (--stop)")
+            f"missed. {MORE_TOKENS}")
 
 
 def counted(sequences: Sequence[Any]) -> str:
