@@ -315,14 +315,14 @@ def test_what_cannot_be_swept(scripted, tmp_path, methods, how, says):
 def test_files_of_ones_own_are_not_replaced(command, scripted, tmp_path, capsys, name):
     (tmp_path / name).write_text("mine")
     assert command("-o", tmp_path, "--problems", 2) == 1
-    assert f"--output is '{tmp_path}', which holds {name} that sled did not write" in capsys.readouterr().err
+    assert f"--out is '{tmp_path}', which holds {name} that sled did not write" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "mine" and not scripted.calls and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(SettingError, match="folder is"):
         run(scripted, tmp_path)
 
 
 @pytest.mark.parametrize(("arguments", "made"), [
-    (["-o", "new/deep", "--exit-layers", "9"], False), (["-o", "new", "--rounds", "0"], False),
+    (["-o", "new", "--exit-layers", "9"], False), (["-o", "new", "--rounds", "0"], False),
     (["-o", "new", "-n", "1000"], False), (["-o", "old/new", "--exit-layers", "9"], False),
     (["-o", "new", "--delta", "2"], False), (["-o", "new", "--problems", "2", "--thresholds", "0.9", "--drafts"], True),
 ])

@@ -247,7 +247,7 @@ def test_what_is_no_export_stays(mine, says, tmp_path):
 
 @pytest.mark.parametrize("arguments, words", [
     (["{empty}"], "neither a training run's folder"),
-    (["nowhere"], "'nowhere' is not a folder here"),
+    (["nowhere"], "'nowhere' is no folder here"),
     (["demo", "--step", "3"], "demo is no training run"),
     (["demo", "--form", "orbax", "--license", "mit"], "--license has no meaning for --form orbax"),
     (["demo", "--fusion", "sled"], "--fusion has no meaning for --form hf"),
@@ -257,14 +257,14 @@ def test_what_is_no_export_stays(mine, says, tmp_path):
 ])
 def test_the_command_says_what_it_refuses(arguments, words, run_folder, tmp_path, capsys):
     arguments = [argument.format(empty=tmp_path, run=run_folder) for argument in arguments]
-    assert main(["export", *arguments, "--to", str(tmp_path / "to")]) == 1
+    assert main(["export", *arguments, "--out", str(tmp_path / "to")]) == 1
     assert words in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_the_command_writes_every_form(run_folder, tmp_path, capsys):
     for name, options in (("hf", ["--dtype", "bfloat16"]), ("orbax", ["--form", "orbax"]),
                           ("program", ["--form", "program", "--fusion", "average", "--step", "1"])):
-        assert main(["export", str(run_folder), "--to", str(tmp_path / name), *options]) == 0
+        assert main(["export", str(run_folder), "--out", str(tmp_path / name), *options]) == 0
     assert load_folder(tmp_path / "hf").embedding.weight.dtype == jnp.bfloat16
     about = json.loads((tmp_path / "program" / "program.json").read_text())
     assert about["source"] == {"source": run_folder.name, "step": 1}

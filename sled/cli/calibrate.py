@@ -13,6 +13,7 @@ import sled
 from sled.cli.derived import arguments, derive, offer, settings_of
 from sled.cli.exit_options import ExitOptions, schedule_options
 from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, SamplingOptions, Stop, begin, left_out
+from sled.cli.values import NewPath
 from sled.io import writable
 from sled.settings.decorator import declared
 
@@ -38,7 +39,7 @@ class Calibrate(derive("Exits", *EXITS)):
     sled.Calibration.load("calibration.json").policy(lm, ...) gives the exits to serve with, and refuses others.
     """
 
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("calibration.json")
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])] = Path("calibration.json")
     """Write the record to this file."""
     file: Path | None = None
     """Read one prompt per line from this file (-: standard input).
@@ -68,7 +69,7 @@ class Calibrate(derive("Exits", *EXITS)):
 
     def run(self) -> None:
         exits = ExitOptions(exits="early", **{name: getattr(self, name) for name, *_ in EXITS}).settings()
-        output = writable("--output", self.output)
+        output = writable("--out", self.out)
         lm, prompts, settings = begin(self, 200)
         record = sled.calibrate(lm, prompts, **exits, **settings, **arguments(self, sled.calibrate))
         record.save(output)

@@ -32,6 +32,7 @@ from sled.decoding.options import GREEDY
 from sled.errors import PromptError, SettingError, SledError
 from sled.fusion import FUSIONS
 from sled.models.config import WEIGHT_TYPES
+from sled.models.hub import local_folder
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompt
 
@@ -63,6 +64,7 @@ class ModelOptions:
     """Branch, tag or commit of a hub id."""
 
     def load(self) -> sled.LM:
+        local_folder(self.model)  # for its error, before the devices are looked for
         print_devices()
         return sled.load(self.model, dtype=self.dtype, revision=self.revision)
 

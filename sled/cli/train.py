@@ -13,7 +13,7 @@ import tyro
 from sled.cli.derived import arguments, build, dashed, derive, given, given_for, offer, overrides, sets, settings_of
 from sled.cli.line import Sets
 from sled.cli.options import left_out, unescape
-from sled.cli.values import Layer
+from sled.cli.values import Layer, NewPath
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
 from sled.models.sharding.mesh import Mesh
@@ -195,7 +195,7 @@ class Train:
     killed at any moment, the same command goes on from the last checkpoint, as if nothing had happened.
     """
 
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])]
     """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """The model to start from: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""

@@ -15,6 +15,7 @@ import numpy as np
 from sled.errors import SettingError
 from sled.io import shown
 from sled.settings.rules import LARGEST, OrNone, Whole, is_array
+from sled.settings.unknown import naming_unknown
 
 Rule = Callable[[str, Any], Any]
 _KEY = "sled.setting"  # in a dataclass field's metadata
@@ -106,6 +107,7 @@ def settings(cls: type) -> type:
 
     cls.__post_init__ = __post_init__
     cls = dataclasses.dataclass(frozen=True)(cls)
+    cls.__init__ = naming_unknown(cls.__init__, cls.__name__)
     fields = declared(cls)
     cls.traced_fields = tuple(name for name, of in fields.items() if of.traced)
     cls.row_axes = {name: of.rows for name, of in fields.items() if of.rows}
