@@ -20,6 +20,7 @@ from sled.io import made_writable, naming_full_disk, written_whole
 from sled.settings.brief import brief
 
 SAMPLES = "samples.jsonl"
+MORE_TOKENS = "Allow more tokens (--max-new-tokens), or say what ends an answer (--stop)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +171,6 @@ def too_few(method: str, right: int, n: int, unanswered: int, unfinished: int, d
     texts = f" ({'; '.join(counts)})" * bool(counts)
     return (f"{method} solves {right} of {n} questions{texts}: so little can be lost that a method which solves none "
             f"might keep within a loss of {delta:g}")
-
-
-MORE_TOKENS = "Allow more tokens (--max-new-tokens), or say what ends an answer (--stop)"
 
 
 def cut_off(method: str, unfinished: int, n: int) -> str:
