@@ -20,6 +20,7 @@ from sled.io import made_writable, naming_full_disk, written_whole
 from sled.settings.brief import brief
 
 SAMPLES = "samples.jsonl"
+MORE_TOKENS = "Allow more tokens (--max-new-tokens), or say what ends an answer (--stop)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +176,7 @@ def too_few(method: str, right: int, n: int, unanswered: int, unfinished: int, d
 def cut_off(method: str, unfinished: int, n: int) -> str:
     """That texts ended at the token limit, and what to do, in words."""
     return (f"{unfinished} of {n} texts of {method} ended at the token limit: an answer that would have come later is "
-            "missed. Allow more tokens (--max-new-tokens), or say what ends an answer (--stop)")
+            f"missed. {MORE_TOKENS}")
 
 
 def counted(sequences: Sequence[Any]) -> str:

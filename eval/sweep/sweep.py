@@ -27,7 +27,7 @@ from sled.eval.questions import Questions
 from sled.eval.sweep.grid import no_exit
 from sled.eval.sweep.measure import Answered, Point, measure
 from sled.eval.sweep.plot import draw_sweep
-from sled.eval.sweep.result import SAMPLES, SweepFile, Swept, counted, cut_off, too_few
+from sled.eval.sweep.result import MORE_TOKENS, SAMPLES, SweepFile, Swept, counted, cut_off, too_few
 from sled.io import json_digest, naming_full_disk, replace_text, shorten, writable_folder, written_whole
 from sled.lm import LM
 from sled.settings.describe import describe
@@ -89,13 +89,15 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
 
         def enough(name: str, base: Answered) -> None:
             n, right, texts = len(base.right), sum(base.right), base.out.texts
+            many = base.unfinished > MANY * n
             if can_lose(right / n, n, delta, epsilon):
-                if base.unfinished > MANY * n:
+                if many:
                     warnings.warn(cut_off(name, base.unfinished, n), EvaluationWarning, stacklevel=2)
                 return
             read = {rule: sum(dataclasses.replace(questions, extract=rule).right(texts)) for rule in RULES}
             better = max(read, key=read.get)
             hint = f"By {better} (--extract) it solves {read[better]}. " * (read[better] > right)
+            hint += f"{MORE_TOKENS}. " * many
             why = too_few(name, right, n, base.unanswered, base.unfinished, delta)
             warnings.warn(f"{why}; so nothing will be certified or chosen. {hint}Its first text: "
                           f"{shorten(texts[0].strip(), 200)!r}", EvaluationWarning, stacklevel=2)
