@@ -172,7 +172,8 @@ def test_token_ids_outside_the_vocabulary_are_none_and_are_named(tmp_path, write
         warnings.simplefilter("always")
         config = read_config(folder)
     assert (config.eos_ids, config.pad_id, config.bos_id) == ((2,), None, 1)
-    assert "eos_token_id 48 (the vocabulary has 48), eos_token_id 50256" in str(seen[0].message) + str(seen[1].message)
+    assert ("passed over pad_token_id 48, eos_token_id 48, eos_token_id 50256 (no tokens of the vocabulary)"
+            in str(seen[0].message) + str(seen[1].message))
 
 
 ODD_TEXTS = ["[" * 100_000, '{"a":' * 100_000, "{", '{"a": ' + "9" * 5000 + "}", "null", "[]", '"a"',
