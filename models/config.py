@@ -10,7 +10,7 @@ import dataclasses
 
 from sled.errors import ConfigError, SettingError
 from sled.io import shown
-from sled.models.positions import Rope
+from sled.models.positions import LongRopeScaling, Rope
 
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")  # in which weights are kept and computed with
 NORMS = ("rms", "rms_plus_one", "layer")  # see layers/basic.py
@@ -207,6 +207,20 @@ class DecoderConfig:
         """How many positions a text may have: `max_positions`, or as many as the rotary positions hold for."""
         ropes = [rope for rope in (self.rope, self.local_rope) if rope is not None]
         return min((rope.context(self.max_positions) for rope in ropes), default=self.max_positions)
+
+    def for_long_context(self) -> DecoderConfig:
+        """The same, for texts of all `max_positions`. Raises SettingError where texts may have them anyway."""
+        if self.rope is None or not isinstance(self.rope.scaling, LongRopeScaling):
+            raise SettingError("long_context is True, but this model has no rotary positions of their own for long "
+                               f"texts (longrope): all have up to {self.context:,}; leave it out")
+        scaling = dataclasses.replace(self.rope.scaling, long_context=True)
+        return dataclasses.replace(self, rope=dataclasses.replace(self.rope, scaling=scaling))
+
+    @property
+    def long_context(self) -> bool:
+        """Whether positions are computed in a way of their own for long texts."""
+        scaling = self.rope and self.rope.scaling
+        return isinstance(scaling, LongRopeScaling) and scaling.long_context
 
     @property
     def beyond(self) -> str:

@@ -33,7 +33,7 @@ from sled.settings.per_row import check_rows
 from sled.settings.rules import Flag, OneOf, OrNone, Whole
 from sled.settings.unknown import naming_unknown
 from sled.text.chat import Messages, conversations
-from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
+from sled.text.prompts import Prompt, Prompts, check_room, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
@@ -293,7 +293,7 @@ class LM:
             "model": f"{c.family}, {c.num_layers} layers, {c.width} wide, {c.num_heads} heads, {c.num_kv_heads} of K/V",
             "parameters": f"{count:,}, {dtypes}, {size / 1e6:,.1f} MB",
             "vocabulary": f"{c.vocab_size:,} tokens, texts end at {ends or 'none of them'}",
-            "context": f"{c.max_positions:,} tokens",
+            "context": f"{c.context:,} tokens" + (c.beyond and f"; {c.beyond}"),
             "exit heads": heads or "none: exits share the final norm and projection",
             "tokenizer": "yes" if self.text.available else "none: prompts are lists of token ids",
             "sampling": f"the checkpoint's: {listed(acting(self.generation)) or 'greedy'}",
@@ -318,7 +318,8 @@ class LM:
         """The prompts' token ids, with settings that fit them and the first seed."""
         ids = prompt_ids(prompts, self.text, self.config)
         seed = Whole(0, 2**32 - len(ids), hint="prompt i draws from stream seed + i, one of 2**32")("seed", seed)
-        decoding.check_context(self.config.max_positions)
+        decoding.check_context(self.config.context)
+        check_room(ids, decoding.max_new_tokens, self.config)
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
     def _begin(self, ids: list[np.ndarray], batch: Sequence[int], decoding: Decoding, *, height: int,
@@ -328,7 +329,7 @@ class LM:
         Settings with an entry per prompt follow their prompts; an idle row repeats the first one's.
         """
         rows = [*batch, *[batch[0]] * (height - len(batch))]
-        limits = [min(decoding.max_new_tokens, self.config.max_positions - len(ids[i])) for i in batch]
+        limits = [min(decoding.max_new_tokens, self.config.context - len(ids[i])) for i in batch]
         return Generation(self.build, self.params, [ids[i] for i in rows], decoding.take_rows(rows),
                           limits=[*limits, *[0] * (height - len(batch))], seeds=[seed + i for i in rows],
                           stop_ids=self.config.eos_ids)

@@ -82,6 +82,8 @@ class TrainingRun:
     heads: ExitHeads | None = setting(
         OrNone(Instance(ExitHeads, traced=False, hint="give sled.models.ExitHeads(...)")), default=None,
         help="new exit heads for the model; None keeps those it has, if any")
+    long_context: bool = setting(Flag(hint="True loads a model for its long texts"), default=False,
+                                 help="as for sled.load: the way in which the model computes positions")
     mesh: Mesh = setting(Instance(Mesh, traced=False, hint="give sled.models.sharding.mesh.Mesh(...)"), default=Mesh(),
                          help="the devices, where there are more than one")
     save_every: int = setting(Whole(1, hint="it counts the steps between two checkpoints"), default=500,
@@ -250,7 +252,8 @@ def prepare(run: TrainingRun, folder: RunFolder,
 
 
 def _initial_model(run: TrainingRun, folder: Path, **how: bool) -> InitialModel:
-    model = prepare_initial_model(run.model, run.source, run.recipe.context, folder, heads=run.heads, **how)
+    model = prepare_initial_model(run.model, run.source, run.recipe.context, folder, heads=run.heads,
+                                  long_context=run.long_context, **how)
     if run.recipe.trainable == HEADS and model.config.exit_heads is None:
         raise SettingError("the recipe tunes exit heads alone, but the model has none; give it some as heads "
                            "(--exit-heads 2 4), or take another recipe")

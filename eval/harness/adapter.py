@@ -131,7 +131,7 @@ class SledLM(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self.lm.config.max_positions
+        return self.lm.config.context
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         """Token ids. None: the tokenizer's special tokens, unless the text begins with the prefix token already."""

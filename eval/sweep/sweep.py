@@ -150,7 +150,7 @@ def _points(lm: LM, methods: Sequence[Method], given: dict[str, Any]) -> list[Po
 def _check_room(lm: LM, asked: Sequence[Sequence[int]], source: str, max_new_tokens: int) -> None:
     """Raises SettingError where an answer could end at the model's context before it has `max_new_tokens`."""
     lengths = list(map(len, asked))
-    longest, context = max(lengths), lm.config.max_positions
+    longest, context = max(lengths), lm.config.context
     if longest + max_new_tokens > context:
         raise SettingError(f"max_new_tokens is {max_new_tokens}, but the context of {lm.name} holds {context} tokens, "
                            f"and question {lengths.index(longest) + 1} of {source} takes {longest} of them; "

@@ -139,6 +139,7 @@ def format_config(config: DecoderConfig, dtype: str) -> dict:
     fields = {"architectures": [family.architecture], "model_type": family.name,
               **family.write(config)}
     read_back = parse_config(fields, f"a {family.name} config.json")
+    read_back = read_back.for_long_context() if config.long_context else read_back  # which is no part of the format
     lost = [field.name for field in dataclasses.fields(config)
             if getattr(config, field.name) != getattr(read_back, field.name)]
     if lost:

@@ -79,7 +79,7 @@ def run_exactness_bench(model: str = "demo", *, dtype: str = "bfloat16", texts: 
     layer = max(1, lm.config.num_layers // 4) if exit_layer is None else exit_layer
     with_last("exit_layer", (layer,), lm.config.num_layers)
     prompts = mixed_questions(lm, texts)[:texts]
-    room = lm.config.max_positions - max(map(len, prompts))
+    room = lm.config.context - max(map(len, prompts))
     new_tokens = Whole(1, room, hint="prompts and new tokens lie in the model's context")("new_tokens", new_tokens)
     ways = decoded_in_every_way(lm, prompts, new_tokens, batch, layer, draft)
     made = {name: way() for name, way in tqdm(ways.items(), desc="sled bench exactness", unit="way")}
@@ -111,7 +111,7 @@ def decoded_in_every_way(lm: LM, prompts: list[list[int]], new_tokens: int, batc
         return rows
 
     def engine() -> list[list[int]]:
-        server = sled.Engine(lm, slots=batch, capacity=min(lm.config.max_positions, 2 * longest))
+        server = sled.Engine(lm, slots=batch, capacity=min(lm.config.context, 2 * longest))
         requests = [server.submit(prompt, max_new_tokens=new_tokens) for prompt in prompts]
         return [request.result().tokens for request in requests]
 

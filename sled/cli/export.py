@@ -13,7 +13,7 @@ import sled
 from sled.cli.derived import arguments, dashed, given, refuse_others
 from sled.cli.exit_options import ExitOptions
 from sled.cli.line import Sets
-from sled.cli.options import FusionOptions, left_out
+from sled.cli.options import FusionOptions, LongContext, left_out
 from sled.cli.values import NewPath
 from sled.errors import SettingError
 from sled.models.config import WEIGHT_TYPES
@@ -55,6 +55,7 @@ class Export:
     dtype: Annotated[Literal[WEIGHT_TYPES] | None,
                      left_out("the stored one; of a run float32")] = None
     """Type of the written weights."""
+    long_context: LongContext = False
     heads: Literal["drop", "beside"] | None = None
     """hf: what becomes of exit heads, which transformers does not have. drop: they are left behind.
     beside: in files that only sled reads. Without it a model with exit heads is refused."""
@@ -76,7 +77,10 @@ class Export:
     def run(self) -> None:
         if self.form != "hf":
             refuse_others(self, "form", {field.name for field in dataclasses.fields(self)} - OF_HF)
-        if self.form != "program" and (decoding := {**given(self.fusion_options), **given(self.exit_options)}):
+        decoding = {**given(self.fusion_options), **given(self.exit_options)}
+        if self.long_context:
+            decoding["long_context"] = True
+        if self.form != "program" and decoding:
             raise SettingError(f"{dashed(next(iter(decoding)))} has no meaning for --form {self.form}, which holds a "
                                "model and not how to decode with it; leave it out, or choose --form program")
         if self.private and self.push is None:
@@ -94,5 +98,5 @@ class Export:
             forms.export_orbax(self.source, self.out, **reading)
         else:
             decoding = sled.Decoding(self.fusion_options.strategy(), **self.exit_options.settings())
-            forms.export_program(self.source, self.out, decoding, **reading)
+            forms.export_program(self.source, self.out, decoding, long_context=self.long_context, **reading)
         print(f"the {self.form} export is in {self.out}", file=sys.stderr)

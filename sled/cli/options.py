@@ -52,6 +52,10 @@ Stop = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(
     help_behavior_hint="(default: none)")]
 
 
+LongContext = Annotated[bool, tyro.conf.arg(
+    help="Load a model that has two ways to compute positions (longrope, as Phi-3-mini-128k) for long texts.")]
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelOptions:
     """Which model."""
@@ -63,11 +67,12 @@ class ModelOptions:
     """Type of the weights."""
     revision: Annotated[str | None, left_out("the newest")] = None
     """Branch, tag or commit of a hub id."""
+    long_context: LongContext = False
 
     def load(self) -> sled.LM:
         local_folder(self.model)  # for its error, before the devices are looked for
         print_devices()
-        return sled.load(self.model, dtype=self.dtype, revision=self.revision)
+        return sled.load(self.model, dtype=self.dtype, revision=self.revision, long_context=self.long_context)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import tyro
 
 from sled.cli.derived import arguments, build, dashed, derive, given, given_for, offer, overrides, sets, settings_of
 from sled.cli.line import Sets
-from sled.cli.options import left_out, unescape
+from sled.cli.options import LongContext, left_out, unescape
 from sled.cli.values import Layer, NewPath
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
@@ -199,6 +199,7 @@ class Train:
     """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """The model to start from: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
+    long_context: LongContext = False
     data_options: DataOptions = dataclasses.field(default_factory=DataOptions)
     recipe_options: RecipeOptions = dataclasses.field(default_factory=RecipeOptions)
     new_model_options: NewModelOptions = dataclasses.field(default_factory=NewModelOptions)

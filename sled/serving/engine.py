@@ -61,7 +61,7 @@ class Engine:
                  limits: Limits = LIMITS):
         Instance(LM, traced=False, hint="give what sled.load returns")("lm", lm)
         slots = Whole(1, hint="it counts the requests served at a time")("slots", slots)
-        most = lm.config.max_positions
+        most = lm.config.context
         capacity = Whole(2, most, hint="it counts a request's tokens, a new one included, within the model's context")(
             "capacity", min(most, 1024) if capacity is None else capacity)
         self.limits = Instance(Limits, traced=False, hint="give sled.Limits(...)")("limits", limits)

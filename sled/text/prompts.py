@@ -59,19 +59,32 @@ def pair_ids(prompt: Prompt, continuation: Prompt, text: Tokenizer, config: Deco
     continuation = _valid_ids(continuation, config, "the continuation",
                               empty="there is nothing to score; give at least one token")
     both = len(prompt) + len(continuation)
-    if both > config.max_positions + 1:  # the last token is only predicted: it takes no place
+    if both > config.context + 1:  # the last token is only predicted: it takes no place
         raise PromptError(f"prompt and continuation are {both} tokens long, but the model's context holds "
-                          f"{config.max_positions}, and one more is predicted; shorten the prompt")
+                          f"{config.context}, and one more is predicted; shorten the prompt{_or_else(config)}")
     return prompt, continuation
 
 
 def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarray:
     """int32 [T], or PromptError: empty, not whole numbers, outside the vocabulary, no room to go on."""
     ids = _valid_ids(ids, config, what)
-    if len(ids) >= config.max_positions:
+    if len(ids) >= config.context:
         raise PromptError(f"{what} is {len(ids)} tokens long, but the model's context holds "
-                          f"{config.max_positions}, the new tokens included; shorten it")
+                          f"{config.context}, the new tokens included; shorten it{_or_else(config)}")
     return ids
+
+
+def check_room(ids: Sequence[np.ndarray], new: int, config: DecoderConfig) -> None:
+    """Raises PromptError where a text could end at the context though the model can be loaded for a longer one."""
+    longest = max(map(len, ids))
+    if config.context < config.max_positions and longest + new > config.context:
+        raise PromptError(f"a prompt is {longest} tokens long and {new} new ones may follow, but the model's context "
+                          f"holds {config.context} as it is loaded; ask for at most {config.context - longest} new "
+                          f"ones{_or_else(config)}")
+
+
+def _or_else(config: DecoderConfig) -> str:
+    return config.beyond and f" ({config.beyond})"
 
 
 def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str, *, empty: str = (
