@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from sled.errors import PromptError
 from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.exit_heads import BoundHead, ExitHead
@@ -95,7 +96,7 @@ class Decoder(nnx.Module):
 
         Layers with a window have fewer: as many as the window, and `ahead` more (see `layers.attention.ring_size`).
         """
-        c, dtype = self.config, self.embedding.weight[...].dtype
+        c, dtype = self.config, self.embedding.weight.dtype
         sizes = [ring_size(slots, window, ahead) + 1 for window in c.windows]
         empty = lambda size: jnp.zeros((batch, c.num_kv_heads, size, c.head_dim), dtype)  # noqa: E731
         return [(empty(size), empty(size)) for size in sizes]
@@ -128,7 +129,13 @@ class Decoder(nnx.Module):
                 for i, cache in zip(range(start, stop), caches, strict=True)]
 
     def hidden_states(self, tokens_BT) -> jax.Array:
-        """Every hidden state of whole sequences, separate form: [L + 1, B, T, D], none of them normed."""
+        """Every hidden state of whole sequences, separate form: [L + 1, B, T, D], none of them normed.
+
+        Raises PromptError for sequences beyond learned positions.
+        """
+        if self.positions is not None and tokens_BT.shape[1] > self.config.max_positions:
+            raise PromptError(f"the sequences have {tokens_BT.shape[1]} tokens, but {self.config.max_positions} "
+                              "positions were learned; shorten them")
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
         h0 = self.embed(tokens_BT, positions)
         states, _ = self.run_layers(h0, positions, None, 0, self.num_layers)
@@ -165,6 +172,10 @@ class Decoder(nnx.Module):
             [ExitHead(config, norm=self.norm, projection=self.shared_head.w_VD, rngs=rngs) for _ in heads.layers])
         stacked = made and isinstance(self.layers, Block)
         return self._with_parts(self.layers, _stacked(made) if stacked else made, config)
+
+    def for_long_context(self) -> Decoder:
+        """The same decoder, its weights shared, for texts of all its positions: see `DecoderConfig`."""
+        return self._with_parts(self.layers, self.exit_heads, self.config.for_long_context())
 
     def stack(self) -> Decoder:
         """The stacked form: each layer parameter gains a leading axis L, each exit head's an axis E. Copies once."""

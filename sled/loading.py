@@ -15,14 +15,17 @@ from sled.models.config import WEIGHT_TYPES
 from sled.models.generation import read_generation
 from sled.models.hub import folder_of
 from sled.models.orbax import is_orbax
-from sled.settings.rules import OneOf, OrNone
+from sled.settings.rules import Flag, OneOf, OrNone
+from sled.settings.unknown import naming_unknown
 from sled.text.tokenizer import Tokenizer
 
 DTYPES = {name: getattr(jnp, name) for name in WEIGHT_TYPES}
 
 
+@naming_unknown
 @naming_shortage("the model's weights", 'give dtype="bfloat16", or take a smaller model or another device')
-def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str | None = None) -> LM:
+def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str | None = None,
+         long_context: bool = False) -> LM:
     """A language model from `source`.
 
     source: "demo" (bundled), a Hugging Face folder (config.json and safetensors, tokenizer.json if
@@ -31,6 +34,8 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
     dtype: "float32", "bfloat16" or "float16"; None keeps the checkpoint's on an accelerator and
         takes float32 on a CPU, where narrower types are slower.
     revision: branch, tag or commit of a hub id.
+    long_context: of a model that computes positions in one way for short texts and in another for long ones (longrope,
+        as Phi-3-mini-128k has it): True takes the way for long ones, for all. Without it texts are short.
 
     Raises: CheckpointError, ConfigError, DownloadError, SettingError, TokenizerError.
     """
@@ -39,7 +44,9 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
     dtype = OrNone(OneOf(tuple(DTYPES), hint="None takes the checkpoint's, float32 on a CPU"))("dtype", dtype)
     if dtype is None and jax.default_backend() == "cpu":
         dtype = "float32"
+    long_context = Flag(hint="True loads a model for its long texts")("long_context", long_context)
     folder = folder_of(source, revision)
     read = load_orbax if is_orbax(folder) else load_folder
     model = read(folder, dtype=DTYPES.get(dtype))
+    model = model.for_long_context() if long_context else model
     return LM(model, Tokenizer.from_folder(folder), name=str(source), generation=read_generation(folder))

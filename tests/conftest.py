@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import shutil
+import warnings
 from pathlib import Path
 
 import jax
@@ -14,6 +15,10 @@ from safetensors.numpy import save_file
 
 import sled
 from sled import cli
+from sled.errors import CheckpointWarning
+from sled.models.families.registry import parse_config
+from sled.models.layout import layout, tensor_shapes
+from sled.models.stored import parameter_shapes
 
 # Tests compile much and compute little: XLA need not optimise, and its older code generator compiles in half the time.
 # Read when jax starts its devices, which is later; the programs beside the tests inherit it.
@@ -35,6 +40,8 @@ LLAMA = dict(BASE, model_type="llama", architectures=["LlamaForCausalLM"])
 MISTRAL = dict(BASE, model_type="mistral", architectures=["MistralForCausalLM"])
 QWEN2 = dict(BASE, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
 QWEN3 = dict(BASE, model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=16)
+GEMMA = {**BASE, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "tie_word_embeddings": True}
+del GEMMA["hidden_act"]
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=16)
 
@@ -57,40 +64,34 @@ VARIANTS = {
     "qwen3": QWEN3,
     "qwen3-mha-biases-windows": dict(QWEN3, num_key_value_heads=4, attention_bias=True, use_sliding_window=True,
                                      sliding_window=7, max_window_layers=1),
+    "gemma": dict(GEMMA, model_type="gemma", architectures=["GemmaForCausalLM"], hidden_act="gelu"),
+    "gemma2": dict(GEMMA, model_type="gemma2", architectures=["Gemma2ForCausalLM"], sliding_window=6,
+                   query_pre_attn_scalar=24, attn_logit_softcapping=5.0, final_logit_softcapping=3.0),
+    "gemma3_text": dict(GEMMA, model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=6,
+                   query_pre_attn_scalar=24, rope_parameters={
+                       "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=500.0),
+                       "sliding_attention": dict(rope_type="default", rope_theta=100.0)},
+                   layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    "gemma3-old-spelling-untied": dict(
+        GEMMA, model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=5,
+        sliding_window_pattern=2, rope_theta=500.0, rope_local_base_freq=100.0, final_logit_softcapping=3.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0}, tie_word_embeddings=False),
 }
 
 
 def tensors(config: dict) -> dict[str, np.ndarray]:
-    """Random float32 weights under Hugging Face's names. RandomState: the same numbers in every numpy."""
-    c = config
-    d, f = c["hidden_size"], c["intermediate_size"]
-    head = c.get("head_dim") or d // c["num_attention_heads"]
-    q, kv = c["num_attention_heads"] * head, c["num_key_value_heads"] * head
-    attention_bias = c.get("attention_bias", False)
-    shapes = {"model.embed_tokens.weight": (c["vocab_size"], d)}
-    for i in range(c["num_hidden_layers"]):
-        at = f"model.layers.{i}."
-        for name, rows, columns, bias in (
-                ("self_attn.q_proj", q, d, attention_bias or c["model_type"] == "qwen2"),
-                ("self_attn.k_proj", kv, d, attention_bias or c["model_type"] == "qwen2"),
-                ("self_attn.v_proj", kv, d, attention_bias or c["model_type"] == "qwen2"),
-                ("self_attn.o_proj", d, q, attention_bias),
-                ("mlp.gate_proj", f, d, c.get("mlp_bias")),
-                ("mlp.up_proj", f, d, c.get("mlp_bias")),
-                ("mlp.down_proj", d, f, c.get("mlp_bias"))):
-            shapes[f"{at}{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{at}{name}.bias"] = (rows,)
-        shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (d,)
-        if c["model_type"] == "qwen3":
-            shapes[f"{at}self_attn.q_norm.weight"] = shapes[f"{at}self_attn.k_norm.weight"] = (head,)
-    shapes["model.norm.weight"] = (d,)
-    if not c["tie_word_embeddings"]:
-        shapes["lm_head.weight"] = (c["vocab_size"], d)
-    random = np.random.RandomState(0)
-    centre = {name: 1.0 if "norm" in name else 0.0 for name in shapes}
-    return {name: (centre[name] + 0.2 * random.standard_normal(shape)).astype(np.float32)
-            for name, shape in shapes.items()}
+    """Random float32 weights under Hugging Face's names. RandomState: the same numbers in every numpy.
+
+    Names and shapes are the library's own: that transformers has the same is seen by the logits that it gave for them
+    (`test_models_decoder.record`).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CheckpointWarning)
+        ours, random = parse_config(config), np.random.RandomState(0)
+    shapes = tensor_shapes(layout(ours, parameter_shapes(ours)))
+    centre = {name: 1.0 if "norm" in name or ".ln_" in name else 0.0 for name in shapes}
+    return {name: (centre[name] + 0.2 * random.standard_normal(shapes[name])).astype(np.float32)
+            for name in sorted(shapes)}
 
 
 def pytest_addoption(parser):

@@ -81,6 +81,26 @@ QWEN_3 = dict(
     transformers_version="4.51.0", use_cache=True, use_sliding_window=False, vocab_size=151936)
 QWEN_3_06 = dict(QWEN_3, hidden_size=1024, intermediate_size=3072, max_window_layers=28, num_attention_heads=16,
                  num_hidden_layers=28, tie_word_embeddings=True)
+GEMMA = dict(
+    architectures=["GemmaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=2, eos_token_id=1,
+    head_dim=256, hidden_act="gelu", hidden_activation=None, hidden_size=2048, initializer_range=0.02,
+    intermediate_size=16384, max_position_embeddings=8192, model_type="gemma", num_attention_heads=8,
+    num_hidden_layers=18, num_key_value_heads=1, pad_token_id=0, rms_norm_eps=1e-06, rope_scaling=None,
+    rope_theta=10000.0, torch_dtype="bfloat16", transformers_version="4.38.0.dev0", use_cache=True, vocab_size=256000)
+GEMMA_2 = dict(
+    GEMMA, architectures=["Gemma2ForCausalLM"], attn_logit_softcapping=50.0, cache_implementation="hybrid",
+    final_logit_softcapping=30.0, hidden_act="gelu_pytorch_tanh", hidden_activation="gelu_pytorch_tanh",
+    hidden_size=2304, intermediate_size=9216, model_type="gemma2", num_hidden_layers=26, num_key_value_heads=4,
+    query_pre_attn_scalar=256, rope_scaling=ABSENT, sliding_window=4096, transformers_version="4.42.4")
+GEMMA_3 = dict(
+    architectures=["Gemma3ForCausalLM"], attention_bias=False, attention_dropout=0.0, attn_logit_softcapping=None,
+    bos_token_id=2, cache_implementation="hybrid", eos_token_id=[1, 106], final_logit_softcapping=None, head_dim=256,
+    hidden_activation="gelu_pytorch_tanh", hidden_size=1152, initializer_range=0.02, intermediate_size=6912,
+    max_position_embeddings=32768, model_type="gemma3_text", num_attention_heads=4, num_hidden_layers=26,
+    num_key_value_heads=1, pad_token_id=0, query_pre_attn_scalar=256, rms_norm_eps=1e-06, rope_local_base_freq=10000,
+    rope_scaling=None, rope_theta=1000000, sliding_window=512, sliding_window_pattern=6, torch_dtype="bfloat16",
+    transformers_version="4.50.0.dev0", use_cache=True, vocab_size=262144)
+LINEAR_ROPE_8 = dict(factor=8.0, rope_type="linear")
 LAYERSKIP = dict(attention_bias=False, attention_dropout=0.0, mlp_bias=False, transformers_version="4.45.2")
 
 PUBLISHED = {
@@ -191,6 +211,43 @@ PUBLISHED = {
     "facebook/layerskip-llama3-8B": LLAMA_3 | LAYERSKIP,
     "facebook/layerskip-codellama-34B": CODE_LLAMA | CODE_34 | LAYERSKIP,
     "facebook/layerskip-llama3.2-1B": LLAMA_32 | LAYERSKIP,
+}
+
+PUBLISHED |= {
+    "google/gemma-2b": GEMMA,
+    "google/gemma-7b": dict(GEMMA, hidden_activation=ABSENT, hidden_size=3072, intermediate_size=24576,
+                            num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=16),
+    "google/gemma-2-2b": GEMMA_2,
+    "google/gemma-2-9b": dict(GEMMA_2, hidden_size=3584, intermediate_size=14336, num_attention_heads=16,
+                              num_hidden_layers=42, num_key_value_heads=8),
+    "google/gemma-2-27b": dict(GEMMA_2, head_dim=128, hidden_size=4608, intermediate_size=36864, num_attention_heads=32,
+                               num_hidden_layers=46, num_key_value_heads=16, query_pre_attn_scalar=144),
+    "google/gemma-3-270m": dict(GEMMA_3, eos_token_id=1, hidden_size=640, intermediate_size=2048, num_hidden_layers=18,
+                                _sliding_window_pattern=6, sliding_window_pattern=ABSENT),
+    "google/gemma-3-1b-it": GEMMA_3,
+}
+
+# Models with a decoder among other parts; sizes that their files leave out are those of the class.
+HOLDERS = {
+    "google/gemma-3-4b-it": dict(
+        architectures=["Gemma3ForConditionalGeneration"], boi_token_index=255999, eoi_token_index=256000,
+        eos_token_id=[1, 106], image_token_index=262144, initializer_range=0.02, mm_tokens_per_image=256,
+        model_type="gemma3", torch_dtype="bfloat16", transformers_version="4.50.0.dev0", text_config=dict(
+            hidden_size=2560, intermediate_size=10240, model_type="gemma3_text", num_hidden_layers=34,
+            rope_scaling=LINEAR_ROPE_8, sliding_window=1024),
+        vision_config=dict(hidden_size=1152, image_size=896, model_type="siglip_vision_model")),
+    "google/gemma-3-27b-it": dict(
+        architectures=["Gemma3ForConditionalGeneration"], eos_token_id=[1, 106], model_type="gemma3", text_config=dict(
+            head_dim=128, hidden_size=5376, intermediate_size=21504, model_type="gemma3_text", num_attention_heads=32,
+            num_hidden_layers=62, num_key_value_heads=16, query_pre_attn_scalar=168, rope_scaling=LINEAR_ROPE_8,
+            sliding_window=1024), vision_config=dict(model_type="siglip_vision_model")),
+}
+
+# How many parameters the published weights have; of holders without their other parts.
+COUNTS = {
+    "google/gemma-2b": 2_506_172_416, "google/gemma-2-2b": 2_614_341_888, "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-27b": 27_227_128_320, "google/gemma-3-270m": 268_098_176, "google/gemma-3-1b-it": 999_885_952,
+    "google/gemma-3-4b-it": 3_880_263_168, "google/gemma-3-27b-it": 27_009_346_304,
 }
 
 # What a load says that it passes over.

@@ -138,8 +138,10 @@ def theirs(folder, transformers):
     """The same of transformers."""
     import torch
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager",
-                                                              dtype=torch.float32).eval()
+    model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading  # every tensor has the name that the class has for it
+    model.eval()
     with torch.no_grad():
         out = model(torch.tensor(LONG_BT), output_hidden_states=True, use_cache=False)
     return [h.numpy() for h in out.hidden_states], out.logits.numpy()

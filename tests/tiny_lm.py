@@ -132,7 +132,8 @@ def decode_without_transfers(policy, fusion, schedule) -> list[int]:
 def check_caches(policy, schedule=None) -> None:
     """The K/V that decoding leaves, as far as each layer is through, are those of a full pass over the same tokens."""
     model = tiny_lm().build(tiny_lm().params)
-    exact = jax.jit(lambda tokens: model.run_layers(model.embed(tokens), np.arange(CAPACITY)[None], None, 0, 4)[1])
+    at = np.arange(CAPACITY)[None]
+    exact = jax.jit(lambda tokens: model.run_layers(model.embed(tokens, at), at, None, 0, 4)[1])
     run = begin(policy, sled.FinalLayer(), schedule)
     run.advance()
     held, exits, kv_len_BE = run._state, (0, *run._plan.exits), np.asarray(run._state.progress.kv_len_BE)

@@ -101,17 +101,21 @@ class InitialModel(NamedTuple):
             key = jax.random.key(seed)
             return nnx.merge(graph, jax.jit(make)(key) if sharding is None else sharding.create(make, key))
         if sharding is None:
-            return load_folder(folder, dtype="float32").stack()
-        return load_onto(folder, sharding.mesh, dtype="float32")
+            decoder = load_folder(folder, dtype="float32").stack()
+        else:
+            decoder = load_onto(folder, sharding.mesh, dtype="float32")
+        return decoder.for_long_context() if config.long_context else decoder
 
 
 def prepare_initial_model(model: str | Path | NewModel, source: Source, context: int | None, folder: Path, *,
-                          heads: ExitHeads | None = None, resumed: bool, writes: bool = True) -> InitialModel:
+                          heads: ExitHeads | None = None, long_context: bool = False, resumed: bool,
+                          writes: bool = True) -> InitialModel:
     """Puts config.json and the tokenizer of a run's model into the empty `folder`; all processes call this together.
 
     model: what to start from: "demo", a Hugging Face folder or a hub id; or a new one.
     context: the most tokens of a row, None for as many as the model holds, at most `CONTEXT`.
     heads: new ones for its early exits.
+    long_context: as for `sled.load`, of a model that exists.
     resumed: whether the run has checkpoints, so that `folder` has its files already and keeps them.
     writes: whether this process writes, of those that see the folder one.
     Raises SettingError where an existing model's context is shorter or it has exit heads already, and CheckpointError
@@ -122,6 +126,8 @@ def prepare_initial_model(model: str | Path | NewModel, source: Source, context:
                               "start anew in another folder")
     new, name = isinstance(model, NewModel), str(model)
     if new:
+        if long_context:
+            raise SettingError("long_context is True, but a new model computes all positions in one way; leave it out")
         most = model.positions
         if most is not None and most < (context or 0):
             raise SettingError(f"NewModel.positions is {most}, but rows of training have {context} tokens; give that "
@@ -129,10 +135,11 @@ def prepare_initial_model(model: str | Path | NewModel, source: Source, context:
     else:
         model = folder_of(model)
         config = read_config(model)
-        most = config.max_positions
+        config = config.for_long_context() if long_context else config
+        most = config.context
         if context is not None and context > most:
             raise SettingError(f"context is {context}, but the model in {model} was made for {most} positions; give "
-                               "that or less")
+                               "that or less" + (config.beyond and f" ({config.beyond})"))
         if heads is not None and config.exit_heads is not None:
             raise SettingError(f"new exit heads are given, but the model in {model} has some already, after layers "
                                f"{', '.join(map(str, config.exit_heads.layers))}; leave yours out to go on with them")

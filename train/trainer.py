@@ -82,6 +82,8 @@ class TrainingRun:
     heads: ExitHeads | None = setting(
         OrNone(Instance(ExitHeads, traced=False, hint="give sled.models.ExitHeads(...)")), default=None,
         help="new exit heads for the model; None keeps those it has, if any")
+    long_context: bool = setting(Flag(hint="True loads a model for its long texts"), default=False,
+                                 help="as for sled.load: the way in which the model computes positions")
     mesh: Mesh = setting(Instance(Mesh, traced=False, hint="give sled.models.sharding.mesh.Mesh(...)"), default=Mesh(),
                          help="the devices, where there are more than one")
     save_every: int = setting(Whole(1, hint="it counts the steps between two checkpoints"), default=500,
@@ -185,9 +187,10 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
                     metrics.write(0, evaluate(state.weights))
                 for step in range(begun + 1, recipe.steps + 1):
                     batch = next(prepared.batches)
-                    state, measured = prepared.train_step(state, prepared.on_devices(batch, recipe.batch),
+                    state, measured = prepared.train_step(state, prepared.on_devices(batch, recipe.batch_size),
                                                           prepared.dropout(step))
-                    throughput.count(np.count_nonzero(batch.segments_BT) * (recipe.batch // len(batch.segments_BT)))
+                    throughput.count(np.count_nonzero(batch.segments_BT)
+                                     * (recipe.batch_size // len(batch.segments_BT)))
                     last = step == recipe.steps
                     save = last or step % run.save_every == 0
                     if save or step % run.log_every == 0:
@@ -220,7 +223,7 @@ def prepare(run: TrainingRun, folder: RunFolder,
 
     The model's configuration is put down when reading went well. All processes call this together.
     """
-    recipe, part, steps = run.recipe, run.recipe.batch // run.recipe.accumulate, folder.steps
+    recipe, part, steps = run.recipe, run.recipe.batch_size // run.recipe.accumulate, folder.steps
     check_same_everywhere({
         "--save-every": run.save_every, "--keep": run.keep, "--log-every": run.log_every,
         "--held-out-rows": run.held_out_rows, "the mesh": describe(run.mesh),
@@ -239,7 +242,7 @@ def prepare(run: TrainingRun, folder: RunFolder,
                           for source in (run.source, run.held_out))
     decisive = _decisive_settings(run, model, rows, held_out)
     check_same_everywhere(decisive)
-    batches = Batches(rows, recipe.batch, seed=recipe.seed, **share_of(recipe.batch, sharding))
+    batches = Batches(rows, recipe.batch_size, seed=recipe.seed, **share_of(recipe.batch_size, sharding))
     decoder = model.decoder(recipe.seed, sharding)
     graph, weights = nnx.split(decoder)
     prepared = Prepared(run, folder, model, sharding, part, rows, held_out, decisive, batches, graph, _sizes(weights),
@@ -249,7 +252,8 @@ def prepare(run: TrainingRun, folder: RunFolder,
 
 
 def _initial_model(run: TrainingRun, folder: Path, **how: bool) -> InitialModel:
-    model = prepare_initial_model(run.model, run.source, run.recipe.context, folder, heads=run.heads, **how)
+    model = prepare_initial_model(run.model, run.source, run.recipe.context, folder, heads=run.heads,
+                                  long_context=run.long_context, **how)
     if run.recipe.trainable == HEADS and model.config.exit_heads is None:
         raise SettingError("the recipe tunes exit heads alone, but the model has none; give it some as heads "
                            "(--exit-heads 2 4), or take another recipe")

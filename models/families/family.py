@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from sled.errors import ConfigError
-from sled.io import shorten
+from sled.io import shorten, shown
 from sled.models.config import MOST, MOST_LAYERS, DecoderConfig
 
 REQUIRED = object()
@@ -27,17 +27,17 @@ WITHOUT_EFFECT = frozenset("""
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation_internal _flash_attn_2_enabled _name_or_path _output_attentions _post_init_done
     add_cross_attention assistant_confidence_threshold assistant_lookbehind attention_dropout attn_implementation
-    bad_words_ids begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size diversity_penalty do_sample
-    dtype early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
-    experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
-    gradient_checkpointing id2label initializer_range is_decoder label2id length_penalty max_length min_length
-    mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size num_assistant_tokens num_assistant_tokens_schedule
-    num_beam_groups num_beams num_heads num_labels num_return_sequences output_attentions output_hidden_states
-    output_router_logits output_scores prefix pretraining_tp problem_type pruned_heads remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens target_lookbehind
-    task_specific_params temperature tf_legacy_loss tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k
-    top_p torch_dtype torchscript transformers_version typical_p use_bfloat16 use_cache vision_aspect_ratio
-    vision_feature_layer vision_feature_select_strategy
+    bad_words_ids begin_suppress_tokens cache_implementation chunk_size_feed_forward cross_attention_hidden_size
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
+    epsilon_cutoff eta_cutoff experts_implementation exponential_decay_length_penalty finetuning_task
+    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder label2id
+    length_penalty max_length min_length mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size
+    num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_heads num_labels
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores prefix pretraining_tp
+    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
+    suppress_tokens target_lookbehind task_specific_params temperature tf_legacy_loss tie_encoder_decoder
+    tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
+    use_bfloat16 use_cache vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
 """.split())
 
 # Fields that change what transformers computes, and the only values under which they do not.
@@ -60,6 +60,7 @@ ONE_VALUE: Mapping[str, tuple] = {
     "sliding_window": (None,),  # its cache forgets what is further back, in every class
     "text_config": (None,),
     "transformers_weights": (None,),
+    "use_bidirectional_attention": (False, None),
 }
 # Hugging Face's names of activations -> ours. "gelu_new" is the same tanh.
 ACTIVATION_NAMES = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_pytorch_tanh",
@@ -88,7 +89,8 @@ class Fields:
 
     def __init__(self, values: Mapping, source: str):
         self.source = source
-        self.passed_over: list[str] = []
+        self.unknown: list[str] = []  # fields that were passed over because transformers does not know them
+        self.outside: list[str] = []  # token ids that were, because the vocabulary does not have them
         self._left = dict(values)
 
     def take(self, name: str, kind: type, default=REQUIRED, *, null: bool = False, most: float | None = None):
@@ -123,7 +125,7 @@ class Fields:
         if len(ids) > MOST_IDS or any(not isinstance(i, int) or isinstance(i, bool) or abs(i) > MOST for i in ids):
             raise self.refused(name, value, f"it must be a token id, at most {MOST:,}, or a list of them, of up to "
                                              f"{MOST_IDS:,}; correct the file")
-        self.passed_over += [f"{name} {i} (the vocabulary has {vocabulary})" for i in ids if i >= vocabulary]
+        self.outside += [f"{name} {i}" for i in ids if i >= vocabulary]
         return tuple(i for i in ids if 0 <= i < vocabulary)
 
     def finish(self, one_value: Mapping[str, tuple] | None = None) -> list[str]:
@@ -136,14 +138,15 @@ class Fields:
                 raise self.refused(name, value, "it is not understood; remove it")
             if name not in one_value:
                 off = value is None or value is False  # what a file says it does not use is not worth a word
-                self.passed_over += [] if off or name in WITHOUT_EFFECT else [name]
+                note = name.startswith("_") or name.endswith("_token_id")  # nor is a note of its writer, or a role
+                self.unknown += [] if off or note or name in WITHOUT_EFFECT else [name]
             elif not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in one_value[name]):
                 raise self.refused(name, value, f"only {one_value[name][0]!r} is supported; use a checkpoint without "
                                                  "it")
-        return self.passed_over
+        return self.unknown
 
     def refused(self, name: str, value: Any, why: str) -> ConfigError:
-        return ConfigError(f"{self.source}: field '{name}' is {shorten(repr(value), 200)}, but {why}")
+        return ConfigError(f"{self.source}: field '{name}' is {shown(value, 200)}, but {why}")
 
 
 @dataclasses.dataclass(frozen=True)

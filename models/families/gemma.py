@@ -55,6 +55,7 @@ def _around(f: Fields, *, kv_heads: int, max_positions: int, every: int, caps: t
     """What Gemma 2 and 3 have. every: how many layers it is from one that sees all positions to the next."""
     shape = read_shape(f, max_positions=max_positions, kv_heads=kv_heads, head_dim=256,
                        activation=("hidden_activation", TANH), absent=absent, **IDS)
+    f.take("hidden_act", str, None)  # of released files, beside the field that the class reads
     attention_cap, logit_cap = (f.take(f"{name}_logit_softcapping", float, cap, null=True)
                                 for name, cap in zip(("attn", "final"), caps, strict=True))
     return dict(_common(f, shape), norms_at="around", attention_cap=attention_cap, logit_cap=logit_cap,

@@ -51,7 +51,7 @@ def run_decode_bench(*, model: str | None = None, new_tokens: int = 64, rounds: 
     Whole(1, hint="it counts the repetitions")("rounds", rounds)
     lm = None if model is None else sled.load(model, dtype="float32")
     config = lm.config if lm else config
-    Whole(1, config.max_positions - PROMPT_TOKENS, hint="prompt and new tokens lie in the model's context")(
+    Whole(1, config.context - PROMPT_TOKENS, hint="prompt and new tokens lie in the model's context")(
         "new_tokens", new_tokens)
     lm = lm or LM(Decoder.init(config, rngs=nnx.Rngs(0)), name="random weights")
     lm.config = dataclasses.replace(config, eos_ids=())

@@ -83,7 +83,7 @@ def in_batches(lm: LM, questions: list[list[int]], size: int, how: dict):
 
 def by_engine(lm: LM, questions: list[list[int]], slots: int, how: dict):
     """One engine, whose slots are refilled as requests end."""
-    capacity = min(max(map(len, questions)) + solving.MAX_NEW_TOKENS, lm.config.max_positions)
+    capacity = min(max(map(len, questions)) + solving.MAX_NEW_TOKENS, lm.config.context)
     engine = sled.Engine(lm, slots=slots, capacity=capacity, **how)
 
     def serve() -> Served:

@@ -61,25 +61,25 @@ class DifferenceRow:
 
 
 def run_exactness_bench(model: str = "demo", *, dtype: str = "bfloat16", texts: int = 16, new_tokens: int = 64,
-                        batch: int = 4, exit_layer: int | None = None, draft: int = 6,
+                        batch_size: int = 4, exit_layer: int | None = None, draft: int = 6,
                         picture: Path | None = None) -> BenchReport:
     """Decodes `texts` held-out word problems greedily in every way, with weights of type `dtype`.
 
-    batch: texts decoded together. exit_layer: where drafts are made, and where tokens could leave that never do; None:
-    after a quarter of the layers. Draws the gaps into `picture`, if given.
+    batch_size: texts decoded together. exit_layer: where drafts are made, and where tokens could leave that never do;
+    None: after a quarter of the layers. Draws the gaps into `picture`, if given.
 
     Raises SettingError for a number out of range, and what loading raises.
     """
     dtype = OneOf(tuple(DTYPES))("dtype", dtype)
     texts = Whole(1, hint="it counts the problems")("texts", texts)
-    batch = Whole(1, hint="it counts the texts decoded together")("batch", batch)
+    batch = min(texts, Whole(1, hint="it counts the texts decoded together")("batch_size", batch_size))
     if picture:
         writable_picture("--picture", picture)
     lm = sled.load(model, dtype=dtype)
     layer = max(1, lm.config.num_layers // 4) if exit_layer is None else exit_layer
     with_last("exit_layer", (layer,), lm.config.num_layers)
     prompts = mixed_questions(lm, texts)[:texts]
-    room = lm.config.max_positions - max(map(len, prompts))
+    room = lm.config.context - max(map(len, prompts))
     new_tokens = Whole(1, room, hint="prompts and new tokens lie in the model's context")("new_tokens", new_tokens)
     ways = decoded_in_every_way(lm, prompts, new_tokens, batch, layer, draft)
     made = {name: way() for name, way in tqdm(ways.items(), desc="sled bench exactness", unit="way")}
@@ -111,15 +111,17 @@ def decoded_in_every_way(lm: LM, prompts: list[list[int]], new_tokens: int, batc
         return rows
 
     def engine() -> list[list[int]]:
-        server = sled.Engine(lm, slots=batch, capacity=min(lm.config.max_positions, 2 * longest))
+        server = sled.Engine(lm, slots=batch, capacity=min(lm.config.context, 2 * longest))
         requests = [server.submit(prompt, max_new_tokens=new_tokens) for prompt in prompts]
         return [request.result().tokens for request in requests]
 
     longest = max(map(len, prompts)) + new_tokens
+    larger = min(2 * batch, len(prompts))
     return {
-        "plain": generate, "again": generate, "each alone": lambda: generate(1),
-        f"batches of {2 * batch}": lambda: generate(2 * batch), f"streamed, {CHUNK} tokens at a time": stream,
-        f"by the engine, {batch} slots": engine,
+        "plain": generate, "again": generate, **({"each alone": lambda: generate(1)} if batch > 1 else {}),
+        **({f"batches of {larger}": lambda: generate(larger)} if larger > batch else {}),
+        f"streamed, {CHUNK} tokens at a time": stream,
+        f"by the engine, {batch} slot{'s' * (batch > 1)}": engine,
         f"early exit after {layer}, threshold 1": lambda: generate(exits=sled.EarlyExit(layer, threshold=1.0)),
         f"self-speculation after {layer}, drafts of {draft}": lambda: generate(
             exits=sled.SelfSpeculation(layer, draft=draft)),

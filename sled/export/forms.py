@@ -64,13 +64,15 @@ def export_orbax(source: str | os.PathLike, to: str | Path, **reading) -> None:
         _write_record(folder, "orbax", model, model.decoder)
 
 
-def export_program(source: str | os.PathLike, to: str | Path, decoding: Decoding, **reading) -> None:
+def export_program(source: str | os.PathLike, to: str | Path, decoding: Decoding, *, long_context: bool = False,
+                   **reading) -> None:
     """Writes a portable program of this decoding (see `sled.export.program`), exit heads included.
 
-    Otherwise as `export_hf`."""
+    long_context: as for `sled.load`. Otherwise as `export_hf`."""
     with replacing(to) as folder:
         model = read_source(source, **reading)
-        lm = LM(model.decoder, Tokenizer.from_folder(model.files), name=model.name)
+        decoder = model.decoder.for_long_context() if long_context else model.decoder
+        lm = LM(decoder, Tokenizer.from_folder(model.files), name=model.name)
         save_program(lm, folder, decoding, source=model.record())
 
 

@@ -60,7 +60,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, source: dict[str, 
     source: what the record says the model comes from.
     Raises SettingError for settings that the model cannot use, or that have an entry per row.
     """
-    config, exits = lm.config, decoding.check_context(lm.config.max_positions).exits
+    config, exits = lm.config, decoding.check_context(lm.config.context).exits
     counts = {"E": len(exits.exits(config.num_layers)) - 1}
     parts = [take_apart(name, settings, counts)
              for name, settings in (("fusion", decoding.fusion), ("exits", exits), ("sampling", decoding.sampling))]
@@ -68,8 +68,10 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, source: dict[str, 
     arrays = weights | {name: array for part in parts for name, array in part.arrays.items()}
     timing = Timing(*decoding.chosen_schedule.timing(exits.verifies)) if counts["E"] else None
     programs = {}
-    for name, make in tqdm((("generate", lambda: trace_generation(lm, parts, arrays, timing)),
-                            ("fuse", lambda: trace_step(lm, parts[0]))), desc="Exporting", unit="program"):
+    bar = tqdm((("generate", lambda: trace_generation(lm, parts, arrays, timing)),
+                ("fuse", lambda: trace_step(lm, parts[0]))), desc="Exporting", unit="program")
+    for name, make in bar:
+        bar.set_postfix_str(f"now {name}.jax_export")
         programs[name] = make()
         (folder / f"{name}.jax_export").write_bytes(programs[name].data)
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
@@ -84,7 +86,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, source: dict[str, 
         "settings": {part.name: describe(part.whole) for part in parts},
         "stop_ids": list(config.eos_ids),
         "vocabulary": config.vocab_size,
-        "max_positions": config.max_positions,
+        "max_positions": config.context,
         "exit_heads": config.exit_heads and dataclasses.asdict(config.exit_heads),
         "weights": {**_file(folder / WEIGHTS), "parameters_sha256": digest_of_weights(lm.params)},
         "tokenizer": _file(tokenizer) if lm.text.available else None,
@@ -182,7 +184,7 @@ def trace_generation(lm: LM, parts: list[Parts], arrays: dict[str, np.ndarray], 
             lm.build, params, policy=exits.put_together(numbers, weights), timing=when,
             fusion=fusion.put_together(numbers, weights), sampling=sampling.put_together(numbers, weights),
             tokens_BS=prompts["tokens"], length_B=prompts["lengths"], new_B=prompts["max_new_tokens"],
-            seeds_B=prompts["seeds"], stop_ids=prompts["stop_ids"], max_positions=lm.config.max_positions)
+            seeds_B=prompts["seeds"], stop_ids=prompts["stop_ids"], max_positions=lm.config.context)
         return {"tokens": tokens_BS, "lengths": length_B, "layers": layers_BS}
 
     b, s, k = export.symbolic_shape("b, s, k")

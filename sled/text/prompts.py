@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 import numpy as np
 
 from sled.errors import PromptError
-from sled.io import shorten
+from sled.io import shown
 from sled.models import DecoderConfig
 from sled.text.chat import Chat
 from sled.text.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ def is_one(prompts: Prompts, what: str = "a prompt") -> bool:
     entries = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays of any library
     if not isinstance(entries, Collection) or isinstance(entries, Mapping | Set):
         raise PromptError(f"{what} must be a string, a list of token ids, a sled.Chat, or a list of these, but "
-                          f"{shorten(repr(prompts), 60)} was given; of a generator give list(...), of what a tokenizer "
+                          f"{shown(prompts, 60)} was given; of a generator give list(...), of what a tokenizer "
                           "returned its input_ids")
     return len(entries) > 0 and all(isinstance(x, int | np.integer) for x in entries)
 
@@ -59,19 +59,32 @@ def pair_ids(prompt: Prompt, continuation: Prompt, text: Tokenizer, config: Deco
     continuation = _valid_ids(continuation, config, "the continuation",
                               empty="there is nothing to score; give at least one token")
     both = len(prompt) + len(continuation)
-    if both > config.max_positions + 1:  # the last token is only predicted: it takes no place
+    if both > config.context + 1:  # the last token is only predicted: it takes no place
         raise PromptError(f"prompt and continuation are {both} tokens long, but the model's context holds "
-                          f"{config.max_positions}, and one more is predicted; shorten the prompt")
+                          f"{config.context}, and one more is predicted; shorten the prompt{_or_else(config)}")
     return prompt, continuation
 
 
 def check_ids(ids: Sequence[int], config: DecoderConfig, what: str) -> np.ndarray:
     """int32 [T], or PromptError: empty, not whole numbers, outside the vocabulary, no room to go on."""
     ids = _valid_ids(ids, config, what)
-    if len(ids) >= config.max_positions:
+    if len(ids) >= config.context:
         raise PromptError(f"{what} is {len(ids)} tokens long, but the model's context holds "
-                          f"{config.max_positions}, the new tokens included; shorten it")
+                          f"{config.context}, the new tokens included; shorten it{_or_else(config)}")
     return ids
+
+
+def check_room(ids: Sequence[np.ndarray], new: int, config: DecoderConfig) -> None:
+    """Raises PromptError where a text could end at the context though the model can be loaded for a longer one."""
+    longest = max(map(len, ids))
+    if config.context < config.max_positions and longest + new > config.context:
+        raise PromptError(f"a prompt is {longest} tokens long and {new} new ones may follow, but the model's context "
+                          f"holds {config.context} as it is loaded; ask for at most {config.context - longest} new "
+                          f"ones{_or_else(config)}")
+
+
+def _or_else(config: DecoderConfig) -> str:
+    return config.beyond and f" ({config.beyond})"
 
 
 def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str, *, empty: str = (
@@ -84,7 +97,7 @@ def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str, *, empty: s
     if ids.size == 0:
         raise PromptError(f"{what} is empty: {empty}")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise PromptError(f"{what} is neither a string nor a list of token ids: {shorten(repr(ids.tolist()), 60)}; "
+        raise PromptError(f"{what} is neither a string nor a list of token ids: {shown(ids.tolist(), 60)}; "
                           "give text, whole numbers, or sled.Chat(messages)")
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if outside.size:

@@ -58,9 +58,9 @@ def read_rows(source: Source, text: Tokenizer, config: DecoderConfig, layout: La
     cache: by default `sled.train.data.documents.default_cache()`. Raises DataError, DownloadError, SettingError,
     TokenizerError.
     """
-    if layout.context > config.max_positions:
-        raise SettingError(f"Layout.context is {layout.context}, but the model's context holds {config.max_positions}; "
-                           "give that or less")
+    if layout.context > config.context:
+        raise SettingError(f"Layout.context is {layout.context}, but the model's context holds {config.context}; "
+                           "give that or less" + (config.beyond and f" ({config.beyond})"))
     documents = tokenise(source, text, config, cache=cache, progress=progress)
     return TrainingRows(documents, layout, config.pad_id or 0)
 
