@@ -14,6 +14,7 @@ from sled.eval.extraction import RULES, demonstration
 from sled.eval.numbers import right_answer
 from sled.settings.brief import brief
 from sled.settings.rules import OneOf, Whole
+from sled.text.chat import Chat
 from sled.text.prompts import Prompt
 from sled.train.data.sources import Example, Source, template_parts
 
@@ -27,7 +28,9 @@ class Questions:
     """Prompts, the right answer to each, and where they are from, in words.
 
     extract: the rule of `sled.eval.extraction` by which a text's answer is found. stop: strings that end an answer,
-    such as what a next question would begin with. Raises SettingError for no questions, or unequal numbers of them.
+    such as what a next question would begin with. first_row: the number of the first question in its data, from 1; the
+    others follow it. template: what the prompts were made by. Raises SettingError for no questions, or unequal numbers
+    of them.
     """
 
     prompts: tuple[Prompt, ...]
@@ -35,12 +38,25 @@ class Questions:
     source: str
     extract: str = STRICT
     stop: tuple[str, ...] = ()
+    first_row: int = 1
+    template: str | None = None
 
     def __post_init__(self):
         if len(self.prompts) != len(self.answers) or not self.prompts:
             raise SettingError(f"{len(self.prompts)} prompts and {len(self.answers)} answers were given; give as many "
                                "of one as of the other, at least one")
         EXTRACT("extract", self.extract)
+
+    @property
+    def form(self) -> str:
+        """How the questions are put, in words: the template, and of chats the system message and the variables."""
+        said = [f"put as {self.template!r}"] * (self.template is not None)
+        if isinstance(chat := self.prompts[0], Chat):
+            said.append("in the model's chat template")
+            said += [f"behind the system message {chat.messages[0]['content']!r}"] * (
+                chat.messages[0]["role"] == "system")
+            said += [f"with {name} = {value!r}" for name, value in chat.variables.items()]
+        return ", ".join(said)
 
     def found(self, texts: Sequence[str]) -> list[Fraction | None]:
         """The answer of each text, or None where none can be read."""
@@ -55,7 +71,7 @@ def demo_questions(count: int) -> Questions:
     """The first `count` held-out problems that come with the bundled model. Raises SettingError."""
     asked = problems("heldout", Whole(1, hint="it counts the problems to ask")("count", count))
     return Questions(tuple(prompt(p.question) for p in asked), tuple(p.answer for p in asked), "held-out word problems",
-                     stop=("Question:",))
+                     stop=("Question:",), template=prompt("{question}"))
 
 
 def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | None = None, extract: str = STRICT,
@@ -90,8 +106,10 @@ def read_questions(data: str | Path, *, prompt: str, answer: str, limit: int | N
         beside = f" beside the {num_fewshot} that are shown" if shots and fewshot is None else ""
         raise DataError(f"{data} holds no questions{beside}; give one per line")
     prompts, answers = zip(*asked, strict=True)
-    source = f"questions of {Path(data).name}" + f" behind {num_fewshot} solved ones" * bool(shots)
-    return Questions(tuple("".join(shots) + each for each in prompts), answers, source, extract, next_question(prompt))
+    source = f"questions of {Path(data).name}"
+    source += f" behind {num_fewshot} solved ones" * bool(shots) + f" of {Path(fewshot or data).name}" * bool(fewshot)
+    return Questions(tuple("".join(shots) + each for each in prompts), answers, source, extract, next_question(prompt),
+                     1 if fewshot else 1 + num_fewshot, prompt)
 
 
 def next_question(template: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 from sled.errors import ConfigError, SettingError
-from sled.io import shorten
+from sled.io import shown
 from sled.models.positions import LongRopeScaling, Rope
 
 WEIGHT_TYPES = ("float32", "bfloat16", "float16")  # in which weights are kept and computed with
@@ -49,7 +49,7 @@ class ExitHeads:
         layers = tuple(self.layers) if isinstance(self.layers, (tuple, list)) else (self.layers,)
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in layers)
         if not layers or not whole or list(layers) != sorted(set(layers)):
-            raise SettingError(f"ExitHeads.layers is {shorten(repr(self.layers), 100)}, but must be layers of at least "
+            raise SettingError(f"ExitHeads.layers is {shown(self.layers)}, but must be layers of at least "
                                "1, ascending, each named once; n is the output of layer n")
         object.__setattr__(self, "layers", layers)
         if self.kind not in HEAD_KINDS:
@@ -198,7 +198,7 @@ class DecoderConfig:
             if window is not None and window < 1:
                 raise ConfigError(f"an attention window is {window!r}, but it must be at least 1 or None")
         if self.exit_heads is not None and self.exit_heads.layers[-1] >= self.num_layers:
-            given = shorten(repr(self.exit_heads.layers), 100)
+            given = shown(self.exit_heads.layers)
             raise ConfigError(f"exit heads are given for layers {given}, but a model of {self.num_layers} layers has "
                               f"early exits 1 to {self.num_layers - 1}")
 

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from filelock import FileLock, Timeout
 from flax import nnx
 from jax.experimental import multihost_utils
 from safetensors.numpy import save_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.io import naming_folder, naming_full_disk, path_of, refuse_foreign, share_as, write_json
+from sled.io import (
+    NO_LOCKS,
+    naming_folder,
+    naming_full_disk,
+    path_of,
+    read_object,
+    refuse_foreign,
+    share_as,
+    write_json,
+)
 from sled.models.config import DecoderConfig
 from sled.models.decoder import STACKED, Decoder
 from sled.models.families.registry import HEADS_CONFIG, format_config, write_heads
@@ -41,6 +53,8 @@ TOKENIZER_FILES = (
     "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
     "additional_chat_templates/*.jinja")
 _UNFINISHED = ".unfinished-"
+_LOCK = ".unfinished.lock"  # held while a folder is written
+_OURS = {"_written_by": "sled"}  # in config.json, where transformers keeps it, but puts its version beside it
 _SHARDS = "model-*-of-*.safetensors"
 
 
@@ -86,14 +100,15 @@ def save_folder(decoder: Decoder, path: str | Path, *, dtype=None, max_shard_byt
     Either form of decoder. One that is spread over the devices of several processes is gathered tensor
     by tensor: all of them call this, process 0 writes, and all return once the folder is whole.
     `dtype` None stores every weight as it is. `tokenizer_from` is a folder whose tokenizer files are
-    copied, and whose settings for generation are kept, where `generation` gives no others. An existing model folder is
-    overwritten: its weights and configuration are replaced, with `tokenizer_from` its tokenizer and chat template too;
-    its other files stay. Everything is first written under a name that no loader takes for a model, and `config.json`
-    moves last. Killed at any moment, it can be called again; what it left is then removed, so two programs must not
-    save into one folder at once.
+    copied, and whose settings for generation are kept, where `generation` gives no others. A model that this function
+    wrote before is overwritten, another's never: its weights and configuration are replaced, with `tokenizer_from` its
+    tokenizer and chat template too; its other files stay. Everything is first written under a name that no loader takes
+    for a model, and `config.json` moves last. Killed at any moment, it can be called again; what it left is then
+    removed.
 
-    Raises ConfigError where the family's format cannot express the model, CheckpointError where
-    weights are not finite or the folder holds something else than a model, SettingError where it cannot be written.
+    Raises ConfigError where the family's format cannot express the model, CheckpointError where weights are not finite,
+    the folder holds something else than a model of ours, or another save into it is going on, SettingError where it
+    cannot be written.
     """
     if max_shard_bytes < 1:
         raise SettingError(f"max_shard_bytes is {max_shard_bytes}, but it must be at least 1")
@@ -208,7 +223,7 @@ def write_form(folder: Path, config: DecoderConfig, dtype, tokenizer_from: str |
         copy_files(Path(tokenizer_from), folder, TOKENIZER_FILES)
     if config.exit_heads is not None:
         write_heads(config.exit_heads, folder)
-    write_json(folder / "config.json", config_json)
+    write_json(folder / "config.json", config_json | _OURS)
 
 
 def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weight], heads: dict[str, _Weight], dtype,
@@ -216,14 +231,13 @@ def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weigh
                   generation: Mapping[str, Any] | None):
     """Everything under a name of its own first, then moved into place, `config.json` last.
 
-    Without it no loader takes the folder for a model. Weights move first, those of an earlier model go after that: so
-    wherever this ends, the folder holds weights, or the unfinished folder, by which the next save knows its own.
+    Without it no loader takes the folder for a model, and the next save knows its own by the lock that stays.
     """
-    with naming_folder(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder)
-    with unfinished:
-        scratch = Path(unfinished.name)
+    with contextlib.ExitStack() as stack:
+        with naming_folder(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_alone(folder))
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder)))
         for killed in folder.glob(f"{_UNFINISHED}*"):
             if killed != scratch:
                 shutil.rmtree(killed)
@@ -234,7 +248,7 @@ def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weigh
         write_form(scratch, config, main_type, tokenizer_from, generation)
 
         files = [path for path in scratch.rglob("*") if path.is_file()]
-        new = {file.relative_to(scratch).as_posix(): file for file in sorted(files, key=_turn)}
+        new = {file.relative_to(scratch).as_posix(): file for file in files}
         share_as(folder, new.values())
         earlier = [SINGLE, INDEX, HEADS, HEADS_CONFIG, *(file.name for file in folder.glob(_SHARDS))]
         if tokenizer_from is not None:  # a chat template, say, that only the earlier model had would count
@@ -250,9 +264,26 @@ def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weigh
         last.replace(folder / last.name)
 
 
-def _turn(file: Path) -> tuple[bool, bool, str]:
-    """Sorts files by when they move: first what tells a model folder from others, then the other weights."""
-    return file.name not in (SINGLE, INDEX), file.suffix != ".safetensors", file.name
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within, no other save writes into the folder; the lock stays where it then has no config.json. Raises
+    CheckpointError where another does."""
+    lock = FileLock(folder / _LOCK, fallback_to_soft=False)  # it ends with its process
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CheckpointError(f"another save into {folder} is going on; wait for its end, or give a folder of its "
+                              "own") from None
+    except (OSError, NotImplementedError) as reason:
+        if isinstance(reason, OSError) and reason.errno not in NO_LOCKS:
+            raise
+    try:
+        yield
+    finally:
+        if (folder / "config.json").exists():
+            with contextlib.suppress(OSError):
+                os.unlink(folder / _LOCK)
+        lock.release()
 
 
 def _write_weights(weights: dict[str, _Weight], folder: Path, dtype, max_shard_bytes: int):
@@ -280,6 +311,16 @@ def _write_weights(weights: dict[str, _Weight], folder: Path, dtype, max_shard_b
 
 
 def refuse_no_model(folder: Path) -> None:
-    """Raises CheckpointError where saving would mix a model into a folder of something else."""
-    refuse_foreign(folder, "model folder", owns=lambda held: any(
-        name in (SINGLE, INDEX) or name.startswith(_UNFINISHED) for name in held))
+    """Raises CheckpointError where saving would mix a model into a folder of something else, or replace a model that
+    `save_folder` did not write."""
+    refuse_foreign(folder, "model folder that sled wrote", owns=lambda held: any(
+        name == _LOCK or name.startswith(_UNFINISHED) or (name == "config.json" and _is_ours(folder / name))
+        for name in held))
+
+
+def _is_ours(config: Path) -> bool:
+    try:
+        fields = read_object(config, CheckpointError)
+    except CheckpointError:
+        return False
+    return fields.items() >= _OURS.items() and "transformers_version" not in fields

@@ -4,6 +4,9 @@ A message says what was wrong (with the value), why it cannot be, and what to do
 All of them derive from `SledError`, which the command line prints in one line.
 """
 
+import sys
+import warnings
+
 
 class SledError(Exception):
     """Base of every error raised on purpose by this library."""
@@ -73,6 +76,16 @@ class OutOfMemoryError(SledError, MemoryError):
 
 class SledWarning(UserWarning):
     """Base of every warning of this library, which the command line prints in one line."""
+
+
+def warn(message: str, kind: type[SledWarning]) -> None:
+    """Warns at the user's line that called this library: Python then shows it, and once for each such line."""
+    frame, level, here = sys._getframe(1), 2, 2
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith("sled."):
+            here = level + 1
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, kind, stacklevel=here)
 
 
 class CheckpointWarning(SledWarning):

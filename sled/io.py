@@ -19,6 +19,7 @@ import numpy as np
 from sled.errors import CheckpointError, SettingError, SledError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of a disk that takes no more
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what network file systems without locks say
 MOST_NESTED = 64  # lists and objects within one another in a JSON file; models' files have fewer than ten
 
 
@@ -35,7 +36,7 @@ def path_of(name: str, value: Any, error: type[SledError] = SettingError) -> Pat
         why = reason.strerror
     else:
         return path
-    raise error(f"{name} is {shorten(repr(value), 100)}, which can be no path ({why}); name a file or a folder")
+    raise error(f"{name} is {shown(value)}, which can be no path ({why}); name a file or a folder")
 
 
 def writable(name: str, path: str | os.PathLike) -> Path:
@@ -283,6 +284,14 @@ def first_line(error: BaseException) -> str:
     """The first line of an error of another library, which may have many, in at most 300 characters."""
     text = str(error).partition(" [tensorstore_spec")[0].strip()  # TensorStore ends with a page of its own settings
     return shorten((text or type(error).__name__).splitlines()[0], 300)
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """A value as Python writes it, cut to `most` characters, for an error: there it may be of any kind and length."""
+    try:
+        return shorten(repr(value), most)
+    except Exception:  # a number too long to be written down, or a class that fails at it
+        return f"a {type(value).__name__}"
 
 
 def shorten(text: str, most: int) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -14,15 +13,16 @@ from flax import nnx
 from tqdm import tqdm
 
 from sled.decoding.batch import Emitted, Generation
-from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, in_words
+from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, listed
 from sled.decoding.memory import naming_shortage
-from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
+from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.decoding.state import bucket
-from sled.errors import CheckpointWarning, DecodingWarning, PromptError
+from sled.errors import CheckpointWarning, DecodingWarning, PromptError, SettingError, warn
 from sled.exits import Policy, Schedule
 from sled.fusion import Strategy
+from sled.io import shown
 from sled.lens.lens import Lens, look
 from sled.models import Decoder, save_folder
 from sled.models.config import WEIGHT_TYPES
@@ -30,7 +30,8 @@ from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
-from sled.settings.rules import Flag, OneOf, OrNone, Whole, shorten
+from sled.settings.rules import Flag, OneOf, OrNone, Whole
+from sled.settings.unknown import naming_unknown
 from sled.text.chat import Messages, conversations
 from sled.text.prompts import Prompt, Prompts, check_room, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
@@ -79,6 +80,7 @@ class LM:
         graph, self.params = nnx.split(model)
         self.build = Merge(graph, self.params)
 
+    @decoding_arguments
     def generate(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
                  schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
                  max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = (), seed: int = 0,
@@ -112,6 +114,7 @@ class LM:
         """
         return self.generate(conversations(messages, system, variables), **settings)
 
+    @naming_unknown
     def decode(self, prompts: Prompts, decoding: Decoding, *, seed: int = 0, batch_size: int = 32,
                progress: bool = False) -> Output:
         """As `generate`, with all settings as one value."""
@@ -141,6 +144,7 @@ class LM:
             exit_layers=[emitted[i].exit_layers for i in range(len(ids))],
             stats=stats)
 
+    @decoding_arguments
     def stream(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
                schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
                max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = (), seed: int = 0,
@@ -174,6 +178,7 @@ class LM:
             yield Chunk(texts=texts, tokens=tokens, exit_layers=exit_layers, stats=stats)
         self._tell_of_drafts(decoding.exits, stats)
 
+    @decoding_arguments
     @naming_shortage("scoring", "lower batch_size, or give shorter texts or fewer layers")
     def score(self, prompts: Prompts, continuations: Prompts | Sequence[Prompts], *, fusion: Strategy = FINAL_LAYER,
               normalise: bool = True, batch_size: int = 16, progress: bool = False) -> Scores:
@@ -201,7 +206,7 @@ class LM:
         else:
             if single:
                 raise PromptError("a list of prompts was given, but one continuation by itself, "
-                                  f"{shorten(continuations)}; give a list of continuations, one or several for each "
+                                  f"{shown(continuations)}; give a list of continuations, one or several for each "
                                   "prompt")
             if len(prompts) != len(continuations):
                 raise PromptError(f"{len(prompts)} prompts but {len(continuations)} continuations; give one "
@@ -227,6 +232,7 @@ class LM:
             columns = [_regroup(column, [len(group) for group in groups]) for column in columns]
         return Scores(*columns)
 
+    @decoding_arguments
     @naming_shortage("the lens", "give a shorter text")
     def lens(self, text: Prompt, *, fusion=None) -> Lens:
         """Every layer's own next tokens after every token of `text`: see `sled.Lens`.
@@ -251,6 +257,7 @@ class LM:
         """
         return checkpoint_sampling(self.generation, self.name)
 
+    @naming_unknown
     def save(self, path: str | Path, *, dtype: str | None = None) -> Path:
         """Writes a Hugging Face folder with tokenizer and settings for generation: see `sled.models.save_folder`.
 
@@ -260,6 +267,7 @@ class LM:
         return save_folder(self.build(self.params), path, dtype=dtype, tokenizer_from=self.text.folder,
                            generation=self.generation)
 
+    @naming_unknown
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, message: str = "Upload the model") -> str:
         """Uploads what `save` writes to the Hugging Face hub; returns the address of the commit.
 
@@ -288,19 +296,22 @@ class LM:
             "context": f"{c.context:,} tokens" + (c.beyond and f"; {c.beyond}"),
             "exit heads": heads or "none: exits share the final norm and projection",
             "tokenizer": "yes" if self.text.available else "none: prompts are lists of token ids",
-            "sampling": f"the checkpoint's: {in_words(acting(self.generation)) or 'greedy'}",
+            "sampling": f"the checkpoint's: {listed(acting(self.generation)) or 'greedy'}",
             "folder": self.text.folder,
         }
         return "\n".join([f"LM {self.name!r}", *(f"  {name:<11} {value}" for name, value in rows.items() if value)])
 
     def sampling_of(self, sampling: Sampling | Literal["checkpoint"]) -> Sampling:
         """The sampling that a user gave or named. Warns once that the checkpoint has its own, where none was given."""
-        if isinstance(sampling, str) and sampling == WORD:
-            return self.checkpoint_sampling
+        if isinstance(sampling, str):
+            if sampling == WORD:
+                return self.checkpoint_sampling
+            raise SettingError(f"sampling is {shown(sampling)}, but must be {WORD!r}, the model's own, or a "
+                               "sled.Sampling(...), of which sled.Sampling() is greedy")
         if sampling is GREEDY and not self._told and (own := acting(self.generation)):
             self._told = True
-            warnings.warn(f"{self.name} is decoded greedily, though its generation_config.json has {in_words(own)}; "
-                          f"give sampling={WORD!r} (--sampling {WORD}) to follow it", CheckpointWarning, stacklevel=3)
+            warn(f"{self.name} is decoded greedily, though its generation_config.json has {listed(own)}; give "
+                 f"sampling={WORD!r} (--sampling {WORD}) to follow it", CheckpointWarning)
         return sampling
 
     def _checked(self, prompts: Prompts, decoding: Decoding, seed: int) -> tuple[list[np.ndarray], Decoding, int]:
@@ -334,10 +345,9 @@ class LM:
         over = stats.layers_over_plain(layer, self.config.num_layers)
         if over > 1:
             self._told_of_drafts = True
-            warnings.warn(f"{stats.acceptance or 0:.0%} of {stats.drafted} drafts after layer {layer} were accepted, "
-                          f"so {over:.1f} times as many layers ran as without drafts; self-speculation needs a model "
-                          "trained for early exits: leave it out here, or draft less or at another layer",
-                          DecodingWarning, stacklevel=3)
+            warn(f"{stats.acceptance or 0:.0%} of {stats.drafted} drafts after layer {layer} were accepted, so "
+                 f"{over:.1f} times as many layers ran as without drafts; self-speculation needs a model trained for "
+                 "early exits: leave it out here, or draft less or at another layer", DecodingWarning)
 
     def _advance(self, run: Generation, count: int, stop: Sequence[str],
                  chunk: int | None) -> Iterator[list[StopStrings]]:

@@ -46,6 +46,12 @@ GPT2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=48,
             n_positions=64, n_ctx=64, bos_token_id=1, eos_token_id=2)
 OLMO2 = dict(BASE, model_type="olmo2", architectures=["Olmo2ForCausalLM"], pad_token_id=3)
 PHI3 = dict(BASE, model_type="phi3", architectures=["Phi3ForCausalLM"], pad_token_id=3)
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02)
+MIXTRAL = dict(BASE, **EXPERTS, model_type="mixtral", architectures=["MixtralForCausalLM"])
+QWEN3_MOE = dict(BASE, model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], head_dim=16, num_experts=6,
+                 num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True)
+GPT_OSS = dict(BASE, **EXPERTS, model_type="gpt_oss", architectures=["GptOssForCausalLM"], head_dim=16,
+               sliding_window=6)
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=16)
 
@@ -90,6 +96,14 @@ VARIANTS = {
     "phi3-longrope-partial-tied": dict(
         PHI3, hidden_size=64, partial_rotary_factor=0.75, original_max_position_embeddings=48, tie_word_embeddings=True,
         rope_scaling={"type": "longrope", "short_factor": [1, 1.5, 2, 2.5, 3, 4], "long_factor": [1, 2, 3, 4, 5, 6]}),
+    "mixtral": MIXTRAL,
+    "mixtral-window": dict(MIXTRAL, sliding_window=6, head_dim=16),
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe-unnormalised": dict(QWEN3_MOE, norm_topk_prob=False, attention_bias=True, tie_word_embeddings=True),
+    "gpt_oss": GPT_OSS,  # with its own YaRN
+    "gpt_oss-low-clamp": dict(
+        GPT_OSS, swiglu_limit=0.5, attention_bias=False, num_key_value_heads=4, rope_theta=100.0,
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, truncate=False)),
 }
 
 

@@ -11,6 +11,8 @@ from flax import nnx
 from sled.models import Decoder, DecoderConfig, ExitHeads, save_folder
 from sled.models.hub import folder_of
 from sled.models.huggingface import write_form
+from sled.settings.describe import describe
+from sled.train.recipes import named
 from sled.train.run.checkpoint import Checkpoints
 
 CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, num_layers=3, num_heads=2,
@@ -52,7 +54,9 @@ def run_folder(decoder, tmp_path_factory):
     run = tmp_path_factory.mktemp("run")
     (run / "model_config").mkdir()
     write_form(run / "model_config", CONFIG, "float32", folder_of("demo"))
-    settings = {"model": {"kind": "sled.NewModel", "name": "new"}}
+    data = dict(name="/home/ann/data/own.jsonl", digest="ab" * 32, prompt="Q: {q}\n", completion="a", limit=None)
+    settings = {"model": {"kind": "sled.NewModel", "name": "new"}, "recipe": describe(named("finetune", steps=2)),
+                "data": data, "held_out": None, "prompt_weight": 0.0}
     with Checkpoints(run / "checkpoints", settings, save_every=1) as checkpoints:
         for step in (1, 2):
             weights = jax.tree.map(lambda x: x * step, nnx.state(decoder.stack()))  # noqa: B023

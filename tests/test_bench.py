@@ -38,7 +38,7 @@ def toy(monkeypatch):
     (engine.run_engine_bench, dict(requests=0), "at least 1"), (engine.run_engine_bench, dict(slots=0), "at least 1"),
     (decode.run_decode_bench, dict(new_tokens=1024), "context"), (decode.run_decode_bench, dict(rounds=0), "at least"),
     (exactness.run_exactness_bench, dict(texts=0), "at least 1"),
-    (exactness.run_exactness_bench, dict(batch=0), "at least 1"),
+    (exactness.run_exactness_bench, dict(batch_size=0), "at least 1"),
     (exactness.run_exactness_bench, dict(dtype="int8"), "bfloat16"),
     *((layers.run_layers_bench, dict(model=models), "must be 1 to 4 different ones")
       for models in ((), ("one", "one"), tuple("abcde"))),
@@ -138,12 +138,11 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
 
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(exits, "speculation_entries", two_of_them)  # each is a program to compile, and so is a schedule
-    monkeypatch.setattr(exits, "SCHEDULES", {name: exits.SCHEDULES[name] for name in ("immediate", "lockstep",
-                                                                                       "gather 2")})
+    monkeypatch.setattr(exits, "SCHEDULES", {name: exits.SCHEDULES[name] for name in ("immediate", "lockstep")})
     report = exits.run_exits_bench(problems=8, rounds=1, picture=tmp_path / "deep" / "exits.png")
     alone = [row for row in report.rows if isinstance(row, exits.SpeculationRow)]
     full, *early = [row for row in report.rows if isinstance(row, exits.EarlyExitRow)]
-    assert len(alone) == 2 and len(early) == 2 * 3 * 2 and len(report.rows) == 15
+    assert len(alone) == 2 and len(early) == 2 * 2 * 2 and len(report.rows) == 11
     assert all(row.best > 0 and row.plain_over_this > 0 and row.transformers_over_this is None for row in alone)
     assert all(row.same_texts == 1 for row in alone)
     assert alone[0].acceptance is None and 0 <= alone[1].acceptance <= 1
@@ -152,7 +151,7 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
     assert all(row.same_tokens == 1 for row in early if row.threshold == 1)
     assert all(row.same_answers is None for row in early)  # the toy answers nothing
     assert "parity" in report.notes[-1]
-    assert len(json.loads(report.json())["rows"]) == 15 and report.markdown().count("\n|---|") == 2
+    assert len(json.loads(report.json())["rows"]) == 11 and report.markdown().count("\n|---|") == 2
     assert (tmp_path / "deep" / "exits.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -217,13 +216,21 @@ def test_layers_are_measured_on_the_solutions_and_on_what_the_last_one_generates
 
 # Equal texts
 
-EXACT = dict(dtype="float32", texts=3, new_tokens=6, batch=2, exit_layer=1, draft=2)
+EXACT = dict(dtype="float32", texts=3, new_tokens=6, batch_size=2, exit_layer=1, draft=2)
 
 
 @pytest.mark.exhaustive
 def test_in_float32_every_way_gives_equal_texts(toy):
     report = exactness.run_exactness_bench(**EXACT)
     assert len(report.rows) == 7 and all((row.equal, row.texts, row.largest_gap) == (3, 3, None) for row in report.rows)
+
+
+@pytest.mark.parametrize(("texts", "batch", "names"), [
+    (2, 2, ["each alone", "by the engine, 2 slots"]), (5, 2, ["each alone", "batches of 4", "by the engine, 2 slots"]),
+    (3, 2, ["each alone", "batches of 3", "by the engine, 2 slots"]), (1, 1, ["by the engine, 1 slot"])])
+def test_ways_are_those_that_so_many_texts_have(toy, texts, batch, names):
+    ways = exactness.decoded_in_every_way(toy, [[1]] * texts, 2, batch, 1, 2)
+    assert [name for name in ways if "alone" in name or "batches" in name or "slot" in name] == names
 
 
 def test_texts_are_compared_and_a_first_difference_is_measured_in_logits(toy, monkeypatch, tmp_path):

@@ -233,6 +233,8 @@ def test_a_chat_stands_wherever_a_prompt_does(lm):
     ("a", dict(system=5)), (said("a", system="b"), dict(system="c")), ("a", dict(variables=5)),
     ("a", dict(variables={"messages": []})), ("a", dict(variables={"x": {1, 2}})),
     ("a", dict(variables={"x": np.ones(2)})),
+    ([{"role": "user"}], {}), ([{"role": "user", "text": "a"}], {}), ([{"role": "user", "content": 3}], {}),
+    ([[{"role": "user"}], said("a")], {}), ([{"role": "system", "content": True}, *said("a")], {}),
     ([{"role": "user", "content": object()}], {}), ([{"role": "assistant", "content": None}], {}),
     ([{"role": "assistant", "content": [{"type": "image"}]}], {}), (iter("a"), {}), (b"a", {}),
 ])

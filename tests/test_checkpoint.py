@@ -14,7 +14,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.models import Decoder, load_folder, read_config, save_folder, save_orbax
+from sled.models import Decoder, huggingface, load_folder, read_config, save_folder, save_orbax
 
 EMBED, NORM = "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"
 
@@ -175,13 +175,32 @@ def test_a_save_stopped_at_any_move_is_made_good_by_the_next(killed, earlier, sh
 
 @pytest.mark.parametrize("prepare, says", [
     (lambda folder: (folder.mkdir(), (folder / "thesis.txt").write_text("")),
-     "no model folder .*thesis.txt"),
+     "no model folder that sled wrote .*thesis.txt"),
+    (lambda folder: (folder.mkdir(), save_file({"a": np.ones(1)}, folder / "model.safetensors")), "that sled wrote"),
+    *((lambda folder, config=config: (folder.mkdir(), (folder / "config.json").write_text(config)), "that sled wrote")
+      for config in ("{", '{"model_type": "llama"}', '{"_written_by": "sled", "transformers_version": "5.1"}')),
     (lambda folder: folder.write_text(""), "is a file; give the name of a folder"),
 ])
 def test_nothing_else_is_overwritten(prepare, says, tiny_folder, tmp_path):
     prepare(tmp_path / "taken")
     with pytest.raises(CheckpointError, match=says):
         save_folder(load_folder(tiny_folder("llama")), tmp_path / "taken")
+
+
+def test_of_two_saves_at_once_one_is_refused_by_name(tiny_folder, tmp_path, monkeypatch):
+    """The folder then holds the other one whole."""
+    decoder, refused = load_folder(tiny_folder("llama")), []
+
+    def second(real, folder, *rest):
+        with pytest.raises(CheckpointError, match=r"another save into .* is going on"):
+            save_folder(decoder, tmp_path / "model")
+        refused.append(folder)
+        return real(folder, *rest)
+
+    monkeypatch.setattr(huggingface, "write_form", functools.partial(second, huggingface.write_form))
+    save_folder(decoder, tmp_path / "model")
+    assert refused
+    same(stored(tmp_path / "model"), stored(tiny_folder("llama")))
 
 
 @pytest.mark.parametrize("save", [save_folder, save_orbax])
@@ -213,8 +232,15 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_replaced(tiny_folder
 
 # What is wrong with a folder: how to break a good one, and what the error says.
 
+def sharded(folder):
+    """The folder, written anew."""
+    decoder = load_folder(folder)
+    shutil.rmtree(folder)
+    return save_folder(decoder, folder, max_shard_bytes=20_000)
+
+
 def break_index(change):
-    return lambda folder: change(save_folder(load_folder(folder), folder, max_shard_bytes=20_000))
+    return lambda folder: change(sharded(folder))
 
 
 def put(name, value):

@@ -47,7 +47,7 @@ def test_what_fits_becomes_one_type(rule, value, clean):
 NO_NUMBERS = (NAN, INF, np.float32(NAN), np.float32(INF), True, np.True_, "1", None, 1j, (1,), np.array(1),
               jnp.array(1), ...)
 NO_LAYERS = ((), 3, (-1,), (True,), (1.0,), "", "04", b"04", np.array(3), (NAN,), ("all",))
-NO_NAMES = (None, 5, b"ab", {"a": 1}, [5], ["a", None], [["a"]])
+NO_NAMES = (None, 5, b"ab", {"a": 1}, {"a"}, [5], ["a", None], [["a"]])
 
 
 @pytest.mark.parametrize(("rule", "value"), [

@@ -75,9 +75,13 @@ def record(folder, loaded):
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_answers_are_those_recorded_from_hflm(lm, loaded, batch_size):
-    model = SledLM(lm, batch_size=batch_size, progress=False)
+def test_answers_are_those_recorded_from_hflm(lm, loaded, batch_size, monkeypatch):
+    model, kept = SledLM(lm, batch_size=batch_size, progress=False), []
+    add = model._answers.add
+    monkeypatch.setattr(model._answers, "add", lambda found: kept.append(len(found)) or add(found))
     same(answers(model, loaded), json.loads(RECORDED.read_text()))
+    # 6 texts, 6 questions with 3 choices, and 6 texts to score, one in two windows: a batch is kept, and told, at once
+    assert kept == ([6, 8, 8, 2, 7] if batch_size == 8 else [1] * 31)
     assert model.counts.truncated == 1 + 3 and model.counts.cut_tokens > 0  # the long question, asked and with choices
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness_tasks import lm_eval, write_rows
+from harness_tasks import QUESTIONS, lm_eval, write_rows
 
 import sled
 from sled import cli
 from sled.cli.evaluate import Eval
 from sled.cli.line import parse
-from sled.errors import EvaluationError, SettingError, SledError
+from sled.errors import EvaluationError, EvaluationWarning, SettingError, SledError
 from sled.eval.methods import Method, baselines
 from sled.eval.report import report as report_module
 from sled.eval.report.report import EvaluationReport, report_folder
@@ -108,7 +108,8 @@ def test_baselines_are_plain_decoding_and_the_clamp():
 
 def test_a_task_that_keeps_to_no_examples_says_so(lm, capsys):
     told = dict(metadata={"problems": 2}, max_new_tokens=4, limit=1)
-    report = evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=3, **told)
+    with pytest.warns(EvaluationWarning, match=r"1 of 1 prompts are longer than the 64 tokens of the model's context"):
+        report = evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=3, **told)
     assert report.tasks["greedy"][0].num_fewshot == 0
     assert "warning: 3 examples before each question were asked for, but the task 'sled_demo' keeps to the 0 that" in \
         capsys.readouterr().err
@@ -140,6 +141,9 @@ def test_the_command_writes_a_report_and_computes_nothing_twice(tiny_model, tiny
     assert names == {"report.json", "report.md", "samples.jsonl", "answers.sqlite", "tiny_text-exact_match.png"}
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert len(samples) == 18 and "doc" not in samples[0]
+    assert [s["row"] for s in samples] == [1, 2, 3, 4, 5, 6] * 3 and samples[1]["prompt"] == f"q: {QUESTIONS[1]}\na:"
+    ended = [s["finish_reasons"] for s in samples if s["method"] == "greedy"]
+    assert set(map(len, ended)) == {1} and ended.count(["length"]) == report["methods"][0]["counts"]["unfinished"] > 0
     assert "tiny_text: 6 samples" in capsys.readouterr().out
     assert cli.main(arguments) == 0
     again = json.loads((tmp_path / "out" / "report.json").read_text())
@@ -162,6 +166,7 @@ def test_a_report_tells_scores_that_are_no_probabilities(lm, tiny_tasks, tmp_pat
     marked = {line.split()[1] for line in written.splitlines() if re.search(r"brier_score .*\* \|$", line)}
     assert marked == {"clamp", "sled"} and "\n\\* Of scores some of which are lower bounds" in written
     [one] = [s for s in report.tasks["clamp"][0].samples if s["doc_id"] == 0]
+    assert one["prompt"] == f"q: {QUESTIONS[0]}\na: " and one["choices"] == ["0", "no", "it is so"] and one["row"] == 1
     assert len(one["left_out"]) == 3 and "left_out" not in report.tasks["greedy"][0].samples[0]
 
 
@@ -257,6 +262,7 @@ def test_verified_drafts_have_no_mean_layer():
     about = [{"name": m.name, "verifies": m.verifies, "counts": counts} for m in methods]
     report = dataclasses.replace(report_of({}, about), tasks={"exit": [], "draft": []})
     _, _, exit, draft = report.answers().splitlines()
+    assert "missed" not in report.answers()
     assert exit == "| exit | 2 | 2 | 0 | 0 | - | 1.50 of 2 |" and draft == "| draft | 2 | 2 | 0 | 0 | - | - |"
 
 

@@ -3,6 +3,9 @@
 import copy
 import csv
 import dataclasses
+import json
+import re
+import warnings
 from pathlib import Path
 
 import jax
@@ -50,9 +53,10 @@ def scripted(monkeypatch):
         t = getattr(decoding.exits, "threshold", 1.0)
         wrong = round((1 - t) * len(prompts))
         texts = [lm.says.format("no" if i < wrong else 2 * i) for i in range(len(prompts))]
+        ended = ["length" if i < lm.cut else "stop" for i in range(len(prompts))]
         stats = Stats(prompt_tokens=1, new_tokens=2 * len(prompts), prefill_seconds=0, decode_seconds=1,
                       mean_depth=3 * t, drafted=10 * (t == 1), accepted=5)
-        return Output(texts, [[i, i >= wrong] for i in range(len(prompts))], [], [], stats)
+        return Output(texts, [[i, i >= wrong] for i in range(len(prompts))], ended, [], stats)
 
     def interleave(calls, rounds, bar):
         assert next(iter(calls)).endswith("no exit")  # the baseline, in every round
@@ -62,7 +66,7 @@ def scripted(monkeypatch):
         return {name: Times([seconds(name), 9.0]) for name in calls}
 
     lm = copy.copy(demo_toy())
-    lm.name, lm.decode, lm.calls, lm.config, lm.says = "scripted", decode, [], THREE, "#### {}"
+    lm.name, lm.decode, lm.calls, lm.config, lm.says, lm.cut = "scripted", decode, [], THREE, "#### {}", 0
     monkeypatch.setattr(measuring, "interleave", interleave)
     monkeypatch.setattr(sweeping, "draw_sweep", lambda _, path: path.write_bytes(b"a picture") and path)
     return lm
@@ -70,22 +74,6 @@ def scripted(monkeypatch):
 
 def many(n):
     return Questions(tuple(f"q {i}" for i in range(n)), tuple(2 * i for i in range(n)), "questions")
-
-
-def test_grids_go_from_safe_to_risky_and_name_what_is_swept():
-    methods = grid.early_exits([1, (4, 2)], [0.5, 0.9, 0.5], measures=["margin", "max_probability"], kv="propagate",
-                               fusion=sled.SLED(rate=2, scale=5))
-    exits = [method.decoding.exits for method in methods]
-    assert len(methods) == 8 and methods[0].name == "SLED rate 2 scale 5, exit after 1, propagate, margin threshold 0.9"
-    assert [each.threshold for each in exits] == [0.9, 0.5] * 4 and exits[-1].layers == (2, 4)
-    assert exits[-1].kv == "propagate" and exits[-1].measure == "max_probability"
-    assert [m.decoding.exits.draft for m in grid.self_speculation([2, 1], [4, 2])] == [2, 4, 2, 4]
-    fused = grid.sled_settings([1, 2], [5, 10])
-    assert [(m.decoding.fusion.rate, m.decoding.fusion.scale) for m in fused] == [(1, 5), (1, 10), (2, 5), (2, 10)]
-    assert len({m.name for m in (*methods, *fused)}) == 12 and not any(m.leaves_early for m in fused)
-    assert grid.no_exit(sled.DoLa()).name == "DoLa, no exit"
-    assert grid.usual_layers(8) == (1, 2, 4, 6) and grid.usual_layers(32) == (4, 8, 16, 24)
-    assert grid.usual_layers(2) == (1,) and grid.usual_layers(1) == ()
 
 
 def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path, monkeypatch):
@@ -104,12 +92,13 @@ def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path, mon
     assert all(row.same_texts == 1 and 0 <= row.acceptance <= 1 and row.verifies for row in drafts)
     assert [row.settings["draft"] for row in drafts] == [1, 3] and full.acceptance is None is none.acceptance
     for row in swept.rows:
-        assert row.seconds > 0 and row.unread == 5 and row.tokens <= 5 * 6
+        assert row.seconds > 0 and row.unanswered == 5 and row.tokens <= 5 * 6
         assert row.relative_speed == pytest.approx(row.against_seconds / row.seconds) and row.low <= row.accuracy
     assert swept.sequences == (tuple(m.name for m in EARLY), tuple(m.name for m in DRAFTS))
     again = run(toy, tmp_path / "b", [*grid.early_exits([1], [0.2, 0.7]), *grid.self_speculation([1], [2])], rounds=2)
     assert loop.decode.programs[False] == before + 3 and len(again.rows) == 4  # other numbers, no other program
-    assert {p.name for p in (tmp_path / "b").iterdir()} == {"sweep.csv", "sweep.md", "sweep.png"}
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {
+        "sweep.csv", "samples.jsonl", "sweep.md", "sweep.png"}
     with (tmp_path / "new" / "folder" / "sweep.csv").open() as file:
         kept = list(csv.DictReader(file))
     assert [row["method"] for row in kept] == list(rows) and all(len(row["right"]) == 5 for row in kept)
@@ -165,12 +154,54 @@ def test_interrupted_sweeps_go_on(scripted, tmp_path):
     # What a kill in the middle of the last row but one leaves.
     *begun, last_but_one, _ = (tmp_path / "whole" / "sweep.csv").read_bytes().splitlines(keepends=True)
     (tmp_path / "sweep.csv").write_bytes(b"".join(begun) + last_but_one[:90])
+    samples = (tmp_path / "whole" / "samples.jsonl").read_bytes()
+    (tmp_path / "samples.jsonl").write_bytes(samples[:-20])
     resumed = run(scripted, tmp_path)
     assert len(scripted.calls) == 3 + 3 and len(set(row.run for row in resumed.rows)) == 2
     plain = lambda rows: [dataclasses.replace(row, run="") for row in rows]  # noqa: E731
     assert plain(resumed.rows) == plain(whole.rows)
     assert "These rows stem from 2 runs" in resumed.markdown() and "stem from" not in whole.markdown()
     assert (tmp_path / "sweep.csv").read_bytes().count(b"\n") == 7
+    assert (tmp_path / "samples.jsonl").read_bytes() == samples
+
+
+@pytest.mark.parametrize(("cut", "warns", "first", "stands"), [
+    (0, None, True, 0), (3, None, True, 1), (10, None, True, 1), (30, "30 of 100 texts of no exit ended at", True, 1),
+    (100, "100 of 100 texts of no exit ended at the token limit: an answer .*--max-new-tokens.*--stop", True, 1),
+    (100, r"no exit solves 0 of 100 questions \(100 ended at the token limit\): so .*chosen. Allow mo", False, 1)])
+def test_texts_that_ended_at_the_token_limit_are_told(scripted, tmp_path, cut, warns, first, stands):
+    scripted.cut, scripted.says = cut, "#### {}" if first else "#### 7"
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        swept = run(scripted, tmp_path, EARLY, many(100))
+    assert [bool(re.match(warns or "", str(each.message))) for each in found] == [True] * bool(warns)
+    assert all(row.unfinished == cut for row in swept.rows)
+    said = f"\n**{cut} of 100 texts of no exit ended at the token limit**: an answer that "
+    assert swept.markdown().count(said) == stands
+    ends = [json.loads(line)["finish_reasons"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert ends.count(["length"]) == cut * len(swept.rows) and len(ends) == 100 * len(swept.rows)
+
+
+@pytest.mark.parametrize(("questions", "prompts", "form"), [
+    (many(2), ["q 0", "q 1"], "All prompts"),
+    (dataclasses.replace(many(2), template="q {n}"), ["q 0", "q 1"], "Put as 'q {n}'. All prompts"),
+    (dataclasses.replace(many(1), prompts=([7, 8],)), None, "All prompts"),
+    (dataclasses.replace(many(1), template="{n}", prompts=(sled.Chat("1?", "Be brief.", {"name": "Ann"}),)),
+     ["system: Be brief. user: 1? Ann"], "Put as '{n}', in the model's chat template, behind the system message "
+                                         "'Be brief.', with name = 'Ann'. All prompts"),
+])
+def test_a_record_has_what_was_asked_and_what_came(scripted, tmp_path, monkeypatch, questions, prompts, form):
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{{ name }}"
+    monkeypatch.setattr(type(scripted.text.chats), "template", lambda *_: template)
+    swept = run(scripted, tmp_path, EARLY[:1], dataclasses.replace(questions, first_row=4))
+    assert f"\n{form} and texts are in samples.jsonl." in swept.markdown()
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [s["method"] for s in samples] == [row.method for row in swept.rows for _ in questions.prompts]
+    assert prompts is None or [s["prompt"] for s in samples[:len(prompts)]] == prompts
+    assert [s["digest"] for s in samples] == [row.digest for row in swept.rows for _ in questions.prompts]
+    assert {**samples[0], "digest": "", "prompt": ""} == {
+        "digest": "", "method": "no exit", "doc_id": 0, "row": 4, "filter": "strict-match", "prompt": "", "target": "0",
+        "responses": [["#### 0"]], "answers": ["0"], "scores": {"accuracy": 1}, "finish_reasons": ["stop"]}
 
 
 def test_what_changed_is_measured_again(scripted, tmp_path):
@@ -208,10 +239,10 @@ def test_the_fastest_certified_setting(scripted, tmp_path):
 
 # A model at the floor: nothing it solves can be lost, so that without this rule everything would be certified.
 @pytest.mark.parametrize(("says", "questions", "solved"), [
-    ("I do not know.", many(400), "0 of 400 questions, and in 400 of its texts no answer could be read"),
+    ("I do not know.", many(400), "0 of 400 questions (in 400 of its texts no answer could be read)"),
     ("#### 7", many(400), "0 of 400 questions:"),
     ("#### {}", dataclasses.replace(many(400), extract="boxed"),
-     "0 of 400 questions, and in 400 of its texts no answer could be read"),
+     "0 of 400 questions (in 400 of its texts no answer could be read)"),
     ("#### {}", dataclasses.replace(many(400), answers=tuple(2 * i + (i > 10) for i in range(400))),
      "11 of 400 questions:"),  # fewer than delta
     ("#### {}", dataclasses.replace(many(400), answers=tuple(2 * i + (i > 24) for i in range(400))),
@@ -221,12 +252,13 @@ def test_the_fastest_certified_setting(scripted, tmp_path):
 ])
 def test_where_nothing_can_be_lost_nothing_is_certified(scripted, tmp_path, says, questions, solved):
     scripted.says = says
-    with pytest.warns(EvaluationWarning, match=f"no exit solves {solved}.* so nothing will be certified or chosen"):
+    said = f"no exit solves {re.escape(solved)}.* so nothing will be certified or chosen"
+    with pytest.warns(EvaluationWarning, match=said):
         swept = run(scripted, tmp_path, [*grid.early_exits([1, 2], [1.0, 0.9, 0.1]), *DRAFTS], questions)
     assert swept.choice() == (None, ()) and "**Nothing is certified or chosen**: no exit solves" in swept.markdown()
     assert solved in swept.verdict() and not any(
         word in swept.markdown() for word in ("fastest of them", "| yes |", "Not beaten"))
-    assert all(row.unread == (400 if "could be read" in solved else 0) for row in swept.rows[:1])
+    assert all(row.unanswered == (400 if "could be read" in solved else 0) for row in swept.rows[:1])
 
 
 def test_a_baseline_that_solves_enough_is_certified_beside(scripted, tmp_path):
@@ -283,14 +315,14 @@ def test_what_cannot_be_swept(scripted, tmp_path, methods, how, says):
 def test_files_of_ones_own_are_not_replaced(command, scripted, tmp_path, capsys, name):
     (tmp_path / name).write_text("mine")
     assert command("-o", tmp_path, "--problems", 2) == 1
-    assert f"--output is '{tmp_path}', which holds {name} that sled did not write" in capsys.readouterr().err
+    assert f"--out is '{tmp_path}', which holds {name} that sled did not write" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "mine" and not scripted.calls and len(list(tmp_path.iterdir())) == 1
     with pytest.raises(SettingError, match="folder is"):
         run(scripted, tmp_path)
 
 
 @pytest.mark.parametrize(("arguments", "made"), [
-    (["-o", "new/deep", "--exit-layers", "9"], False), (["-o", "new", "--rounds", "0"], False),
+    (["-o", "new", "--exit-layers", "9"], False), (["-o", "new", "--rounds", "0"], False),
     (["-o", "new", "-n", "1000"], False), (["-o", "old/new", "--exit-layers", "9"], False),
     (["-o", "new", "--delta", "2"], False), (["-o", "new", "--problems", "2", "--thresholds", "0.9", "--drafts"], True),
 ])

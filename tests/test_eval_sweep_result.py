@@ -1,4 +1,4 @@
-"""The rows of a sweep: their file, the certified choice, the Pareto front, fused sweeps."""
+"""Grids; the rows of a sweep: their file, the certified choice, the Pareto front, fused sweeps."""
 
 import dataclasses
 import math
@@ -8,14 +8,32 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import sled
 from sled.calibration.learn_then_test import p_value
 from sled.errors import SettingError
+from sled.eval.sweep import grid
 from sled.eval.sweep import plot as sweep_picture
 from sled.eval.sweep import result as sweep_result
 from sled.eval.sweep.certified import certified, pareto
 from sled.eval.sweep.measure import same_tokens
 from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.result import SweepFile, SweepRow, Swept
+
+
+def test_grids_go_from_safe_to_risky_and_name_what_is_swept():
+    methods = grid.early_exits([1, (4, 2)], [0.5, 0.9, 0.5], measures=["margin", "max_probability"], kv="propagate",
+                               fusion=sled.SLED(rate=2, scale=5))
+    exits = [method.decoding.exits for method in methods]
+    assert len(methods) == 8 and methods[0].name == "SLED rate 2 scale 5, exit after 1, propagate, margin threshold 0.9"
+    assert [each.threshold for each in exits] == [0.9, 0.5] * 4 and exits[-1].layers == (2, 4)
+    assert exits[-1].kv == "propagate" and exits[-1].measure == "max_probability"
+    assert [m.decoding.exits.draft for m in grid.self_speculation([2, 1], [4, 2])] == [2, 4, 2, 4]
+    fused = grid.sled_settings([1, 2], [5, 10])
+    assert [(m.decoding.fusion.rate, m.decoding.fusion.scale) for m in fused] == [(1, 5), (1, 10), (2, 5), (2, 10)]
+    assert len({m.name for m in (*methods, *fused)}) == 12 and not any(m.leaves_early for m in fused)
+    assert grid.no_exit(sled.DoLa()).name == "DoLa, no exit"
+    assert grid.usual_layers(8) == (1, 2, 4, 6) and grid.usual_layers(32) == (4, 8, 16, 24)
+    assert grid.usual_layers(2) == (1,) and grid.usual_layers(1) == ()
 
 
 def test_levels_pass_from_one_sequence_to_the_others():
@@ -58,9 +76,11 @@ def test_the_pareto_front_is_what_nothing_beats(xy):
 
 ROW = SweepRow(digest="d", run="r", machine="an, \"odd\" one", versions="v", method="m", against="a", layers="1 2",
                verifies=False, policy='{"kind": "sled.EarlyExit", "threshold": 0.1}', n=3, accuracy=1 / 3, low=0.0,
-               high=1.0, unread=0, lost=0.0, same_texts=1.0, same_tokens=1.0, mean_depth=2.5, acceptance=None, tokens=7,
+               high=1.0, unanswered=0, unfinished=0, lost=0.0, same_texts=1.0, same_tokens=1.0, mean_depth=2.5,
+               acceptance=None, tokens=7,
                seconds=0.1, median_seconds=0.2, against_seconds=0.3, against_median_seconds=0.4,
                relative_speed=3.0, right="010")
+TEXTS = [{"method": "m", "responses": [[text]]} for text in ("a", "b\n\u2028\r", "\u00e9")]
 
 
 def fused():
@@ -110,7 +130,7 @@ def test_pictures_show_all_markers_whole_at_any_accuracy(tmp_path, monkeypatch, 
     monkeypatch.setattr(sweep_picture, "save_figure", lambda figure, _: figures.append(figure))
     rows = [dataclasses.replace(row, accuracy=accuracy, n=n, low=max(accuracy - 0.1, 0), high=min(accuracy + 0.2, 1))
             for row, accuracy in zip(fused().rows[1:4], accuracies, strict=True)]
-    draw_sweep(dataclasses.replace(fused(), rows=tuple(rows)), tmp_path / "low.svg")
+    draw_sweep(dataclasses.replace(fused(), rows=tuple(rows), what="a long story " * 30), tmp_path / "low.svg")
     [depth, *_] = figures[0].axes
     to_pixels = depth.transData.transform
     low, high = depth.get_ylim()
@@ -118,6 +138,8 @@ def test_pictures_show_all_markers_whole_at_any_accuracy(tmp_path, monkeypatch, 
     for accuracy in accuracies:  # a marker of 7 points, at 100 pixels an inch
         assert bottom + 5 < to_pixels((0, accuracy))[1] < top - 5
     figures[0].canvas.draw()
+    assert figures[0].get_suptitle().count("story") == 30
+    assert figures[0]._suptitle.get_window_extent().width < figures[0].bbox.width
     assert ticks in [label.get_text() for label in depth.get_yticklabels()]
     assert [text.get_text() for text in depth.texts] == [says] * bool(says)
     front = {line.get_linewidth() for line in depth.lines if len(line.get_xdata())}
@@ -130,15 +152,21 @@ def test_a_file_cut_anywhere_gives_its_whole_rows(tmp_path_factory, share):
     path = tmp_path_factory.mktemp("cut") / "sweep.csv"
     rows = [dataclasses.replace(ROW, digest=str(i)) for i in range(3)]
     for row in rows:
-        SweepFile(path).append(row)
-    text = path.read_bytes()
+        SweepFile(path).append(row, TEXTS)
+    text, samples = path.read_bytes(), (path.parent / "samples.jsonl").read_bytes()
     cut = int(share * len(text))
     path.write_bytes(text[:cut])
     whole = max(text[:cut].count(b"\n") - 1, 0)
     assert list(SweepFile(path).by_digest.values()) == rows[:whole]
     for row in rows[whole:]:
-        SweepFile(path).append(row)
-    assert path.read_bytes() == text
+        SweepFile(path).append(row, TEXTS)
+    assert path.read_bytes() == text and (path.parent / "samples.jsonl").read_bytes() == samples
+
+    cut = int(share * len(samples))  # and without their samples, rows do not count
+    (path.parent / "samples.jsonl").write_bytes(samples[:cut])
+    whole = samples[:cut].count(b"\n") // 3
+    assert list(SweepFile(path).by_digest.values()) == rows[:whole]
+    assert (path.parent / "samples.jsonl").read_bytes().count(b"\n") == 3 * whole
 
 
 @pytest.mark.parametrize(("damage", "says"), [
@@ -149,7 +177,7 @@ def test_a_file_cut_anywhere_gives_its_whole_rows(tmp_path_factory, share):
 ], ids=["columns", "number", "marks", "short"])
 def test_damaged_files_are_refused_by_line(tmp_path, damage, says):
     path = tmp_path / "sweep.csv"
-    SweepFile(path).append(dataclasses.replace(ROW, seconds=0.25))
+    SweepFile(path).append(dataclasses.replace(ROW, seconds=0.25), TEXTS)
     path.write_text(damage(path.read_text()))
     with pytest.raises(SettingError, match=says):
         SweepFile(path)
@@ -158,8 +186,15 @@ def test_damaged_files_are_refused_by_line(tmp_path, damage, says):
 def test_rows_are_on_the_disk_before_the_next_is_measured(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr(sweep_result.os, "fsync", synced.append)
-    SweepFile(tmp_path / "sweep.csv").append(ROW)
-    assert len(synced) == 2  # the head and the row
+    SweepFile(tmp_path / "sweep.csv").append(ROW, TEXTS)
+    assert len(synced) == 3  # the head, the samples and the row
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep_result.os, "fsync", full)
+    with pytest.raises(SettingError, match=r"samples\.jsonl cannot be written .No space left on device.; make room"):
+        SweepFile(tmp_path / "sweep.csv").append(dataclasses.replace(ROW, digest="other"), TEXTS)
 
 
 def test_tokens_at_the_same_place():

@@ -156,10 +156,16 @@ def test_what_is_no_list_of_names_is_refused(given):
     (["tiny_text"], {"data": ["a.jsonl", "b.jsonl"]}, "twice for 'tiny_text', a.jsonl and b.jsonl"),
     (["tiny_text", "sled_demo"], {"metadata": {"problems": 2, "nosuch": 1}}, "'nosuch', .* one of problems, seed, ver"),
     (["factor_news"], {"metadata": {"primer_file": "x"}, "data": "FACTOR"}, "'primer_file', which no task here reads"),
+    *(([task], {"data": "OTHER"}, rf"^row 1 of the split '\w+' of the data of the task {task} \(/.*/rows\.jsonl\) has "
+       rf"no column '{column}', but 'full_prefix', 'answer'; ") for task, column in (
+        ("factor_expert", "turncated_prefixes"), ("factor_news", "completion"), ("truthfulqa_mc123_rows", "question"),
+        ("strategyqa_cot6_rows", "question"), ("gsm8k_cot8_rows", "question"))),
 ])
 def test_tasks_that_cannot_be_had_are_named(tiny_tasks, tmp_path, names, given, says):
     if given.get("data") == "FACTOR":
         columns = ("full_prefix", "turncated_prefixes", "completion", *(f"contradiction_{n}" for n in range(3)))
         given = {**given, "data": write_rows(tmp_path / "rows.jsonl", [dict.fromkeys(columns, "a")])}
-    with pytest.raises(EvaluationError, match=says):
+    if given.get("data") == "OTHER":
+        given = {**given, "data": write_rows(tmp_path / "rows.jsonl", [{"full_prefix": "a", "answer": "b"}] * 9)}
+    with pytest.raises((EvaluationError, DataError), match=says):
         load_tasks(names, **{"include_path": [tiny_tasks], **given})

@@ -139,7 +139,7 @@ def test_no_count_is_built_that_the_weights_do_not_have(name, tmp_path, write_mo
     ("rms_norm_eps", (-1e-6, 1e39, 10**400, float("nan"), "1e-6")),
     ("sliding_window", (0, -4, 2**31, 2**63, 10**400, 4.5)),
     ("rope_scaling", tuple({"rope_type": "linear", "factor": factor} for factor in (0, 1e39, 10**400, "2", None))),
-    ("rope_scaling", tuple({"rope_type": kind, "factor": 2.0} for kind in ("yarn", "dynamic", "", 3, ["linear"]))),
+    ("rope_scaling", tuple({"rope_type": kind, "factor": 2.0} for kind in ("yarns", "ntk", "", 3, ["linear"]))),
     ("architectures", (["X" * 10_000], [[["LlamaForCausalLM"]]], "MistralForCausalLM", [3], [None])),
 ])
 def test_no_number_is_taken_that_cannot_be_computed_with(name, values, variants):
@@ -172,7 +172,8 @@ def test_token_ids_outside_the_vocabulary_are_none_and_are_named(tmp_path, write
         warnings.simplefilter("always")
         config = read_config(folder)
     assert (config.eos_ids, config.pad_id, config.bos_id) == ((2,), None, 1)
-    assert "eos_token_id 48 (the vocabulary has 48), eos_token_id 50256" in str(seen[0].message) + str(seen[1].message)
+    assert ("passed over pad_token_id 48, eos_token_id 48, eos_token_id 50256 (no tokens of the vocabulary)"
+            in str(seen[0].message) + str(seen[1].message))
 
 
 ODD_TEXTS = ["[" * 100_000, '{"a":' * 100_000, "{", '{"a": ' + "9" * 5000 + "}", "null", "[]", '"a"',

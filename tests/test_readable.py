@@ -15,7 +15,7 @@ from sled.eval.questions import Questions
 from sled.exits import Immediate
 from sled.lens.lens import cells
 from sled.results import Chunk, Output, Scores, Stats
-from sled.settings.brief import FEW, brief, shown
+from sled.settings.brief import FEW, abridged, brief
 
 MANY, STATS = list(range(1000)), Stats(5, 1000, 1.0, 1.0, 8.0)
 TRIAL = Trial(sled.EarlyExit(2), Immediate(), 1.0, 1.0, 5, 2.0, 1.0)
@@ -46,8 +46,8 @@ def test_values_are_cut(value, says):
     class Result:
         value: object
 
-    assert shown(value).startswith(says) and repr(Result(value)) == f"Result(value={shown(value)})"
-    assert len(shown(value)) <= 60
+    assert abridged(value).startswith(says) and repr(Result(value)) == f"Result(value={abridged(value)})"
+    assert len(abridged(value)) <= 60
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 133, 200, 10_000])

@@ -114,7 +114,7 @@ def test_another_template_is_another_cache(text, load):
     (said("a", "b", system="c"), STYLES["turns"], TemplateError, "no system here"),
     (TURNS, "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", DataError, "changes what is"),
     (TURNS, "{{ messages[-1].content }}", DataError, "changes what is before"),
-    ([{"role": "user"}, {"role": "assistant"}], STYLES["chatml"], TemplateError, "these messages"),
+    ([{"role": "user"}, {"role": "assistant"}], STYLES["chatml"], DataError, "text as content"),
 ])
 def test_what_cannot_be_learnt_is_named(messages, template, error, says, text, load):
     with pytest.raises(error, match=says):

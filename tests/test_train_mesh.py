@@ -36,10 +36,12 @@ def parameters_of(config: DecoderConfig):
     return nnx.state(abstract_stacked(config), nnx.Param)
 
 
-def test_eight_devices_do_what_one_does(tiny_folder, tmp_path):
-    """The trainer's own steps on every mesh, and what is split besides."""
+@pytest.mark.parametrize("meshes", [
+    ("alone", "fsdp", "all"), pytest.param(("alone", "data", "tensor", "all"), marks=pytest.mark.exhaustive)], ids=str)
+def test_eight_devices_do_what_one_does(meshes, tiny_folder, tmp_path):
+    """The trainer's own steps on these meshes, and what is split besides."""
     run_together([(on_devices(8, XDG_CACHE_HOME=str(tmp_path / "cache")),
-                   ["mesh_of_eight.py", tiny_folder("llama"), tmp_path])])
+                   ["mesh_of_eight.py", tiny_folder("llama"), tmp_path, *meshes])])
 
 
 # Meshes.
@@ -93,6 +95,8 @@ def place(name):
     *_, module, kind = name.split(".")
     if "norm" in module:
         spec = (None,)
+    elif module == "positions":
+        spec = (None, "fsdp")
     elif module in ("embedding", "head", "o", "down"):
         spec = ("tensor", "fsdp") if kind == "weight" else (None,)
     else:

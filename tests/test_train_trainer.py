@@ -22,14 +22,21 @@ from sled.errors import CheckpointError, ConfigError, DataError, SettingError, T
 from sled.models import ExitHeads, save_folder
 from sled.train.data.sources import Source
 from sled.train.initial_model import NewModel
-from sled.train.objective.exit_weights import AllExits, LayerSkipWeights, Rotational, UniformWeights, WeightedExits
+from sled.train.objective.exit_weights import (
+    AllExits,
+    FixedExits,
+    LayerSkipWeights,
+    Rotational,
+    UniformWeights,
+    WeightedExits,
+)
 from sled.train.objective.layer_dropout import FixedRows, layerskip
 from sled.train.recipes import named
 from sled.train.rehearsal import rehearse
 from sled.train.run.checkpoint import complete_steps
 from sled.train.run.folder import read_checkpoint
 from sled.train.run.metrics import read_metrics
-from sled.train.run.preemption import EXIT_CODE
+from sled.train.run.preemption import EXIT_CODE, preemption
 from sled.train.trainer import TrainingRun, train
 
 PROGRAM = Path(__file__).parent / "training_runs.py"
@@ -128,6 +135,14 @@ def test_a_signal_saves_and_the_same_command_goes_on(number, runs, uninterrupted
     assert [line["loss"] for line in ours] == [line["loss"] for line in others]
 
 
+def test_ctrl_c_is_answered_and_once_more_stops(capfd):
+    with pytest.raises(KeyboardInterrupt), preemption() as reached:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert reached(1)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert "stopping after this step and what is being measured" in capfd.readouterr().err
+
+
 def test_a_run_tells_each_step_and_the_held_out_loss_of_every_layer(uninterrupted):
     lines = metrics_of(uninterrupted)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
@@ -189,7 +204,7 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, lines * 8)))
     by_command(runs, tmp_path / "run", file, file, "--prompt question --completion answer --steps 12 --warmup 2 "
-               "--learning-rate 1e-3 --batch 4 --context 32 --save-every 4")
+               "--learning-rate 1e-3 --batch-size 4 --context 32 --save-every 4")
     held_out = [line["held_out"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
     assert len(held_out) == 4 and held_out[-1][-1] < held_out[0][-1] / 1.5
     assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
@@ -197,7 +212,7 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
 
 def tune(runs, folder, data, model, steps):
     by_command(runs, folder, data / "train.jsonl", data / "held_out.jsonl",
-               f"--recipe tune-exits --exit-heads 1 2 --head-kind mlp --model {model} --steps {steps} --batch 8 "
+               f"--recipe tune-exits --exit-heads 1 2 --head-kind mlp --model {model} --steps {steps} --batch-size 8 "
                "--context 64 --warmup 2 --learning-rate 1e-2 --schedule constant --save-every 1 --log-every 1")
 
 
@@ -234,13 +249,19 @@ def test_options_change_the_recipe():
     assert own == WeightedExits(LayerSkipWeights(1.0), AllExits((2, 4)))
     assert made("plain", exit_layers=(3,)).exits == WeightedExits(UniformWeights(), AllExits((3,)))
     assert made("finetune").exits.curriculum == Rotational(16)
-    with pytest.raises(SettingError, match="names layer 1, which learns nothing with --recipe finetune"):
-        made("finetune", exit_layers=(1, 2))
+    assert made("plain", exit_layers=(2, 4), exit_weights=(0.1, 0.4), exit_initial=(0.3,), exit_warmup=9,
+                exit_course="cosine").exits == FixedExits((2, 4), (0.1, 0.4), 0.3, 9, "cosine")
+    for changes, says in ((dict(exit_layers=(1, 2)), "names layer 1, which learns nothing with --recipe finetune"),
+                          (dict(exit_layers=(1, 2), exit_warmup=9), "--exit-warmup was given without --exit-weights"),
+                          (dict(exit_weights=(0.1,)), "FixedExits.layers is"),
+                          (dict(exit_layers=(1, 2), exit_weights=(0.1,)), "weights has 1 entries for 2 layers")):
+        with pytest.raises(SettingError, match=says):
+            made("finetune", **changes)
 
 
 def run_of(tmp_path, data, recipe=None, **changes):
     """A short run of a small model; `recipe` and `changes`: of its recipe, and of the rest."""
-    recipe = named("plain", **{"steps": 4, "batch": 2, "context": 32, **(recipe or {})})
+    recipe = named("plain", **{"steps": 4, "batch_size": 2, "context": 32, **(recipe or {})})
     model, source = NewModel(layers=2, width=8, heads=2), Source(data / "train.jsonl")
     return TrainingRun(**{"folder": tmp_path / "run", "model": model, "source": source, "recipe": recipe, **changes})
 
@@ -278,21 +299,25 @@ def test_a_new_model_takes_a_tokenizer_that_there_is(tmp_path, data):
 
 def test_a_rehearsal_tells_what_the_run_would_be_and_leaves_nothing(tmp_path, data, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(data / "cache"))
-    found = rehearse(run_of(tmp_path, data, held_out=Source(data / "held_out.jsonl")))
+    columns = dict(prompt="Say {text}", completion=" {text}")
+    found = rehearse(run_of(tmp_path, data, dict(context=96), source=Source(data / "train.jsonl", **columns),
+                            held_out=Source(data / "held_out.jsonl", **columns)))
     assert found.data.examples > found.held_out.examples > 0 and found.epochs == 4 / -(-found.data.rows // 2)
-    assert found.recipe.context == 32 and found.step_seconds > 0
-    assert found.step_bytes > found.plan.state + found.plan.gradients / 2
+    assert found.recipe.context == 96 and found.step_seconds > 0 and found.measuring_seconds > 0
+    assert (found.measurings, found.saves) == (2, 1)
+    assert found.step_bytes > found.plan.state + found.plan.gradients / 2 and found.peak_bytes > found.plan.state
     assert found.measuring_bytes > found.plan.state and found.saving_bytes > found.plan.state
     text = found.text()
-    assert re.search(r"\n  context +32\n(.*\n)*  parameters +[\d,]+\n  data +\d+ examples .*\n  held out +\d", text)
-    assert re.search(r"  a step +\d.*gradients and activations\n    measuring .*\n    saving ", text), text
+    assert re.search(r"\n  context +96\n(?:.*\n)*  parameters +[\d,]+\n  data +\d+ examples .*\n"
+                     r"  example +Say ([^[]+)\[ \1<\|endoftext\|>\]\n  held out +\d", text), text
+    assert re.search(r"  a step +\d.*gradients and activations\n    measuring .*\n    saving .*\n    measured ", text)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("changes, words", [
     (dict(source=Source("no/such.jsonl")), "there is no file at 'no/such.jsonl'"),
     (dict(held_out=Source("none.csv")), "there is no file at 'none.csv'"),
-    (dict(column="words"), "has no column 'words', which .*text needs"),
+    (dict(column="words"), "has no column 'words'; by .*text name one"),
     (dict(content="{"), r"a\.jsonl, line 1, cannot be read as json"), (dict(content=""), r"a\.jsonl is empty"),
     (dict(content='{"text": " "}'), "no example is left"),
 ])

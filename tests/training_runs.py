@@ -9,6 +9,7 @@ DATA is a folder with train.jsonl and held_out.jsonl, FOLDER one with a model.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import sys
@@ -40,7 +41,7 @@ from sled.train.trainer import TrainingRun, train
 
 ALL = Mesh()
 MODEL = NewModel(layers=3, width=32, heads=4, mlp_width=64, vocabulary=320)
-RECIPE = Recipe(steps=30, batch=8, context=64, exits=WeightedExits(UniformWeights(), Rotational(2)), warmup=2,
+RECIPE = Recipe(steps=30, batch_size=8, context=64, exits=WeightedExits(UniformWeights(), Rotational(2)), warmup=2,
                 dropout=LayerDropout(0.3, rescale=False), schedule="constant", learning_rate=1e-2)
 
 
@@ -136,8 +137,11 @@ def serve(calls) -> None:
     """Each line of standard input, `{"call": name, ...arguments}`, is answered by the number of a process that was
     forked for it and, once that has ended, by its exit status (as `subprocess` has it).
 
-    Imports are done once, before forking; JAX starts no device, and so no thread, before that.
+    Imports are done once, before forking, those that are elsewhere put off too; JAX starts no device, and so no thread,
+    before that.
     """
+    for name in ("datasets", "grain", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        importlib.import_module(name)
     for line in sys.stdin:
         arguments = json.loads(line)
         pid = os.fork()

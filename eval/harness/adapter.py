@@ -11,17 +11,21 @@ import contextlib
 import copy
 import datetime
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
+from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_SAMPLING
+from sled.decoding.scoring import score_pairs
 from sled.errors import EvaluationError, SledError, TemplateError
 from sled.eval.harness.cache import Cache, RequestCounts
 from sled.eval.harness.requests import GenerationRequest, GenerationSettings, batches
@@ -66,6 +70,7 @@ class SledLM(TemplateLM):
         self.weights = weights or digest_of_weights(lm.params)
         self.now = now or datetime.datetime.now().astimezone()
         self.counts = RequestCounts()
+        self.finish_reasons: dict[tuple[str, int], list[str]] = {}  # of generated texts, by task and document
         self._asked: list[tuple[str, list]] = []  # requests, with the names of the methods that they came by
         self._answers = (cache or Cache()).under(self.settings())
 
@@ -224,20 +229,20 @@ class SledLM(TemplateLM):
             of_context.setdefault(pairs[index][0], []).append(index)
         contexts = sorted(of_context, key=lambda context: -len(context))
         for begin in range(0, len(contexts), self.batch_size):
-            some = contexts[begin:begin + self.batch_size]
-            scores = self.lm.score(list(some), [[pairs[i][1] for i in of_context[context]] for context in some],
-                                   fusion=self.method.decoding.fusion, normalise=self.normalise,
-                                   batch_size=self.batch_size)
-            indices = [i for context in some for i in of_context[context]]
-            values = [(total, greedy, sum(left_out))
-                      for of_one in zip(scores.totals, scores.greedy, scores.left_out, strict=True)
-                      for total, greedy, left_out in zip(*of_one, strict=True)]
-            yield dict(zip(indices, values, strict=True))
+            some = [i for context in contexts[begin:begin + self.batch_size] for i in of_context[context]]
+            asked = [tuple(np.array(ids, np.int32) for ids in pairs[i]) for i in some]
+            scored = score_pairs(self.lm.build, self.lm.params, asked, fusion=self.method.decoding.fusion,
+                                 batch_size=self.batch_size, normalise=self.normalise)
+            with naming_shortage("scoring", "lower batch_size (--batch-size), or take fewer layers"):
+                while found := {some[at]: (float(logp_T.sum()), bool((best_T == asked[at][1]).all()), int(left_T.sum()))
+                                for at, logp_T, best_T, left_T in itertools.islice(scored, self.batch_size)}:
+                    yield found
 
     def answer_again(self, samples: int) -> None:
         """Answers anew what was asked of the first so many samples of each task; for the time that it takes."""
         other = copy.copy(self)
         other._answers, other._asked, other.counts, other.progress = Cache().under({}), [], RequestCounts(), False
+        other.finish_reasons = {}
         for kind, requests in self._asked:
             getattr(other, kind)([request for request in requests if request.doc_id < samples])
 
@@ -275,10 +280,11 @@ class SledLM(TemplateLM):
                 wanted.append(self._request(*request.args,
                                             number=(request.doc_id or 0) * (request.repeats or 1) + again))
         answers = self._answer([each.described() for each in wanted], lambda which: self._generate(wanted, which))
-        for answer in answers:
+        for request, answer in zip(requests, answers, strict=True):
             self.counts.unfinished += answer["finish_reason"] == "length"
             self.counts.new_tokens += answer["tokens"]
             self.counts.layers += answer["layers"]
+            self.finish_reasons.setdefault((request.task_name, request.doc_id), []).append(answer["finish_reason"])
         return [answer["text"] for answer in answers]
 
     def _request(self, context: str, gen_kwargs: dict[str, Any], *, number: int) -> GenerationRequest:

@@ -83,7 +83,8 @@ def overrides(name: str, config: Mapping[str, Any], path: Path) -> dict[str, Any
     def dataset(**_) -> datasets.DatasetDict:
         return found
 
-    return {"custom_dataset": dataset, "dataset_path": None, "dataset_name": None, "dataset_kwargs": None, **kept}
+    # The name is for messages, and for the record: where rows come from a function, the harness does not read it.
+    return {"custom_dataset": dataset, "dataset_path": None, "dataset_name": str(path), "dataset_kwargs": None, **kept}
 
 
 def _check_rows(rows: datasets.Dataset, where: str, name: str, config: Mapping[str, Any]) -> None:

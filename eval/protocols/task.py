@@ -36,7 +36,7 @@ class ProtocolTask(ConfigurableTask):
 
     def download(self, dataset_kwargs: dict | None = None) -> None:
         """Get the data, and make documents of the splits that the task uses."""
-        name = f"the data of the task {self.config.task} ({self.DATASET_PATH})"
+        name = f"the data of the task {self.config.task} ({self.DATASET_PATH or self.DATASET_NAME})"
         remedy = "go online, or give the data as a local file"
         try:
             if self.DATASET_PATH in UNTYPED and self.config.custom_dataset is None:

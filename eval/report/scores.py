@@ -24,8 +24,12 @@ class TaskResult:
     has them, by "metric" or "metric, filter". higher_is_better: by metric, as far as the task says.
     unanswered: by filter, the samples in which it found no answer; only of tasks that generate.
     scored: texts whose log-likelihood was asked for; left_out: those of them with tokens that the fusion leaves out.
-    samples: for every document and filter its number, hash, texts, answers and scores; and where tokens were left out
-        of its answers, how many of each.
+    samples: for every document and filter a mapping. doc_id, row: its number among those asked, from 0, and in its
+        data, from 1; None where the task's own code makes documents of the rows. doc_hash, prompt_hash: as the harness
+        has them. prompt: as the model was given it, or a list where it was given several; choices: the texts that were
+        scored behind it. target, responses, answers, scores: what is right, what the model said, what the filter made
+        of it, and how it is judged. finish_reasons: of each generated text, "eos", "stop" or "length", the token limit.
+        left_out: where tokens were left out of scored texts, how many of each.
     """
 
     name: str
@@ -40,9 +44,12 @@ class TaskResult:
     samples: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, results: Mapping[str, Any], name: str, task: Any) -> TaskResult:
-        """From what `lm_eval.evaluate` returns."""
-        samples = [_sample(sample) for sample in results["samples"][name]]
+    def of(cls, results: Mapping[str, Any], name: str, task: Any,
+           finish_reasons: Mapping[tuple[str, int], list[str]] = {}) -> TaskResult:
+        """From what `lm_eval.evaluate` returns, and how each text ended, by task and document."""
+        counted = task.get_config("process_docs") is None  # which may leave rows out
+        samples = [_sample(sample, counted, finish_reasons.get((name, sample["doc_id"])))
+                   for sample in results["samples"][name]]
         metrics = {_key(*key.split(",", 1)): float(value) for key, value in results["results"][name].items()
                    if "," in key and "_stderr," not in key and isinstance(value, numbers.Real)}
         unanswered = {}
@@ -92,14 +99,18 @@ def scores_of(found: Mapping[str, Sequence[TaskResult]]) -> dict[str, dict[str, 
     return together
 
 
-def _sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _sample(sample: Mapping[str, Any], counted: bool, finish_reasons: list[str] | None) -> dict[str, Any]:
     """A sample without the document itself, which may be large, and is in the data."""
-    scores = {metric: sample[metric] for metric in sample["metrics"]}
+    asked = list(dict.fromkeys(context for context, *_ in sample["arguments"]))
+    choices = [of[0] for _, *of in sample["arguments"] if of and isinstance(of[0], str)]
     left_out = [each.left_out for each in _scored(sample["resps"])]
-    return {"doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"],
-            "prompt_hash": sample["prompt_hash"], "filter": sample["filter"],
+    return {"doc_id": sample["doc_id"], "row": sample["doc_id"] + 1 if counted else None,
+            "doc_hash": sample["doc_hash"], "prompt_hash": sample["prompt_hash"], "filter": sample["filter"],
+            "prompt": asked[0] if len(asked) == 1 else asked, **({"choices": choices} if choices else {}),
             "target": _plain(sample["target"]), "responses": _plain(sample["resps"]),
-            "answers": _plain(sample["filtered_resps"]), "scores": {name: _plain(v) for name, v in scores.items()},
+            "answers": _plain(sample["filtered_resps"]),
+            "scores": {metric: _plain(sample[metric]) for metric in sample["metrics"]},
+            **({"finish_reasons": finish_reasons} if finish_reasons else {}),
             **({"left_out": left_out} if any(left_out) else {})}
 
 

@@ -8,11 +8,13 @@ import json
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from typing import Any
 
 from scipy.stats import binomtest
 from tqdm import tqdm
 
 from sled.eval.methods import Method
+from sled.eval.numbers import decimal
 from sled.eval.questions import Questions
 from sled.eval.sweep.grid import listed
 from sled.eval.sweep.result import SweepRow
@@ -40,15 +42,32 @@ class Answered:
     right: list[bool]
 
     @property
-    def unread(self) -> int:
+    def unanswered(self) -> int:
         """The number of texts in which no answer could be read."""
         return self.found.count(None)
 
+    @property
+    def unfinished(self) -> int:
+        """The number of texts that ended at the token limit."""
+        return self.out.finish_reasons.count("length")
 
-def measure(programs: list[list[Point]], known: dict[str, Point], questions: Questions,
+    def samples(self, method: str, prompts: Sequence[str], questions: Questions) -> Iterator[dict[str, Any]]:
+        """Each question with its text, as `EvaluationReport` has samples. prompts: as the model was given them."""
+        for at, prompt in enumerate(prompts):
+            found = self.found[at]
+            yield {"method": method, "doc_id": at, "row": questions.first_row + at, "filter": questions.extract,
+                   "prompt": prompt, "target": decimal(Fraction(questions.answers[at])),
+                   "responses": [[self.out.texts[at]]], "answers": [None if found is None else decimal(found)],
+                   "scores": {"accuracy": float(self.right[at])}, "finish_reasons": [self.out.finish_reasons[at]]}
+
+
+def measure(programs: list[list[Point]], known: dict[str, Point], questions: Questions, prompts: Sequence[str],
              solve: Callable[[Point], Output], rounds: int, enough: Callable[[str, Answered], None],
-             progress: bool) -> Iterator[SweepRow]:
-    """The rows of each program, as soon as it is timed. enough: is given the answers of the exits' baseline."""
+             progress: bool) -> Iterator[tuple[SweepRow, Iterator[dict[str, Any]]]]:
+    """The rows of each program with their samples, as soon as it is timed.
+
+    prompts: as the model is given them, for the samples. enough: is given the answers of the exits' baseline.
+    """
     run = f"{datetime.datetime.now(datetime.UTC):%Y-%m-%dT%H:%M:%SZ}-{secrets.token_hex(2)}"
     where = dict(run=run, machine=hardware(), versions=", ".join(f"{k} {v}" for k, v in versions().items()))
     answered: dict[str, Answered] = {}
@@ -75,7 +94,8 @@ def measure(programs: list[list[Point]], known: dict[str, Point], questions: Que
             bar.set_description(f"timing {len(program)} of one program")
             times = interleave({name: lambda name=name: solve(known[name]) for name in names}, rounds, bar)
             for point in program:
-                yield _row(point, answered, times, where)
+                name = point.method.name
+                yield _row(point, answered, times, where), answered[name].samples(name, prompts, questions)
 
 
 def _row(point: Point, answered: dict[str, Answered], times: dict[str, Times], where: dict[str, str]) -> SweepRow:
@@ -88,7 +108,8 @@ def _row(point: Point, answered: dict[str, Answered], times: dict[str, Times], w
         digest=point.digest, **where, method=method.name, against=point.against.name,
         layers=listed(point.layers), verifies=method.verifies,
         policy=json.dumps(method.settings()["exits"]), n=n,
-        accuracy=right / n, low=float(low), high=float(high), unread=mine.unread,
+        accuracy=right / n, low=float(low), high=float(high),
+        unanswered=mine.unanswered, unfinished=mine.unfinished,
         lost=sum(b and not a for a, b in zip(mine.right, base.right, strict=True)) / n,
         same_texts=sum(map(list.__eq__, out.tokens, base.out.tokens)) / n,
         same_tokens=same_tokens(out.tokens, base.out.tokens),

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +16,11 @@ from sled.calibration.learn_then_test import can_lose, fewest_losses, p_value
 from sled.errors import SettingError
 from sled.eval.report.tables import table
 from sled.eval.sweep.certified import certified, pareto
-from sled.io import made_writable
+from sled.io import made_writable, naming_full_disk, written_whole
 from sled.settings.brief import brief
+
+SAMPLES = "samples.jsonl"
+MORE_TOKENS = "Allow more tokens (--max-new-tokens), or say what ends an answer (--stop)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +31,8 @@ class SweepRow:
     layers: after which a token may leave, or is drafted. verifies: drafts are verified, so that all layers see every
         token. policy: the exits' kind and settings, as JSON.
     n, right: the number of questions, and a 1 for each that was solved, else a 0. accuracy, low, high: the share of 1s,
-        and its 95% interval (Wilson 1927). unread: the number of texts in which no answer could be read.
+        and its 95% interval (Wilson 1927). unanswered: the number of texts in which no answer could be read;
+        unfinished: of those that ended at the token limit.
     lost: share of the questions that the baseline solved and this method did not.
     same_texts, same_tokens: share of the baseline's texts that are the same, token for token, and of its tokens that
         stand at the same place.
@@ -50,7 +55,8 @@ class SweepRow:
     accuracy: float
     low: float
     high: float
-    unread: int
+    unanswered: int
+    unfinished: int
     lost: float
     same_texts: float
     same_tokens: float
@@ -75,15 +81,18 @@ READ = {"str": str, "int": int, "float": float, "bool": {"True": True, "False": 
 
 
 class SweepFile:
-    """A sweep's rows in a CSV file, by digest; of two with one digest the later counts.
+    """A sweep's rows in a CSV file, by digest, of two with one digest the later; and their samples, one for each
+    question, in JSON lines beside it.
 
-    A last row without its line break was cut off by a kill: it is removed. Raises SettingError for a file with other
-    columns or a damaged row, and one that cannot be written.
+    A last line without its break was cut off by a kill: it is removed, and so are samples of no row. A row without all
+    its samples does not count. Raises SettingError for a CSV file with other columns or a damaged row, and where
+    nothing can be written.
     """
 
     def __init__(self, path: Path):
         self.path = made_writable("the sweep's file", path)
-        self.by_digest: dict[str, SweepRow] = {}
+        self.samples = made_writable("the sweep's samples", path.with_name(SAMPLES))
+        found: dict[str, SweepRow] = {}
         text = path.read_bytes() if path.exists() else b""
         whole, _, torn = text.rpartition(b"\n")
         first = text.partition(b"\n")[0].decode("utf-8", "replace").rstrip("\r")
@@ -95,22 +104,51 @@ class SweepFile:
             os.truncate(path, len(text) - len(torn))
         lines = list(csv.reader(io.StringIO(whole.decode("utf-8", "replace"))))
         if not lines:
-            self._write(COLUMNS)
+            _append(self.path, _csv_line(COLUMNS))
         for number, cells in enumerate(lines[1:], 2):
             row = _parse(cells, f"{path}, line {number},")
-            self.by_digest[row.digest] = row
+            found[row.digest] = row
+        self.by_digest = self._with_samples(found)
 
-    def append(self, row: SweepRow) -> None:
-        """Adds the row, on the disk before this returns."""
-        self._write(dataclasses.astuple(row))
+    def _with_samples(self, rows: dict[str, SweepRow]) -> dict[str, SweepRow]:
+        """The rows with a sample for every question; the file keeps no others."""
+        lines = self.samples.read_bytes().splitlines(keepends=True) if self.samples.exists() else []
+        of_row = [(_digest(line), line) for line in lines]
+        counts = Counter(digest for digest, _ in of_row)
+        rows = {digest: row for digest, row in rows.items() if counts[digest] == row.n}
+        kept = [line for digest, line in of_row if digest in rows]
+        if len(kept) < len(lines):
+            with naming_full_disk(self.samples), written_whole(self.samples) as beside:
+                beside.write_bytes(b"".join(kept))
+        return rows
+
+    def append(self, row: SweepRow, samples: Iterable[dict[str, Any]]) -> None:
+        """Adds a row behind its samples, on the disk before this returns."""
+        _append(self.samples, "".join(json.dumps({"digest": row.digest, **sample}, ensure_ascii=False,
+                                                 allow_nan=False) + "\n" for sample in samples))
+        _append(self.path, _csv_line(dataclasses.astuple(row)))
         self.by_digest[row.digest] = row
 
-    def _write(self, cells: Iterable[Any]) -> None:
-        line = io.StringIO()
-        csv.writer(line, lineterminator="\n").writerow(cells)
-        with self.path.open("ab", buffering=0) as file:
-            file.write(line.getvalue().encode())
-            os.fsync(file.fileno())
+
+def _csv_line(cells: Iterable[Any]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
+
+
+def _append(path: Path, text: str) -> None:
+    with naming_full_disk(path), path.open("ab") as file:
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _digest(line: bytes) -> str | None:
+    """That of the row which a line of samples is of; None where the line is damaged."""
+    try:
+        return json.loads(line)["digest"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _parse(cells: list[str], place: str) -> SweepRow:
@@ -126,11 +164,19 @@ def _parse(cells: list[str], place: str) -> SweepRow:
     return row
 
 
-def too_few(method: str, right: int, n: int, unread: int, delta: float) -> str:
+def too_few(method: str, right: int, n: int, unanswered: int, unfinished: int, delta: float) -> str:
     """That a baseline solves too few questions for anything to be certified beside it, in words."""
-    texts = f", and in {unread} of its texts no answer could be read" * bool(unread)
+    counts = [f"in {unanswered} of its texts no answer could be read"] * bool(unanswered)
+    counts += [f"{unfinished} ended at the token limit"] * bool(unfinished)
+    texts = f" ({'; '.join(counts)})" * bool(counts)
     return (f"{method} solves {right} of {n} questions{texts}: so little can be lost that a method which solves none "
             f"might keep within a loss of {delta:g}")
+
+
+def cut_off(method: str, unfinished: int, n: int) -> str:
+    """That texts ended at the token limit, and what to do, in words."""
+    return (f"{unfinished} of {n} texts of {method} ended at the token limit: an answer that would have come later is "
+            f"missed. {MORE_TOKENS}")
 
 
 def counted(sequences: Sequence[Any]) -> str:
@@ -152,7 +198,7 @@ class Swept:
 
     sequences: names of the methods with exits, by compiled program, in the order in which they are tested.
     delta, epsilon: the expected loss that is tolerated, and the probability that it is exceeded all the same.
-    num_layers: of the model. what: model, questions and common settings, in words.
+    num_layers: of the model. what: model, questions and common settings, in words; form: how the questions are put.
     """
 
     rows: tuple[SweepRow, ...]
@@ -161,6 +207,7 @@ class Swept:
     epsilon: float
     num_layers: int
     what: str
+    form: str = ""
 
     def can_lose(self) -> bool:
         """Whether the baseline is shown to solve more of such questions than delta, the loss that is tolerated."""
@@ -188,18 +235,24 @@ class Swept:
         """The table, the choice, the Pareto fronts, and what must be known to read them."""
         passed = self.choice().certified
         tested = {name for names in self.sequences for name in names}
-        cells = [(row.method, f"{row.accuracy:.3f}", f"[{row.low:.3f}, {row.high:.3f}]", row.unread, f"{row.lost:.3f}",
-                  f"{row.same_texts:.3f}", f"{row.same_tokens:.3f}", f"{row.mean_depth:.2f}",
-                  None if row.acceptance is None else f"{row.acceptance:.2f}", f"{row.tokens / row.n:.0f}",
-                  f"{row.relative_speed:.2f}", f"{row.against_median_seconds / row.median_seconds:.2f}",
+        cells = [(row.method, f"{row.accuracy:.3f}", f"[{row.low:.3f}, {row.high:.3f}]", row.unanswered,
+                  row.unfinished, f"{row.lost:.3f}", f"{row.same_texts:.3f}", f"{row.same_tokens:.3f}",
+                  f"{row.mean_depth:.2f}", None if row.acceptance is None else f"{row.acceptance:.2f}",
+                  f"{row.tokens / row.n:.0f}", f"{row.relative_speed:.2f}",
+                  f"{row.against_median_seconds / row.median_seconds:.2f}",
                   None if row.method not in tested else "yes" if row.method in passed else "no") for row in self.rows]
         machines = dict.fromkeys(f"{row.machine}; {row.versions}; {row.run[:10]}" for row in self.rows)
-        headings = ("method", "accuracy", "95%", "no answer", "lost", "same texts", "same tokens", "mean depth",
-                    "acceptance", "tokens", "times as fast", "by medians", "certified")
+        headings = ("method", "accuracy", "95%", "unanswered", "ended at the limit", "lost", "same texts",
+                    "same tokens", "mean depth", "acceptance", "tokens", "times as fast", "by medians", "certified")
         fronts = [f"Not beaten in both accuracy and {what}: {'; '.join(row.method for row in front)}."
                   for what, front in zip(("mean depth", "speed"), self.fronts(), strict=True) if front]
-        return "\n\n".join(["# Sweep", f"{self.what}; {'; '.join(machines)}.", table(headings, cells), self.verdict(),
-                            *fronts, *self._notes()])
+        base = self.baseline()
+        said, _, rest = cut_off(base.method, base.unfinished, base.n).partition(":")
+        cut = [f"**{said}**:{rest}."] * bool(base.unfinished)
+        form = f"{self.form[:1].upper()}{self.form[1:]}. " * bool(self.form)
+        return "\n\n".join(["# Sweep", f"{self.what}; {'; '.join(machines)}.",
+                            f"{form}All prompts and texts are in {SAMPLES}.", table(headings, cells), *cut,
+                            self.verdict(), *fronts, *self._notes()])
 
     def verdict(self) -> str:
         """The choice in words."""
@@ -208,7 +261,7 @@ class Swept:
         method, passed = self.choice()
         base, n, count = self.baseline(), self.rows[0].n, sum(map(len, self.sequences))
         if not self.can_lose():
-            why = too_few(base.method, base.right.count("1"), n, base.unread, self.delta)
+            why = too_few(base.method, base.right.count("1"), n, base.unanswered, base.unfinished, self.delta)
             return (f"**Nothing is certified or chosen**: {why}. Sweep again with more questions, or with such as the "
                     "model solves, in a form that it knows (solved examples, a chat template, another rule that finds "
                     "its answers). How far texts change is bounded by sled.calibrate, which needs no answers.")
@@ -255,7 +308,8 @@ class Swept:
     def _notes(self) -> list[str]:
         against = dict.fromkeys(row.against for row in self.rows)
         notes = [
-            "no answer: texts in which none could be read; they count as wrong. lost: share of the questions that "
+            "unanswered: texts in which no answer could be read; they count as wrong. ended at the limit: texts that "
+            "had as many tokens as were allowed. lost: share of the questions that "
             f"{' or '.join(against)} solves and the method does not. same texts, same tokens: share of its texts that "
             "are the same, and of its tokens at the same place. mean depth: of the layer whose choice a token is, "
             f"of {self.num_layers}; of an accepted draft, the one that drafted it. tokens: mean length of an answer. "

@@ -27,20 +27,22 @@ from sled.eval.questions import Questions
 from sled.eval.sweep.grid import no_exit
 from sled.eval.sweep.measure import Answered, Point, measure
 from sled.eval.sweep.plot import draw_sweep
-from sled.eval.sweep.result import SweepFile, Swept, counted, too_few
-from sled.io import json_digest, replace_text, shorten, writable_folder, written_whole
+from sled.eval.sweep.result import MORE_TOKENS, SAMPLES, SweepFile, Swept, counted, cut_off, too_few
+from sled.io import json_digest, naming_full_disk, replace_text, shorten, writable_folder, written_whole
 from sled.lm import LM
 from sled.settings.describe import describe
 from sled.settings.rules import Instance, Whole
 from sled.text.prompts import prompt_ids
 
-FILES = ("sweep.csv", "sweep.md", "sweep.png")
+FILES = ("sweep.csv", SAMPLES, "sweep.md", "sweep.png")
+MANY = 0.1  # of the baseline's texts, to warn of the token limit
 
 
 def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str | os.PathLike, *, rounds: int = 3,
           batch_size: int = 8, max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] | None = None,
           delta: float = 0.05, epsilon: float = 0.05, progress: bool = True) -> Swept:
-    """Measures every method and its baselines, and writes `sweep.csv`, `sweep.md` and `sweep.png` into `folder`.
+    """Measures every method and its baselines, and writes `sweep.csv`, `samples.jsonl` (every prompt and text),
+    `sweep.md` and `sweep.png` into `folder`.
 
     methods: those of `sled.eval.sweep.grid`, or of one's own with names of one line; the baselines are added. Methods
         that differ in traced numbers only, such as thresholds, are one compiled program, and a sequence of the
@@ -87,27 +89,33 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
 
         def enough(name: str, base: Answered) -> None:
             n, right, texts = len(base.right), sum(base.right), base.out.texts
+            many = base.unfinished > MANY * n
             if can_lose(right / n, n, delta, epsilon):
+                if many:
+                    warnings.warn(cut_off(name, base.unfinished, n), EvaluationWarning, stacklevel=2)
                 return
             read = {rule: sum(dataclasses.replace(questions, extract=rule).right(texts)) for rule in RULES}
             better = max(read, key=read.get)
             hint = f"By {better} (--extract) it solves {read[better]}. " * (read[better] > right)
-            why = too_few(name, right, n, base.unread, delta)
+            hint += f"{MORE_TOKENS}. " * many
+            why = too_few(name, right, n, base.unanswered, base.unfinished, delta)
             warnings.warn(f"{why}; so nothing will be certified or chosen. {hint}Its first text: "
                           f"{shorten(texts[0].strip(), 200)!r}", EvaluationWarning, stacklevel=2)
 
-        for row in measure(programs, {p.method.name: p for p in points}, questions, solve, given["rounds"], enough,
-                            progress):
-            rows.append(row)
+        prompts = [prompt if isinstance(prompt, str) else lm.text.decode(ids, special=True)
+                   for prompt, ids in zip(questions.prompts, asked, strict=True)]
+        for row, samples in measure(programs, {p.method.name: p for p in points}, questions, prompts, solve,
+                                    given["rounds"], enough, progress):
+            rows.append(row, samples)
     found = [dataclasses.replace(rows.by_digest[point.digest], method=point.method.name, against=point.against.name)
              for point in points]  # an earlier sweep may have had other names
     ends = f", ending at {' or '.join(map(repr, given['stop']))}" * bool(given["stop"])
     swept = Swept(rows=tuple(found), sequences=sequences, delta=delta, epsilon=epsilon, num_layers=lm.config.num_layers,
-                  what=f"{lm.name}, {len(questions.prompts)} {questions.source}, the answer being "
+                  form=questions.form, what=f"{lm.name}, {len(questions.prompts)} {questions.source}, the answer being "
                        f"{RULES[questions.extract].where}, at most {max_new_tokens} new tokens{ends}, batches of "
-                       f"{batch_size}, fastest of {rounds} rounds")
-    replace_text("the sweep's table", Path(folder) / FILES[1], swept.markdown() + "\n")
-    with written_whole(Path(folder) / FILES[2]) as beside:
+                       f"{batch_size}, fastest of {rounds} round{'s' * (rounds > 1)}")
+    replace_text("the sweep's table", Path(folder) / FILES[2], swept.markdown() + "\n")
+    with naming_full_disk(Path(folder)), written_whole(Path(folder) / FILES[3]) as beside:
         draw_sweep(swept, beside)
     return swept
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from sled.errors import ConfigError
-from sled.io import shorten
+from sled.io import shorten, shown
 from sled.models.config import MOST, MOST_LAYERS, DecoderConfig
 
 REQUIRED = object()
@@ -94,7 +94,8 @@ class Fields:
 
     def __init__(self, values: Mapping, source: str):
         self.source = source
-        self.passed_over: list[str] = []
+        self.unknown: list[str] = []  # fields that were passed over because transformers does not know them
+        self.outside: list[str] = []  # token ids that were, because the vocabulary does not have them
         self._left = dict(values)
 
     def take(self, name: str, kind: type, default=REQUIRED, *, null: bool = False, most: float | None = None):
@@ -129,7 +130,7 @@ class Fields:
         if len(ids) > MOST_IDS or any(not isinstance(i, int) or isinstance(i, bool) or abs(i) > MOST for i in ids):
             raise self.refused(name, value, f"it must be a token id, at most {MOST:,}, or a list of them, of up to "
                                              f"{MOST_IDS:,}; correct the file")
-        self.passed_over += [f"{name} {i} (the vocabulary has {vocabulary})" for i in ids if i >= vocabulary]
+        self.outside += [f"{name} {i}" for i in ids if i >= vocabulary]
         return tuple(i for i in ids if 0 <= i < vocabulary)
 
     def finish(self, one_value: Mapping[str, tuple] | None = None) -> list[str]:
@@ -142,14 +143,15 @@ class Fields:
                 raise self.refused(name, value, "it is not understood; remove it")
             if name not in one_value:
                 off = value is None or value is False  # what a file says it does not use is not worth a word
-                self.passed_over += [] if off or name in WITHOUT_EFFECT else [name]
+                note = name.startswith("_") or name.endswith("_token_id")  # nor is a note of its writer, or a role
+                self.unknown += [] if off or note or name in WITHOUT_EFFECT else [name]
             elif not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in one_value[name]):
                 raise self.refused(name, value, f"only {one_value[name][0]!r} is supported; use a checkpoint without "
                                                  "it")
-        return self.passed_over
+        return self.unknown
 
     def refused(self, name: str, value: Any, why: str) -> ConfigError:
-        return ConfigError(f"{self.source}: field '{name}' is {shorten(repr(value), 200)}, but {why}")
+        return ConfigError(f"{self.source}: field '{name}' is {shown(value, 200)}, but {why}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from pathlib import Path
 
-from sled.errors import CheckpointError, CheckpointWarning, ConfigError, SettingError
-from sled.io import read_object, shorten, write_json
+from sled.errors import CheckpointError, CheckpointWarning, ConfigError, SettingError, warn
+from sled.io import read_object, shorten, shown, write_json
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.families.family import ONE_VALUE, Family, Fields
 from sled.models.families.gemma import GEMMA, GEMMA_2, GEMMA_3
@@ -100,8 +99,8 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
              if kind in (None, family.name) and all(family.has(architecture) for architecture in architectures)]
     if len(found) != 1:
         known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES.values())
-        raise ConfigError(f"{source}: model_type {shorten(repr(kind), 60)} with architectures "
-                          f"{shorten(repr(architectures), 200)} is not supported (supported: {known}); use a model of "
+        raise ConfigError(f"{source}: model_type {shown(kind, 60)} with architectures "
+                          f"{shown(architectures, 200)} is not supported (supported: {known}); use a model of "
                           "these families")
     try:
         config = DecoderConfig(family=found[0].name, **found[0].read(f))
@@ -121,16 +120,15 @@ def _decoder_of(values: dict, source: str) -> dict:
     text = Fields(values, source).take("text_config", dict)
     left_out = sorted(name.removesuffix("_config") for name in values if name.endswith("_config") and
                       isinstance(values[name], dict) and name != "text_config")
-    warnings.warn(f"{source}: of this {HOLDERS[kind]} only the text model is read, without its "
-                  f"{shorten(', '.join(left_out) or 'other', 200)} parts", CheckpointWarning, stacklevel=4)
+    warn(f"{source}: of this {HOLDERS[kind]} only the text model is read, without its "
+         f"{shorten(', '.join(left_out) or 'other', 200)} parts", CheckpointWarning)
     return {name: values[name] for name in OF_THE_WHOLE if name in values} | {"model_type": "gemma3_text"} | text
 
 
 def _warn(f: Fields, family: str) -> None:
-    if f.passed_over:
-        warnings.warn(f"{f.source}: passed over, as fields that transformers' {family} models do not know or token ids "
-                      f"beyond the vocabulary: {shorten(', '.join(f.passed_over), 600)}", CheckpointWarning,
-                      stacklevel=3)
+    why = {f"unknown to transformers' {family} models": f.unknown, "no tokens of the vocabulary": f.outside}
+    if said := "; ".join(f"{shorten(', '.join(names), 300)} ({reason})" for reason, names in why.items() if names):
+        warn(f"{f.source}: passed over {said}", CheckpointWarning)
 
 
 def format_config(config: DecoderConfig, dtype: str) -> dict:

@@ -130,7 +130,7 @@ def _rope_of(f: Fields, given: Mapping, max_positions: int, theta: float, partia
         raise ConfigError(f"{rope.source}: {BESIDE} {original} and rope_theta {theta} must be above 1 for {kind}; "
                           "correct the file")
     scaling = None if kind == "default" else SCALINGS[kind].read(rope, max_positions, original)
-    f.passed_over += [f"{name} (of the rotary positions)" for name in rope.finish(ONE_VALUE)]
+    f.unknown += [f"{name} (of the rotary positions)" for name in rope.finish(ONE_VALUE)]
     return Rope(theta, scaling, share)
 
 

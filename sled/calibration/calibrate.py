@@ -25,7 +25,7 @@ from sled.calibration.record import Calibration, Step
 from sled.decoding.options import FULL_DEPTH, Decoding
 from sled.errors import CalibrationError, SettingError
 from sled.exits import Policy
-from sled.io import shorten
+from sled.io import shown
 from sled.lm import LM
 from sled.results import Output
 from sled.settings.rules import OrNone, Several, Whole
@@ -49,7 +49,7 @@ def calibrate(lm: LM, prompts: Prompts, *, exits: Policy, delta: float = 0.1, ep
 
     prompts: as for `LM.generate`, at least ln(epsilon) / ln(1 - delta) of them; a few hundred are usual.
     exits: the policy meant, with a threshold, whose present value is not read.
-    grid: thresholds, descending; tried one after the other, down to the first that fails.
+    grid: thresholds, in any order; tried from the highest down, to the first that fails.
     loss: what is bounded, in [0, 1] per prompt. "rouge" (None means it): 1 - ROUGE-L between the token ids of
         the early and the full model's output; "exact": whether they differ; or a function of both texts
         (token ids, without a tokenizer).
@@ -123,7 +123,7 @@ def _check_sight(compare: Consistency, full: Output, delta: float, epsilon: floa
     other = dataclasses.replace(full, tokens=following(full.tokens), texts=following(full.texts))
     seen, n = float(compare.losses(other, full).mean()), len(full.tokens)
     if not can_lose(seen, n, delta, epsilon):
-        first = shorten(repr(full.tokens[0] if full.texts is None else full.texts[0]), 100)
+        first = shown(full.tokens[0] if full.texts is None else full.texts[0])
         raise CalibrationError(
             f"{n} prompts do not show that a text can lose more than delta {delta:g}: where each text is another "
             f"prompt's, the mean loss ({compare.name}) is {seen:.3g}. So an early exit that answers nothing could be "

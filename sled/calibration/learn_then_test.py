@@ -13,7 +13,6 @@ the expected loss need not fall or rise along the grid.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -22,12 +21,13 @@ import numpy as np
 from scipy.special import bdtr
 
 from sled.errors import CalibrationError, SettingError
-from sled.settings.rules import Number, Whole, as_list
+from sled.settings.rules import Number, Several, Whole
 
 DELTA = Number(0, 1, open_low=True, open_high=True, float32=False,
                hint="it is the mean loss that is tolerated, such as 0.1")
 EPSILON = Number(0, 1, open_low=True, open_high=True, float32=False,
                  hint="it is the probability that the tolerated loss is exceeded, such as 0.05")
+THRESHOLDS = Several(object, "thresholds, such as (0.95, 0.9, 0.8)", one=False, hint="their order does not matter")
 GRID = Number(0, 1, hint="a confidence lies in [0, 1]; 1 never leaves early")
 SLACK = 1e-9  # a sum of losses this little above a whole number is that number, and rounding error
 
@@ -78,23 +78,21 @@ def fewest_losses(delta: float, epsilon: float) -> float:
 
 
 def descending(grid: Iterable[float]) -> tuple[float, ...]:
-    """The thresholds to walk down, as a tuple. Raises SettingError unless they are in [0, 1] and fall strictly."""
-    given = as_list(grid)
+    """The thresholds to walk down: the walk begins at the safest and ends at the first that fails.
+
+    Raises SettingError unless they are in [0, 1], and at least one.
+    """
+    given = THRESHOLDS("grid", grid)
     if not given:
-        raise SettingError(f"grid is {grid!r}, but must be a descending tuple of thresholds, such as (0.95, 0.9, 0.8)")
-    clean = tuple(GRID(f"grid[{i}]", x) for i, x in enumerate(given))
-    for above, below in itertools.pairwise(clean):
-        if below >= above:
-            raise SettingError(f"grid has {below:g} after {above:g}, but must descend: the walk begins at the safest "
-                               f"threshold and ends at the first that fails; give {sorted(set(clean), reverse=True)}")
-    return clean
+        raise SettingError(f"grid is {grid!r}, but must hold at least one threshold, such as 0.9")
+    return tuple(sorted({GRID(f"grid[{i}]", x) for i, x in enumerate(given)}, reverse=True))
 
 
 def walk(grid_K: Iterable[float], losses_at: Callable[[float], Sequence[float]], *, delta: float,
          epsilon: float) -> Iterator[Tested]:
     """Tests the thresholds from the largest down, as far as the first that fails (the last one yielded, then).
 
-    grid_K: descending thresholds; losses_at: the losses [N] at a threshold, each in [0, 1], asked for only when the
+    grid_K: thresholds, in any order; losses_at: the losses [N] at a threshold, each in [0, 1], asked for only when the
     walk gets there; delta, epsilon: in (0, 1).
     Raises SettingError for settings out of range, CalibrationError for losses out of range.
     """

@@ -95,9 +95,10 @@ def overrides(kind: type, *fields: str, default: str = "", **aliases: str) -> li
     def told(field: str) -> str:
         return ", or ".join(filter(None, (default, getattr(declared(kind)[field].rule, "none", ""))))
 
-    return [(field, Annotated[option_type(kind, field) | None, sets(kind, field), tyro.conf.arg(
-        help=option_help(kind, field), help_behavior_hint=_hint(told(field) if default else _default(kind, field)),
-        aliases=[aliases[field]] if field in aliases else None)], None) for field in fields]
+    return [(declared(kind)[field].option or field, Annotated[
+        option_type(kind, field) | None, sets(kind, field), tyro.conf.arg(
+            help=option_help(kind, field), aliases=[aliases[field]] if field in aliases else None,
+            help_behavior_hint=_hint(told(field) if default else _default(kind, field)))], None) for field in fields]
 
 
 def sets(kind: type, field: str) -> Sets:
@@ -126,13 +127,10 @@ def _hint(default: str) -> str:
 def _default(kind: type, field: str) -> str:
     """A field's default in words; "" where it has none, or None that means nothing in particular."""
     value, rule = getattr(kind, field, None), declared(kind)[field].rule
-    match value, rule:
-        case None, Layers((None, word, *_)):
-            return word
-        case None, _:
-            return getattr(rule, "none", "")
-        case bool(), _:
-            return "yes" if value else "no"
+    if value is None:
+        return getattr(rule, "none", "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

@@ -7,22 +7,25 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
-from sled.cli.derived import arguments, build, dashed, derive, given, offer, overrides, sets, settings_of
+from sled.cli.derived import arguments, build, dashed, derive, given, given_for, offer, overrides, sets, settings_of
+from sled.cli.line import Sets
 from sled.cli.options import LongContext, left_out, unescape
-from sled.cli.values import Layer
+from sled.cli.values import Layer, NewPath
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
 from sled.models.sharding.mesh import Mesh
 from sled.train.data.packing import Layout
 from sled.train.initial_model import NewModel
-from sled.train.objective.exit_weights import AllExits, UniformWeights, WeightedExits
+from sled.train.objective.exit_weights import AllExits, FixedExits, UniformWeights, WeightedExits
 from sled.train.objective.layer_dropout import FixedRows, LayerDropout, Masked, WholeBatch, layerskip
 from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe, named
 
 PROCESSES = offer(Processes)
+FIXED = offer(FixedExits, "weights", "initial", "warmup", "course")  # EE-LLM's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
     held_out: tuple[str, ...] = ()
     """The same for data that is only measured on: the loss of every layer. For demo: its held-out problems."""
     text: str | None = None
-    """Column of plain text; every token is learnt."""
+    """Column of plain text, or a template; every token is learnt."""
     prompt: str | None = None
     """Column of prompts, or a template such as "Question: {question}\\nAnswer:"; not learnt. A backslash and n stands
     for a line break."""
@@ -89,14 +92,14 @@ demo: of the bundled model; demo-plain: of its twin without early exits.""")
 
 @dataclasses.dataclass(frozen=True)
 class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "finetune"), *overrides(
-        Recipe, "steps", "batch", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
+        Recipe, "steps", "batch_size", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
         "weight_decay", "clip", "z_loss", "distill", "temperature", "compute_dtype", "remat", "seed",
-        default="the recipe's", batch="-b"))):
+        default="the recipe's", batch_size="-b"), *overrides(FixedExits, *FIXED.options.values()))):
     """A recipe by name, and changes to it."""
 
-    exit_layers: Annotated[tuple[Layer, ...], sets(AllExits, "layers")] = ()
-    """Early exits that learn at every step, in place of the recipe's, which take turns. They count as it weighs them,
-    with a recipe that has none as much as the last layer."""
+    exit_layers: Annotated[tuple[Layer, ...], Sets(("AllExits.layers", "FixedExits.layers"))] = ()
+    """Early exits that learn at every step, in place of the recipe's, which take turns. They count as --exit-weights
+    says, or as the recipe weighs them, with a recipe that has none as much as the last layer."""
     layer_dropout: Annotated[float | None, sets(LayerDropout, "rate"), left_out("the recipe's")] = None
     """Largest probability of dropping a layer; LayerSkip's dropout where the recipe has none. 0 drops none."""
     drop: Annotated[Literal["masked", "fixed", "batch"] | None, left_out("the recipe's")] = None
@@ -105,13 +108,17 @@ class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "
 
     def made(self):
         """The recipe. Raises SettingError."""
-        changes = given(self)
-        for own in ("recipe", "exit_layers", "layer_dropout", "drop"):
-            changes.pop(own, None)
-        recipe = named(self.recipe, **changes)
+        recipe = named(self.recipe, **given_for(self, offer(Recipe)))
         return dataclasses.replace(recipe, exits=self._exits(recipe.exits), dropout=self._dropout(recipe.dropout))
 
     def _exits(self, plan):
+        weighed = given_for(self, FIXED)
+        if "weights" in weighed:
+            return FixedExits(self.exit_layers, **weighed)
+        if weighed:
+            option = next(name for name, field in FIXED.options.items() if field in weighed)
+            raise SettingError(f"{dashed(option)} was given without --exit-weights, on the way to which it is; give "
+                               "these too, one for each of --exit-layers")
         if not self.exit_layers:
             return plan
         profile = getattr(plan, "profile", UniformWeights())
@@ -188,7 +195,7 @@ class Train:
     killed at any moment, the same command goes on from the last checkpoint, as if nothing had happened.
     """
 
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])]
     """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """The model to start from: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""
@@ -213,8 +220,8 @@ class Train:
     and stop; --out is left alone."""
 
     def run(self) -> None:
-        where = self.mesh_options
-        initialize(build(where, PROCESSES))
+        mesh = self.mesh_options
+        initialize(build(mesh, PROCESSES))
         from sled.cli.options import print_devices
         from sled.train.rehearsal import rehearse
         from sled.train.trainer import TrainingRun, train
@@ -223,11 +230,13 @@ class Train:
         source, held_out = self.data_options.sources()
         run = TrainingRun(**arguments(self, TrainingRun) | arguments(self.data_options, TrainingRun) | dict(
             folder=self.out, model=self._model(), source=source, held_out=held_out, recipe=self.recipe_options.made(),
-            heads=self.head_options.heads(), mesh=Mesh(where.data_parallel, where.fsdp, where.tensor)))
+            heads=self.head_options.heads(), mesh=Mesh(mesh.data_parallel, mesh.fsdp, mesh.tensor)))
         if self.dry_run:
-            print(rehearse(run).text())
-            return
-        print(f"the trained model is in {train(run)}", file=sys.stderr)
+            told, where = rehearse(run).text(), sys.stdout
+        else:
+            told, where = f"the trained model is in {train(run)}", sys.stderr
+        if jax.process_index() == 0:
+            print(told, file=where)
 
     def _model(self) -> Any:
         wanted = given(self.new_model_options)

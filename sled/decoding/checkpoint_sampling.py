@@ -7,7 +7,7 @@ from typing import Any
 
 from sled.decoding.sampling import Sampling
 from sled.errors import SettingError
-from sled.io import shorten
+from sled.io import shown
 from sled.models.generation import ALWAYS, DRAWING, ONLY_DRAWING, PENALTY, acting
 
 WORD = "checkpoint"  # in place of a `Sampling`: the checkpoint's own
@@ -25,9 +25,9 @@ def checkpoint_sampling(fields: Mapping[str, Any], source: str) -> Sampling:
     defaults = DRAWING | PENALTY if draws else PENALTY
     numbers = {name: fields.get(name, value) for name, value in defaults.items()}
     if not isinstance(draws, bool):
-        raise _cannot(source, f"do_sample is {shorten(repr(draws), 40)}, but must be true or false")
+        raise _cannot(source, f"do_sample is {shown(draws, 40)}, but must be true or false")
     if missing := {name: value for name, value in given.items() if name in ALWAYS or name in ONLY_DRAWING}:
-        raise _cannot(source, f"{in_words(missing)} is not to be had here")
+        raise _cannot(source, f"{listed(missing)} is not to be had here")
     try:
         sampling = Sampling(**numbers)
     except SettingError as reason:
@@ -37,9 +37,9 @@ def checkpoint_sampling(fields: Mapping[str, Any], source: str) -> Sampling:
     return sampling
 
 
-def in_words(settings: Mapping[str, Any]) -> str:
+def listed(settings: Mapping[str, Any]) -> str:
     """Settings of a file on one line."""
-    return ", ".join(f"{name} {shorten(repr(value), 60)}" for name, value in settings.items())
+    return ", ".join(f"{name} {shown(value, 60)}" for name, value in settings.items())
 
 
 def _cannot(source: str, why: str) -> SettingError:

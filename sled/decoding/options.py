@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sled.decoding.sampling import Sampling
 from sled.errors import SettingError
-from sled.exits import FullDepth, Policy, Schedule
-from sled.fusion import FinalLayer, Strategy
+from sled.exits import POLICIES, SCHEDULES, FullDepth, Policy, Schedule
+from sled.fusion import FUSIONS, FinalLayer, Strategy
+from sled.io import shown
 from sled.settings.describe import describe
 from sled.settings.per_row import check_alike, check_rows, one_row, take_rows
-from sled.settings.rules import Instance, Whole, as_list, shorten
+from sled.settings.rules import Instance, Several, Whole
+from sled.settings.unknown import naming_unknown
 
 A_STRATEGY = Instance(Strategy, hint="give a strategy such as sled.SLED(); sled.FinalLayer() is plain decoding")
 A_POLICY = Instance(Policy, hint="give sled.EarlyExit(...), sled.SelfSpeculation(...) or what Calibration.policy "
                                  "returns, or leave it out")
 A_SCHEDULE = Instance(Schedule, traced=False, hint="give sled.Immediate(), sled.Lockstep() or sled.Gather(...)")
 A_SAMPLING = Instance(Sampling, hint="give sled.Sampling(temperature=...), or lm.checkpoint_sampling for the model's "
-                                     "own; leave it out to be greedy")
+                                     "own; sled.Sampling() is greedy")
 FULL_DEPTH, FINAL_LAYER, GREEDY, NEW_TOKENS = FullDepth(), FinalLayer(), Sampling(), 128  # the defaults
+STOP = Several(str, "strings that end a text", hint="leave it out for none")
 USUAL_CONTEXT = 64  # a bound up to this is taken, however small a model's context is
+WITHIN = dict(sampling=(Sampling,), exits=POLICIES.values(), fusion=FUSIONS.values(), schedule=SCHEDULES.values())
 BY_ROW = dict(fusion=A_STRATEGY, exits=A_POLICY, sampling=A_SAMPLING)  # settings that may have an entry per row
 
 
@@ -107,10 +112,14 @@ class Decoding:
                 "max_new_tokens": self.max_new_tokens, "stop": list(self.stop)}
 
 
+Decoding.__init__ = naming_unknown(Decoding.__init__, "Decoding", within=WITHIN)
+decoding_arguments = functools.partial(naming_unknown, within=WITHIN)  # a decorator of what takes them
+
+
 def stop_strings(stop: str | Sequence[str]) -> list[str]:
     """One stop string or several, as a list. Raises SettingError for what is no string, or an empty one."""
-    strings = [stop] if isinstance(stop, str) else as_list(stop)
-    if strings is None or any(not isinstance(s, str) or not s for s in strings):
-        raise SettingError(f"stop is {shorten(stop)}, but each stop string must be a string of at least one character; "
-                           "leave it out for none")
+    strings = STOP("stop", stop)
+    if "" in strings:
+        raise SettingError(f"stop is {shown(stop)}, but each stop string must have at least one character; leave it "
+                           "out for none")
     return strings

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
@@ -41,6 +42,7 @@ class Card:
 
 
 BUNDLED = "the model bundled with sled"
+LEAST = 0.25  # the accuracy below which a last layer knows little more than which tokens are frequent
 BY_HEADS = ("Layers with exit heads are not among them: they were measured through these, which transformers does not "
             "have. ")
 
@@ -52,8 +54,11 @@ class Measured(NamedTuple):
     accuracy_L: list[float]
 
     def within(self, margin: float, without: Collection[int] = ()) -> list[int]:
-        """Layers before the last, none of `without`, whose accuracy is at most `margin` below the last's, ascending."""
-        least = self.accuracy_L[-1] - margin
+        """Layers before the last, none of `without`, whose accuracy is at most `margin` below the last's, ascending.
+
+        None where the last layer's is below `LEAST`: all layers are near one that knows next to nothing.
+        """
+        least = self.accuracy_L[-1] - margin if self.accuracy_L[-1] >= LEAST else 1
         return [n for n, accuracy in enumerate(self.accuracy_L[:-1], 1) if accuracy >= least and n not in without]
 
 
@@ -97,6 +102,7 @@ def model_card(card: Card, model: SourceModel, decoder: Decoder, name: str, cali
                      "transformers the exits share the final norm and projection.")
     elif model.decoder.config.exit_heads is not None:
         parts.append("The model that this was exported from had heads at its early exits; they were left behind.")
+    parts += [_training(model.settings)] if model.run else []
     parts += [_layers(found, recommended, card.margin, model), _use(name, recommended, has_text)]
     if calibration is not None:
         parts.append(_calibration(calibration))
@@ -116,6 +122,34 @@ def _origin(model: SourceModel, decoder: Decoder, base: str | None) -> str:
     return f"{shape} Trained by `sled train` for {model.step} steps, from {begun}."
 
 
+def _training(settings: dict[str, Any]) -> str:
+    """The data and the recipe of a run. Of a file elsewhere on the machine that trained there is but the name."""
+
+    def data(source: dict[str, Any]) -> str:
+        names = [Path(name).name if Path(name).is_absolute() else name for name in source["name"].split(", ")]
+        how = {field: value for field, value in source.items() if field not in ("name", "digest", "context")}
+        return f"`{', '.join(names)}` ({_in_words(how)}; SHA-256 of what was read {source['digest'][:16]})"
+
+    held_out = settings["held_out"]
+    return "\n\n".join(["## Training", f"Data: {data(settings['data'])}.",
+                        f"Held out: {data(held_out) if held_out else 'nothing'}.",
+                        f"{_in_words(settings['recipe'])}; weight of prompts {settings['prompt_weight']:g}."])
+
+
+def _in_words(described: Any) -> str:
+    """What `sled.settings.describe` wrote, but for what is None: "Recipe (steps 9, exits LastOnly, ...)"."""
+    if isinstance(described, dict):
+        kind = described.get("kind", "").rpartition(".")[2]
+        fields = ", ".join(f"{field.replace('_', ' ')} {_in_words(value)}" for field, value in described.items()
+                           if field != "kind" and value not in (None, []))
+        return f"{kind} ({fields})" if kind and fields else kind or fields
+    if isinstance(described, list):
+        return " ".join(map(_in_words, described))
+    if isinstance(described, float):
+        return f"{described:g}"
+    return str(described) if re.fullmatch(r"[\w.-]*", str(described)) else f"`{described!r}`"
+
+
 def _layers(found: Measured | None, good: list[int], margin: float, model: SourceModel) -> str:
     if found is None:
         why = ("no training run came with it" if model.run is None else
@@ -127,6 +161,8 @@ def _layers(found: Measured | None, good: list[int], margin: float, model: Sourc
     what = f"What each layer says{through}, on the run's held-out data (step {model.step}):"
     advice = (f"Here: {', '.join(map(str, good))}; the shallowest, {good[0]}, is the first to try." if good else
               "Here there is none.")
+    if found.accuracy_L[-1] < LEAST:
+        advice = (f"Here there is none: the last layer's own is below {LEAST:g}, and to be near it says nothing.")
     return "\n".join([
         "## Layers", "", what, "",
         "| layer | loss, nats per token | accuracy |", "|---|---|---|", *rows, "",

@@ -7,8 +7,9 @@ import numpy as np
 from sled.errors import SettingError
 from sled.fusion.statistics import layer_statistics
 from sled.fusion.strategy import explicit_layers, layers_setting, norm_setting
+from sled.io import shown
 from sled.settings.decorator import setting, settings
-from sled.settings.rules import Each, Number, OrNone, is_array, shorten
+from sled.settings.rules import Each, Number, OrNone, is_array
 
 LARGEST_WEIGHT = 1e30  # so that their sum is finite
 
@@ -25,7 +26,7 @@ class LayerAverage:
         OrNone(Each(Number(0, LARGEST_WEIGHT, hint="give one per early layer and one for the final layer; they are "
                                                    "scaled to sum to 1, and None weighs all alike"))),
         default=None, rows="BC", option=None, help="weights of the candidate layers, the final one last, not all zero")
-    layers: str | tuple[int, ...] | None = layers_setting(None, "all", help="all, which is the default")
+    layers: str | tuple[int, ...] | None = layers_setting(None, "all", help="all")
     norm_early: bool = norm_setting(True, hint="without, their distributions are not on the final one's scale")
 
     def __post_init__(self):
@@ -35,7 +36,7 @@ class LayerAverage:
             known = self.weights is not None and not isinstance(self.weights, jax.core.Tracer)
             empty = known and not np.all(np.max(self.weights, axis=-1, initial=0) > 0)
         if empty:
-            raise SettingError(f"LayerAverage.weights is {shorten(self.weights)}, but must not be all 0 for any row; "
+            raise SettingError(f"LayerAverage.weights is {shown(self.weights)}, but must not be all 0 for any row; "
                                "None weighs all alike")
 
     def early_layers(self, num_layers: int, *, tied: bool) -> tuple[int, ...]:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from sled.io import shorten
+from sled.io import shown
 from sled.settings.rules import is_array
 
 FEW = 4  # entries of a list that are written out
@@ -22,25 +22,25 @@ def brief(cls: type) -> type:
     """
 
     def __repr__(self) -> str:
-        fields = (f"{field.name}={shown(getattr(self, field.name))}" for field in dataclasses.fields(self))
+        fields = (f"{field.name}={abridged(getattr(self, field.name))}" for field in dataclasses.fields(self))
         return f"{cls.__name__}({', '.join(fields)})"
 
     cls.__repr__ = __repr__
     return cls
 
 
-def shown(value: Any) -> str:
+def abridged(value: Any) -> str:
     """A value in a few words: int32[9, 17], [1, 2, 3, 4, ... 61 in all]."""
     if is_array(value):
         return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, Mapping):
-        return _listed([f"{shown(key)}: {shown(entry)}" for key, entry in value.items()], "{}")
+        return _listed([f"{abridged(key)}: {abridged(entry)}" for key, entry in value.items()], "{}")
     if isinstance(value, (list, tuple)):
-        first, rest = [shown(entry) for entry in value[:FEW]], [""] * (len(value) - FEW)
+        first, rest = [abridged(entry) for entry in value[:FEW]], [""] * (len(value) - FEW)
         return _listed(first + rest, "[]" if isinstance(value, list) else "()")
     if dataclasses.is_dataclass(value):
         return repr(value)
-    return shorten(repr(value), WIDTH)
+    return shown(value, WIDTH)
 
 
 def _listed(entries: list[str], brackets: str) -> str:

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 
 from sled.errors import SettingError
-from sled.settings.rules import LARGEST, OrNone, Whole, is_array, shorten
+from sled.io import shown
+from sled.settings.rules import LARGEST, Layers, OrNone, Whole, is_array
+from sled.settings.unknown import naming_unknown
 
 Rule = Callable[[str, Any], Any]
 _KEY = "sled.setting"  # in a dataclass field's metadata
@@ -105,6 +107,7 @@ def settings(cls: type) -> type:
 
     cls.__post_init__ = __post_init__
     cls = dataclasses.dataclass(frozen=True)(cls)
+    cls.__init__ = naming_unknown(cls.__init__, cls.__name__)
     fields = declared(cls)
     cls.traced_fields = tuple(name for name, of in fields.items() if of.traced)
     cls.row_axes = {name: of.rows for name, of in fields.items() if of.rows}
@@ -131,7 +134,7 @@ def _clean(self, field: str, of: Setting) -> None:
         if not of.rows or not isinstance(value, (list, tuple)):
             raise
         raise SettingError(f"{refused}; numbers for the rows are a NumPy array [{', '.join(of.rows)}], as "
-                           f"np.array({shorten(list(value))}) is one") from None
+                           f"np.array({shown(list(value))}) is one") from None
 
 
 def _hold(self, bound: str, of: Setting, counted: Setting) -> None:
@@ -159,6 +162,8 @@ def _documentation(cls: type) -> str:
             kinds = [getattr(of.rule, "expects", ""), f"an array [{', '.join(of.rows)}]" if of.rows else ""]
             takes = f" It is {' or '.join(filter(None, kinds))}." if any(kinds) else ""
             default = "" if field.default is dataclasses.MISSING else f" Default: {field.default!r}."
+            if isinstance(of.rule, Layers) and of.rule.none:
+                default = f" Default: None, which is {of.rule.none}."
             entry = f"{field.name}: {of.explanation}.{takes}{default}"
             entries.append(textwrap.fill(entry, 110, initial_indent="    ", subsequent_indent="        "))
     return "\n".join([inspect.cleandoc(cls.__doc__ or ""), *(("", "Settings:", *entries) if entries else ())])

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sled.errors import SettingError
-from sled.io import add_array, json_numbers, shorten
+from sled.io import add_array, json_numbers, shown
 from sled.settings.rules import is_array
 
 
@@ -89,7 +89,7 @@ def _kind(cls: type) -> str:
 
 def _short(described: Any) -> str:
     if not isinstance(described, dict):
-        return shorten(repr(described), 40)
+        return shown(described, 40)
     if "name" in described:
         return repr(described["name"])
     kind = described.get("kind", "an array")

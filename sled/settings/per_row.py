@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from sled.errors import SettingError
-from sled.settings.rules import is_array, shorten
+from sled.io import shown
+from sled.settings.rules import is_array
 
 
 def check_rows(settings, rows: int, *, hint: str) -> None:
@@ -48,7 +49,7 @@ def check_alike(name: str, settings, like) -> None:
     """Refuse settings that cannot share a batch with `like`: of another class, or with other values in a field that
     is the same for all rows."""
     if type(settings) is not type(like):
-        raise SettingError(f"{name} is {shorten(settings)}, but must be of class {type(like).__name__}, as "
+        raise SettingError(f"{name} is {shown(settings)}, but must be of class {type(like).__name__}, as "
                            "for every row, for only its numbers may differ; leave it out, or make all rows of the "
                            "class you need")
     row_axes = getattr(settings, "row_axes", {})

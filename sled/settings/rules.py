@@ -11,18 +11,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-import reprlib
 from collections.abc import Callable, Mapping, Set
 
 import jax
 import numpy as np
 
 from sled.errors import SettingError
+from sled.io import shown
 
 LARGEST = 2**31 - 1  # the largest whole number of a setting: they are int32
 WIDE = 1e6  # far beyond any use, and so small that logits times or by several such numbers are finite in float32
-_SHORT = reprlib.Repr()
-_SHORT.maxother = _SHORT.maxstring = 100
 
 
 class _Rule:
@@ -33,7 +31,7 @@ class _Rule:
         try:
             return self._clean(value)
         except (TypeError, ValueError, OverflowError):
-            raise SettingError(f"{name} is {shorten(value)}, but must be {self.expects}; "
+            raise SettingError(f"{name} is {shown(value)}, but must be {self.expects}; "
                                f"{self.hint or 'choose one of them'}") from None
 
     @property
@@ -69,7 +67,7 @@ class Number(_Rule):
         clean = super().__call__(name, value)
         narrow = _as_float32(clean) if self.float32 else clean
         if not self._holds(narrow) or (narrow == 0) != (clean == 0) or math.isinf(narrow) != math.isinf(clean):
-            raise SettingError(f"{name} is {shorten(value)}, which is {narrow:g} in float32, but must be {self.expects}"
+            raise SettingError(f"{name} is {shown(value)}, which is {narrow:g} in float32, but must be {self.expects}"
                                f" there too; {self.hint}")
         return clean
 
@@ -114,10 +112,16 @@ class Whole(_Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Layers(_Rule):
-    """Numbers of hidden states (0 = embeddings), as an ascending tuple without repeats; or one of `words`."""
+    """Numbers of hidden states (0 = embeddings), as an ascending tuple without repeats; or one of `words`, of which a
+    None at their beginning means the next."""
 
     words: tuple[str | None, ...] = ()
     hint = "0 is the embeddings"
+
+    @property
+    def none(self) -> str:
+        """What None means."""
+        return self.words[1] if self.words[:1] == (None,) else ""
 
     @property
     def expects(self) -> str:
@@ -222,7 +226,7 @@ class Several(_Rule):
     def _clean(self, value) -> list:
         if self.one and isinstance(value, self.kind):
             return [value]
-        if isinstance(value, (str, bytes, Mapping)):
+        if isinstance(value, (str, bytes, Mapping, Set)):  # what has no order is no list
             raise TypeError
         given = list(value)
         if not all(isinstance(each, self.kind) for each in given):
@@ -269,32 +273,13 @@ class Instance:
                 why = "but must be an instance, not its class or name"
             else:
                 why = f"which is no {self.kind.__name__}"
-            raise SettingError(f"{name} is {shorten(value)}, {why}; {self.hint}")
+            raise SettingError(f"{name} is {shown(value)}, {why}; {self.hint}")
         return value
 
 
 def is_array(value) -> bool:
     """True for an array of numpy or jax; tracers are arrays."""
     return isinstance(value, (jax.Array, np.ndarray))
-
-
-def as_list(value) -> list | None:
-    """The entries of a list, a tuple, an array or any other sequence or generator; None for what is none, a text, or
-    what has no order."""
-    if isinstance(value, (str, bytes, Mapping, Set)):
-        return None
-    try:
-        return list(value)
-    except TypeError:  # of a number, and of an array without axes
-        return None
-
-
-def shorten(value) -> str:
-    """`value` in an error, in which it may be of any kind and length."""
-    try:
-        return _SHORT.repr(value)
-    except Exception:  # a number too long to be written down, or a class that fails at it
-        return f"a {type(value).__name__}"
 
 
 def _as_float32(number: float) -> float:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sled.errors import PromptError, TemplateError
-from sled.io import read_text, shorten
+from sled.io import read_text, shown
 from sled.text.added_tokens import NAMED_TOKENS, read_if_there
 from sled.text.renderer import LONGEST_TEMPLATE, Rendered, render_template
 
@@ -45,13 +45,13 @@ class Chat:
         messages = checked_messages(messages)
         if self.system is not None:
             if not isinstance(self.system, str):
-                raise PromptError(f"system is {shorten(repr(self.system), 60)}, but must be a string")
+                raise PromptError(f"system is {shown(self.system, 60)}, but must be a string")
             if messages[0]["role"] == "system":
                 raise PromptError("system was given, but the conversation has a system message of its own; leave one "
                                   "of them out")
             messages = [{"role": "system", "content": self.system}, *messages]
         if not isinstance(self.variables, Mapping) or any(name in self.variables for name in OWN):
-            raise PromptError(f"variables is {shorten(repr(self.variables), 60)}, but must be a dict of variables of "
+            raise PromptError(f"variables is {shown(self.variables, 60)}, but must be a dict of variables of "
                               f"the template, by name, without {' and '.join(OWN)}")
         object.__setattr__(self, "messages", tuple(messages))
 
@@ -63,7 +63,7 @@ class Chat:
 def conversations(messages, system: str | None, variables: Mapping[str, Any] | None) -> Chat | list[Chat]:
     """A conversation (a string, or a list of messages), or several (a list of either), as prompts."""
     if isinstance(messages, Mapping) or not isinstance(messages, Sequence):
-        raise PromptError(f"messages is {shorten(repr(messages), 60)}, but must be a string, a list of messages such "
+        raise PromptError(f"messages is {shown(messages, 60)}, but must be a string, a list of messages such "
                           'as {"role": "user", "content": "Hello"}, or a list of these')
     one = isinstance(messages, str) or (bool(messages) and all(isinstance(message, Mapping) for message in messages))
     chats = [Chat(each, system, variables or {}) for each in ([messages] if one else messages)]
@@ -77,17 +77,22 @@ def checked_messages(messages) -> list[dict[str, Any]]:
     templates read.
     """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Sequence) or not messages:
-        raise PromptError(f"a conversation is {shorten(repr(messages), 60)}, but must be a list of messages, at least "
+        raise PromptError(f"a conversation is {shown(messages, 60)}, but must be a list of messages, at least "
                           'one, such as {"role": "user", "content": "Hello"}')
     return [_checked(message) for message in messages]
 
 
 def _checked(message) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise PromptError(f"a message is {shorten(repr(message), 60)}, but must have a role and what it says, such as "
-                          '{"role": "user", "content": "Hello"}')
-    clean = {name: value for name, value in message.items() if value is not None}
+    given = message if isinstance(message, Mapping) else {}
+    clean = {name: value for name, value in given.items() if value is not None}
     reasoning = next((clean[name] for name in REASONING if name in clean), None)
+    lacks = [] if isinstance(clean.get("role"), str) else ["a role, such as user"]
+    silent = clean.get("role") == "assistant" and (reasoning is not None or "tool_calls" in clean)
+    if not isinstance(clean.get("content", "" if silent else None), str | Sequence | Mapping):
+        lacks.append("its text as content")
+    if lacks:
+        raise PromptError(f"a message is {shown(message, 60)}, but must have {' and '.join(lacks)}: write "
+                          '{"role": "user", "content": "Hello"}')
     return clean if reasoning is None else {"thinking": reasoning, **clean, "reasoning_content": reasoning}
 
 

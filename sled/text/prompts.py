@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence, Set
 import numpy as np
 
 from sled.errors import PromptError
-from sled.io import shorten
+from sled.io import shown
 from sled.models import DecoderConfig
 from sled.text.chat import Chat
 from sled.text.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ def is_one(prompts: Prompts, what: str = "a prompt") -> bool:
     entries = prompts.tolist() if hasattr(prompts, "tolist") else prompts  # arrays of any library
     if not isinstance(entries, Collection) or isinstance(entries, Mapping | Set):
         raise PromptError(f"{what} must be a string, a list of token ids, a sled.Chat, or a list of these, but "
-                          f"{shorten(repr(prompts), 60)} was given; of a generator give list(...), of what a tokenizer "
+                          f"{shown(prompts, 60)} was given; of a generator give list(...), of what a tokenizer "
                           "returned its input_ids")
     return len(entries) > 0 and all(isinstance(x, int | np.integer) for x in entries)
 
@@ -97,7 +97,7 @@ def _valid_ids(ids: Sequence[int], config: DecoderConfig, what: str, *, empty: s
     if ids.size == 0:
         raise PromptError(f"{what} is empty: {empty}")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise PromptError(f"{what} is neither a string nor a list of token ids: {shorten(repr(ids.tolist()), 60)}; "
+        raise PromptError(f"{what} is neither a string nor a list of token ids: {shown(ids.tolist(), 60)}; "
                           "give text, whole numbers, or sled.Chat(messages)")
     outside = ids[(ids < 0) | (ids >= config.vocab_size)]
     if outside.size:

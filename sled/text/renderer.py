@@ -58,7 +58,8 @@ class Renderer:
             answers = self._ask(f'{request[:-1]}, "variables": {given}}}\n'.encode())
         if "error" in answers[-1]:
             error, reason = answers[-1]["error"], answers[-1]["reason"]
-            untaken = "leave out what it does not take, such as a system message; or " if "messages" in error else ""
+            untaken = ("leave out what it does not take, such as a system message or content that is no string; or "
+                       if "messages" in error else "")
             raise TemplateError(f"the model's chat template {error} ({reason}); {untaken}{REMEDY}")
         return [Rendered(answer["text"], [tuple(span) for span in answer["generated"]]) for answer in answers]
 

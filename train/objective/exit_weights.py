@@ -156,7 +156,7 @@ class WeightedExits:
         return layers_E, weights_E / weights_E.sum()
 
 
-_WEIGHT = Number(0, hint="it is the weight of an exit's loss; 0.1 to 0.5 is usual")
+_WEIGHT = Number(0, hint="0.1 to 0.5 is usual")
 
 
 def _ascending(name: str, value) -> tuple[int, ...]:
@@ -179,10 +179,16 @@ class FixedExits:
     """
 
     layers: tuple[int, ...] = setting(_ascending)
-    weights: tuple[float, ...] = setting(Each(_WEIGHT), traced=True)
-    initial: float | tuple[float, ...] = setting(Each(_WEIGHT, one=True), default=0.0, traced=True)
-    warmup: int = setting(Whole(0, hint="it counts the steps until the weights are reached"), default=0, traced=True)
-    course: str = setting(OneOf(("linear", "cosine")), default="linear")
+    weights: tuple[float, ...] = setting(
+        Each(_WEIGHT), traced=True, option="exit_weights",
+        help="weight of the loss of each early exit, beside the last layer's 1 (EE-LLM)")
+    initial: float | tuple[float, ...] = setting(
+        Each(_WEIGHT, one=True), default=0.0, traced=True, option="exit_initial",
+        help="the weights at step 0, one for all exits or one for each")
+    warmup: int = setting(Whole(0, hint="it counts the steps until the weights are reached"), default=0, traced=True,
+                          option="exit_warmup", help="steps in which the weights go from the initial ones to their own")
+    course: str = setting(OneOf(("linear", "cosine")), default="linear", option="exit_course",
+                          help="course of the weights on that way")
 
     def __post_init__(self):
         several = isinstance(self.initial, tuple)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,13 +22,13 @@ from filelock import FileLock, Timeout
 from flax import nnx
 
 from sled.errors import CheckpointError, SettingError
+from sled.io import NO_LOCKS
 from sled.models import Decoder, read_config
 from sled.models.stored import abstract_stacked
 from sled.train.parallel.distributed import from_first_process, synchronise
 from sled.train.run.checkpoint import check_format, complete_steps, load_checkpoint
 
 _LOCK, _UNFINISHED = ".run.lock", ".unfinished-model_config"
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what network file systems without locks say
 
 
 class RunFolder:
@@ -75,7 +74,7 @@ class RunFolder:
         except Timeout:
             reason = f"a run is going on in {self.path}; wait for its end, or give another folder for another run"
         except (OSError, NotImplementedError) as error:
-            if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 why = "is a file" if os.path.isfile(self.path) else f"cannot be written ({error.strerror})"
                 reason = f"the run's folder is {str(self.path)!r}, which {why}; give a folder of your own"
         if reason := from_first_process(reason):

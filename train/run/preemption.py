@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -34,15 +36,40 @@ def preemption() -> Iterator[Callable[[int], bool]]:
         if number == signal.SIGINT and signals:
             raise KeyboardInterrupt
         signals.append(number)
-        if number == signal.SIGINT:
-            print("\nstopping after this step, with a checkpoint; once more stops at once", file=sys.stderr, flush=True)
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield lambda step: bool(signals)
+        with _answered_at_once():
+            yield lambda step: bool(signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _answered_at_once() -> Iterator[None]:
+    """Ctrl-C is answered by a line, from a thread of its own: Python calls a handler only between two of its own steps,
+    and measuring on a CPU may be one step of a minute or more."""
+    answers = iter(("stopping after this step and what is being measured or saved, with a checkpoint; once more does "
+                    "not wait for that", "stopping as soon as the computation under way returns"))
+    heard, woken = os.pipe()
+    os.set_blocking(woken, False)  # which `set_wakeup_fd` asks for
+
+    def answer() -> None:
+        while number := os.read(heard, 1):
+            if number[0] == signal.SIGINT and (line := next(answers, None)):
+                print(f"\n{line}", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    before = signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(woken)  # ends the thread
+        thread.join()
+        os.close(heard)
 
 
 def leave(step: int, folder: str | Path) -> NoReturn:
