@@ -155,7 +155,7 @@ def test_command(trials, monkeypatch, tmp_path, capfd):
     """Options with words of any kind: 0, 1 with one line, or 2 where the line is misused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sled, "load", lambda *_, **__: talking_lm())
-    told = {name: [word for option in options_of(COMMANDS.commands[name]) for word in option.spellings]
+    told = {name: [word for option in options_of(COMMANDS[name]) for word in option.spellings]
             for name in ("generate", "score", "lens")}
 
     def check(case):

@@ -155,7 +155,7 @@ def test_a_run_tells_each_step_and_the_held_out_loss_of_every_layer(uninterrupte
 def test_what_a_run_ends_with_is_a_model_with_its_tokenizer(uninterrupted, tmp_path, capsys):
     lm = sled.load(uninterrupted / "model")
     assert lm.config.num_layers == 3 and lm.text.decode(lm.text.encode("Ash has 7 toys.")) == "Ash has 7 toys."
-    assert main(["export", str(uninterrupted), "--to", str(tmp_path / "model")]) == 0
+    assert main(["export", str(uninterrupted), "--out", str(tmp_path / "model")]) == 0
     one, two = (load_file(folder / "model" / "model.safetensors") for folder in (uninterrupted, tmp_path))
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     assert sled.load(tmp_path / "model").text.digest == lm.text.digest
