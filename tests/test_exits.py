@@ -195,13 +195,14 @@ def test_propagation_equals_the_slow_reference():
 
 
 @pytest.mark.parametrize(("policy", "fusion"), [
-    *((speculation(), fusion) for fusion in (sled.FinalLayer(), sled.SLED(), sled.DoLa(), sled.ConfidentDecoding())),
+    *((speculation(), fusion) for fusion in (sled.FinalLayer(), sled.SLED(), sled.ConfidentDecoding())),
+    pytest.param(speculation(), sled.DoLa(), marks=pytest.mark.exhaustive),
     pytest.param(speculation(drafts=(8, 8, 8, 8), adaptive=True), sled.FinalLayer(), marks=pytest.mark.exhaustive),
     (speculation((1, 2, 3), (8, 8, 8, 8), adaptive=True), sled.FinalLayer()),
     (speculation(drafts=(6, 6, 6, 6), vocabulary=jnp.arange(6, 40)), sled.FinalLayer()),
     # A draft that ends its row waits for its verification, whatever layer the row would draft at by then.
     (sled.SelfSpeculation((1, 2), draft=5, adaptive=True), sled.FinalLayer()),
-    (sled.SelfSpeculation((1, 3), draft=5, adaptive=True), sled.FinalLayer()),
+    pytest.param(sled.SelfSpeculation((1, 3), draft=5, adaptive=True), sled.FinalLayer(), marks=pytest.mark.exhaustive),
 ])
 def test_speculation_loses_nothing(policy, fusion):
     for sampling in (sled.Sampling(), SAMPLED):
