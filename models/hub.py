@@ -21,6 +21,11 @@ REPLACED = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.s
 
 def folder_of(source, revision: str | None = None) -> Path:
     """The local folder of a model: "demo", a folder, or a hub id, then downloaded."""
+    return local_folder(source) or fetch(os.fspath(source), revision=revision)
+
+
+def local_folder(source) -> Path | None:
+    """The folder of a model that is here; None for a hub id. Raises CheckpointError for what can be neither."""
     if source == "demo":
         return Path(str(importlib.resources.files("sled.demo"))) / "model"
     path = path_of("source", source)
@@ -32,7 +37,7 @@ def folder_of(source, revision: str | None = None) -> Path:
             f"{shown(text, 200)} is no folder here, and is taken for a model on the hub only with its owner, as "
             "owner/name; give a folder with config.json and safetensors, an id such as 'openai-community/gpt2', or "
             "'demo'")
-    return fetch(text, revision=revision)
+    return None
 
 
 def fetch(hub_id: str, revision: str | None = None) -> Path:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from sled.decoding.batch import Emitted, Generation
 from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, listed
 from sled.decoding.memory import naming_shortage
-from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
+from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.decoding.state import bucket
@@ -31,6 +31,7 @@ from sled.models.hub import create_repository, upload
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
 from sled.settings.rules import Flag, OneOf, OrNone, Whole
+from sled.settings.unknown import naming_unknown
 from sled.text.chat import Messages, conversations
 from sled.text.prompts import Prompt, Prompts, is_one, pair_ids, prompt_ids
 from sled.text.stop_strings import StopStrings
@@ -79,6 +80,7 @@ class LM:
         graph, self.params = nnx.split(model)
         self.build = Merge(graph, self.params)
 
+    @decoding_arguments
     def generate(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
                  schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
                  max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = (), seed: int = 0,
@@ -112,6 +114,7 @@ class LM:
         """
         return self.generate(conversations(messages, system, variables), **settings)
 
+    @naming_unknown
     def decode(self, prompts: Prompts, decoding: Decoding, *, seed: int = 0, batch_size: int = 32,
                progress: bool = False) -> Output:
         """As `generate`, with all settings as one value."""
@@ -141,6 +144,7 @@ class LM:
             exit_layers=[emitted[i].exit_layers for i in range(len(ids))],
             stats=stats)
 
+    @decoding_arguments
     def stream(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
                schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
                max_new_tokens: int = NEW_TOKENS, stop: str | Sequence[str] = (), seed: int = 0,
@@ -174,6 +178,7 @@ class LM:
             yield Chunk(texts=texts, tokens=tokens, exit_layers=exit_layers, stats=stats)
         self._tell_of_drafts(decoding.exits, stats)
 
+    @decoding_arguments
     @naming_shortage("scoring", "lower batch_size, or give shorter texts or fewer layers")
     def score(self, prompts: Prompts, continuations: Prompts | Sequence[Prompts], *, fusion: Strategy = FINAL_LAYER,
               normalise: bool = True, batch_size: int = 16, progress: bool = False) -> Scores:
@@ -227,6 +232,7 @@ class LM:
             columns = [_regroup(column, [len(group) for group in groups]) for column in columns]
         return Scores(*columns)
 
+    @decoding_arguments
     @naming_shortage("the lens", "give a shorter text")
     def lens(self, text: Prompt, *, fusion=None) -> Lens:
         """Every layer's own next tokens after every token of `text`: see `sled.Lens`.
@@ -251,6 +257,7 @@ class LM:
         """
         return checkpoint_sampling(self.generation, self.name)
 
+    @naming_unknown
     def save(self, path: str | Path, *, dtype: str | None = None) -> Path:
         """Writes a Hugging Face folder with tokenizer and settings for generation: see `sled.models.save_folder`.
 
@@ -260,6 +267,7 @@ class LM:
         return save_folder(self.build(self.params), path, dtype=dtype, tokenizer_from=self.text.folder,
                            generation=self.generation)
 
+    @naming_unknown
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, message: str = "Upload the model") -> str:
         """Uploads what `save` writes to the Hugging Face hub; returns the address of the commit.
 

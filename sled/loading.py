@@ -16,11 +16,13 @@ from sled.models.generation import read_generation
 from sled.models.hub import folder_of
 from sled.models.orbax import is_orbax
 from sled.settings.rules import OneOf, OrNone
+from sled.settings.unknown import naming_unknown
 from sled.text.tokenizer import Tokenizer
 
 DTYPES = {name: getattr(jnp, name) for name in WEIGHT_TYPES}
 
 
+@naming_unknown
 @naming_shortage("the model's weights", 'give dtype="bfloat16", or take a smaller model or another device')
 def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str | None = None) -> LM:
     """A language model from `source`.

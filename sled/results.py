@@ -11,7 +11,7 @@ from sled.settings.brief import brief
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Counts and times of one `generate`. Seconds include compilation where a shape is new.
+    """Counts and times of one `generate`. Where a shape is new, its compilation is told apart, by `compile_seconds`.
 
     Counts are sums over the tokens returned, so that neither batch-mates, nor the schedule, nor how a stream is cut
     changes them; `held` and the seconds are of the batch.
@@ -22,6 +22,7 @@ class Stats:
     verifications: how many such blocks there are.
     deferred: tokens that left before the last layer, whose deeper K/V came later or were propagated.
     held: steps in which a row stood still for deeper layers, over all rows.
+    compile_seconds: compilation for shapes that were new; the other seconds, and `tokens_per_second`, are without it.
     """
 
     prompt_tokens: int
@@ -34,6 +35,7 @@ class Stats:
     verifications: int = 0
     deferred: int = 0
     held: int = 0
+    compile_seconds: float = 0.0
 
     @classmethod
     def of(cls, runs: Collection[Generation], emitted: Collection[Emitted], *, prompt_tokens: int,
@@ -46,11 +48,12 @@ class Stats:
                    decode_seconds=sum(run.decode_seconds for run in runs),
                    mean_depth=sum(layers) / max(len(layers), 1), drafted=sum(blocks),
                    accepted=sum(sum(row.accepted) for row in emitted), verifications=len(blocks),
-                   deferred=sum(layer < num_layers for layer in layers), held=sum(run.held for run in runs))
+                   deferred=sum(layer < num_layers for layer in layers), held=sum(run.held for run in runs),
+                   compile_seconds=sum(run.compile_seconds for run in runs))
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens over prefill and decoding time."""
+        """New tokens over prefill and decoding time, compilation left out."""
         return self.new_tokens / max(self.prefill_seconds + self.decode_seconds, 1e-9)
 
     def layers_over_plain(self, exit_layer: int, num_layers: int) -> float:

@@ -52,9 +52,16 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, bar: tqdm
     return {name: Times(taken) for name, taken in seconds.items()}
 
 
-def compile_seconds() -> float:
-    """Seconds in which jax traced and compiled in this process since this was first called."""
-    return sum(_compilations())
+class Stopwatch:
+    """Runs from when it is made; what jax compiles meanwhile, in whatever thread, is told apart."""
+
+    def __init__(self):
+        self._compiled, self._begun = sum(_compilations()), time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        """Seconds so far: without compilation, and of compilation alone."""
+        compiled = sum(_compilations()) - self._compiled
+        return max(time.perf_counter() - self._begun - compiled, 0.0), compiled
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def toy(monkeypatch):
     (engine.run_engine_bench, dict(requests=0), "at least 1"), (engine.run_engine_bench, dict(slots=0), "at least 1"),
     (decode.run_decode_bench, dict(new_tokens=1024), "context"), (decode.run_decode_bench, dict(rounds=0), "at least"),
     (exactness.run_exactness_bench, dict(texts=0), "at least 1"),
-    (exactness.run_exactness_bench, dict(batch=0), "at least 1"),
+    (exactness.run_exactness_bench, dict(batch_size=0), "at least 1"),
     (exactness.run_exactness_bench, dict(dtype="int8"), "bfloat16"),
     *((layers.run_layers_bench, dict(model=models), "must be 1 to 4 different ones")
       for models in ((), ("one", "one"), tuple("abcde"))),
@@ -216,7 +216,7 @@ def test_layers_are_measured_on_the_solutions_and_on_what_the_last_one_generates
 
 # Equal texts
 
-EXACT = dict(dtype="float32", texts=3, new_tokens=6, batch=2, exit_layer=1, draft=2)
+EXACT = dict(dtype="float32", texts=3, new_tokens=6, batch_size=2, exit_layer=1, draft=2)
 
 
 @pytest.mark.exhaustive

@@ -214,7 +214,7 @@ ARGUMENTS = ("calibrate", "--exit-layers", "1", "--delta", "0.2", "--epsilon", "
 
 
 def test_the_command_writes_a_record_and_says_what_it_chose(demo, tmp_path, command):
-    path = tmp_path / "new" / "c.json"
+    path = tmp_path / "c.json"
     code, out, err = command(*ARGUMENTS, "--problems", "16", "-o", str(path))
     assert code == 0 and "<- chosen" in out and "With 90% confidence" in out and str(path) in err
     made = sled.Calibration.load(path)
@@ -247,11 +247,11 @@ def test_generate_leaves_as_a_record_says(demo, record, tmp_path, command):
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (("-m", "owner/name"), "PromptError: no prompts were given for owner/name"),
-    (("--problems", "3", "--file", "x"), "PromptError: --problems was given beside --file"),
+    (("--problems", "3", "--file", "x"), "PromptError: --problems was given beside --file or --data"),
     (("--problems", "0"), "SettingError: --problems is 0"),
     (("--problems", "3"), "CalibrationError: 3 prompts show nothing"),
     (("--patience", "3"), "--patience has no meaning without --schedule"),
-    (("-o", "/proc/none/c.json"), "SettingError: --output is"),
+    (("-o", "/proc/c.json"), "SettingError: --out is"),
 ])
 def test_the_command_names_what_is_wrong(arguments, says, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

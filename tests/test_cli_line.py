@@ -23,14 +23,14 @@ from sled.exits import FullDepth
 
 
 def commands(group=SLED, prog="sled"):
-    for name, command in group.commands.items():
-        if isinstance(command, Group):
+    for name in group.commands:
+        if isinstance(command := group[name], Group):
             yield from commands(command, f"{prog} {name}")
         else:
             yield f"{prog} {name}", command
 
 
-ALL = dict(commands())
+ALL, LENS = dict(commands()), "lens"
 
 
 @pytest.mark.parametrize(("words", "prompts", "options"), [
@@ -92,15 +92,26 @@ def test_no_option_of_several_values_takes_a_prompt_for_one(prog):
 @pytest.mark.parametrize(("words", "says"), [
     (["--threshold", "Hi"], "'Hi' is no number"), (["--exit-layers", "two", "Hi"], "'two' is no layer's number"),
     (["--layers", "some", "Hi"], "nor one of all, blocks, low, high"), (["-n", "many", "Hi"], "'many' is no whole"),
-    (["Hi", "--treshold", "0.5"], "--threshold NUMBER [NUMBER ...]"), (["Hi", "--kv", "none"], "'exact', 'propagate'"),
-    (["Hi", "--model"], "Missing value"),
+    (["Hi", "--treshold", "0.5"], "has no option --treshold; did you mean --threshold?"),
+    (["Hi", "--kv", "none"], "'exact', 'propagate'"), (["Hi", "--model"], "Missing value"),
+    (["Hi", "--alpha=2"], "did you mean --rate?"), (["Hi", "--max_tokens", "2"], "did you mean --max-new-tokens?"),
+    (["Hi", "-z"], "has no option -z ("), (["Hi", "--xyz", "5"], "has no option --xyz ("),
+    ([LENS, "Hi", "you"], "takes no further word, but 'you' was given"), ([LENS], "Missing from sled lens: TEXT ("),
+    *(([*words, "no/folder/x.png"], "there is no folder 'no/folder' for x.png; make it") for words in (
+        [LENS, "Hi", "--picture"], [LENS, "Hi", "--html"], ["demo", "-o"], ["sweep", "--out"],
+        ["calibrate", "--exit-layers", "1", "--out"],
+        ["train", "-o"], ["export", "demo", "--out"], ["eval", "--tasks", "a", "-o"],
+        ["eval", "--tasks", "a", "--cache"], ["bench layers", "--picture"], ["bench fusion", "--json"])),
 ])
-def test_misuse_is_told_with_the_commands_own_help(words, says, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.mark.parametrize("columns", ["60", "200"])
+def test_misuse_is_told_in_a_line(columns, words, says, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    command, words = (words[0], words[1:]) if f"sled {words[0]}" in ALL else ("generate", words)
     with pytest.raises(SystemExit) as end:
-        main(["generate", *words])
+        main([*command.split(), *words])
     said = capsys.readouterr().err
-    assert end.value.code == 2 and says in said and "sled generate --help" in said and "None" not in said
+    assert end.value.code == 2 and says in said and said.endswith(f"(sled {command} --help explains it)\n")
+    assert "None" not in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [[], ["-h"], ["--help"], ["bench"], ["bench", "--help"]])
@@ -167,8 +178,8 @@ def ragged(said, columns):
     (Generate, "it is (2, 40), or EarlyExit.threshold is (0.5,) there", "it is (2, 40), or --threshold is 0.5 there"),
     (Train, "AllExits.layers is ()", "--exit-layers is ()"), (Train, "LayerDropout.rate is 1", "--layer-dropout is 1"),
     (Train, "Mesh.data and Mesh.fsdp are -1", "--data-parallel and --fsdp are -1"),
-    (Sweep, "example 1, has no column 'x', which Source.completion needs", "example 1, has no column 'x', which "
-     "--answer needs"),
+    (Sweep, "example 1, has no column 'x'; by Source.completion name one", "example 1, has no column 'x'; by --answer "
+     "name one"),
     (Sweep, "EarlyExit.layers is (9,)", "--exit-layers is 9"),
     (Sweep, "SelfSpeculation.draft is 0", "--drafts is 0"),
     (Sweep, "rounds is 0; give batch_size too", "--rounds is 0; give --batch-size too"),
@@ -179,7 +190,7 @@ def test_errors_name_options(command, message, said):
 
 def test_an_option_is_named_as_it_was_typed():
     assert in_options("max_new_tokens is 0", Generate, ["hi", "-n", "0"]) == "-n is 0"
-    assert in_options("Recipe.batch is 0", Train, ["-b", "0"]) == "-b is 0"
+    assert in_options("Recipe.batch_size is 0", Train, ["-b", "0"]) == "-b is 0"
 
 
 @pytest.mark.parametrize("prog", ALL)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import re
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 import sled
 from sled.cli.derived import offers
 from sled.cli.exit_options import ExitOptions
+from sled.cli.generate import Generate
 from sled.cli.line import parse
-from sled.cli.options import SAMPLING, FusionOptions, SamplingOptions, read_prompts
+from sled.cli.options import SAMPLING, FusionOptions, PromptOptions, SamplingOptions
+from sled.cli.score import Score
 from sled.cli.train import DataOptions, NewModelOptions, RecipeOptions
-from sled.errors import SettingError
+from sled.errors import SettingError, SledError
 from sled.exits import POLICIES, SCHEDULES
 from sled.fusion import FUSIONS
 from sled.settings.decorator import declared
@@ -76,7 +79,40 @@ def test_exits_and_draws(demo):
 @pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\f", "\v", "\x1c", "\\n"])
 def test_only_a_line_break_ends_a_prompt_of_a_file(inside, tmp_path):
     (tmp_path / "p.txt").write_bytes(f"a{inside}b\r\n\nc\n".encode())
-    assert read_prompts((), tmp_path / "p.txt") == [f"a{inside}b".replace("\\n", "\n"), "c"]
+    assert PromptOptions(tmp_path / "p.txt").read() == [f"a{inside}b".replace("\\n", "\n"), "c"]
+
+
+@pytest.mark.parametrize(("words", "found"), [
+    ("a --data rows.jsonl", "given as arguments and by --data"), ("--file p.txt --data rows.jsonl", "by --file and by"),
+    ("--prompt q", "--prompt is for --data"), ("a --limit 2", "--limit is for --data"),
+    ("--file rows.jsonl", "holds rows, not a prompt per line; give it by --data"), ("a b\\nc", ["a", "b\nc"]),
+    ("--data rows.jsonl", "has no column 'prompt'; by Source.text name one that it has: 'q', 'a'"),
+    ("--data rows.jsonl --prompt q", "example 2, has no value in its column 'q'"),
+    ("--data rows.jsonl --prompt {q}:\\n{a}", "example 2, has no value in its column 'q'"),
+    ("--data rows.jsonl --prompt a", "example 3, has an empty prompt"),
+    ("--data no.csv --prompt q", "no.csv holds no rows; give one per prompt"),
+    ("--data rows.jsonl --prompt {q}:\\n{a} --limit 1", ["one:\n1"]), ("--file p.txt", ["one", "two"]), ("", []),
+])
+def test_prompts_come_from_one_place_and_whole_rows(words, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"q": "one", "a": 1}\n{"q": null, "a": "2"}\n{"q": "three", "a": ""}\n')
+    (tmp_path / "no.csv").write_text("q,a\n")
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    made = parse(Generate, "sled generate", words.split())
+    read = functools.partial(made.prompt_options.read, made.prompts)
+    if isinstance(found, list):
+        assert read() == found
+    else:
+        with pytest.raises(SledError, match=re.escape(found)):
+            read()
+
+
+def test_scores_need_whole_rows(tmp_path):
+    for row, says in (('{"prompt": "a", "continuation": null}', "example 2, has no value in its column 'continuation'"),
+                      ('{"prompt": "a", "continuation": ""}', "example 2, has an empty continuation")):
+        (tmp_path / "rows.jsonl").write_text(f'{{"prompt": "a", "continuation": "b"}}\n{row}\n')
+        with pytest.raises(SledError, match=says):
+            Score(data=str(tmp_path / "rows.jsonl")).run()
 
 
 def test_templates_of_training_data_may_hold_line_breaks_as_a_prompt_may():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sled.cli import main
-from sled.cli.bench import BENCHES
+from sled.cli.commands import SLED
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -77,7 +77,7 @@ def test_examples_call_what_there_is(name, code):
 
 
 COMMANDS = [*("demo generate score lens eval sweep train export calibrate tune".split()),
-            *(f"bench {what}" for what in BENCHES)]
+            *(f"bench {what}" for what in SLED["bench"].commands)]
 
 
 @pytest.fixture(scope="module")

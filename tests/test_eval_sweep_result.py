@@ -130,7 +130,7 @@ def test_pictures_show_all_markers_whole_at_any_accuracy(tmp_path, monkeypatch, 
     monkeypatch.setattr(sweep_picture, "save_figure", lambda figure, _: figures.append(figure))
     rows = [dataclasses.replace(row, accuracy=accuracy, n=n, low=max(accuracy - 0.1, 0), high=min(accuracy + 0.2, 1))
             for row, accuracy in zip(fused().rows[1:4], accuracies, strict=True)]
-    draw_sweep(dataclasses.replace(fused(), rows=tuple(rows)), tmp_path / "low.svg")
+    draw_sweep(dataclasses.replace(fused(), rows=tuple(rows), what="a long story " * 30), tmp_path / "low.svg")
     [depth, *_] = figures[0].axes
     to_pixels = depth.transData.transform
     low, high = depth.get_ylim()
@@ -138,6 +138,8 @@ def test_pictures_show_all_markers_whole_at_any_accuracy(tmp_path, monkeypatch, 
     for accuracy in accuracies:  # a marker of 7 points, at 100 pixels an inch
         assert bottom + 5 < to_pixels((0, accuracy))[1] < top - 5
     figures[0].canvas.draw()
+    assert figures[0].get_suptitle().count("story") == 30
+    assert figures[0]._suptitle.get_window_extent().width < figures[0].bbox.width
     assert ticks in [label.get_text() for label in depth.get_yticklabels()]
     assert [text.get_text() for text in depth.texts] == [says] * bool(says)
     front = {line.get_linewidth() for line in depth.lines if len(line.get_xdata())}
@@ -186,6 +188,13 @@ def test_rows_are_on_the_disk_before_the_next_is_measured(tmp_path, monkeypatch)
     monkeypatch.setattr(sweep_result.os, "fsync", synced.append)
     SweepFile(tmp_path / "sweep.csv").append(ROW, TEXTS)
     assert len(synced) == 3  # the head, the samples and the row
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sweep_result.os, "fsync", full)
+    with pytest.raises(SettingError, match=r"samples\.jsonl cannot be written .No space left on device.; make room"):
+        SweepFile(tmp_path / "sweep.csv").append(dataclasses.replace(ROW, digest="other"), TEXTS)
 
 
 def test_tokens_at_the_same_place():

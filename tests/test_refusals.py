@@ -1,5 +1,6 @@
 """What is refused where a user gives it: settings, prompts, models, engines, calibrations; and what the error says."""
 
+import dataclasses
 import re
 
 import jax.numpy as jnp
@@ -242,6 +243,32 @@ def risk(text, reference):
 def test_what_cannot_be_is_refused_and_says_why(call, error, says):
     with pytest.raises(error, match=says):
         call(talking_lm())
+
+
+@pytest.mark.parametrize(("call", "says"), [
+    (lambda lm: sled.SLED(alpha=1), "SLED has no argument 'alpha'; did you mean rate?"),
+    (lambda lm: sled.SLED(evolution_lower_bound=-1), "did you mean lower_bound?"),
+    (lambda lm: sled.EarlyExit(2, treshold=1), "EarlyExit has no argument 'treshold'; did you mean threshold?"),
+    (lambda lm: sled.EarlyExit(exit_layers=2), "did you mean layers?"),
+    (lambda lm: sled.Sampling(temp=1), "did you mean temperature?"),
+    (lambda lm: sled.DoLa(xyz=1), "it has layers, relative_top, lower_bound, norm_early"),
+    (lambda lm: dataclasses.replace(sled.SLED(), rates=3), "did you mean rate?"),
+    (lambda lm: sled.Decoding(rate=2), "give fusion=sled.SLED(rate=...)"),
+    (lambda lm: lm.generate("a", temperature=1), "give sampling=sled.Sampling(temperature=...)"),
+    (lambda lm: lm.generate("a", max_tokens=1), "did you mean max_new_tokens?"),
+    (lambda lm: lm.chat("a", do_sample=True), "did you mean sampling?"),
+    (lambda lm: lm.stream("a", chunk_size=1), "LM.stream has no argument 'chunk_size'; did you mean chunk?"),
+    (lambda lm: lm.score("a", "b", threshold=1), "it has prompts, continuations, fusion, normalise, batch_size"),
+    (lambda lm: lm.lens("a", k=3), "give fusion=sled.SLED(scale=...)"),
+    (lambda lm: lm.save("a", torch_dtype="x"), "did you mean dtype?"),
+    (lambda lm: sled.load("demo", device_map="auto"), "load has no argument 'device_map'; it has source, dtype, rev"),
+    (lambda lm: sled.Engine(lm, slot=2), "Engine has no argument 'slot'; did you mean slots?"),
+    (lambda lm: calibrate(lm, threshold=0.9), "give exits=sled.EarlyExit(threshold=...)"),
+])
+def test_an_argument_of_another_name_is_told_the_one_that_was_meant(call, says):
+    with pytest.raises(SettingError) as refused:
+        call(talking_lm())
+    assert says in str(refused.value)
 
 
 def test_bounds_beyond_the_model_mean_all_of_it():

@@ -136,7 +136,7 @@ def test_an_example_without_a_target_is_skipped(load):
     ("a.parquet", "nonsense", r"a\.parquet cannot be read as parquet"),
     ("a.arrow", "nonsense", r"a\.arrow cannot be read as arrow"),
     ("a.jsonl", "", r"a\.jsonl is empty; remove it"),
-    ("a.jsonl", '{"txt": "x", "n": 1}\n', r"a\.jsonl, example 1, has no column 'text', .* it has 'txt', 'n'"),
+    ("a.jsonl", '{"txt": "x", "n": 1}\n', r"a\.jsonl, example 1, has no column 'text'; .* that it has: 'txt', 'n'"),
     ("a.jsonl", '{"text": [1, 2]}\n', r"a\.jsonl, example 1, holds list in its column 'text'"),
     ("a.csv", 'text,n\nx,1\n"y\n",2,3\n', r"a\.csv, line 3, cannot be read as csv \(it has 3 cells, .* 2 columns"),
     ("a.csv", "text,text\nx,y\n", r"a\.csv, line 1, .* must name each column once"),
@@ -172,8 +172,8 @@ def test_a_folder_must_hold_one_kind_of_file(load, tmp_path):
 @pytest.mark.parametrize(("data", "how", "says"), [
     *((path, {}, "there is no file at .*; give a file, a folder") for path in (
         "no.jsonl", "no/such.jsonl", "./no", "no", "/no/such", "no/*", Path("no/such"), ["a/b"])),
-    ([{"txt": "x"}], {}, "the source, example 1, has no column 'text', which Source.text needs; it has 'txt'"),
-    ([{"q": "x"}], dict(prompt="{q} {hint}", completion="q"), "no column 'hint', which Source.prompt needs; it has"),
+    ([{"txt": "x"}], {}, "the source, example 1, has no column 'text'; by Source.text name one that it has: 'txt'"),
+    ([{"q": "x"}], dict(prompt="{q} {hint}", completion="q"), "no column 'hint'; by Source.prompt name one"),
     ([["x"]], {}, r"example 1, is \"\['x'\]\", but must be a mapping"),
     ([{"ids": "x"}], dict(tokens="ids"), "holds 'x' in its column 'ids', but Source.tokens must be a list"),
     ([{"ids": [1.5]}], dict(tokens="ids"), "but Source.tokens must be a list of token ids"),

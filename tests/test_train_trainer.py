@@ -204,7 +204,7 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("\n".join(map(json.dumps, lines * 8)))
     by_command(runs, tmp_path / "run", file, file, "--prompt question --completion answer --steps 12 --warmup 2 "
-               "--learning-rate 1e-3 --batch 4 --context 32 --save-every 4")
+               "--learning-rate 1e-3 --batch-size 4 --context 32 --save-every 4")
     held_out = [line["held_out"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
     assert len(held_out) == 4 and held_out[-1][-1] < held_out[0][-1] / 1.5
     assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
@@ -212,7 +212,7 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
 
 def tune(runs, folder, data, model, steps):
     by_command(runs, folder, data / "train.jsonl", data / "held_out.jsonl",
-               f"--recipe tune-exits --exit-heads 1 2 --head-kind mlp --model {model} --steps {steps} --batch 8 "
+               f"--recipe tune-exits --exit-heads 1 2 --head-kind mlp --model {model} --steps {steps} --batch-size 8 "
                "--context 64 --warmup 2 --learning-rate 1e-2 --schedule constant --save-every 1 --log-every 1")
 
 
@@ -261,7 +261,7 @@ def test_options_change_the_recipe():
 
 def run_of(tmp_path, data, recipe=None, **changes):
     """A short run of a small model; `recipe` and `changes`: of its recipe, and of the rest."""
-    recipe = named("plain", **{"steps": 4, "batch": 2, "context": 32, **(recipe or {})})
+    recipe = named("plain", **{"steps": 4, "batch_size": 2, "context": 32, **(recipe or {})})
     model, source = NewModel(layers=2, width=8, heads=2), Source(data / "train.jsonl")
     return TrainingRun(**{"folder": tmp_path / "run", "model": model, "source": source, "recipe": recipe, **changes})
 
@@ -317,7 +317,7 @@ def test_a_rehearsal_tells_what_the_run_would_be_and_leaves_nothing(tmp_path, da
 @pytest.mark.parametrize("changes, words", [
     (dict(source=Source("no/such.jsonl")), "there is no file at 'no/such.jsonl'"),
     (dict(held_out=Source("none.csv")), "there is no file at 'none.csv'"),
-    (dict(column="words"), "has no column 'words', which .*text needs"),
+    (dict(column="words"), "has no column 'words'; by .*text name one"),
     (dict(content="{"), r"a\.jsonl, line 1, cannot be read as json"), (dict(content=""), r"a\.jsonl is empty"),
     (dict(content='{"text": " "}'), "no example is left"),
 ])

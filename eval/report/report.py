@@ -111,7 +111,7 @@ class EvaluationReport:
                 "how many such tokens they have."]
 
     def answers(self) -> str:
-        """Per method a row: requests, computed now, cut prompts, texts at the token limit, no answer, mean layer.
+        """Per method a row: requests, computed now, cut prompts, texts at the token limit, unanswered, mean layer.
 
         There is no mean layer where drafts are verified: all layers saw every token.
         """
@@ -125,7 +125,9 @@ class EvaluationReport:
             depth = f"{counts['layers'] / counts['new_tokens']:.2f} of {self.model['layers']}" if shown else None
             rows.append([method["name"], counts["requests"], counts["computed"], counts["truncated"],
                          counts["unfinished"], none or None, depth])
-        return table(head, rows)
+        late = ("\n\nended at the limit: texts that had as many tokens as the task, or --max-new-tokens, allows. An "
+                "answer that would have come later is missed.")
+        return table(head, rows) + late * any(method["counts"]["unfinished"] for method in self.methods)
 
     def json(self) -> dict[str, Any]:
         """The whole report but the samples."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sled.plots import INK, STYLES, grid, new_figure, save_figure, writable_pict
 
 DASHES = ("-", "--", ":", "-.")
 GREY, BAND = "#adb5bd", "#f1f3f5"
+PER_INCH = 12  # letters of a title
 
 
 def draw_sweep(swept: Swept, path: str | os.PathLike) -> Path:
@@ -51,7 +53,8 @@ def draw_sweep(swept: Swept, path: str | os.PathLike) -> Path:
         _drafts(panels[-1], drafted, _styles(swept))
     figure.legend(handles=_legend(swept, base), loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     several = "; rows of several runs" if len({row.run for row in swept.rows}) > 1 else ""
-    figure.suptitle(f"{swept.what}{several}", fontsize=9, color="#495057")
+    lines = textwrap.wrap(f"{swept.what}{several}", int(PER_INCH * figure.get_figwidth()))
+    figure.suptitle("\n".join(lines), fontsize=9, color="#495057")
     return save_figure(figure, path)
 
 
@@ -109,7 +112,7 @@ def _drafts(axes, lines: Sequence[Sequence[SweepRow]], styles: dict[str, tuple[s
     accuracy."""
     rows = [row for line in lines for row in line]
     names = {name for line in lines for name in _differing(line)}
-    [name, *others] = names or {""}
+    [name, *others] = names or {"draft"}
     at = lambda row: row.settings.get(name)  # noqa: E731
     if others or not all(isinstance(at(row), int | float) for row in rows):  # no one number: by place in the program
         name, at = "place in the order of the sweep", lambda row: next(line.index(row) for line in lines if row in line)

@@ -16,10 +16,11 @@ from sled.calibration.learn_then_test import can_lose, fewest_losses, p_value
 from sled.errors import SettingError
 from sled.eval.report.tables import table
 from sled.eval.sweep.certified import certified, pareto
-from sled.io import made_writable, written_whole
+from sled.io import made_writable, naming_full_disk, written_whole
 from sled.settings.brief import brief
 
 SAMPLES = "samples.jsonl"
+MORE_TOKENS = "Allow more tokens (--max-new-tokens), or say what ends an answer (--stop)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ class SweepFile:
         rows = {digest: row for digest, row in rows.items() if counts[digest] == row.n}
         kept = [line for digest, line in of_row if digest in rows]
         if len(kept) < len(lines):
-            with written_whole(self.samples) as beside:
+            with naming_full_disk(self.samples), written_whole(self.samples) as beside:
                 beside.write_bytes(b"".join(kept))
         return rows
 
@@ -136,7 +137,7 @@ def _csv_line(cells: Iterable[Any]) -> str:
 
 
 def _append(path: Path, text: str) -> None:
-    with path.open("ab") as file:
+    with naming_full_disk(path), path.open("ab") as file:
         file.write(text.encode())
         file.flush()
         os.fsync(file.fileno())
@@ -175,7 +176,7 @@ def too_few(method: str, right: int, n: int, unanswered: int, unfinished: int, d
 def cut_off(method: str, unfinished: int, n: int) -> str:
     """That texts ended at the token limit, and what to do, in words."""
     return (f"{unfinished} of {n} texts of {method} ended at the token limit: an answer that would have come later is "
-            "missed. Allow more tokens (--max-new-tokens), or say what ends an answer (--stop)")
+            f"missed. {MORE_TOKENS}")
 
 
 def counted(sequences: Sequence[Any]) -> str:
@@ -246,7 +247,8 @@ class Swept:
         fronts = [f"Not beaten in both accuracy and {what}: {'; '.join(row.method for row in front)}."
                   for what, front in zip(("mean depth", "speed"), self.fronts(), strict=True) if front]
         base = self.baseline()
-        cut = [f"**{cut_off(base.method, base.unfinished, base.n)}**."] * bool(base.unfinished)
+        said, _, rest = cut_off(base.method, base.unfinished, base.n).partition(":")
+        cut = [f"**{said}**:{rest}."] * bool(base.unfinished)
         form = f"{self.form[:1].upper()}{self.form[1:]}. " * bool(self.form)
         return "\n\n".join(["# Sweep", f"{self.what}; {'; '.join(machines)}.",
                             f"{form}All prompts and texts are in {SAMPLES}.", table(headings, cells), *cut,

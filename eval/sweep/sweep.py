@@ -27,8 +27,8 @@ from sled.eval.questions import Questions
 from sled.eval.sweep.grid import no_exit
 from sled.eval.sweep.measure import Answered, Point, measure
 from sled.eval.sweep.plot import draw_sweep
-from sled.eval.sweep.result import SAMPLES, SweepFile, Swept, counted, cut_off, too_few
-from sled.io import json_digest, replace_text, shorten, writable_folder, written_whole
+from sled.eval.sweep.result import MORE_TOKENS, SAMPLES, SweepFile, Swept, counted, cut_off, too_few
+from sled.io import json_digest, naming_full_disk, replace_text, shorten, writable_folder, written_whole
 from sled.lm import LM
 from sled.settings.describe import describe
 from sled.settings.rules import Instance, Whole
@@ -89,13 +89,15 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
 
         def enough(name: str, base: Answered) -> None:
             n, right, texts = len(base.right), sum(base.right), base.out.texts
+            many = base.unfinished > MANY * n
             if can_lose(right / n, n, delta, epsilon):
-                if base.unfinished > MANY * n:
+                if many:
                     warnings.warn(cut_off(name, base.unfinished, n), EvaluationWarning, stacklevel=2)
                 return
             read = {rule: sum(dataclasses.replace(questions, extract=rule).right(texts)) for rule in RULES}
             better = max(read, key=read.get)
             hint = f"By {better} (--extract) it solves {read[better]}. " * (read[better] > right)
+            hint += f"{MORE_TOKENS}. " * many
             why = too_few(name, right, n, base.unanswered, base.unfinished, delta)
             warnings.warn(f"{why}; so nothing will be certified or chosen. {hint}Its first text: "
                           f"{shorten(texts[0].strip(), 200)!r}", EvaluationWarning, stacklevel=2)
@@ -111,9 +113,9 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     swept = Swept(rows=tuple(found), sequences=sequences, delta=delta, epsilon=epsilon, num_layers=lm.config.num_layers,
                   form=questions.form, what=f"{lm.name}, {len(questions.prompts)} {questions.source}, the answer being "
                        f"{RULES[questions.extract].where}, at most {max_new_tokens} new tokens{ends}, batches of "
-                       f"{batch_size}, fastest of {rounds} rounds")
+                       f"{batch_size}, fastest of {rounds} round{'s' * (rounds > 1)}")
     replace_text("the sweep's table", Path(folder) / FILES[2], swept.markdown() + "\n")
-    with written_whole(Path(folder) / FILES[3]) as beside:
+    with naming_full_disk(Path(folder)), written_whole(Path(folder) / FILES[3]) as beside:
         draw_sweep(swept, beside)
     return swept
 

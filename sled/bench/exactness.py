@@ -61,18 +61,18 @@ class DifferenceRow:
 
 
 def run_exactness_bench(model: str = "demo", *, dtype: str = "bfloat16", texts: int = 16, new_tokens: int = 64,
-                        batch: int = 4, exit_layer: int | None = None, draft: int = 6,
+                        batch_size: int = 4, exit_layer: int | None = None, draft: int = 6,
                         picture: Path | None = None) -> BenchReport:
     """Decodes `texts` held-out word problems greedily in every way, with weights of type `dtype`.
 
-    batch: texts decoded together. exit_layer: where drafts are made, and where tokens could leave that never do; None:
-    after a quarter of the layers. Draws the gaps into `picture`, if given.
+    batch_size: texts decoded together. exit_layer: where drafts are made, and where tokens could leave that never do;
+    None: after a quarter of the layers. Draws the gaps into `picture`, if given.
 
     Raises SettingError for a number out of range, and what loading raises.
     """
     dtype = OneOf(tuple(DTYPES))("dtype", dtype)
     texts = Whole(1, hint="it counts the problems")("texts", texts)
-    batch = min(texts, Whole(1, hint="it counts the texts decoded together")("batch", batch))
+    batch = min(texts, Whole(1, hint="it counts the texts decoded together")("batch_size", batch_size))
     if picture:
         writable_picture("--picture", picture)
     lm = sled.load(model, dtype=dtype)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from sled.cli.derived import arguments
 from sled.cli.options import left_out, print_devices
+from sled.cli.values import NewPath
 from sled.io import replace_text, writable
 from sled.models.config import WEIGHT_TYPES
 
@@ -19,7 +19,7 @@ from sled.models.config import WEIGHT_TYPES
 class Measurement:
     """One of the measurements of `sled bench`."""
 
-    json: Path | None = None
+    json: NewPath | None = None
     """Also write the report to this file."""
 
     def run(self) -> None:
@@ -78,7 +78,7 @@ class Exits(Measurement):
     """Problems solved at batch 8; a third of them at batch 1."""
     rounds: int = 7
     """Interleaved rounds; ratios are taken between the fastest."""
-    picture: Path | None = None
+    picture: NewPath | None = None
     """Also draw speed, depth and agreement over the thresholds into this file (.png, .svg or .pdf)."""
 
 
@@ -121,7 +121,7 @@ class Layers(Measurement):
     """Up to four of "demo" (bundled), Hugging Face folders and hub ids."""
     problems: int = 200
     """Held-out problems."""
-    picture: Path | None = None
+    picture: NewPath | None = None
     """Also draw the layers into this file (.png, .svg or .pdf)."""
 
 
@@ -143,14 +143,11 @@ class Exactness(Measurement):
     """Held-out word problems."""
     new_tokens: int = 64
     """Tokens per text at most."""
-    batch: int = 4
+    batch_size: int = 4
     """Texts decoded together."""
     exit_layer: Annotated[int | None, left_out("a quarter of the layers", metavar="LAYER")] = None
     """After which layer drafts are made."""
     draft: int = 6
     """Tokens drafted before they are verified."""
-    picture: Path | None = None
+    picture: NewPath | None = None
     """Also draw the gaps into this file (.png, .svg or .pdf)."""
-
-
-BENCHES = {kind.__name__.lower(): kind for kind in (Fusion, Decode, Exits, Engine, Layers, Exactness, Loss)}

@@ -12,7 +12,17 @@ import tyro
 import sled
 from sled.cli.derived import arguments, derive, offer, settings_of
 from sled.cli.exit_options import ExitOptions, schedule_options
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, SamplingOptions, Stop, begin, left_out
+from sled.cli.options import (
+    ChatOptions,
+    FusionOptions,
+    ModelOptions,
+    PromptOptions,
+    SamplingOptions,
+    Stop,
+    begin,
+    left_out,
+)
+from sled.cli.values import NewPath
 from sled.io import writable
 from sled.settings.decorator import declared
 
@@ -28,7 +38,8 @@ class Calibrate(derive("Exits", *EXITS)):
 
     sled calibrate -m facebook/layerskip-llama3.2-1B --file prompts.txt --exit-layers 4 8 --delta 0.05
 
-    Thresholds are tried from the safest down, on prompts of yours. Each is compared with the full model; the first
+    Thresholds are tried from the safest down, on prompts of yours: like those that you will serve, and that nothing was
+    tuned or trained on. Each is compared with the full model; the first
     that cannot be shown to be safe ends the search, and the one before it is chosen. The promise: for further prompts
     like these, the mean loss is at most DELTA. It is wrong with a probability of at most EPSILON, which is the bad
     luck of having drawn misleading prompts.
@@ -38,13 +49,10 @@ class Calibrate(derive("Exits", *EXITS)):
     sled.Calibration.load("calibration.json").policy(lm, ...) gives the exits to serve with, and refuses others.
     """
 
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("calibration.json")
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])] = Path("calibration.json")
     """Write the record to this file."""
-    file: Path | None = None
-    """Read one prompt per line from this file (-: standard input).
-    Take prompts like those that you will serve, that nothing was tuned or trained on."""
     problems: Annotated[int | None, left_out("200")] = None
-    """Without --file: how many of the demo model's own training problems to calibrate on."""
+    """Without prompts of yours: how many of the demo model's own training problems to calibrate on."""
     delta: float = 0.1
     """The mean loss to tolerate, between 0 and 1. Smaller is stricter, and leaves later."""
     epsilon: float = 0.05
@@ -56,6 +64,7 @@ class Calibrate(derive("Exits", *EXITS)):
     rouge: 1 - ROUGE-L, the share of tokens that differ or moved. exact: 1 where anything differs, else 0."""
     grid: Annotated[tuple[float, ...] | None, left_out("18 of them, from 0.999 to 0.1")] = None
     """Thresholds to try, 0 to 1, in any order."""
+    prompt_options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
@@ -68,7 +77,7 @@ class Calibrate(derive("Exits", *EXITS)):
 
     def run(self) -> None:
         exits = ExitOptions(exits="early", **{name: getattr(self, name) for name, *_ in EXITS}).settings()
-        output = writable("--output", self.output)
+        output = writable("--out", self.out)
         lm, prompts, settings = begin(self, 200)
         record = sled.calibrate(lm, prompts, **exits, **settings, **arguments(self, sled.calibrate))
         record.save(output)

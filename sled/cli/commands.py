@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import importlib.metadata
+import importlib.util
 import logging
+import pkgutil
 import shutil
 import sys
 import textwrap
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from sled.cli.bench import BENCHES
-from sled.cli.calibrate import Calibrate
-from sled.cli.demo import Demo
-from sled.cli.evaluate import Eval
-from sled.cli.export import Export
-from sled.cli.generate import Generate
-from sled.cli.lens import Lens
-from sled.cli.line import in_options, parse
-from sled.cli.score import Score
-from sled.cli.sweep import Sweep
-from sled.cli.train import Train
-from sled.cli.tune import Tune
-from sled.decoding.memory import LOWER, is_shortage
+from sled.cli.line import MISUSE, in_options, parse
 from sled.errors import SledError, SledWarning
 from sled.io import disk_failure, first_line
 
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Commands under one name. about: what they are; end: what their list ends with."""
+    """Commands under one name. about: what they are; commands: their modules and classes, which are imported when one
+    is chosen; end: what their list ends with."""
 
     about: str
-    commands: dict[str, type | Group]
+    commands: Mapping[str, str | Group]
     end: str = ""
+
+    def __getitem__(self, name: str) -> type | Group:
+        command = self.commands[name]
+        return pkgutil.resolve_name(command) if isinstance(command, str) else command
 
     def help(self, prog: str) -> str:
         """The commands with a line for each."""
@@ -44,17 +41,28 @@ class Group:
         column = max(map(len, self.commands)) + 4
         lines = [f"usage: {prog} COMMAND [OPTION ...]", "", *textwrap.wrap(self.about, width), ""]
         for name, command in self.commands.items():
-            said = command.about if isinstance(command, Group) else command.__doc__.partition("\n\n")[0]
+            said = command.about if isinstance(command, Group) else _summary(command)
             lines += textwrap.wrap(" ".join(said.split()), width, initial_indent=f"  {name}".ljust(column),
                                    subsequent_indent=" " * column)
         end = f"{prog} COMMAND --help explains a command, with examples. {self.end}"
         return "\n".join([*lines, "", *textwrap.wrap(end, width)])
 
 
+def _summary(command: str) -> str:
+    """The first paragraph on a command, read from its file: to import them all takes seconds."""
+    module, _, name = command.partition(":")
+    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    [found] = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == name)
+    return ast.get_docstring(found).partition("\n\n")[0]
+
+
 SLED = Group("Let every layer of a language model speak.", {
-    "demo": Demo, "generate": Generate, "score": Score, "lens": Lens, "eval": Eval, "sweep": Sweep, "train": Train,
-    "export": Export, "calibrate": Calibrate, "tune": Tune,
-    "bench": Group("Measure speed and early layers here, rivals and floors in the same run.", BENCHES)},
+    **{name: f"sled.cli.{name}:{name.capitalize()}" for name in ("demo", "generate", "score", "lens")},
+    "eval": "sled.cli.evaluate:Eval",
+    **{name: f"sled.cli.{name}:{name.capitalize()}" for name in ("sweep", "train", "export", "calibrate", "tune")},
+    "bench": Group("Measure speed and early layers here, rivals and floors in the same run.", {
+        name: f"sled.cli.bench:{name.capitalize()}"
+        for name in ("fusion", "decode", "exits", "engine", "layers", "exactness", "loss")})},
     'Begin with sled demo. A model is "demo" (bundled), a Hugging Face folder, or a hub id. sled --version says which '
     "version this is.")
 
@@ -91,6 +99,8 @@ def run(words: Sequence[str]) -> int:
 def _of_the_machine(error: Exception) -> str | None:
     """What to say of an error that is no fault of this program, wherever it came from: a full disk, too little memory.
     """
+    from sled.decoding.memory import LOWER, is_shortage  # imported here: it takes time, and nearly all goes well
+
     if why := disk_failure(error):
         return f"a file {why}"
     return f"there was too little memory ({first_line(error)}); {LOWER}" if is_shortage(error) else None
@@ -110,8 +120,8 @@ def _chosen(words: Sequence[str]) -> tuple[str, type | None, Sequence[str]]:
                       f"options stand behind a command, as in {prog} {next(iter(chosen.commands))} {name}"
                       if name.startswith("-") else f"there are {', '.join(chosen.commands)}")
             print(f"sled: {prog} has no command {name!r}; {advice}", file=sys.stderr)
-            sys.exit(2)
-        prog, chosen = f"{prog} {name}", chosen.commands[name]
+            sys.exit(MISUSE)
+        prog, chosen = f"{prog} {name}", chosen[name]
     return prog, chosen, words
 
 
@@ -133,7 +143,10 @@ def _print_in_one_line(kind: type[Warning]) -> None:
     def show(message, category, *where, **more):
         if issubclass(category, kind):
             if str(message) not in said:  # a folder may be read more than once
-                print(f"warning: {message}", file=sys.stderr)
+                from tqdm import tqdm  # imported here: few commands warn
+
+                with tqdm.external_write_mode(sys.stderr):  # not behind a bar
+                    print(f"warning: {message}", file=sys.stderr)
             said.add(str(message))
         else:
             others(message, category, *where, **more)

@@ -8,10 +8,14 @@ import itertools
 import shutil
 import textwrap
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 import sled
 from sled.cli.derived import derive, offer, settings_of
 from sled.cli.options import ModelOptions
+from sled.cli.values import NewPath
 from sled.plots import writable_picture
 from sled.settings.rules import Whole
 
@@ -29,7 +33,7 @@ class Demo(derive("Fused", *settings_of(offer(sled.SLED, "rate", "scale")))):
     """Held-out problems to solve for the table."""
     show: int = 3
     """Problems to print with both solutions."""
-    output: Path = Path("sled-demo")
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])] = Path("sled-demo")
     """Folder for the lens picture."""
 
     def run(self) -> None:
@@ -38,7 +42,7 @@ class Demo(derive("Fused", *settings_of(offer(sled.SLED, "rate", "scale")))):
 
         Whole(1, hint="it counts the problems to solve")("--problems", self.problems)
         Whole(0, hint="it counts the problems to print")("--show", self.show)
-        path = writable_picture("--output", self.output / "lens.png")
+        path = writable_picture("--out", self.out / "lens.png")
         ways = {
             "greedy (last layer)": sled.FinalLayer(),
             f"clamp only (k={self.scale})": sled.ClampOnly(scale=self.scale),

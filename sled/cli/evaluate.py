@@ -15,6 +15,7 @@ from sled.cli.derived import arguments, derive, explained, given, settings_by_ch
 from sled.cli.exit_options import ExitOptions
 from sled.cli.line import dashed, parse
 from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, left_out, named_value
+from sled.cli.values import NewPath
 from sled.errors import EvaluationError, SettingError
 from sled.fusion import FUSIONS
 from sled.io import writable
@@ -81,9 +82,9 @@ class Eval:
     """Folders with tasks of your own, as YAML files."""
     metadata: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME=VALUE [NAME=VALUE ...]")] = ()
     """Metadata for the tasks, such as problems=200 for sled_demo."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sled-eval")
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])] = Path("sled-eval")
     """Folder for report.json, report.md, samples.jsonl and pictures; report.json comes last."""
-    cache: Annotated[Path | None, left_out("answers.sqlite in the folder of --out")] = None
+    cache: Annotated[NewPath | None, left_out("answers.sqlite in the folder of --out")] = None
     """Keep answers in this file. One file may serve many evaluations: answers of other models, methods or settings are
     never mixed up."""
     limit: Annotated[int | None, left_out("all")] = None

@@ -12,7 +12,9 @@ import tyro
 import sled
 from sled.cli.derived import arguments, dashed, given, refuse_others
 from sled.cli.exit_options import ExitOptions
+from sled.cli.line import Sets
 from sled.cli.options import FusionOptions, left_out
+from sled.cli.values import NewPath
 from sled.errors import SettingError
 from sled.models.config import WEIGHT_TYPES
 
@@ -23,15 +25,15 @@ OF_HF = {"heads", "license", "base", "margin", "calibration", "push", "private"}
 class Export:
     """Write a model in a form that runs elsewhere.
 
-    sled export run --to model
+    sled export run --out model
 
-    sled export run --to model --license apache-2.0 --calibration calibration.json
+    sled export run --out model --license apache-2.0 --calibration calibration.json
 
-    sled export run --to model --push me/model --private
+    sled export run --out model --push me/model --private
 
-    sled export meta-llama/Llama-3.2-1B --to llama --form orbax
+    sled export meta-llama/Llama-3.2-1B --out llama --form orbax
 
-    sled export demo --to program --form program --fusion sled --exits speculate --exit-layers 2
+    sled export demo --out program --form program --fusion sled --exits speculate --exit-layers 2
 
     Forms: hf is a Hugging Face folder with a model card, for sled and transformers (assistant_early_exit included).
     orbax is an Orbax checkpoint with configuration and tokenizer, which sled.load reads too. program is the whole
@@ -42,7 +44,7 @@ class Export:
     source: tyro.conf.Positional[str]
     """A run of sled train, its --out (unfinished or still going, if need be), a Hugging Face folder, a hub id,
     "demo", or an Orbax export."""
-    to: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"]), Sets(("to",))]
     """Folder to write: a new one, or an earlier export."""
     form: Literal["hf", "orbax", "program"] = "hf"
     """The form to write: hf, a Hugging Face folder; orbax, a checkpoint; program, a compiled function."""
@@ -84,13 +86,13 @@ class Export:
 
         reading = dict(step=self.step, revision=self.revision, dtype=self.dtype)
         if self.form == "hf":
-            options = arguments(self, forms.export_hf) | dict(private=self.private or None)
+            options = arguments(self, forms.export_hf) | dict(to=self.out, private=self.private or None)
             pushed = forms.export_hf(**options, card=Card(**arguments(self, Card)), **reading)
             if pushed:
                 print(f"pushed: {pushed}", file=sys.stderr)
         elif self.form == "orbax":
-            forms.export_orbax(self.source, self.to, **reading)
+            forms.export_orbax(self.source, self.out, **reading)
         else:
             decoding = sled.Decoding(self.fusion_options.strategy(), **self.exit_options.settings())
-            forms.export_program(self.source, self.to, decoding, **reading)
-        print(f"the {self.form} export is in {self.to}", file=sys.stderr)
+            forms.export_program(self.source, self.out, decoding, **reading)
+        print(f"the {self.form} export is in {self.out}", file=sys.stderr)

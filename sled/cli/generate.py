@@ -7,29 +7,30 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from sled.calibration.record import Calibration
+import sled
 from sled.cli.derived import dashed, given
 from sled.cli.exit_options import ExitOptions
 from sled.cli.options import (
     ChatOptions,
     FusionOptions,
     ModelOptions,
+    PromptOptions,
     SamplingOptions,
     Stop,
     left_out,
-    read_prompts,
     unescape,
 )
 from sled.cli.paint import Paint, PaintedRow, has_colours
-from sled.errors import SettingError
-from sled.results import Stats
+from sled.errors import PromptError, SettingError
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompt
-from sled.timing import compile_seconds
+
+if TYPE_CHECKING:
+    from sled.results import Stats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +52,11 @@ class Generate:
     One prompt is printed as it grows; several are decoded together, under a progress bar.
     """
 
-    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]], left_out("those of --file", metavar="[PROMPT ...]")] = ()
+    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]],
+                       left_out("those of --file or --data", metavar="[PROMPT ...]")] = ()
     """Texts to continue, first or last; a backslash and n stands for a line break.
     One that begins with a dash, or is a number, stands behind --."""
-    file: Path | None = None
-    """Read one prompt per line from this file instead (-: standard input)."""
+    prompt_options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
@@ -75,14 +76,16 @@ class Generate:
     It is refused where model, fusion, sampling, --max-new-tokens or --stop are not those it was made for."""
 
     def run(self) -> None:
-        texts = read_prompts(self.prompts, self.file)
+        texts = self.prompt_options.read(self.prompts)
+        if not texts:
+            raise PromptError("no prompt was given; write it behind the command, or name a file by --file or --data")
         prompts = self.chat_options.prompts(texts)
         Whole(1, hint="prompts are decoded in batches")("--batch-size", self.batch_size)
         if self.calibration and (chosen := list(map(dashed, given(self.exit_options)))):
             raise SettingError(f"{', '.join(chosen)} and --calibration were both given, but the record says how tokens "
                                "leave, and when; give one of the two")
         exits = self.exit_options.settings()
-        record = Calibration.load(self.calibration) if self.calibration else None
+        record = sled.Calibration.load(self.calibration) if self.calibration else None
         if self.show_exits and (self.json or not (exits or record)):
             raise SettingError("--show-exits shows where tokens left in the text, so it needs --exits early or "
                                "speculate, or --calibration, and goes without --json, whose exit_layers say the same")
@@ -100,15 +103,13 @@ class Generate:
         if self.show_exits:
             paint = Paint(exits["exits"].exits(lm.config.num_layers), colours=has_colours(sys.stdout))
         marks = paint is not None and not paint.colours  # stand behind whole runs of tokens, which chunks would cut
-        before = compile_seconds()
         if len(prompts) == 1 and not self.json and not marks:
             stats, layers = self._stream(lm, texts[0], prompts[0], settings, paint)
         else:
             stats, layers = self._together(lm, texts, prompts, settings, paint)
         if paint:
             print(paint.legend(layers))
-        compiling = compile_seconds() - before
-        print(end_line(stats, lm.config.num_layers, exits=bool(exits), compiling=compiling), file=sys.stderr)
+        print(end_line(stats, lm.config.num_layers, exits=bool(exits)), file=sys.stderr)
 
     def _stream(self, lm, text: str, prompt: Prompt, settings: dict, paint: Paint | None):
         row = PaintedRow(lm.text.decode, paint) if paint else None
@@ -137,13 +138,11 @@ class Generate:
         return out.stats, itertools.chain(*out.exit_layers)
 
 
-def end_line(stats: Stats, num_layers: int, *, exits: bool, compiling: float) -> str:
-    """One line on a generation: its speed without the seconds of `compiling`, and what exits did where they were used.
-    """
-    seconds = max(stats.prefill_seconds + stats.decode_seconds - compiling, 1e-9)
-    parts = [f"{stats.new_tokens} tokens, {stats.new_tokens / seconds:.1f} tokens/s"]
-    if compiling >= 0.1:
-        parts[0] += f", besides {compiling:.1f} s of compilation"
+def end_line(stats: Stats, num_layers: int, *, exits: bool) -> str:
+    """One line on a generation: its speed, and what exits did where they were used."""
+    parts = [f"{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s"]
+    if stats.compile_seconds >= 0.1:
+        parts[0] += f", besides {stats.compile_seconds:.1f} s of compilation"
     if exits:
         if stats.acceptance is not None:
             parts.append(f"{stats.accepted} of {stats.drafted} drafts accepted ({stats.acceptance:.0%}), "

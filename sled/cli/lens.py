@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, left_out, unescape
+from sled.cli.values import NewPath
 from sled.errors import SettingError
 from sled.io import writable
 from sled.plots import writable_picture
@@ -34,9 +34,9 @@ class Lens:
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
-    picture: Annotated[Path | None, tyro.conf.arg(aliases=["-o"])] = None
+    picture: NewPath | None = None
     """Also draw it into this file (.png, .svg or .pdf)."""
-    html: Path | None = None
+    html: NewPath | None = None
     """Also write it into this file, as a page for a browser: details of every cell, early exits at any threshold."""
     last: Annotated[int | None, left_out("12; on the page all that it holds")] = None
     """Show the last so many positions of the text."""

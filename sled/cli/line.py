@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
+import io
+import itertools
 import re
 import shutil
+import sys
 import textwrap
 import typing
 from collections.abc import Iterator, Sequence
@@ -16,6 +20,9 @@ import docstring_parser
 import tyro
 
 from sled.cli.values import REGISTRY, spec_of
+from sled.settings.unknown import nearest
+
+MISUSE = 2  # the exit status where a command line is wrong
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +67,35 @@ def dashed(name: str) -> str:
 
 
 def parse(command: type, prog: str, words: Sequence[str]):
-    """The command that these words describe. Prints help, or what is wrong with them, and raises SystemExit."""
+    """The command that these words describe. Prints help, or in a line what is wrong with them, and raises SystemExit.
+    """
     _explain(command)
-    with REGISTRY:
-        return tyro.cli(command, prog=prog, description=description(command), args=ordered(command, words),
-                        config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone,
-                                tyro.conf.PositionalMetavarFromFieldName))
+    said = io.StringIO()
+    try:
+        with REGISTRY, contextlib.redirect_stderr(said):
+            return tyro.cli(command, prog=prog, description=description(command), args=ordered(command, words),
+                            config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone,
+                                    tyro.conf.PositionalMetavarFromFieldName))
+    except SystemExit as end:
+        if end.code == MISUSE:
+            print(f"sled: {_misuse(command, prog, said.getvalue())} ({prog} --help explains it)", file=sys.stderr)
+        raise
+
+
+def _misuse(command: type, prog: str, box: str) -> str:
+    """What is wrong, of the box that tyro draws around it: of its first part the lines that are not the help's."""
+    _, *lines = re.sub("[\u256d\u256e\u2570\u256f\u2502]", " ", box).replace("\u2500", "-").splitlines()
+    rule = re.compile(" *-+ *").fullmatch
+    part = list(itertools.takewhile(lambda line: not rule(line), itertools.dropwhile(rule, lines)))
+    depths = [len(line) - len(line.lstrip()) for line in part]
+    text = " ".join(" ".join(line for line, deep in zip(part, depths, strict=True) if deep < depths[0] + 8).split())
+    if unknown := re.match(r"Unrecognized options: ([^\s,]+)", text):
+        if not (option := unknown[1]).startswith("-"):
+            return f"{prog} takes no further word, but {option!r} was given"
+        known = {name.lstrip("-").replace("-", "_"): name for each in options_of(command) for name in each.spellings}
+        meant = nearest(option.strip("-").partition("=")[0].replace("-", "_"), known)
+        return f"{prog} has no option {option}" + (f"; did you mean {known[meant]}?" if meant else "")
+    return text.removeprefix("Error parsing ").rstrip(".")
 
 
 @functools.cache

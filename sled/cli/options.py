@@ -28,10 +28,12 @@ from sled.cli.derived import (
     refuse_others,
     settings_by_choice,
 )
+from sled.cli.line import Sets
 from sled.decoding.options import GREEDY
-from sled.errors import PromptError, SettingError, SledError
+from sled.errors import DataError, PromptError, SettingError, SledError
 from sled.fusion import FUSIONS
 from sled.models.config import WEIGHT_TYPES
+from sled.models.hub import local_folder
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompt
 
@@ -63,6 +65,7 @@ class ModelOptions:
     """Branch, tag or commit of a hub id."""
 
     def load(self) -> sled.LM:
+        local_folder(self.model)  # for its error, before the devices are looked for
         print_devices()
         return sled.load(self.model, dtype=self.dtype, revision=self.revision)
 
@@ -150,14 +153,43 @@ def unescape(text: str) -> str:
     return text.replace("\\n", "\n")
 
 
-def read_prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
-    """Prompts from the command line, or one per line of a file ("-": standard input)."""
-    if prompts and file:
-        raise PromptError("prompts were given both as arguments and by --file; give one of the two")
-    if file is None:
-        if not prompts:
-            raise PromptError("no prompt was given; write it behind the command, or name a file by --file")
-        return [unescape(p) for p in prompts]
+@dataclasses.dataclass(frozen=True)
+class PromptOptions:
+    """Prompts from a file."""
+
+    file: Path | None = None
+    """Read one prompt per line from this text file (-: standard input)."""
+    data: Annotated[str | None, left_out("none", metavar="PATH")] = None
+    """Read a prompt from each row of this file (.jsonl, .json, .csv, .parquet, ...), folder or hub data set."""
+    prompt: Annotated[str | None, Sets(("Source.text",)), left_out("prompt")] = None
+    """--data: the column of prompts, or a template such as "Question: {question}\\nAnswer:"."""
+    limit: Annotated[int | None, left_out("all")] = None
+    """--data: read so many rows, the first."""
+
+    def read(self, written: Sequence[str] = ()) -> list[str]:
+        """The prompts that were `written` behind the command, those of the file or of the rows, or none. Raises
+        PromptError, DataError, SettingError."""
+        given = [name for name, there in (("as arguments", written), ("by --file", self.file), ("by --data", self.data))
+                 if there]
+        if len(given) > 1:
+            raise PromptError(f"prompts were given {' and '.join(given)}; give one of them")
+        if self.data is None:
+            for option in ("prompt", "limit"):
+                if getattr(self, option) is not None:
+                    raise PromptError(f"{dashed(option)} is for --data, which was not given; name a file by --data")
+            return _lines(self.file) if self.file else [unescape(text) for text in written]
+        from sled.train.data.sources import Source
+
+        source = Source(self.data, text=unescape(self.prompt or "prompt"), limit=self.limit)
+        return [example.body for example in whole_rows(source, "prompt")]
+
+
+def _lines(file: Path) -> list[str]:
+    from sled.train.data.file_rows import READERS
+
+    if file.suffix.lower() in READERS and file.suffix.lower() != ".txt":
+        raise PromptError(f"{file} holds rows, not a prompt per line; give it by --data, and by --prompt its column of "
+                          "prompts, or a template")
     try:
         text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as reason:
@@ -168,15 +200,33 @@ def read_prompts(prompts: tuple[str, ...], file: Path | None) -> list[str]:
     return lines
 
 
+def whole_rows(source, last: str) -> list:
+    """The examples of a `Source`, at least one. Raises DataError for a row that lacks something, which training may
+    take for empty. last: what their bodies are, in words."""
+    examples = list(source.open())
+    for example in examples:
+        if example.lacks:
+            raise DataError(f"{example.place} has no value in its column {example.lacks[0]!r}; fill it in, or leave "
+                            "the row out")
+        if not example.body:
+            raise DataError(f"{example.place} has an empty {last}; fill it in, or leave the row out")
+    if not examples:
+        raise DataError(f"{source.name} holds no rows; give one per {last}")
+    return examples
+
+
 def begin(command, usual: int) -> tuple[sled.LM, list[Prompt], dict[str, Any]]:
     """For `sled calibrate` and `sled tune`: the model, prompts to try it on, and how all their texts are made.
 
-    What can be refused without the model is refused before it is loaded. usual: as for `prompts_or_problems`.
+    What can be refused without the model is refused before it is loaded. usual: how many problems of
+    the demo model to take where no prompts were given.
     """
     fusion = command.fusion_options.strategy()
     command.sampling_options.check()
-    prompts = command.chat_options.prompts(
-        prompts_or_problems(command.file, command.problems, command.model_options.model, usual))
+    texts = command.prompt_options.read()
+    if texts and command.problems is not None:
+        raise PromptError("--problems was given beside --file or --data; give one of them")
+    prompts = command.chat_options.prompts(texts or _problems(command, usual))
     lm = command.model_options.load()
     command.chat_options.hint(lm)
     return lm, prompts, dict(fusion=fusion, sampling=command.sampling_options.chosen(lm),
@@ -184,20 +234,16 @@ def begin(command, usual: int) -> tuple[sled.LM, list[Prompt], dict[str, Any]]:
                              stop=[unescape(s) for s in command.stop])
 
 
-def prompts_or_problems(file: Path | None, problems: int | None, model: str, usual: int) -> list[str]:
-    """Prompts of a file, or training problems of the demo model: `problems` of them, or the usual number."""
-    if file is not None:
-        if problems is not None:
-            raise PromptError("--problems was given beside --file; give one of the two")
-        return read_prompts((), file)
-    if model != "demo":
-        raise PromptError(f"no prompts were given for {model}: only the demo model comes with some of its own; name a "
-                          "file of prompts by --file")
-    from sled.demo.problems import problems as made
-    from sled.demo.problems import prompt
+def _problems(command, usual: int) -> list[str]:
+    """Training problems of the demo model, as prompts: as many as --problems says, or the usual number."""
+    if command.model_options.model != "demo":
+        raise PromptError(f"no prompts were given for {command.model_options.model}: only the demo model comes with "
+                          "some of its own; name a file of prompts by --file or --data")
+    from sled.demo.problems import problems, prompt
 
-    count = Whole(1, hint="it counts the problems")("--problems", usual if problems is None else problems)
-    return [prompt(problem.question) for problem in made("train", count)]
+    count = Whole(1, hint="it counts the problems")(
+        "--problems", usual if command.problems is None else command.problems)
+    return [prompt(problem.question) for problem in problems("train", count)]
 
 
 def print_devices() -> None:

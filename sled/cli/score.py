@@ -10,7 +10,7 @@ import tyro
 
 from sled.cli.derived import arguments
 from sled.cli.line import Sets
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, left_out, unescape
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, left_out, unescape, whole_rows
 from sled.errors import PromptError
 
 
@@ -92,7 +92,4 @@ class Score:
 
         columns = dict(prompt=unescape(self.prompt), completion=unescape(self.continuation))
         source = Source(**arguments(self, Source) | columns)
-        pairs = [(example.prompt, example.body) for example in source.open()]
-        if not pairs:
-            raise PromptError(f"{self.data} holds no rows; give one per continuation")
-        return pairs
+        return [(example.prompt, example.body) for example in whole_rows(source, "continuation")]

@@ -13,7 +13,7 @@ import sled
 from sled.cli.derived import arguments, given, option_help, option_type, sets
 from sled.cli.line import Sets, dashed
 from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, Stop, left_out, unescape
-from sled.cli.values import Layer, LayerSet
+from sled.cli.values import Layer, LayerSet, NewPath
 from sled.errors import PromptError, SettingError
 from sled.eval.extraction import RULES
 
@@ -43,7 +43,7 @@ class Sweep:
     an interruption with the same options, it goes on where it was.
     """
 
-    output: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("sweep")
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])] = Path("sweep")
     """Folder for sweep.csv, samples.jsonl (every prompt and text), sweep.md and sweep.png."""
     problems: Annotated[int | None, left_out("all of --data, or 160 held-out problems of the demo model")] = None
     """The number of questions to ask."""
@@ -103,7 +103,7 @@ class Sweep:
         self._refuse_idle()
         questions = self._questions()
         questions = dataclasses.replace(questions, prompts=tuple(self.chat_options.prompts(questions.prompts)))
-        sweep_folder("--output", self.output)
+        sweep_folder("--out", self.out)
         lm = self.model_options.load()
         self.chat_options.hint(lm)
         usual = grid.usual_layers(lm.config.num_layers)
@@ -114,9 +114,9 @@ class Sweep:
         if not methods:
             raise SettingError("nothing is left to sweep: give --thresholds, --drafts, or --rates with --scales")
         stop = [unescape(each) for each in self.stop] or None  # the questions' own
-        swept = sweep(lm, methods, questions, self.output, **{**arguments(self, sweep), "stop": stop})
+        swept = sweep(lm, methods, questions, self.out, **{**arguments(self, sweep), "stop": stop})
         print(swept.markdown())
-        print(f"written to {self.output}: {', '.join(FILES)}", file=sys.stderr)
+        print(f"written to {self.out}: {', '.join(FILES)}", file=sys.stderr)
 
     def _refuse_idle(self) -> None:
         """Raises SettingError for an option that decides nothing in this sweep."""

@@ -13,7 +13,7 @@ import tyro
 from sled.cli.derived import arguments, build, dashed, derive, given, given_for, offer, overrides, sets, settings_of
 from sled.cli.line import Sets
 from sled.cli.options import left_out, unescape
-from sled.cli.values import Layer
+from sled.cli.values import Layer, NewPath
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
 from sled.models.sharding.mesh import Mesh
@@ -38,7 +38,7 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
     held_out: tuple[str, ...] = ()
     """The same for data that is only measured on: the loss of every layer. For demo: its held-out problems."""
     text: str | None = None
-    """Column of plain text; every token is learnt."""
+    """Column of plain text, or a template; every token is learnt."""
     prompt: str | None = None
     """Column of prompts, or a template such as "Question: {question}\\nAnswer:"; not learnt. A backslash and n stands
     for a line break."""
@@ -92,9 +92,9 @@ demo: of the bundled model; demo-plain: of its twin without early exits.""")
 
 @dataclasses.dataclass(frozen=True)
 class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "finetune"), *overrides(
-        Recipe, "steps", "batch", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
+        Recipe, "steps", "batch_size", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
         "weight_decay", "clip", "z_loss", "distill", "temperature", "compute_dtype", "remat", "seed",
-        default="the recipe's", batch="-b"), *overrides(FixedExits, *FIXED.options.values()))):
+        default="the recipe's", batch_size="-b"), *overrides(FixedExits, *FIXED.options.values()))):
     """A recipe by name, and changes to it."""
 
     exit_layers: Annotated[tuple[Layer, ...], Sets(("AllExits.layers", "FixedExits.layers"))] = ()
@@ -195,7 +195,7 @@ class Train:
     killed at any moment, the same command goes on from the last checkpoint, as if nothing had happened.
     """
 
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+    out: Annotated[NewPath, tyro.conf.arg(aliases=["-o"])]
     """Folder of the run: checkpoints, metrics.jsonl, layers.png, and in the end model/."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """The model to start from: "demo" (bundled), a Hugging Face folder, a hub id, or "new"."""

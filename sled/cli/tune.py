@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -11,7 +10,16 @@ import tyro
 import sled
 from sled.cli.derived import arguments, sets, written
 from sled.cli.exit_options import OFFERS, SCHEDULE_OFFERS
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, SamplingOptions, Stop, begin, left_out
+from sled.cli.options import (
+    ChatOptions,
+    FusionOptions,
+    ModelOptions,
+    PromptOptions,
+    SamplingOptions,
+    Stop,
+    begin,
+    left_out,
+)
 from sled.cli.values import Layer, LayerSet
 from sled.errors import SettingError
 from sled.exits import POLICIES, SCHEDULES
@@ -33,10 +41,8 @@ class Tune:
     trained for early exits gains nothing by either.
     """
 
-    file: Path | None = None
-    """Read one prompt per line from this file (-: standard input)."""
     problems: Annotated[int | None, left_out("16")] = None
-    """Without --file: how many of the demo model's own training problems to take."""
+    """Without prompts of yours: how many of the demo model's own training problems to take."""
     exit_layers: Annotated[tuple[LayerSet, ...] | None, sets(sled.EarlyExit, "layers"),
                            left_out("a quarter and half of the layers")] = None
     """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4."""
@@ -49,6 +55,7 @@ class Tune:
     """Self-speculation: how many tokens to draft. Nothing behind the option: none is tried."""
     rounds: int = 5
     """Rounds of timing; the fastest counts."""
+    prompt_options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)

@@ -35,6 +35,15 @@ def _layer_set(text: str) -> tuple[int, ...]:
     return tuple(_reader(int, "layer's number")(each) for each in text.split(","))
 
 
+def _to_write(text: str) -> Path:
+    """A path of a result, whose folder is there: one that is made of a misspelt name would hide the mistake."""
+    path = Path(text).expanduser()
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {str(path.parent)!r} for {path.name}; make it, or correct the path")
+    return path
+
+
+NewPath = Annotated[Path, _single("PATH", Path, _to_write)]
 Layer = Annotated[int, _single("LAYER", int, _reader(int, "layer's number"))]
 LayerSet = Annotated[tuple[int, ...], _single("LAYER[,LAYER...]", tuple, _layer_set)]
 PLAIN = {int: _single("N", int, _reader(int, "whole number")),

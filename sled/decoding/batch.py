@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ from sled.decoding.programs import begin_service, forget_programs, serving
 from sled.decoding.state import bucket
 from sled.exits.schedule import Timing
 from sled.settings.per_row import stack_rows
+from sled.timing import Stopwatch
 
 HEADROOM = 256  # new positions allocated at first: attention costs by the slot, growing costs a compilation
 NO_LIMIT = np.int32(2**31 - 1)
@@ -123,11 +123,11 @@ class Generation(Batch):
         forget_programs()
         lengths = np.array([len(p) for p in prompts])
         self._ends = lengths + limits
-        begun = time.perf_counter()
+        watch = Stopwatch()
         capacity = bucket(min(int(self._ends.max()), int(lengths.max()) + HEADROOM))
         self._state = self._start(prompts, list(self._ends), seeds, capacity)
         self._fetch()
-        self.prefill_seconds = time.perf_counter() - begun
+        self.prefill_seconds, self.compile_seconds = watch.read()
         self.decode_seconds = 0.0
 
     def advance(self, count: int | None = None) -> None:
@@ -135,7 +135,7 @@ class Generation(Batch):
 
         Where drafts are verified, a row may get some more: no block of drafts is cut.
         """
-        begun = time.perf_counter()
+        watch = Stopwatch()
         most = int(self._ends.max())  # `count` may be more than an int32 holds
         goal_B = self._ends if count is None else np.minimum(self._ends, self.lengths + min(count, most))
         while (self.active & (self.lengths < goal_B)).any():
@@ -145,7 +145,9 @@ class Generation(Batch):
             if capacity > self._state.capacity:
                 self._state = state.grow(self._state, capacity=capacity)
             self._decode(np.minimum(goal_B, self._room_B(capacity)))
-        self.decode_seconds += time.perf_counter() - begun
+        seconds, compiled = watch.read()
+        self.decode_seconds += seconds
+        self.compile_seconds += compiled
 
     def _room_B(self, capacity: int) -> np.ndarray:
         """The known tokens up to which rows can go in so many positions, with room for drafts that follow them."""

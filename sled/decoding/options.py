@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from sled.decoding.sampling import Sampling
 from sled.errors import SettingError
-from sled.exits import FullDepth, Policy, Schedule
-from sled.fusion import FinalLayer, Strategy
+from sled.exits import POLICIES, SCHEDULES, FullDepth, Policy, Schedule
+from sled.fusion import FUSIONS, FinalLayer, Strategy
 from sled.io import shown
 from sled.settings.describe import describe
 from sled.settings.per_row import check_alike, check_rows, one_row, take_rows
 from sled.settings.rules import Instance, Several, Whole
+from sled.settings.unknown import naming_unknown
 
 A_STRATEGY = Instance(Strategy, hint="give a strategy such as sled.SLED(); sled.FinalLayer() is plain decoding")
 A_POLICY = Instance(Policy, hint="give sled.EarlyExit(...), sled.SelfSpeculation(...) or what Calibration.policy "
@@ -24,6 +26,7 @@ A_SAMPLING = Instance(Sampling, hint="give sled.Sampling(temperature=...), or lm
 FULL_DEPTH, FINAL_LAYER, GREEDY, NEW_TOKENS = FullDepth(), FinalLayer(), Sampling(), 128  # the defaults
 STOP = Several(str, "strings that end a text", hint="leave it out for none")
 USUAL_CONTEXT = 64  # a bound up to this is taken, however small a model's context is
+WITHIN = dict(sampling=(Sampling,), exits=POLICIES.values(), fusion=FUSIONS.values(), schedule=SCHEDULES.values())
 BY_ROW = dict(fusion=A_STRATEGY, exits=A_POLICY, sampling=A_SAMPLING)  # settings that may have an entry per row
 
 
@@ -107,6 +110,10 @@ class Decoding:
         return {"fusion": describe(self.fusion), "exits": describe(self.exits),
                 "schedule": describe(self.chosen_schedule), "sampling": describe(self.sampling),
                 "max_new_tokens": self.max_new_tokens, "stop": list(self.stop)}
+
+
+Decoding.__init__ = naming_unknown(Decoding.__init__, "Decoding", within=WITHIN)
+decoding_arguments = functools.partial(naming_unknown, within=WITHIN)  # a decorator of what takes them
 
 
 def stop_strings(stop: str | Sequence[str]) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sled.decoding.batch import Entry, Slots
-from sled.decoding.options import FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding
+from sled.decoding.options import FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
 from sled.decoding.sampling import Sampling
 from sled.errors import PromptError, RequestError, SettingError
 from sled.exits import Policy, Schedule
@@ -54,6 +54,7 @@ class Engine:
     Raises SettingError for a value out of range, and where the engine's own settings are beyond its limits.
     """
 
+    @decoding_arguments
     def __init__(self, lm: LM, *, slots: int = 8, capacity: int | None = None,
                  fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
                  schedule: Schedule | None = None, sampling: Sampling | Literal["checkpoint"] = GREEDY,
@@ -73,6 +74,7 @@ class Engine:
         self._running: list[Request | None] = [None] * slots
         self._spoilt = False  # whether a failure has left the slots in no good state
 
+    @decoding_arguments
     def submit(self, prompt: Prompt, *, fusion: Strategy | None = None, exits: Policy | None = None,
                sampling: Sampling | Literal["checkpoint"] | None = None, max_new_tokens: int = NEW_TOKENS,
                stop: str | Sequence[str] = (), seed: int = 0) -> Request:

@@ -14,7 +14,8 @@ import numpy as np
 
 from sled.errors import SettingError
 from sled.io import shown
-from sled.settings.rules import LARGEST, OrNone, Whole, is_array
+from sled.settings.rules import LARGEST, Layers, OrNone, Whole, is_array
+from sled.settings.unknown import naming_unknown
 
 Rule = Callable[[str, Any], Any]
 _KEY = "sled.setting"  # in a dataclass field's metadata
@@ -106,6 +107,7 @@ def settings(cls: type) -> type:
 
     cls.__post_init__ = __post_init__
     cls = dataclasses.dataclass(frozen=True)(cls)
+    cls.__init__ = naming_unknown(cls.__init__, cls.__name__)
     fields = declared(cls)
     cls.traced_fields = tuple(name for name, of in fields.items() if of.traced)
     cls.row_axes = {name: of.rows for name, of in fields.items() if of.rows}
@@ -160,6 +162,8 @@ def _documentation(cls: type) -> str:
             kinds = [getattr(of.rule, "expects", ""), f"an array [{', '.join(of.rows)}]" if of.rows else ""]
             takes = f" It is {' or '.join(filter(None, kinds))}." if any(kinds) else ""
             default = "" if field.default is dataclasses.MISSING else f" Default: {field.default!r}."
+            if isinstance(of.rule, Layers) and of.rule.none:
+                default = f" Default: None, which is {of.rule.none}."
             entry = f"{field.name}: {of.explanation}.{takes}{default}"
             entries.append(textwrap.fill(entry, 110, initial_indent="    ", subsequent_indent="        "))
     return "\n".join([inspect.cleandoc(cls.__doc__ or ""), *(("", "Settings:", *entries) if entries else ())])

@@ -25,11 +25,12 @@ DEMO_EXAMPLES = 20_000  # of the endless problems, where no limit is given
 
 class Example(NamedTuple):
     """One example before tokenising. `body` is text, token ids or messages; only text has a `prompt`, which may be
-    empty."""
+    empty. lacks: the columns of its texts that have no value in this row (null)."""
 
     place: str  # for messages: the file or source, and the number of the example in it, from 1
     prompt: str
     body: str | list[int] | list[dict[str, Any]]
+    lacks: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Source:
         rows: any iterable of mappings, a `datasets.Dataset` among them. Files end in .json, .jsonl, .csv, .parquet,
         .arrow or .txt, whose every line is an example in the column "text". A folder is searched with all its folders,
         for one kind of file; what is hidden or has another ending is passed over.
-    text: the column of plain text; every token counts in the loss. The default where no column is named.
+    text: the column of plain text, or a template; every token counts in the loss. The default where no column is named.
     prompt, completion: columns of text, or templates such as "Question: {question}\\nAnswer:", whose fields are
         columns. They are joined as they are: a blank between them must stand in one of them. "demo" has both.
     tokens: the column of token ids.
@@ -170,10 +171,11 @@ class Reading:
             elif s.messages is not None:
                 yield Example(place, "", _conversation(_value(row, s.messages, place, "messages"), place, s.messages))
             elif s.text is not None:
-                yield Example(place, "", _text(row, "text", s.text, place))
+                yield Example(place, "", *_text(row, "text", s.text, place))
             else:
-                yield Example(place, _text(row, "prompt", s.prompt, place),
-                              _text(row, "completion", s.completion, place))
+                before, lacks = _text(row, "prompt", s.prompt, place)
+                after, more = _text(row, "completion", s.completion, place)
+                yield Example(place, before, after, lacks + more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +198,7 @@ def template_parts(setting: str, template: str) -> list[tuple[str, str | None]]:
     """Pieces of a column's name or of a template: literal text, then the column that follows it, if any."""
     if not isinstance(template, str) or not template:
         raise SettingError(f"Source.{setting} is {template!r}, but must be the name of a column")
-    if setting not in ("prompt", "completion") or not {"{", "}"} & set(template):
+    if setting not in ("text", "prompt", "completion") or not {"{", "}"} & set(template):
         return [("", template)]
     try:
         pieces = list(string.Formatter().parse(template))
@@ -209,20 +211,22 @@ def template_parts(setting: str, template: str) -> list[tuple[str, str | None]]:
     return [(literal, field) for literal, field, _, _ in pieces]
 
 
-def _text(row: Mapping, setting: str, template: str, place: str) -> str:
-    parts = []
+def _text(row: Mapping, setting: str, template: str, place: str) -> tuple[str, tuple[str, ...]]:
+    """A column or template filled in, and the columns in it that have no value here."""
+    parts, lacks = [], []
     for literal, column in template_parts(setting, template):
         value = None if column is None else _value(row, column, place, setting)
         if value is not None and not isinstance(value, str | int | float | Decimal):
             raise DataError(f"{place} holds {type(value).__name__} in its column {column!r}, but Source.{setting} "
                             "must be text; name a column of text, or one of token ids by Source.tokens")
+        lacks += [column] if column is not None and value is None else []
         parts += [literal, "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)]
-    return "".join(parts)
+    return "".join(parts), tuple(lacks)
 
 
 def _value(row: Mapping, column: str, place: str, setting: str):
     if column not in row:
-        raise DataError(f"{place} has no column {column!r}, which Source.{setting} needs; it has "
+        raise DataError(f"{place} has no column {column!r}; by Source.{setting} name one that it has: "
                         f"{', '.join(map(repr, row)) or 'none'}")
     return row[column]
 
