@@ -2,7 +2,7 @@
 
 Seeded: the same cases every time. `--exhaustive` runs 2,000 and more; the rule is the same. With their counts:
 
-    python -m pytest -n 0 -s --exhaustive tests/test_fuzz.py
+    python -m pytest -n 0 -s --exhaustive tests/test_fuzz.py 2>&1 | grep cases
 """
 
 import collections
