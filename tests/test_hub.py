@@ -100,7 +100,7 @@ def test_what_cannot_be_exported_makes_no_repository(hub, tmp_path):
     (tmp_path / "mine" / "notes.md").write_text("mine")
     with pytest.raises(CheckpointError, match="no earlier export"):
         export_hf("demo", tmp_path / "mine", push="me/model")
-    with pytest.raises(CheckpointError, match="not a folder here"):
+    with pytest.raises(CheckpointError, match="is no folder here"):
         export_hf("./nowhere", tmp_path / "m", push="me/model")
     assert not hub.files
 
