@@ -17,6 +17,7 @@ _HOMES = {
     "DynamicScaling": "positions",
     "LongRopeScaling": "positions",
     "ExitHeads": "config",
+    "Experts": "config",
     "from_pre_exit": "config",
     "Decoder": "decoder",
     "FAMILIES": "families.registry",

@@ -42,6 +42,12 @@ QWEN2 = dict(BASE, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
 QWEN3 = dict(BASE, model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=16)
 GEMMA = {**BASE, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "tie_word_embeddings": True}
 del GEMMA["hidden_act"]
+EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02)
+MIXTRAL = dict(BASE, **EXPERTS, model_type="mixtral", architectures=["MixtralForCausalLM"])
+QWEN3_MOE = dict(BASE, model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], head_dim=16, num_experts=6,
+                 num_experts_per_tok=3, moe_intermediate_size=24, norm_topk_prob=True)
+GPT_OSS = dict(BASE, **EXPERTS, model_type="gpt_oss", architectures=["GptOssForCausalLM"], head_dim=16,
+               sliding_window=6)
 LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
                    original_max_position_embeddings=16)
 
@@ -76,6 +82,14 @@ VARIANTS = {
         GEMMA, model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=5,
         sliding_window_pattern=2, rope_theta=500.0, rope_local_base_freq=100.0, final_logit_softcapping=3.0,
         rope_scaling={"rope_type": "linear", "factor": 8.0}, tie_word_embeddings=False),
+    "mixtral": MIXTRAL,
+    "mixtral-window": dict(MIXTRAL, sliding_window=6, head_dim=16),
+    "qwen3_moe": QWEN3_MOE,
+    "qwen3_moe-unnormalised": dict(QWEN3_MOE, norm_topk_prob=False, attention_bias=True, tie_word_embeddings=True),
+    "gpt_oss": GPT_OSS,  # with its own YaRN
+    "gpt_oss-low-clamp": dict(
+        GPT_OSS, swiglu_limit=0.5, attention_bias=False, num_key_value_heads=4, rope_theta=100.0,
+        rope_scaling=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, truncate=False)),
 }
 
 

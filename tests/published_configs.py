@@ -81,6 +81,31 @@ QWEN_3 = dict(
     transformers_version="4.51.0", use_cache=True, use_sliding_window=False, vocab_size=151936)
 QWEN_3_06 = dict(QWEN_3, hidden_size=1024, intermediate_size=3072, max_window_layers=28, num_attention_heads=16,
                  num_hidden_layers=28, tie_word_embeddings=True)
+MIXTRAL = dict(
+    MISTRAL, architectures=["MixtralForCausalLM"], attention_dropout=0.0, model_type="mixtral", num_experts_per_tok=2,
+    num_local_experts=8, output_router_logits=False, rope_theta=1000000.0, router_aux_loss_coef=0.02,
+    sliding_window=None, transformers_version="4.36.0.dev0")
+QWEN_3_MOE = dict(
+    architectures=["Qwen3MoeForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=151643,
+    decoder_sparse_step=1, eos_token_id=151645, head_dim=128, hidden_act="silu", hidden_size=2048,
+    initializer_range=0.02, intermediate_size=6144, max_position_embeddings=40960, max_window_layers=48,
+    mlp_only_layers=[], model_type="qwen3_moe", moe_intermediate_size=768, norm_topk_prob=True, num_attention_heads=32,
+    num_experts=128, num_experts_per_tok=8, num_hidden_layers=48, num_key_value_heads=4, output_router_logits=False,
+    rms_norm_eps=1e-06, rope_scaling=None, rope_theta=1000000.0, router_aux_loss_coef=0.001, sliding_window=None,
+    tie_word_embeddings=False, torch_dtype="bfloat16", transformers_version="4.51.0", use_cache=True,
+    use_sliding_window=False, vocab_size=151936)
+GPT_OSS = dict(
+    architectures=["GptOssForCausalLM"], attention_bias=True, attention_dropout=0.0, eos_token_id=200002,
+    experts_per_token=4, head_dim=64, hidden_act="silu", hidden_size=2880, initial_context_length=4096,
+    initializer_range=0.02, intermediate_size=2880, layer_types=["sliding_attention", "full_attention"] * 12,
+    max_position_embeddings=131072, model_type="gpt_oss", num_attention_heads=64, num_experts_per_tok=4,
+    num_hidden_layers=24, num_key_value_heads=8, num_local_experts=32, output_router_logits=False, pad_token_id=199999,
+    quantization_config=dict(quant_method="mxfp4", modules_to_not_convert=[
+        "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]),
+    rms_norm_eps=1e-05, rope_scaling=dict(beta_fast=32.0, beta_slow=1.0, factor=32.0, rope_type="yarn", truncate=False,
+                                          original_max_position_embeddings=4096),
+    rope_theta=150000, router_aux_loss_coef=0.9, sliding_window=128, swiglu_limit=7.0, tie_word_embeddings=False,
+    transformers_version="4.55.0.dev0", use_cache=True, vocab_size=201088)
 GEMMA = dict(
     architectures=["GemmaForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=2, eos_token_id=1,
     head_dim=256, hidden_act="gelu", hidden_activation=None, hidden_size=2048, initializer_range=0.02,
@@ -214,6 +239,11 @@ PUBLISHED = {
 }
 
 PUBLISHED |= {
+    "mistralai/Mixtral-8x7B-v0.1": MIXTRAL,
+    "Qwen/Qwen3-30B-A3B": QWEN_3_MOE,
+    "openai/gpt-oss-20b": GPT_OSS,
+    "openai/gpt-oss-120b": dict(GPT_OSS, num_hidden_layers=36, num_local_experts=128,
+                                layer_types=["sliding_attention", "full_attention"] * 18),
     "google/gemma-2b": GEMMA,
     "google/gemma-7b": dict(GEMMA, hidden_activation=ABSENT, hidden_size=3072, intermediate_size=24576,
                             num_attention_heads=16, num_hidden_layers=28, num_key_value_heads=16),
@@ -248,6 +278,8 @@ COUNTS = {
     "google/gemma-2b": 2_506_172_416, "google/gemma-2-2b": 2_614_341_888, "google/gemma-2-9b": 9_241_705_984,
     "google/gemma-2-27b": 27_227_128_320, "google/gemma-3-270m": 268_098_176, "google/gemma-3-1b-it": 999_885_952,
     "google/gemma-3-4b-it": 3_880_263_168, "google/gemma-3-27b-it": 27_009_346_304,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704, "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "openai/gpt-oss-20b": 20_914_757_184, "openai/gpt-oss-120b": 116_829_156_672,
 }
 
 # What a load says that it passes over.
@@ -260,6 +292,9 @@ PASSED_OVER = {
     "HuggingFaceTB/SmolLM2-135M": ["is_llama_config"],
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": ["transformers.js_config"],
     "Qwen/Qwen2.5-7B-Instruct-1M": ["dual_chunk_attention_config"],
+    "Qwen/Qwen3-30B-A3B": ["max_window_layers"],
+    "openai/gpt-oss-20b": ["experts_per_token", "initial_context_length"],
+    "openai/gpt-oss-120b": ["experts_per_token", "initial_context_length"],
 }
 
 # Published, and refused: the file, and what the error says.
@@ -272,11 +307,11 @@ REFUSED = {
     "Qwen/Qwen3-8B-FP8": (
         dict(QWEN_3, quantization_config=dict(activation_scheme="dynamic", fmt="e4m3", quant_method="fp8",
                                               weight_block_size=[128, 128])), "'quantization_config' is"),
-    "Qwen/Qwen3-30B-A3B": (dict(QWEN_3, architectures=["Qwen3MoeForCausalLM"], model_type="qwen3_moe", num_experts=128,
-                                num_experts_per_tok=8), "model_type 'qwen3_moe'"),
-    "mistralai/Mixtral-8x7B-v0.1": (
-        dict(MISTRAL, architectures=["MixtralForCausalLM"], model_type="mixtral", num_local_experts=8),
-        "model_type 'mixtral'"),
+    "Qwen/Qwen3-30B-A3B-FP8": (dict(QWEN_3_MOE, quantization_config=dict(
+        activation_scheme="dynamic", fmt="e4m3", quant_method="fp8", weight_block_size=[128, 128])),
+        "'quantization_config' is"),
+    "openai/gpt-oss-20b in another form": (dict(GPT_OSS, quantization_config=dict(quant_method="bitsandbytes")),
+                                           "'quantization_config' is .* only 'mxfp4' is read"),
     "HuggingFaceTB/SmolLM3-3B": (dict(SMOL, architectures=["SmolLM3ForCausalLM"], model_type="smollm3"),
                                  "model_type 'smollm3'"),
     "deepseek-ai/DeepSeek-V2-Lite": (dict(DEEPSEEK, architectures=["DeepseekV2ForCausalLM"], model_type="deepseek_v2"),
@@ -300,6 +335,12 @@ def shrunken(values: dict) -> dict:
         small["head_dim"] = 8 if c["head_dim"] * heads == width else 16
     if c.get("sliding_window"):
         small["sliding_window"] = 8
+    small |= {name: size for name, size in (("num_local_experts", 4), ("num_experts", 8), ("moe_intermediate_size", 24))
+              if name in c}
+    if "quantization_config" in c:  # which is of the files alone
+        c = {name: value for name, value in c.items() if name != "quantization_config"}
+    if "layer_types" in c:
+        small["layer_types"] = c["layer_types"][:3]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = c.get(name)
         if ids is not None:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from published_configs import COUNTS, HOLDERS, PASSED_OVER, PUBLISHED, REFUSED, shrunken, whole
-from safetensors.numpy import save_file
 
 from sled.errors import CheckpointWarning, ConfigError
 from sled.models import FAMILIES, load_folder, read_config
@@ -44,9 +43,9 @@ def made_by_transformers(theirs, folder, values):
     with torch.no_grad():
         for weight in model.parameters():
             weight.normal_(1.0 if weight.ndim == 1 else 0.0, 0.2)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    save_file({name: weight.numpy() for name, weight in model.state_dict().items() if name not in tied},
-              folder / "model.safetensors", metadata={"format": "pt"})
+    model.save_pretrained(folder)  # under the names that it stores them by
+    (folder / "generation_config.json").unlink()
+    (folder / "config.json").write_text(json.dumps(values))
     return model
 
 
@@ -102,10 +101,11 @@ def reads(theirs, folder, values, monkeypatch) -> set[str]:
     torch, transformers = theirs
     made_by_transformers(theirs, folder, values)
     kind, names = transformers.AutoConfig.for_model(values["model_type"]).__class__, set()
+    plain = kind.__getattribute__  # which knows other names of some fields
 
     def recorded(self, name):
         names.add(name)
-        return object.__getattribute__(self, name)
+        return plain(self, name)
 
     with monkeypatch.context() as patch:
         patch.setattr(kind, "__getattribute__", recorded)
@@ -116,7 +116,8 @@ def reads(theirs, folder, values, monkeypatch) -> set[str]:
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-llama3", "llama-linear-old-spelling", "mistral-window",
-                                     "qwen2-layer-types", "qwen3-mha-biases-windows", "gemma", "gemma2", "gemma3_text"])
+                                     "qwen2-layer-types", "qwen3-mha-biases-windows", "gemma", "gemma2", "gemma3_text",
+                                     "mixtral", "qwen3_moe", "gpt_oss"])
 def test_every_field_that_transformers_reads_is_accounted_for(variant, theirs, variants, tmp_path, monkeypatch):
     """It is obeyed or refused where it is odd, or is known to change nothing: it never counts as unknown."""
     of_generation = theirs[1].GenerationConfig._get_default_generation_params()

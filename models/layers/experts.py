@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec
 
-from sled.models.config import DecoderConfig
+from sled.models.config import DecoderConfig, Experts
 from sled.models.layers.basic import Linear, parameter
 from sled.models.layers.mlp import FUNCTIONS
 from sled.models.sharding.mesh import ROWS
@@ -82,13 +82,9 @@ class ExpertMLP(nnx.Module):
         """
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         logits_BTX = self.router(x_BTD, wide)
-        best_BTA, chosen_BTA = jax.lax.top_k(logits_BTX, self.experts.chosen)
-        every = best_BTA if self.experts.normalised else logits_BTX
-        share_BTA = jnp.exp(best_BTA - jax.nn.logsumexp(every, axis=-1, keepdims=True))
         matrices = Matrices(*(None if one is None else one[...] for one in (
             self.gate.weight, self.up.weight, self.down.weight, self.gate.bias, self.up.bias)))
-        form = functools.partial(_form, self.activation, self.experts.clamp)
-        y_BTD = _on_mesh(mesh, form, matrices, x_BTD, chosen_BTA, share_BTA)
+        y_BTD, chosen_BTA, share_BTA = _on_mesh(mesh, self.experts, self.activation, matrices, x_BTD, logits_BTX)
         if self.down.bias is not None:
             hot_BTAX = jax.nn.one_hot(chosen_BTA, self.experts.count, dtype=wide)
             share_BTX = (hot_BTAX * share_BTA[..., None]).sum(-2)
@@ -104,29 +100,35 @@ def _form(activation: str, clamp: tuple[float, float] | None, gate, up):
     return gate * jax.nn.sigmoid(slope * gate) * (jnp.clip(up, -limit, limit) + 1)
 
 
-def _on_mesh(mesh, form: Form, matrices: Matrices, x_BTD, chosen_BTA, share_BTA):
-    """Every device routes its own rows, to its own part of every expert.
+def _on_mesh(mesh, experts: Experts, activation: str, matrices: Matrices, x_BTD, logits_BTX):
+    """`_mixture` where every device routes its own rows, to its own part of every expert.
 
     Left to the partitioner, which cannot divide a sort over all tokens, each would compute them all.
     """
+    mixture = functools.partial(_mixture, experts, functools.partial(_form, activation, experts.clamp))
     if mesh is None:
-        return _mixture(form, matrices, x_BTD, chosen_BTA, share_BTA)
+        return mixture(matrices, x_BTD, logits_BTX)
     even = x_BTD.shape[0] % (mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]) == 0
     rows = PartitionSpec(ROWS if even else None)
     split = matrices.map(lambda _, axis: PartitionSpec(*[None] * axis, "tensor"))
 
-    def on_device(matrices, *args):
-        return jax.lax.psum(_mixture(form, matrices, *args), "tensor")
+    def on_device(*args):
+        y_BTD, *routing = mixture(*args)
+        return jax.lax.psum(y_BTD, "tensor"), *routing
 
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(split, rows, rows, rows), out_specs=rows,
-                         check_vma=False)(matrices, x_BTD, chosen_BTA, share_BTA)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(split, rows, rows), out_specs=(rows, rows, rows),
+                         check_vma=False)(matrices, x_BTD, logits_BTX)
 
 
-def _mixture(form: Form, matrices: Matrices, x_BTD, chosen_BTA, share_BTA):
+def _mixture(experts: Experts, form: Form, matrices: Matrices, x_BTD, logits_BTX):
+    """The output [B, T, D], the experts chosen [B, T, A], and how much each counts [B, T, A]."""
+    best_BTA, chosen_BTA = jax.lax.top_k(logits_BTX, experts.chosen)
+    every = best_BTA if experts.normalised else logits_BTX
+    share_BTA = jnp.exp(best_BTA - jax.nn.logsumexp(every, axis=-1, keepdims=True))
     x_ND, chosen_NA, share_NA = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, chosen_BTA, share_BTA))
     known = isinstance(x_ND.shape[0], int)  # an exported program's is symbolic
     mixture = in_blocks if jax.default_backend() == "cpu" or not known else in_groups
-    return mixture(form, matrices, x_ND, chosen_NA, share_NA).reshape(x_BTD.shape)
+    return mixture(form, matrices, x_ND, chosen_NA, share_NA).reshape(x_BTD.shape), chosen_BTA, share_BTA
 
 
 def _expert(form: Form, dot: Callable, matrices: Matrices, x, dtype):
@@ -194,9 +196,8 @@ def _blocks(form: Form, matrices: Matrices, x_MRD, share_MR, expert_M, used):
     stretches = _stretches(matrices)
 
     def add(i, y_MRD):
-        m, place = i // stretches, (expert_M[i // stretches], i % stretches)
-        y_RD = _shared(form, _stretch(matrices, place, stretches), x_MRD[m], share_MR[m])
-        return _put(y_MRD, m, y_RD)
+        m, _, own = _turn(i, matrices, expert_M, stretches)
+        return _put(y_MRD, m, _shared(form, own, x_MRD[m], share_MR[m]))
 
     return jax.lax.fori_loop(0, used * stretches, add, jnp.zeros(x_MRD.shape, share_MR.dtype))
 
@@ -210,9 +211,9 @@ def _blocks_backward(form: Form, args, dy_MRD):
     stretches = _stretches(matrices)
 
     def add(i, gradients):
-        m, place = i // stretches, (expert_M[i // stretches], i % stretches)
-        own = _stretch(matrices, place, stretches), x_MRD[m], share_MR[m]
-        of_matrices, dx_RD, dshare_R = jax.vjp(functools.partial(_shared, form), *own)[1](dy_MRD[m])
+        m, place, own = _turn(i, matrices, expert_M, stretches)
+        pull = jax.vjp(functools.partial(_shared, form), own, x_MRD[m], share_MR[m])[1]
+        of_matrices, dx_RD, dshare_R = pull(dy_MRD[m])
         sums, dx_MRD, dshare_MR = gradients
         added = jax.tree.map(lambda total, part: total + part.astype(total.dtype),
                              _stretch(sums, place, stretches), of_matrices)
@@ -231,6 +232,14 @@ def _shared(form: Form, matrices: Matrices, x_RD, share_R):
     return _expert(form, dot, matrices, x_RD, share_R.dtype) * share_R[:, None]
 
 
+def _turn(i, matrices: Matrices, expert_M, stretches: int) -> tuple[jax.Array, tuple, Matrices]:
+    """What turn i of the loop is about: the block, the place (expert, stretch) of its matrices, and these."""
+    # Else XLA, which computes bfloat16 in float32 on a CPU, would convert all experts before the loop.
+    matrices, i = jax.lax.optimization_barrier((matrices, i))
+    m, place = i // stretches, (expert_M[i // stretches], i % stretches)
+    return m, place, _stretch(matrices, place, stretches)
+
+
 def _stretches(matrices: Matrices) -> int:
     """Into how many parts F is cut, so that one of a matrix fits a CPU's cache."""
     _, d, f = matrices.gate.shape
@@ -247,7 +256,7 @@ def _begin_and_shape(array, axis: int, place, stretches: int):
 
 
 def _stretch(matrices: Matrices, place, stretches: int) -> Matrices:
-    """One expert's matrices, a stretch of them: place is (expert, stretch)."""
+    """One expert's matrices, a stretch of them."""
     return matrices.map(lambda a, axis: jax.lax.dynamic_slice(a, *_begin_and_shape(a, axis, place, stretches))[0])
 
 

@@ -42,7 +42,8 @@ def flops_per_token(config: DecoderConfig, parameters: int, heads: int, length: 
 
     parameters: all of the model's but those of its exit heads, of which there are `heads`. An embedding table that is
     not the head as well is looked up, not multiplied, and is left out. The attention term is PaLM's 12 L N H T, for
-    which a causal mask saves nothing; a layer with a sliding window counts the window where that is shorter.
+    which a causal mask saves nothing; a layer with a sliding window counts the window where that is shorter. Of a
+    mixture of experts those that a token goes through count.
     Layers that layer dropout skips are counted as if they ran.
     """
     table = 0 if config.tied_head else config.vocab_size * config.width
@@ -51,6 +52,9 @@ def flops_per_token(config: DecoderConfig, parameters: int, heads: int, length: 
     own = 0.0 if config.exit_heads is None else heads / len(config.exit_heads.layers)
     if own and not config.exit_heads.tied:
         own -= projection  # it is counted below
+    if experts := config.experts:
+        one = 3 * config.width * experts.width + config.mlp_bias * (2 * experts.width + config.width)
+        parameters -= config.num_layers * (experts.count - experts.chosen) * one
     return Flops(model=6.0 * (parameters - table) + 12.0 * config.num_heads * config.head_dim * reach,
                  exit=6.0 * (projection + own))
 
