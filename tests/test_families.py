@@ -25,7 +25,8 @@ from sled.models.stored import abstract
 from sled.train.objective.cross_entropy import exit_cross_entropy
 from sled.train.objective.forward import exit_states
 
-FAMILIES = ["qwen3-mha-biases-windows", "gemma", "gemma2", "gemma3_text", "mixtral-window", "gpt_oss"]
+FAMILIES = ["qwen3-mha-biases-windows", "gemma", "gemma2", "gemma3_text", "mixtral-window", "gpt_oss",
+            "gpt2", "olmo2-mha-biases-yarn", "phi3-longrope-partial-tied"]
 ROOM = 40  # positions, more than any window and than what a ring of slots holds
 PROMPTS = [np.random.RandomState(n).randint(3, 48, n).tolist() for n in (17, 1, 6)]
 METHODS = {

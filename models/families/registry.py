@@ -12,10 +12,13 @@ from sled.io import read_object, shorten, shown, write_json
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.families.family import ONE_VALUE, Family, Fields
 from sled.models.families.gemma import GEMMA, GEMMA_2, GEMMA_3
+from sled.models.families.gpt2 import GPT_2
 from sled.models.families.gpt_oss import GPT_OSS
 from sled.models.families.llama import LLAMA
 from sled.models.families.mistral import MISTRAL
 from sled.models.families.mixtral import MIXTRAL
+from sled.models.families.olmo import OLMO_2
+from sled.models.families.phi import PHI_3
 from sled.models.families.qwen import QWEN2, QWEN3
 from sled.models.families.qwen_moe import QWEN3_MOE
 
@@ -25,7 +28,7 @@ HEADS_CONFIG = "exit_heads.json"  # beside config.json, whose readers need not k
 HOLDERS = {"gemma3": "Gemma3ForConditionalGeneration"}
 OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 FAMILIES = {family.name: family for family in (
-    LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA, GEMMA_2, GEMMA_3, GPT_OSS)}
+    LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA, GEMMA_2, GEMMA_3, GPT_OSS, GPT_2, OLMO_2, PHI_3)}
 
 
 def family_of(config: DecoderConfig) -> Family:
