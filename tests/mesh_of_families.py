@@ -1,4 +1,4 @@
-"""Run by test_families.py: python mesh_of_families.py OUT FOLDER ...: a step of each model on 8 devices is that on one."""
+"""Run by test_families.py: python mesh_of_families.py OUT FOLDER ...: a step of each on 8 devices is that on one."""
 
 import sys
 from pathlib import Path

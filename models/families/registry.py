@@ -101,8 +101,8 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
     if len(found) != 1:
         raise ConfigError(
             f"{source}: model_type {shown(kind, 60)} with architectures {shown(architectures, 200)} is not supported "
-            f"(the nearest by name is {_nearest(kind, architectures)}; all: {', '.join(FAMILIES)}); use a model of these "
-            "families, or add the family, as docs/families.md shows")
+            f"(the nearest by name is {_nearest(kind, architectures)}; all: {', '.join(FAMILIES)}); use one of "
+            "these, or add the family, as docs/families.md shows")
     try:
         config = DecoderConfig(family=found[0].name, **found[0].read(f))
     except ConfigError as error:
