@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from programs import on_devices, run_together
 from published_configs import PUBLISHED, whole
 from safetensors.numpy import load_file
 
@@ -70,6 +71,7 @@ def test_texts_are_those_of_the_model_without_a_cache(everything, method, tiny_f
         assert np.asarray(choices(text))[len(prompt) - 1:][:len(said)].tolist() == said
 
 
+@pytest.mark.exhaustive
 def test_scores_are_those_of_the_model_without_a_cache(everything, tiny_folder):
     model = model_of(tiny_folder(everything))
     scores = LM(model).score([PROMPTS[0], PROMPTS[0], PROMPTS[1]], [PROMPTS[2], [5], PROMPTS[0]])
@@ -77,6 +79,11 @@ def test_scores_are_those_of_the_model_without_a_cache(everything, tiny_folder):
     logits = model.logits(model.hidden_states(text[None])[-1, 0])
     logp = jax.nn.log_softmax(logits)[jnp.arange(16, 22), text[17:]]
     np.testing.assert_allclose(scores.logprobs[0], logp, atol=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_a_step_on_eight_devices_is_that_on_one(tiny_folder, tmp_path):
+    run_together([(on_devices(8), ["mesh_of_families.py", tmp_path, *map(tiny_folder, FAMILIES)])])
 
 
 @pytest.mark.exhaustive

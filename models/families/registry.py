@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from pathlib import Path
 
@@ -98,10 +99,10 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
     found = [family for family in FAMILIES.values()
              if kind in (None, family.name) and all(family.has(architecture) for architecture in architectures)]
     if len(found) != 1:
-        known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES.values())
-        raise ConfigError(f"{source}: model_type {shown(kind, 60)} with architectures "
-                          f"{shown(architectures, 200)} is not supported (supported: {known}); use a model of "
-                          "these families")
+        raise ConfigError(
+            f"{source}: model_type {shown(kind, 60)} with architectures {shown(architectures, 200)} is not supported "
+            f"(the nearest by name is {_nearest(kind, architectures)}; all: {', '.join(FAMILIES)}); use one of "
+            "these, or add the family, as docs/families.md shows")
     try:
         config = DecoderConfig(family=found[0].name, **found[0].read(f))
     except ConfigError as error:
@@ -110,6 +111,13 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
     f.finish(ONE_VALUE)
     _warn(f, config.family)
     return config
+
+
+def _nearest(kind: str | None, architectures: list) -> str:
+    """The name of the family that is spelled most like what a file says."""
+    given = " ".join([kind or "", *(one for one in architectures if isinstance(one, str))])[:200].lower()
+    ratio = lambda name: difflib.SequenceMatcher(None, given, name.lower()).ratio()  # noqa: E731
+    return max(FAMILIES.values(), key=lambda family: ratio(f"{family.name} {family.architecture}")).name
 
 
 def _decoder_of(values: dict, source: str) -> dict:
