@@ -11,7 +11,9 @@ from safetensors.numpy import load_file, save_file
 
 import sled
 from sled.errors import ConfigError, PromptError
-from sled.models import ExitHeads, load_folder, save_folder
+from sled.export.card import Card, model_card
+from sled.export.source import read_source
+from sled.models import FAMILIES, ExitHeads, load_folder, save_folder
 from sled.models.families.registry import format_config, parse_config
 
 CHOSEN = ["gpt2", "gpt2-wide-untied", "olmo2", "olmo2-mha-biases-yarn", "phi3", "phi3-longrope-partial-tied"]
@@ -111,3 +113,38 @@ def test_an_exit_heads_mlp_has_the_models_own_form(name, tiny_folder, tmp_path):
     read = load_folder(save_folder(decoder, tmp_path / name))
     np.testing.assert_array_equal(read.exit_head(1).read(h_TD), decoder.exit_head(1).read(h_TD))
     assert not jnp.allclose(read.exit_head(1).read(h_TD), plain.normalise(h_TD))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_where_transformers_can_leave_early(family, tiny_folder, transformers):
+    """A family says so of its class there: drafts of the first layer leave the text as it is, or it fails."""
+    import torch
+
+    folder = tiny_folder(family if family != "mistral" else "mistral-window")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    runs = []
+    layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == 3)
+    layers[2].register_forward_hook(lambda *_: runs.append(1))
+
+    def generate(**early):
+        return model.generate(torch.tensor([PROMPTS[1]]), max_new_tokens=6, min_new_tokens=6, do_sample=False, **early)
+
+    expected, plain = generate(), len(runs)
+    if FAMILIES[family].early_exit:
+        assert torch.equal(generate(assistant_early_exit=1), expected)
+        assert len(runs) <= 2 * plain  # drafts do not go through it
+    else:
+        with pytest.raises(IndexError):
+            generate(assistant_early_exit=1)
+
+
+def test_the_card_shows_transformers_no_exit_that_it_cannot_take(tiny_folder, tmp_path):
+    line = {"step": 3, "held_out": [1.0] * 3, "held_out_accuracy": [0.5, 0.9, 0.9]}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    settings = dict(model={"name": "new"}, data=dict(name="demo", digest="cd"), held_out=None, recipe={},
+                    prompt_weight=0)
+    for name in ("gpt2", "olmo2"):
+        model = read_source(tiny_folder(name))._replace(run=tmp_path, step=3, settings=settings)
+        card = model_card(Card(), model, model.decoder, name, None)
+        assert "SelfSpeculation(2)" in card and ("assistant_early_exit=2" in card) == (name == "olmo2")
+        assert ("transformers' class of gpt2 models has no early exit" in card) == (name == "gpt2")

@@ -167,6 +167,8 @@ class Family:
     other_bases: what other classes that hold this model have before its names, each with what belongs there.
     left_out: beginnings of the names of tensors that are no part of the decoder.
     buffers: ends of the names of stored tensors that are no weights.
+    early_exit: whether transformers' class stops after `config.num_hidden_layers` layers, however many it has, as its
+        `assistant_early_exit` asks of it.
     """
 
     name: str
@@ -180,6 +182,7 @@ class Family:
     other_bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    early_exit: bool = True
 
     def has(self, architecture: Any) -> bool:
         """Whether this names the family's class, or the one without a head; older files write LLaMA."""

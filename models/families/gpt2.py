@@ -74,4 +74,4 @@ def _write(c: DecoderConfig) -> dict:
 GPT_2 = Family(
     "gpt2", "GPT2LMHeadModel", _read, _write, MODULES,
     in_out=frozenset(name for name in MODULES if name.startswith((ATTENTION + ".", MLP + "."))),
-    base="transformer.", buffers=(".attn.bias", ".attn.masked_bias"))
+    base="transformer.", buffers=(".attn.bias", ".attn.masked_bias"), early_exit=False)
