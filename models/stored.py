@@ -32,7 +32,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "exit_heads.safetensors"
 STORED_TYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}  # bytes each
 QUANTISED = ("qweight", "qzeros", "scales", "weight_scale", "weight_scale_inv", "weight_packed", "absmax", "SCB")
-PROGRESS_FROM = 1_000_000_000  # bytes: below, a bar would only flicker
+PROGRESS_AFTER = 1.0  # seconds: before, a bar would only flicker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,4 +271,4 @@ def finite(source, name: str, weight: np.ndarray, dtype) -> np.ndarray:
 def progress(what: str, total_bytes: int) -> tqdm:
     """A bar in bytes; of several processes that load or save together, only the first shows one."""
     return tqdm(total=total_bytes, desc=what, unit="B", unit_scale=True,
-                disable=total_bytes < PROGRESS_FROM or jax.process_index() > 0)
+                delay=PROGRESS_AFTER, disable=jax.process_index() > 0)

@@ -41,7 +41,7 @@ remember_programs(out)
 assert jax.device_count() == 8
 STEPS, LENGTH = 10, 13
 OPTIMIZER = optax.adamw(3e-3)
-RECIPE = Recipe(steps=STEPS, batch=8, context=LENGTH, exits=WeightedExits(UniformWeights(), Rotational(2)),
+RECIPE = Recipe(steps=STEPS, batch_size=8, context=LENGTH, exits=WeightedExits(UniformWeights(), Rotational(2)),
                 dropout=LayerDropout(0.3, rescale=False))
 IDS = np.random.RandomState(0).randint(3, 48, (40, LENGTH - 1)).tolist()
 DATA = Source([{"ids": ids} for ids in IDS], tokens="ids")
@@ -208,7 +208,7 @@ assert saved[0] == saved[1] and sum(name.endswith(".safetensors") for name in sa
 close(runs["all"][2]()[HELD_OUT], evaluate()[HELD_OUT])
 # Where rows that lie on several devices are left out of the computation, and where exit heads learn alone.
 check_one_step(recipe=dataclasses.replace(RECIPE, dropout=LayerDropout(0.6, strategy=FixedRows())))
-check_one_step(recipe=Recipe(batch=8, context=LENGTH, trainable="exit-heads"),
+check_one_step(recipe=Recipe(batch_size=8, context=LENGTH, trainable="exit-heads"),
                heads=ExitHeads((1, 2), "mlp", tied=False))
 with jax.enable_x64(True):
     check_split_loss()

@@ -190,7 +190,7 @@ def test_errors_name_options(command, message, said):
 
 def test_an_option_is_named_as_it_was_typed():
     assert in_options("max_new_tokens is 0", Generate, ["hi", "-n", "0"]) == "-n is 0"
-    assert in_options("Recipe.batch is 0", Train, ["-b", "0"]) == "-b is 0"
+    assert in_options("Recipe.batch_size is 0", Train, ["-b", "0"]) == "-b is 0"
 
 
 @pytest.mark.parametrize("prog", ALL)

@@ -14,7 +14,7 @@ import sled
 from sled import cli
 from sled.cli.evaluate import Eval
 from sled.cli.line import parse
-from sled.errors import EvaluationError, SettingError, SledError
+from sled.errors import EvaluationError, EvaluationWarning, SettingError, SledError
 from sled.eval.methods import Method, baselines
 from sled.eval.report import report as report_module
 from sled.eval.report.report import EvaluationReport, report_folder
@@ -108,7 +108,8 @@ def test_baselines_are_plain_decoding_and_the_clamp():
 
 def test_a_task_that_keeps_to_no_examples_says_so(lm, capsys):
     told = dict(metadata={"problems": 2}, max_new_tokens=4, limit=1)
-    report = evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=3, **told)
+    with pytest.warns(EvaluationWarning, match=r"1 of 1 prompts are longer than the 64 tokens of the model's context"):
+        report = evaluate(lm, "sled_demo", [Method("greedy")], num_fewshot=3, **told)
     assert report.tasks["greedy"][0].num_fewshot == 0
     assert "warning: 3 examples before each question were asked for, but the task 'sled_demo' keeps to the 0 that" in \
         capsys.readouterr().err

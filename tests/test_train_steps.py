@@ -35,8 +35,8 @@ from sled.train.recipes import RECIPES, Recipe, named
 
 CONFIG = DecoderConfig("llama", vocab_size=20, width=16, mlp_width=24, num_layers=3, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=16, tied_head=True)
-RECIPE = Recipe(batch=4, context=9, exits=WeightedExits(LayerSkipWeights(1.0), Rotational(2)), z_loss=1e-2, distill=0.3,
-                temperature=2.0)  # layers 1 and 3 at step 0, where 1 weighs 0, and layers 2 and 3 at step 1
+RECIPE = Recipe(batch_size=4, context=9, exits=WeightedExits(LayerSkipWeights(1.0), Rotational(2)), z_loss=1e-2,
+                distill=0.3, temperature=2.0)  # layers 1 and 3 at step 0, where 1 weighs 0; then 2 and 3
 SGD = optax.sgd(1.0)  # a step's change is its gradient
 NEVER = LayerDropout(0.0, rescale=False)  # it is traced, so one program serves all rates
 
@@ -169,7 +169,7 @@ def headed_nll(headed, batch):
 
 
 def test_tuning_moves_the_exit_heads_alone(headed, headed_nll, batch):
-    recipe, adam = Recipe(batch=4, context=9, trainable="exit-heads", accumulate=2), optax.adam(0.1)
+    recipe, adam = Recipe(batch_size=4, context=9, trainable="exit-heads", accumulate=2), optax.adam(0.1)
     state = init_state(nnx.state(headed), adam, trainable=recipe.trainable)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) == 2 * 32 + 1
     state, metrics = make_train_step(headed, recipe, adam)(state, batch, None)
@@ -199,7 +199,7 @@ def test_a_model_with_exit_heads_learns_through_them(headed, headed_nll, batch):
 ])
 def test_heads_want_exits_that_stay(headed, exits, says):
     with pytest.raises(SettingError, match=says):
-        make_train_step(headed, Recipe(batch=4, context=9, exits=exits), SGD)
+        make_train_step(headed, Recipe(batch_size=4, context=9, exits=exits), SGD)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -268,7 +268,7 @@ def test_recipes_by_name():
     (lambda: named("plain", rates=1), "no rates; it has"),
     (lambda: named("plain", learning_rate=0), "learning_rate is 0"),
     (lambda: named("plain", optimizer="sgd"), "optimizer is 'sgd'.*'adamw', 'muon'"),
-    (lambda: named("plain", batch=6, accumulate=4), "batch is 6.*accumulate 4"),
+    (lambda: named("plain", batch_size=6, accumulate=4), "batch_size is 6.*accumulate 4"),
     (lambda: named("plain", exits=3), "exits is 3"),
     (lambda: named("plain", context=1), "context is 1"),
     (lambda: named("plain", trainable="heads"), "trainable is 'heads'.*'all', 'exit-heads'"),

@@ -41,7 +41,7 @@ from sled.train.trainer import TrainingRun, train
 
 ALL = Mesh()
 MODEL = NewModel(layers=3, width=32, heads=4, mlp_width=64, vocabulary=320)
-RECIPE = Recipe(steps=30, batch=8, context=64, exits=WeightedExits(UniformWeights(), Rotational(2)), warmup=2,
+RECIPE = Recipe(steps=30, batch_size=8, context=64, exits=WeightedExits(UniformWeights(), Rotational(2)), warmup=2,
                 dropout=LayerDropout(0.3, rescale=False), schedule="constant", learning_rate=1e-2)
 
 
@@ -128,8 +128,8 @@ def in_two_processes(data, address, index, folder, out) -> None:
         with pytest.raises(SettingError, match=words):
             train(run)
     assert complete_steps(out / "unlike" / "checkpoints") == []
-    for steps in (4, 8):
-        train(run_of(out / "two", data, save_every=4, steps=steps))
+    for steps in (2, 4):
+        train(run_of(out / "two", data, save_every=2, steps=steps))
     jax.distributed.shutdown()
 
 

@@ -1,7 +1,7 @@
 """Recipes: all that decides what a training run computes, except for the model and the data.
 
     recipe = named("finetune", steps=500, learning_rate=1e-4)
-    recipe = named("layerskip-llama2-7b", batch=64)
+    recipe = named("layerskip-llama2-7b", batch_size=64)
 
 Published hyper-parameters stand here by name (`RECIPES`), each with its source.
 """
@@ -49,8 +49,8 @@ class Recipe:
 
     steps: int = setting(Whole(1, LARGEST, hint="1000 to 50,000 is usual"), default=1000,
                          help="steps of the whole run")
-    batch: int = setting(Whole(1, hint="16 to 256 is usual"), default=32,
-                         help="rows of a step, over all devices")
+    batch_size: int = setting(Whole(1, hint="16 to 256 is usual"), default=32,
+                              help="rows of a step, over all devices")
     context: int | None = setting(
         OrNone(Whole(2, hint="a row holds a token and its target at least"),
                f"as many as the model holds, at most {CONTEXT}"), default=None, help="tokens of a row")
@@ -89,9 +89,9 @@ class Recipe:
                         help="seed of the data's order, of layer dropout, and of weights that begin at random")
 
     def __post_init__(self):
-        if self.batch % self.accumulate:
-            raise SettingError(f"Recipe.batch is {self.batch}, which accumulate {self.accumulate} does not divide; "
-                               "all parts of a batch are of one size")
+        if self.batch_size % self.accumulate:
+            raise SettingError(f"Recipe.batch_size is {self.batch_size}, which accumulate {self.accumulate} does not "
+                               "divide; all parts of a batch are of one size")
         if self.trainable == HEADS:
             for field, off in (("exits", LastOnly()), ("dropout", None), ("distill", None)):
                 if getattr(self, field) != off:
@@ -100,7 +100,7 @@ class Recipe:
 
     def text(self) -> str:
         """A line for each setting that is not at its default, and for those that every run is told by."""
-        always = ("steps", "batch", "context", "learning_rate", "optimizer", "schedule", "warmup")
+        always = ("steps", "batch_size", "context", "learning_rate", "optimizer", "schedule", "warmup")
         lines = {field.name.replace("_", " "): _short(getattr(self, field.name)) for field in dataclasses.fields(self)
                  if field.name in always or getattr(self, field.name) != field.default}
         return "\n".join(f"  {name:<{max(map(len, lines))}}  {value}" for name, value in lines.items())
@@ -138,7 +138,8 @@ def _layerskip(learning_rate: float, p: float, scale: float, *, every: int | Non
         exits=WeightedExits(LayerSkipWeights(scale), Gradual(steps) if every is None else Rotational(every)), **rest)
 
 
-_DEMO = dict(batch=16, context=128, optimizer="muon", learning_rate=3e-3, schedule="warmup-stable-decay", beta2=0.98)
+_DEMO = dict(batch_size=16, context=128, optimizer="muon", learning_rate=3e-3, schedule="warmup-stable-decay",
+             beta2=0.98)
 
 # By name: the number of steps unless another is asked for, and the other fields by the number of steps.
 RECIPES: Mapping[str, tuple[int, Callable[[int], Mapping[str, Any]]]] = {

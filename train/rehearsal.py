@@ -91,7 +91,7 @@ def rehearse(run: TrainingRun, *, optimizer: optax.GradientTransformation | None
         prepared, state = prepare(run, RunFolder(folder, shared=False), optimizer)
         first, rows = next(prepared.batches), prepared.part
         example = _example(first, prepared.model.text)
-        arguments = [state, prepared.on_devices(first, recipe.batch), prepared.dropout(1)]
+        arguments = [state, prepared.on_devices(first, recipe.batch_size), prepared.dropout(1)]
         largest = max(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                       for leaf in jax.tree.leaves(state))
         began = time.perf_counter()

@@ -185,9 +185,10 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
                     metrics.write(0, evaluate(state.weights))
                 for step in range(begun + 1, recipe.steps + 1):
                     batch = next(prepared.batches)
-                    state, measured = prepared.train_step(state, prepared.on_devices(batch, recipe.batch),
+                    state, measured = prepared.train_step(state, prepared.on_devices(batch, recipe.batch_size),
                                                           prepared.dropout(step))
-                    throughput.count(np.count_nonzero(batch.segments_BT) * (recipe.batch // len(batch.segments_BT)))
+                    throughput.count(np.count_nonzero(batch.segments_BT)
+                                     * (recipe.batch_size // len(batch.segments_BT)))
                     last = step == recipe.steps
                     save = last or step % run.save_every == 0
                     if save or step % run.log_every == 0:
@@ -220,7 +221,7 @@ def prepare(run: TrainingRun, folder: RunFolder,
 
     The model's configuration is put down when reading went well. All processes call this together.
     """
-    recipe, part, steps = run.recipe, run.recipe.batch // run.recipe.accumulate, folder.steps
+    recipe, part, steps = run.recipe, run.recipe.batch_size // run.recipe.accumulate, folder.steps
     check_same_everywhere({
         "--save-every": run.save_every, "--keep": run.keep, "--log-every": run.log_every,
         "--held-out-rows": run.held_out_rows, "the mesh": describe(run.mesh),
@@ -239,7 +240,7 @@ def prepare(run: TrainingRun, folder: RunFolder,
                           for source in (run.source, run.held_out))
     decisive = _decisive_settings(run, model, rows, held_out)
     check_same_everywhere(decisive)
-    batches = Batches(rows, recipe.batch, seed=recipe.seed, **share_of(recipe.batch, sharding))
+    batches = Batches(rows, recipe.batch_size, seed=recipe.seed, **share_of(recipe.batch_size, sharding))
     decoder = model.decoder(recipe.seed, sharding)
     graph, weights = nnx.split(decoder)
     prepared = Prepared(run, folder, model, sharding, part, rows, held_out, decisive, batches, graph, _sizes(weights),

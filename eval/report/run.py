@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sled.calibration.fingerprint import digest_of_weights
-from sled.errors import EvaluationError
+from sled.errors import EvaluationError, EvaluationWarning, warn
 from sled.eval.harness.adapter import SledLM
 from sled.eval.harness.cache import Cache
 from sled.eval.harness.local_data import Data, paths_by_task
@@ -102,6 +102,11 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                 lm=model, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True,
                 apply_chat_template=apply_chat_template, fewshot_as_multiturn=apply_chat_template,
                 system_instruction=system_instruction)
+            if model.counts.truncated:
+                warn(f"{model.counts.truncated} of {model.counts.requests} prompts are longer than the "
+                     f"{lm.config.max_positions} tokens of the model's context, and lost their beginning "
+                     f"({model.counts.cut_tokens} tokens in all): give fewer examples before each question "
+                     "(num_fewshot, --num-fewshot), or a model with a longer context", EvaluationWarning)
             found[name] = [TaskResult.of(results, task, loaded["tasks"][task], model.finish_reasons)
                            for task in loaded["tasks"]]
         store.close()

@@ -127,13 +127,10 @@ def _hint(default: str) -> str:
 def _default(kind: type, field: str) -> str:
     """A field's default in words; "" where it has none, or None that means nothing in particular."""
     value, rule = getattr(kind, field, None), declared(kind)[field].rule
-    match value, rule:
-        case None, Layers((None, word, *_)):
-            return word
-        case None, _:
-            return getattr(rule, "none", "")
-        case bool(), _:
-            return "yes" if value else "no"
+    if value is None:
+        return getattr(rule, "none", "")
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

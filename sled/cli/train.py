@@ -92,9 +92,9 @@ demo: of the bundled model; demo-plain: of its twin without early exits.""")
 
 @dataclasses.dataclass(frozen=True)
 class RecipeOptions(derive("RecipeFields", ("recipe", Annotated[str, _RECIPE], "finetune"), *overrides(
-        Recipe, "steps", "batch", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
+        Recipe, "steps", "batch_size", "context", "accumulate", "learning_rate", "optimizer", "schedule", "warmup",
         "weight_decay", "clip", "z_loss", "distill", "temperature", "compute_dtype", "remat", "seed",
-        default="the recipe's", batch="-b"), *overrides(FixedExits, *FIXED.options.values()))):
+        default="the recipe's", batch_size="-b"), *overrides(FixedExits, *FIXED.options.values()))):
     """A recipe by name, and changes to it."""
 
     exit_layers: Annotated[tuple[Layer, ...], Sets(("AllExits.layers", "FixedExits.layers"))] = ()

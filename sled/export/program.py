@@ -68,8 +68,10 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, source: dict[str, 
     arrays = weights | {name: array for part in parts for name, array in part.arrays.items()}
     timing = Timing(*decoding.chosen_schedule.timing(exits.verifies)) if counts["E"] else None
     programs = {}
-    for name, make in tqdm((("generate", lambda: trace_generation(lm, parts, arrays, timing)),
-                            ("fuse", lambda: trace_step(lm, parts[0]))), desc="Exporting", unit="program"):
+    bar = tqdm((("generate", lambda: trace_generation(lm, parts, arrays, timing)),
+                ("fuse", lambda: trace_step(lm, parts[0]))), desc="Exporting", unit="program")
+    for name, make in bar:
+        bar.set_postfix_str(f"now {name}.jax_export")
         programs[name] = make()
         (folder / f"{name}.jax_export").write_bytes(programs[name].data)
     save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)

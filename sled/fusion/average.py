@@ -26,7 +26,7 @@ class LayerAverage:
         OrNone(Each(Number(0, LARGEST_WEIGHT, hint="give one per early layer and one for the final layer; they are "
                                                    "scaled to sum to 1, and None weighs all alike"))),
         default=None, rows="BC", option=None, help="weights of the candidate layers, the final one last, not all zero")
-    layers: str | tuple[int, ...] | None = layers_setting(None, "all", help="all, which is the default")
+    layers: str | tuple[int, ...] | None = layers_setting(None, "all", help="all")
     norm_early: bool = norm_setting(True, hint="without, their distributions are not on the final one's scale")
 
     def __post_init__(self):

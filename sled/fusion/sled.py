@@ -55,7 +55,7 @@ class SLED:
     log_softmax: bool = _log_softmax_setting()
     norm_early: bool = norm_setting(False, hint="the released code does not norm them")
     layers: str | tuple[int, ...] | None = layers_setting(
-        None, "all", "blocks", help="all, which is the default, or blocks, which are all but the embeddings")
+        None, "all", "blocks", help="all, or blocks, which are all but the embeddings")
     max_scale: int | None = bound_of("scale", least=16)
 
     @classmethod

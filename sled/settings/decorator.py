@@ -14,7 +14,7 @@ import numpy as np
 
 from sled.errors import SettingError
 from sled.io import shown
-from sled.settings.rules import LARGEST, OrNone, Whole, is_array
+from sled.settings.rules import LARGEST, Layers, OrNone, Whole, is_array
 from sled.settings.unknown import naming_unknown
 
 Rule = Callable[[str, Any], Any]
@@ -162,6 +162,8 @@ def _documentation(cls: type) -> str:
             kinds = [getattr(of.rule, "expects", ""), f"an array [{', '.join(of.rows)}]" if of.rows else ""]
             takes = f" It is {' or '.join(filter(None, kinds))}." if any(kinds) else ""
             default = "" if field.default is dataclasses.MISSING else f" Default: {field.default!r}."
+            if isinstance(of.rule, Layers) and of.rule.none:
+                default = f" Default: None, which is {of.rule.none}."
             entry = f"{field.name}: {of.explanation}.{takes}{default}"
             entries.append(textwrap.fill(entry, 110, initial_indent="    ", subsequent_indent="        "))
     return "\n".join([inspect.cleandoc(cls.__doc__ or ""), *(("", "Settings:", *entries) if entries else ())])

@@ -112,10 +112,16 @@ class Whole(_Rule):
 
 @dataclasses.dataclass(frozen=True)
 class Layers(_Rule):
-    """Numbers of hidden states (0 = embeddings), as an ascending tuple without repeats; or one of `words`."""
+    """Numbers of hidden states (0 = embeddings), as an ascending tuple without repeats; or one of `words`, of which a
+    None at their beginning means the next."""
 
     words: tuple[str | None, ...] = ()
     hint = "0 is the embeddings"
+
+    @property
+    def none(self) -> str:
+        """What None means."""
+        return self.words[1] if self.words[:1] == (None,) else ""
 
     @property
     def expects(self) -> str:

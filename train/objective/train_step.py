@@ -95,7 +95,7 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
                     sharding: Sharding | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """A compiled `step(state, batch, dropout) -> (state, metrics)`; the state given is given up.
 
-    model: in the stacked form, for its structure alone. batch: of `recipe.batch` rows, on a mesh a global array
+    model: in the stacked form, for its structure alone. batch: of `recipe.batch_size` rows, on a mesh a global array
     (`Sharding.batch`). dropout: the recipe's, or one that saves work (`LayerDropout.saving`), or None; its counts are
     static, all else is traced.
     """

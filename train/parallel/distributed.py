@@ -33,12 +33,11 @@ class Processes:
     cluster: str | None = setting(OrNone(OneOf(CLUSTERS), "what the environment says"), default=None,
                                   help="join the processes of a TPU pod slice or a SLURM step")
     coordinator: str | None = setting(default=None, help="without a cluster manager: host:port of process 0")
-    count: int | None = setting(OrNone(Whole(1, hint="it counts the processes of the run")), default=None,
-                               option="processes",
+    count: int | None = setting(OrNone(Whole(1, hint="it counts the processes of the run"), "as the environment says"),
+                                default=None, option="processes",
                                 help="without a cluster manager: how many processes there are")
-    index: int | None = setting(OrNone(Whole(0, hint="each process has its own, from 0")), default=None,
-                               option="process",
-                                help="without a cluster manager: which of them this is")
+    index: int | None = setting(OrNone(Whole(0, hint="each process has its own, from 0"), "as the environment says"),
+                                default=None, option="process", help="without a cluster manager: which of them this is")
 
     def __post_init__(self):
         given = {name: getattr(self, name) is not None for name in ("coordinator", "count", "index")}
