@@ -266,7 +266,7 @@ def _write_folder(folder: Path, config: DecoderConfig, weights: dict[str, _Weigh
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Within, no other save writes into the folder; the lock stays where it then has no config.json. Raises
+    """Within, no other save writes into the folder; the lock stays beside files without a config.json. Raises
     CheckpointError where another does."""
     lock = FileLock(folder / _LOCK, fallback_to_soft=False)  # it ends with its process
     try:
@@ -280,7 +280,7 @@ def _alone(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if (folder / "config.json").exists():
+        if (folder / "config.json").exists() or len(list(folder.iterdir())) == 1:
             with contextlib.suppress(OSError):
                 os.unlink(folder / _LOCK)
         lock.release()

@@ -282,7 +282,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_is_not_saved(ended, tmp_path
     assert (reached == 4 or not ended) and latest(tmp_path / "run" / "checkpoints") < (1 if ended else reached)
     assert not (tmp_path / "run" / "model").exists()
     said = capsys.readouterr().err
-    assert re.search(r"  steps +8\n  batch +2\n  context +32\n  exits +WeightedExits\(profile LayerSkipWeights", said)
+    assert re.search(r"  steps +8\n  batch size +2\n  context +32\n  exits +WeightedExits\(profile LayerSkip", said)
     assert "warning: no early exit learns with this recipe" in said
     assert "the learning rate rises over 8 steps, but the run has 8; give a shorter warm-up" in said
     assert re.search(r"the tokenizer has \d+ tokens, not 1000: the data gives no more", said)

@@ -228,10 +228,10 @@ def begin(command, usual: int) -> tuple[sled.LM, list[Prompt], dict[str, Any]]:
     """
     fusion = command.fusion_options.strategy()
     command.sampling_options.check()
-    texts = command.prompt_options.read()
-    if texts and command.problems is not None:
+    given = command.prompt_options
+    if command.problems is not None and (given.file or given.data):
         raise PromptError("--problems was given beside --file or --data; give one of them")
-    prompts = command.chat_options.prompts(texts or _problems(command, usual))
+    prompts = command.chat_options.prompts(given.read() or _problems(command, usual))
     lm = command.model_options.load()
     command.chat_options.hint(lm)
     return lm, prompts, dict(fusion=fusion, sampling=command.sampling_options.chosen(lm),
