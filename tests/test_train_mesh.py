@@ -90,18 +90,25 @@ def test_slices_are_crossed_by_the_outer_axes_alone():
 
 # What lies where.
 
-def place(name):
-    """Where a parameter lies: over tensor the columns of products before attention and activation, else the rows."""
+def place(name, shape):
+    """Where a parameter lies: over tensor the columns of products before attention and activation, else the rows.
+
+    Experts lie whole on every device, each matrix split as that of an MLP.
+    """
     *_, module, kind = name.split(".")
     if "norm" in module:
         spec = (None,)
+    elif module == "positions":
+        spec = (None, "fsdp")
+    elif module == "router":
+        spec = ("fsdp", None) if kind == "weight" else (None,)
     elif module == "positions":
         spec = (None, "fsdp")
     elif module in ("embedding", "head", "o", "down"):
         spec = ("tensor", "fsdp") if kind == "weight" else (None,)
     else:
         spec = ("fsdp", "tensor") if kind == "weight" else ("tensor",)
-    return P(None, *spec) if name.startswith("layers") else P(*spec)
+    return P(*[None] * (len(shape) - len(spec)), *spec)
 
 
 def test_every_variants_parameters_have_their_place(variant, tiny_folder):
@@ -116,7 +123,7 @@ def test_every_variants_parameters_have_their_place(variant, tiny_folder):
         first, *rest = name.split(".")
         path = (first, 0, *rest) if first == "layers" else (first, *rest)
         assert shape == ((config.num_layers,) if first == "layers" else ()) + flat[path].shape
-        assert spec == place(name), name
+        assert spec == place(name, shape), name
 
 
 @pytest.mark.parametrize("optimizer", [
