@@ -42,6 +42,10 @@ QWEN2 = dict(BASE, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
 QWEN3 = dict(BASE, model_type="qwen3", architectures=["Qwen3ForCausalLM"], head_dim=16)
 GEMMA = {**BASE, "hidden_activation": "gelu_pytorch_tanh", "head_dim": 16, "tie_word_embeddings": True}
 del GEMMA["hidden_act"]
+GPT2 = dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=48, n_embd=32, n_layer=3, n_head=4,
+            n_positions=64, n_ctx=64, bos_token_id=1, eos_token_id=2)
+OLMO2 = dict(BASE, model_type="olmo2", architectures=["Olmo2ForCausalLM"], pad_token_id=3)
+PHI3 = dict(BASE, model_type="phi3", architectures=["Phi3ForCausalLM"], pad_token_id=3)
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.02)
 MIXTRAL = dict(BASE, **EXPERTS, model_type="mixtral", architectures=["MixtralForCausalLM"])
 QWEN3_MOE = dict(BASE, model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], head_dim=16, num_experts=6,
@@ -82,6 +86,16 @@ VARIANTS = {
         GEMMA, model_type="gemma3_text", architectures=["Gemma3ForCausalLM"], sliding_window=5,
         sliding_window_pattern=2, rope_theta=500.0, rope_local_base_freq=100.0, final_logit_softcapping=3.0,
         rope_scaling={"rope_type": "linear", "factor": 8.0}, tie_word_embeddings=False),
+    "gpt2": GPT2,
+    "gpt2-wide-untied": dict(GPT2, n_inner=48, activation_function="gelu", tie_word_embeddings=False,
+                             layer_norm_epsilon=1e-3),
+    "olmo2": OLMO2,
+    "olmo2-mha-biases-yarn": dict(OLMO2, num_key_value_heads=4, attention_bias=True, rope_theta=500.0, rope_scaling={
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}),
+    "phi3": dict(PHI3, sliding_window=6),
+    "phi3-longrope-partial-tied": dict(
+        PHI3, hidden_size=64, partial_rotary_factor=0.75, original_max_position_embeddings=48, tie_word_embeddings=True,
+        rope_scaling={"type": "longrope", "short_factor": [1, 1.5, 2, 2.5, 3, 4], "long_factor": [1, 2, 3, 4, 5, 6]}),
     "mixtral": MIXTRAL,
     "mixtral-window": dict(MIXTRAL, sliding_window=6, head_dim=16),
     "qwen3_moe": QWEN3_MOE,

@@ -126,6 +126,31 @@ GEMMA_3 = dict(
     rope_scaling=None, rope_theta=1000000, sliding_window=512, sliding_window_pattern=6, torch_dtype="bfloat16",
     transformers_version="4.50.0.dev0", use_cache=True, vocab_size=262144)
 LINEAR_ROPE_8 = dict(factor=8.0, rope_type="linear")
+GPT_2 = dict(
+    activation_function="gelu_new", architectures=["GPT2LMHeadModel"], attn_pdrop=0.1, bos_token_id=50256,
+    embd_pdrop=0.1, eos_token_id=50256, initializer_range=0.02, layer_norm_epsilon=1e-05, model_type="gpt2", n_ctx=1024,
+    n_embd=768, n_head=12, n_layer=12, n_positions=1024, resid_pdrop=0.1, summary_activation=None,
+    summary_first_dropout=0.1, summary_proj_to_labels=True, summary_type="cls_index", summary_use_proj=True,
+    task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}, vocab_size=50257)
+OLMO_2 = dict(
+    architectures=["Olmo2ForCausalLM"], attention_bias=False, attention_dropout=0.0, eos_token_id=100257,
+    hidden_act="silu", hidden_size=4096, initializer_range=0.02, intermediate_size=11008, max_position_embeddings=4096,
+    model_type="olmo2", num_attention_heads=32, num_hidden_layers=32, num_key_value_heads=32, pad_token_id=100277,
+    rms_norm_eps=1e-06, rope_scaling=None, rope_theta=500000, tie_word_embeddings=False, torch_dtype="float32",
+    transformers_version="4.47.0.dev0", use_cache=True, vocab_size=100352)
+PHI_3 = dict(
+    architectures=["Phi3ForCausalLM"], attention_bias=False, attention_dropout=0.0, bos_token_id=1, embd_pdrop=0.0,
+    eos_token_id=32000, hidden_act="silu", hidden_size=3072, initializer_range=0.02, intermediate_size=8192,
+    max_position_embeddings=4096, model_type="phi3", num_attention_heads=32, num_hidden_layers=32,
+    num_key_value_heads=32, original_max_position_embeddings=4096, pad_token_id=32000, resid_pdrop=0.0,
+    rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000.0, sliding_window=2047, tie_word_embeddings=False,
+    torch_dtype="bfloat16", transformers_version="4.40.2", use_cache=True, vocab_size=32064)
+PHI_4_MINI = [
+    1, 1.118320672, 1.250641126, 1.398617824, 1.564103225, 1.74916897, 1.956131817, 2.187582649, 2.446418898,
+    2.735880826, 3.059592084, 3.421605075, 3.826451687, 4.279200023, 4.785517845, 5.351743533, 5.984965424, 6.693110555,
+    7.485043894, 8.370679318, 9.36110372, 10.4687158, 11.70738129, 13.09260651, 14.64173252, 16.37415215, 18.31155283,
+    20.47818807, 22.90118105, 25.61086418, 28.64115884, 32.03, 32.1, 32.13, 32.23, 32.6, 32.61, 32.64, 32.66, 32.7,
+    32.71, 32.93, 32.97, 33.28, 33.49, 33.5, 44.16, 47.77]
 LAYERSKIP = dict(attention_bias=False, attention_dropout=0.0, mlp_bias=False, transformers_version="4.45.2")
 
 PUBLISHED = {
@@ -231,6 +256,23 @@ PUBLISHED = {
                            num_attention_heads=64, num_hidden_layers=64),
     "Qwen/Qwen3-Embedding-0.6B": dict(QWEN_3_06, eos_token_id=151643, max_position_embeddings=32768,
                                       vocab_size=151669),
+    "openai-community/gpt2": GPT_2,
+    "openai-community/gpt2-xl": dict(GPT_2, n_embd=1600, n_head=25, n_layer=48, output_past=True),
+    "allenai/OLMo-2-1124-7B": OLMO_2,
+    "allenai/OLMo-2-0325-32B": dict(OLMO_2, hidden_size=5120, intermediate_size=27648, num_attention_heads=40,
+                                    num_hidden_layers=64, num_key_value_heads=8),
+    "microsoft/Phi-3-mini-4k-instruct": PHI_3,
+    "microsoft/phi-4": dict(
+        PHI_3, bos_token_id=100257, eos_token_id=100257, hidden_size=5120, intermediate_size=17920,
+        max_position_embeddings=16384, num_attention_heads=40, num_hidden_layers=40, num_key_value_heads=10,
+        original_max_position_embeddings=16384, pad_token_id=100257, rope_theta=250000, sliding_window=None,
+        transformers_version="4.47.0", vocab_size=100352),
+    "microsoft/Phi-4-mini-instruct": dict(
+        PHI_3, bos_token_id=199999, eos_token_id=199999, full_attn_mod=1, interpolate_factor=1, lm_head_bias=False,
+        max_position_embeddings=131072, mlp_bias=False, num_attention_heads=24, num_key_value_heads=8,
+        pad_token_id=199999, partial_rotary_factor=0.75, sliding_window=262144, tie_word_embeddings=True,
+        rope_scaling=dict(long_factor=PHI_4_MINI, short_factor=[1.0] * 48, type="longrope"),
+        transformers_version="4.45.0", vocab_size=200064),
     "facebook/layerskip-llama2-7B": dict(LLAMA, **LAYERSKIP),
     "facebook/layerskip-llama2-13B": dict(LLAMA, **B13, **LAYERSKIP),
     "facebook/layerskip-llama3-8B": LLAMA_3 | LAYERSKIP,
@@ -280,6 +322,12 @@ COUNTS = {
     "google/gemma-3-4b-it": 3_880_263_168, "google/gemma-3-27b-it": 27_009_346_304,
     "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704, "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "openai/gpt-oss-20b": 20_914_757_184, "openai/gpt-oss-120b": 116_829_156_672,
+    "openai-community/gpt2": 124_439_808, "openai-community/gpt2-xl": 1_557_611_200,
+    "allenai/OLMo-2-1124-7B": 7_298_617_344, "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/phi-4": 14_659_507_200, "microsoft/Phi-4-mini-instruct": 3_836_021_760,
+    "Qwen/Qwen2.5-7B-Instruct, for long texts": 7_615_616_512,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
 }
 
 # What a load says that it passes over.
@@ -293,6 +341,8 @@ PASSED_OVER = {
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": ["transformers.js_config"],
     "Qwen/Qwen2.5-7B-Instruct-1M": ["dual_chunk_attention_config"],
     "Qwen/Qwen3-30B-A3B": ["max_window_layers"],
+    "openai-community/gpt2-xl": ["output_past"],
+    "microsoft/Phi-4-mini-instruct": ["full_attn_mod", "interpolate_factor"],
     "openai/gpt-oss-20b": ["experts_per_token", "initial_context_length"],
     "openai/gpt-oss-120b": ["experts_per_token", "initial_context_length"],
 }
@@ -327,8 +377,12 @@ def whole(values: dict) -> dict:
 def shrunken(values: dict) -> dict:
     """The same file for a model of 3 layers and 64 tokens: how its sizes relate stays as published."""
     c = whole(values)
+    if c["model_type"] == "gpt2":
+        c |= dict(hidden_size=c.pop("n_embd"), num_attention_heads=c.pop("n_head"), num_hidden_layers=c.pop("n_layer"))
     heads, width = c["num_attention_heads"], c["hidden_size"]
     small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=64)
+    if c["model_type"] == "gpt2":
+        small["n_inner"] = small.pop("intermediate_size")
     if "num_key_value_heads" in c:
         small["num_key_value_heads"] = 4 if c["num_key_value_heads"] == heads else 2
     if "head_dim" in c:
@@ -339,6 +393,10 @@ def shrunken(values: dict) -> dict:
               if name in c}
     if "quantization_config" in c:  # which is of the files alone
         c = {name: value for name, value in c.items() if name != "quantization_config"}
+    if c.get("rope_scaling") and "short_factor" in c["rope_scaling"]:
+        pairs = int(8 * c.get("partial_rotary_factor", 1)) // 2
+        small["rope_scaling"] = {name: value[:pairs] if isinstance(value, list) else value
+                                 for name, value in c["rope_scaling"].items()}
     if "layer_types" in c:
         small["layer_types"] = c["layer_types"][:3]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

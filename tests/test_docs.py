@@ -109,6 +109,11 @@ def test_commands_take_the_options_of_the_examples_and_no_other_is_named(options
             assert given <= options[command], f"{name}: {given - options[command]} of sled {' '.join(words)}"
 
 
+def test_the_example_of_a_family_is_the_familys_file():
+    blocks = re.findall("```python\n(.*?)```", TEXTS["docs/families.md"], re.S)
+    assert (ROOT / "models" / "families" / "olmo.py").read_text(encoding="utf-8") in blocks
+
+
 def test_links_lead_to_files():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):

@@ -33,11 +33,11 @@ DEMO = Path(sled.__file__).parent / "demo" / "model"
 
 
 def test_the_bundled_model_solves_held_out_problems(demo):
-    asked = problems("heldout", 20)
+    asked = problems("heldout", 12)
     for fusion in (sled.FinalLayer(), sled.SLED()):
         out = demo.generate([prompt(p.question) for p in asked], max_new_tokens=96, fusion=fusion)
         right = sum(final_answer(text) == p.answer for text, p in zip(out.texts, asked, strict=True))
-        assert right >= 12
+        assert right >= 7
         assert out.stats.new_tokens == sum(map(len, out.tokens)) and out.stats.tokens_per_second > 0
 
 
@@ -305,7 +305,7 @@ def test_the_end_line_says_what_exits_did():
         guessed, 8, exits=True)
 
 
-EARLY = ("--exits", "early", "--exit-layers", "1", "--threshold", "0.7")
+EARLY = ("--exits", "early", "--exit-layers", "1", "--threshold", "0.7", "-n", "32")
 
 
 def test_show_exits_changes_no_text(command, monkeypatch):

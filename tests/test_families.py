@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from programs import on_devices, run_together
 from published_configs import PUBLISHED, whole
 from safetensors.numpy import load_file
 
@@ -24,7 +25,8 @@ from sled.models.stored import abstract
 from sled.train.objective.cross_entropy import exit_cross_entropy
 from sled.train.objective.forward import exit_states
 
-FAMILIES = ["qwen3-mha-biases-windows", "gemma", "gemma2", "gemma3_text", "mixtral-window", "gpt_oss"]
+FAMILIES = ["qwen3-mha-biases-windows", "gemma", "gemma2", "gemma3_text", "mixtral-window", "gpt_oss",
+            "gpt2", "olmo2-mha-biases-yarn", "phi3-longrope-partial-tied"]
 ROOM = 40  # positions, more than any window and than what a ring of slots holds
 PROMPTS = [np.random.RandomState(n).randint(3, 48, n).tolist() for n in (17, 1, 6)]
 METHODS = {
@@ -69,6 +71,7 @@ def test_texts_are_those_of_the_model_without_a_cache(everything, method, tiny_f
         assert np.asarray(choices(text))[len(prompt) - 1:][:len(said)].tolist() == said
 
 
+@pytest.mark.exhaustive
 def test_scores_are_those_of_the_model_without_a_cache(everything, tiny_folder):
     model = model_of(tiny_folder(everything))
     scores = LM(model).score([PROMPTS[0], PROMPTS[0], PROMPTS[1]], [PROMPTS[2], [5], PROMPTS[0]])
@@ -76,6 +79,11 @@ def test_scores_are_those_of_the_model_without_a_cache(everything, tiny_folder):
     logits = model.logits(model.hidden_states(text[None])[-1, 0])
     logp = jax.nn.log_softmax(logits)[jnp.arange(16, 22), text[17:]]
     np.testing.assert_allclose(scores.logprobs[0], logp, atol=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_a_step_on_eight_devices_is_that_on_one(tiny_folder, tmp_path):
+    run_together([(on_devices(8), ["mesh_of_families.py", tmp_path, *map(tiny_folder, FAMILIES)])])
 
 
 @pytest.mark.exhaustive

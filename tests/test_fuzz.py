@@ -1,8 +1,11 @@
 """Hostile values everywhere that a user, a file or a shell can put one: what fails, fails by a named error.
 
-Seeded: the same cases every time. `--exhaustive` runs 2,000 and more; the rule is the same.
+Seeded: the same cases every time. `--exhaustive` runs 2,000 and more; the rule is the same. With their counts:
+
+    python -m pytest -n 0 -s --exhaustive tests/test_fuzz.py 2>&1 | grep cases
 """
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -10,6 +13,7 @@ import shutil
 import signal
 import sqlite3
 import struct
+import time
 import warnings
 
 import hypothesis
@@ -27,12 +31,14 @@ from sled.errors import SledError, SledWarning
 from sled.eval.harness.cache import Cache
 from sled.exits import POLICIES, SCHEDULES
 from sled.fusion import FUSIONS
-from sled.io import json_digest
+from sled.io import json_digest, shorten
 from sled.models.stored import open_weights
 from sled.settings.decorator import declared
 from sled.text.tokenizer import Tokenizer
 
-SECONDS = 90  # for a case, on a machine that does other things too, compilation included: what takes longer hangs
+SECONDS = 20  # of a case's own computing, compilation included, however busy the machine is
+WAITING = 90  # and in all, for what waits without computing
+OUTCOMES = collections.Counter()
 
 NUMBERS = st.sampled_from([
     0, 1, -1, 2, 3, 0.5, 1.0, -0.0, 1e-6, 1e-38, 1e-46, 5e-324, 1e6, 1e30, 1e38, 1e39, -1e39, 2**31 - 1, 2**31, 2**32,
@@ -56,32 +62,48 @@ JSON = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictio
 @contextlib.contextmanager
 def named_errors(*misuse):
     """What is raised within is a SledError with something to read, and it is not long in coming."""
-    def hang(*_):
-        raise AssertionError(f"longer than {SECONDS} s")
+    def hang(number, _):
+        raise AssertionError(f"computes for {SECONDS} s" if number == signal.SIGPROF else f"waits for {WAITING} s")
 
-    before = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(SECONDS)
+    before = {number: signal.signal(number, hang) for number in (signal.SIGPROF, signal.SIGALRM)}
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.alarm(WAITING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SledWarning)
             yield
+        OUTCOMES["taken"] += 1
     except SledError as error:
         assert 20 < len(str(error)) < 2000, str(error)[:300]
+        OUTCOMES["refused"] += 1
     except misuse:
-        pass
+        OUTCOMES["misused"] += 1
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture
 def trials(request):
-    """trials(strategy, check): check(case) for the cases of a strategy, a few or many."""
+    """trials(strategy, check): check(case) for the cases of a strategy, a few or many; prints what became of them."""
     def run(strategy, check, *, few: int, many: int = 400):
+        slowest = (0.0, None)
+
+        def timed(case):
+            nonlocal slowest
+            began = time.process_time()
+            check(case)
+            slowest = max(slowest, (time.process_time() - began, case), key=lambda pair: pair[0])
+
+        OUTCOMES.clear()
         hypothesis.settings(
             max_examples=many if request.config.getoption("--exhaustive") else few, derandomize=True, database=None,
             deadline=None, suppress_health_check=list(hypothesis.HealthCheck),
-            phases=[hypothesis.Phase.generate])(hypothesis.given(strategy)(check))()
+            phases=[hypothesis.Phase.generate])(hypothesis.given(strategy)(timed))()
+        print(f"{request.node.name}: {OUTCOMES.total()} cases, {dict(OUTCOMES)}; slowest {slowest[0]:.1f} s of "
+              f"computing: {shorten(repr(slowest[1]), 150)}")
 
     return run
 
@@ -155,7 +177,7 @@ def test_command(trials, monkeypatch, tmp_path, capfd):
     """Options with words of any kind: 0, 1 with one line, or 2 where the line is misused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sled, "load", lambda *_, **__: talking_lm())
-    told = {name: [word for option in options_of(COMMANDS.commands[name]) for word in option.spellings]
+    told = {name: [word for option in options_of(COMMANDS[name]) for word in option.spellings]
             for name in ("generate", "score", "lens")}
 
     def check(case):

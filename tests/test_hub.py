@@ -56,14 +56,14 @@ def test_weights_of_an_earlier_model_are_replaced_and_other_files_stay(hub, demo
 
 
 def test_the_command_exports_and_pushes_with_a_card(hub, command, tmp_path):
-    status, _, said = command("export", "demo", "--to", str(tmp_path / "m"), "--push", "model", "--private",
+    status, _, said = command("export", "demo", "--out", str(tmp_path / "m"), "--push", "model", "--private",
                               "--license", "mit")
     assert status == 0 and f"pushed: {hub.address}/me/model/commit/" in said and hub.private["me/model"]
     files = hub.files["me/model"]
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
     assert b'sled.load("me/model")' in files["README.md"] and json.loads(files["sled_export.json"])["form"] == "hf"
     for arguments in (["--private"], ["--form", "orbax", "--push", "me/other"]):
-        status, _, said = command("export", "demo", "--to", str(tmp_path / "n"), *arguments)
+        status, _, said = command("export", "demo", "--out", str(tmp_path / "n"), *arguments)
         assert status == 1 and "has no meaning" in said and not (tmp_path / "n").exists()
 
 
@@ -100,7 +100,7 @@ def test_what_cannot_be_exported_makes_no_repository(hub, tmp_path):
     (tmp_path / "mine" / "notes.md").write_text("mine")
     with pytest.raises(CheckpointError, match="no earlier export"):
         export_hf("demo", tmp_path / "mine", push="me/model")
-    with pytest.raises(CheckpointError, match="not a folder here"):
+    with pytest.raises(CheckpointError, match="is no folder here"):
         export_hf("./nowhere", tmp_path / "m", push="me/model")
     assert not hub.files
 

@@ -201,7 +201,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 def test_the_command_writes_the_page(command, tmp_path):
-    path = tmp_path / "new" / "lens.html"
+    path = tmp_path / "lens.html"
     code, out, _ = command("lens", "Question: 2*3?\\n", "--html", str(path))
     whole = len(Reader(path.read_text(encoding="utf-8")).rows[0])
     assert code == 0 and f"page: {path}" in out

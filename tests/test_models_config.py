@@ -121,7 +121,7 @@ def test_generation_config_decides_about_token_ids(tmp_path, write_model):
     ("llama", {"eos_token_id": "</s>"}, "'eos_token_id' is '</s>', but it must be a token id"),
     ("llama", {"tie_word_embeddings": 1}, "'tie_word_embeddings' is 1, but it must be of type bool"),
     ("llama", {"model_type": "falcon", "architectures": ["FalconForCausalLM"]},
-     "'falcon'.*supported: llama .*qwen3"),
+     "'falcon'.*nearest by name is .*; all: llama, .*qwen3"),
     ("llama", {"architectures": ["LlamaForSequenceClassification"]},
      "LlamaForSequenceClassification.*not supported"),
     ("llama", {"architectures": ["MistralForCausalLM"]},

@@ -117,13 +117,13 @@ def reads(theirs, folder, values, monkeypatch) -> set[str]:
 
 @pytest.mark.parametrize("variant", ["llama", "llama-llama3", "llama-linear-old-spelling", "mistral-window",
                                      "qwen2-layer-types", "qwen3-mha-biases-windows", "gemma", "gemma2", "gemma3_text",
-                                     "mixtral", "qwen3_moe", "gpt_oss"])
+                                     "mixtral", "qwen3_moe", "gpt_oss", "gpt2", "olmo2", "phi3-longrope-partial-tied"])
 def test_every_field_that_transformers_reads_is_accounted_for(variant, theirs, variants, tmp_path, monkeypatch):
     """It is obeyed or refused where it is odd, or is known to change nothing: it never counts as unknown."""
     of_generation = theirs[1].GenerationConfig._get_default_generation_params()
     names = reads(theirs, tmp_path / "model", variants[variant], monkeypatch) | of_generation.keys()
     names -= {"auto_map"}  # names code of the checkpoint's own, which transformers runs only where it is trusted
-    assert len(names) > 80 and {"hidden_size", "is_causal", "rope_parameters"} <= names
+    assert len(names) > 80 and {"hidden_size", "is_causal"} <= names
     for name in sorted(names):
         with warnings.catch_warnings():
             warnings.simplefilter("error", CheckpointWarning)

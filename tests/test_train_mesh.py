@@ -95,6 +95,8 @@ def place(name):
     *_, module, kind = name.split(".")
     if "norm" in module:
         spec = (None,)
+    elif module == "positions":
+        spec = (None, "fsdp")
     elif module in ("embedding", "head", "o", "down"):
         spec = ("tensor", "fsdp") if kind == "weight" else (None,)
     else:

@@ -155,7 +155,7 @@ def test_a_run_tells_each_step_and_the_held_out_loss_of_every_layer(uninterrupte
 def test_what_a_run_ends_with_is_a_model_with_its_tokenizer(uninterrupted, tmp_path, capsys):
     lm = sled.load(uninterrupted / "model")
     assert lm.config.num_layers == 3 and lm.text.decode(lm.text.encode("Ash has 7 toys.")) == "Ash has 7 toys."
-    assert main(["export", str(uninterrupted), "--to", str(tmp_path / "model")]) == 0
+    assert main(["export", str(uninterrupted), "--out", str(tmp_path / "model")]) == 0
     one, two = (load_file(folder / "model" / "model.safetensors") for folder in (uninterrupted, tmp_path))
     assert one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
     assert sled.load(tmp_path / "model").text.digest == lm.text.digest
@@ -186,11 +186,11 @@ def test_two_processes_train_save_and_resume_and_one_process_goes_on(runs, unint
     address = free_address()
     run_together([(on_devices(1, XDG_CACHE_HOME=str(data / "cache")),
                    [PROGRAM, "two", data, address, str(index), tiny_folder("llama"), tmp_path]) for index in range(2)])
-    runs.whole("train", folder=tmp_path / "two", save_every=4, steps=12)
+    runs.whole("train", folder=tmp_path / "two", save_every=2, steps=6)
     ours, others = (metrics_of(folder) for folder in (tmp_path / "two", uninterrupted))
-    assert [line["step"] for line in ours] == list(range(1, 13))
-    np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in others[:12]], atol=1e-4)
-    assert complete_steps(tmp_path / "two" / "checkpoints") == [4, 8, 12]
+    assert [line["step"] for line in ours] == list(range(1, 7))
+    np.testing.assert_allclose([line["loss"] for line in ours], [line["loss"] for line in others[:6]], atol=1e-4)
+    assert complete_steps(tmp_path / "two" / "checkpoints") == [2, 4, 6]
 
 
 def by_command(runs, out, data, held_out, options):

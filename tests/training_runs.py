@@ -128,8 +128,8 @@ def in_two_processes(data, address, index, folder, out) -> None:
         with pytest.raises(SettingError, match=words):
             train(run)
     assert complete_steps(out / "unlike" / "checkpoints") == []
-    for steps in (4, 8):
-        train(run_of(out / "two", data, save_every=4, steps=steps))
+    for steps in (2, 4):
+        train(run_of(out / "two", data, save_every=2, steps=steps))
     jax.distributed.shutdown()
 
 

@@ -27,17 +27,18 @@ WITHOUT_EFFECT = frozenset("""
     _attn_implementation _attn_implementation_autoset _attn_implementation_internal _commit_hash
     _experts_implementation_internal _flash_attn_2_enabled _name_or_path _output_attentions _post_init_done
     add_cross_attention assistant_confidence_threshold assistant_lookbehind attention_dropout attn_implementation
-    bad_words_ids begin_suppress_tokens cache_implementation chunk_size_feed_forward cross_attention_hidden_size
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size encoder_repetition_penalty
-    epsilon_cutoff eta_cutoff experts_implementation exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder label2id
-    length_penalty max_length min_length mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size
+    attn_pdrop bad_words_ids begin_suppress_tokens cache_implementation chunk_size_feed_forward
+    cross_attention_hidden_size diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size
+    encoder_repetition_penalty epsilon_cutoff eta_cutoff experts_implementation exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder
+    label2id length_penalty max_length min_length mlp_layer_types mtp_layer_types name_or_path no_repeat_ngram_size
     num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_heads num_labels
-    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores prefix pretraining_tp
-    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens target_lookbehind task_specific_params temperature tf_legacy_loss tie_encoder_decoder
-    tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    use_bfloat16 use_cache vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
+    num_return_sequences output_attentions output_cross_attentions output_hidden_states output_router_logits
+    output_scores prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty resid_pdrop
+    return_dict return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels
+    summary_type summary_use_proj suppress_tokens target_lookbehind task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tie_last_hidden_states tokenizer_class top_k top_p torch_dtype torchscript transformers_version
+    typical_p use_bfloat16 use_cache vision_aspect_ratio vision_feature_layer vision_feature_select_strategy
 """.split())
 
 # Fields that change what transformers computes, and the only values under which they do not.
@@ -56,7 +57,11 @@ ONE_VALUE: Mapping[str, tuple] = {
     "partial_rotary_factor": (1, None),
     "per_layer_config": (None, {}),
     "quantization_config": (None,),
+    "reorder_and_upcast_attn": (False, None),
+    "rope_parameters": (None, {}),
     "router_jitter_noise": (0, None),  # of training
+    "scale_attn_by_inverse_layer_idx": (False, None),
+    "scale_attn_weights": (True,),
     "sliding_window": (None,),  # its cache forgets what is further back, in every class
     "text_config": (None,),
     "transformers_weights": (None,),
@@ -162,6 +167,8 @@ class Family:
     other_bases: what other classes that hold this model have before its names, each with what belongs there.
     left_out: beginnings of the names of tensors that are no part of the decoder.
     buffers: ends of the names of stored tensors that are no weights.
+    early_exit: whether transformers' class stops after `config.num_hidden_layers` layers, however many it has, as its
+        `assistant_early_exit` asks of it.
     """
 
     name: str
@@ -175,6 +182,7 @@ class Family:
     other_bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
+    early_exit: bool = True
 
     def has(self, architecture: Any) -> bool:
         """Whether this names the family's class, or the one without a head; older files write LLaMA."""
@@ -226,7 +234,6 @@ def read_shape(f: Fields, *, max_positions: int, kv_heads: int | None = None, he
         raise ConfigError(f"{f.source}: hidden_size {width} is not a multiple of num_attention_heads "
                           f"{heads}; add the field 'head_dim' to the file")
     vocabulary = size("vocab_size")
-    bos_ids, pad_ids = f.take_ids("bos_token_id", vocabulary, bos), f.take_ids("pad_token_id", vocabulary, pad)
     return dict(
         vocab_size=vocabulary,
         width=width,
@@ -239,10 +246,23 @@ def read_shape(f: Fields, *, max_positions: int, kv_heads: int | None = None, he
         norm_eps=float(f.take("rms_norm_eps", float, eps)),
         activation=read_activation(f, *activation),
         tied_head=f.take("tie_word_embeddings", bool, tied),
-        bos_id=bos_ids[0] if bos_ids else None,
-        eos_ids=f.take_ids("eos_token_id", vocabulary, eos),
-        pad_id=pad_ids[0] if pad_ids else None,
+        **read_ids(f, vocabulary, bos=bos, eos=eos, pad=pad),
     )
+
+
+def read_ids(f: Fields, vocabulary: int, *, bos: tuple[int, ...] = (), eos: tuple[int, ...] = (),
+             pad: tuple[int, ...] = ()) -> dict:
+    """The ids of special tokens; the arguments are those of files that do not say."""
+    bos, pad = f.take_ids("bos_token_id", vocabulary, bos), f.take_ids("pad_token_id", vocabulary, pad)
+    return dict(bos_id=bos[0] if bos else None, eos_ids=f.take_ids("eos_token_id", vocabulary, eos),
+                pad_id=pad[0] if pad else None)
+
+
+def write_ids(c: DecoderConfig) -> dict:
+    """The inverse of `read_ids`."""
+    eos = list(c.eos_ids)
+    return {"bos_token_id": c.bos_id, "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+            "pad_token_id": c.pad_id}
 
 
 def take_either(f: Fields, name: str, other: str, default: int) -> int:
@@ -263,7 +283,6 @@ def read_activation(f: Fields, name: str, default: str) -> str:
 
 def write_shape(c: DecoderConfig, activation: str = "hidden_act") -> dict:
     """The inverse of `read_shape`."""
-    eos = list(c.eos_ids)
     return {
         "vocab_size": c.vocab_size,
         "hidden_size": c.width,
@@ -276,9 +295,7 @@ def write_shape(c: DecoderConfig, activation: str = "hidden_act") -> dict:
         "max_position_embeddings": c.max_positions,
         "rms_norm_eps": c.norm_eps,
         "tie_word_embeddings": c.tied_head,
-        "bos_token_id": c.bos_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
-        "pad_token_id": c.pad_id,
+        **write_ids(c),
     }
 
 

@@ -56,4 +56,5 @@ GPT_OSS = Family(
         "layers.#.mlp.down.bias": f"{EXPERTS}.down_proj_bias",
     },
     interleaved=frozenset(f"{part}.{one}" for part in GATE_AND_UP for one in ("weight", "bias")),
-    in_out=frozenset(f"layers.#.mlp.{part}.weight" for part in ("gate", "up", "down")))
+    in_out=frozenset(f"layers.#.mlp.{part}.weight" for part in ("gate", "up", "down")),
+    early_exit=False)

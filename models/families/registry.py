@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import os
 from pathlib import Path
 
@@ -11,10 +12,13 @@ from sled.io import read_object, shorten, shown, write_json
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.families.family import ONE_VALUE, Family, Fields
 from sled.models.families.gemma import GEMMA, GEMMA_2, GEMMA_3
+from sled.models.families.gpt2 import GPT_2
 from sled.models.families.gpt_oss import GPT_OSS
 from sled.models.families.llama import LLAMA
 from sled.models.families.mistral import MISTRAL
 from sled.models.families.mixtral import MIXTRAL
+from sled.models.families.olmo import OLMO_2
+from sled.models.families.phi import PHI_3
 from sled.models.families.qwen import QWEN2, QWEN3
 from sled.models.families.qwen_moe import QWEN3_MOE
 
@@ -24,7 +28,7 @@ HEADS_CONFIG = "exit_heads.json"  # beside config.json, whose readers need not k
 HOLDERS = {"gemma3": "Gemma3ForConditionalGeneration"}
 OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 FAMILIES = {family.name: family for family in (
-    LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA, GEMMA_2, GEMMA_3, GPT_OSS)}
+    LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA, GEMMA_2, GEMMA_3, GPT_OSS, GPT_2, OLMO_2, PHI_3)}
 
 
 def family_of(config: DecoderConfig) -> Family:
@@ -95,10 +99,10 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
     found = [family for family in FAMILIES.values()
              if kind in (None, family.name) and all(family.has(architecture) for architecture in architectures)]
     if len(found) != 1:
-        known = ", ".join(f"{family.name} ({family.architecture})" for family in FAMILIES.values())
-        raise ConfigError(f"{source}: model_type {shown(kind, 60)} with architectures "
-                          f"{shown(architectures, 200)} is not supported (supported: {known}); use a model of "
-                          "these families")
+        raise ConfigError(
+            f"{source}: model_type {shown(kind, 60)} with architectures {shown(architectures, 200)} is not supported "
+            f"(the nearest by name is {_nearest(kind, architectures)}; all: {', '.join(FAMILIES)}); use one of "
+            "these, or add the family, as docs/families.md shows")
     try:
         config = DecoderConfig(family=found[0].name, **found[0].read(f))
     except ConfigError as error:
@@ -107,6 +111,13 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
     f.finish(ONE_VALUE)
     _warn(f, config.family)
     return config
+
+
+def _nearest(kind: str | None, architectures: list) -> str:
+    """The name of the family that is spelled most like what a file says."""
+    given = " ".join([kind or "", *(one for one in architectures if isinstance(one, str))])[:200].lower()
+    ratio = lambda name: difflib.SequenceMatcher(None, given, name.lower()).ratio()  # noqa: E731
+    return max(FAMILIES.values(), key=lambda family: ratio(f"{family.name} {family.architecture}")).name
 
 
 def _decoder_of(values: dict, source: str) -> dict:

@@ -35,7 +35,8 @@ class Export:
 
     sled export demo --out program --form program --fusion sled --exits speculate --exit-layers 2
 
-    Forms: hf is a Hugging Face folder with a model card, for sled and transformers (assistant_early_exit included).
+    Forms: hf is a Hugging Face folder with a model card, for sled and transformers (assistant_early_exit included,
+    but for GPT-2 and gpt-oss).
     orbax is an Orbax checkpoint with configuration and tokenizer, which sled.load reads too. program is the whole
     generation as a compiled function for CPU, GPU and TPU, its weights beside it, and run.py, which runs it without
     sled. The folder appears when all of it is written, in place of an earlier export, if there was one.

@@ -18,6 +18,8 @@ from sled.export.source import SourceModel, cast
 from sled.models import Decoder
 from sled.models.config import WEIGHT_TYPES
 from sled.models.decoder import ARITHMETIC
+from sled.models.families.family import Family
+from sled.models.families.registry import family_of
 from sled.settings.decorator import setting, settings
 from sled.settings.describe import changes, describe
 from sled.settings.rules import Number
@@ -103,7 +105,8 @@ def model_card(card: Card, model: SourceModel, decoder: Decoder, name: str, cali
     elif model.decoder.config.exit_heads is not None:
         parts.append("The model that this was exported from had heads at its early exits; they were left behind.")
     parts += [_training(model.settings)] if model.run else []
-    parts += [_layers(found, recommended, card.margin, model), _use(name, recommended, has_text)]
+    parts += [_layers(found, recommended, card.margin, model),
+              _use(name, recommended, has_text, family_of(decoder.config))]
     if calibration is not None:
         parts.append(_calibration(calibration))
     return "\n\n".join(parts) + "\n"
@@ -171,13 +174,16 @@ def _layers(found: Measured | None, good: list[int], margin: float, model: Sourc
         f"{'' if heads is None else BY_HEADS}That is no promise about generated text; calibrate a threshold for it."])
 
 
-def _use(name: str, recommended: list[int], has_text: bool) -> str:
+def _use(name: str, recommended: list[int], has_text: bool, family: Family) -> str:
     """Code that runs as it stands, where the folder, or the hub's repository, of that name is found."""
     what, ours, theirs = "The model decodes as any other.", "", ""
     if recommended:
         what = (f"Layer {recommended[0]} drafts and all layers verify, so the text stays theirs (in bfloat16 but for "
                 "near ties, which a block of drafts may round otherwise).")
         ours, theirs = f", exits=sled.SelfSpeculation({recommended[0]})", f", assistant_early_exit={recommended[0]}"
+        if not family.early_exit:
+            what += f" transformers' class of {family.name} models has no early exit: there all layers run."
+            theirs = ""
     prompt, shown = '"The capital of France is"', "out.texts[0]"
     imports, decoded = "from transformers import AutoModelForCausalLM, AutoTokenizer", "tokenizer.decode(out[0])"
     inputs = f'tokenizer = AutoTokenizer.from_pretrained("{name}")\ninputs = tokenizer(prompt, return_tensors="pt")'

@@ -35,6 +35,7 @@ from sled.train.run.named_arrays import checksums, mismatch, named, rebuilt, tar
 from sled.train.run.resume import Rule, check_resumable
 
 FORMAT = 3  # of what is written here; raised when another sled could not read it
+WRITTEN = 2**28  # bytes that are written at a time, if an array has no more
 _DROPPED = "dropped-"
 PACKAGES = ("sled-jax", "jax", "flax", "optax", "orbax-checkpoint")
 
@@ -160,7 +161,9 @@ class Checkpoints(contextlib.AbstractContextManager):
         about = {"format": FORMAT, "host": kept, "settings": self.settings, "versions": versions}
         saved = {"arrays": unflatten_dict(arrays, sep="/"), "checksums": checksums(arrays)}
         self._under_way = step
-        with self._write_errors():
+        context = ocp.Context()  # what is being written is held a second time meanwhile
+        context.memory.write_concurrent_bytes = max(WRITTEN, *(1 + array.nbytes for array in arrays.values()))
+        with self._write_errors(), context:
             self._checkpointer.save_async(step, saved, force=True, custom_metadata=about)
         if jax.default_backend() == "cpu":
             self.wait()
