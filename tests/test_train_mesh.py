@@ -17,7 +17,8 @@ from programs import on_devices, run_together
 from safetensors.numpy import load_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.models import DecoderConfig, ExitHeads, layers, load_folder, read_config
+from sled.models import DecoderConfig, ExitHeads, load_folder, read_config
+from sled.models.layers import basic
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh, across_slices
 from sled.models.sharding.sharding import LARGE, Sharding
@@ -102,8 +103,6 @@ def place(name, shape):
         spec = (None, "fsdp")
     elif module == "router":
         spec = ("fsdp", None) if kind == "weight" else (None,)
-    elif module == "positions":
-        spec = (None, "fsdp")
     elif module in ("embedding", "head", "o", "down"):
         spec = ("tensor", "fsdp") if kind == "weight" else (None,)
     else:
@@ -163,7 +162,7 @@ def test_a_layer_lies_alone_as_it_lies_among_the_stacked():
 
 @pytest.mark.parametrize("axes", [(), ("vector", "vector"), ("columns",)])
 def test_a_parameter_whose_axes_have_no_names_is_named(axes, monkeypatch):
-    monkeypatch.setattr(layers, "parameter", lambda array, *given: nnx.Param(
+    monkeypatch.setattr(basic, "parameter", lambda array, *given: nnx.Param(
         array, axes=axes if given == ("vector",) else given))
     with pytest.raises(SettingError, match=r"the parameter layers\.attention_norm\.weight of shape \(32, 4096\) has "):
         _ = Sharding(LLAMA3_8B, Mesh().abstract(8)).parameters

@@ -165,25 +165,28 @@ def in_blocks(form: Form, matrices: Matrices, x_ND, chosen_NA, share_NA):
     """As `in_groups`: every expert's pairs in blocks of R, the last one filled up; blocks one after the other."""
     experts, expert_P = matrices.gate.shape[0], chosen_NA.ravel()
     (tokens, chosen), pairs = chosen_NA.shape, expert_P.shape[0]
-    if not isinstance(tokens, int):
+    if isinstance(tokens, int) and tokens == 1:
+        x_A1D = jnp.broadcast_to(x_ND[None], (chosen, 1, x_ND.shape[1]))
+        return _blocks(form, matrices, x_A1D, share_NA.T, expert_P, jnp.int32(chosen)).sum(0)
+    if isinstance(tokens, int):
+        fair = 2 ** (pairs // experts).bit_length() // 2
+        rows = min(max(fair, LEAST_ROWS), MOST_ROWS)
+        most = min(pairs, (pairs + experts * (rows - 1)) // rows)  # blocks that there can be
+    else:
         rows = LEAST_ROWS
         most = (pairs + experts * (rows - 1)) // rows
-    else:
-        fair = 2 ** max(pairs // experts, 1).bit_length() // 2
-        rows = 1 if tokens == 1 else min(max(fair, LEAST_ROWS), MOST_ROWS)
-        most = min(pairs, (pairs + experts * (rows - 1)) // rows)  # blocks that there can be
-    size_X = jnp.bincount(expert_P, length=experts)
-    blocks_X = -(-size_X // rows)
-    ends_X = jnp.cumsum(blocks_X)
+    size_X = (expert_P[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
+    blocks_X = (size_X + rows - 1) // rows
+    sorted_X, ends_X = jnp.cumsum(size_X) - size_X, jnp.cumsum(blocks_X)  # where its pairs begin once sorted
+    begin_X = rows * (ends_X - blocks_X)  # and in blocks
+    expert_M = jnp.searchsorted(ends_X, jnp.arange(most), side="right", method="compare_all").clip(max=experts - 1)
+    rank_MR = rows * jnp.arange(most)[:, None] + jnp.arange(rows) - begin_X[expert_M][:, None]
+    filled_MR = rank_MR < size_X[expert_M][:, None]
     order_P = jnp.argsort(expert_P)
-    sorted_P = expert_P[order_P]
-    place_P = (rows * (ends_X - blocks_X) - (jnp.cumsum(size_X) - size_X))[sorted_P] + jnp.arange(pairs)
-    place_P = jnp.zeros_like(place_P).at[order_P].set(place_P)
-    fill = lambda of_pairs: jnp.zeros((most * rows, *of_pairs.shape[1:]), of_pairs.dtype).at[place_P].set(  # noqa: E731
-        of_pairs).reshape(most, rows, *of_pairs.shape[1:])
-    expert_M = jnp.searchsorted(ends_X, jnp.arange(most), side="right")
-    y_MRD = _blocks(form, matrices, fill(jnp.repeat(x_ND, chosen, axis=0)), fill(share_NA.ravel()), expert_M,
-                    ends_X[-1])
+    pair_MR = order_P.at[sorted_X[expert_M][:, None] + rank_MR].get(mode="clip")
+    x_MRD = jnp.where(filled_MR[..., None], x_ND[pair_MR // chosen], 0)
+    y_MRD = _blocks(form, matrices, x_MRD, jnp.where(filled_MR, share_NA.ravel()[pair_MR], 0), expert_M, ends_X[-1])
+    place_P = jnp.argsort(order_P) + (begin_X - sorted_X)[expert_P]
     return y_MRD.reshape(most * rows, -1)[place_P].reshape(tokens, chosen, -1).sum(1)
 
 
@@ -236,7 +239,8 @@ def _turn(i, matrices: Matrices, expert_M, stretches: int) -> tuple[jax.Array, t
     """What turn i of the loop is about: the block, the place (expert, stretch) of its matrices, and these."""
     # Else XLA, which computes bfloat16 in float32 on a CPU, would convert all experts before the loop.
     matrices, i = jax.lax.optimization_barrier((matrices, i))
-    m, place = i // stretches, (expert_M[i // stretches], i % stretches)
+    m, stretch = (function(i, jnp.asarray(stretches, i.dtype)) for function in (jax.lax.div, jax.lax.rem))
+    place = expert_M[m], stretch.astype(expert_M.dtype)
     return m, place, _stretch(matrices, place, stretches)
 
 

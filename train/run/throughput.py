@@ -41,12 +41,13 @@ def flops_per_token(config: DecoderConfig, parameters: int, heads: int, length: 
     """Arithmetic per token of a decoder in training on rows of `length` tokens.
 
     parameters: all of the model's but those of its exit heads, of which there are `heads`. An embedding table that is
-    not the head as well is looked up, not multiplied, and is left out. The attention term is PaLM's 12 L N H T, for
-    which a causal mask saves nothing; a layer with a sliding window counts the window where that is shorter. Of a
-    mixture of experts those that a token goes through count.
+    not the head as well, or of learned positions, is looked up, not multiplied, and is left out. The attention term is
+    PaLM's 12 L N H T, for which a causal mask saves nothing; a layer with a sliding window counts the window where that
+    is shorter. Of a mixture of experts those that a token goes through count.
     Layers that layer dropout skips are counted as if they ran.
     """
     table = 0 if config.tied_head else config.vocab_size * config.width
+    table += config.max_positions * config.width if config.rope is None else 0
     reach = sum(min(length, window or length) for window in config.windows)
     projection = config.vocab_size * config.width
     own = 0.0 if config.exit_heads is None else heads / len(config.exit_heads.layers)
