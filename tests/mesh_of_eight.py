@@ -22,10 +22,13 @@ from training_runs import ASKED, MESHES, counted_open, remember_programs
 import sled.models.stored
 from sled.errors import SettingError
 from sled.fusion import SharedHead
-from sled.models import ExitHeads, save_folder
+from sled.models import Decoder, DecoderConfig, ExitHeads, Experts, save_folder
+from sled.models.sharding.sharding import Sharding
 from sled.train.data.sources import Source
+from sled.train.objective.balance import balance_loss
 from sled.train.objective.cross_entropy import Split, exit_cross_entropy
 from sled.train.objective.exit_weights import Rotational, UniformWeights, WeightedExits
+from sled.train.objective.forward import states_and_routing
 from sled.train.objective.layer_dropout import FixedRows, LayerDropout
 from sled.train.parallel.memory_plan import memory_plan
 from sled.train.recipes import Recipe
@@ -194,7 +197,30 @@ def check_checkpoints(folder):
     same(load_checkpoint(folder, jax.eval_shape(lambda: state)).state, state)
 
 
+def check_experts():
+    """A mixture of experts gives one device's gradient; rows stay where they are."""
+    config = DecoderConfig("mixtral", vocab_size=24, width=16, mlp_width=32, num_layers=2, num_heads=4, num_kv_heads=2,
+                           head_dim=8, max_positions=64, mlp_bias=True, experts=Experts(6, 2, 20))
+    graph, weights = nnx.split(Decoder.init(config, rngs=nnx.Rngs(0)).stack())
+    tokens_BT = jnp.asarray(IDS)[:8] % 24
+
+    def loss(weights, tokens_BT, sharding=None):
+        h_EBTD, experts = states_and_routing(nnx.merge(graph, weights), tokens_BT, (2,), sharding=sharding)
+        return jnp.sin(h_EBTD).sum() + balance_loss(experts)
+
+    expected = jax.jit(jax.grad(loss))(weights, tokens_BT)
+    sharding = Sharding(config, MESHES["all"].build())
+    placed = jax.device_put((weights, tokens_BT), (sharding.shardings(weights), sharding.rows))
+    step = jax.jit(jax.grad(functools.partial(loss, sharding=sharding))).lower(*placed).compile()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), step(*placed), expected)
+    gathered = re.findall(r"= f32\[([\d,]*)\]\S* all-gather\(", step.as_text())
+    experts = {shape for shape in gathered if shape.count(",") == 3}
+    assert experts == {"1,6,16,10", "1,6,10,16"}  # a layer's, each with half of F
+    assert not any(shape.startswith(f"8,{LENGTH - 1},") for shape in gathered)
+
+
 check_checkpoints(out / "checkpoints")
+check_experts()
 sled.models.stored.safe_open = counted_open
 runs = {mesh: steps_on(mesh) for mesh in meshes}
 initial, losses, evaluate = runs["alone"]

@@ -17,7 +17,8 @@ from programs import on_devices, run_together
 from safetensors.numpy import load_file
 
 from sled.errors import CheckpointError, SettingError
-from sled.models import DecoderConfig, ExitHeads, layers, load_folder, read_config
+from sled.models import DecoderConfig, ExitHeads, load_folder, read_config
+from sled.models.layers import basic
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh, across_slices
 from sled.models.sharding.sharding import LARGE, Sharding
@@ -90,7 +91,7 @@ def test_slices_are_crossed_by_the_outer_axes_alone():
 
 # What lies where.
 
-def place(name):
+def place(name, experts=False):
     """Where a parameter lies: over tensor the columns of products before attention and activation, else the rows."""
     *_, module, kind = name.split(".")
     if "norm" in module:
@@ -101,6 +102,10 @@ def place(name):
         spec = ("tensor", "fsdp") if kind == "weight" else (None,)
     else:
         spec = ("fsdp", "tensor") if kind == "weight" else ("tensor",)
+    if module == "router":
+        spec = (*spec[:-1], None)
+    if experts and module in ("gate", "up", "down"):
+        spec = (None, *spec)
     return P(None, *spec) if name.startswith("layers") else P(*spec)
 
 
@@ -116,7 +121,7 @@ def test_every_variants_parameters_have_their_place(variant, tiny_folder):
         first, *rest = name.split(".")
         path = (first, 0, *rest) if first == "layers" else (first, *rest)
         assert shape == ((config.num_layers,) if first == "layers" else ()) + flat[path].shape
-        assert spec == place(name), name
+        assert spec == place(name, bool(config.experts)), name
 
 
 @pytest.mark.parametrize("optimizer", [
@@ -156,7 +161,7 @@ def test_a_layer_lies_alone_as_it_lies_among_the_stacked():
 
 @pytest.mark.parametrize("axes", [(), ("vector", "vector"), ("columns",)])
 def test_a_parameter_whose_axes_have_no_names_is_named(axes, monkeypatch):
-    monkeypatch.setattr(layers, "parameter", lambda array, *given: nnx.Param(
+    monkeypatch.setattr(basic, "parameter", lambda array, *given: nnx.Param(
         array, axes=axes if given == ("vector",) else given))
     with pytest.raises(SettingError, match=r"the parameter layers\.attention_norm\.weight of shape \(32, 4096\) has "):
         _ = Sharding(LLAMA3_8B, Mesh().abstract(8)).parameters
