@@ -20,7 +20,7 @@ DEFAULT_ROPE = Rope()
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")  # by config.json's names
 HEAD_KINDS = ("projection", "norm", "affine", "mlp")
 MOST = 2**31 - 1  # of every count: positions and token ids are int32
-MOST_LAYERS = 10_000  # the deepest models published have hundreds
+MOST_LAYERS = MOST_EXPERTS = 10_000  # the largest models published have hundreds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Experts:
     clamp: tuple[float, float] | None = None
 
     def __post_init__(self):
-        for name, most in (("count", MOST), ("chosen", self.count), ("width", MOST)):
+        for name, most in (("count", MOST_EXPERTS), ("chosen", self.count), ("width", MOST)):
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} of the experts is {getattr(self, name)!r}, but it must be from 1 to "
                                   f"{most:,}")

@@ -60,6 +60,8 @@ def test_a_text_beyond_the_short_way_is_refused_with_the_remedy(short, tmp_path)
     for generate in (short.generate, short.stream):
         with pytest.raises(PromptError, match=f"14 tokens long and 3 new .* at most 2 new ones {remedy}"):
             generate(SHORT.tolist(), max_new_tokens=3)
+    with pytest.raises(SettingError, match=r"capacity is 17, .* 16; .*context, and for more load it with long_context"):
+        sled.Engine(short, capacity=17)
     assert len(short.generate(SHORT.tolist(), max_new_tokens=2).tokens[0]) == 2
     with pytest.raises(SettingError, match=f"Layout.context is 17, but the model's context holds 16; .* {remedy}"):
         read_rows(None, short.text, short.config, Layout(17))
@@ -90,7 +92,7 @@ def test_a_model_with_one_way_is_not_loaded_for_another(tiny_folder, command):
         sled.load(tiny_folder("llama"), long_context=True)
     with pytest.raises(SettingError, match="long_context"):
         sled.load("demo", long_context=1)
-    status, _, said = command("export", "demo", "--to", "x", "--long-context")
+    status, _, said = command("export", "demo", "--out", "x", "--long-context")
     assert status and "--long-context has no meaning for --form hf" in said
     status, _, said = command("generate", "Question", "--long-context")
     assert status and "this model has no rotary positions of their own for long texts" in said

@@ -62,8 +62,9 @@ class Engine:
         Instance(LM, traced=False, hint="give what sled.load returns")("lm", lm)
         slots = Whole(1, hint="it counts the requests served at a time")("slots", slots)
         most = lm.config.context
-        capacity = Whole(2, most, hint="it counts a request's tokens, a new one included, within the model's context")(
-            "capacity", min(most, 1024) if capacity is None else capacity)
+        hint = "it counts a request's tokens, a new one included, within the model's context"
+        hint += lm.config.beyond and f", and {lm.config.beyond}"
+        capacity = Whole(2, most, hint=hint)("capacity", min(most, 1024) if capacity is None else capacity)
         self.limits = Instance(Limits, traced=False, hint="give sled.Limits(...)")("limits", limits)
         self._lm, self._waiting, self._lock = lm, deque(), threading.Lock()
         defaults = Decoding(fusion, exits, schedule, lm.sampling_of(sampling)).check_context(most)
