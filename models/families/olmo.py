@@ -18,7 +18,7 @@ def _write(c: DecoderConfig) -> dict:
 
 
 OLMO_2 = Family("olmo2", "Olmo2ForCausalLM", _read, _write, {
-    **{name: other for name, other in MODULES.items() if name not in ("layers.#.attention_norm", "layers.#.mlp_norm")},
+    **MODULES,  # without the norms before, which it has none of
     "layers.#.attention.q_norm": "model.layers.#.self_attn.q_norm",
     "layers.#.attention.k_norm": "model.layers.#.self_attn.k_norm",
     "layers.#.attention_post_norm": "model.layers.#.post_attention_layernorm",
