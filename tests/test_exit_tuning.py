@@ -86,7 +86,7 @@ def classifier(toy):
 
 def test_the_classifier_learns_when_an_exit_is_right(toy, classifier):
     ids = jnp.arange(6, 47)
-    sure = [confidence("classifier", None, toy.embed(ids), None, classifier, e) for e in range(2)]
+    sure = [confidence("classifier", None, toy.embed(ids, ids), None, classifier, e) for e in range(2)]
     assert (sure[0][::2] > 0.7).all() and (sure[0][1::2] < 0.3).all()
     assert (sure[1] > 0.9).all()  # exit 2 is always right
 
