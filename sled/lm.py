@@ -125,7 +125,7 @@ class LM:
         rows: dict[int, StopStrings] = {}
         emitted: dict[int, Emitted] = {}
         runs = []
-        height = _height(len(ids))
+        height = batch_height(len(ids))
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
                 run = self._begin(ids, batch, decoding, height=min(batch_size, height), seed=seed)
@@ -158,7 +158,7 @@ class LM:
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         decoding = Decoding(fusion, exits, schedule, self.sampling_of(sampling), max_new_tokens, stop)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
-        run = self._begin(ids, range(len(ids)), decoding, height=_height(len(ids)), seed=seed)
+        run = self._begin(ids, range(len(ids)), decoding, height=batch_height(len(ids)), seed=seed)
         return self._chunks(run, ids, decoding, chunk)
 
     def _chunks(self, run: Generation, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
@@ -363,7 +363,7 @@ class LM:
             yield rows
 
 
-def _height(prompts: int) -> int:
+def batch_height(prompts: int) -> int:
     """The rows of a batch of so many prompts: 1, 2, 3, 4, 6, 8, 12, 16, ..., so that other numbers compile nothing."""
     return bucket(prompts, least=2) if prompts > 1 else 1
 
