@@ -9,7 +9,7 @@ import tyro
 
 import sled
 from sled.cli.derived import arguments, sets, written
-from sled.cli.exit_options import OFFERS, SCHEDULE_OFFERS
+from sled.cli.exit_options import SCHEDULE_OFFERS, exits_written
 from sled.cli.options import (
     ChatOptions,
     FusionOptions,
@@ -21,8 +21,9 @@ from sled.cli.options import (
     left_out,
 )
 from sled.cli.values import Layer, LayerSet
+from sled.decoding.options import FULL_DEPTH
 from sled.errors import SettingError
-from sled.exits import POLICIES, SCHEDULES
+from sled.exits import SCHEDULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,8 @@ class Tune:
 
 def fastest(tuned) -> str:
     """The way as options of sled generate."""
-    [policy] = [word for word, kind in POLICIES.items() if type(tuned.exits) is kind]
-    if policy == "none":
+    if tuned.exits == FULL_DEPTH:
         return "no early exit"
     [schedule] = [word for word, kind in SCHEDULES.items() if type(tuned.schedule) is kind]
-    return " ".join(["--exits", policy, *written(tuned.exits, OFFERS[policy]), "--schedule", schedule,
+    return " ".join([exits_written(tuned.exits), "--schedule", schedule,
                      *written(tuned.schedule, SCHEDULE_OFFERS[schedule])])

@@ -62,7 +62,7 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
 
 def read_pairs(build: Build, params: Any, pairs: list[Pair], read: Callable[[list[KV], Block], tuple], *, plan: Plan,
                batch_size: int) -> Iterator[tuple[int, list[np.ndarray]]]:
-    """Runs each distinct prompt of the (prompt ids, continuation ids) pairs once, and `read` on blocks of continuations.
+    """Runs each distinct prompt of (prompt ids, continuation ids) pairs once, and `read` on blocks of continuations.
 
     read: takes the prompts' caches and a block, and returns arrays with the block's places in front, in its order.
     Yields (index of the pair, these arrays at its continuation's tokens) in an order of its own.

@@ -39,16 +39,18 @@ def measured_costs(lm: LM, prompts: Sequence[np.ndarray], *, draft_layer: int, e
     """
     forget_programs()
     bench = _Bench(lm, prompts, capacity)
-    sizes, drafts = sorted({1, loop.BLOCK, *windows}), SelfSpeculation(draft_layer, LONG_DRAFT)
+    sizes = sorted({1, loop.BLOCK, *windows})
+    short, long = (SelfSpeculation(draft_layer, draft) for draft in (SHORT_DRAFT, LONG_DRAFT))
     leaves, stays = (EarlyExit(exit_layer, threshold) for threshold in (0.0, 1.0))
     cycle = leaves.window  # tokens that leave until their K/V must be made
     parts: dict[Any, Measure] = {
-        **{("layers", size): bench.layers(size) for size in sizes}, **{("head", size): bench.head(size) for size in sizes},
+        **{("layers", size): bench.layers(size) for size in sizes},
+        **{("head", size): bench.head(size) for size in sizes},
         "plain": bench.steps(FULL_DEPTH, 1),
-        **{("draft", d): bench.steps(drafts.__class__(draft_layer, d), d + 1) for d in (SHORT_DRAFT, LONG_DRAFT)},
+        "short": bench.steps(short, SHORT_DRAFT + 1), "long": bench.steps(long, LONG_DRAFT + 1),
         "leaves": bench.steps(leaves, cycle), "stays": bench.steps(stays, 1)}
     times = _fastest(parts, progress)
-    return _solved(times, lm.config.num_layers, sizes, draft_layer, exit_layer, drafts.window, cycle)
+    return _solved(times, lm.config.num_layers, sizes, draft_layer, exit_layer, long.window, cycle)
 
 
 def _solved(times: dict[Any, float], depth: int, sizes: Sequence[int], draft_layer: int, exit_layer: int, window: int,
@@ -61,9 +63,9 @@ def _solved(times: dict[Any, float], depth: int, sizes: Sequence[int], draft_lay
     costs = Costs(depth, {size: times["layers", size] / depth for size in sizes},
                   {size: times["head", size] for size in sizes})
     layer, head, above = costs.layer, costs.head, depth - exit_layer
-    drafting = (times["draft", LONG_DRAFT] - times["draft", SHORT_DRAFT]) / (LONG_DRAFT - SHORT_DRAFT)
+    drafting = (times["long"] - times["short"]) / (LONG_DRAFT - SHORT_DRAFT)
     first = drafting - head(1)
-    verifying = times["draft", SHORT_DRAFT] - SHORT_DRAFT * drafting - first
+    verifying = times["short"] - SHORT_DRAFT * drafting - first
     blocks = -(-cycle // loop.BLOCK)
     left = times["leaves"] - cycle * head(1) - blocks * above * layer(loop.BLOCK)
     stayed = times["stays"] - 2 * head(1) - above * layer(1)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
-import json
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,135 +13,18 @@ from sled.decoding.state import bucket
 from sled.errors import CalibrationError, SettingError
 from sled.exits import EarlyExit, SelfSpeculation
 from sled.lm import LM, batch_height
-from sled.settings.brief import brief
 from sled.settings.rules import Flag, Whole
 from sled.survey.choices import Choices, layer_choices
-from sled.survey.costs import DRAFTS, PAYS, Costs
+from sled.survey.costs import DRAFTS, Costs
 from sled.survey.profile import measured_costs
+from sled.survey.result import KEEPS, SURE, Drafting, Leaving, Spoken, Survey
 from sled.survey.simulate import count_drafts, count_exits
 from sled.text.prompts import Prompts, prompt_ids
-from sled.timing import hardware, versions
 
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
-KEEPS = 0.98  # the share of tokens that an exit must leave as they are
-SURE = 0.9
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 ANSWERS_AT_ONCE = 8
 ROOM = 64  # positions for new tokens in which the loop is timed, at least
-
-
-@dataclasses.dataclass(frozen=True)
-class Spoken:
-    """What one layer says, over all tokens of the answers, each after the tokens of the answer before it.
-
-    agreement: share of tokens for which its choice is the last layer's.
-    calibration_error: the expected one (Guo et al. 2017, arXiv 1706.04599, 15 bins) of the probability that it gives to
-        its choice, as that of agreeing with the last layer: 0 is perfect.
-    sure: share of tokens that it gives more than 0.9; sure_agreement: share of these that are the last layer's choice,
-        None where there are none.
-    pays_from: the acceptance from which drafts after it would make decoding 1.05 times as fast; None where none does.
-    """
-
-    layer: int
-    agreement: float
-    calibration_error: float
-    sure: float
-    sure_agreement: float | None
-    pays_from: float | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Drafting:
-    """What `sled.SelfSpeculation(layer, draft)` would do to the answers. Their text stays.
-
-    acceptance, accepted: share of drafts, and drafts per verification, that are right. speed: expected, of decoding,
-    as a multiple of plain greedy decoding's. bound_speed: on a device bound by memory.
-    """
-
-    layer: int
-    draft: int
-    acceptance: float
-    accepted: float
-    speed: float
-    bound_speed: float
-
-    def policy(self) -> SelfSpeculation:
-        return SelfSpeculation(self.layer, self.draft)
-
-
-@dataclasses.dataclass(frozen=True)
-class Leaving:
-    """What `sled.EarlyExit(layer, threshold)` would do to the answers, each token after the full model's before it.
-
-    left: share of tokens that leave. kept: share of all tokens that stay the last layer's choice. mean_depth: layers
-    of a token. speed, bound_speed: as of `Drafting`, with exact K/V.
-    """
-
-    layer: int
-    threshold: float
-    left: float
-    kept: float
-    mean_depth: float
-    speed: float
-    bound_speed: float
-
-    def policy(self) -> EarlyExit:
-        return EarlyExit(self.layer, self.threshold)
-
-
-@brief
-@dataclasses.dataclass(frozen=True)
-class Survey:
-    """What `sled.layers` found.
-
-    model, num_layers; prompts, tokens: how many answers it read, of how many tokens; batch_size: of the speeds.
-    layers: what the layers 1 .. L say. drafting, leaving: every draft length and threshold of every layer but the last.
-    costs: what this machine takes for the parts of a step, or None where it was not timed: all speeds are then those
-    of a device bound by memory.
-    """
-
-    model: str
-    num_layers: int
-    prompts: int
-    tokens: int
-    batch_size: int
-    layers: tuple[Spoken, ...]
-    drafting: tuple[Drafting, ...]
-    leaving: tuple[Leaving, ...]
-    costs: Costs | None
-    date: str = dataclasses.field(
-        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
-    hardware: str = dataclasses.field(default_factory=hardware)
-    versions: dict[str, str] = dataclasses.field(default_factory=versions)
-
-    def best_drafting(self, layer: int | None = None) -> Drafting | None:
-        """The fastest way to draft, of one layer or of all; None in a model of one layer."""
-        return max((way for way in self.drafting if layer in (None, way.layer)), key=lambda way: way.speed, default=None)
-
-    def best_leaving(self, layer: int | None = None) -> Leaving | None:
-        """The fastest way to leave that keeps 98% of the tokens, of one layer or of all; None where none keeps them."""
-        ways = (way for way in self.leaving if layer in (None, way.layer) and way.kept >= KEEPS and way.left > 0)
-        return max(ways, key=lambda way: way.speed, default=None)
-
-    @property
-    def recommended(self) -> list[Drafting | Leaving]:
-        """The best way to draft and the best to leave, as far as they are at least 1.05 times as fast as plain."""
-        return [way for way in (self.best_drafting(), self.best_leaving()) if way is not None and way.speed >= PAYS]
-
-    def speaking_layers(self, most: int = 4) -> tuple[int, ...]:
-        """Where exits and drafts are most worth trying, ascending: the layers with the fastest ways to draft or leave,
-        whether they pay or not."""
-        def best(layer: int) -> float:
-            ways = (self.best_drafting(layer), self.best_leaving(layer))
-            return max((way.speed for way in ways if way is not None), default=0.0)
-
-        return tuple(sorted(sorted(range(1, self.num_layers), key=best, reverse=True)[:most]))
-
-    def json(self) -> str:
-        """All of it as one JSON object, with what is recommended."""
-        ways = [type(way).__name__.lower() for way in self.recommended]
-        return json.dumps(dataclasses.asdict(self) | {"recommended": {
-            name: dataclasses.asdict(way) for name, way in zip(ways, self.recommended, strict=True)}}, indent=2)
 
 
 def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: int = 1, profile: bool = True,
@@ -172,8 +52,8 @@ def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: i
                     progress=progress)
     texts = [np.array(tokens, np.int32) for tokens in out.tokens]
     if sum(map(len, texts)) <= len(texts):
-        raise CalibrationError(f"all {len(texts)} answers end with their first token, so there is nothing to draft or to "
-                               "leave early; give prompts that the model answers, or a larger max_new_tokens")
+        raise CalibrationError(f"all {len(texts)} answers end with their first token, so there is nothing to draft or "
+                               "to leave early; give prompts that the model answers, or a larger max_new_tokens")
     choices = layer_choices(lm, list(zip(ids, texts, strict=True)), batch_size=ANSWERS_AT_ONCE, progress=progress)
     limits = [min(max_new_tokens, lm.config.context - len(prompt)) for prompt in ids]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # as `LM.decode` makes batches
@@ -254,12 +134,12 @@ def _told(choices: Sequence[Choices], texts: Sequence[np.ndarray]) -> tuple[list
 def _spoken(choices: Sequence[Choices], texts: Sequence[np.ndarray], costs: Costs, windows) -> tuple[Spoken, ...]:
     probability_LT, right_LT = (np.concatenate(x, axis=1) for x in _told(choices, texts))
     said = []
-    for layer, (probability_T, right_T) in enumerate(zip(probability_LT, right_LT, strict=True), 1):
+    for layer, (probability_T, right_T) in enumerate(zip(probability_LT[:-1], right_LT[:-1], strict=True), 1):
         sure_T = probability_T > SURE
         said.append(Spoken(
             layer, float(right_T.mean()), calibration_error(probability_T, right_T), float(sure_T.mean()),
             float(right_T[sure_T].mean()) if sure_T.any() else None,
-            costs.pays_from(layer, windows) if layer < costs.depth else None))
+            costs.pays_from(layer, windows)))
     return tuple(said)
 
 
