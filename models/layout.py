@@ -40,8 +40,8 @@ class Stored(NamedTuple):
     def read(self, tensor: Callable[[str, tuple[slice, ...]], np.ndarray], index: Sequence[slice] = ()) -> np.ndarray:
         """The parameter, or the part of it that `index` (a slice for each axis) selects.
 
-        tensor: reads a part of a stored tensor, by name and index. Where axes are swapped, the result is a view of what
-        is read."""
+        tensor: reads a part of a stored tensor, by name and index, of which one slice may have a step. Where axes are
+        swapped, the result is a view of what is read."""
         if not self.per_expert:
             return self._read(self.names[0], tensor, index)
         experts, *inside = index or (ALL,)
@@ -51,11 +51,11 @@ class Stored(NamedTuple):
         *index, last = index or (ALL,) * len(self.shape)
         first, end, _ = last.indices(self.shape[-1])
         start, step = self.columns.start, self.columns.step
-        index = [*index, slice(start + first * step, min(start + end * step, self.total))]
+        index = [*index, slice(start + first * step, min(start + end * step, self.total), step)]
         if self.swapped:
             index[-2:] = reversed(index[-2:])
         found = tensor(name, tuple(index))
-        return (found.swapaxes(-1, -2) if self.swapped else found)[..., ::step]
+        return found.swapaxes(-1, -2) if self.swapped else found
 
     def put(self, own: np.ndarray, whole: np.ndarray) -> None:
         """Writes the parameter, or one expert of it, into its place in a tensor as it is to be stored."""

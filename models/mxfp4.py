@@ -18,12 +18,23 @@ BLOCKS, SCALES = "_blocks", "_scales"
 BLOCK, BIAS = 32, 127
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 NUMBERS = np.concatenate([MAGNITUDES, -MAGNITUDES])  # by their four bits
+PAIRS = np.stack([np.tile(NUMBERS, 16), np.repeat(NUMBERS, 16)], axis=-1)  # by a byte, [256, 2]
 
 
 def dequantised(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The float32 numbers, [..., 32 G], of blocks [..., G, 16] and scales [..., G]; all of them exact in bfloat16."""
-    numbers = NUMBERS[np.stack([blocks & 15, blocks >> 4], axis=-1)].reshape(*scales.shape, BLOCK)
-    return np.ldexp(numbers, scales[..., None].astype(np.int32) - BIAS).reshape(*scales.shape[:-1], -1)
+    numbers = PAIRS[blocks].reshape(*scales.shape, BLOCK)
+    with np.errstate(over="ignore", invalid="ignore"):  # told by name where weights are read
+        numbers *= np.ldexp(np.float32(1), scales.astype(np.int32) - BIAS)[..., None]
+    return numbers.reshape(*scales.shape[:-1], -1)
+
+
+def stepped(stored: Any, index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a stored tensor. Files are read without steps; matrices in four bits take them, to dequantise less."""
+    if isinstance(stored, Packed):
+        return stored[index]
+    whole = tuple(slice(one.start, one.stop) for one in index)
+    return stored[whole][tuple(slice(None, None, one.step) for one in index)]
 
 
 class Packed:
@@ -46,7 +57,7 @@ class Packed:
         experts, inside, columns = index
         begin, end, _ = inside.indices(self.get_shape()[1])
         groups = slice(begin // BLOCK, -(-end // BLOCK))
-        blocks, scales = (stored[experts, columns, groups] for stored in (self._blocks, self._scales))
+        blocks, scales = (stepped(stored, (experts, columns, groups)) for stored in (self._blocks, self._scales))
         found = np.empty((*scales.shape[:2], end - begin), jnp.bfloat16)
         for expert, pair in enumerate(zip(blocks, scales, strict=True)):  # in float32 one at a time
             found[expert] = dequantised(*pair)[:, begin - groups.start * BLOCK:][:, :end - begin]

@@ -27,7 +27,7 @@ from sled.models.decoder import Decoder
 from sled.models.families.registry import config_file, family_of, read_config
 from sled.models.layers import Block
 from sled.models.layout import Stored, layout, tensor_shapes
-from sled.models.mxfp4 import unpacked
+from sled.models.mxfp4 import stepped, unpacked
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "exit_heads.safetensors"
@@ -66,7 +66,7 @@ class StoredWeights:
         return weight
 
     def _read(self, name: str, dtype, index: tuple[slice, ...]) -> np.ndarray:
-        weight = self._files[name].get_slice(name)[index]
+        weight = stepped(self._files[name].get_slice(name), index)
         return finite(self.folder, name, weight, np.float32 if dtype is None and weight.dtype == np.float64 else dtype)
 
 

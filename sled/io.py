@@ -23,6 +23,11 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what network file s
 MOST_NESTED = 64  # lists and objects within one another in a JSON file; models' files have fewer than ten
 
 
+def cache_folder(name: str) -> Path:
+    """The folder `name` for what can be made again: sled/NAME in $XDG_CACHE_HOME, or in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sled" / name
+
+
 def path_of(name: str, value: Any, error: type[SledError] = SettingError) -> Path:
     """A path as a user gives it, ~ being the home folder. Raises `error` for what can be none, such as None."""
     try:

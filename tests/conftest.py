@@ -26,6 +26,7 @@ from sled.models.stored import parameter_shapes
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_backend_optimization_level=0",
                                     "--xla_llvm_disable_expensive_passes=true",
                                     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"])
+os.environ["SLED_COMPILATION_CACHE"] = "0"  # what tests compile is not for the user's cache folder
 pytest.register_assert_rewrite("training_data", "export_folders", "harness_tasks")  # plugins that tests import from too
 gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live on; looking through them took a tenth of all
 

@@ -1,7 +1,9 @@
 """The command line: prompts among options, help, misuse, and errors in the words of the one who typed them."""
 
 import functools
+from pathlib import Path
 
+import jax
 import pytest
 from tyro.conf import UseAppendAction
 
@@ -14,6 +16,7 @@ from sled.cli.evaluate import Eval
 from sled.cli.generate import Generate
 from sled.cli.lens import Lens
 from sled.cli.line import in_options, options_of, parse
+from sled.cli.programs import keep_programs
 from sled.cli.score import Score
 from sled.cli.sweep import Sweep
 from sled.cli.train import Train
@@ -243,3 +246,24 @@ def test_tune_refuses_in_the_users_words(words, says, demo, monkeypatch, capsys)
     monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
     assert main(["tune", *words]) == 1
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("variables, folder", [
+    ({}, "home/sled/programs"), ({"SLED_COMPILATION_CACHE": "0"}, None), ({"SLED_COMPILATION_CACHE": "own"}, "own"),
+    ({"XDG_CACHE_HOME": "file"}, None), ({"JAX_COMPILATION_CACHE_DIR": "jax"}, "jax")])
+def test_programs_are_kept_where_the_environment_says(variables, folder, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    names = ["jax_compilation_cache_dir", "jax_compilation_cache_max_size",
+             "jax_persistent_cache_min_compile_time_secs"]
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.delenv("SLED_COMPILATION_CACHE", raising=False)
+    for name, value in {"XDG_CACHE_HOME": "home", **variables}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        jax.config.update(names[0], variables.get("JAX_COMPILATION_CACHE_DIR"))  # read where jax is imported
+        keep_programs()
+        assert jax.config.jax_compilation_cache_dir == folder
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -130,31 +130,51 @@ def test_padding_and_dropped_layers_count_as_not_routed():
     assert balance_loss(whole) >= 2 - 0.5  # of choices all alike it is A
 
 
-def test_matrices_in_four_bits_are_read(tmp_path):
-    """Against the numbers written out; a part of them as the whole."""
+def in_four_bits(folder):
+    """Writes a model of random weights into `folder`, its experts in MXFP4; returns their matrices by name."""
     random = np.random.RandomState(0)
     config = dataclasses.replace(GPT_OSS, width=64, experts=dataclasses.replace(GPT_OSS.experts, width=32))
-    folder = save_folder(decoder(config), tmp_path / "model", dtype="bfloat16")
+    save_folder(decoder(config), folder, dtype="bfloat16")
     tensors, expected = load_file(folder / "model.safetensors"), {}
     for name in [name for name in tensors if name.endswith("_proj") and ".experts." in name]:
         experts, inside, columns = tensors.pop(name).shape
         codes = random.randint(0, 16, (experts, columns, inside // 32, 32))
-        exponents = random.randint(118, 130, (experts, columns, inside // 32))
+        exponents = random.randint(118, 128, (experts, columns, inside // 32))
         tensors[f"{name}_blocks"] = (codes[..., ::2] + 16 * codes[..., 1::2]).astype(np.uint8)
         tensors[f"{name}_scales"] = exponents.astype(np.uint8)
         table = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
         numbers = np.array(table + [-one for one in table])[codes] * 2.0 ** (exponents[..., None] - 127)
         expected[name] = numbers.reshape(experts, columns, inside).swapaxes(1, 2)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, "quantization_config": {"quant_method": "mxfp4"}}))
+    return expected
+
+
+def test_matrices_in_four_bits_are_read(tmp_path):
+    """Against the numbers written out; a part of them as the whole."""
+    expected, folder = in_four_bits(tmp_path / "model"), tmp_path / "model"
     written = load_file(save_folder(load_folder(folder), tmp_path / "out") / "model.safetensors")
     for name, numbers in expected.items():
         np.testing.assert_array_equal(written[name].astype(np.float64), numbers)
-    tensors[f"{name}_scales"] = tensors[f"{name}_scales"][:, 1:]
-    save_file(tensors, folder / "model.safetensors")
+    tensors = load_file(folder / "model.safetensors")
+    shortened = next(name for name in tensors if name.endswith("_scales"))
+    save_file({**tensors, shortened: tensors[shortened][:, 1:]}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="are no matrices in MXFP4"):
         load_folder(folder)
+
+
+def test_a_folder_in_four_bits_says_what_transformers_says(transformers, tmp_path):
+    import torch
+
+    in_four_bits(tmp_path / "model")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=transformers.Mxfp4Config(dequantize=True), dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs.float()(torch.tensor(np.asarray(TOKENS_BT))).logits.numpy()
+    model = load_folder(tmp_path / "model", dtype="float32")
+    np.testing.assert_allclose(model.logits(model.hidden_states(TOKENS_BT)[-1]), expected, rtol=1e-4,
+                               atol=1e-4 * np.abs(expected).max())
 
 
 def test_arithmetic_of_training_counts_the_experts_that_a_token_goes_through():

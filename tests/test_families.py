@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from programs import on_devices, run_together
-from published_configs import PUBLISHED, whole
+from published_configs import PUBLISHED
+from published_sizes import whole
 from safetensors.numpy import load_file
 
 import sled

@@ -138,7 +138,7 @@ def test_generation_config_decides_about_token_ids(tmp_path, write_model):
     ("llama", {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' is 0.5, but only 1"),
     ("mistral-window", {"sliding_window": 0}, "config.json: an attention window is 0"),
     ("qwen2-layer-types", {"layer_types": ["full_attention"]}, "config.json: 1 attention windows"),
-    ("qwen2-layer-types", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention' is not supported"),
+    ("qwen2-layer-types", {"layer_types": ["chunked_attention"] * 3}, "'chunked_attention', but only full_attention"),
     ("qwen2-layer-types", {"use_sliding_window": False}, "no sliding window is in use"),
     ("llama", {"rope_scaling": {**LLAMA_31_8B["rope_scaling"], "high_freq_factor": 1.0}},
      "high_freq_factor 1.0 must be above low_freq_factor 1.0"),

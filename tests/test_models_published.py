@@ -9,7 +9,8 @@ import warnings
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from published_configs import COUNTS, HOLDERS, PASSED_OVER, PUBLISHED, REFUSED, shrunken, whole
+from published_configs import COUNTS, HOLDERS, PASSED_OVER, PUBLISHED, REFUSED
+from published_sizes import shrunken, whole
 
 from sled.errors import CheckpointWarning, ConfigError
 from sled.models import FAMILIES, load_folder, read_config

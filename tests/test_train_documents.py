@@ -12,8 +12,8 @@ from tokenizers import normalizers
 from training_data import CONFIG, DEMO, ROWS, one_epoch, tokens_of, write
 
 from sled.errors import DataError
+from sled.io import cache_folder
 from sled.text.tokenizer import Tokenizer
-from sled.train.data.documents import default_cache
 from sled.train.data.packing import Layout
 
 pytest_plugins = ["training_data"]
@@ -121,6 +121,6 @@ def test_a_killed_run_leaves_nothing_that_counts(load, tmp_path, monkeypatch):
 
 def test_the_default_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache() == tmp_path / "sled" / "data"
+    assert cache_folder("data") == tmp_path / "sled" / "data"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert default_cache() == Path.home() / ".cache" / "sled" / "data"
+    assert cache_folder("data") == Path.home() / ".cache" / "sled" / "data"

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import resource
 import sys
 import tempfile
 import time
@@ -52,7 +51,7 @@ class Rehearsal:
     step_bytes: int
     measuring_bytes: int | None
     saving_bytes: int
-    peak_bytes: int
+    peak_bytes: int | None
 
     def text(self) -> str:
         """An aligned table, a line for each thing; of several devices the share of every parameter besides."""
@@ -75,9 +74,11 @@ class Rehearsal:
         if self.measuring_bytes is not None:
             lines.append(("  measuring", size(self.measuring_bytes)))
         elsewhere = "" if jax.default_backend() == "cpu" else f", and {size(self.plan.state)} of the host's memory"
-        lines += [("  saving", size(self.saving_bytes) + elsewhere),
-                  ("  measured", f"{size(self.peak_bytes)} at most, while this read the model, took a step and measured"
-                                 + (": the whole process" if jax.default_backend() == "cpu" else ""))]
+        lines.append(("  saving", size(self.saving_bytes) + elsewhere))
+        if self.peak_bytes is not None:
+            whole = ": the whole process" if jax.default_backend() == "cpu" else ""
+            lines.append(("  measured", f"{size(self.peak_bytes)} at most, while this read the model, took a step and "
+                                        f"measured{whole}"))
         width = max(len(name) for name, _ in lines)
         table = [self.recipe.text(), "", *(f"  {name:<{width}}  {value}" for name, value in lines)]
         return "\n".join([*table, "", self.plan.text()] if self.plan.devices > 1 else table)
@@ -131,10 +132,15 @@ def _example(batch: TrainingBatch, text: Tokenizer) -> str:
     return "".join(said)
 
 
-def _peak() -> int:
-    """The most bytes that were taken so far, on a device or, where that keeps no count, by this process."""
+def _peak() -> int | None:
+    """The most bytes that were taken so far, on a device or, where that keeps no count, by this process; None where
+    neither does."""
     if counted := jax.local_devices()[0].memory_stats():
         return counted["peak_bytes_in_use"]
+    try:
+        import resource  # Windows has no such module
+    except ImportError:
+        return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else 1024 * most
 

@@ -310,13 +310,24 @@ def read_windows(f: Fields, num_layers: int, *, every: int, window: int = 4096) 
     """
     window = f.take("sliding_window", int, window, null=True)
     default = [FULL if (i + 1) % every == 0 else SLIDING for i in range(num_layers)]
-    kinds = f.take("layer_types", list, default)
+    return windows_of(f, f.take("layer_types", list, default), window)
+
+
+def windows_of(f: Fields, kinds: list, window: int | None) -> tuple[int | None, ...]:
+    """The window of each layer of these `layer_types`. Raises ConfigError as `read_windows`."""
     for kind in kinds:
         if kind not in (FULL, SLIDING):
             raise f.refused("layer_types", kind, f"only {FULL} and {SLIDING} are supported; use another model")
         if kind == SLIDING and window is None:
-            raise f.refused("layer_types", kinds, "'sliding_window' is null; give the window, or correct 'layer_types'")
+            raise f.refused("layer_types", kinds, "no sliding window is in use; give 'sliding_window' (and set "
+                            "'use_sliding_window', where the file has it), or correct 'layer_types'")
     return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def write_windows(c: DecoderConfig) -> dict:
+    """The inverse of `read_windows`."""
+    return {"sliding_window": max((window for window in c.windows if window is not None), default=None),
+            "layer_types": layer_kinds(c.windows)}
 
 
 def check_layer_kinds(f: Fields, windows: tuple[int | None, ...], why: str) -> None:

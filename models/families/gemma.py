@@ -10,10 +10,10 @@ from sled.models.families.family import (
     Family,
     Fields,
     check_layer_kinds,
-    layer_kinds,
     read_shape,
     read_windows,
     write_shape,
+    write_windows,
 )
 from sled.models.families.rope import read_rope, read_ropes, write_rope, write_ropes
 
@@ -64,10 +64,9 @@ def _around(f: Fields, *, kv_heads: int, max_positions: int, every: int, caps: t
 
 
 def _write_around(c: DecoderConfig) -> dict:
-    return {**write_shape(c, "hidden_activation"), "attention_bias": c.qkv_bias, "layer_types": layer_kinds(c.windows),
+    return {**write_shape(c, "hidden_activation"), **write_windows(c), "attention_bias": c.qkv_bias,
             "attn_logit_softcapping": c.attention_cap, "final_logit_softcapping": c.logit_cap,
-            "query_pre_attn_scalar": _whole(c.query_scale ** -2),
-            "sliding_window": max((window for window in c.windows if window is not None), default=None)}
+            "query_pre_attn_scalar": _whole(c.query_scale ** -2)}
 
 
 def _whole(number: float) -> float:

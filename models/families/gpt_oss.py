@@ -8,11 +8,11 @@ from sled.models.families.family import (
     MODULES,
     Family,
     Fields,
-    layer_kinds,
     read_shape,
     read_windows,
     take_either,
     write_shape,
+    write_windows,
 )
 from sled.models.families.rope import read_rope, write_rope
 
@@ -39,8 +39,7 @@ def _read(f: Fields) -> dict:
 
 def _write(c: DecoderConfig) -> dict:
     slope, limit = c.experts.clamp
-    return {**write_shape(c), **write_rope(c.rope), "attention_bias": c.qkv_bias, "layer_types": layer_kinds(c.windows),
-            "sliding_window": max((window for window in c.windows if window is not None), default=None),
+    return {**write_shape(c), **write_rope(c.rope), **write_windows(c), "attention_bias": c.qkv_bias,
             "num_local_experts": c.experts.count, "num_experts_per_tok": c.experts.chosen,
             "router_aux_loss_coef": c.experts.balance, "swiglu_alpha": slope, "swiglu_limit": limit}
 

@@ -1,8 +1,15 @@
 """Qwen2 / Qwen2.5 (biases on queries, keys, values) and Qwen3 (norms on queries and keys instead)."""
 
-from sled.errors import ConfigError
 from sled.models.config import DecoderConfig
-from sled.models.families.family import MODULES, Family, Fields, layer_kinds, read_shape, write_shape
+from sled.models.families.family import (
+    MODULES,
+    Family,
+    Fields,
+    read_shape,
+    windows_of,
+    write_shape,
+    write_windows,
+)
 from sled.models.families.rope import read_rope, write_rope
 
 
@@ -18,24 +25,16 @@ def _read_windows(f: Fields, num_layers: int) -> tuple[int | None, ...]:
     window = window if used else None
     if kinds is None:
         return tuple(window if i >= first else None for i in range(num_layers))
-    for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise ConfigError(f"{f.source}: layer type {kind!r} is not supported (supported: full_attention, "
-                              "sliding_attention); use another model")
-        if kind == "sliding_attention" and window is None:
-            raise ConfigError(f"{f.source}: 'layer_types' has a sliding layer, but no sliding window is in "
-                              "use; set 'use_sliding_window' and 'sliding_window', or correct 'layer_types'")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return windows_of(f, kinds, window)
 
 
 def _write_windows(c: DecoderConfig) -> dict:
     sliding = [window is not None for window in c.windows]
     return {
+        **write_windows(c),
         "use_sliding_window": any(sliding),
-        "sliding_window": max((window for window in c.windows if window is not None), default=None),
         # Versions of transformers before `layer_types` know only "from this layer on".
         "max_window_layers": sliding.index(True) if any(sliding) else c.num_layers,
-        "layer_types": layer_kinds(c.windows),
     }
 
 

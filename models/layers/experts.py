@@ -127,6 +127,7 @@ def _mixture(experts: Experts, form: Form, matrices: Matrices, x_BTD, logits_BTX
     share_BTA = jnp.exp(best_BTA - jax.nn.logsumexp(every, axis=-1, keepdims=True))
     x_ND, chosen_NA, share_NA = (a.reshape(-1, a.shape[-1]) for a in (x_BTD, chosen_BTA, share_BTA))
     known = isinstance(x_ND.shape[0], int)  # an exported program's is symbolic
+    # Not by the platform that is lowered for: a gradient through such a choice keeps what both forms would need.
     mixture = in_blocks if jax.default_backend() == "cpu" or not known else in_groups
     return mixture(form, matrices, x_ND, chosen_NA, share_NA).reshape(x_BTD.shape), chosen_BTA, share_BTA
 

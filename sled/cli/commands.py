@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sled.cli.line import MISUSE, in_options, parse
+from sled.cli.programs import keep_programs
 from sled.errors import SledError, SledWarning
 from sled.io import disk_failure, first_line
 
@@ -81,6 +82,7 @@ def run(words: Sequence[str]) -> int:
     try:
         with warnings.catch_warnings():
             _print_in_one_line(SledWarning)
+            keep_programs()
             command.run()
     except SledError as error:
         print(f"sled: {type(error).__name__}: {in_options(str(error), kind, words)}", file=sys.stderr)

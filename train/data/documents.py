@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import zipfile
 from collections import Counter
@@ -23,7 +22,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from sled.errors import DataError, PromptError, TemplateError
-from sled.io import folder_written_whole, json_digest, unfinished_folder
+from sled.io import cache_folder, folder_written_whole, json_digest, unfinished_folder
 from sled.models.config import DecoderConfig
 from sled.text.tokenizer import Tokenizer
 from sled.train.data.conversations import tokenised, written
@@ -46,11 +45,6 @@ class Documents(NamedTuple):
     skipped: dict[str, int]  # examples that made no document, by reason
 
 
-def default_cache() -> Path:
-    """The folder where documents are kept if none is named: sled/data in $XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sled" / "data"
-
-
 def tokenise(source: Source, text: Tokenizer, config: DecoderConfig, *, cache: str | Path | None = None,
              progress: bool = True) -> Documents:
     """The documents of `source`, from the cache where it has them.
@@ -70,7 +64,7 @@ def tokenise(source: Source, text: Tokenizer, config: DecoderConfig, *, cache: s
                    tokenizer=None if source.tokens else text.digest, eos=config.eos_ids, vocabulary=config.vocab_size)
     if source.messages is not None:
         made_of |= dict(messages=source.messages, template=text.chats.template({}), special=dict(text.chats.tokens))
-    root = default_cache() if cache is None else Path(cache).expanduser()
+    root = cache_folder("data") if cache is None else Path(cache).expanduser()
     folder = root / json_digest(made_of)[:32]
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):

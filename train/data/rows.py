@@ -55,7 +55,7 @@ def read_rows(source: Source, text: Tokenizer, config: DecoderConfig, layout: La
               cache: str | Path | None = None, progress: bool = True) -> TrainingRows:
     """The rows of `source` for a model: tokenised and arranged once, then taken from the folder `cache`.
 
-    cache: by default `sled.train.data.documents.default_cache()`. Raises DataError, DownloadError, SettingError,
+    cache: by default `sled.io.cache_folder("data")`. Raises DataError, DownloadError, SettingError,
     TokenizerError.
     """
     if layout.context > config.context:
