@@ -49,8 +49,9 @@ class Decode(Measurement):
 
     sled bench decode --model HuggingFaceTB/SmolLM2-135M-Instruct
 
-    Greedy and SLED, batch 1 and 8, float32; time to first token and compile time. Needs the `parity`
-    extra for the transformers side; without it the rest is measured. A few minutes.
+    Greedy, greedy in caches of 1,024 positions, and SLED, batch 1 and 8, float32; time to first token and compile
+    time. Beside them the least that a step takes: its matrix products alone, and one reading of the weights. Needs the
+    `parity` extra for the transformers side; without it the rest is measured. A few minutes.
     """
 
     model: Annotated[str | None, left_out("random weights of 134M parameters", "-m", metavar="MODEL")] = None
