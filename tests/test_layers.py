@@ -43,6 +43,8 @@ def test_choices_are_the_lenss_wherever_the_answer_stands():
         lens = lm.lens([*prompt.tolist(), *answer[:-1].tolist()])
         np.testing.assert_array_equal(choices.token_LT, lens.top[1:, len(prompt) - 1:])
         np.testing.assert_allclose(choices.probability_LT, lens.probability[1:, len(prompt) - 1:], rtol=1e-5)
+        [logprobs] = lm.score(prompt, answer).logprobs
+        np.testing.assert_allclose(choices.logprob_LT[-1], logprobs, rtol=1e-5)
 
 
 # Counts
@@ -70,9 +72,14 @@ def test_drafts_are_counted_as_they_happen(draft):
     ([7, 7, 7, 7], 2, 4, (7, 0, 4)),     # and cuts it to one token before the last
 ])
 def test_drafts_by_hand(tokens, draft, limit, counts):
-    choices = Choices(np.array([tokens, [1, 2, 3, 4]]), np.ones((2, 4)))
+    choices = Choices(np.array([tokens, [1, 2, 3, 4]]), np.ones((2, 4)), np.ones((2, 4)))
     counted = count_drafts(choices, np.array([1, 2, 3, 4]), [draft], limit=limit, ends=(0,))
     assert tuple(int(each[0, 0]) for each in counted) == counts
+
+
+def probable(probability_LT) -> Choices:
+    """Choices of which nothing but their probability matters."""
+    return Choices(np.zeros_like(probability_LT, int), np.float32(probability_LT), None)
 
 
 def plain_exits(batch, layer, threshold, window, block):
@@ -93,7 +100,7 @@ def plain_exits(batch, layer, threshold, window, block):
 
 
 def test_exits_are_counted_as_step_by_step():
-    batch = [Choices(RNG.integers(9, size=(3, n)), RNG.random((3, n), np.float32)) for n in (30, 17, 24)]
+    batch = [probable(RNG.random((3, n), np.float32)) for n in (30, 17, 24)]
     for rows in (batch[:1], batch):
         left = count_exits(rows, (0.0, 0.2, 0.5, 1.0), window=5, block=2)
         for layer in (1, 2):
@@ -109,8 +116,7 @@ def test_times_are_those_of_the_parts():
     assert (COSTS.layer(2), COSTS.layer(6), COSTS.layer(21), COSTS.head(1)) == (2.5, 4.5, 12.0, 1.0)
     # Ten drafts after layer 1, and three verifications of 9 tokens.
     assert COSTS.drafting(1, 9, 10, 3) == 10 * (2 + 0.25 + 1) + 3 * (2 + 0.25 + 3 * 6 + 2 + 1.25)
-    sure = Choices(np.zeros((4, 5)), np.float32([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4))
-    left = count_exits([sure], [0.5], window=9, block=3)
+    left = count_exits([probable([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4)], [0.5], window=9, block=3)
     # Five steps; the third runs three tokens as a block, the fifth two.
     assert COSTS.leaving(3, left, block=3) == [5 * (3 * 2 + 1 + 0.125) + 2 * 3 + 2 * 1 + 2 * 0.75]
 
@@ -139,7 +145,7 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
         return COSTS.leaving(2, left, block=3)[0]
 
     sizes = sorted(COSTS.layer_of)
-    leave, stay = (count_exits([Choices(np.zeros((4, n)), np.full((4, n), 0.5, np.float32))], [threshold], window=9,
+    leave, stay = (count_exits([probable(np.full((4, n), 0.5))], [threshold], window=9,
                                block=3) for n, threshold in ((10, 0.1), (1, 0.9)))
     one = 2 * COSTS.layer(1) + COSTS.head(1) + COSTS.exit  # the tenth step, after the cycle's nine
     times = {**{("layers", n): 4 * COSTS.layer(n) for n in sizes}, **{("head", n): COSTS.head(n) for n in sizes},
