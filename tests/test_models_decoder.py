@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from sled.models import Decoder, load_folder
-from sled.models.layers import RMSNorm
+from sled.models.layers import RMSNorm, attention
 from sled.train.objective.forward import exit_states
 
 TOKENS_BT = jnp.asarray(np.random.RandomState(2).randint(0, 48, (2, 20)))
@@ -47,9 +47,9 @@ def whole(decoder):
     return decoder.hidden_states(TOKENS_BT)
 
 
-def padded(caches):
-    """K/V of a block that stood alone, with room for SLOTS positions."""
-    return [tuple(jnp.pad(x, ((0, 0), (0, 0), (0, SLOTS - x.shape[2]), (0, 0))) for x in kv) for kv in caches]
+def padded(caches, slots=SLOTS):
+    """K/V of a block that stood alone, with room for `slots` positions."""
+    return [tuple(jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0))) for x in kv) for kv in caches]
 
 
 close = functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-5)
@@ -64,6 +64,16 @@ def test_cached_decoding_gives_the_hidden_states_of_whole_sequences(decoder, who
         positions = jnp.broadcast_to(jnp.arange(t, t + block), (2, block))
         states, caches = run(decoder, TOKENS_BT[:, t:t + block], positions, caches)
         close(states, whole[:, :, t:t + block])
+
+
+def test_what_a_large_cache_does_not_hold_yet_is_left_out(decoder, whole, monkeypatch):
+    """Row 1 is behind row 0, which goes past the first 4 slots, and past 16."""
+    monkeypatch.setattr(attention, "SHORT", 4)
+    caches = padded(run(decoder, TOKENS_BT[:, :3])[1], 37)
+    for t in range(2, 20):
+        at = jnp.array([[t], [max(t - 3, 0)]])
+        states, caches = run(decoder, jnp.take_along_axis(TOKENS_BT, at, 1), at, caches)
+        close(states, whole[:, jnp.arange(2)[:, None], at])
 
 
 def test_rows_may_stand_at_different_positions(decoder, whole):

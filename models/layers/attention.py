@@ -14,6 +14,7 @@ which the token at position p lies in slot p modulo its size (`ring_size`).
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ from flax import nnx
 from sled.models.config import DecoderConfig
 from sled.models.layers.basic import Linear, norm_of, parameter
 from sled.models.positions import Rope
+
+SHORT = 128  # slots of a cache that are attended to at least
 
 KV = tuple[jax.Array, jax.Array]
 Angles = tuple[jax.Array, jax.Array]
@@ -106,6 +109,24 @@ def attend(q_BNTH, k_BKSH, v_BKSH, visible_BTS, *, scale: float, cap: float | No
     return rearrange(mixed, "b k (g t) h -> b (k g) t h", g=groups)
 
 
+def _attend_to_used(mix, q_BNTH, cache: KV, visible_BTS, positions_BT):
+    """`mix` over a cache's first 128, 512, 2,048, ... slots, as many as hold all that is visible.
+
+    Each number of slots is a branch of the program, so there are few, and none that leaves out less than half of all.
+    A row further on than the cache has slots, around a ring, sees all of them.
+    """
+    slots = cache[0].shape[2]
+    sizes = []
+    if isinstance(slots, int):  # not the symbolic size of an exported program
+        sizes = [SHORT * 4**i for i in range(slots.bit_length()) if 2 * SHORT * 4**i <= slots]
+
+    def first(size):
+        return lambda cache: mix(q_BNTH, *(array[:, :, :size] for array in cache), visible_BTS[..., :size])
+
+    used = jnp.sum(positions_BT.max() >= jnp.array(sizes, int))
+    return jax.lax.switch(used, [first(size) for size in (*sizes, slots)], cache)
+
+
 class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, dtype, rngs: nnx.Rngs):
         c, kw = config, dict(dtype=dtype, rngs=rngs)
@@ -141,8 +162,9 @@ class Attention(nnx.Module):
             visible &= at > positions_BT[:, :, None] - window
         if segments_BT is not None:
             visible &= segments_BT[:, None, :] == segments_BT[:, :, None]
-        mixed = attend(q, *seen, visible, scale=self.scale, cap=self.cap,
-                       sink_N=None if self.sinks is None else self.sinks[...])
+        mix = functools.partial(attend, scale=self.scale, cap=self.cap,
+                                sink_N=None if self.sinks is None else self.sinks[...])
+        mixed = _attend_to_used(mix, q, kv, visible, positions_BT) if seen is kv else mix(q, *seen, visible)
         return self.o(rearrange(mixed, "b n t h -> b t (n h)"), dtype), kv
 
     def write_kv(self, x_BTD, context: LayerContext, cache: KV) -> KV:
