@@ -112,14 +112,15 @@ def _sums(build, params, tokens_BT, asked_BT):
     """Loss, hits and number of the places asked, summed: [3, L]. Place t is asked for token t + 1."""
     network = build(params)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    states, _ = network.run_layers(network.embed(tokens_BT, positions_BT), positions_BT, None, 0, network.num_layers)
+    readout, depth = Readout(network), network.num_layers
+    states, *_ = readout.run_layers(network.embed(tokens_BT, positions_BT), positions_BT, None, None, 0, depth)
     next_BT = jnp.roll(tokens_BT, -1, axis=1)
 
-    def of_layer(number, h_BTD):
-        ready_BTD, head = Readout(network)(h_BTD, number)
+    def of_layer(number):
+        ready_BTD, head = readout(states, number)
         logits_BTV = head.project(ready_BTD)
         logp_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), next_BT[..., None], axis=-1)[..., 0]
         right_BT = logits_BTV.argmax(-1) == next_BT
         return jnp.array([jnp.where(asked_BT, x, 0).sum() for x in (-logp_BT, right_BT, 1)])
 
-    return jnp.stack([of_layer(number, h) for number, h in enumerate(states, 1)], axis=1)
+    return jnp.stack([of_layer(number) for number in range(1, depth + 1)], axis=1)

@@ -151,9 +151,9 @@ class HeadOptions:
     exit_heads: Annotated[tuple[Layer, ...], sets(ExitHeads, "layers")] = ()
     """After which layers: new heads, that begin by changing nothing. With --recipe tune-exits they alone learn; with
     another give --exit-layers too, with the same layers. A model that has heads keeps them without this."""
-    head_kind: Annotated[Literal["norm", "affine", "mlp", "projection"], sets(ExitHeads, "kind")] = "norm"
+    head_kind: Annotated[Literal["norm", "affine", "mlp", "block", "projection"], sets(ExitHeads, "kind")] = "norm"
     """norm: a final norm of their own. affine: a linear map before it (tuned lens). mlp: a small network before it.
-    projection: nothing but a projection of their own."""
+    block: a whole layer before it, with attention. projection: nothing but a projection of their own."""
     untied_heads: bool = False
     """Each ends in a projection of its own, a whole vocabulary wide."""
 

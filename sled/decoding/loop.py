@@ -180,7 +180,7 @@ def _run_pending(run: Context, state: DecodeState, s: int):
     below, _ = plan.bounds(s)
     rows = jnp.arange(newest_B.shape[0])
     decisive = plan.decisive_layers(s)
-    new = {n: jnp.zeros_like(state.progress.buffers[0][:, 0]) for n in decisive if n > below}
+    new = {n: jnp.zeros_like(state.progress.buffers[0][:, 0]) for n in decisive if abs(n) > below}
 
     def block(size, carry):
         state, new = carry

@@ -57,7 +57,8 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
         for at in range(0, len(rows), height):
             some_rows = rows[at:at + height]
             block = _block([(row, *pairs[index]) for row, index in some_rows], height, longest)
-            judged = jax.device_get(_score_block(build, params, state.caches, *block, fusion, normalise))
+            judged = jax.device_get(_score_block(build, params, (state.caches, state.head_caches), *block, fusion,
+                                                 normalise))
             begun = 0
             for _, index in some_rows:
                 end = begun + len(pairs[index][1])
@@ -91,7 +92,7 @@ def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, p
     readout = Readout(network := build(params))
     caches = jax.tree.map(lambda x: x[which_B], caches)
     h0 = network.embed(inputs_BT, positions_BT)
-    states, _ = network.run_layers(h0, positions_BT, caches, 0, network.num_layers)
+    states, *_ = readout.run_layers(h0, positions_BT, *caches, 0, network.num_layers)
     flat = lambda x: x.reshape(-1, *x.shape[2:])[order_P]  # noqa: E731  every place is a row of its own
 
     def judge(states_PD, target_P):
@@ -105,7 +106,8 @@ def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, p
         nothing = tuple(jnp.zeros(scored_P.shape, kind) for kind in (jnp.float32, jnp.int32, bool))
         return jax.lax.cond(scored_P.any(), lambda: judge(*inputs), lambda: nothing)
 
-    inputs = (jnp.arange(order_P.size) < scored, [flat(h) for h in (h0, *states)], flat(targets_BT))
+    inputs = (jnp.arange(order_P.size) < scored, {n: flat(h) for n, h in (states | {0: h0}).items()},
+              flat(targets_BT))
     layers = 1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))
     return map_places(judge_some, inputs, layers * network.shared_head.vocabulary)
 

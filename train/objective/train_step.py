@@ -193,8 +193,8 @@ def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, reci
     h_EBTD, experts = states_and_routing(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
                                          remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype),
                                          sharding=sharding)
-    loss, metrics = exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, **_targets(batch, recipe, sharding),
-                                   **options)
+    loss, metrics = exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, segments_BT=batch.segments_BT,
+                                   **_targets(batch, recipe, sharding), **options)
     if experts is not None:
         loss += model.config.experts.balance * balance_loss(experts)
     return loss, metrics
