@@ -95,7 +95,7 @@ def test_a_fusion_reads_early_layers_by_their_heads_however_it_is_decoded():
 
 @pytest.mark.exhaustive
 def test_and_in_every_other_way_too():
-    for settings in ({}, dict(exits=sled.EarlyExit(1, 1.0, max_deferred=3))):
+    for settings in ({}, dict(exits=sled.SelfSpeculation((1, 3), draft=3, max_draft=3, adaptive=True))):
         out = generate(fusion=SLED, **settings)
         for prompt, text in zip(PROMPTS, out.tokens, strict=True):
             assert text == fused(prompt, text).argmax(-1).tolist()

@@ -1,7 +1,8 @@
 """Exit heads in training: read and judged beside each other, and tuned alone on a frozen backbone.
 
 EE-Tuning (arXiv 2402.00518): the backbone of a trained model stays as it is, its exits learn. Gradients, and an
-optimiser's state, exist only for the heads; layers above the last exit are not run, those below have no backward pass.
+optimiser's state, exist only for the heads; the backbone runs forward once for all of them, and not backward. Layers
+above the last exit run only where the last layer teaches.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
         return exit_cross_entropy(read_EBTD, shared, targets_BT, mask_BT, weights_E, **options)
     if options.get("distill") is not None:
         raise SettingError("distill is given, but exits have projections of their own, which never see the last "
-                           "layer's logits; leave it None, or tie the heads")
+                           "layer's logits; leave it None (--distill 0), or tie the heads")
     own_EVD = cast(jax.lax.split(model.exit_heads.projection[...], [1] * len(settings.layers)), h_EBTD.dtype)
     groups = [([e], shared.with_weights(own_EVD[settings.layers.index(exits[e])][0])) for e in own]
     if others := [e for e in range(len(exits)) if e not in own]:
@@ -125,18 +126,24 @@ def exit_head_loss(model: Decoder, h_EBTD, exits: Sequence[int], targets_BT, mas
 
 
 def tuning_loss(model: Decoder, tokens_BT, targets_BT, mask_BT, weights_E=None, *, segments_BT=None,
-                compute_dtype=None, sharding: Sharding | None = None,
+                compute_dtype=None, sharding: Sharding | None = None, distill=None,
                 **options) -> tuple[jax.Array, ExitMetrics]:
     """The loss of the model's exit heads alone, in nats, to be differentiated by them; and its parts.
 
     model: in the stacked form, with exit heads. Its layers are run up to the last exit, and no gradient enters them.
+    distill: weight of each exit's divergence from the last layer, beside its likelihood (`exit_cross_entropy`); all
+        layers are then run. None: off.
     targets_BT, mask_BT: what comes after each token, and how much it counts.
     weights_E: of the exits, in their order; None: all 1. segments_BT, compute_dtype, sharding: as for
     `exit_states`; options: as for `exit_cross_entropy`.
     """
     exits = model.config.exit_heads.layers
+    weights_E, count = jnp.ones(len(exits)) if weights_E is None else jnp.asarray(weights_E), len(exits)
+    if distill is not None:  # the teacher has weight 0: of its own loss nothing is computed
+        exits, weights_E = (*exits, model.num_layers), jnp.append(weights_E, 0)
     states = exit_states(model, tokens_BT, exits, segments_BT=segments_BT, remat="none", compute_dtype=compute_dtype,
                          sharding=sharding)
-    weights_E = jnp.ones(len(exits)) if weights_E is None else weights_E
-    return exit_head_loss(model, jax.lax.stop_gradient(states), exits, targets_BT, mask_BT, weights_E,
-                          segments_BT=segments_BT, **options)
+    loss, metrics = exit_head_loss(model, jax.lax.stop_gradient(states), exits, targets_BT, mask_BT, weights_E,
+                                   segments_BT=segments_BT, distill=distill, **options)
+    return loss, metrics._replace(**{name: values[:count] for name, values in metrics._asdict().items()
+                                     if name.endswith("_E") and values is not None})

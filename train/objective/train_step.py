@@ -113,7 +113,8 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
             layers_E = jnp.array(heads.layers)
             loss, metrics = tuning_loss(model, batch.tokens_BT, **_targets(batch, recipe, sharding),
                                         segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                                        sharding=sharding)
+                                        sharding=sharding, distill=recipe.distill or None,
+                                        temperature=recipe.temperature)
         else:
             layers_E, weights_E = recipe.exits.exits_at(step, depth)
             key = jax.random.fold_in(jax.random.key(seed), part)
