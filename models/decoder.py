@@ -24,8 +24,9 @@ from sled.models.layers import KV, Block, Embedding, LayerContext, LayerNorm, RM
 STACKED = {"layers": "layers", "exit_heads": "exits"}
 
 # How hidden states and logits are computed: raised wherever the same weights come to give others, if only in a narrow
-# type, so that calibrations and kept answers from before do not pass for this version's. 2: float32 between layers.
-ARITHMETIC = 2
+# type, so that calibrations and kept answers from before do not pass for this version's. 2: float32 between layers; 3:
+# and within norms, their weights too.
+ARITHMETIC = 3
 
 
 class Decoder(nnx.Module):
@@ -79,8 +80,8 @@ class Decoder(nnx.Module):
     def embed(self, tokens_BT, positions_BT) -> jax.Array:
         """Hidden state 0 of each token: [B, T, D], float32 (or wider), whatever type the weights have.
 
-        `positions_BT` [B or 1, T] matter where they are learned; those beyond the table, of tokens that are switched
-        off, are read as its last.
+        `positions_BT` [B or 1, T] matter where they are learned; those outside the table, of tokens that are switched
+        off, are read as its nearest.
 
         So all hidden states are: rounded after every layer to a narrower type, they would differ about twice as much
         between blocks of other shapes, and near ties fall otherwise twice as often.

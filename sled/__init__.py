@@ -29,6 +29,7 @@ _HOME = {
     "Decoding": "sled.decoding.options",
     "calibrate": "sled.calibration.calibrate",
     "tune": "sled.calibration.tune",
+    "layers": "sled.survey.survey",
     "Classifier": "sled.exits",
     "save_classifier": "sled.calibration.classifier_file",
     "load_classifier": "sled.calibration.classifier_file",

@@ -19,6 +19,7 @@ from sled.models import ExitHeads
 from sled.models.config import Experts
 from sled.models.decoder import Decoder
 from sled.models.layers import MLP, LayerContext
+from sled.survey.choices import layer_choices
 from sled.train.objective.exit_heads import read_exits
 
 COUNT = 14
@@ -103,8 +104,10 @@ def test_and_in_every_other_way_too():
     for prompt, text, logp in zip(PROMPTS, out.tokens, scores.logprobs, strict=True):
         wanted = jax.nn.log_softmax(fused(prompt, text))[np.arange(len(text)), text]
         np.testing.assert_allclose(logp, wanted, atol=1e-4)
-    said = lm().lens([*PROMPTS[2], *out.tokens[2]], fusion=SLED).fused
-    np.testing.assert_array_equal(said[len(PROMPTS[2]) - 1:-1], out.tokens[2])
+    lens = lm().lens([*PROMPTS[2], *out.tokens[2]], fusion=SLED)
+    np.testing.assert_array_equal(lens.fused[len(PROMPTS[2]) - 1:-1], out.tokens[2])
+    [choices] = layer_choices(lm(), [(np.array(PROMPTS[2]), np.array(out.tokens[2]))], batch_size=1, progress=False)
+    np.testing.assert_array_equal(lens.top[1:, len(PROMPTS[2]) - 1:-1], choices.token_LT)
 
 
 @pytest.mark.exhaustive

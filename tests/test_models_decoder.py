@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from sled.models import Decoder, load_folder
+from sled.models.layers import RMSNorm
 from sled.train.objective.forward import exit_states
 
 TOKENS_BT = jnp.asarray(np.random.RandomState(2).randint(0, 48, (2, 20)))
@@ -164,3 +165,14 @@ def test_every_hidden_state_equals_transformers(variant, tiny_folder, transforme
         np.testing.assert_allclose(h, other, atol=1e-4, rtol=0, err_msg=f"hidden state {n}")
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
     assert np.abs(expected).max() > 1  # or the comparison says nothing
+
+
+@pytest.mark.parametrize("plus_one", [False, True])
+def test_norms_are_rounded_once(plus_one):
+    """In bfloat16, in which 1 + w has no room for most of w."""
+    norm = RMSNorm(256, eps=1e-6, plus_one=plus_one, dtype=jnp.bfloat16)
+    w, x = (jax.random.normal(jax.random.key(n), (256,), jnp.bfloat16) * 0.3 for n in (0, 1))
+    norm.weight[...] = w
+    wide = x.astype(jnp.float32)
+    expected = wide / jnp.sqrt((wide**2).mean() + 1e-6) * (w.astype(jnp.float32) + plus_one)
+    np.testing.assert_array_equal(norm(x).astype(jnp.float32), expected.astype(jnp.bfloat16).astype(jnp.float32))

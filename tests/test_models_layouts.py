@@ -19,7 +19,8 @@ from sled.models.sharding.load_sharded import load_onto
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TIED = ["llama-mha-tied", "qwen2-tied-upper-layers-slide"]
-FAMILIES = ["llama-biases", "mistral-window", "qwen2-layer-types", "qwen3", *TIED]
+FAMILIES = ["llama-biases", "mistral-window", "qwen2-layer-types", "qwen3", "mixtral-window", "gpt_oss",
+            "phi3-longrope-partial-tied", *TIED]
 
 
 def head_alone(weights):

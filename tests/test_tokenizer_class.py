@@ -90,6 +90,13 @@ CASES = {
     "qwen2, prefix": ("bytes", dict(family="qwen2", add_prefix_space=True, extra_special_tokens=["<x>"],
                                     added_tokens_decoder={"next": X})),
     "qwen3 as it stands": ("bytes", dict(family="qwen3", tokenizer_class="PreTrainedTokenizerFast")),
+    "qwen3_moe without a class": ("bytes", dict(family="qwen3_moe")),
+    "gemma": ("pieces", dict(family="gemma2", tokenizer_class="GemmaTokenizer", bos_token="<s>")),
+    "gemma without a class": ("pieces", dict(family="gemma3_text")),
+    "gpt2 without a class": ("bytes", dict(family="gpt2")),
+    "gpt_oss without a class": ("bytes", dict(family="gpt_oss")),
+    **{f"{name} of a {family}": (tokenizer, dict(family=family, tokenizer_class=f"{name}Tokenizer"))
+       for family in ("mixtral", "olmo2", "phi3") for name, tokenizer in (("Llama", "pieces"), ("GPT2", "bytes"))},
     "as it stands": ("pieces", dict(tokenizer_class="PreTrainedTokenizerFast")),
     "unknown": ("pieces", dict(tokenizer_class="YiTokenizer")),
     "none": ("pieces", {}),
@@ -126,7 +133,7 @@ def test_the_class_matters_here(folder):
 def test_other_classes_are_refused_by_name(name, family, folder):
     with pytest.raises(TokenizerError, match=f"of the class {name.removesuffix('Fast')}, which .* give token ids, or "):
         Tokenizer.from_folder(folder("pieces", family, tokenizer_class=name))
-    assert Tokenizer.from_folder(folder("pieces", "mistral", tokenizer_class=name)).encode("the")  # which has no say
+    assert Tokenizer.from_folder(folder("pieces", "mixtral", tokenizer_class=name)).encode("the")  # which has no say
 
 
 @pytest.mark.parametrize("model", [{"type": "Unigram", "vocab": [["<unk>", 0.0], ["▁the", -1.0]], "unk_id": 0},

@@ -52,7 +52,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * w, or with `plus_one` * (1 + w) (Gemma); the mean square is taken in float32 (or wider)."""
+    """x / rms(x) * w, or with `plus_one` * (1 + w) (Gemma), in float32 (or wider)."""
 
     def __init__(self, d: int, *, eps: float, plus_one: bool = False, dtype):
         self.eps, self.plus_one = eps, plus_one
@@ -62,8 +62,8 @@ class RMSNorm(nnx.Module):
         """dtype: of the result; None: the narrower of the types of x and of the weight."""
         wide, weight = _wide(x), self.weight[...]
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        dtype = dtype or narrower(x.dtype, weight.dtype)
-        return (wide * (1 + weight)).astype(dtype) if self.plus_one else wide.astype(dtype) * weight
+        scale = weight.astype(wide.dtype) + self.plus_one  # 1 + w would lose w's last bits in w's own type
+        return (wide * scale).astype(dtype or narrower(x.dtype, weight.dtype))
 
 
 class LayerNorm(nnx.Module):

@@ -55,9 +55,9 @@ class Matrices(NamedTuple):
     up_bias: jax.Array | None
 
     def map(self, function: Callable, *others: Matrices) -> Matrices:
-        """`function` of each array that there is, with where [X, ...] has F, and of those of the others."""
-        return Matrices(*(None if arrays[0] is None else function(*arrays[:1], axis, *arrays[1:])
-                          for axis, *arrays in zip((2, 2, 1, 1, 1), self, *others, strict=True)))
+        """`function(array, axis, *arrays of the others)` of each array that there is; F is this axis of [X, ...]."""
+        return Matrices(*(None if own is None else function(own, axis, *rest)
+                          for axis, own, *rest in zip((2, 2, 1, 1, 1), self, *others, strict=True)))
 
 
 Form = Callable[[jax.Array, jax.Array], jax.Array]
@@ -201,7 +201,7 @@ def _blocks(form: Form, matrices: Matrices, x_MRD, share_MR, expert_M, used):
 
     def add(i, y_MRD):
         m, _, own = _turn(i, matrices, expert_M, stretches)
-        return _put(y_MRD, m, _shared(form, own, x_MRD[m], share_MR[m]))
+        return _add(y_MRD, m, _shared(form, own, x_MRD[m], share_MR[m]))
 
     return jax.lax.fori_loop(0, used * stretches, add, jnp.zeros(x_MRD.shape, share_MR.dtype))
 
@@ -221,7 +221,7 @@ def _blocks_backward(form: Form, args, dy_MRD):
         sums, dx_MRD, dshare_MR = gradients
         added = jax.tree.map(lambda total, part: total + part.astype(total.dtype),
                              _stretch(sums, place, stretches), of_matrices)
-        return _put_stretch(sums, place, stretches, added), _put(dx_MRD, m, dx_RD), _put(dshare_MR, m, dshare_R)
+        return _put_stretch(sums, place, stretches, added), _add(dx_MRD, m, dx_RD), _add(dshare_MR, m, dshare_R)
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, share_MR.dtype), (matrices, x_MRD, share_MR))
     gradients = jax.lax.fori_loop(0, used * stretches, add, zeros)
@@ -270,6 +270,6 @@ def _put_stretch(matrices: Matrices, place, stretches: int, parts: Matrices) -> 
         a, part[None], _begin_and_shape(a, axis, place, stretches)[0]), parts)
 
 
-def _put(whole, m, part):
+def _add(whole, m, part):
     """Adds a block's part."""
     return jax.lax.dynamic_update_index_in_dim(whole, whole[m] + part.astype(whole.dtype), m, 0)

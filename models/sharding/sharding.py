@@ -1,6 +1,6 @@
 """The sharding of a model: the axis of the mesh that splits each axis of a parameter.
 
-Parameters name their logical axes where they are made (models/layers.py), `RULES` maps those names to the mesh.
+Parameters name their logical axes where they are made (models/layers), `RULES` maps those names to the mesh.
 All shardings follow: of weights in either form, of any optax state (its leaves that are shaped like a parameter lie
 like that parameter), of batches and activations. The products then run under `jax.jit`, whose
 partitioner (GSPMD, arXiv 2105.04663) inserts the exchanges.

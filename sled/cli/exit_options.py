@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from sled.cli.derived import build, choice, derive, explained, offers, refuse_others, settings_by_choice
+from sled.cli.derived import build, choice, derive, explained, offers, refuse_others, settings_by_choice, written
 from sled.errors import SettingError
-from sled.exits import POLICIES, SCHEDULES
+from sled.exits import POLICIES, SCHEDULES, Policy
 
 OFFERS, SCHEDULE_OFFERS = offers(POLICIES), offers(SCHEDULES)
 
@@ -46,3 +46,9 @@ class ExitOptions(derive(
             raise SettingError(f"--exits {self.exits} was given without --exit-layers, so no token can leave; "
                                "say after which layers it may, such as --exit-layers 4")
         return dict(exits=build(self, policy), schedule=schedule and build(self, schedule))
+
+
+def exits_written(policy: Policy) -> str:
+    """A policy as options of `sled generate`."""
+    [word] = [word for word, kind in POLICIES.items() if type(policy) is kind]
+    return " ".join(["--exits", word, *written(policy, OFFERS[word])])

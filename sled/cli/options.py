@@ -39,6 +39,7 @@ from sled.text.prompts import Prompt
 
 OFFERS = offers(FUSIONS)
 SAMPLING = offer(sled.Sampling)
+FEW_PROMPTS, FEW_TOKENS = 8, 64  # on which layers are chosen
 
 
 def left_out(default: str, *aliases: str, metavar: str | None = None):
@@ -223,20 +224,33 @@ def whole_rows(source, last: str) -> list:
 def begin(command, usual: int) -> tuple[sled.LM, list[Prompt], dict[str, Any]]:
     """For `sled calibrate` and `sled tune`: the model, prompts to try it on, and how all their texts are made.
 
-    What can be refused without the model is refused before it is loaded. usual: how many problems of
-    the demo model to take where no prompts were given.
+    What can be refused without the model is refused before it is loaded. usual: as of `begin_prompts`.
     """
     fusion = command.fusion_options.strategy()
     command.sampling_options.check()
+    lm, prompts = begin_prompts(command, usual)
+    return lm, prompts, dict(fusion=fusion, sampling=command.sampling_options.chosen(lm),
+                             seed=command.sampling_options.seed, max_new_tokens=command.max_new_tokens,
+                             stop=[unescape(s) for s in command.stop])
+
+
+def begin_prompts(command, usual: int) -> tuple[sled.LM, list[Prompt]]:
+    """The model, and prompts to try it on; usual: how many problems of the demo model to take where none were given."""
     given = command.prompt_options
     if command.problems is not None and (given.file or given.data):
         raise PromptError("--problems was given beside --file or --data; give one of them")
     prompts = command.chat_options.prompts(given.read() or _problems(command, usual))
     lm = command.model_options.load()
     command.chat_options.hint(lm)
-    return lm, prompts, dict(fusion=fusion, sampling=command.sampling_options.chosen(lm),
-                             seed=command.sampling_options.seed, max_new_tokens=command.max_new_tokens,
-                             stop=[unescape(s) for s in command.stop])
+    return lm, prompts
+
+
+def layers_to_try(lm: sled.LM, prompts: Sequence[Prompt], most: int, max_new_tokens: int) -> tuple[int, ...]:
+    """The layers after which leaving early promises most, by `sled.layers` on a few of the prompts, without timing."""
+    survey = sled.layers(lm, prompts[:FEW_PROMPTS], max_new_tokens=min(max_new_tokens, FEW_TOKENS), profile=False)
+    layers = survey.speaking_layers(most)
+    print(f"sled layers: to leave after {', '.join(map(str, layers))} promises most", file=sys.stderr)
+    return layers
 
 
 def _problems(command, usual: int) -> list[str]:

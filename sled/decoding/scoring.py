@@ -7,14 +7,15 @@ then run as one block on a copy of its prompt's K/V.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.decoding.network import NOWHERE, Build
+from sled.decoding.network import KV, NOWHERE, Build
 from sled.decoding.programs import bounded, forget_programs
 from sled.decoding.readout import Readout
 from sled.decoding.state import Plan, bucket, start
@@ -25,6 +26,23 @@ from sled.fusion.strategy import at_lower_bound
 LOGITS_AT_ONCE = 2**25  # places x candidates x vocabulary of one pass: 128 MiB of float32
 
 Pair = tuple[np.ndarray, np.ndarray]
+Caches = tuple[list[KV], dict[int, KV]]  # of layers and of block heads, as a state has them
+
+
+class Block(NamedTuple):
+    """Continuations to be run as one block, one a row, on the K/V of their prompts.
+
+    which_B: the row of the caches that holds each one's prompt. inputs_BT, targets_BT: the tokens read, which are the
+    prompt's last and all of the continuation but its own last, and the continuation. positions_BT: of the inputs.
+    order_P: an order of the B x T places in which those that hold a token come first; count: how many do.
+    """
+
+    which_B: np.ndarray
+    inputs_BT: np.ndarray
+    targets_BT: np.ndarray
+    positions_BT: np.ndarray
+    order_P: np.ndarray
+    count: np.ndarray
 
 
 def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_size: int,
@@ -37,8 +55,20 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
     """
     if getattr(fusion, "log_softmax", False):  # the same scores, with the lower bound still to be seen
         fusion, normalise = dataclasses.replace(fusion, log_softmax=False), True
-    forget_programs()
+    score = functools.partial(_score_block, build, params, fusion=fusion, normalise=normalise)
     plan = Plan.of(FullDepth(), fusion, build.outline)
+    for index, scores in read_pairs(build, params, pairs, score, plan=plan, batch_size=batch_size):
+        yield index, *scores
+
+
+def read_pairs(build: Build, params: Any, pairs: list[Pair], read: Callable[[Caches, Block], tuple], *, plan: Plan,
+               batch_size: int) -> Iterator[tuple[int, list[np.ndarray]]]:
+    """Runs each distinct prompt of (prompt ids, continuation ids) pairs once, and `read` on blocks of continuations.
+
+    read: takes the prompts' caches and a block, and returns arrays with the block's places in front, in its order.
+    Yields (index of the pair, these arrays at its continuation's tokens) in an order of its own.
+    """
+    forget_programs()
     of_prompt: dict[tuple[int, ...], list[int]] = {}
     for index, (prompt, _) in enumerate(pairs):
         of_prompt.setdefault(tuple(prompt), []).append(index)
@@ -57,20 +87,16 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
         for at in range(0, len(rows), height):
             some_rows = rows[at:at + height]
             block = _block([(row, *pairs[index]) for row, index in some_rows], height, longest)
-            judged = jax.device_get(_score_block(build, params, (state.caches, state.head_caches), *block, fusion,
-                                                 normalise))
+            found = jax.device_get(read((state.caches, state.head_caches), block))
             begun = 0
             for _, index in some_rows:
                 end = begun + len(pairs[index][1])
-                yield index, *(x_P[begun:end] for x_P in judged)
+                yield index, [x_P[begun:end] for x_P in found]
                 begun = end
 
 
-def _block(rows, height: int, longest: int):
-    """Arrays for `_score_block`: a row's inputs are its prompt's last token and all but its own last.
-
-    The last two are an order of the places in which those with a token to score come first, and how many these are.
-    """
+def _block(rows, height: int, longest: int) -> Block:
+    """Of (row of the prompt, prompt, continuation) each, filled to `height` rows of `longest` places."""
     which_B = np.zeros(height, np.int32)
     inputs_BT, targets_BT = np.zeros((2, height, longest), np.int32)
     positions_BT = np.full((height, longest), NOWHERE, np.int32)
@@ -81,19 +107,27 @@ def _block(rows, height: int, longest: int):
         targets_BT[b, :m] = continuation
         positions_BT[b, :m] = len(prompt) - 1 + np.arange(m)
     idle_P = positions_BT.ravel() == NOWHERE
-    return which_B, inputs_BT, targets_BT, positions_BT, np.argsort(idle_P, kind="stable"), (~idle_P).sum()
+    return Block(which_B, inputs_BT, targets_BT, positions_BT, np.argsort(idle_P, kind="stable"), (~idle_P).sum())
+
+
+def run_places(readout: Readout, caches: Caches, block: Block) -> dict[int, jax.Array]:
+    """Hidden states by number at the block's places [P, D], in its order: every place is a row of its own."""
+    caches = jax.tree.map(lambda x: x[block.which_B], caches)
+    h0 = readout.network.embed(block.inputs_BT, block.positions_BT)
+    states, *_ = readout.run_layers(h0, block.positions_BT, *caches, 0, readout.num_layers)
+    return {n: in_order(h, block) for n, h in (states | {0: h0}).items()}
+
+
+def in_order(x_BT, block: Block):
+    """An array of the block's places [B, T, ...] with one axis of places, in their order."""
+    return x_BT.reshape(-1, *x_BT.shape[2:])[block.order_P]
 
 
 @bounded(static_argnames=("build", "normalise"))
-def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, positions_BT, order_P, scored,
-                 fusion, normalise: bool):
-    """Log-probability, most likely token, and whether the token is left out, [P] each, of the first `scored` places in
-    the order `order_P`."""
+def _score_block(build: Build, params, caches, block: Block, fusion, normalise: bool):
+    """Log-probability, most likely token, and whether the token is left out, [P] each, of the block's places."""
     readout = Readout(network := build(params))
-    caches = jax.tree.map(lambda x: x[which_B], caches)
-    h0 = network.embed(inputs_BT, positions_BT)
-    states, *_ = readout.run_layers(h0, positions_BT, *caches, 0, network.num_layers)
-    flat = lambda x: x.reshape(-1, *x.shape[2:])[order_P]  # noqa: E731  every place is a row of its own
+    states = run_places(readout, caches, block)
 
     def judge(states_PD, target_P):
         logits_PV = readout.fuse(fusion, states_PD, network.num_layers)
@@ -106,8 +140,7 @@ def _score_block(build: Build, params, caches, which_B, inputs_BT, targets_BT, p
         nothing = tuple(jnp.zeros(scored_P.shape, kind) for kind in (jnp.float32, jnp.int32, bool))
         return jax.lax.cond(scored_P.any(), lambda: judge(*inputs), lambda: nothing)
 
-    inputs = (jnp.arange(order_P.size) < scored, {n: flat(h) for n, h in (states | {0: h0}).items()},
-              flat(targets_BT))
+    inputs = (jnp.arange(block.order_P.size) < block.count, states, in_order(block.targets_BT, block))
     layers = 1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))
     return map_places(judge_some, inputs, layers * network.shared_head.vocabulary)
 

@@ -105,6 +105,10 @@ def _gemma(config: Mapping[str, Any]) -> Rebuilt:
 CLASSES: Mapping[str, Callable[[Mapping[str, Any]], Rebuilt]] = {
     "LlamaTokenizer": _llama, "CodeLlamaTokenizer": _code_llama, "GPT2Tokenizer": _gpt2, "Qwen2Tokenizer": _qwen2,
     "GemmaTokenizer": _gemma}
+# What AutoTokenizer takes by the model's family: where the folder names no class, and where it believes none.
+OF_FAMILY = {**dict.fromkeys(("qwen3", "qwen3_moe"), "Qwen2Tokenizer"), "gpt2": "GPT2Tokenizer",
+             **dict.fromkeys(("gemma", "gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer")}
+BELIEVES_NONE = {"mistral": "", "mixtral": "", "olmo2": "", "phi3": "", "qwen2": "Qwen2Tokenizer"}
 
 
 def tokenizer_of(folder: Path, text: str) -> Tokenizer:
@@ -161,10 +165,8 @@ def _class_of(folder: Path, text: str, config: Mapping[str, Any]) -> str:
     named = config.get("tokenizer_class") or model.get("tokenizer_class")
     named = named.removesuffix("Fast") if isinstance(named, str) else ""
     family = "" if "auto_map" in config else model.get("model_type")
-    if family == "qwen2":
-        return "Qwen2Tokenizer"
-    if family == "mistral":
-        return ""
+    if family in BELIEVES_NONE:
+        return BELIEVES_NONE[family]
     if named == "LlamaTokenizer" and "auto_map" not in config and '"ByteLevel"' in text:
         return ""
-    return "Qwen2Tokenizer" if family == "qwen3" and not named else named
+    return named or OF_FAMILY.get(family, "")
