@@ -38,6 +38,7 @@ from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
 FEW_VERIFICATIONS = 16  # drafts are judged by no fewer
+LOW_ACCEPTANCE = 0.3  # of drafts; at it those of 4 tokens give 1.4 tokens per verification
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
 
 
@@ -338,16 +339,16 @@ class LM:
         return Stats.of(runs, emitted, prompt_tokens=sum(map(len, ids)), num_layers=self.config.num_layers)
 
     def _tell_of_drafts(self, exits: Policy, stats: Stats) -> None:
-        """Warns, once, where drafts cost more layers than they save."""
+        """Warns, once, where few drafts are right, or they cost more layers than they save."""
         if self._told_of_drafts or stats.verifications < FEW_VERIFICATIONS:
             return
         layer = exits.first_exit(self.config.num_layers)
-        over = stats.layers_over_plain(layer, self.config.num_layers)
-        if over > 1:
+        over, acceptance = stats.layers_over_plain(layer, self.config.num_layers), stats.acceptance or 0
+        if over > 1 or acceptance < LOW_ACCEPTANCE:
             self._told_of_drafts = True
-            warn(f"{stats.acceptance or 0:.0%} of {stats.drafted} drafts after layer {layer} were accepted, so "
-                 f"{over:.1f} times as many layers ran as without drafts; self-speculation needs a model trained for "
-                 "early exits: leave it out here, or draft less or at another layer", DecodingWarning)
+            warn(f"{acceptance:.0%} of {stats.drafted} drafts after layer {layer} were accepted, so {over:.1f} times "
+                 "as many layers ran as without drafts; sled.layers(lm, prompts) (sled layers) tells after which layer "
+                 "and how much to draft, if at all, or how to train a model for it", DecodingWarning)
 
     def _advance(self, run: Generation, count: int, stop: Sequence[str],
                  chunk: int | None) -> Iterator[list[StopStrings]]:

@@ -1,6 +1,7 @@
 """The command line: prompts among options, help, misuse, and errors in the words of the one who typed them."""
 
 import functools
+import types
 from pathlib import Path
 
 import jax
@@ -214,6 +215,11 @@ def test_the_fastest_way_is_told_in_options_that_make_it(exits, schedule):
     assert made.prompts == ("Hi",) and made.exit_options.settings() == dict(exits=exits, schedule=schedule)
 
 
+def layers_that_promise(*most: int):
+    """`sled.layers`, as if these layers promised most."""
+    return lambda lm, prompts, *, max_new_tokens, profile: types.SimpleNamespace(speaking_layers=lambda count: most)
+
+
 @pytest.mark.parametrize(("words", "policies"), [
     ([], [sled.EarlyExit(2, 0.9), sled.EarlyExit(4, 0.9), sled.SelfSpeculation(2, 6), sled.SelfSpeculation(4, 6)]),
     (["--exit-layers", "2", "2,4", "--thresholds", "0.8", "--drafts"], [sled.EarlyExit(2, 0.8),
@@ -231,6 +237,7 @@ def test_tune_tries_what_was_asked_for(words, policies, demo, monkeypatch, capsy
         return Tuned((Trial(FullDepth(), sled.Immediate(), 1.0, 1.0, 5, 8.0, 1.0),))
 
     monkeypatch.setattr(sled, "tune", tune)
+    monkeypatch.setattr(sled, "layers", layers_that_promise(2, 4))
     assert main(["tune", "--problems", "3", "--rounds", "2", "--stop", "\\n", *words]) == 0
     assert asked["exits"] == policies and len(asked["prompts"]) == 3 and (asked["rounds"], asked["stop"]) == (2, ["\n"])
     assert "\nfastest here: no early exit\n" in capsys.readouterr().out
@@ -244,6 +251,7 @@ def test_tune_tries_what_was_asked_for(words, policies, demo, monkeypatch, capsy
 ])
 def test_tune_refuses_in_the_users_words(words, says, demo, monkeypatch, capsys):
     monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
+    monkeypatch.setattr(sled, "layers", layers_that_promise(2, 4))
     assert main(["tune", *words]) == 1
     assert says in capsys.readouterr().err.splitlines()[-1]
 

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import json
 import re
+import types
 import warnings
 from pathlib import Path
 
@@ -353,8 +354,9 @@ def test_the_documentations_python_runs(command, scripted, tmp_path, monkeypatch
 
 @pytest.fixture
 def command(scripted, monkeypatch):
-    """`command(*arguments)`: the exit status of `sled sweep`, with the scripted model."""
+    """`command(*arguments)`: the exit status of `sled sweep`, with the scripted model. Layers 1 and 2 promise most."""
     monkeypatch.setattr(sled, "load", lambda *_, **__: scripted)
+    monkeypatch.setattr(sled, "layers", lambda *_, **__: types.SimpleNamespace(speaking_layers=lambda _: (1, 2)))
     return lambda *arguments: main(["sweep", *map(str, arguments)])
 
 

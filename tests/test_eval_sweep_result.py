@@ -32,8 +32,6 @@ def test_grids_go_from_safe_to_risky_and_name_what_is_swept():
     assert [(m.decoding.fusion.rate, m.decoding.fusion.scale) for m in fused] == [(1, 5), (1, 10), (2, 5), (2, 10)]
     assert len({m.name for m in (*methods, *fused)}) == 12 and not any(m.leaves_early for m in fused)
     assert grid.no_exit(sled.DoLa()).name == "DoLa, no exit"
-    assert grid.usual_layers(8) == (1, 2, 4, 6) and grid.usual_layers(32) == (4, 8, 16, 24)
-    assert grid.usual_layers(2) == (1,) and grid.usual_layers(1) == ()
 
 
 def test_levels_pass_from_one_sequence_to_the_others():

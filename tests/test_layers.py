@@ -13,11 +13,13 @@ import sled
 from sled.cli import main
 from sled.cli.generate import Generate
 from sled.cli.line import parse
+from sled.errors import CalibrationError
 from sled.lm import LM
 from sled.survey import profile, survey
 from sled.survey.choices import Choices, layer_choices
 from sled.survey.costs import DRAFTS, Costs
 from sled.survey.picture import picture
+from sled.survey.result import Survey
 from sled.survey.simulate import count_drafts, count_exits
 
 COSTS = Costs(4, {1: 2.0, 3: 3.0, 9: 6.0, 17: 10.0}, {1: 1.0, 3: 1.5, 9: 2.0, 17: 3.0}, plain=0.5, draft=0.25,
@@ -43,6 +45,8 @@ def test_choices_are_the_lenss_wherever_the_answer_stands():
         lens = lm.lens([*prompt.tolist(), *answer[:-1].tolist()])
         np.testing.assert_array_equal(choices.token_LT, lens.top[1:, len(prompt) - 1:])
         np.testing.assert_allclose(choices.probability_LT, lens.probability[1:, len(prompt) - 1:], rtol=1e-5)
+        [logprobs] = lm.score(prompt, answer).logprobs
+        np.testing.assert_allclose(choices.logprob_LT[-1], logprobs, rtol=1e-5)
 
 
 # Counts
@@ -70,9 +74,14 @@ def test_drafts_are_counted_as_they_happen(draft):
     ([7, 7, 7, 7], 2, 4, (7, 0, 4)),     # and cuts it to one token before the last
 ])
 def test_drafts_by_hand(tokens, draft, limit, counts):
-    choices = Choices(np.array([tokens, [1, 2, 3, 4]]), np.ones((2, 4)))
+    choices = Choices(np.array([tokens, [1, 2, 3, 4]]), np.ones((2, 4)), np.ones((2, 4)))
     counted = count_drafts(choices, np.array([1, 2, 3, 4]), [draft], limit=limit, ends=(0,))
     assert tuple(int(each[0, 0]) for each in counted) == counts
+
+
+def probable(probability_LT) -> Choices:
+    """Choices of which nothing but their probability matters."""
+    return Choices(np.zeros_like(probability_LT, int), np.float32(probability_LT), None)
 
 
 def plain_exits(batch, layer, threshold, window, block):
@@ -93,7 +102,7 @@ def plain_exits(batch, layer, threshold, window, block):
 
 
 def test_exits_are_counted_as_step_by_step():
-    batch = [Choices(RNG.integers(9, size=(3, n)), RNG.random((3, n), np.float32)) for n in (30, 17, 24)]
+    batch = [probable(RNG.random((3, n), np.float32)) for n in (30, 17, 24)]
     for rows in (batch[:1], batch):
         left = count_exits(rows, (0.0, 0.2, 0.5, 1.0), window=5, block=2)
         for layer in (1, 2):
@@ -109,8 +118,7 @@ def test_times_are_those_of_the_parts():
     assert (COSTS.layer(2), COSTS.layer(6), COSTS.layer(21), COSTS.head(1)) == (2.5, 4.5, 12.0, 1.0)
     # Ten drafts after layer 1, and three verifications of 9 tokens.
     assert COSTS.drafting(1, 9, 10, 3) == 10 * (2 + 0.25 + 1) + 3 * (2 + 0.25 + 3 * 6 + 2 + 1.25)
-    sure = Choices(np.zeros((4, 5)), np.float32([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4))
-    left = count_exits([sure], [0.5], window=9, block=3)
+    left = count_exits([probable([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4)], [0.5], window=9, block=3)
     # Five steps; the third runs three tokens as a block, the fifth two.
     assert COSTS.leaving(3, left, block=3) == [5 * (3 * 2 + 1 + 0.125) + 2 * 3 + 2 * 1 + 2 * 0.75]
 
@@ -139,7 +147,7 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
         return COSTS.leaving(2, left, block=3)[0]
 
     sizes = sorted(COSTS.layer_of)
-    leave, stay = (count_exits([Choices(np.zeros((4, n)), np.full((4, n), 0.5, np.float32))], [threshold], window=9,
+    leave, stay = (count_exits([probable(np.full((4, n), 0.5))], [threshold], window=9,
                                block=3) for n, threshold in ((10, 0.1), (1, 0.9)))
     one = 2 * COSTS.layer(1) + COSTS.head(1) + COSTS.exit  # the tenth step, after the cycle's nine
     times = {**{("layers", n): 4 * COSTS.layer(n) for n in sizes}, **{("head", n): COSTS.head(n) for n in sizes},
@@ -153,7 +161,7 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
 # The whole
 
 @functools.cache
-def surveyed() -> survey.Survey:
+def surveyed() -> Survey:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(survey, "measured_costs", lambda *_, **__: COSTS)
         return sled.layers(tiny_lm(), PROMPTS, max_new_tokens=CAPACITY, batch_size=4, progress=False)
@@ -178,11 +186,11 @@ def test_the_figures_are_those_of_the_answers():
     leaves = sure_LT[2] > 0.5
     assert (way.left, way.kept) == pytest.approx((leaves.mean(), 1 - (leaves & ~right_LT[2]).mean()))
     assert way.mean_depth == pytest.approx(4 - leaves.mean())
-    assert len(found.drafting) == 3 * len(DRAFTS) and json.loads(found.json())["costs"]["plain"] == 0.5
+    assert len(found.drafting) == 3 * len(DRAFTS) and found.weights
     assert "Survey(model=" in repr(found) and len(repr(found)) < 2500
 
 
-def changed(**of_drafting) -> survey.Survey:
+def changed(**of_drafting) -> Survey:
     """The survey, with other figures of all drafts, and no token kept by an exit."""
     found = surveyed()
     return dataclasses.replace(found, drafting=tuple(dataclasses.replace(way, **of_drafting) for way in found.drafting),
@@ -230,6 +238,21 @@ def test_the_command_recommends_what_generate_takes(demo, monkeypatch, capsys, t
     made = parse(Generate, "sled generate", [*options.split(), "Hi"]).exit_options.settings()
     assert made["exits"] == found.recommended[0].policy() == sled.SelfSpeculation(1, 1)
     assert json.loads((tmp_path / "layers.json").read_text())["recommended"]["drafting"]["layer"] == 1
+
+
+def test_a_saved_survey_is_read_as_it_was(tmp_path):
+    path, untimed = tmp_path / "layers.json", dataclasses.replace(surveyed(), costs=None)
+    for found in (surveyed(), untimed):
+        found.save(path)
+        assert Survey.load(path) == found
+    text = path.read_text()
+    for changed, says in ((text.replace('"tokens": 145', '"tokens": 146'), "was changed after it was made"),
+                          (text.replace('"format": 1', '"format": 2'), "is no survey of layers that this version"),
+                          ("[]", "not a JSON object"), ("{}", "is no survey")):
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises(CalibrationError, match=says):
+            Survey.load(path)
 
 
 @pytest.mark.exhaustive

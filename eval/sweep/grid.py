@@ -50,12 +50,6 @@ def sled_settings(rates: Sequence[float], scales: Sequence[int]) -> list[Method]
     return [no_exit(SLED(rate=rate, scale=scale)) for rate in rates for scale in scales]
 
 
-def usual_layers(num_layers: int) -> tuple[int, ...]:
-    """An eighth, a quarter, half and three quarters of the layers, as far as these are different early exits."""
-    near = {max(1, round(num_layers * share)) for share in (1 / 8, 1 / 4, 1 / 2, 3 / 4)}
-    return tuple(sorted(n for n in near if n < num_layers))
-
-
 def _under(fusion: Strategy, name: str) -> str:
     """The name with the fusion before it, and those of its numbers that are swept."""
     if fusion == FINAL_LAYER:

@@ -11,22 +11,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import sled
 from sled.bench.report import BenchReport, column
 from sled.bench.solving import MAX_NEW_TOKENS
-from sled.decoding.readout import Readout
-from sled.decoding.state import bucket
 from sled.demo import problems as demo
 from sled.errors import SettingError
 from sled.eval.numbers import exact_match
 from sled.lm import LM
 from sled.plots import writable_picture
 from sled.settings.rules import Several, Whole
+from sled.survey.choices import layer_choices
 
 ROWS = 32  # texts read at once
 MODELS = 4  # side by side in a picture
@@ -82,8 +79,7 @@ def _layers_of(name: str, lm: LM, asked: list[demo.Problem], bar: tqdm) -> list[
         out = lm.generate(questions, max_new_tokens=MAX_NEW_TOKENS, **exits)
         if generated is None:
             generated = out.tokens
-            loss_L, accuracy_L = _read(lm, questions, solutions)
-            _, agreement_L = _read(lm, questions, generated)
+            (loss_L, accuracy_L), (_, agreement_L) = (_means(lm, questions, texts) for texts in (solutions, generated))
         rows.append(LayerRow(
             model=name, layer=layer, loss=float(loss_L[layer - 1]), accuracy=float(accuracy_L[layer - 1]),
             agreement=float(agreement_L[layer - 1]),
@@ -92,34 +88,10 @@ def _layers_of(name: str, lm: LM, asked: list[demo.Problem], bar: tqdm) -> list[
     return rows[::-1]
 
 
-def _read(lm: LM, prompts: list[list[int]], continuations: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """Means [L] over all tokens of the continuations, for the layers 1..L: negative log-likelihood, and the share that
-    is the layer's first choice."""
-    sums = np.zeros((3, lm.config.num_layers))
-    for at in range(0, len(prompts), ROWS):
-        some = list(zip(prompts[at:at + ROWS], continuations[at:at + ROWS], strict=True))
-        length = bucket(max(len(p) + len(c) for p, c in some))
-        tokens_BT, asked_BT = np.zeros((ROWS, length), np.int32), np.zeros((ROWS, length), bool)
-        for b, (p, c) in enumerate(some):
-            tokens_BT[b, :len(p) + len(c)] = [*p, *c]
-            asked_BT[b, len(p) - 1:len(p) + len(c) - 1] = True
-        sums += jax.device_get(_sums(lm.build, lm.params, tokens_BT, asked_BT))
-    return sums[0] / sums[2], sums[1] / sums[2]
-
-
-@jax.jit(static_argnames="build")
-def _sums(build, params, tokens_BT, asked_BT):
-    """Loss, hits and number of the places asked, summed: [3, L]. Place t is asked for token t + 1."""
-    network = build(params)
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    states, _ = network.run_layers(network.embed(tokens_BT, positions_BT), positions_BT, None, 0, network.num_layers)
-    next_BT = jnp.roll(tokens_BT, -1, axis=1)
-
-    def of_layer(number, h_BTD):
-        ready_BTD, head = Readout(network)(h_BTD, number)
-        logits_BTV = head.project(ready_BTD)
-        logp_BT = jnp.take_along_axis(jax.nn.log_softmax(logits_BTV), next_BT[..., None], axis=-1)[..., 0]
-        right_BT = logits_BTV.argmax(-1) == next_BT
-        return jnp.array([jnp.where(asked_BT, x, 0).sum() for x in (-logp_BT, right_BT, 1)])
-
-    return jnp.stack([of_layer(number, h) for number, h in enumerate(states, 1)], axis=1)
+def _means(lm: LM, prompts: list[list[int]], texts: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Means [L] over all tokens of the texts, for the layers 1 .. L: negative log-likelihood, and the share that is the
+    layer's first choice."""
+    pairs = list(zip(*([np.array(ids, np.int32) for ids in each] for each in (prompts, texts)), strict=True))
+    token_LT, _, logprob_LT = (np.concatenate(each, axis=1) for each in zip(
+        *layer_choices(lm, pairs, batch_size=ROWS, progress=False), strict=True))
+    return -logprob_LT.mean(1), (token_LT == np.concatenate([text for _, text in pairs])).mean(1)

@@ -39,6 +39,7 @@ from sled.text.prompts import Prompt
 
 OFFERS = offers(FUSIONS)
 SAMPLING = offer(sled.Sampling)
+FEW_PROMPTS, FEW_TOKENS = 8, 64  # on which layers are chosen
 
 
 def left_out(default: str, *aliases: str, metavar: str | None = None):
@@ -242,6 +243,14 @@ def begin_prompts(command, usual: int) -> tuple[sled.LM, list[Prompt]]:
     lm = command.model_options.load()
     command.chat_options.hint(lm)
     return lm, prompts
+
+
+def layers_to_try(lm: sled.LM, prompts: Sequence[Prompt], most: int, max_new_tokens: int) -> tuple[int, ...]:
+    """The layers after which leaving early promises most, by `sled.layers` on a few of the prompts, without timing."""
+    survey = sled.layers(lm, prompts[:FEW_PROMPTS], max_new_tokens=min(max_new_tokens, FEW_TOKENS), profile=False)
+    layers = survey.speaking_layers(most)
+    print(f"sled layers: to leave after {', '.join(map(str, layers))} promises most", file=sys.stderr)
+    return layers
 
 
 def _problems(command, usual: int) -> list[str]:

@@ -12,7 +12,7 @@ import tyro
 import sled
 from sled.cli.derived import arguments, given, option_help, option_type, sets
 from sled.cli.line import Sets, dashed
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, Stop, left_out, unescape
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, Stop, layers_to_try, left_out, unescape
 from sled.cli.values import Layer, LayerSet, NewPath
 from sled.errors import PromptError, SettingError
 from sled.eval.extraction import RULES
@@ -63,7 +63,7 @@ class Sweep:
     stop: Annotated[Stop, left_out("what a next question begins with, which a model may invent: the words of --prompt "
                                    "before its first column, such as Question:")] = ()
     exit_layers: Annotated[tuple[LayerSet, ...] | None, sets(sled.EarlyExit, "layers"),
-                           left_out("an eighth, a quarter, half and three quarters of the layers")] = None
+                           left_out("the four that promise most, by sled layers")] = None
     """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4."""
     thresholds: Annotated[tuple[float, ...], sets(sled.EarlyExit, "threshold")] = (0.98, 0.9, 0.8, 0.7, 0.5)
     """Early exit: how sure an exit must be. Nothing behind the option: no early exit in the sweep."""
@@ -106,7 +106,9 @@ class Sweep:
         sweep_folder("--out", self.out)
         lm = self.model_options.load()
         self.chat_options.hint(lm)
-        usual = grid.usual_layers(lm.config.num_layers)
+        usual = ()
+        if None in (self.exit_layers if self.thresholds else (), self.draft_layers if self.drafts else ()):
+            usual = layers_to_try(lm, questions.prompts, 4, self.max_new_tokens)
         methods = [*grid.early_exits(self.exit_layers or usual, self.thresholds, measures=self.measures, kv=self.kv,
                                      fusion=fusion),
                    *grid.self_speculation(self.draft_layers or usual, self.drafts, fusion=fusion),

@@ -18,6 +18,7 @@ from sled.cli.options import (
     SamplingOptions,
     Stop,
     begin,
+    layers_to_try,
     left_out,
 )
 from sled.cli.values import Layer, LayerSet
@@ -45,12 +46,12 @@ class Tune:
     problems: Annotated[int | None, left_out("16")] = None
     """Without prompts of yours: how many of the demo model's own training problems to take."""
     exit_layers: Annotated[tuple[LayerSet, ...] | None, sets(sled.EarlyExit, "layers"),
-                           left_out("a quarter and half of the layers")] = None
+                           left_out("the two that promise most, by sled layers")] = None
     """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4."""
     thresholds: Annotated[tuple[float, ...], sets(sled.EarlyExit, "threshold")] = (0.9,)
     """Early exit: how sure an exit must be. Nothing behind the option: no early exit is tried."""
     draft_layers: Annotated[tuple[Layer, ...] | None, sets(sled.SelfSpeculation, "layer"),
-                            left_out("a quarter and half of the layers")] = None
+                            left_out("the two that promise most, by sled layers")] = None
     """Self-speculation: after which layer to draft, each a setting."""
     drafts: Annotated[tuple[int, ...], sets(sled.SelfSpeculation, "draft")] = (6,)
     """Self-speculation: how many tokens to draft. Nothing behind the option: none is tried."""
@@ -70,8 +71,14 @@ class Tune:
     def run(self) -> None:
         if not self.thresholds and not self.drafts:
             raise SettingError("nothing is left to try: give --thresholds or --drafts")
+        for threshold in self.thresholds:  # for their errors, before any work
+            sled.EarlyExit(1, threshold)
+        for draft in self.drafts:
+            sled.SelfSpeculation(1, draft)
         lm, prompts, settings = begin(self, 16)
-        near = sorted({max(1, round(lm.config.num_layers * share)) for share in (0.25, 0.5)})
+        near = ()
+        if None in (self.exit_layers if self.thresholds else (), self.draft_layers if self.drafts else ()):
+            near = layers_to_try(lm, prompts, 2, self.max_new_tokens)
         exits = [*(sled.EarlyExit(layers, threshold) for layers in self.exit_layers or near
                    for threshold in self.thresholds),
                  *(sled.SelfSpeculation(layer, draft) for layer in self.draft_layers or near for draft in self.drafts)]

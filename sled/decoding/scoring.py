@@ -109,12 +109,12 @@ def _block(rows, height: int, longest: int) -> Block:
     return Block(which_B, inputs_BT, targets_BT, positions_BT, np.argsort(idle_P, kind="stable"), (~idle_P).sum())
 
 
-def run_places(network: Network, caches: list[KV], block: Block) -> list[jax.Array]:
+def run_places(network: Network, caches: list[KV], block: Block) -> dict[int, jax.Array]:
     """Hidden states 0 .. L at the block's places [P, D], in its order: every place is a row of its own."""
     caches = jax.tree.map(lambda x: x[block.which_B], caches)
     h0 = network.embed(block.inputs_BT, block.positions_BT)
     states, _ = network.run_layers(h0, block.positions_BT, caches, 0, network.num_layers)
-    return [in_order(h, block) for h in (h0, *states)]
+    return {n: in_order(h, block) for n, h in enumerate((h0, *states))}
 
 
 def in_order(x_BT, block: Block):

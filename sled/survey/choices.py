@@ -14,23 +14,25 @@ from sled.decoding.network import Build
 from sled.decoding.options import FINAL_LAYER, FULL_DEPTH
 from sled.decoding.programs import bounded
 from sled.decoding.readout import Readout
-from sled.decoding.scoring import map_places, read_pairs, run_places
+from sled.decoding.scoring import in_order, map_places, read_pairs, run_places
 from sled.decoding.state import Plan
-from sled.exits.confidence import max_probability
 from sled.fusion.partial import max_and_index
 from sled.lm import LM
 
 STATES_AT_ONCE = 2**26  # layers x tokens x width of one pass: 256 MiB of float32
+KINDS = (jnp.int32, jnp.float32, jnp.float32)  # of the fields of `Choices`
 
 
 class Choices(NamedTuple):
     """At each of the T tokens of one continuation, before it is read, by the layers 1 .. L.
 
     token_LT: the layer's most likely token, int32. probability_LT: what the layer gives to it, float32.
+    logprob_LT: the logarithm of what it gives to the continuation's own token, float32.
     """
 
     token_LT: np.ndarray
     probability_LT: np.ndarray
+    logprob_LT: np.ndarray
 
 
 def layer_choices(lm: LM, pairs: list[tuple[np.ndarray, np.ndarray]], *, batch_size: int,
@@ -53,27 +55,32 @@ def layer_choices(lm: LM, pairs: list[tuple[np.ndarray, np.ndarray]], *, batch_s
 
 @bounded(static_argnames="build")
 def _read_block(build: Build, params, caches, block):
-    """Most likely token and its probability, [P, L] each, at the block's places."""
+    """The fields of `Choices`, [P, L] each, at the block's places."""
     readout = Readout(network := build(params))
     depth, shared = network.num_layers, network.shared_head
-    states = run_places(network, caches, block)[1:]
+    states = run_places(network, caches, block)
 
-    def choose(h_PD, head):
+    def choose(h_PD, head, target_P):
         logits_PV = head.project(h_PD)
-        return max_and_index(logits_PV)[1][:, 0], max_probability(logits_PV).astype(jnp.float32)
+        norm_P = jax.nn.logsumexp(logits_PV, axis=-1)
+        best_P1, token_P1 = max_and_index(logits_PV)
+        target_logit_P = jnp.take_along_axis(logits_PV, target_P[:, None], axis=-1)[:, 0]
+        return token_P1[:, 0], jnp.exp(best_P1[:, 0] - norm_P), target_logit_P - norm_P
 
-    def read(states_PD):
-        ready = [readout.pre_logits(h_PD, n) for n, h_PD in enumerate(states_PD, 1)]
+    def read(states_PD, target_P):
+        ready = [readout.pre_logits(states_PD[n], n) for n in range(1, depth + 1)]
         # One layer's logits at a time, never those of all.
-        found = jax.lax.map(lambda h_PD: choose(h_PD, shared), jnp.stack([h.astype(ready[-1].dtype) for h in ready]))
+        h_LPD = jnp.stack([h_PD.astype(ready[-1].dtype) for h_PD in ready])
+        found = jax.lax.map(lambda h_PD: choose(h_PD, shared, target_P), h_LPD)
         for n in range(1, depth):
             if readout.own_projection(n) is not None:
-                own = choose(ready[n - 1], readout.head(n))
+                own = choose(ready[n - 1], readout.head(n), target_P)
                 found = jax.tree.map(lambda x_LP, own_P, n=n: x_LP.at[n - 1].set(own_P), found, own)
-        return jax.tree.map(jnp.transpose, found)
+        return tuple(x_LP.T.astype(kind) for x_LP, kind in zip(found, KINDS, strict=True))
 
-    def read_some(asked_P, states_PD):
-        nothing = tuple(jnp.zeros((asked_P.size, depth), kind) for kind in (jnp.int32, jnp.float32))
-        return jax.lax.cond(asked_P.any(), lambda: read(states_PD), lambda: nothing)
+    def read_some(asked_P, *inputs):
+        nothing = tuple(jnp.zeros((asked_P.size, depth), kind) for kind in KINDS)
+        return jax.lax.cond(asked_P.any(), lambda: read(*inputs), lambda: nothing)
 
-    return map_places(read_some, (jnp.arange(block.order_P.size) < block.count, states), shared.vocabulary)
+    asked_P = jnp.arange(block.order_P.size) < block.count
+    return map_places(read_some, (asked_P, states, in_order(block.targets_BT, block)), shared.vocabulary)
