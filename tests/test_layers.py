@@ -13,11 +13,13 @@ import sled
 from sled.cli import main
 from sled.cli.generate import Generate
 from sled.cli.line import parse
+from sled.errors import CalibrationError
 from sled.lm import LM
 from sled.survey import profile, survey
 from sled.survey.choices import Choices, layer_choices
 from sled.survey.costs import DRAFTS, Costs
 from sled.survey.picture import picture
+from sled.survey.result import Survey
 from sled.survey.simulate import count_drafts, count_exits
 
 COSTS = Costs(4, {1: 2.0, 3: 3.0, 9: 6.0, 17: 10.0}, {1: 1.0, 3: 1.5, 9: 2.0, 17: 3.0}, plain=0.5, draft=0.25,
@@ -159,7 +161,7 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
 # The whole
 
 @functools.cache
-def surveyed() -> survey.Survey:
+def surveyed() -> Survey:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(survey, "measured_costs", lambda *_, **__: COSTS)
         return sled.layers(tiny_lm(), PROMPTS, max_new_tokens=CAPACITY, batch_size=4, progress=False)
@@ -184,11 +186,11 @@ def test_the_figures_are_those_of_the_answers():
     leaves = sure_LT[2] > 0.5
     assert (way.left, way.kept) == pytest.approx((leaves.mean(), 1 - (leaves & ~right_LT[2]).mean()))
     assert way.mean_depth == pytest.approx(4 - leaves.mean())
-    assert len(found.drafting) == 3 * len(DRAFTS) and json.loads(found.json())["costs"]["plain"] == 0.5
+    assert len(found.drafting) == 3 * len(DRAFTS) and found.weights
     assert "Survey(model=" in repr(found) and len(repr(found)) < 2500
 
 
-def changed(**of_drafting) -> survey.Survey:
+def changed(**of_drafting) -> Survey:
     """The survey, with other figures of all drafts, and no token kept by an exit."""
     found = surveyed()
     return dataclasses.replace(found, drafting=tuple(dataclasses.replace(way, **of_drafting) for way in found.drafting),
@@ -236,6 +238,21 @@ def test_the_command_recommends_what_generate_takes(demo, monkeypatch, capsys, t
     made = parse(Generate, "sled generate", [*options.split(), "Hi"]).exit_options.settings()
     assert made["exits"] == found.recommended[0].policy() == sled.SelfSpeculation(1, 1)
     assert json.loads((tmp_path / "layers.json").read_text())["recommended"]["drafting"]["layer"] == 1
+
+
+def test_a_saved_survey_is_read_as_it_was(tmp_path):
+    path, untimed = tmp_path / "layers.json", dataclasses.replace(surveyed(), costs=None)
+    for found in (surveyed(), untimed):
+        found.save(path)
+        assert Survey.load(path) == found
+    text = path.read_text()
+    for changed, says in ((text.replace('"tokens": 145', '"tokens": 146'), "was changed after it was made"),
+                          (text.replace('"format": 1', '"format": 2'), "is no survey of layers that this version"),
+                          ("[]", "not a JSON object"), ("{}", "is no survey")):
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises(CalibrationError, match=says):
+            Survey.load(path)
 
 
 @pytest.mark.exhaustive

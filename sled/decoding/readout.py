@@ -122,12 +122,10 @@ class Readout(NamedTuple):
         # Of one type: states may be wider than what a norm gives, and would have the projection widened for them.
         return jnp.stack([*(early_one(n).astype(final.dtype) for n in early), final], axis=-2)
 
-    def fuse(self, fusion, states: Mapping[int, jax.Array], last: int, *, positions: int | None = None) -> jax.Array:
+    def fuse(self, fusion, states: Mapping[int, jax.Array], last: int) -> jax.Array:
         """The fusion's logits [P, V] at P positions where `last` is the last layer: the model's end, or an exit.
 
-        states: hidden states [P, D] by number, at least those that the fusion looks at. positions: how many
-        there are in all, where P is only a part of them (under `vmap`).
+        states: hidden states [P, D] by number, at least those that the fusion looks at.
         """
         h_PCD = self.candidates(states, self.early_layers(fusion, last), fusion.norm_early, last)
-        rows = (positions or h_PCD.shape[0]) * h_PCD.shape[1]
-        return fused_logits(fusion, h_PCD, self.head(last), rows)
+        return fused_logits(fusion, h_PCD, self.head(last))

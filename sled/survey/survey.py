@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding import loop
 from sled.decoding.batch import HEADROOM
 from sled.decoding.options import Decoding
@@ -73,7 +74,8 @@ def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: i
     used = costs or bound
     return Survey(model=lm.name, num_layers=lm.config.num_layers, prompts=len(ids), tokens=sum(map(len, texts)),
                   batch_size=batch_size, layers=_spoken(choices, texts, used, counted.windows),
-                  drafting=counted.drafting(used, bound), leaving=counted.leaving(used, bound), costs=costs)
+                  drafting=counted.drafting(used, bound), leaving=counted.leaving(used, bound), costs=costs,
+                  weights=digest_of_weights(lm.params))
 
 
 class _Counted:
