@@ -1,5 +1,6 @@
 """`sled.layers`: counts of drafts and exits are those of a real run, costs those written by hand, verdicts follow."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -7,13 +8,13 @@ import json
 import numpy as np
 import pytest
 from headed_models import headed
-from tiny_lm import CAPACITY, EOS, PROMPTS, generate, tiny_lm, totals
+from tiny_lm import CAPACITY, CONFIG, EOS, PROMPTS, generate, tiny_lm, totals
 
 import sled
 from sled.cli import main
 from sled.cli.generate import Generate
 from sled.cli.line import parse
-from sled.errors import CalibrationError
+from sled.errors import CalibrationError, SettingError
 from sled.lm import LM
 from sled.survey import profile, survey
 from sled.survey.choices import Choices, layer_choices
@@ -238,6 +239,17 @@ def test_the_command_recommends_what_generate_takes(demo, monkeypatch, capsys, t
     made = parse(Generate, "sled generate", [*options.split(), "Hi"]).exit_options.settings()
     assert made["exits"] == found.recommended[0].policy() == sled.SelfSpeculation(1, 1)
     assert json.loads((tmp_path / "layers.json").read_text())["recommended"]["drafting"]["layer"] == 1
+
+
+@pytest.mark.parametrize(("change", "error", "says"), [
+    (dict(decode=lambda *_, **__: generate(PROMPTS[:2], max_new_tokens=1)), CalibrationError, "all 2 answers end with"),
+    (dict(config=dataclasses.replace(CONFIG, num_layers=1, windows=(None,))), SettingError, "has 1 layer, so there"),
+])
+def test_what_no_layer_can_tell_is_refused(change, error, says):
+    lm = copy.copy(tiny_lm())
+    vars(lm).update(change)
+    with pytest.raises(error, match=says):
+        sled.layers(lm, PROMPTS[:2], progress=False)
 
 
 def test_a_saved_survey_is_read_as_it_was(tmp_path):

@@ -9,12 +9,14 @@ import numpy as np
 from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding import loop
 from sled.decoding.batch import HEADROOM
+from sled.decoding.memory import naming_shortage
 from sled.decoding.options import Decoding
 from sled.decoding.state import bucket
 from sled.errors import CalibrationError, SettingError
 from sled.exits import EarlyExit, SelfSpeculation
 from sled.lm import LM, batch_height
 from sled.settings.rules import Flag, Whole
+from sled.settings.unknown import naming_unknown
 from sled.survey.choices import Choices, layer_choices
 from sled.survey.costs import DRAFTS, Costs
 from sled.survey.profile import measured_costs
@@ -28,6 +30,8 @@ ANSWERS_AT_ONCE = 8
 ROOM = 64  # positions for new tokens in which the loop is timed, at least
 
 
+@naming_unknown
+@naming_shortage("reading the layers", "give shorter prompts, or a smaller max_new_tokens or batch_size")
 def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: int = 1, profile: bool = True,
            progress: bool = True) -> Survey:
     """What every layer says on the model's own greedy answers, and what drafting or leaving there is expected to give.
