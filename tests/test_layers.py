@@ -24,7 +24,7 @@ from sled.survey.result import Survey
 from sled.survey.simulate import count_drafts, count_exits
 
 COSTS = Costs(4, {1: 2.0, 3: 3.0, 9: 6.0, 17: 10.0}, {1: 1.0, 3: 1.5, 9: 2.0, 17: 3.0}, plain=0.5, draft=0.25,
-              verify=1.25, exit=0.125, deeper=0.75)
+              verify=1.25, exit=0.125, deeper=0.75, call=2.5)
 RNG = np.random.default_rng(0)
 
 
@@ -152,8 +152,8 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
                                block=3) for n, threshold in ((10, 0.1), (1, 0.9)))
     one = 2 * COSTS.layer(1) + COSTS.head(1) + COSTS.exit  # the tenth step, after the cycle's nine
     times = {**{("layers", n): 4 * COSTS.layer(n) for n in sizes}, **{("head", n): COSTS.head(n) for n in sizes},
-             "plain": COSTS.step, "short": COSTS.drafting(1, 9, 2, 1), "long": COSTS.drafting(1, 9, 8, 1),
-             "leaves": timed(leave) - one, "stays": timed(stay)}
+             "plain": COSTS.step, "call": COSTS.step + 2.5,
+             "short": COSTS.drafting(1, 9, 2, 1), "long": COSTS.drafting(1, 9, 8, 1), "leaves": timed(leave) - one, "stays": timed(stay)}
     solved = profile._solved(times, 4, sizes, draft_layer=1, exit_layer=2, window=9, cycle=9)
     for field in dataclasses.fields(Costs):
         assert getattr(solved, field.name) == pytest.approx(getattr(COSTS, field.name)), field.name

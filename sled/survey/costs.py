@@ -27,6 +27,7 @@ class Costs:
         by their number, ascending; between two of them, and beyond, on the line through the nearest.
     The rest of a step, beyond layers and projections: plain, of one without exits; draft, of one that drafts; verify,
     what a verification adds; exit, of one with an early exit; deeper, what it adds that the layers above run.
+    call: what a batch takes beyond its steps, to begin and to hand over what it emitted.
     """
 
     depth: int
@@ -37,6 +38,7 @@ class Costs:
     verify: float = 0.0
     exit: float = 0.0
     deeper: float = 0.0
+    call: float = 0.0
 
     @classmethod
     def of_weights(cls, lm: LM) -> Costs:
