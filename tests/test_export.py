@@ -12,7 +12,7 @@ from export_folders import PROMPTS, random_decoder, same
 from safetensors.numpy import load_file
 
 import sled
-from sled.calibration.fingerprint import digest_of_weights, fingerprint
+from sled.calibration.fingerprint import fingerprint
 from sled.calibration.record import Step
 from sled.cli import main
 from sled.errors import CalibrationError, CheckpointError, SettingError
@@ -22,6 +22,7 @@ from sled.export.source import read_source
 from sled.export.target import replacing
 from sled.lm import LM
 from sled.models import load_folder, load_orbax, save_folder, save_orbax
+from sled.models.digest import digest_of_weights
 from sled.survey.result import Drafting, Spoken, Survey
 from sled.train.run.folder import read_checkpoint
 

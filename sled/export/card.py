@@ -11,13 +11,13 @@ import jax
 from flax import nnx
 from huggingface_hub import ModelCardData
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.record import Calibration
 from sled.errors import CalibrationError, SettingError
 from sled.export.source import SourceModel, cast
 from sled.models import Decoder
 from sled.models.config import WEIGHT_TYPES
 from sled.models.decoder import ARITHMETIC
+from sled.models.digest import digest_of_weights
 from sled.models.families.family import Family
 from sled.models.families.registry import family_of
 from sled.settings.decorator import setting, settings

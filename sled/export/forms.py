@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.record import Calibration
 from sled.decoding.options import Decoding
 from sled.errors import CheckpointError
@@ -20,6 +19,7 @@ from sled.export.target import RECORD, replacing, versions
 from sled.io import path_of, write_json
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
+from sled.models.digest import digest_of_weights
 from sled.models.hub import create_repository, upload
 from sled.survey.result import Survey
 from sled.text.tokenizer import Tokenizer
