@@ -139,7 +139,9 @@ def test_a_device_bound_by_memory_reads_weights_once():
     bound = Costs.of_weights(tiny_lm())
     layer = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)
     assert bound.layer(1) == bound.layer(9) == 1 and bound.head(1) == pytest.approx(4 * 61 * 32 / layer)
-    assert bound.step == pytest.approx(4 + bound.head(1))
+    assert bound.step == pytest.approx(4 + bound.head(1)) and not bound.own_head
+    assert Costs.of_weights(LM(headed("affine, untied"))).own_head == pytest.approx(dict.fromkeys(
+        (1, 3), (16 * 16 + 16) / (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24 + 2 * 16)))
 
 
 def test_costs_come_back_from_the_times_of_whole_cycles():
@@ -153,7 +155,8 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
     one = 2 * COSTS.layer(1) + COSTS.head(1) + COSTS.exit  # the tenth step, after the cycle's nine
     times = {**{("layers", n): 4 * COSTS.layer(n) for n in sizes}, **{("head", n): COSTS.head(n) for n in sizes},
              "plain": COSTS.step, "call": COSTS.step + 2.5,
-             "short": COSTS.drafting(1, 9, 2, 1), "long": COSTS.drafting(1, 9, 8, 1), "leaves": timed(leave) - one, "stays": timed(stay)}
+             "short": COSTS.drafting(1, 9, 2, 1), "long": COSTS.drafting(1, 9, 8, 1),
+             "leaves": timed(leave) - one, "stays": timed(stay)}
     solved = profile._solved(times, 4, sizes, draft_layer=1, exit_layer=2, window=9, cycle=9)
     for field in dataclasses.fields(Costs):
         assert getattr(solved, field.name) == pytest.approx(getattr(COSTS, field.name)), field.name
