@@ -176,10 +176,12 @@ class Survey:
         if not (heads := " ".join(map(str, self.heads()))):
             return (f"{said}Training would hardly help here: after no layer would drafts pay with {REACHED:.0%} of "
                     "them right.")
-        rest = f"-m {self.model} --data FILE --text text --out"
-        return (f"{said}Train heads on the model as it is, or the model itself:\n"
-                f"  sled train --recipe tune-exits --exit-heads {heads} --head-kind mlp {rest} tuned\n"
-                f"  sled train --recipe finetune {rest} trained")
+        model = f"-m {self.model} --data FILE"
+        return (f"{said}Train heads for the model as it is, on its own answers to a column of prompts; or the model "
+                "itself, on a column of texts:\n"
+                f"  sled train --recipe tune-exits --exit-heads {heads} --head-kind block {model} --prompt prompt "
+                "--answers 128 --out tuned\n"
+                f"  sled train --recipe finetune {model} --text text --out trained")
 
     def heads(self) -> tuple[int, ...]:
         """Where exit heads may pay: the deepest layer after which drafts would pay if so many were right as training
@@ -207,8 +209,8 @@ class Survey:
         if digest != json_digest(found):
             raise CalibrationError(f"the survey of layers {path} was changed after it was made; {again}")
         costs = found["costs"] and Costs(**found["costs"] | {
-            name: {int(tokens): seconds for tokens, seconds in found["costs"][name].items()}
-            for name in ("layer_of", "head_of")})
+            name: {int(number): seconds for number, seconds in found["costs"][name].items()}
+            for name in ("layer_of", "head_of", "own_head")})
         ways = {name: tuple(kind(**row) for row in found[name])
                 for name, kind in (("layers", Spoken), ("drafting", Drafting), ("leaving", Leaving))}
         return cls(**{name: found[name] for name in names} | ways | {"costs": costs})
