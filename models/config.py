@@ -18,7 +18,7 @@ NORM_PLACES = ("before", "around", "after")  # of attention and of the MLP
 QK_NORMS = (None, "head", "whole")
 DEFAULT_ROPE = Rope()
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh")  # by config.json's names
-HEAD_KINDS = ("projection", "norm", "affine", "mlp")
+HEAD_KINDS = ("projection", "norm", "affine", "mlp", "block")
 MOST = 2**31 - 1  # of every count: positions and token ids are int32
 MOST_LAYERS = MOST_EXPERTS = 10_000  # the largest models published have hundreds
 
@@ -31,10 +31,11 @@ class ExitHeads:
         see `from_pre_exit`).
     kind: "projection": nothing before the final norm, which they share. "norm": a norm of their own in its place.
         "affine": h + h A + b before the final norm (tuned lens, Belrose et al. 2023, arXiv 2303.08112, equation 6).
-        "mlp": h + MLP(norm(h)) of the model's own form, then a norm of their own.
+        "mlp": h + MLP(norm(h)) of the model's own form, then a norm of their own. "block": a whole layer of the model's
+        own form, with attention over all that came to the exit and so keys and values of its own, then such a norm.
     tied: whether they end in the model's final projection W, or in one of their own.
 
-    The first three, and their start from the model's own parts, follow EE-LLM (arXiv 2312.04916) and EE-Tuning
+    All but "affine", and their start from the model's own parts, follow EE-LLM (arXiv 2312.04916) and EE-Tuning
     (2402.00518). Their code runs the MLP beside that of layer n, on what attention left, and starts it as a copy of
     that; here it follows hidden state n, which every exit reads, and starts as the identity, as all heads do.
 
@@ -201,6 +202,11 @@ class DecoderConfig:
             given = shown(self.exit_heads.layers)
             raise ConfigError(f"exit heads are given for layers {given}, but a model of {self.num_layers} layers has "
                               f"early exits 1 to {self.num_layers - 1}")
+
+    @property
+    def head_windows(self) -> tuple[int | None, ...]:
+        """The window of each exit head of kind "block": that of the layer above its exit, from which it begins."""
+        return tuple(self.windows[n] for n in self.exit_heads.layers)
 
     @property
     def context(self) -> int:

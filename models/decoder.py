@@ -17,8 +17,8 @@ from flax import nnx
 from sled.errors import PromptError
 from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig, ExitHeads
-from sled.models.exit_heads import BoundHead, ExitHead
-from sled.models.layers import KV, Block, Embedding, LayerContext, LayerNorm, RMSNorm, norm_of, ring_size
+from sled.models.exit_heads import BoundBlockHead, BoundHead, ExitHead
+from sled.models.layers import KV, Block, Embedding, LayerContext, LayerNorm, RMSNorm, empty_cache, norm_of
 
 # Parts whose parameters have one more, leading axis in the stacked form, and what that axis is called.
 STACKED = {"layers": "layers", "exit_heads": "exits"}
@@ -97,10 +97,8 @@ class Decoder(nnx.Module):
 
         Layers with a window have fewer: as many as the window, and `ahead` more (see `layers.attention.ring_size`).
         """
-        c, dtype = self.config, self.embedding.weight.dtype
-        sizes = [ring_size(slots, window, ahead) + 1 for window in c.windows]
-        empty = lambda size: jnp.zeros((batch, c.num_kv_heads, size, c.head_dim), dtype)  # noqa: E731
-        return [(empty(size), empty(size)) for size in sizes]
+        dtype = self.embedding.weight.dtype
+        return [empty_cache(self.config, window, batch, slots, ahead, dtype) for window in self.config.windows]
 
     def run_layers(self, h_BTD, positions_BT, caches: list[KV] | None, start: int,
                    stop: int) -> tuple[list[jax.Array], list[KV]]:
@@ -160,19 +158,27 @@ class Decoder(nnx.Module):
             return None
         index, made = heads.layers.index(layer), self.exit_heads
         head = _one_of(made, index) if isinstance(made, ExitHead) else made[index]
+        if heads.kind == "block":
+            return BoundBlockHead(head, self.norm, self.shared_head, self.config, self.config.head_windows[index])
         return BoundHead(head, self.norm, self.shared_head)
 
     def with_exit_heads(self, heads: ExitHeads | None, *, rngs: nnx.Rngs | None = None) -> Decoder:
         """The same decoder, its weights shared, with new exit heads that leave every logit as it is; None: without.
 
-        Norms and projections begin as copies of the model's own, affine maps and MLPs as the identity. `rngs` draws
-        the MLP's first matrices (None: seed 0). In either form.
+        Norms and projections begin as copies of the model's own, affine maps, MLPs and blocks as the identity. `rngs`
+        draws the MLP's first matrices (None: seed 0). In either form.
         """
         config, rngs = dataclasses.replace(self.config, exit_heads=heads), rngs or nnx.Rngs(0)
-        made = heads and nnx.List(
-            [ExitHead(config, norm=self.norm, projection=self.shared_head.w_VD, rngs=rngs) for _ in heads.layers])
-        stacked = made and isinstance(self.layers, Block)
-        return self._with_parts(self.layers, _stacked(made) if stacked else made, config)
+        stacked = isinstance(self.layers, Block)
+
+        def above(n: int) -> Block:
+            # Where shapes alone are asked for, one layer may stand for all (`sled.models.stored`).
+            return _one_of(self.layers, n) if stacked else self.layers[min(n, len(self.layers) - 1)]
+
+        made = heads and nnx.List([
+            ExitHead(config, above=above(n) if heads.kind == "block" else None, norm=self.norm,
+                     projection=self.shared_head.w_VD, rngs=rngs) for n in heads.layers])
+        return self._with_parts(self.layers, _stacked(made) if made and stacked else made, config)
 
     def for_long_context(self) -> Decoder:
         """The same decoder, its weights shared, for texts of all its positions: see `DecoderConfig`."""

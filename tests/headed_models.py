@@ -14,7 +14,8 @@ from sled.train.objective.exit_heads import merge, partition
 CONFIG = DecoderConfig(family="llama", vocab_size=47, width=16, mlp_width=24, num_layers=4, num_heads=2,
                        num_kv_heads=1, head_dim=8, max_positions=32, eos_ids=(5,))
 KINDS = {f"{kind}{'' if tied else ', untied'}": ExitHeads((1, 3), kind, tied) for kind, tied in (
-    ("projection", False), ("norm", True), ("affine", True), ("affine", False), ("mlp", True), ("mlp", False))}
+    ("projection", False), ("norm", True), ("affine", True), ("affine", False), ("mlp", True), ("mlp", False),
+    ("block", True), ("block", False))}
 
 
 @functools.cache
@@ -38,7 +39,7 @@ def headed(name):
 
 
 def plain_logits(model, h, layer):
-    """The head's definition in float64, without any of the model's code; h [..., D]."""
+    """The head's definition in float64, without any of the model's code; h [..., T, D]."""
     w = {path: np.float64(x[...]) for path, x in nnx.to_flat_state(nnx.state(model, nnx.Param))}
     heads, h = model.config.exit_heads, np.float64(h)
     rms = lambda x, weight: x / np.sqrt((x * x).mean(-1, keepdims=True) + CONFIG.norm_eps) * weight  # noqa: E731
@@ -51,6 +52,25 @@ def plain_logits(model, h, layer):
             x = rms(h, part("mlp_norm", "weight"))
             gate = x @ part("mlp", "gate", "weight")
             h = h + gate / (1 + np.exp(-gate)) * (x @ part("mlp", "up", "weight")) @ part("mlp", "down", "weight")
-        norm = part("norm", "weight") if heads.kind in ("norm", "mlp") else norm
+        if heads.kind == "block":
+            h = _plain_block(h, lambda *name: part("block", *name), rms)
+        norm = part("norm", "weight") if heads.kind in ("norm", "mlp", "block") else norm
         projection = projection if heads.tied else part("projection")
     return rms(h, norm) @ projection.T
+
+
+def _plain_block(h, part, rms):
+    x, size = rms(h, part("attention_norm", "weight")), CONFIG.head_dim
+    angles = np.arange(h.shape[-2])[:, None] * 10000.0 ** (-np.arange(0, size, 2) / size)
+    cos, sin = (np.concatenate([f(angles)] * 2, -1) for f in (np.cos, np.sin))
+    turn = lambda x: x * cos + np.concatenate([-x[..., size // 2:], x[..., :size // 2]], -1) * sin  # noqa: E731
+    q, k, v = (x @ part("attention", name, "weight") for name in "qkv")
+    mixed = []
+    for one in np.split(q, CONFIG.num_heads, -1):  # all read the one head of keys and values
+        scores = turn(one) @ turn(k).swapaxes(-1, -2) / np.sqrt(size)
+        weights = np.exp(np.where(np.tri(h.shape[-2], dtype=bool), scores, -np.inf))
+        mixed.append(weights / weights.sum(-1, keepdims=True) @ v)
+    h = h + np.concatenate(mixed, -1) @ part("attention", "o", "weight")
+    x = rms(h, part("mlp_norm", "weight"))
+    gate = x @ part("mlp", "gate", "weight")
+    return h + gate / (1 + np.exp(-gate)) * (x @ part("mlp", "up", "weight")) @ part("mlp", "down", "weight")

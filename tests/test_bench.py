@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -24,6 +25,7 @@ from sled.errors import SettingError
 def toy(monkeypatch):
     """It takes the bundled model's place, and the benchmarks measure less."""
     monkeypatch.setattr(sled, "load", lambda *_, **__: demo_toy())
+    monkeypatch.setattr(sled, "layers", lambda *_, **__: types.SimpleNamespace(speaking_layers=lambda _: (1,)))
     for module, settings in ((solving, dict(MAX_NEW_TOKENS=6)), (layers, dict(MAX_NEW_TOKENS=6)),
                              (engine, dict(POLICIES={"no early exit": None})),
                              (exits, dict(DRAFTS=(2,), THRESHOLDS=(0.0, 1.0)))):
@@ -127,8 +129,9 @@ def test_the_loss_is_measured_in_every_form():
 def test_decoding_is_measured_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     report = decode.run_decode_bench(new_tokens=2, rounds=1, config=TWO, batches=(1,))
-    ways, least = report.rows[:3], report.rows[3:]
-    assert [row.way for row in ways] == ["greedy", "SLED", "greedy, room for 1,024"] and ways[0].over_greedy == 1
+    ways, least = report.rows[:4], report.rows[4:]
+    assert [row.way for row in ways] == ["greedy", "SLED", "SLED, rate 1", "greedy, room for 1,024"]
+    assert ways[0].over_greedy == 1
     assert all(row.first_call > 0 and row.transformers_over_this is None for row in ways)
     assert [row.work for row in least] == ["products and head", "weights read once"]
     assert all(row.best_ms > 0 for row in least)
@@ -136,8 +139,8 @@ def test_decoding_is_measured_without_transformers(monkeypatch):
 
 
 def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
-    def two_of_them(lm, questions, entries=exits.speculation_entries):
-        return dict(itertools.islice(entries(lm, questions).items(), 2))
+    def two_of_them(*of, entries=exits.speculation_entries):
+        return dict(itertools.islice(entries(*of).items(), 2))
 
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setattr(exits, "speculation_entries", two_of_them)  # each is a program to compile, and so is a schedule
@@ -159,7 +162,7 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
 
 
 def test_every_way_has_its_plain_one(toy):
-    entries = exits.speculation_entries(toy, [[1]])
+    entries = exits.speculation_entries(toy, [[1]], (1,))
     assert {entry.plain for entry in entries.values()} == {exits.GREEDY, exits.SLED} <= entries.keys()
     assert all((entry.plain == exits.SLED) == name.startswith("SLED") for name, entry in entries.items())
 
@@ -169,7 +172,7 @@ def test_transformers_has_the_same_texts_plain_and_assisted(toy):
     pytest.importorskip("transformers")
     questions = solving.mixed_questions(toy, 4)
     plain = solving.our_way(toy, questions, 1)()
-    entries = exits.transformers_entries(toy, questions)
+    entries = exits.transformers_entries(toy, questions, (1,))
     assert len(entries) == 3
     ran = [entry.way() for entry in entries.values()]
     assert all(made.tokens == plain.tokens for made in ran)

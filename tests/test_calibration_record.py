@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 
 import sled
-from sled.calibration.fingerprint import digest_of_weights
 from sled.demo.problems import problems, prompt
 from sled.errors import CalibrationError, SettingError
 from sled.exits import FullDepth
 from sled.io import json_digest
 from sled.models import Rope
+from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 from sled.text.tokenizer import Tokenizer
 

@@ -63,6 +63,25 @@ def test_every_fusion_generates_and_scores_as_a_full_pass_does(fusion):
             np.testing.assert_allclose(scores.logprobs[b][at], expected, atol=1e-4)
 
 
+@pytest.mark.parametrize(("usual", "others"), [
+    (sled.SLED(), [sled.SLED(rate=0.05), sled.SLED(rate=0.3, scale=5), sled.SLED(rate=0.1, lower_bound=1.5)]),
+    (sled.DoLa(), [sled.DoLa(relative_top=0.5), sled.DoLa(relative_top=0.9)])], ids=["SLED", "DoLa"])
+def test_tokens_that_are_certain_are_those_of_a_full_pass(usual, others):
+    generate(fusion=usual)
+    programs = compiled()
+    for fusion in others:
+        texts = generate(fusion=fusion).tokens
+        final_BSV, fused_BSV = (FullPass([prompt + text for prompt, text in zip(PROMPTS, texts, strict=True)]).logits(f)
+                              for f in (sled.FinalLayer(), fusion))
+        certain_BS, seen = jax.vmap(fusion.certain)(final_BSV), set()
+        for b, (prompt, text) in enumerate(zip(PROMPTS, texts, strict=True)):
+            here = np.s_[b, len(prompt) - 1:len(prompt) + len(text) - 1]
+            assert text == fused_BSV[here].argmax(-1).tolist()
+            seen |= set(np.asarray(certain_BS[here]).tolist())
+        assert seen == {False, True}
+    assert compiled() == programs
+
+
 BEGUN = PROMPTS[2][:13]
 
 
@@ -124,7 +143,7 @@ def test_the_number_of_prompts_is_rounded_so_that_another_compiles_nothing():
     pieces = list(tiny_lm().stream(many[:5], max_new_tokens=CAPACITY, chunk=20))
     assert [list(itertools.chain(*row)) for row in zip(*(p.tokens for p in pieces), strict=True)] == expected[:5]
     assert compiled() == counts
-    assert [sled.lm._height(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert [sled.lm.batch_height(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
 
 
 def test_no_more_programs_are_kept_than_a_bound_and_those_of_a_service(monkeypatch):

@@ -371,6 +371,10 @@ def test_the_command(command, scripted, tmp_path, capsys):
     scripted.calls.clear()
     (tmp_path / "own.jsonl").write_text('{"q": "0?", "a": 0}\n{"q": "1?", "a": 2}\n')
     assert command("-o", tmp_path / "own", "--data", tmp_path / "own.jsonl", "--prompt", "{q}", "--answer", "a",
+                   "--thresholds", "--fusion", "sled", "--rate", 2) == 1
+    assert "to choose layers by and are not asked; but there are 2: name the layers" in capsys.readouterr().err
+    (tmp_path / "own.jsonl").write_text("".join(f'{{"q": "{n}?", "a": {n % 2}}}\n' for n in range(10)))
+    assert command("-o", tmp_path / "own", "--data", tmp_path / "own.jsonl", "--prompt", "{q}", "--answer", "a",
                    "--thresholds", "--fusion", "sled", "--rate", 2) == 0
     own = (tmp_path / "own" / "sweep.md").read_text()
     assert "scripted, 2 questions of own.jsonl, the answer being the number behind the first ####, at most 96" in own

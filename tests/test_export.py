@@ -1,5 +1,6 @@
 """Exported folders: Hugging Face ones that transformers runs alike, Orbax ones bit for bit; their cards; refusals."""
 
+import dataclasses
 import json
 import re
 
@@ -11,7 +12,7 @@ from export_folders import PROMPTS, random_decoder, same
 from safetensors.numpy import load_file
 
 import sled
-from sled.calibration.fingerprint import digest_of_weights, fingerprint
+from sled.calibration.fingerprint import fingerprint
 from sled.calibration.record import Step
 from sled.cli import main
 from sled.errors import CalibrationError, CheckpointError, SettingError
@@ -21,6 +22,8 @@ from sled.export.source import read_source
 from sled.export.target import replacing
 from sled.lm import LM
 from sled.models import load_folder, load_orbax, save_folder, save_orbax
+from sled.models.digest import digest_of_weights
+from sled.survey.result import Drafting, Spoken, Survey
 from sled.train.run.folder import read_checkpoint
 
 pytest_plugins = ["export_folders"]
@@ -270,3 +273,22 @@ def test_the_command_writes_every_form(run_folder, tmp_path, capsys):
     assert about["source"] == {"source": run_folder.name, "step": 1}
     assert about["settings"]["fusion"]["kind"] == "sled.LayerAverage" and about["tokenizer"]["file"] == "tokenizer.json"
     assert "the program export is in" in capsys.readouterr().err
+
+
+def test_the_card_takes_the_word_of_a_survey_of_these_weights(plain_folder, tmp_path):
+    lm, path = sled.load(plain_folder), tmp_path / "layers.json"
+    found = Survey("m", 3, 2, 9, 1, tuple(Spoken(n, n / 3, 0.1, 0.0, None, 0.5) for n in (1, 2)),
+                   (Drafting(1, 4, 0.5, 1.2, 0.9, 1.0), Drafting(2, 8, 0.9, 4.0, 1.5, 1.6)), (), None,
+                   digest_of_weights(lm.params))
+    slow = dataclasses.replace(found, drafting=tuple(dataclasses.replace(way, speed=0.9, bound_speed=1.0)
+                                                     for way in found.drafting))
+    for survey, drafts in ((found, "2, draft=8"), (slow, None)):
+        survey.save(path)
+        export_hf(plain_folder, tmp_path / "model", survey=path)
+        card = (tmp_path / "model" / "README.md").read_text()
+        assert "| 1 | 0.3333 | 0.1000 | 4 | 0.5000 | 0.90 |" in card and "was not measured" not in card
+        assert set(re.findall(r"lm.generate\(.*SelfSpeculation\((.*?)\)", card)) == ({drafts} if drafts else set())
+        assert ("assistant_early_exit=2" in card) == bool(drafts) == ("none: " not in card)
+    dataclasses.replace(found, weights="0" * 64).save(path)
+    with pytest.raises(CalibrationError, match="the survey of layers is of m and does not belong to"):
+        export_hf(plain_folder, tmp_path / "model", survey=path)

@@ -18,7 +18,6 @@ from headed_models import stirred
 from safetensors.numpy import load_file
 
 import sled
-from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.readout import Readout
 from sled.errors import SettingError
 from sled.export.forms import export_program
@@ -27,6 +26,7 @@ from sled.export.run_program import Program
 from sled.fusion import SharedHead
 from sled.lm import LM
 from sled.models import ExitHeads
+from sled.models.digest import digest_of_weights
 from sled.text.tokenizer import Tokenizer
 
 pytest_plugins = ["export_folders"]

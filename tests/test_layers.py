@@ -1,5 +1,6 @@
 """`sled.layers`: counts of drafts and exits are those of a real run, costs those written by hand, verdicts follow."""
 
+import copy
 import dataclasses
 import functools
 import json
@@ -7,21 +8,23 @@ import json
 import numpy as np
 import pytest
 from headed_models import headed
-from tiny_lm import CAPACITY, EOS, PROMPTS, generate, tiny_lm, totals
+from tiny_lm import CAPACITY, CONFIG, EOS, PROMPTS, generate, tiny_lm, totals
 
 import sled
 from sled.cli import main
 from sled.cli.generate import Generate
 from sled.cli.line import parse
+from sled.errors import CalibrationError, SettingError
 from sled.lm import LM
 from sled.survey import profile, survey
 from sled.survey.choices import Choices, layer_choices
 from sled.survey.costs import DRAFTS, Costs
 from sled.survey.picture import picture
+from sled.survey.result import Survey
 from sled.survey.simulate import count_drafts, count_exits
 
 COSTS = Costs(4, {1: 2.0, 3: 3.0, 9: 6.0, 17: 10.0}, {1: 1.0, 3: 1.5, 9: 2.0, 17: 3.0}, plain=0.5, draft=0.25,
-              verify=1.25, exit=0.125, deeper=0.75)
+              verify=1.25, exit=0.125, deeper=0.75, call=2.5)
 RNG = np.random.default_rng(0)
 
 
@@ -136,7 +139,9 @@ def test_a_device_bound_by_memory_reads_weights_once():
     bound = Costs.of_weights(tiny_lm())
     layer = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)
     assert bound.layer(1) == bound.layer(9) == 1 and bound.head(1) == pytest.approx(4 * 61 * 32 / layer)
-    assert bound.step == pytest.approx(4 + bound.head(1))
+    assert bound.step == pytest.approx(4 + bound.head(1)) and not bound.own_head
+    assert Costs.of_weights(LM(headed("affine, untied"))).own_head == pytest.approx(dict.fromkeys(
+        (1, 3), (16 * 16 + 16) / (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24 + 2 * 16)))
 
 
 def test_costs_come_back_from_the_times_of_whole_cycles():
@@ -149,7 +154,8 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
                                block=3) for n, threshold in ((10, 0.1), (1, 0.9)))
     one = 2 * COSTS.layer(1) + COSTS.head(1) + COSTS.exit  # the tenth step, after the cycle's nine
     times = {**{("layers", n): 4 * COSTS.layer(n) for n in sizes}, **{("head", n): COSTS.head(n) for n in sizes},
-             "plain": COSTS.step, "short": COSTS.drafting(1, 9, 2, 1), "long": COSTS.drafting(1, 9, 8, 1),
+             "plain": COSTS.step, "call": COSTS.step + 2.5,
+             "short": COSTS.drafting(1, 9, 2, 1), "long": COSTS.drafting(1, 9, 8, 1),
              "leaves": timed(leave) - one, "stays": timed(stay)}
     solved = profile._solved(times, 4, sizes, draft_layer=1, exit_layer=2, window=9, cycle=9)
     for field in dataclasses.fields(Costs):
@@ -159,7 +165,7 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
 # The whole
 
 @functools.cache
-def surveyed() -> survey.Survey:
+def surveyed() -> Survey:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(survey, "measured_costs", lambda *_, **__: COSTS)
         return sled.layers(tiny_lm(), PROMPTS, max_new_tokens=CAPACITY, batch_size=4, progress=False)
@@ -184,11 +190,11 @@ def test_the_figures_are_those_of_the_answers():
     leaves = sure_LT[2] > 0.5
     assert (way.left, way.kept) == pytest.approx((leaves.mean(), 1 - (leaves & ~right_LT[2]).mean()))
     assert way.mean_depth == pytest.approx(4 - leaves.mean())
-    assert len(found.drafting) == 3 * len(DRAFTS) and json.loads(found.json())["costs"]["plain"] == 0.5
+    assert len(found.drafting) == 3 * len(DRAFTS) and found.weights
     assert "Survey(model=" in repr(found) and len(repr(found)) < 2500
 
 
-def changed(**of_drafting) -> survey.Survey:
+def changed(**of_drafting) -> Survey:
     """The survey, with other figures of all drafts, and no token kept by an exit."""
     found = surveyed()
     return dataclasses.replace(found, drafting=tuple(dataclasses.replace(way, **of_drafting) for way in found.drafting),
@@ -236,6 +242,32 @@ def test_the_command_recommends_what_generate_takes(demo, monkeypatch, capsys, t
     made = parse(Generate, "sled generate", [*options.split(), "Hi"]).exit_options.settings()
     assert made["exits"] == found.recommended[0].policy() == sled.SelfSpeculation(1, 1)
     assert json.loads((tmp_path / "layers.json").read_text())["recommended"]["drafting"]["layer"] == 1
+
+
+@pytest.mark.parametrize(("change", "error", "says"), [
+    (dict(decode=lambda *_, **__: generate(PROMPTS[:2], max_new_tokens=1)), CalibrationError, "all 2 answers end with"),
+    (dict(config=dataclasses.replace(CONFIG, num_layers=1, windows=(None,))), SettingError, "has 1 layer, so there"),
+])
+def test_what_no_layer_can_tell_is_refused(change, error, says):
+    lm = copy.copy(tiny_lm())
+    vars(lm).update(change)
+    with pytest.raises(error, match=says):
+        sled.layers(lm, PROMPTS[:2], progress=False)
+
+
+def test_a_saved_survey_is_read_as_it_was(tmp_path):
+    path, untimed = tmp_path / "layers.json", dataclasses.replace(surveyed(), costs=None)
+    for found in (surveyed(), untimed):
+        found.save(path)
+        assert Survey.load(path) == found
+    text = path.read_text()
+    for changed, says in ((text.replace('"tokens": 145', '"tokens": 146'), "was changed after it was made"),
+                          (text.replace('"format": 1', '"format": 2'), "is no survey of layers that this version"),
+                          ("[]", "not a JSON object"), ("{}", "is no survey")):
+        assert changed != text
+        path.write_text(changed)
+        with pytest.raises(CalibrationError, match=says):
+            Survey.load(path)
 
 
 @pytest.mark.exhaustive

@@ -205,6 +205,11 @@ def risk(text, reference):
     (lambda lm: sled.Engine(lm, schedule="gather"), SettingError, "schedule is 'gather'"),
     (lambda lm: sled.Engine(lm, sampling=sled.Sampling(np.ones(8))), SettingError, "B is 1 here; a request is one row"),
     # Tuning.
+    (lambda lm: sled.layers(lm, []), PromptError, "no prompt"),
+    (lambda lm: sled.layers(lm, PROMPTS, batch_size=0), SettingError, "batch_size is 0"),
+    (lambda lm: sled.layers(lm, PROMPTS, max_new_tokens=0), SettingError, "max_new_tokens is 0"),
+    (lambda lm: sled.layers(lm, PROMPTS, profile=2), SettingError, "profile is 2, but must be True or False"),
+    (lambda lm: sled.layers(lm, PROMPTS, profiles=True), SettingError, "did you mean profile"),
     (lambda lm: tune(lm, []), SettingError, "exits is empty"),
     (lambda lm: tune(lm, ["early"]), SettingError, "exits is 'early'"),
     (lambda lm: tune(lm, sled.EarlyExit(4)), SettingError, "no early exit of a model of 4"),

@@ -157,24 +157,26 @@ def headed(model):
 
 
 @pytest.fixture(scope="module")
-def headed_nll(headed, batch):
-    """The plain likelihood of every layer [3], each read by its exit's head."""
+def headed_parts(headed, batch):
+    """Plain likelihood, accuracy and more of every layer [3], each read by its exit's head."""
 
     @jax.jit
     def read(tokens_BT):
         h_LBTD = headed.unstack().hidden_states(tokens_BT)
         return jnp.stack([headed.exit_head(n).read(h_LBTD[n]) for n in (1, 2)] + [headed.normalise(h_LBTD[3])])
 
-    return plain(headed, read(batch.tokens_BT), batch)[1][0]
+    return plain(headed, read(batch.tokens_BT), batch, 0, 0, 1, 2.0)[1]
 
 
-def test_tuning_moves_the_exit_heads_alone(headed, headed_nll, batch):
-    recipe, adam = Recipe(batch_size=4, context=9, trainable="exit-heads", accumulate=2), optax.adam(0.1)
+def test_tuning_moves_the_exit_heads_alone(headed, headed_parts, batch):
+    recipe, adam = Recipe(batch_size=4, context=9, trainable="exit-heads", accumulate=2, distill=0.5,
+                          temperature=2.0), optax.adam(0.1)
     state = init_state(nnx.state(headed), adam, trainable=recipe.trainable)
     assert sum(leaf.size for leaf in jax.tree.leaves(state.optimizer)) == 2 * 32 + 1
     state, metrics = make_train_step(headed, recipe, adam)(state, batch, None)
-    np.testing.assert_allclose(metrics.nll_E, headed_nll[:2], rtol=1e-5)
-    np.testing.assert_allclose(metrics.loss, headed_nll[:2].sum(), rtol=1e-5)
+    nll_L, _, _, divergence_L = headed_parts
+    np.testing.assert_allclose(metrics.nll_E, nll_L[:2], rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss, (nll_L + 0.5 * divergence_L)[:2].sum(), rtol=1e-5)
     assert metrics.layers_E.tolist() == [1, 2]
     (heads, backbone), (heads_before, before) = partition(state.weights), partition(nnx.state(headed))
     jax.tree.map(np.testing.assert_array_equal, backbone, before)
@@ -182,14 +184,14 @@ def test_tuning_moves_the_exit_heads_alone(headed, headed_nll, batch):
     assert all((leaf > 0.09).all() for leaf in jax.tree.leaves(moved))
 
 
-def test_a_model_with_exit_heads_learns_through_them(headed, headed_nll, batch):
+def test_a_model_with_exit_heads_learns_through_them(headed, headed_parts, batch):
     recipe = dataclasses.replace(RECIPE, exits=WeightedExits(UniformWeights(), AllExits()), z_loss=None, distill=None)
     state, metrics = make_train_step(headed, recipe, SGD)(init_state(nnx.state(headed), SGD), batch, None)
-    np.testing.assert_allclose(metrics.loss, headed_nll.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics.loss, headed_parts[0].mean(), rtol=1e-5)
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), state.weights, nnx.state(headed))
     assert moved["exit_heads"]["norm"]["weight"][...] > 0 and moved["embedding"]["weight"][...] > 0
     sums = make_evaluation(headed, recipe)(nnx.state(headed), batch)  # all rows at once
-    np.testing.assert_allclose(sums.nll_L / sums.targets, headed_nll, rtol=1e-5)
+    np.testing.assert_allclose(sums.nll_L / sums.targets, headed_parts[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("exits, says", [
@@ -272,7 +274,7 @@ def test_recipes_by_name():
     (lambda: named("plain", exits=3), "exits is 3"),
     (lambda: named("plain", context=1), "context is 1"),
     (lambda: named("plain", trainable="heads"), "trainable is 'heads'.*'all', 'exit-heads'"),
-    (lambda: named("tune-exits", distill=0.5), "distill is 0.5, but the recipe tunes exit heads"),
+    (lambda: named("tune-exits", dropout=NEVER), "dropout is .*, but the recipe tunes exit heads"),
     (lambda: named("finetune", trainable="exit-heads"), "exits is WeightedExits.*leave it at LastOnly"),
     (lambda: named("plain", z_loss=-1.0), "z_loss is -1"),
 ])

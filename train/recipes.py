@@ -43,8 +43,8 @@ class Recipe:
     `sled.train.objective.cross_entropy.exit_cross_entropy`.
 
     Where "exit-heads" are trainable, the heads of early exits learn alone, each with weight 1, on a frozen backbone
-    (EE-Tuning, arXiv 2402.00518); layers above the last of them are not run, and none has a backward pass. Then exits,
-    dropout and distill are left at their defaults.
+    (EE-Tuning, arXiv 2402.00518), which runs forward once for all of them, and never backward; layers above the last of
+    them run only to distil. Then exits and dropout are left at their defaults.
     """
 
     steps: int = setting(Whole(1, LARGEST, hint="1000 to 50,000 is usual"), default=1000,
@@ -93,7 +93,7 @@ class Recipe:
             raise SettingError(f"Recipe.batch_size is {self.batch_size}, which accumulate {self.accumulate} does not "
                                "divide; all parts of a batch are of one size")
         if self.trainable == HEADS:
-            for field, off in (("exits", LastOnly()), ("dropout", None), ("distill", None)):
+            for field, off in (("exits", LastOnly()), ("dropout", None)):
                 if getattr(self, field) != off:
                     raise SettingError(f"Recipe.{field} is {getattr(self, field)!r}, but the recipe tunes exit heads "
                                        f"alone, which has no use for it; leave it at {off}")
@@ -153,8 +153,9 @@ RECIPES: Mapping[str, tuple[int, Callable[[int], Mapping[str, Any]]]] = {
                                       dropout=layerskip(0.1, steps=steps))),
     # The same without early exits and layer dropout, to compare with.
     "demo-plain": (5000, lambda steps: _DEMO),
-    # EE-Tuning (arXiv 2402.00518); the rate and the number of steps are this library's.
-    "tune-exits": (1000, lambda steps: dict(trainable=HEADS, learning_rate=1e-3, schedule="linear", weight_decay=0.0)),
+    # EE-Tuning (arXiv 2402.00518); the rate, the number of steps and the last layer as a teacher are this library's.
+    "tune-exits": (1000, lambda steps: dict(trainable=HEADS, learning_rate=1e-3, schedule="linear", weight_decay=0.0,
+                                            distill=1.0)),
     # LayerSkip (arXiv 2404.16710), tables of hyper-parameters; rates that it does not give are those of its kind above.
     "layerskip-llama2-7b": (50_000, _layerskip(3e-5, 0.1, 0.2, every=8, context=4096)),
     "layerskip-llama2-13b": (50_000, _layerskip(3e-5, 0.1, 0.1, every=39, context=4096)),

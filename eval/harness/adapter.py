@@ -22,7 +22,6 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_SAMPLING
 from sled.decoding.scoring import score_pairs
@@ -33,6 +32,7 @@ from sled.eval.methods import Method, deciding_versions
 from sled.eval.protocols.choices import Scored
 from sled.io import json_digest
 from sled.lm import LM
+from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 from sled.settings.rules import Flag, Whole
 

@@ -16,7 +16,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.errors import EvaluationError, EvaluationWarning, warn
 from sled.eval.harness.adapter import SledLM
 from sled.eval.harness.cache import Cache
@@ -26,6 +25,7 @@ from sled.eval.methods import A_MODEL, Method, checked_methods, plain
 from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.scores import TaskResult, scores_of
 from sled.lm import LM
+from sled.models.digest import digest_of_weights
 from sled.settings.rules import OrNone, Whole
 from sled.timing import Times, hardware, interleave, versions
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.learn_then_test import DELTA, EPSILON, can_lose, fewest_losses
 from sled.decoding.options import NEW_TOKENS, stop_strings
 from sled.errors import EvaluationWarning, SettingError
@@ -30,6 +29,7 @@ from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.result import MORE_TOKENS, SAMPLES, SweepFile, Swept, counted, cut_off, too_few
 from sled.io import json_digest, naming_full_disk, replace_text, shorten, writable_folder, written_whole
 from sled.lm import LM
+from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 from sled.settings.rules import Instance, Whole
 from sled.text.prompts import prompt_ids

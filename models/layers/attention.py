@@ -15,6 +15,7 @@ which the token at position p lies in slot p modulo its size (`ring_size`).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,9 +73,9 @@ def _angles(rope: Rope, head_dim: int, positions_BT) -> Angles:
     return jnp.cos(angles) * amplitude, jnp.sin(angles) * amplitude
 
 
-def traced_windows(config: DecoderConfig) -> jax.Array:
-    """Every layer's window as a number, for a scan over layers: [L]."""
-    return jnp.array([UNLIMITED if window is None else window for window in config.windows])
+def traced_windows(windows: Sequence[int | None]) -> jax.Array:
+    """These windows, of a scan's layers one each, as numbers: [L]."""
+    return jnp.array([UNLIMITED if window is None else window for window in windows])
 
 
 def rotate(x_BNTH, angles: Angles | None):
@@ -181,6 +182,13 @@ class Attention(nnx.Module):
         y = norm(y) if norm is not None and self.whole_norm else y
         y = rearrange(y, "b t (n h) -> b n t h", h=self.head_dim)
         return norm(y) if norm is not None and not self.whole_norm else y
+
+
+def empty_cache(config: DecoderConfig, window: int | None, batch: int, slots: int, ahead: int, dtype) -> KV:
+    """Zeroed keys and values of a layer with this window for `slots` positions: [B, K, slots + 1, H] each, with
+    fewer slots where `ring_size` says so."""
+    shape = batch, config.num_kv_heads, ring_size(slots, window, ahead) + 1, config.head_dim
+    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
 
 def ring_size(slots: int, window: int | None, ahead: int) -> int:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import sled
 from sled.bench.report import BenchReport, column
 from sled.bench.rival import NOT_INSTALLED, transformers_twin
-from sled.bench.solving import Way, frequent_tokens, measure, mixed_questions, our_way, their_way
+from sled.bench.solving import MAX_NEW_TOKENS, Way, frequent_tokens, measure, mixed_questions, our_way, their_way
 from sled.eval.numbers import final_answer
 from sled.eval.sweep.measure import same_tokens
 from sled.plots import writable_picture
@@ -88,7 +88,7 @@ def run_exits_bench(*, model: str = "demo", problems: int = 24, rounds: int = 7,
                     picture: Path | None = None) -> BenchReport:
     """Measures `problems` at batch 8, and a third of them at batch 1; draws early exit into `picture`, if given.
 
-    model: as for `sled.load`; early exits after an eighth, a quarter and half of its layers, drafts after the last two.
+    model: as for `sled.load`; exits and drafts are after the two layers that promise most by `sled.layers`.
     Without torch and transformers, only this library's ways are measured.
     """
     problems = Whole(1, hint="it counts the problems to solve")("problems", problems)
@@ -98,16 +98,17 @@ def run_exits_bench(*, model: str = "demo", problems: int = 24, rounds: int = 7,
     lm = sled.load(model, dtype="float32")
     questions = mixed_questions(lm, problems)
     few = questions[:max(1, len(questions) // 3)]
+    exits = sled.layers(lm, few, max_new_tokens=MAX_NEW_TOKENS, profile=False, progress=False).speaking_layers(2)
     notes = ["With early exit, immediate and lockstep are the same timing by definition: what lies between them here "
              "is the noise of the measurement."]
-    alone = speculation_entries(lm, few)
+    alone = speculation_entries(lm, few, exits)
     try:
-        alone |= transformers_entries(lm, few)
+        alone |= transformers_entries(lm, few, exits)
         notes.append("transformers' acceptance is counted from passes through the first and the last layer, and as it "
                      "counts itself: a draft that ends a text is the verification's.")
     except ImportError as missing:
         notes.append(NOT_INSTALLED.format(missing.name))
-    together = early_exit_ways(lm, questions)
+    together = early_exit_ways(lm, questions, exits)
     with tqdm(total=(len(alone) + len(together)) * (rounds + 1), desc="sled bench exits", unit="run") as bar:
         first = speculation_rows(alone, rounds, bar)
         second = early_exit_rows(lm, together, rounds, bar)
@@ -116,17 +117,16 @@ def run_exits_bench(*, model: str = "demo", problems: int = 24, rounds: int = 7,
 
         draw_exits(second, picture)
     title = (f"Exits on {lm.name} ({lm.config.num_layers} layers of width {lm.config.width}, float32); "
-             f"{len(few)} and {len(questions)} held-out problems of 1 to 4 steps; exits after layers {_exits(lm)}")
-    settings = {"problems": len(questions), "problems_alone": len(few), "rounds": rounds, "exits": _exits(lm),
+             f"{len(few)} and {len(questions)} held-out problems of 1 to 4 steps; exits after layers {exits}")
+    settings = {"problems": len(questions), "problems_alone": len(few), "rounds": rounds, "exits": exits,
                 "draft_vocabulary": FEW_TOKENS}
     return BenchReport(title, settings, [*first, *second], notes)
 
 
-def speculation_entries(lm, questions) -> dict[str, Entry]:
+def speculation_entries(lm, questions, layers) -> dict[str, Entry]:
     """Plain and speculating ways at batch 1, those of one compiled program together."""
     way = lambda **how: our_way(lm, questions, 1, **how)  # noqa: E731
-    layers, most = _exits(lm)[-2:], max(DRAFTS)
-    few = frequent_tokens(lm, FEW_TOKENS)
+    most, few = max(DRAFTS), frequent_tokens(lm, FEW_TOKENS)
     entries = {GREEDY: Entry(way(), GREEDY, TRANSFORMERS)}
     for layer, draft in itertools.product(layers, DRAFTS):
         entries[f"speculation after {layer}, draft {draft}"] = Entry(
@@ -142,10 +142,10 @@ def speculation_entries(lm, questions) -> dict[str, Entry]:
     return entries
 
 
-def transformers_entries(lm, questions) -> dict[str, Entry]:
+def transformers_entries(lm, questions, layers) -> dict[str, Entry]:
     """transformers on the same weights: greedy, and assisted by the same exits. Raises ImportError without it."""
     twin = transformers_twin(lm.build(lm.params))
-    layers, most = _exits(lm)[-2:], max(DRAFTS)
+    most = max(DRAFTS)
     entries = {TRANSFORMERS: Entry(their_way(twin, questions), GREEDY, TRANSFORMERS)}
     for layer in layers:
         name = ASSISTED.format(layer, most)
@@ -168,14 +168,14 @@ def speculation_rows(entries: dict[str, Entry], rounds: int, bar: tqdm) -> list[
     return rows
 
 
-def early_exit_ways(lm, questions) -> dict[tuple, Way]:
+def early_exit_ways(lm, questions, layers) -> dict[tuple, Way]:
     """Ways at batch 8 by K/V (one compiled program each), schedule and threshold; first no early exit.
 
     The schedules of one threshold follow each other, so that what is compared is timed within a second or two.
     """
     way = lambda **how: our_way(lm, questions, BATCH, **how)  # noqa: E731
     return {NO_EXIT: way()} | {
-        (kv, name, threshold): way(exits=sled.EarlyExit(_exits(lm), threshold, kv=kv), schedule=schedule)
+        (kv, name, threshold): way(exits=sled.EarlyExit(layers, threshold, kv=kv), schedule=schedule)
         for kv in ("exact", "propagate") for threshold in THRESHOLDS for name, schedule in SCHEDULES.items()}
 
 
@@ -195,6 +195,3 @@ def early_exit_rows(lm, ways: dict[tuple, Way], rounds: int, bar: tqdm) -> list[
             lockstep_over_this=lockstep and lockstep.times.best / this.times.best))
     return rows
 
-
-def _exits(lm) -> tuple[int, ...]:
-    return tuple(sorted({max(1, lm.config.num_layers // parts) for parts in (8, 4, 2)}))

@@ -10,12 +10,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.errors import CheckpointError, SettingError
 from sled.exits.confidence import Classifier, check_classifier
 from sled.exits.policy import Exits
 from sled.io import made_writable, naming_full_disk, path_of, regular_file, written_whole
 from sled.lm import LM
+from sled.models.digest import digest_of_weights
 from sled.settings.describe import changes, describe
 
 FORMAT = 1

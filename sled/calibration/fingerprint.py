@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
-import numpy as np
-from flax import nnx
-
 from sled.decoding.options import Decoding
-from sled.io import add_array
 from sled.lm import LM
 from sled.models.decoder import ARITHMETIC
+from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 
 
@@ -26,13 +22,3 @@ def fingerprint(lm: LM, decoding: Decoding) -> dict[str, Any]:
     exits = {name: value for name, value in low.items() if value == high[name]}
     return {"model": describe(lm.config), "exits": exits, **(decoding.describe() | {"exits": exits}),
             "weights": digest_of_weights(lm.params), "arithmetic": ARITHMETIC}
-
-
-def digest_of_weights(params) -> str:
-    """SHA-256, in hexadecimal, over the name, type, shape and bytes of every parameter, in the names' order."""
-    total = hashlib.sha256()
-    named = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
-    for name in sorted(named):
-        total.update(f"{name} ".encode())
-        add_array(total, np.asarray(named[name][...]))
-    return total.hexdigest()

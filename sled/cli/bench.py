@@ -68,7 +68,7 @@ class Exits(Measurement):
 
     sled bench exits --problems 8 --rounds 3
 
-    Exits after an eighth, a quarter and half of the layers. A model that was not trained for exits gains nothing.
+    Exits after the two layers that promise most by sled layers. A model that was not trained for exits gains nothing.
     Batch 1: self-speculation, with and without SLED, and transformers' assisted_early_exit on the same weights
     (needs the `parity` extra). Batch 8: early exit by threshold, schedule and K/V. About five minutes.
     """

@@ -29,8 +29,8 @@ class ExitOptions(derive(
         *settings_by_choice(OFFERS), *SCHEDULE)):
     """Early exit and self-speculation. A setting left out keeps the policy's own default.
 
-    A quarter of the layers is a good first exit on a model trained for early exits, as the bundled one and
-    facebook/layerskip-llama3.2-1B are. On others nearly all drafts are wrong, and early tokens too.
+    sled layers tells after which layers it pays, and how to set it. On a model that was not trained for early exits, as
+    the bundled one and facebook/layerskip-llama3.2-1B are, nearly all drafts are wrong, and early tokens too.
     """
 
     def settings(self) -> dict[str, Any]:
@@ -43,8 +43,8 @@ class ExitOptions(derive(
         refuse_others(self, "exits", {*policy.options, *of_schedule})
         refuse_others(self, "schedule", {"exits", *policy.options, *(schedule.options if schedule else ())})
         if self.exit_layers is None:
-            raise SettingError(f"--exits {self.exits} was given without --exit-layers, so no token can leave; "
-                               "say after which layers it may, such as --exit-layers 4")
+            raise SettingError(f"--exits {self.exits} was given without --exit-layers, so no token can leave; say "
+                               "after which layers it may, such as --exit-layers 4 (sled layers tells where it pays)")
         return dict(exits=build(self, policy), schedule=schedule and build(self, schedule))
 
 

@@ -18,7 +18,7 @@ from sled.cli.values import NewPath
 from sled.errors import SettingError
 from sled.models.config import WEIGHT_TYPES
 
-OF_HF = {"heads", "license", "base", "margin", "calibration", "push", "private"}
+OF_HF = {"heads", "license", "base", "margin", "calibration", "survey", "push", "private"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +65,12 @@ class Export:
     base: str | None = None
     """hf: hub id of the model that this one was trained from, for the card."""
     margin: float = 0.02
-    """hf: a layer is a recommended exit where its held-out accuracy is at most this far below the last's."""
+    """hf: a layer is a recommended exit where its held-out accuracy is at most this far below the last's.
+    Of no matter where --survey is given."""
     calibration: Path | None = None
     """hf: a record that sled calibrate wrote for this model; it is shown in the card and comes along."""
+    survey: Path | None = None
+    """hf: what sled layers --json wrote for this model: the card shows it, and recommends what it recommends."""
     push: Annotated[str | None, left_out("none", metavar="OWNER/NAME")] = None
     """hf: upload the folder to this repository of the hub, which is made where there is none."""
     private: bool = False

@@ -13,7 +13,7 @@ from sled.cli.derived import arguments
 from sled.cli.exit_options import exits_written
 from sled.cli.options import ChatOptions, ModelOptions, PromptOptions, begin_prompts, left_out
 from sled.cli.values import NewPath
-from sled.io import replace_text, writable
+from sled.io import writable
 from sled.plots import writable_picture
 
 
@@ -48,7 +48,8 @@ class Layers:
     picture: NewPath | None = None
     """Also draw the layers into this file (.png, .svg or .pdf)."""
     json: NewPath | None = None
-    """Also write all figures to this file: every draft length and threshold of every layer, and the times."""
+    """Also write all figures to this file: every draft length and threshold of every layer, and the times.
+    sled export --survey takes it for the model card; in Python sled.survey.result.Survey.load reads it."""
 
     def run(self) -> None:
         from sled.survey.picture import picture
@@ -67,4 +68,4 @@ class Layers:
         if self.picture:
             print(f"picture: {picture(survey, self.picture)}")
         if self.json:
-            replace_text("--json", self.json, survey.json() + "\n")
+            survey.save(self.json)

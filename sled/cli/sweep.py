@@ -5,14 +5,23 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 import sled
 from sled.cli.derived import arguments, given, option_help, option_type, sets
 from sled.cli.line import Sets, dashed
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, Stop, layers_to_try, left_out, unescape
+from sled.cli.options import (
+    FEW_PROMPTS,
+    ChatOptions,
+    FusionOptions,
+    ModelOptions,
+    Stop,
+    layers_to_try,
+    left_out,
+    unescape,
+)
 from sled.cli.values import Layer, LayerSet, NewPath
 from sled.errors import PromptError, SettingError
 from sled.eval.extraction import RULES
@@ -63,7 +72,7 @@ class Sweep:
     stop: Annotated[Stop, left_out("what a next question begins with, which a model may invent: the words of --prompt "
                                    "before its first column, such as Question:")] = ()
     exit_layers: Annotated[tuple[LayerSet, ...] | None, sets(sled.EarlyExit, "layers"),
-                           left_out("the four that promise most, by sled layers")] = None
+                           left_out("the four that promise most, by sled layers on other questions")] = None
     """Early exit: after which layers, each a setting; with commas, several at once: 2 4 2,4."""
     thresholds: Annotated[tuple[float, ...], sets(sled.EarlyExit, "threshold")] = (0.98, 0.9, 0.8, 0.7, 0.5)
     """Early exit: how sure an exit must be. Nothing behind the option: no early exit in the sweep."""
@@ -101,14 +110,12 @@ class Sweep:
         if bool(self.rates) != bool(self.scales):
             raise SettingError("--rates and --scales go together: SLED is swept over both; give both, or neither")
         self._refuse_idle()
-        questions = self._questions()
+        aside, questions = self._set_aside(self._questions())
         questions = dataclasses.replace(questions, prompts=tuple(self.chat_options.prompts(questions.prompts)))
         sweep_folder("--out", self.out)
         lm = self.model_options.load()
         self.chat_options.hint(lm)
-        usual = ()
-        if None in (self.exit_layers if self.thresholds else (), self.draft_layers if self.drafts else ()):
-            usual = layers_to_try(lm, questions.prompts, 4, self.max_new_tokens)
+        usual = layers_to_try(lm, self.chat_options.prompts(aside), 4, self.max_new_tokens) if aside else ()
         methods = [*grid.early_exits(self.exit_layers or usual, self.thresholds, measures=self.measures, kv=self.kv,
                                      fusion=fusion),
                    *grid.self_speculation(self.draft_layers or usual, self.drafts, fusion=fusion),
@@ -131,6 +138,29 @@ class Sweep:
                 raise SettingError(f"{option} has no meaning without {needs}, which were left empty; leave it out, or "
                                    f"give {needs}")
 
+    @property
+    def _chooses(self) -> bool:
+        """Whether layers are to be chosen, since none were named."""
+        return any(ways and layers is None for ways, layers in ((self.thresholds, self.exit_layers),
+                                                                (self.drafts, self.draft_layers)))
+
+    def _set_aside(self, questions) -> tuple[list[str], Any]:
+        """Prompts to choose the layers by, and the questions to ask: others, since a grid that was chosen after a look
+        at the questions voids what is certified on them."""
+        from sled.demo.problems import problems, prompt
+
+        if not self._chooses:
+            return [], questions
+        if self.data is None:
+            return [prompt(problem.question) for problem in problems("train", FEW_PROMPTS)], questions
+        if len(questions.prompts) <= FEW_PROMPTS:
+            raise SettingError(f"--exit-layers or --draft-layers was left out, so the first {FEW_PROMPTS} questions "
+                               "are to choose layers by and are not asked; but there are "
+                               f"{len(questions.prompts)}: name the layers, or give more questions")
+        left = dataclasses.replace(questions, prompts=questions.prompts[FEW_PROMPTS:],
+                                   answers=questions.answers[FEW_PROMPTS:], first_row=questions.first_row + FEW_PROMPTS)
+        return list(questions.prompts[:FEW_PROMPTS]), left
+
     def _questions(self):
         from sled.eval.questions import demo_questions, read_questions
 
@@ -146,5 +176,6 @@ class Sweep:
         if self.prompt is None or self.answer is None:
             raise PromptError("--data was given without --prompt or --answer; say which columns hold the question and "
                               "the right answer")
-        return read_questions(self.data, prompt=unescape(self.prompt), answer=self.answer, limit=self.problems,
+        limit = self.problems and self.problems + FEW_PROMPTS * self._chooses
+        return read_questions(self.data, prompt=unescape(self.prompt), answer=self.answer, limit=limit,
                               extract=self.extract, num_fewshot=self.num_fewshot, fewshot=self.fewshot)

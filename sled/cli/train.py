@@ -17,6 +17,7 @@ from sled.cli.values import Layer, NewPath
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
 from sled.models.sharding.mesh import Mesh
+from sled.settings.rules import LARGEST
 from sled.train.data.packing import Layout
 from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import AllExits, FixedExits, UniformWeights, WeightedExits
@@ -30,7 +31,8 @@ FIXED = offer(FixedExits, "weights", "initial", "warmup", "course")  # EE-LLM's
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "too_long", "prompt_weight")))):
-    """The data to train on. --text, --messages, --tokens, or --prompt with --completion names the columns."""
+    """The data to train on. --text, --messages, --tokens, or --prompt with --completion (or --answers) names the
+    columns."""
 
     data: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-d"])] = ()
     """"demo" (endless word problems), files (.jsonl, .json, .csv, .parquet, .arrow, .txt), a folder, or a
@@ -49,6 +51,11 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
     answers are learnt, the token that ends each among them."""
     tokens: str | None = None
     """Column of token ids."""
+    answers: Annotated[int | None, Sets(("max_new_tokens",)), left_out("the data's completions are learnt")] = None
+    """Learn the model's own answers instead, of at most so many tokens each: --prompt alone, or --messages, names what
+    is asked. They are generated once, and kept in the cache; killed, the same command goes on with them."""
+    answer_sampling: Literal["greedy", "checkpoint"] = "greedy"
+    """greedy: it answers by its likeliest tokens. checkpoint: as its generation_config.json says."""
     split: str = "train"
     """Split of a hub data set."""
     subset: str | None = None
@@ -65,6 +72,17 @@ class DataOptions(derive("LayoutFields", *settings_of(offer(Layout, "shape", "to
         several = lambda names: names[0] if len(names) == 1 else list(names)  # noqa: E731
         typed = {name: text and unescape(text) for name, text in dict(prompt=self.prompt,
                                                                       completion=self.completion).items()}
+        if self.answers is not None:
+            if beside := next((name for name in ("text", "completion", "tokens") if getattr(self, name)), None):
+                raise SettingError(f"--{beside} was given beside --answers, but what is learnt are the model's own "
+                                   "answers; name what is asked, by --prompt or --messages alone")
+            if not (self.prompt or self.messages or self.data == ("demo",)):
+                raise SettingError("--answers was given, but nothing names what is asked; give --prompt, a column or a "
+                                   "template, or --messages")
+            typed = dict(text=typed["prompt"], prompt=None)  # the whole text is asked
+        elif self.answer_sampling != "greedy":
+            raise SettingError("--answer-sampling was given without --answers; say of how many tokens answers may be, "
+                               "such as --answers 128")
         source = Source(**arguments(self, Source) | typed | dict(data=several(self.data)))
         if not self.held_out:
             return source, None
@@ -86,7 +104,7 @@ class NewModelOptions(derive("NewModelFields", *overrides(
 _RECIPE = tyro.conf.arg(aliases=["-r"], metavar="RECIPE", help="""plain: no early exit learns.
 finetune, continue, pretrain: LayerSkip's early-exit loss and layer dropout.
 layerskip-*: the paper's settings of one model; dont-drop-dropout: the later recipe.
-tune-exits: the heads of --exit-heads alone, on a frozen model.
+tune-exits: the heads of --exit-heads alone, on a frozen model, whose last layer teaches them.
 demo: of the bundled model; demo-plain: of its twin without early exits.""")
 
 
@@ -151,9 +169,9 @@ class HeadOptions:
     exit_heads: Annotated[tuple[Layer, ...], sets(ExitHeads, "layers")] = ()
     """After which layers: new heads, that begin by changing nothing. With --recipe tune-exits they alone learn; with
     another give --exit-layers too, with the same layers. A model that has heads keeps them without this."""
-    head_kind: Annotated[Literal["norm", "affine", "mlp", "projection"], sets(ExitHeads, "kind")] = "norm"
+    head_kind: Annotated[Literal["norm", "affine", "mlp", "block", "projection"], sets(ExitHeads, "kind")] = "norm"
     """norm: a final norm of their own. affine: a linear map before it (tuned lens). mlp: a small network before it.
-    projection: nothing but a projection of their own."""
+    block: a whole layer before it, with attention. projection: nothing but a projection of their own."""
     untied_heads: bool = False
     """Each ends in a projection of its own, a whole vocabulary wide."""
 
@@ -187,7 +205,8 @@ class Train:
 
     sled train --recipe layerskip-llama3.2-1b -m meta-llama/Llama-3.2-1B --data text/ --fsdp 8 --out run
 
-    sled train --recipe tune-exits --exit-heads 2 4 --head-kind mlp --data mine.jsonl --text text --out run
+    sled train --recipe tune-exits --exit-heads 2 4 --head-kind block --data mine.jsonl --prompt question --answers 128
+    --out run
 
     sled train --recipe demo --model new --positions 256 --data demo --held-out demo --out run
 
@@ -227,7 +246,7 @@ class Train:
         from sled.train.trainer import TrainingRun, train
 
         print_devices()
-        source, held_out = self.data_options.sources()
+        source, held_out = self._answered(*self.data_options.sources())
         run = TrainingRun(**arguments(self, TrainingRun) | arguments(self.data_options, TrainingRun) | dict(
             folder=self.out, model=self._model(), source=source, held_out=held_out, recipe=self.recipe_options.made(),
             heads=self.head_options.heads(), mesh=Mesh(mesh.data_parallel, mesh.fsdp, mesh.tensor)))
@@ -237,6 +256,21 @@ class Train:
             told, where = f"the trained model is in {train(run)}", sys.stderr
         if jax.process_index() == 0:
             print(told, file=where)
+
+    def _answered(self, source, held_out):
+        """The sources, with the model's own answers where these are to be learnt."""
+        options = self.data_options
+        if options.answers is None:
+            return source, held_out
+        if self.model == "new":
+            raise SettingError("--answers was given, but --model new has none yet; give a model that is trained")
+        import sled
+        from sled.train.data.answers import own_answers
+
+        lm = sled.load(self.model, long_context=self.long_context)
+        sampling = {} if options.answer_sampling == "greedy" else dict(sampling=options.answer_sampling)
+        some = held_out and dataclasses.replace(held_out, limit=min(held_out.limit or LARGEST, self.held_out_rows))
+        return tuple(of and own_answers(lm, of, max_new_tokens=options.answers, **sampling) for of in (source, some))
 
     def _model(self) -> Any:
         wanted = given(self.new_model_options)

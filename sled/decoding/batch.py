@@ -177,7 +177,8 @@ class Slots(Batch):
     def __init__(self, build: Build, params: Any, decoding: Decoding, *, slots: int, capacity: int,
                  stop_ids: tuple[int, ...]):
         super().__init__(build, params, decoding, stop_ids=stop_ids)
-        refuse_too_large(build, self._plan.window, len(self._plan.buffered_layers), rows=slots, capacity=capacity)
+        refuse_too_large(build, self._plan.window, len(self._plan.buffered_layers), self._plan.block_heads, rows=slots,
+                         capacity=capacity)
         self._like, self.capacity = decoding, capacity
         self._of_slot = [decoding] * slots  # an empty slot has the default, so that nobody pays for a past entry
         self._sizes = {"E": len(self._plan.exits) - 1}

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from sled.decoding.need import deciding_logits
 from sled.decoding.network import Build
 from sled.decoding.programs import bounded
 from sled.decoding.readout import Readout
@@ -38,7 +39,7 @@ class Emission(NamedTuple):
     """The next token of the rows that get one in this step.
 
     exit_B: the exit whose logits decide, -1 for rows that get no token; logits_BV: of the exit, before any processor
-    (repetition penalty, temperature, truncation).
+    (repetition penalty, temperature, truncation), or others that choose the same token (`need.py`).
     verified_B: the token, where a verification has already chosen it; else -1. None where the policy does not verify.
     """
 
@@ -97,7 +98,7 @@ def _first_decision(run: Context, state: DecodeState, ready_B, states) -> tuple[
     """The decision at the first exit, which every step takes."""
     none_B = jnp.full_like(ready_B, -1, jnp.int32)
     if run.plan.last_exit == 0:
-        logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[0])
+        logits_BV = deciding_logits(run, states, ready_B, jnp.arange(ready_B.shape[0]))
         return state, Emission(jnp.where(ready_B, 0, none_B), logits_BV, None)
     decision = run.policy.at_exit(_view(run, state, 0, ready_B, states))
     leaves_B = ready_B & decision.leaves_B
@@ -155,7 +156,8 @@ def _through_segment(run: Context, state: DecodeState, s: int, emission: Emissio
     state, states = _run_pending(run, state, s)
     if s == run.plan.last_exit:
         progress = state.progress.replace(waiting_B=jnp.where(here_B, 0, state.progress.waiting_B))
-        emit = lambda: emission.at(s, here_B, run.readout.fuse(run.fusion, states, run.plan.exits[s]))  # noqa: E731
+        emit = lambda: emission.at(  # noqa: E731
+            s, here_B, deciding_logits(run, states, here_B, jnp.arange(here_B.shape[0])))
         return state.replace(progress=progress), jax.lax.cond(here_B.any(), emit, lambda: emission)
 
     # A draft that ends its row waits without having come here; its verification begins with the tokens before it.
@@ -180,7 +182,7 @@ def _run_pending(run: Context, state: DecodeState, s: int):
     below, _ = plan.bounds(s)
     rows = jnp.arange(newest_B.shape[0])
     decisive = plan.decisive_layers(s)
-    new = {n: jnp.zeros_like(state.progress.buffers[0][:, 0]) for n in decisive if n > below}
+    new = {n: jnp.zeros_like(state.progress.buffers[0][:, 0]) for n in decisive if abs(n) > below}
 
     def block(size, carry):
         state, new = carry

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from sled.decoding.network import Build
+from sled.decoding.readout import Readout
 from sled.errors import OutOfMemoryError, SledError
 from sled.io import first_line, size_in_words
 
@@ -19,13 +20,15 @@ LOWER = "lower batch_size, slots, capacity, max_new_tokens, max_draft or max_def
 _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # a container's own bound
 
 
-def refuse_too_large(build: Build, window: int, buffers: int, *, rows: int, capacity: int) -> None:
+def refuse_too_large(build: Build, window: int, buffers: int, block_heads: tuple[int, ...], *, rows: int,
+                     capacity: int) -> None:
     """Raises OutOfMemoryError where `rows` rows of `capacity` positions are more than the device's whole memory.
 
-    Counted from shapes: K/V, hidden states of waiting tokens (`window` of a row, after `buffers` layers), and attention
-    scores of as many. What else a step takes comes besides, so that what is let pass may still fail.
+    Counted from shapes: K/V, those of the block heads after these layers among them; hidden states of waiting tokens
+    (`window` of a row, after `buffers` layers); and attention scores of as many. What else a step takes comes besides,
+    so that what is let pass may still fail.
     """
-    needed, memory = _bytes(build, window, buffers, rows, capacity), device_memory()
+    needed, memory = _bytes(build, window, buffers, block_heads, rows, capacity), device_memory()
     if memory is not None and needed > memory:
         raise OutOfMemoryError(f"{rows:,} rows of {capacity:,} positions, {window:,} of which may wait for deeper "
                                f"layers, would take at least {size_in_words(needed)}, but the device has "
@@ -33,10 +36,13 @@ def refuse_too_large(build: Build, window: int, buffers: int, *, rows: int, capa
 
 
 @functools.lru_cache(maxsize=256)
-def _bytes(build: Build, window: int, buffers: int, rows: int, capacity: int) -> int:
-    caches = jax.tree.leaves(jax.eval_shape(lambda: build.outline.empty_caches(1, capacity, window - 1)))
+def _bytes(build: Build, window: int, buffers: int, block_heads: tuple[int, ...], rows: int, capacity: int) -> int:
+    network = build.outline
+    caches = jax.tree.leaves(jax.eval_shape(lambda: (
+        network.empty_caches(1, capacity, window - 1),
+        Readout(network).empty_head_caches(block_heads, 1, capacity, window - 1))))
     kv = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in caches)
-    width = build.outline.shared_head.w_VD.shape[1]
+    width = network.shared_head.w_VD.shape[1]
     waiting = buffers * window * width * caches[0].dtype.itemsize
     return rows * (kv + waiting + caches[0].shape[1] * window * capacity * 4)
 

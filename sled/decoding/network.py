@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -20,6 +20,22 @@ class ExitHead(Protocol):
 
     def read(self, h) -> jax.Array:
         """The exit's hidden states [..., D] made ready for projection."""
+
+
+@runtime_checkable
+class BlockHead(ExitHead, Protocol):
+    """An exit head that looks back, with K/V of its own: `read` takes what `run` makes of the exit's hidden states.
+
+    `run` sees every token that the layer below the exit runs on, the exit's decision or none. So its K/V depend on the
+    hidden states below alone, and are exact wherever that layer's are: after drafts that were not kept, and of tokens
+    that left before. A network without such heads need know nothing of them.
+    """
+
+    def empty_cache(self, batch: int, slots: int, ahead: int) -> KV:
+        """Its K/V, as `Network.empty_caches` has them of a layer."""
+
+    def run(self, h_BTD, positions_BT, cache: KV | None) -> tuple[jax.Array, KV]:
+        """Its layer, as `Network.run_layers` has one."""
 
 
 class Network(Protocol):

@@ -2,17 +2,20 @@
 
 Fusion, drafts, the lens, exit losses and export read layers through this class, so that an exit head, a norm or a
 treatment of the logits has one home.
+
+Hidden states go by the numbers of their layers. Where the exit after layer n has a head that looks back (`BlockHead`),
+what that made of hidden state n goes by -n: a layer's input is the one, what is read there the other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from sled.decoding.network import Network
+from sled.decoding.network import KV, BlockHead, Network
 from sled.errors import SettingError
 from sled.fusion.projection import SharedHead, fused_logits
 
@@ -26,14 +29,50 @@ class Readout(NamedTuple):
     def num_layers(self) -> int:
         return self.network.num_layers
 
-    def __call__(self, h, layer: int) -> tuple[jax.Array, SharedHead]:
+    def __call__(self, states: Mapping[int, jax.Array], layer: int) -> tuple[jax.Array, SharedHead]:
         """Hidden state `layer` [..., D] made ready for projection, and the projection that its logits come from."""
-        return self.pre_logits(h, layer), self.head(layer)
+        return self.pre_logits(states, layer), self.head(layer)
 
-    def pre_logits(self, h, layer: int) -> jax.Array:
-        """Hidden state `layer` [..., D] made ready for projection: by its exit head, or else by the final norm."""
+    def pre_logits(self, states: Mapping[int, jax.Array], layer: int) -> jax.Array:
+        """Hidden state `layer` [..., D] made ready for projection: by its exit head, or else by the final norm.
+
+        states: by number, as `run_layers` gives them.
+        """
         head = self.network.exit_head(layer)
-        return self.network.normalise(h) if head is None else head.read(h)
+        return self.network.normalise(states[layer]) if head is None else head.read(states[self.source(layer)])
+
+    def block_head(self, layer: int) -> BlockHead | None:
+        """The head of the exit after `layer`, if it looks back."""
+        head = self.network.exit_head(layer)
+        return head if isinstance(head, BlockHead) else None
+
+    def source(self, layer: int) -> int:
+        """The number of what the exit after `layer` reads."""
+        return layer if self.block_head(layer) is None else -layer
+
+    def source_in_fusion(self, layer: int) -> int:
+        """The number of what a fusion reads of early layer `layer`: see `form`."""
+        return self.source(layer) if self.form(layer, True) == "head" else layer
+
+    def empty_head_caches(self, layers: Iterable[int], batch: int, slots: int, ahead: int) -> dict[int, KV]:
+        """Zeroed K/V of the block heads after these layers; as `Network.empty_caches`."""
+        return {n: self.block_head(n).empty_cache(batch, slots, ahead) for n in layers}
+
+    def run_layers(self, h_BTD, positions_BT, caches: list[KV] | None, head_caches: Mapping[int, KV] | None, start: int,
+                   stop: int) -> tuple[dict[int, jax.Array], list[KV], dict[int, KV]]:
+        """Layers start+1 .. stop over a block of tokens, as `Network.run_layers`, and block heads beside them.
+
+        head_caches: K/V of block heads by layer; heads that have none here do not run. None, as for a block that stands
+        alone: all run.
+        Returns hidden states by number, the layers' caches, and all heads'.
+        """
+        new, caches = self.network.run_layers(h_BTD, positions_BT, caches, start, stop)
+        states, held = dict(enumerate(new, start + 1)), dict(head_caches or {})
+        for n in range(start + 1, stop + 1):
+            head = self.block_head(n)
+            if head is not None and (head_caches is None or n in head_caches):
+                states[-n], held[n] = head.run(states[n], positions_BT, held.get(n))
+        return states, caches, held
 
     def head(self, layer: int) -> SharedHead:
         """The projection of the exit after `layer`: its own, or the one that all share."""
@@ -74,21 +113,19 @@ class Readout(NamedTuple):
         def early_one(n: int):
             match self.form(n, norm_early):
                 case "head":
-                    return self.pre_logits(states[n], n)
+                    return self.pre_logits(states, n)
                 case "normed":
                     return self.network.normalise(states[n])
             return states[n]
 
-        final = self.pre_logits(states[last], last)
+        final = self.pre_logits(states, last)
         # Of one type: states may be wider than what a norm gives, and would have the projection widened for them.
         return jnp.stack([*(early_one(n).astype(final.dtype) for n in early), final], axis=-2)
 
-    def fuse(self, fusion, states: Mapping[int, jax.Array], last: int, *, positions: int | None = None) -> jax.Array:
+    def fuse(self, fusion, states: Mapping[int, jax.Array], last: int) -> jax.Array:
         """The fusion's logits [P, V] at P positions where `last` is the last layer: the model's end, or an exit.
 
-        states: hidden states [P, D] by layer, at least those that the fusion looks at. positions: how many
-        there are in all, where P is only a part of them (under `vmap`).
+        states: hidden states [P, D] by number, at least those that the fusion looks at.
         """
         h_PCD = self.candidates(states, self.early_layers(fusion, last), fusion.norm_early, last)
-        rows = (positions or h_PCD.shape[0]) * h_PCD.shape[1]
-        return fused_logits(fusion, h_PCD, self.head(last), rows)
+        return fused_logits(fusion, h_PCD, self.head(last))

@@ -85,6 +85,12 @@ def processed_logits(logits_BV, seen_BV: Callable[[], jax.Array], sampling: Samp
         lambda x: x, logits_BV)
 
 
+def takes_largest(sampling: Sampling, rows: int):
+    """Rows [B] whose token is that of the largest logit, as no processor changes them: greedy ones, without penalty."""
+    s = _per_row(sampling, rows)
+    return (s.temperature == 0) & (s.repetition_penalty == 1)
+
+
 def position_keys(sampling: Sampling, keys_B, positions: int) -> jax.Array:
     """The random key's data for the draw of the token at every position: [B, positions, ...], zeros if no row draws.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sled.decoding.network import KV, NOWHERE, Build, Network
+from sled.decoding.network import KV, NOWHERE, Build
 from sled.decoding.programs import bounded, forget_programs
 from sled.decoding.readout import Readout
 from sled.decoding.state import Plan, bucket, start
@@ -26,6 +26,7 @@ from sled.fusion.strategy import at_lower_bound
 LOGITS_AT_ONCE = 2**25  # places x candidates x vocabulary of one pass: 128 MiB of float32
 
 Pair = tuple[np.ndarray, np.ndarray]
+Caches = tuple[list[KV], dict[int, KV]]  # of layers and of block heads, as a state has them
 
 
 class Block(NamedTuple):
@@ -60,7 +61,7 @@ def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_s
         yield index, *scores
 
 
-def read_pairs(build: Build, params: Any, pairs: list[Pair], read: Callable[[list[KV], Block], tuple], *, plan: Plan,
+def read_pairs(build: Build, params: Any, pairs: list[Pair], read: Callable[[Caches, Block], tuple], *, plan: Plan,
                batch_size: int) -> Iterator[tuple[int, list[np.ndarray]]]:
     """Runs each distinct prompt of (prompt ids, continuation ids) pairs once, and `read` on blocks of continuations.
 
@@ -86,7 +87,7 @@ def read_pairs(build: Build, params: Any, pairs: list[Pair], read: Callable[[lis
         for at in range(0, len(rows), height):
             some_rows = rows[at:at + height]
             block = _block([(row, *pairs[index]) for row, index in some_rows], height, longest)
-            found = jax.device_get(read(state.caches, block))
+            found = jax.device_get(read((state.caches, state.head_caches), block))
             begun = 0
             for _, index in some_rows:
                 end = begun + len(pairs[index][1])
@@ -109,12 +110,12 @@ def _block(rows, height: int, longest: int) -> Block:
     return Block(which_B, inputs_BT, targets_BT, positions_BT, np.argsort(idle_P, kind="stable"), (~idle_P).sum())
 
 
-def run_places(network: Network, caches: list[KV], block: Block) -> dict[int, jax.Array]:
-    """Hidden states 0 .. L at the block's places [P, D], in its order: every place is a row of its own."""
+def run_places(readout: Readout, caches: Caches, block: Block) -> dict[int, jax.Array]:
+    """Hidden states by number at the block's places [P, D], in its order: every place is a row of its own."""
     caches = jax.tree.map(lambda x: x[block.which_B], caches)
-    h0 = network.embed(block.inputs_BT, block.positions_BT)
-    states, _ = network.run_layers(h0, block.positions_BT, caches, 0, network.num_layers)
-    return {n: in_order(h, block) for n, h in enumerate((h0, *states))}
+    h0 = readout.network.embed(block.inputs_BT, block.positions_BT)
+    states, *_ = readout.run_layers(h0, block.positions_BT, *caches, 0, readout.num_layers)
+    return {n: in_order(h, block) for n, h in (states | {0: h0}).items()}
 
 
 def in_order(x_BT, block: Block):
@@ -126,7 +127,7 @@ def in_order(x_BT, block: Block):
 def _score_block(build: Build, params, caches, block: Block, fusion, normalise: bool):
     """Log-probability, most likely token, and whether the token is left out, [P] each, of the block's places."""
     readout = Readout(network := build(params))
-    states = run_places(network, caches, block)
+    states = run_places(readout, caches, block)
 
     def judge(states_PD, target_P):
         logits_PV = readout.fuse(fusion, states_PD, network.num_layers)

@@ -69,14 +69,14 @@ class Context(NamedTuple):
 def first_segment(run: Context, state: DecodeState, ready_B):
     """The newest token of rows `ready_B` through the first segment.
 
-    Returns the state, and the tokens' hidden states [B, D] by layer.
+    Returns the state, and the tokens' hidden states [B, D] by number.
     """
-    network, text, top = run.readout.network, state.text, run.plan.exits[0]
+    readout, text, top = run.readout, state.text, run.plan.exits[0]
     position_B1 = jnp.where(ready_B, text.length_B - 1, NOWHERE)[:, None]
-    h0 = network.embed(text.newest_B[:, None], position_B1)
-    new, caches = network.run_layers(h0, position_B1, state.caches[:top], 0, top)
-    states = dict(enumerate([h0, *new]))
-    state = _ran(run, state, 0, states, position_B1, caches, jnp.where(
+    h0 = readout.network.embed(text.newest_B[:, None], position_B1)
+    states, *caches = readout.run_layers(h0, position_B1, state.caches[:top], state.head_caches, 0, top)
+    states[0] = h0
+    state = _ran(run, state, 0, states, position_B1, *caches, jnp.where(
         ready_B, text.length_B, state.progress.kv_len_BE[:, 0]))
     return state, {n: h[:, 0] for n, h in states.items()}
 
@@ -84,33 +84,35 @@ def first_segment(run: Context, state: DecodeState, ready_B):
 def run_block(run: Context, state: DecodeState, s: int, size: int, rows_B):
     """Segment s over the pending tokens of rows `rows_B`, at most `size` of each.
 
-    Returns the state, the tokens' hidden states [B, size, D] by layer, and their positions [B, size], NOWHERE
+    Returns the state, the tokens' hidden states [B, size, D] by number, and their positions [B, size], NOWHERE
     where there is no token. In the last segment of a policy that verifies, the K/V length is left to `verify`.
     """
-    network, plan, progress = run.readout.network, run.plan, state.progress
+    plan, progress = run.plan, state.progress
     below, top = plan.bounds(s)
     first_B, end_B = progress.kv_len_BE[:, s], progress.kv_len_BE[:, s - 1]
     position_BT = first_B[:, None] + jnp.arange(size)
     slot_BT = position_BT % plan.window
     states = {n: jnp.take_along_axis(buffer_BPD, slot_BT[:, :, None], axis=1)
-              for n, buffer_BPD in zip(plan.buffered_layers, progress.buffers, strict=True) if n <= below}
+              for n, buffer_BPD in zip(plan.buffered_layers, progress.buffers, strict=True) if abs(n) <= below}
     position_BT = jnp.where(rows_B[:, None] & (position_BT < end_B[:, None]), position_BT, NOWHERE)
-    new, caches = network.run_layers(states[below], position_BT, state.caches[below:top], below, top)
-    states |= dict(enumerate(new, below + 1))
+    new, *caches = run.readout.run_layers(states[below], position_BT, state.caches[below:top], state.head_caches, below,
+                                          top)
+    states |= new
     verified_later = run.policy.verifies and s == plan.last_exit
     kv_len_B = first_B if verified_later else jnp.where(rows_B, jnp.minimum(end_B, first_B + size), first_B)
-    return _ran(run, state, s, states, position_BT, caches, kv_len_B), states, position_BT
+    return _ran(run, state, s, states, position_BT, *caches, kv_len_B), states, position_BT
 
 
-def _ran(run: Context, state: DecodeState, s: int, states, position_BT, caches, kv_len_B) -> DecodeState:
+def _ran(run: Context, state: DecodeState, s: int, states, position_BT, caches, head_caches, kv_len_B) -> DecodeState:
     """The state after segment s ran: its caches, its K/V lengths, and hidden states for deeper segments."""
     plan, progress = run.plan, state.progress
     below, top = plan.bounds(s)
     buffers = [
-        _buffered(buffer_BPD, states[n], position_BT) if n in states and (n > below or s == 0)
+        _buffered(buffer_BPD, states[n], position_BT) if n in states and (abs(n) > below or s == 0)
         else buffer_BPD for n, buffer_BPD in zip(plan.buffered_layers, progress.buffers, strict=True)]
     progress = progress.replace(buffers=tuple(buffers), kv_len_BE=progress.kv_len_BE.at[:, s].set(kv_len_B))
-    return state.replace(progress=progress, caches=[*state.caches[:below], *caches, *state.caches[top:]])
+    return state.replace(progress=progress, caches=[*state.caches[:below], *caches, *state.caches[top:]],
+                         head_caches=head_caches)
 
 
 def _buffered(buffer_BPD, h_BTD, position_BT):
@@ -128,16 +130,19 @@ def _buffered(buffer_BPD, h_BTD, position_BT):
 
 
 def propagate_kv(run: Context, state: DecodeState, s: int, leaves_B, h_BD) -> DecodeState:
-    """K/V of tokens that leave at exit s: every deeper layer takes the exit's hidden state as its input."""
-    top, last = run.plan.exits[s], run.plan.exits[-1]
+    """K/V of tokens that leave at exit s: every deeper layer and head takes the exit's hidden state as its input."""
+    readout, top, last = run.readout, run.plan.exits[s], run.plan.exits[-1]
 
     def write(state: DecodeState) -> DecodeState:
         length_B, progress = state.text.length_B, state.progress
         position_B1 = jnp.where(leaves_B, length_B - 1, NOWHERE)[:, None]
-        caches = run.readout.network.write_kv(h_BD[:, None], position_B1, state.caches[top:], top, last)
+        caches = readout.network.write_kv(h_BD[:, None], position_B1, state.caches[top:], top, last)
+        heads = {n: readout.block_head(n).run(h_BD[:, None], position_B1, kv)[1] if n > top else kv
+                 for n, kv in state.head_caches.items()}
         deeper_E = jnp.arange(len(run.plan.exits)) > s
         kv_len_BE = jnp.where(leaves_B[:, None] & deeper_E, length_B[:, None], progress.kv_len_BE)
-        return state.replace(progress=progress.replace(kv_len_BE=kv_len_BE), caches=[*state.caches[:top], *caches])
+        return state.replace(progress=progress.replace(kv_len_BE=kv_len_BE), caches=[*state.caches[:top], *caches],
+                             head_caches=heads)
 
     return run_if(leaves_B.any(), write, state)
 

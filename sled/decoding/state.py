@@ -48,13 +48,15 @@ class Plan(NamedTuple):
     exits: the layers after which a token may leave, ascending; the last one is the last layer (E of
         them). Segment s is what lies between exits s - 1 and s.
     fusion_layers: the early layers that the fusion looks at, for each exit.
-    buffered_layers: hidden states that are kept of tokens that wait for deeper layers: where a segment begins, and
-        early layers that the fusion looks at later.
+    block_heads: the layers whose exit head looks back, of those that a decision reads: their K/V are kept.
+    buffered_layers: numbers of hidden states (see `readout`) that are kept of tokens that wait for deeper layers: where
+        a segment begins, what exits made of their drafts, and early layers that the fusion looks at later.
     window: tokens of a row that may wait, the newest included (P).
     """
 
     exits: tuple[int, ...]
     fusion_layers: tuple[tuple[int, ...], ...]
+    block_heads: tuple[int, ...]
     buffered_layers: tuple[int, ...]
     window: int
 
@@ -68,10 +70,11 @@ class Plan(NamedTuple):
                                "propagates K/V that no verification has seen; give it an exit, and propagates = False")
         fused = exits[-1:] if policy.verifies else exits  # drafts are made without fusion
         looked_at = tuple(readout.early_layers(fusion, top) if top in fused else () for top in exits)
-        buffered = set(exits[:-1])
+        buffered = {*exits[:-1], *(readout.source(n) for n in exits[:-1] if policy.verifies)}
         for (below, _), layers in zip(itertools.pairwise(exits), looked_at[1:], strict=True):
-            buffered |= {n for n in layers if n <= below}
-        return cls(exits, looked_at, tuple(sorted(buffered)), policy.window)
+            buffered |= {readout.source_in_fusion(n) for n in layers if n <= below}
+        read = {*map(readout.source, exits), *(readout.source_in_fusion(n) for layers in looked_at for n in layers)}
+        return cls(exits, looked_at, tuple(sorted(-n for n in read if n < 0)), tuple(sorted(buffered)), policy.window)
 
     @property
     def last_exit(self) -> int:
@@ -83,8 +86,9 @@ class Plan(NamedTuple):
         return (0, *self.exits)[s], self.exits[s]
 
     def decisive_layers(self, s: int) -> set[int]:
-        """Hidden states that a decision at exit s may look at."""
-        return {*self.fusion_layers[s], self.exits[s] - 1, self.exits[s]}
+        """Numbers of the hidden states that a decision at exit s may look at."""
+        layers = {*self.fusion_layers[s], self.exits[s] - 1, self.exits[s]}
+        return layers | {-n for n in layers if n in self.block_heads}
 
 
 def _group(cls):
@@ -150,12 +154,14 @@ class Progress:
 class DecodeState:
     """Everything the loop carries. Rows are independent: no value of one row depends on another.
 
-    caches: per layer K and V. memory: the policy's own arrays (`Policy.initial_memory`).
+    caches: per layer K and V. head_caches: those of block heads by layer, of the positions that its segment has run.
+    memory: the policy's own arrays (`Policy.initial_memory`).
     """
 
     text: Text
     progress: Progress
     caches: list[KV]
+    head_caches: dict[int, KV]
     memory: Any
 
     @property
@@ -172,7 +178,8 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
     (a limit not above the prompt's length makes the row inactive); seeds: one per row; memory: the policy's, to begin
     with.
     """
-    refuse_too_large(build, plan.window, len(plan.buffered_layers), rows=len(prompts), capacity=capacity)
+    refuse_too_large(build, plan.window, len(plan.buffered_layers), plan.block_heads, rows=len(prompts),
+                     capacity=capacity)
     longest = max(len(p) for p in prompts)
     tokens_BS = np.zeros((len(prompts), capacity), np.int32)
     for row, prompt in zip(tokens_BS, prompts, strict=True):
@@ -213,7 +220,12 @@ def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, mem
                           waited_B=zero_B, held_B=zero_B, buffers=tuple(
                               jnp.zeros((batch, plan.window, h_BD.shape[-1]), h_BD.dtype)
                               for _ in plan.buffered_layers)),
-        caches=network.empty_caches(batch, slots, plan.window - 1), memory=memory)
+        memory=memory, **_empty_caches(network, plan, batch, slots))
+
+
+def _empty_caches(network: Network, plan: Plan, batch: int, slots: int) -> dict[str, Any]:
+    return dict(caches=network.empty_caches(batch, slots, plan.window - 1),
+                head_caches=Readout(network).empty_head_caches(plan.block_heads, batch, slots, plan.window - 1))
 
 
 @bounded(static_argnames=("build", "block"), donate_argnames="state")
@@ -224,15 +236,16 @@ def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> D
     tokens_BT = jnp.take(state.text.tokens_BS, positions_T, axis=1, mode="clip")
     positions_BT = jnp.where(positions_T < state.text.length_B[:, None] - 1, positions_T, NOWHERE)
     h_BTD = network.embed(tokens_BT, positions_BT)
-    _, caches = network.run_layers(h_BTD, positions_BT, state.caches, 0, network.num_layers)
-    return state.replace(caches=caches)
+    _, caches, head_caches = Readout(network).run_layers(h_BTD, positions_BT, state.caches, state.head_caches, 0,
+                                                         network.num_layers)
+    return state.replace(caches=caches, head_caches=head_caches)
 
 
 @bounded(donate_argnames="state")
 def spread(state: DecodeState, row: DecodeState) -> DecodeState:
     """The state with the K/V of the one row of `row` in each of its rows."""
-    return state.replace(caches=jax.tree.map(lambda one, rows: jnp.broadcast_to(one, rows.shape), row.caches,
-                                             state.caches))
+    return state.replace(**{name: jax.tree.map(lambda one, rows: jnp.broadcast_to(one, rows.shape), getattr(row, name),
+                                               getattr(state, name)) for name in ("caches", "head_caches")})
 
 
 @bounded(donate_argnames="state")
@@ -255,7 +268,8 @@ def grow(build: Build, state: DecodeState, *, plan: Plan, capacity: int) -> Deco
         return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
 
     batch, _ = state.text.tokens_BS.shape
-    caches = jax.eval_shape(lambda: build.outline.empty_caches(batch, capacity, plan.window - 1))
+    larger = jax.eval_shape(lambda: _empty_caches(build.outline, plan, batch, capacity))
     by_position = [field.name for field in dataclasses.fields(Text) if field.name.endswith("_BS")]
     text = state.text.replace(**{name: wider(getattr(state.text, name), (batch, capacity)) for name in by_position})
-    return state.replace(text=text, caches=jax.tree.map(lambda x, new: wider(x, new.shape), state.caches, caches))
+    return state.replace(text=text, **{name: jax.tree.map(lambda x, new: wider(x, new.shape), getattr(state, name), new)
+                                       for name, new in larger.items()})

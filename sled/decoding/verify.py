@@ -11,6 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sled.decoding.need import deciding_logits
 from sled.decoding.sampling import choose, processed_logits, seen_tokens
 from sled.decoding.segments import Context, run_block
 from sled.decoding.state import DecodeState
@@ -62,12 +63,15 @@ def verify(run: Context, state: DecodeState, rows_B) -> tuple[DecodeState, jax.A
 def _last_layer_choices(run: Context, state: DecodeState, states, position_BT):
     """The last layer's token after every position [B, T], as plain decoding would choose it there."""
 
-    def choose_at(states, position_B):
-        logits_BV = run.readout.fuse(run.fusion, states, run.plan.exits[-1], positions=position_BT.size)
+    batch, size = position_BT.shape
+    flat = {n: states[n].reshape(batch * size, -1)
+            for n in run.plan.decisive_layers(run.plan.last_exit) if n in states}
+    logits_PV = deciding_logits(run, flat, (position_BT >= 0).ravel(), jnp.arange(batch * size) // size)
+
+    def choose_at(logits_BV, position_B):
         seen_BV = lambda: seen_tokens(state.text.tokens_BS, position_B + 1, logits_BV.shape[-1])  # noqa: E731
         return choose(processed_logits(logits_BV, seen_BV, run.sampling), run.sampling, run.key_data_BS,
                       position_B + 1)
 
-    # Position by position under vmap, not as more rows: numbers per row [B] of the fusion keep their meaning.
-    needed = {n: states[n] for n in run.plan.decisive_layers(run.plan.last_exit) if n in states}
-    return jax.vmap(choose_at, in_axes=1, out_axes=1)(needed, position_BT)
+    # Position by position under vmap, not as more rows: numbers per row [B] of the sampling keep their meaning.
+    return jax.vmap(choose_at, in_axes=1, out_axes=1)(logits_PV.reshape(batch, size, -1), position_BT)

@@ -23,7 +23,8 @@ class ExitView(NamedTuple):
 
     index: the exit's number, 0 .. E - 2; layer: the layer it follows. Both are static.
     here_B: rows whose newest token has come to this exit.
-    states: hidden states [B, D] by layer: `layer`, the layer below it, and the early layers of the fusion.
+    states: hidden states [B, D] by layer: `layer`, the layer below it, and the early layers of the fusion; by -n what
+        a head that looks back made of hidden state n (`sled.decoding.readout`).
     fused_logits: computes the exit's logits [B, V] under the fusion in use, through the exit's own head if it has one.
         A policy that verifies drafts without fusion instead, by what it took from the network in `prepare`.
     emitted_B: new tokens so far; most_B: how many the row may get.

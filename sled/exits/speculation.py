@@ -106,7 +106,7 @@ class SelfSpeculation(Policy):
         may_B = view.here_B & (layer_B == view.index) & (view.unverified_B < draft_B)
 
         def draft():
-            logits_BV = view.prepared.logits(view.states[view.layer], view.index)
+            logits_BV = view.prepared.logits(view.states, view.index)
             picky = jnp.any(jnp.asarray(self.confidence) > 0)
             sure_B = only_if(picky, lambda: max_probability(logits_BV))
             return ~picky | (sure_B >= self.confidence), logits_BV
@@ -128,8 +128,9 @@ class SelfSpeculation(Policy):
         def right_B(e: int, layer: int):
             if len(self.layer) == 1:
                 return accepted_B
-            drafts = lambda h_BD: max_and_index(prepared.logits(h_BD, e))[1][:, 0]  # noqa: E731
-            return (counts_BT & (jax.vmap(drafts, 1, 1)(verification.states[layer]) == chosen_BT)).sum(1)
+            drafts = lambda states: max_and_index(prepared.logits(states, e))[1][:, 0]  # noqa: E731
+            read = {n: verification.states[n] for n in (prepared.readout.source(layer),)}
+            return (counts_BT & (jax.vmap(drafts, 1, 1)(read) == chosen_BT)).sum(1)
 
         fade_B1 = jnp.where(counts_BT.any(1), KEEP, 1.0)[:, None]
         right_BE = jnp.stack([right_B(e, layer) for e, layer in enumerate(self.layer)], axis=1)
@@ -140,7 +141,7 @@ class SelfSpeculation(Policy):
         """The exit (an index) where each row drafts, and the length of its draft: both [B].
 
         With `adaptive`, the pair that promises most accepted tokens per layer run (DEL's TPL, with this loop's
-        costs: d drafts after layer e, one more pass through it, and the other layers once).
+        costs: d drafts after layer e, one more pass through it, and the other layers once; a head's block is a layer).
         """
         most_B = jnp.broadcast_to(jnp.asarray(self.draft), (batch,))
         if not self.adaptive:
@@ -149,7 +150,8 @@ class SelfSpeculation(Policy):
         drafts_N = jnp.arange(1, self.max_draft + 1)
         expected_BEN = 1 + jnp.cumsum(rate_BE1 ** drafts_N, axis=-1)
         layers_E1 = jnp.array(self.layer)[:, None]
-        cost_EN = (drafts_N + 1) * layers_E1 + drafter.depth - layers_E1 + (drafts_N + 1) * drafter.head_layers
+        own_E1 = jnp.array([drafter.readout.block_head(n) is not None for n in self.layer])[:, None]
+        cost_EN = (drafts_N + 1) * (layers_E1 + own_E1 + drafter.head_layers) + drafter.depth - layers_E1
         worth_BEN = jnp.where(drafts_N <= most_B[:, None, None], expected_BEN / cost_EN, 0)
         best_B = worth_BEN.reshape(batch, -1).argmax(-1)
         return best_B // self.max_draft, 1 + best_B % self.max_draft
@@ -170,13 +172,14 @@ class Drafter(NamedTuple):
     heads: tuple[SharedHead, ...]
     ids: jax.Array | None
 
-    def logits(self, h_BD, exit_index: int):
-        """An exit's logits [B, V] of its hidden states, without fusion; -inf outside the draft vocabulary."""
+    def logits(self, states, exit_index: int):
+        """An exit's logits [B, V] of hidden states [B, D] by number, without fusion; -inf outside the draft vocabulary.
+        """
         layer = self.layers[exit_index]
-        logits_BV = self.heads[exit_index].project(self.readout.pre_logits(h_BD, layer))
+        logits_BV = self.heads[exit_index].project(self.readout.pre_logits(states, layer))
         if self.ids is None:
             return logits_BV
-        everything = jnp.full((h_BD.shape[0], self.readout.head(layer).vocabulary), -jnp.inf, logits_BV.dtype)
+        everything = jnp.full((logits_BV.shape[0], self.readout.head(layer).vocabulary), -jnp.inf, logits_BV.dtype)
         return everything.at[:, self.ids].set(logits_BV)
 
     @property

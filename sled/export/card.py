@@ -11,18 +11,19 @@ import jax
 from flax import nnx
 from huggingface_hub import ModelCardData
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.record import Calibration
 from sled.errors import CalibrationError, SettingError
 from sled.export.source import SourceModel, cast
 from sled.models import Decoder
 from sled.models.config import WEIGHT_TYPES
 from sled.models.decoder import ARITHMETIC
+from sled.models.digest import digest_of_weights
 from sled.models.families.family import Family
 from sled.models.families.registry import family_of
 from sled.settings.decorator import setting, settings
 from sled.settings.describe import changes, describe
 from sled.settings.rules import Number
+from sled.survey.result import Drafting, Survey
 
 DTYPES = (None, *WEIGHT_TYPES)  # in which a model may have been loaded to be calibrated
 
@@ -80,17 +81,31 @@ def check_bound(record: Calibration, decoder: Decoder, name: str) -> None:
     """Raises CalibrationError unless the record is of these weights, in whatever type they were loaded."""
     bound = {"model": describe(decoder.config), "arithmetic": ARITHMETIC}
     changed = changes({name: record.serving.get(name) for name in bound}, bound)
-    weights = nnx.state(decoder)
-    if not changed and not any(record.serving.get("weights") == digest_of_weights(cast(weights, dtype))
-                               for dtype in DTYPES):
+    if not changed and not _is_digest_of(decoder, record.serving.get("weights")):
         changed = ["weights have another digest"]
     if changed:
         raise CalibrationError(f"the calibration is of {record.model} and does not belong to {name}: "
                                f"{'; '.join(changed)}; calibrate this model (sled calibrate), or leave it out")
 
 
-def model_card(card: Card, model: SourceModel, decoder: Decoder, name: str, calibration: Calibration | None) -> str:
-    """The README.md of a folder `name` with this decoder, which is the one given or that without its exit heads."""
+def check_surveyed(survey: Survey, decoder: Decoder, name: str) -> None:
+    """Raises CalibrationError unless the survey is of these weights, in whatever type they were loaded."""
+    if not _is_digest_of(decoder, survey.weights):
+        raise CalibrationError(f"the survey of layers is of {survey.model} and does not belong to {name}: weights have "
+                               "another digest; survey this model (sled layers --json), or leave it out")
+
+
+def _is_digest_of(decoder: Decoder, digest: Any) -> bool:
+    weights = nnx.state(decoder)
+    return any(digest == digest_of_weights(cast(weights, dtype)) for dtype in DTYPES)
+
+
+def model_card(card: Card, model: SourceModel, decoder: Decoder, name: str, calibration: Calibration | None,
+               survey: Survey | None = None) -> str:
+    """The README.md of a folder `name` with this decoder, which is the one given or that without its exit heads.
+
+    Drafts are recommended as the survey does, or, without one, by held-out accuracy.
+    """
     has_text = (model.files / "tokenizer.json").is_file()
     found = None if model.run is None else measured(model.run, model.step)
     front = ModelCardData(license=card.license or "unknown", library_name="transformers",
@@ -105,8 +120,12 @@ def model_card(card: Card, model: SourceModel, decoder: Decoder, name: str, cali
     elif model.decoder.config.exit_heads is not None:
         parts.append("The model that this was exported from had heads at its early exits; they were left behind.")
     parts += [_training(model.settings)] if model.run else []
-    parts += [_layers(found, recommended, card.margin, model),
-              _use(name, recommended, has_text, family_of(decoder.config))]
+    drafts = f"{recommended[0]}" if recommended else None
+    if survey is not None:
+        drafting = [way for way in survey.recommended if isinstance(way, Drafting)]
+        drafts = f"{drafting[0].layer}, draft={drafting[0].draft}" if drafting else None
+    parts += [_layers(found, recommended, card.margin, model) if survey is None else _surveyed(survey),
+              _use(name, drafts, has_text, family_of(decoder.config))]
     if calibration is not None:
         parts.append(_calibration(calibration))
     return "\n\n".join(parts) + "\n"
@@ -174,13 +193,34 @@ def _layers(found: Measured | None, good: list[int], margin: float, model: Sourc
         f"{'' if heads is None else BY_HEADS}That is no promise about generated text; calibrate a threshold for it."])
 
 
-def _use(name: str, recommended: list[int], has_text: bool, family: Family) -> str:
-    """Code that runs as it stands, where the folder, or the hub's repository, of that name is found."""
+def _surveyed(survey: Survey) -> str:
+    """What `sled.layers` found, and recommends."""
+    rows = []
+    for said in survey.layers:
+        way = survey.best_drafting(said.layer)
+        rows.append(f"| {said.layer} | {said.agreement:.4f} | {said.calibration_error:.4f} | {way.draft} | "
+                    f"{way.acceptance:.4f} | {way.speed:.2f} |")
+    where = f"batch {survey.batch_size} on {survey.hardware}" if survey.costs else "a device bound by memory"
+    return "\n".join([
+        "## Layers", "", f"What each layer says along the model's own greedy answers to {survey.prompts} prompts "
+        f"({survey.tokens} tokens; `sled layers`, {survey.date[:10]}):", "",
+        "| layer | agrees with the last | calibration error | draft length | drafts accepted | expected speed |",
+        "|---|---|---|---|---|---|", *rows, "",
+        "Speeds are expected ones, as multiples of plain greedy decoding's, of the best draft length after each layer, "
+        f"for {where}.", "", "```", survey.verdict(), "```"])
+
+
+def _use(name: str, drafts: str | None, has_text: bool, family: Family) -> str:
+    """Code that runs as it stands, where the folder, or the hub's repository, of that name is found.
+
+    drafts: the arguments of `sled.SelfSpeculation`, its layer first, or None.
+    """
     what, ours, theirs = "The model decodes as any other.", "", ""
-    if recommended:
-        what = (f"Layer {recommended[0]} drafts and all layers verify, so the text stays theirs (in bfloat16 but for "
+    if drafts:
+        layer = drafts.partition(",")[0]
+        what = (f"Layer {layer} drafts and all layers verify, so the text stays theirs (in bfloat16 but for "
                 "near ties, which a block of drafts may round otherwise).")
-        ours, theirs = f", exits=sled.SelfSpeculation({recommended[0]})", f", assistant_early_exit={recommended[0]}"
+        ours, theirs = f", exits=sled.SelfSpeculation({drafts})", f", assistant_early_exit={layer}"
         if not family.early_exit:
             what += f" transformers' class of {family.name} models has no early exit: there all layers run."
             theirs = ""

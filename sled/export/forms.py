@@ -9,18 +9,19 @@ from typing import Any, Literal
 
 from flax import nnx
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.calibration.record import Calibration
 from sled.decoding.options import Decoding
 from sled.errors import CheckpointError
-from sled.export.card import Card, check_bound, model_card
+from sled.export.card import Card, check_bound, check_surveyed, model_card
 from sled.export.program import save_program
 from sled.export.source import SourceModel, read_source
 from sled.export.target import RECORD, replacing, versions
 from sled.io import path_of, write_json
 from sled.lm import LM
 from sled.models import Decoder, save_folder, save_orbax
+from sled.models.digest import digest_of_weights
 from sled.models.hub import create_repository, upload
+from sled.survey.result import Survey
 from sled.text.tokenizer import Tokenizer
 
 NO_WORD = Card()
@@ -28,27 +29,35 @@ NO_WORD = Card()
 
 def export_hf(source: str | os.PathLike, to: str | Path, card: Card = NO_WORD, *,
               heads: Literal["drop", "beside"] | None = None, calibration: str | Path | None = None,
-              push: str | None = None, private: bool | None = None, **reading) -> str | None:
+              survey: str | Path | None = None, push: str | None = None, private: bool | None = None,
+              **reading) -> str | None:
     """Writes a Hugging Face folder that transformers runs, with a model card; returns the commit's address if pushed.
 
     heads: what becomes of exit heads, which transformers does not have: "drop" leaves them behind; "beside" keeps them
         in files that only sled reads. None refuses a model that has any.
     calibration: a record of `sled.calibrate` for these weights; it is shown in the card, and its file comes along.
+    survey: a survey of `sled.layers` for these weights (`Survey.save`, `sled layers --json`): the card shows it, and
+        drafts as it recommends, or nowhere.
     push: a repository of the hub to upload the folder to, "owner/name", made (`private` or not) where there is none.
     reading: step, revision and dtype of `read_source`.
 
     Raises UploadError where it cannot be pushed, most often before anything is written; CheckpointError for exit heads,
-    CalibrationError for a record of other weights, SettingError; and what `read_source` and `replacing` raise.
+    CalibrationError for a record or a survey of other weights, SettingError; and what `read_source` and `replacing`
+    raise.
     """
     with replacing(to) as folder:
         record = None if calibration is None else Calibration.load(calibration)
+        surveyed = None if survey is None else Survey.load(survey)
         model = read_source(source, **reading)
         decoder = _without_or_beside(model, heads)
         if record is not None:
             check_bound(record, decoder, model.name)
+        if surveyed is not None:
+            check_surveyed(surveyed, decoder, model.name)
         repository = None if push is None else create_repository(push, private=private)
         save_folder(decoder, folder, tokenizer_from=model.files)
-        written = model_card(card, model, decoder, repository or path_of("to", to).resolve().name, record)
+        written = model_card(card, model, decoder, repository or path_of("to", to).resolve().name, record,
+                             surveyed)
         (folder / "README.md").write_text(written, encoding="utf-8")
         if calibration is not None:
             shutil.copyfile(calibration, folder / "calibration.json")

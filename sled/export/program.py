@@ -27,7 +27,6 @@ from jax import export
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding.options import Decoding
 from sled.decoding.readout import Readout
 from sled.decoding.whole import generate
@@ -36,6 +35,7 @@ from sled.export.target import versions
 from sled.fusion.projection import fused_logits
 from sled.io import json_numbers, write_json
 from sled.lm import LM
+from sled.models.digest import digest_of_weights
 from sled.settings import rules
 from sled.settings.decorator import declared
 from sled.settings.describe import describe

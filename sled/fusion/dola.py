@@ -7,6 +7,7 @@ Chuang et al., ICLR 2024, arXiv 2309.03883, with the candidate layers and the fi
 import jax.numpy as jnp
 
 from sled.errors import SettingError
+from sled.fusion.certain import best_two
 from sled.fusion.statistics import layer_statistics
 from sled.fusion.strategy import explicit_layers, layers_setting, left_out_setting, norm_setting, per_row
 from sled.settings.decorator import setting, settings
@@ -49,6 +50,17 @@ class DoLa:
         if not layers:
             raise SettingError(f'DoLa(layers="low") finds none in a tied model of {num_layers}; use "high".')
         return layers
+
+    def certain(self, final_BV):
+        """Rows [B] whose largest contrasted logit is the final layer's, whatever the early layers are.
+
+        Where the second token's probability is less than `relative_top` of the first's, the first is the only one kept.
+        Its logit is log P_N at least, as no log P_n is above 0, and that must be above `lower_bound`.
+        """
+        best = best_two(final_BV)
+        relative_top_B, bound_B = (per_row(value, final_BV)[:, 0] for value in (self.relative_top, self.lower_bound))
+        alone_B = best.first_B - best.second_B > best.rounding_B - jnp.log(relative_top_B)
+        return alone_B & (jnp.log(best.probability_B) > bound_B + best.rounding_B)
 
     def logits(self, h_BCD, head):
         """Contrasted logits (B, V) of hidden states (B, C, D), final layer last."""

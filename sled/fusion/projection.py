@@ -133,13 +133,12 @@ def default_tile(rows: int, vocabulary: int, platform: str | None = None) -> int
     return _TILE.get(platform, _TILE_ELSEWHERE)
 
 
-def fused_logits(fusion, h_BCD, head: SharedHead, rows: int | None = None):
+def fused_logits(fusion, h_BCD, head: SharedHead):
     """A strategy's logits (B, V), by the tile that suits the platform for which the computation is lowered.
 
-    rows: batch x candidate layers, where `h_BCD` holds only a part of them (under `vmap`).
     Raises SettingError where a strategy gives something else than logits (B, V).
     """
-    rows = h_BCD.shape[0] * h_BCD.shape[1] if rows is None else rows
+    rows = h_BCD.shape[0] * h_BCD.shape[1]
     on_cpu, elsewhere = (dataclasses.replace(head, tile=default_tile(rows, head.vocabulary, name))
                          for name in ("cpu", "elsewhere"))
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sled.errors import SettingError
+from sled.fusion.certain import ROUNDING, best_two
 from sled.fusion.statistics import LayerStatistics, layer_statistics
 from sled.fusion.strategy import explicit_layers, layers_setting, left_out_setting, norm_setting, per_row
 from sled.settings.decorator import bound_of, setting, settings
@@ -84,6 +85,34 @@ class SLED:
                 raise SettingError('SLED(layers="blocks") finds no early layer in a model of one; use "all".')
             return tuple(range(1, num_layers))
         return explicit_layers(self, num_layers)
+
+    def certain(self, final_BV):
+        """Rows [B] whose largest fused logit is the final layer's, whatever the early layers are.
+
+        With a = rate / temperature and L = P_latent, one step takes a (p_i - L_i) from the logit of token i. No L_i is
+        below 0, and they sum to 1 at most, so the first token stays ahead of token i if
+            l_1 - l_i >= a (1 + p_1 - p_i).
+        Where this holds for the second token, p_2 <= exp(-a / temperature), and so a p_2 / temperature <= 1 / e. Below
+        l_2 the difference of the two sides then falls as l_i rises (its slope is a p_i / temperature - 1), so that it
+        holds for all others too. The bound is sharp: an early layer that differs from the final one in the second
+        token alone, which it has lower, gives that token all of L.
+
+        After several steps p is not known, but p_1 - p_i <= 1 in each; with s, the sum of the steps' rates over the
+        temperature, l_1 - l_2 >= 2 s is enough for every i. Of the tokens left out, none may come first: the first
+        token loses s at most, and must stay above `lower_bound`.
+
+        The margins hold what rounding may do, so the token is that of `logits` as computed (`sled.fusion.certain`).
+        """
+        column = lambda value: per_row(value, final_BV)  # noqa: E731
+        rate_B, steps_B, tau_B1 = column(self.rate)[:, 0], column(self.steps)[:, 0], column(self.temperature)
+        best = best_two(final_BV, tau_B1)
+        gap_B = best.first_B - best.second_B
+        ahead_B = best.probability_B * -jnp.expm1(-gap_B / tau_B1[:, 0])  # p_1 - p_2
+        sum_B = rate_B / tau_B1[:, 0] * (steps_B + 1) / 2
+        # Of a probability, also of its exponent, which is large where the temperature is low.
+        rounding_B = best.rounding_B + ROUNDING * sum_B * (1 + best.rounding_B / tau_B1[:, 0])
+        stays_B = gap_B > sum_B * jnp.where(steps_B == 1, 1 + ahead_B, 2) + rounding_B
+        return stays_B & (best.first_B - sum_B > column(self.lower_bound)[:, 0] + rounding_B)
 
     def logits(self, h_BCD, head):
         """Evolved logits (B, V) of hidden states (B, C, D), final layer last."""

@@ -18,6 +18,11 @@ class Strategy(Protocol):
     """Makes one distribution over the next token of the candidate layers.
 
     One that leaves tokens out, all but the top ones as `SLED` does, calls the logit that they get `lower_bound`.
+
+    One may have `certain(final_BV)` besides: given the final layer's logits, rows [B] in which the largest logit of
+    `logits` is at the same token, whatever the early layers are; False where that is not known. Greedy decoding then
+    spares the early layers of such rows their projection (`sled.decoding.need`). Rounding must not break the promise:
+    `sled.fusion.certain` has a margin.
     """
 
     norm_early: bool

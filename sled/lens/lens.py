@@ -200,9 +200,9 @@ def _say(build: Build, params, ids_T, fusion):
     network = build(params)
     positions_1T = jnp.arange(ids_T.shape[0])[None]
     h0 = network.embed(ids_T[None], positions_1T)
-    states, _ = network.run_layers(h0, positions_1T, None, 0, network.num_layers)
-    states_TCD = jnp.stack([h[0] for h in (h0, *states)], axis=1)
-    readout = Readout(network)
+    readout, layers = Readout(network), network.num_layers + 1
+    states, *_ = readout.run_layers(h0, positions_1T, None, None, 0, network.num_layers)
+    states_TD = {n: h[0] for n, h in (states | {0: h0}).items()}
     head = readout.head(network.num_layers)
 
     def best(logits_PV, logp_PV):
@@ -217,9 +217,9 @@ def _say(build: Build, params, ids_T, fusion):
         of_final_P = jnp.take_along_axis(p_PV, final_top_P[:, None], axis=-1)[:, 0]
         return *best(logits_PV, logp_PV), entropy_P, of_final_P
 
-    def places(h_PCD):
+    def places(states_PD):
         """One layer's logits at a time, never those of all; the final layer's first, for its choice."""
-        h_CPD = jnp.stack([readout.pre_logits(h_PCD[:, n], n) for n in range(h_PCD.shape[1])])
+        h_CPD = jnp.stack([readout.pre_logits(states_PD, n) for n in range(layers)])
         final_PV = head.project(h_CPD[-1])
         final_top_P = jnp.argmax(final_PV, axis=-1)
         final = describe(final_PV, final_top_P)
@@ -231,11 +231,11 @@ def _say(build: Build, params, ids_T, fusion):
         return jax.tree.map(lambda early_EP, final_P: jnp.concatenate([early_EP, final_P[None]]).swapaxes(0, 1),
                             early, final)
 
-    def fused(h_PCD):
-        logits_PV = readout.fuse(fusion, list(jnp.moveaxis(h_PCD, 1, 0)), network.num_layers)
+    def fused(states_PD):
+        logits_PV = readout.fuse(fusion, states_PD, network.num_layers)
         return best(logits_PV, jax.nn.log_softmax(logits_PV, axis=-1))
 
-    said = map_places(places, (states_TCD,), head.vocabulary)
+    said = map_places(places, (states_TD,), head.vocabulary)
     if fusion is None:
         return said, None
-    return said, map_places(fused, (states_TCD,), head.vocabulary * states_TCD.shape[1])
+    return said, map_places(fused, (states_TD,), head.vocabulary * layers)

@@ -22,11 +22,14 @@ def check_rows(settings, rows: int, *, hint: str) -> None:
                                f"fewer without B, and B is {either} here; {hint}")
 
 
-def take_rows(settings, rows: Sequence[int]):
-    """`settings` that passed `check_rows`, for these rows in this order: arrays with an entry per row are gathered."""
-    index = np.asarray(rows)
+def take_rows(settings, rows: Sequence[int] | jax.Array):
+    """`settings` that passed `check_rows`, for these rows in this order: arrays with an entry per row are gathered.
+
+    `rows` may be traced, where the settings' arrays are.
+    """
+    index = rows if isinstance(rows, jax.Array) else np.asarray(rows)
     gathered = {field: value[index] for field, axes, value in _row_fields(settings)
-                if value.ndim == len(axes) and value.shape[0] > 1}
+                if value.ndim == len(axes) and value.shape[0] != 1}
     return dataclasses.replace(settings, **gathered) if gathered else settings
 
 

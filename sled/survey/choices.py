@@ -46,8 +46,10 @@ def layer_choices(lm: LM, pairs: list[tuple[np.ndarray, np.ndarray]], *, batch_s
     longest = max(len(continuation) for _, continuation in pairs)
     rows = max(1, min(batch_size, STATES_AT_ONCE // (lm.config.num_layers * lm.config.width * longest)))
     read = functools.partial(_read_block, lm.build, lm.params)
-    found = read_pairs(lm.build, lm.params, pairs, read, plan=Plan.of(FULL_DEPTH, FINAL_LAYER, lm.build.outline),
-                       batch_size=rows)
+    readout = Readout(lm.build.outline)
+    heads = tuple(n for n in range(1, lm.config.num_layers) if readout.block_head(n) is not None)
+    plan = Plan.of(FULL_DEPTH, FINAL_LAYER, lm.build.outline)._replace(block_heads=heads)
+    found = read_pairs(lm.build, lm.params, pairs, read, plan=plan, batch_size=rows)
     bar = tqdm(found, total=len(pairs), desc="reading the layers", unit="text", disable=not progress)
     choices = {index: Choices(*(x_PL.T for x_PL in read)) for index, read in bar}
     return [choices[index] for index in range(len(pairs))]
@@ -58,7 +60,7 @@ def _read_block(build: Build, params, caches, block):
     """The fields of `Choices`, [P, L] each, at the block's places."""
     readout = Readout(network := build(params))
     depth, shared = network.num_layers, network.shared_head
-    states = run_places(network, caches, block)
+    states = run_places(readout, caches, block)
 
     def choose(h_PD, head, target_P):
         logits_PV = head.project(h_PD)
@@ -68,7 +70,7 @@ def _read_block(build: Build, params, caches, block):
         return token_P1[:, 0], jnp.exp(best_P1[:, 0] - norm_P), target_logit_P - norm_P
 
     def read(states_PD, target_P):
-        ready = [readout.pre_logits(states_PD[n], n) for n in range(1, depth + 1)]
+        ready = [readout.pre_logits(states_PD, n) for n in range(1, depth + 1)]
         # One layer's logits at a time, never those of all.
         h_LPD = jnp.stack([h_PD.astype(ready[-1].dtype) for h_PD in ready])
         found = jax.lax.map(lambda h_PD: choose(h_PD, shared, target_P), h_LPD)

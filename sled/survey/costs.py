@@ -27,6 +27,9 @@ class Costs:
         by their number, ascending; between two of them, and beyond, on the line through the nearest.
     The rest of a step, beyond layers and projections: plain, of one without exits; draft, of one that drafts; verify,
     what a verification adds; exit, of one with an early exit; deeper, what it adds that the layers above run.
+    call: what a batch takes beyond its steps, to begin and to hand over what it emitted.
+    own_head: of an exit head beside the projection, by its layer. Empty where the loop was timed: there it is part of
+    draft and exit, and taken to be that of the layer at which they were timed.
     """
 
     depth: int
@@ -37,6 +40,8 @@ class Costs:
     verify: float = 0.0
     exit: float = 0.0
     deeper: float = 0.0
+    call: float = 0.0
+    own_head: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of_weights(cls, lm: LM) -> Costs:
@@ -45,10 +50,14 @@ class Costs:
         In units of reading one layer. Speeds relative to plain decoding are the same for all such devices.
         """
         sizes = {path: variable[...].nbytes for path, variable in nnx.to_flat_state(lm.params)}
-        layers = sum(size for path, size in sizes.items() if path[0] == "layers")
+        layer = sum(size for path, size in sizes.items() if path[0] == "layers") / lm.config.num_layers
         head = lm.build.outline.shared_head.w_VD.nbytes
-        depth = lm.config.num_layers
-        return cls(depth, {1: 1.0}, {1: head * depth / layers})
+        own: dict[int, float] = {}
+        for path, size in sizes.items():
+            if path[0] == "exit_heads" and path[2] != "projection":  # which stands in the shared one's place
+                exit_layer = lm.config.exit_heads.layers[path[1]]
+                own[exit_layer] = own.get(exit_layer, 0) + size / layer
+        return cls(lm.config.num_layers, {1: 1.0}, {1: head / layer}, own_head=own)
 
     def layer(self, tokens: int) -> float:
         """One layer over `tokens` tokens of each row."""
@@ -69,7 +78,7 @@ class Costs:
         Each draft is a step through the first layers and the projection. A verification is one more pass through the
         first layers, and the others over a block of `window` tokens.
         """
-        first = layer * self.layer(1) + self.draft
+        first = layer * self.layer(1) + self.own_head.get(layer, 0) + self.draft
         others = (self.depth - layer) * self.layer(window) + self.head(window) + self.verify
         return drafted * (first + self.head(1)) + verifications * (first + others)
 
@@ -77,7 +86,7 @@ class Costs:
         """Early exit after `layer`, for the steps that were counted, at every threshold [Q]. block: tokens of a row in
         one run of the layers above."""
         steps, deeper_Q, single_Q, blocks_Q, asked_Q = left.of(layer)
-        first = layer * self.layer(1) + self.head(1) + self.exit
+        first = layer * self.layer(1) + self.own_head.get(layer, 0) + self.head(1) + self.exit
         above = single_Q * self.layer(1) + blocks_Q * self.layer(block)
         return (steps * first + (self.depth - layer) * above + asked_Q * self.head(1) + deeper_Q * self.deeper)
 

@@ -13,8 +13,9 @@ import numpy as np
 from tqdm import tqdm
 
 from sled.decoding import loop
+from sled.decoding.batch import Generation
 from sled.decoding.network import Build
-from sled.decoding.options import FINAL_LAYER, FULL_DEPTH, GREEDY
+from sled.decoding.options import FINAL_LAYER, FULL_DEPTH, GREEDY, Decoding
 from sled.decoding.programs import bounded, forget_programs
 from sled.decoding.readout import Readout
 from sled.decoding.state import DecodeState, Plan, start
@@ -46,7 +47,7 @@ def measured_costs(lm: LM, prompts: Sequence[np.ndarray], *, draft_layer: int, e
     parts: dict[Any, Measure] = {
         **{("layers", size): bench.layers(size) for size in sizes},
         **{("head", size): bench.head(size) for size in sizes},
-        "plain": bench.steps(FULL_DEPTH, 1),
+        "plain": bench.steps(FULL_DEPTH, 1), "call": bench.calls(),
         "short": bench.steps(short, SHORT_DRAFT + 1), "long": bench.steps(long, LONG_DRAFT + 1),
         "leaves": bench.steps(leaves, cycle), "stays": bench.steps(stays, 1)}
     times = _fastest(parts, progress)
@@ -73,7 +74,8 @@ def _solved(times: dict[Any, float], depth: int, sizes: Sequence[int], draft_lay
     return Costs(depth, costs.layer_of, costs.head_of, plain=times["plain"] - costs.step,
                  draft=first - draft_layer * layer(1),
                  verify=verifying - (depth - draft_layer) * layer(window) - head(window),
-                 exit=exit_step - exit_layer * layer(1), deeper=stayed - exit_step)
+                 exit=exit_step - exit_layer * layer(1), deeper=stayed - exit_step,
+                 call=times["call"] - times["plain"])
 
 
 def _fastest(parts: dict[Any, Measure], progress: bool) -> dict[Any, float]:
@@ -123,6 +125,21 @@ class _Bench:
             limit_B, steps = np.full(rows, self._capacity, np.int32), np.int32(times * cycle)
             return _seconds(loop.decode, lm.build, lm.params, self._start(policy), policy, timing, FINAL_LAYER, GREEDY,
                             np.array([-1], np.int32), limit_B, steps, np.int32(1)) / times
+
+        return measure
+
+    def calls(self) -> Measure:
+        """Steps of plain decoding with what surrounds a batch, each."""
+        lm, rows, room = self._lm, len(self._prompts), self._capacity - int(self._lengths_B.max())
+
+        def measure(times: int) -> float:
+            times = min(times, room)
+            run = Generation(lm.build, lm.params, self._prompts, Decoding(), limits=[room] * rows, seeds=[0] * rows,
+                             stop_ids=())
+            begun = time.perf_counter()
+            for _ in range(times):
+                run.advance(1)
+            return (time.perf_counter() - begun) / times
 
         return measure
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import os
 
+from sled.errors import CalibrationError
 from sled.exits import EarlyExit, SelfSpeculation
+from sled.io import json_digest, json_text, path_of, read_object, replace_text
 from sled.settings.brief import brief
 from sled.survey.costs import PAYS, Costs
 from sled.timing import hardware, versions
 
 KEEPS = 0.98  # the share of tokens that an exit must leave as they are
 SURE = 0.9
+FORMAT = 1  # of a saved survey
 REACHED = 0.7  # acceptance of drafts that training for exits has come to: 0.69 (LayerSkip), 0.6 to 0.7 (Kangaroo)
 HEADINGS = ("layer", "agrees", "cal. error", f"over {SURE:g}", "of these", "pays from", "draft", "right", "speed",
             "threshold", "kept", "depth", "speed")
@@ -91,7 +95,7 @@ class Survey:
     model, num_layers; prompts, tokens: how many answers it read, of how many tokens; batch_size: of the speeds.
     layers: what the layers 1 .. L - 1 say. drafting, leaving: all draft lengths and thresholds after these.
     costs: what this machine takes for the parts of a step, or None where it was not timed: all speeds are then those
-    of a device bound by memory.
+    of a device bound by memory. weights: SHA-256 of the model's, as a calibration has it.
     """
 
     model: str
@@ -103,6 +107,7 @@ class Survey:
     drafting: tuple[Drafting, ...]
     leaving: tuple[Leaving, ...]
     costs: Costs | None
+    weights: str
     date: str = dataclasses.field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     hardware: str = dataclasses.field(default_factory=hardware)
@@ -171,10 +176,12 @@ class Survey:
         if not (heads := " ".join(map(str, self.heads()))):
             return (f"{said}Training would hardly help here: after no layer would drafts pay with {REACHED:.0%} of "
                     "them right.")
-        rest = f"-m {self.model} --data FILE --text text --out"
-        return (f"{said}Train heads on the model as it is, or the model itself:\n"
-                f"  sled train --recipe tune-exits --exit-heads {heads} --head-kind mlp {rest} tuned\n"
-                f"  sled train --recipe finetune {rest} trained")
+        model = f"-m {self.model} --data FILE"
+        return (f"{said}Train heads for the model as it is, on its own answers to a column of prompts; or the model "
+                "itself, on a column of texts:\n"
+                f"  sled train --recipe tune-exits --exit-heads {heads} --head-kind block {model} --prompt prompt "
+                "--answers 128 --out tuned\n"
+                f"  sled train --recipe finetune {model} --text text --out trained")
 
     def heads(self) -> tuple[int, ...]:
         """Where exit heads may pay: the deepest layer after which drafts would pay if so many were right as training
@@ -182,11 +189,31 @@ class Survey:
         paying = [said.layer for said in self.layers if said.pays_from is not None and said.pays_from <= REACHED]
         return tuple(sorted({max(paying), (max(paying) + 1) // 2})) if paying else ()
 
-    def json(self) -> str:
-        """All of it as one JSON object, with what is recommended."""
-        ways = [type(way).__name__.lower() for way in self.recommended]
-        return json.dumps(dataclasses.asdict(self) | {"recommended": {
-            name: dataclasses.asdict(way) for name, way in zip(ways, self.recommended, strict=True)}}, indent=2)
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes it as one JSON object, with what is recommended and a digest of it all. Raises SettingError where it
+        cannot be written."""
+        recommended = {type(way).__name__.lower(): dataclasses.asdict(way) for way in self.recommended}
+        fields = {"format": FORMAT, **dataclasses.asdict(self), "recommended": recommended}
+        written = json.loads(json_text(fields))  # keys are strings then, as they are read
+        replace_text("path", path, json_text({**written, "sha256": json_digest(written)}) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Survey:
+        """Reads what `save` wrote. Raises CalibrationError for a file that is none, of another format, or changed."""
+        path = path_of("path", path, CalibrationError)
+        again = "name a file that sled layers wrote by --json, or let it write one anew"
+        found = read_object(path, CalibrationError, again)
+        digest, names = found.pop("sha256", None), {field.name for field in dataclasses.fields(cls)}
+        if found.get("format") != FORMAT or found.keys() != {"format", "recommended", *names}:
+            raise CalibrationError(f"{path} is no survey of layers that this version of sled reads; {again}")
+        if digest != json_digest(found):
+            raise CalibrationError(f"the survey of layers {path} was changed after it was made; {again}")
+        costs = found["costs"] and Costs(**found["costs"] | {
+            name: {int(number): seconds for number, seconds in found["costs"][name].items()}
+            for name in ("layer_of", "head_of", "own_head")})
+        ways = {name: tuple(kind(**row) for row in found[name])
+                for name, kind in (("layers", Spoken), ("drafting", Drafting), ("leaving", Leaving))}
+        return cls(**{name: found[name] for name in names} | ways | {"costs": costs})
 
 
 def _told(way: Drafting | Leaving) -> str:

@@ -6,14 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding import loop
 from sled.decoding.batch import HEADROOM
+from sled.decoding.memory import naming_shortage
 from sled.decoding.options import Decoding
 from sled.decoding.state import bucket
 from sled.errors import CalibrationError, SettingError
 from sled.exits import EarlyExit, SelfSpeculation
 from sled.lm import LM, batch_height
 from sled.settings.rules import Flag, Whole
+from sled.settings.unknown import naming_unknown
 from sled.survey.choices import Choices, layer_choices
 from sled.survey.costs import DRAFTS, Costs
 from sled.survey.profile import measured_costs
@@ -27,6 +30,8 @@ ANSWERS_AT_ONCE = 8
 ROOM = 64  # positions for new tokens in which the loop is timed, at least
 
 
+@naming_unknown
+@naming_shortage("reading the layers", "give shorter prompts, or a smaller max_new_tokens or batch_size")
 def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: int = 1, profile: bool = True,
            progress: bool = True) -> Survey:
     """What every layer says on the model's own greedy answers, and what drafting or leaving there is expected to give.
@@ -73,7 +78,8 @@ def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: i
     used = costs or bound
     return Survey(model=lm.name, num_layers=lm.config.num_layers, prompts=len(ids), tokens=sum(map(len, texts)),
                   batch_size=batch_size, layers=_spoken(choices, texts, used, counted.windows),
-                  drafting=counted.drafting(used, bound), leaving=counted.leaving(used, bound), costs=costs)
+                  drafting=counted.drafting(used, bound), leaving=counted.leaving(used, bound), costs=costs,
+                  weights=digest_of_weights(lm.params))
 
 
 class _Counted:
@@ -89,10 +95,15 @@ class _Counted:
         # The rows of a batch draft and verify together, so the row that takes longest decides.
         self._longest = [sum(np.max([drafted[i][field] for i in batch], axis=0) for batch in batches)
                          for field in range(3)]
-        self._steps = sum(max(len(texts[i]) for i in batch) for batch in batches)
+        self._steps, self._batches = sum(max(len(texts[i]) for i in batch) for batch in batches), len(batches)
         window = EarlyExit(1).window
         self._left = [count_exits([choices[i] for i in batch], THRESHOLDS, window=window, block=loop.BLOCK)
                       for batch in batches]
+
+    def _speed(self, costs: Costs, seconds):
+        """Of decoding whose steps take so long, as a multiple of plain decoding's."""
+        calls = self._batches * costs.call
+        return (self._steps * costs.step + calls) / (seconds + calls)
 
     def drafting(self, costs: Costs, bound: Costs) -> tuple[Drafting, ...]:
         """Every draft length after every layer."""
@@ -101,9 +112,8 @@ class _Counted:
         for layer in range(1, costs.depth):
             for n, (draft, window) in enumerate(self.windows.items()):
                 at = layer - 1, n
-                speed, bound_speed = (
-                    self._steps * each.step / each.drafting(layer, window, self._longest[0][at], self._longest[2][at])
-                    for each in (costs, bound))
+                speed, bound_speed = (self._speed(each, each.drafting(
+                    layer, window, self._longest[0][at], self._longest[2][at])) for each in (costs, bound))
                 ways.append(Drafting(layer, draft, float(accepted_EN[at] / drafted_EN[at]),
                                      float(accepted_EN[at] / verifications_EN[at]), float(speed), float(bound_speed)))
         return tuple(ways)
@@ -113,7 +123,7 @@ class _Counted:
         probability_LT, right_LT = (np.concatenate(x, axis=1) for x in _told(self._choices, self._texts))
         ways = []
         for layer in range(1, costs.depth):
-            speeds = [self._steps * each.step / sum(each.leaving(layer, left, loop.BLOCK) for left in self._left)
+            speeds = [self._speed(each, sum(each.leaving(layer, left, loop.BLOCK) for left in self._left))
                       for each in (costs, bound)]
             for q, threshold in enumerate(THRESHOLDS):
                 leaves_T = probability_LT[layer - 1] > np.float32(threshold)

@@ -51,7 +51,8 @@ def tokenise(source: Source, text: Tokenizer, config: DecoderConfig, *, cache: s
 
     Prompt and completion are tokenised as one text; a token that straddles them belongs to the completion
     (`Tokenizer.encode_continuation`). Of a conversation the assistant's answers are learnt
-    (`sled.train.data.conversations`). `config.eos_ids[0]` ends every document that ends in none of `eos_ids` yet.
+    (`sled.train.data.conversations`). `config.eos_ids[0]` ends every document that ends in none of `eos_ids` yet, but
+    token ids behind a prompt's.
     Examples without text, completion, tokens or answers are skipped and counted. Processes that ask for the same
     documents at once wait for the first. Raises DataError, DownloadError, TemplateError, TokenizerError.
     """
@@ -94,6 +95,7 @@ def _load(folder: Path) -> Documents | None:
 
 
 def _write(folder: Path, reading: Reading, text: Tokenizer, config: DecoderConfig, *, progress: bool) -> None:
+    as_they_are = None not in (reading.source.prompt, reading.source.tokens)
     starts, prompts, gaps, skipped, total = [0], [], [], Counter(), hashlib.sha256()
     with (open(folder / "tokens.bin", "wb") as file,
           tqdm(desc="tokenising", total=reading.total, unit="example", disable=not progress) as bar):
@@ -102,7 +104,7 @@ def _write(folder: Path, reading: Reading, text: Tokenizer, config: DecoderConfi
                 skipped[made] += 1
                 continue
             prompt, ids, later = made
-            if ids[-1] not in config.eos_ids:
+            if ids[-1] not in config.eos_ids and not as_they_are:
                 ids.append(config.eos_ids[0])
             if not 0 <= min(ids) <= max(ids) < config.vocab_size:
                 wrong = next(x for x in ids if not 0 <= x < config.vocab_size)
@@ -135,7 +137,7 @@ def _encode(reading: Reading, text: Tokenizer, count: Callable[[], object]) -> I
                     yield example, made
             continue
         if source.tokens is not None:
-            parts = [([], example.body) for example in together]
+            parts = [(example.prompt, example.body) for example in together]
         elif source.text is not None:
             parts = [([], ids) for ids in text.encode_all([example.body for example in together])]
         else:

@@ -24,11 +24,11 @@ DEMO_EXAMPLES = 20_000  # of the endless problems, where no limit is given
 
 
 class Example(NamedTuple):
-    """One example before tokenising. `body` is text, token ids or messages; only text has a `prompt`, which may be
-    empty. lacks: the columns of its texts that have no value in this row (null)."""
+    """One example before tokenising. `body` is text, token ids or messages; text and token ids have a `prompt`, which
+    may be empty. lacks: the columns of its texts that have no value in this row (null)."""
 
     place: str  # for messages: the file or source, and the number of the example in it, from 1
-    prompt: str
+    prompt: str | list[int]
     body: str | list[int] | list[dict[str, Any]]
     lacks: tuple[str, ...] = ()
 
@@ -44,7 +44,8 @@ class Source:
     text: the column of plain text, or a template; every token counts in the loss. The default where no column is named.
     prompt, completion: columns of text, or templates such as "Question: {question}\\nAnswer:", whose fields are
         columns. They are joined as they are: a blank between them must stand in one of them. "demo" has both.
-    tokens: the column of token ids.
+    tokens: the column of token ids; beside `prompt`, which is then a column of ids too, those that follow it, taken as
+        they are: no end of text is added to them.
     messages: the column of conversations, each a list of messages such as {"role": "user", "content": "Hello"}, which
         the model's chat template writes out; the assistant's are learnt (`sled.train.data.conversations`).
     split, subset, revision: of a hub data set; "demo" has the splits "train" and "heldout".
@@ -77,10 +78,11 @@ class Source:
             given = ["prompt", "completion"] if self.data == "demo" else ["text"]
             for field in given:
                 put(field, field)
-        if given not in (["text"], ["tokens"], ["messages"], ["prompt", "completion"]):
+        if given not in (["text"], ["tokens"], ["messages"], ["prompt", "completion"], ["prompt", "tokens"]):
             names = " and ".join(f"Source.{field}" for field in given)
             raise SettingError(f"columns are named by {names}{' alone' if len(given) == 1 else ''}; give Source.text, "
-                               "or Source.messages, or Source.tokens, or Source.prompt with Source.completion")
+                               "or Source.messages, or Source.tokens, or Source.prompt with Source.completion or "
+                               "Source.tokens")
         for field in given:
             template_parts(field, getattr(self, field))
 
@@ -167,7 +169,9 @@ class Reading:
                 raise DataError(f"{place} is {str(row)[:60]!r}, but must be a mapping from columns to values, such as "
                                 "{'text': ...}")
             if s.tokens is not None:
-                yield Example(place, "", _ids(_value(row, s.tokens, place, "tokens"), place, s.tokens))
+                before, after = ([] if column is None else _ids(_value(row, column, place, setting), place, column)
+                                 for setting, column in (("prompt", s.prompt), ("tokens", s.tokens)))
+                yield Example(place, before, after)
             elif s.messages is not None:
                 yield Example(place, "", _conversation(_value(row, s.messages, place, "messages"), place, s.messages))
             elif s.text is not None:

@@ -86,8 +86,9 @@ def train_classifier(model: Decoder | Any, batches: Iterable[TrainingBatch], lay
 
 
 def _examples(model: Decoder, exits: tuple[int, ...], batch: TrainingBatch):
-    h_EBTD = exit_states(model, batch.tokens_BT[:, :-1], exits, segments_BT=batch.segments_BT[:, :-1], remat="none")
-    read_END = read_exits(model, h_EBTD, exits).reshape(len(exits), -1, h_EBTD.shape[-1])
+    segments_BT = batch.segments_BT[:, :-1]
+    h_EBTD = exit_states(model, batch.tokens_BT[:, :-1], exits, segments_BT=segments_BT, remat="none")
+    read_END = read_exits(model, h_EBTD, exits, segments_BT).reshape(len(exits), -1, h_EBTD.shape[-1])
     says_EN = jnp.stack([_most_likely(model, h_ND, n) for h_ND, n in zip(read_END, exits, strict=True)])
     features_END = h_EBTD[:-1].reshape(len(exits) - 1, -1, h_EBTD.shape[-1])
     counts_N = jnp.asarray(batch.weights_BT[:, 1:] > 0).ravel()

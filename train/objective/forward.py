@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from sled.errors import SettingError
+from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
 from sled.models.layers import Block, LayerContext, traced_windows
 from sled.models.sharding.sharding import Sharding
@@ -61,7 +62,7 @@ def states_and_routing(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Arr
     stop = _last_layer(exits, depth)
     dtype = jnp.dtype(compute_dtype or model.embedding.weight[...].dtype)
     counts_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT > 0
-    context = _rows_of(model, tokens_BT, segments_BT)
+    context = context_of_rows(model.config, tokens_BT.shape[1], segments_BT)
     rows = context, counts_BT if experts else None
     graph, weights_L = nnx.split(model.layers)
 
@@ -82,7 +83,7 @@ def states_and_routing(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Arr
     carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype), total
     begin = 0
     lengths = [depth] if drops is None else drops.strategy.stretches(depth)
-    for length, part in _parts(lengths, stop, (weights_L, traced_windows(model.config), slots_L, drops)):
+    for length, part in _parts(lengths, stop, (weights_L, traced_windows(model.config.windows), slots_L, drops)):
 
         def body(carry, xs, begin=begin):
             (h, states, total), (weights, window, slot, drop) = carry, xs
@@ -119,16 +120,17 @@ def _last_layer(exits, depth: int) -> int:
     return numbers[-1]
 
 
-def _rows_of(model: Decoder, tokens_BT, segments_BT) -> LayerContext:
-    """What layers read beside hidden states, but for their windows."""
-    index_1T = jnp.arange(tokens_BT.shape[1])[None]
+def context_of_rows(config: DecoderConfig, length: int, segments_BT) -> LayerContext:
+    """What layers read beside the hidden states of rows of this length, but for their windows; segments as of
+    `states_and_routing`."""
+    index_1T = jnp.arange(length)[None]
     if segments_BT is None:
         positions = index_1T
     else:
         first_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
         positions = index_1T - jax.lax.cummax(jnp.where(first_BT, index_1T, 0), axis=1)
         segments_BT = jnp.cumsum(first_BT, axis=1)  # runs: a number that comes back is another document
-    return LayerContext.of(model.config, positions, segments_BT)
+    return LayerContext.of(config, positions, segments_BT)
 
 
 def _parts(lengths: list[int], stop: int, stacked) -> list[tuple[int, Any]]:

@@ -113,7 +113,8 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
             layers_E = jnp.array(heads.layers)
             loss, metrics = tuning_loss(model, batch.tokens_BT, **_targets(batch, recipe, sharding),
                                         segments_BT=batch.segments_BT, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                                        sharding=sharding)
+                                        sharding=sharding, distill=recipe.distill or None,
+                                        temperature=recipe.temperature)
         else:
             layers_E, weights_E = recipe.exits.exits_at(step, depth)
             key = jax.random.fold_in(jax.random.key(seed), part)
@@ -193,8 +194,8 @@ def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, reci
     h_EBTD, experts = states_and_routing(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
                                          remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype),
                                          sharding=sharding)
-    loss, metrics = exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, **_targets(batch, recipe, sharding),
-                                   **options)
+    loss, metrics = exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, segments_BT=batch.segments_BT,
+                                   **_targets(batch, recipe, sharding), **options)
     if experts is not None:
         loss += model.config.experts.balance * balance_loss(experts)
     return loss, metrics

@@ -1,0 +1,141 @@
+"""Fusion by need: what the final layer decides by itself stays as it is, and is not projected again."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sled
+from sled.decoding import need
+from sled.fusion import SLED, DoLa, SharedHead
+from sled.fusion.partial import max_and_index
+from sled.fusion.strategy import per_row
+from sled.settings.decorator import setting
+from sled.settings.decorator import settings as settings_class
+
+V = 53
+
+
+@jax.jit
+def choices(strategy, logits_BCV):
+    """What is certain, the final layer's token, and the fusion's, [B] each."""
+    best = lambda l_BV: max_and_index(l_BV)[1][:, 0]  # noqa: E731
+    final_BV = logits_BCV[:, -1]
+    return strategy.certain(final_BV), best(final_BV), best(strategy.logits(logits_BCV, SharedHead(jnp.eye(V))))
+
+
+@st.composite
+def cases(draw):
+    """64 rows of logits [B, C, V], the best two of the final layer at any distance, ties included."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    logits = draw(st.sampled_from([0.3, 2.0, 20.0])) * rng.standard_normal((64, 4, V))
+    first, second = np.argsort(-logits[:, -1])[:, :2].T
+    rows = np.arange(64)
+    logits[rows, -1, first] = logits[rows, -1, second] + rng.uniform(0, draw(st.sampled_from([1e-6, 1, 5, 30])), 64)
+    if draw(st.booleans()):  # early layers that speak for the second token alone
+        logits[:, :-1] = logits[:, -1:]
+        logits[rows, :-1, second] -= rng.uniform(0, 3, (64, 1))
+    return logits.astype(np.float32)
+
+
+STRATEGIES = [
+    *(functools.partial(SLED, steps=steps, temperature=tau, log_softmax=log, lower_bound=bound, max_scale=16)
+      for steps, tau, log, bound in [(1, 1.0, False, -1000.0), (1, 0.3, True, -np.inf), (1, 3.0, False, 0.5),
+                                     (4, 1.0, False, -1000.0)]),
+    lambda rate, scale: DoLa(relative_top=np.clip(rate / 3, 1e-3, 1).astype(np.float32)),
+    lambda rate, scale: DoLa(relative_top=np.clip(rate / 3, 1e-3, 1).astype(np.float32), lower_bound=-2.0)]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@settings(max_examples=25, deadline=None)
+@given(logits=cases(), seed=st.integers(0, 100))
+def test_what_is_certain_does_not_change(strategy, logits, seed):
+    rng = np.random.default_rng(seed)
+    rate = rng.choice([0, 0.1, 0.5, 1, 2, 3, 10], 64).astype(np.float32)
+    certain_B, final_B, fused_B = map(np.asarray, choices(strategy(rate, scale=rng.integers(1, 17, 64)), logits))
+    np.testing.assert_array_equal(final_B[certain_B], fused_B[certain_B])
+
+
+def test_the_bound_is_sharp():
+    """Where early layers give the second token everything, SLED changes the token just below the bound."""
+    final_V = np.linspace(-3, 0, V)
+    for rate in (0.5, 1.0, 2.0):
+        for over, expected in ((0.98, False), (1.02, True)):
+            gap = rate
+            for _ in range(100):  # its fixed point
+                final_V[-2:] = 3, 3 + gap
+                p = np.exp(final_V) / np.exp(final_V).sum()
+                gap = over * rate * (1 + p[-1] - p[-2])
+            logits = np.stack([final_V, final_V])[None].astype(np.float32)
+            logits[0, 0, -2] -= 1
+            certain_B, final_B, fused_B = choices(SLED(rate), logits)
+            assert certain_B.item() == expected == (final_B == fused_B).item()
+
+
+@settings_class
+class Shifted:
+    """The mean of the layers' logits and a number; tells of how many places each call projects the early layers."""
+
+    shift: float = setting(rows="B")
+    norm_early = False
+
+    def early_layers(self, num_layers, *, tied):
+        return tuple(range(num_layers))
+
+    def certain(self, final_BV):
+        return final_BV[:, 7] > 10
+
+    def logits(self, h_BCD, head):
+        jax.debug.callback(CALLS.append, h_BCD.shape[0])
+        return head.project(h_BCD).mean(1) + per_row(self.shift, h_BCD[:, 0])
+
+
+CALLS: list[int] = []
+ROW_P = np.arange(8) // 2  # the row of each place
+
+
+class LogitsForStates:
+    """Stands for a readout of three layers, whose hidden states are logits already."""
+
+    def early_layers(self, fusion, last):
+        return fusion.early_layers(last, tied=True)
+
+    def fuse(self, fusion, states, last):
+        layers = (*self.early_layers(fusion, last), last)
+        return fusion.logits(jnp.stack([states[n] for n in layers], 1), SharedHead(jnp.eye(V)))
+
+
+@pytest.mark.parametrize(("least", "cases"), [
+    (1, [([], [], []), ([2, 5, 6], [], [2, 2]), ([2, 5], [3], [2, 2]), ([0, 1, 2, 5, 6], [], [8]), ([], [1], [2])]),
+    (2**20, [([], [], []), ([2], [], [8]), ([], [0, 1], [8])])])
+def test_early_layers_are_projected_only_where_they_are_needed(least, cases, monkeypatch):
+    """Eight places of four rows, the last of them not wanted; rows that draw or have a penalty need all they have."""
+    monkeypatch.setattr(need, "BLOCK_LOGITS", {"cpu": least})
+
+    @jax.jit
+    def decide(fusion, sampling, states, wanted_P):
+        run = types.SimpleNamespace(fusion=fusion, sampling=sampling, readout=LogitsForStates(),
+                                    plan=types.SimpleNamespace(exits=(3,)))
+        return need.deciding_logits(run, states, wanted_P, ROW_P)
+
+    logits_PCV = np.random.default_rng(0).standard_normal((8, 4, V)).astype(np.float32)
+    shift_B = np.arange(4, dtype=np.float32)
+    for open_places, drawing, calls in cases:
+        temperature_B, penalty_B = np.zeros(4, np.float32), np.ones(4, np.float32)
+        temperature_B[drawing[:1]], penalty_B[drawing[1:]] = 1, 2
+        logits_PCV[:, 3, 7] = np.where(np.isin(np.arange(8), open_places), 9, 11)
+        needed_P = np.isin(np.arange(8), open_places) | np.isin(ROW_P, drawing)
+        CALLS.clear()
+        out_PV = decide(Shifted(shift_B), sled.Sampling(temperature_B, repetition_penalty=penalty_B),
+                        {n: logits_PCV[:, n] for n in range(4)}, np.arange(8) < 7)
+        jax.effects_barrier()
+        assert CALLS == calls
+        fused_PV = logits_PCV.mean(1) + shift_B[ROW_P, None]
+        fused_P = needed_P | (calls == [8])  # all at once where most are needed
+        expected_PV = np.where(fused_P[:, None], fused_PV, logits_PCV[:, 3])
+        np.testing.assert_allclose(out_PV[:7], expected_PV[:7], rtol=1e-5)
