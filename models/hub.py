@@ -32,6 +32,10 @@ def local_folder(source) -> Path | None:
     if path.is_dir():
         return path
     text = os.fspath(source)
+    if path.is_file():
+        raise CheckpointError(f"{shown(text, 200)} is a file; " + (
+            "GGUF is not read, give the Hugging Face folder that it was made from" if path.suffix == ".gguf" else
+            "give the folder that holds it, with config.json and safetensors"))
     if path.exists() or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise CheckpointError(
             f"{shown(text, 200)} is no folder here, and is taken for a model on the hub only with its owner, as "

@@ -94,7 +94,7 @@ class CheckpointWarning(SledWarning):
 
 
 class DecodingWarning(SledWarning):
-    """Texts are what they should be, but drafts that are nearly always wrong make them slower."""
+    """Drafts that are nearly always wrong make decoding slower; or the model's context ended texts."""
 
 
 class EvaluationWarning(SledWarning):

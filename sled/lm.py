@@ -78,6 +78,7 @@ class LM:
         self.generation = dict(generation or {})
         self._told = False  # that the checkpoint has a sampling of its own
         self._told_of_drafts = False  # that they cost more than they save
+        self._told_of_context = False  # that it ended texts
         graph, self.params = nnx.split(model)
         self.build = Merge(graph, self.params)
 
@@ -130,7 +131,7 @@ class LM:
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
                 run = self._begin(ids, batch, decoding, height=min(batch_size, height), seed=seed)
-                for done in self._advance(run, len(batch), decoding.stop, STOP_CHUNK if decoding.stop else None):
+                for done in self._advance(run, len(batch), decoding, STOP_CHUNK if decoding.stop else None):
                     rows.update(zip(batch, done, strict=True))
                 emitted.update({i: run.emitted(at).first(len(rows[i].tokens)) for at, i in enumerate(batch)})
                 runs.append(run)
@@ -164,7 +165,7 @@ class LM:
 
     def _chunks(self, run: Generation, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
-        for rows in self._advance(run, len(ids), decoding.stop, chunk):
+        for rows in self._advance(run, len(ids), decoding, chunk):
             emitted = [run.emitted(i).first(len(row.tokens)) for i, row in enumerate(rows)]
             tokens = [row.tokens[sent:] for row, sent in zip(rows, sent_tokens, strict=True)]
             exit_layers = [row.exit_layers[sent:] for row, sent in zip(emitted, sent_tokens, strict=True)]
@@ -350,10 +351,18 @@ class LM:
                  "as many layers ran as without drafts; sled.layers(lm, prompts) (sled layers) tells after which layer "
                  "and how much to draft, if at all, or how to train a model for it", DecodingWarning)
 
-    def _advance(self, run: Generation, count: int, stop: Sequence[str],
+    def _tell_of_context(self, rows: Sequence[StopStrings], most: int) -> None:
+        """Warns, once, where texts ended with the model's context, before the `most` tokens that they might have."""
+        cut = sum(row.finish_reason() == "length" and len(row.tokens) < most for row in rows)
+        if cut and not self._told_of_context:
+            self._told_of_context = True
+            warn(f"{cut} of {len(rows)} texts ended where the model's context of {self.config.context:,} tokens did, "
+                 f"before {most:,} new ones; give shorter prompts, or a model with a longer context", DecodingWarning)
+
+    def _advance(self, run: Generation, count: int, decoding: Decoding,
                  chunk: int | None) -> Iterator[list[StopStrings]]:
         """Runs to the end, yielding the first `count` rows after every `chunk` tokens."""
-        rows = [StopStrings(self.text, stop, self.config.eos_ids) for _ in range(count)]
+        rows = [StopStrings(self.text, decoding.stop, self.config.eos_ids) for _ in range(count)]
         while run.active.any():
             run.advance(chunk)
             for i, row in enumerate(rows):
@@ -362,6 +371,7 @@ class LM:
             if ended:
                 run.stop(ended)
             yield rows
+        self._tell_of_context(rows, decoding.max_new_tokens)
 
 
 def batch_height(prompts: int) -> int:

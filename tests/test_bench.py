@@ -129,8 +129,9 @@ def test_the_loss_is_measured_in_every_form():
 def test_decoding_is_measured_without_transformers(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     report = decode.run_decode_bench(new_tokens=2, rounds=1, config=TWO, batches=(1,))
-    ways, least = report.rows[:3], report.rows[3:]
-    assert [row.way for row in ways] == ["greedy", "SLED", "greedy, room for 1,024"] and ways[0].over_greedy == 1
+    ways, least = report.rows[:4], report.rows[4:]
+    assert [row.way for row in ways] == ["greedy", "SLED", "SLED, rate 1", "greedy, room for 1,024"]
+    assert ways[0].over_greedy == 1
     assert all(row.first_call > 0 and row.transformers_over_this is None for row in ways)
     assert [row.work for row in least] == ["products and head", "weights read once"]
     assert all(row.best_ms > 0 for row in least)

@@ -286,6 +286,7 @@ def other_config(**fields):
     ("llama", lambda folder: (folder / "model.safetensors").unlink(),
      "has no model.safetensors and no .*; give"),
     ("llama", lambda folder: (folder / "config.json").unlink(), "has no config.json, so it is no model's folder; give"),
+    ("llama", lambda folder: (folder / "config.json").rename(folder / "adapter_config.json"), "an adapter .* merge it"),
     ("llama", break_index(lambda folder: next(folder.glob("model-00002*")).unlink()),
      "names the shard 'model-00002-of-.*', which is not in the folder; fetch it again"),
     ("llama", break_index(lambda folder: (folder / "model.safetensors.index.json").write_text("{}")),

@@ -243,10 +243,22 @@ def test_drafts_that_cost_more_than_they_save_are_told_once():
     lm, hopeless = LM(tiny_lm().build(tiny_lm().params)), sled.SelfSpeculation(
         2, draft=4, vocabulary=jnp.array([CONFIG.vocab_size - 1]))
     for vain in (dict(exits=sled.SelfSpeculation(3, draft=1)), dict(exits=hopeless, max_new_tokens=3)):
-        assert not warned(lm, **vain)  # they pay, or too few to tell
-    [said] = warned(lm, exits=hopeless)
+        assert not told_of_drafts(lm, **vain)  # they pay, or too few to tell
+    [said] = told_of_drafts(lm, exits=hopeless)
     assert re.match(r"\d+% of \d+ drafts after layer 2 were accepted, so \d\.\d times as many layers ran", said)
-    assert not warned(lm, exits=hopeless) and not warned(lm)
+    assert not told_of_drafts(lm, exits=hopeless) and not told_of_drafts(lm)
+
+
+def told_of_drafts(lm, **settings):
+    return [said for said in warned(lm, **settings) if " drafts " in said]
+
+
+def test_texts_that_the_context_ends_are_told_once():
+    lm = LM(tiny_lm().build(tiny_lm().params))
+    assert not warned(lm, max_new_tokens=3)
+    [said] = warned(lm, max_new_tokens=10 * CAPACITY)
+    assert re.match(rf"\d of 4 texts ended where the model's context of {CAPACITY} tokens did, before 480 new", said)
+    assert not warned(lm, max_new_tokens=10 * CAPACITY)
 
 
 def warned(lm, **settings):

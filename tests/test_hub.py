@@ -10,6 +10,7 @@ import sled
 from sled.errors import CheckpointError, DownloadError, UploadError
 from sled.export.forms import export_hf
 from sled.models import fetch
+from sled.models.hub import local_folder
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,11 @@ def test_a_connection_that_breaks_while_fetching_is_told(hub, demo):
         fetch("me/model")
     with pytest.raises(DownloadError, match="me/none is not on the hub, or private"):
         fetch("me/none")
+
+
+@pytest.mark.parametrize("name, says", [
+    ("model.gguf", "GGUF is not read"), ("model.safetensors", "folder that holds it")])
+def test_a_file_is_no_folder(name, says, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match=f"{name}' is a file; .*{says}"):
+        local_folder(tmp_path / name)

@@ -146,8 +146,10 @@ class Fields:
                 note = name.startswith("_") or name.endswith("_token_id")  # nor is a note of its writer, or a role
                 self.unknown += [] if off or note or name in WITHOUT_EFFECT else [name]
             elif not any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in one_value[name]):
-                raise self.refused(name, value, f"only {one_value[name][0]!r} is supported; use a checkpoint without "
-                                                 "it")
+                remedy = ("quantised weights are not read; use the checkpoint before quantisation"
+                          if name == "quantization_config" else
+                          f"only {one_value[name][0]!r} is supported; use a checkpoint without it")
+                raise self.refused(name, value, remedy)
         return self.unknown
 
     def refused(self, name: str, value: Any, why: str) -> ConfigError:

@@ -71,6 +71,9 @@ def config_file(folder: Path) -> Path:
     path = folder / "config.json"
     if path.exists():
         return path
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder} holds an adapter (adapter_config.json), not a model; merge it into its model "
+                              "(peft's merge_and_unload), and give the folder that you save then")
     within = sorted(file.parent for file in folder.glob("*/*.safetensors") if (file.parent / path.name).exists())
     remedy = (f"give {within[0]}, which is one" if within else
               "give a Hugging Face folder (sled export makes one of a training run)")
@@ -98,6 +101,9 @@ def parse_config(values: dict, source: str = "config.json") -> DecoderConfig:
     kind, architectures = f.take("model_type", str, None), f.take("architectures", list, None) or []
     found = [family for family in FAMILIES.values()
              if kind in (None, family.name) and all(family.has(architecture) for architecture in architectures)]
+    if len(found) != 1 and isinstance(kind, str) and kind in FAMILIES:
+        raise ConfigError(f"{source}: architectures are {shown(architectures, 200)}, but of model_type {kind!r} only "
+                          f"{FAMILIES[kind].architecture} is read, which predicts next tokens; use a checkpoint of it")
     if len(found) != 1:
         raise ConfigError(
             f"{source}: model_type {shown(kind, 60)} with architectures {shown(architectures, 200)} is not supported "

@@ -122,7 +122,8 @@ def _measure(ways, least, batch: int, new_tokens: int, rounds: int, vocabulary: 
 def _own_ways(lm: LM):
     way = lambda fusion: lambda prompts, tokens: lm.generate(  # noqa: E731
         prompts.tolist(), max_new_tokens=tokens, fusion=fusion).stats.new_tokens
-    return {"greedy": way(FinalLayer()), "SLED": way(SLED()), f"greedy, room for {ROOM:,}": _roomy_way(lm)}
+    return {"greedy": way(FinalLayer()), "SLED": way(SLED()), "SLED, rate 1": way(SLED(1.0)),
+            f"greedy, room for {ROOM:,}": _roomy_way(lm)}
 
 
 def _roomy_way(lm: LM):

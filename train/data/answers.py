@@ -68,7 +68,8 @@ def _answer(lm: Any, reading: Reading, part: Path, most: int, sampling: Sampling
     """Writes a row for every example into the file `part`, behind those that are there."""
     with open(part, "a+b") as file:
         done = _whole_rows(file)
-        with tqdm(desc="answering", total=reading.total, initial=done, unit="prompt", disable=not progress) as bar:
+        total = reading.total or reading.source.limit
+        with tqdm(desc="answering", total=total, initial=done, unit="prompt", disable=not progress) as bar:
             examples = itertools.islice(reading, done, None)
             while together := list(itertools.islice(examples, batch_size)):
                 prompts = [_prompt(lm, reading.source, example) for example in together]
