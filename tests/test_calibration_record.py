@@ -17,6 +17,7 @@ from sled.errors import CalibrationError, SettingError
 from sled.exits import FullDepth
 from sled.io import json_digest
 from sled.models import Rope
+from sled.models.decoder import ARITHMETIC
 from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 from sled.text.tokenizer import Tokenizer
@@ -79,7 +80,8 @@ def test_other_settings_are_refused_by_name(demo, record, change, says):
 @pytest.mark.parametrize("before", [{"arithmetic": 1}, {}], ids=["another", "none told"])
 def test_another_arithmetic_is_refused(before, demo, record):
     serving = {name: value for name, value in record.serving.items() if name != "arithmetic"} | before
-    with pytest.raises(CalibrationError, match=f"arithmetic was {before.get('arithmetic')} and is 2.*calibrate again"):
+    says = f"arithmetic was {before.get('arithmetic')} and is {ARITHMETIC}.*calibrate again"
+    with pytest.raises(CalibrationError, match=says):
         dataclasses.replace(record, serving=serving).policy(demo, **SERVING)
 
 
