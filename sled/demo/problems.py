@@ -3,7 +3,7 @@
 A story (one of `stories/`) draws quantities, computes its steps from them and tells them in words; up to three
 turns (`turns.py`) go on from its answer. It looks like GSM8K (steps with their equations, `#### 54` at the end), kept
 small enough for a model of a few million parameters: positive whole numbers of at most five digits, one operation a
-step, products with their partial products written out, as in "37*48=1480+296=1776".
+step, products with their partial products written out, as in "37*48=1440+336=1776".
 
 Training and held-out problems are disjoint by construction: story and its drawn quantities together
 decide the split, so held-out numbers are never met in training, whatever names are around them and turns follow.
