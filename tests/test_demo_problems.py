@@ -49,7 +49,7 @@ def test_questions_are_one_line_and_every_step_of_a_solution_is_true(everything)
     for p in everything:
         assert "#" not in p.question and "\n" not in p.question
         numbers = [int(n) for n in re.findall(r"\d+", p.question + p.solution)]
-        assert 1 <= min(numbers) and max(numbers) <= 99_999, p
+        assert 1 <= min(numbers) and max(numbers) <= 9_999, p
         *steps, last = p.solution.split("\n")
         assert 1 <= len(steps) <= 10 and last == f"#### {p.answer}"
         for step in steps:

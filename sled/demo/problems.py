@@ -2,7 +2,7 @@
 
 A story (one of `stories/`) draws quantities, computes its steps from them and tells them in words; up to three
 turns (`turns.py`) go on from its answer. It looks like GSM8K (steps with their equations, `#### 54` at the end), kept
-small enough for a model of a few million parameters: positive whole numbers of at most five digits, one operation a
+small enough for a model of a few million parameters: positive whole numbers of at most four digits, one operation a
 step, products with their partial products written out, as in "37*48=1440+336=1776".
 
 Training and held-out problems are disjoint by construction: story and its drawn quantities together
@@ -28,7 +28,7 @@ SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 0.1
 MOST_TURNS = 3
 ASIDES = 0.2  # of the problems have a number that does not matter
-LARGEST = 99_999
+LARGEST = 9_999
 
 NAMES = ("Ash Ben Cleo Dan Eva Finn Gita Hugo Ines Jack Kim Leo Mia Noah Omar Pia Quin Rosa Sam Tara "
          "Uma Vera Will Yara Zoe Ali Bea Carl Dora Emil").split()

@@ -11,14 +11,14 @@ from collections.abc import Callable
 
 
 def rise(t):
-    more = t.number(2, 999)
+    more = t.number(2, 199)
     t.step("Then", t.answer, "+", more)
     return t.pick(f"Later it is {more} more. How much is it then?", f"Then {more} are added. What is the new number?")
 
 
 def fall(t):
     t.need(t.answer > 10)
-    less = t.number(2, min(t.answer - 1, 999))
+    less = t.number(2, min(t.answer - 1, 199))
     t.step("Left", t.answer, "-", less)
     return t.pick(f"Later it is {less} less. How much is it then?", f"Then {less} are taken away. What is left?")
 
@@ -31,7 +31,7 @@ def multiple(t):
 
 
 def many_days(t):
-    days = t.number(2, 31 if t.answer < 100 else 9)
+    days = t.number(2, 12 if t.answer < 100 else 9)
     t.step("Days", t.answer, "*", days)
     return f"It is the same on each of {days} days. How much is that in all?"
 
@@ -54,14 +54,14 @@ def kept(t):
 
 
 def together(t):
-    more, first = t.number(2, 300), t.answer
+    more, first = t.number(2, 99), t.answer
     second = t.step("Next", first, "+", more)
     t.step("Both", first, "+", second)
     return f"The next time it is {more} more. How much is it both times together?"
 
 
 def goal(t):
-    missing = t.number(2, 999)
+    missing = t.number(2, 199)
     aim, reached = t.answer + missing, t.answer
     t.step("Missing", aim, "-", reached)
     return f"The goal is {aim}. How much is missing?"
@@ -69,7 +69,7 @@ def goal(t):
 
 def half(t):
     t.need(t.answer % 2 == 0)
-    more = t.number(2, 300)
+    more = t.number(2, 99)
     first = t.step("Half", t.answer, "/", 2)
     t.step("Then", first, "+", more)
     return f"Half of it is used up, and then {more} are added. How much is there now?"
