@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from sled.demo.problems import problems, prompt, split_of, stream
+from sled.demo.problems import partial_products, problems, prompt, split_of, stream
 from sled.demo.stories import STORIES
 from sled.errors import SettingError
 from sled.eval.numbers import exact_match
 
 SPLITS = ("train", "heldout")
-EQUATION = re.compile(r"(?P<a>\d+)(?P<sign>[-+*/])(?P<b>\d+)(?P<percent>%?)=(?P<result>\d+)")
+SIDE = re.compile(r"(?P<a>\d+)(?:(?P<sign>[-+*/])(?P<b>\d+)(?P<percent>%?))?")
 QUANTITY = re.compile(r"\d+|\b(?:three|four|five|six|[Hh]alf|third|quarter|fifth)\b")
 
 
@@ -35,25 +35,39 @@ def tokenizer():
     return Tokenizer.from_file(str(files("sled.demo") / "model" / "tokenizer.json"))
 
 
-def left_side(equation: re.Match) -> Fraction:
-    a, b = Fraction(equation["a"]), Fraction(equation["b"])
-    if equation["percent"]:
+def value(side: str) -> Fraction:
+    """Of one side of an equation, a number or one operation."""
+    parts = SIDE.fullmatch(side)
+    a, b = Fraction(parts["a"]), Fraction(parts["b"] or 0)
+    if parts["percent"]:
         b /= 100
-    return {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[equation["sign"]]
+    return {None: lambda: a, "+": lambda: a + b, "-": lambda: a - b, "*": lambda: a * b, "/": lambda: a / b}[
+        parts["sign"]]()
 
 
 def test_questions_are_one_line_and_every_step_of_a_solution_is_true(everything):
     for p in everything:
         assert "#" not in p.question and "\n" not in p.question
         numbers = [int(n) for n in re.findall(r"\d+", p.question + p.solution)]
-        assert 1 <= min(numbers) and max(numbers) <= 999, p
+        assert 1 <= min(numbers) and max(numbers) <= 9_999, p
         *steps, last = p.solution.split("\n")
-        assert 1 <= len(steps) <= 4 and last == f"#### {p.answer}"
+        assert 1 <= len(steps) <= 10 and last == f"#### {p.answer}"
         for step in steps:
-            equation = EQUATION.search(step)
-            assert left_side(equation) == int(equation["result"]), p
-            assert step.endswith(equation.group())
-        assert int(equation["result"]) == p.answer
+            label, equation = step.split(": ")
+            assert label.isalpha() and len({value(side) for side in equation.split("=")}) == 1, p
+        assert int(equation.split("=")[-1]) == p.answer
+
+
+@pytest.mark.parametrize("a, b, parts", [
+    (7, 86, []), (12, 11, []), (40, 16, ["400+240"]), (37, 48, ["1440+336"]), (37, 20, []), (8, 345, ["2400+360"]),
+    (3456, 8, ["27200+448"]), (400, 7, [])])
+def test_products_are_written_out(a, b, parts):
+    assert partial_products(a, b) == partial_products(b, a) == parts
+
+
+def test_turns_follow_all_stories(everything):
+    stories = {template: [p.solution.count("\n") for p in everything if p.template == template] for template in STORIES}
+    assert all(max(steps) - min(steps) >= 3 for steps in stories.values())
 
 
 def test_splits_have_all_stories_and_share_none_with_the_same_numbers(sample):
@@ -92,7 +106,7 @@ def test_an_unknown_split_and_a_count_below_one_are_refused(split, count, says):
 
 def test_problems_are_short_in_the_bundled_tokens(everything, tokenizer):
     texts = [f"{prompt(p.question)} {p.solution}" for p in everything]
-    assert max(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) < 100
+    assert max(len(encoding.ids) for encoding in tokenizer.encode_batch(texts)) < 256
     assert tokenizer.encode("120*3=360").tokens == list("120*3=360")  # one a digit
     assert prompt("How many?") == "Question: How many?\nAnswer:"
 

@@ -138,8 +138,8 @@ def _layerskip(learning_rate: float, p: float, scale: float, *, every: int | Non
         exits=WeightedExits(LayerSkipWeights(scale), Gradual(steps) if every is None else Rotational(every)), **rest)
 
 
-_DEMO = dict(batch_size=16, context=128, optimizer="muon", learning_rate=3e-3, schedule="warmup-stable-decay",
-             beta2=0.98)
+_DEMO = dict(batch_size=8, context=256, optimizer="muon", learning_rate=3e-3, schedule="warmup-stable-decay",
+             beta2=0.98, remat="none")
 
 # By name: the number of steps unless another is asked for, and the other fields by the number of steps.
 RECIPES: Mapping[str, tuple[int, Callable[[int], Mapping[str, Any]]]] = {

@@ -18,7 +18,7 @@ from sled.lm import LM
 from sled.results import Stats
 from sled.timing import Times, interleave
 
-MAX_NEW_TOKENS = 96
+MAX_NEW_TOKENS = 144
 STEPS = (1, 2, 3, 4)
 
 

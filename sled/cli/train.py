@@ -208,7 +208,7 @@ class Train:
     sled train --recipe tune-exits --exit-heads 2 4 --head-kind block --data mine.jsonl --prompt question --answers 128
     --out run
 
-    sled train --recipe demo --model new --positions 256 --data demo --held-out demo --out run
+    sled train --recipe demo --model new --layers 20 --data demo --held-out demo --out run
 
     Ends with a Hugging Face folder, RUN/model, for sled.load, transformers and every other subcommand. Interrupted or
     killed at any moment, the same command goes on from the last checkpoint, as if nothing had happened.

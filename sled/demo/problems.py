@@ -1,11 +1,12 @@
 """Grade-school word problems with worked solutions, for the bundled model: endless, exact, split.
 
-A story (one of `stories/`) draws quantities, computes its steps from them and tells them in words.
-It looks like GSM8K (steps with their equations, `#### 54` at the end), kept small enough for a model
-of a few million parameters: positive whole numbers below 1,000, one operation a step, at most four steps.
+A story (one of `stories/`) draws quantities, computes its steps from them and tells them in words; up to three
+turns (`turns.py`) go on from its answer. It looks like GSM8K (steps with their equations, `#### 54` at the end), kept
+small enough for a model of a few million parameters: positive whole numbers of at most four digits, one operation a
+step, products with their partial products written out, as in "37*48=1440+336=1776".
 
-Training and held-out problems are disjoint by construction: story and drawn quantities together
-decide the split, so held-out numbers are never met in training, whatever the names around them.
+Training and held-out problems are disjoint by construction: story and its drawn quantities together
+decide the split, so held-out numbers are never met in training, whatever names are around them and turns follow.
 `sled train --data demo` trains on "train"; the demo and the tests ask from "heldout".
 """
 
@@ -20,10 +21,14 @@ from collections.abc import Iterator
 from fractions import Fraction
 
 from sled.demo.stories import STORIES
+from sled.demo.turns import TURNS, aside
 from sled.errors import SettingError
 
 SPLITS = ("train", "heldout")
 HELDOUT_SHARE = 0.1
+MOST_TURNS = 3
+ASIDES = 0.2  # of the problems have a number that does not matter
+LARGEST = 9_999
 
 NAMES = ("Ash Ben Cleo Dan Eva Finn Gita Hugo Ines Jack Kim Leo Mia Noah Omar Pia Quin Rosa Sam Tara "
          "Uma Vera Will Yara Zoe Ali Bea Carl Dora Emil").split()
@@ -72,6 +77,17 @@ def split_of(template: str, quantities: tuple[int, ...]) -> str:
     return "heldout" if int.from_bytes(digest, "big") >= (1 - HELDOUT_SHARE) * 2**32 else "train"
 
 
+def partial_products(a: int, b: int) -> list[str]:
+    """The sum that a product is written out as: the larger factor cut at the hundreds, or else the smaller at the tens.
+    None where that leaves one part, and for factors of the times tables (one digit times two, or both at most 12)."""
+    small, large = sorted((a, b))
+    if large < 100 and (small < 10 or large <= 12):
+        return []
+    whole, cut, other = (large, 100, small) if large >= 100 else (small, 10, large)
+    first, second = whole // cut * cut * other, whole % cut * other
+    return [f"{first}+{second}"] if first and second else []
+
+
 def _stream(split: str, rng: random.Random) -> Iterator[Problem]:
     names = list(STORIES)
     while True:
@@ -79,11 +95,16 @@ def _stream(split: str, rng: random.Random) -> Iterator[Problem]:
         telling = _Telling(rng)
         try:
             question = STORIES[template](telling)
+            if split_of(template, tuple(telling.quantities)) != split:
+                continue
+            turns = rng.sample(TURNS, rng.randint(0, MOST_TURNS))
+            question = " ".join([question, *(turn(telling) for turn in turns)])
+            if rng.random() < ASIDES:
+                question = f"{aside(telling)} {question}"
         except _Redraw:
             continue
-        if split_of(template, tuple(telling.quantities)) == split:
-            solution = "\n".join([*telling.steps, f"#### {telling.answer}"])
-            yield Problem(question, solution, telling.answer, template)
+        solution = "\n".join([*telling.steps, f"#### {telling.answer}"])
+        yield Problem(question, solution, telling.answer, template)
 
 
 class _Redraw(Exception):
@@ -137,13 +158,14 @@ class _Telling:
     def step(self, label: str, a: int, sign: str, b: int) -> int:
         """Write `label: a sign b = result` down and return the result, so far the answer.
 
-        `sign` is + - * / or %, the last for b percent of a. Redraws unless the result is a whole
-        number of 1..999.
+        `sign` is + - * / or %, the last for b percent of a. A product of large factors has two partial products in
+        between. Redraws unless the result is a whole number of 1..`LARGEST`.
         """
         result = OPERATIONS[sign](a, b)
-        self.need(result.denominator == 1 and 1 <= result <= 999)
+        self.need(result.denominator == 1 and 1 <= result <= LARGEST)
         result = int(result)
-        equation = f"{a}*{b}%={result}" if sign == "%" else f"{a}{sign}{b}={result}"
-        self.steps.append(f"{label}: {equation}")
+        operation = f"{a}*{b}%" if sign == "%" else f"{a}{sign}{b}"
+        parts = partial_products(a, b) if sign == "*" else []
+        self.steps.append("=".join([f"{label}: {operation}", *parts, str(result)]))
         self.answer = result
         return result

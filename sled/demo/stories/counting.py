@@ -4,7 +4,7 @@ PARTS = {2: "Half", 3: "A third", 4: "A quarter", 5: "A fifth"}
 
 
 def sharing(t):
-    each, kids = t.number(2, 12), t.number(2, 12)
+    each, kids = t.number(2, 35), t.number(2, 12)
     t.step("Each", each * kids, "/", kids)
     total, things = each * kids, t.things
     return t.pick(f"{t.name} shares {total} {things} equally among {kids} friends. How many does each get?",
@@ -12,7 +12,7 @@ def sharing(t):
 
 
 def sharing_the_rest(t):
-    each, kids, kept = t.number(2, 12), t.number(2, 9), t.number(2, 12)
+    each, kids, kept = t.number(2, 35), t.number(2, 10), t.number(2, 25)
     total = each * kids + kept
     rest = t.step("Rest", total, "-", kept)
     t.step("Each", rest, "/", kids)
@@ -21,14 +21,14 @@ def sharing_the_rest(t):
 
 
 def boxes(t):
-    count, size, loose = t.number(2, 12), t.number(2, 12), t.number(2, 12)
+    count, size, loose = t.number(2, 20), t.number(2, 25), t.number(2, 35)
     packed = t.step("Packed", count, "*", size)
     t.step("All", packed, "+", loose)
     return f"{t.name} has {count} boxes with {size} {t.things} each, and {loose} loose ones. How many in all?"
 
 
 def times_as_many(t):
-    n, factor = t.number(2, 15), t.number(2, 6)
+    n, factor = t.number(2, 45), t.number(2, 7)
     a, b = t.two_names
     second = t.step(b, n, "*", factor)
     things = t.things
@@ -40,7 +40,7 @@ def times_as_many(t):
 
 
 def fewer(t):
-    n, less = t.number(10, 40), t.number(2, 20)
+    n, less = t.number(14, 190), t.number(2, 75)
     a, b = t.two_names
     second = t.step(b, n, "-", less)
     t.step("Both", n, "+", second)
@@ -49,7 +49,7 @@ def fewer(t):
 
 
 def found_and_lost(t):
-    n, found, lost = t.number(5, 40), t.number(2, 20), t.number(2, 20)
+    n, found, lost = t.number(10, 190), t.number(2, 75), t.number(2, 75)
     more = t.step("Then", n, "+", found)
     t.step("Left", more, "-", lost)
     return t.pick(f"{t.name} has {n} {t.things}, finds {found} and loses {lost}. How many are left?",
@@ -57,7 +57,7 @@ def found_and_lost(t):
 
 
 def bus(t):
-    n, off, on = t.number(10, 40), t.number(2, 15), t.number(2, 15)
+    n, off, on = t.number(14, 140), t.number(2, 45), t.number(2, 45)
     left = t.step("Stay", n, "-", off)
     t.step("Now", left, "+", on)
     ride = t.pick("bus", "train", "boat", "tram")
@@ -65,7 +65,7 @@ def bus(t):
 
 
 def part_of_a_class(t):
-    part, size = t.number(2, 5), t.number(2, 15)
+    part, size = t.number(2, 5), t.number(2, 45)
     n = part * size
     away = t.step("Part", n, "/", part)
     group, act = t.pick("class", "club", "team", "group"), t.pick("sing", "swim", "dance", "read")
@@ -76,7 +76,7 @@ def part_of_a_class(t):
 
 
 def chairs(t):
-    rows, seats, empty = t.number(2, 12), t.number(3, 12), t.number(2, 12)
+    rows, seats, empty = t.number(3, 25), t.number(4, 25), t.number(2, 35)
     total = t.step("Seats", rows, "*", seats)
     t.step("Taken", total, "-", empty)
     room = t.pick("hall", "cinema", "theatre", "tent")
@@ -84,7 +84,7 @@ def chairs(t):
 
 
 def legs(t):
-    birds, beasts = t.number(2, 15), t.number(2, 15)
+    birds, beasts = t.number(2, 45), t.number(2, 45)
     two, four = t.pick("hens", "ducks", "geese"), t.pick("cows", "goats", "sheep", "dogs")
     first = t.step(two.capitalize(), birds, "*", 2)
     second = t.step(four.capitalize(), beasts, "*", 4)
@@ -93,7 +93,7 @@ def legs(t):
 
 
 def average(t):
-    a, b, c = t.number(2, 20), t.number(2, 20), t.number(2, 20)
+    a, b, c = t.number(2, 55), t.number(2, 55), t.number(2, 55)
     t.need((a + b + c) % 3 == 0)
     two = t.step("Two", a, "+", b)
     total = t.step("All", two, "+", c)
@@ -103,7 +103,7 @@ def average(t):
 
 
 def cuts(t):
-    length, pieces = t.number(2, 12), t.number(3, 12)
+    length, pieces = t.number(2, 17), t.number(3, 25)
     t.step("Pieces", length * pieces, "/", length)
     t.step("Cuts", pieces, "-", 1)
     what = t.pick("rope", "log", "ribbon", "board")
@@ -111,7 +111,7 @@ def cuts(t):
 
 
 def score(t):
-    wins, draws, per = t.number(2, 12), t.number(2, 12), t.number(2, 5)
+    wins, draws, per = t.number(2, 25), t.number(2, 25), t.number(2, 5)
     points = t.step("Wins", wins, "*", per)
     t.step("Points", points, "+", draws)
     return (f"A win gives {per} points and a draw one. {t.name} has {wins} wins and {draws} draws. "

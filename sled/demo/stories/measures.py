@@ -4,14 +4,14 @@ FOOD = "cake pie soup salad stew pizza bread curry".split()
 
 
 def distance(t):
-    speed, hours = t.number(10, 90, 5), t.number(2, 6)
+    speed, hours = t.number(10, 100, 5), t.number(2, 8)
     t.step("Distance", speed, "*", hours)
     ride = t.pick("car", "train", "bus", "boat")
     return f"A {ride} goes {speed} km an hour. How far does it go in {hours} hours?"
 
 
 def two_legs(t):
-    v, hours, w, more = t.number(10, 60, 10), t.number(2, 5), t.number(10, 60, 10), t.number(2, 5)
+    v, hours, w, more = t.number(10, 75, 5), t.number(2, 8), t.number(10, 75, 5), t.number(2, 8)
     first = t.step("First", v, "*", hours)
     second = t.step("Second", w, "*", more)
     t.step("All", first, "+", second)
@@ -20,7 +20,7 @@ def two_legs(t):
 
 
 def travel_time(t):
-    speed, hours, pause = t.number(10, 60, 10), t.number(2, 9), t.number(1, 4)
+    speed, hours, pause = t.number(10, 75, 5), t.number(2, 10), t.number(1, 4)
     ride = t.step("Ride", speed * hours, "/", speed)
     t.step("All", ride, "+", pause)
     return (f"{t.name} rides {speed * hours} km at {speed} km an hour and rests {pause} h. "
@@ -28,7 +28,7 @@ def travel_time(t):
 
 
 def way_to_school(t):
-    km, days = t.number(2, 15), t.number(2, 7)
+    km, days = t.number(2, 19), t.number(2, 15)
     both = t.step("Day", km, "*", 2)
     t.step("All", both, "*", days)
     place = t.pick("school", "work", "the lake", "the gym")
@@ -36,7 +36,7 @@ def way_to_school(t):
 
 
 def reading(t):
-    daily, days, left = t.number(5, 15), t.number(2, 8), t.number(5, 50, 5)
+    daily, days, left = t.number(5, 30), t.number(2, 14), t.number(5, 110, 5)
     pages = daily * days + left
     read = t.step("Read", daily, "*", days)
     t.step("Left", pages, "-", read)
@@ -44,7 +44,7 @@ def reading(t):
 
 
 def factory(t):
-    rate, hours, broken = t.number(4, 15), t.number(2, 8), t.number(2, 12)
+    rate, hours, broken = t.number(4, 40), t.number(2, 14), t.number(2, 35)
     made = t.step("Made", rate, "*", hours)
     t.step("Good", made, "-", broken)
     return (f"A machine makes {rate} {t.things} an hour. In {hours} hours {broken} break. "
@@ -52,7 +52,7 @@ def factory(t):
 
 
 def eggs(t):
-    hens, daily, days = t.number(2, 9), t.number(2, 4), t.number(2, 7)
+    hens, daily, days = t.number(2, 25), t.number(2, 5), t.number(2, 15)
     each = t.step("Day", hens, "*", daily)
     t.step("All", each, "*", days)
     return (f"{hens} {t.pick('hens', 'ducks', 'geese')} lay {daily} eggs each a day. "
@@ -60,7 +60,7 @@ def eggs(t):
 
 
 def fuel(t):
-    per, litres, price = t.number(5, 20, 5), t.number(2, 12), t.number(2, 5)
+    per, litres, price = t.number(5, 20, 5), t.number(2, 25), t.number(2, 7)
     t.step("Litres", per * litres, "/", per)
     t.step("Cost", litres, "*", price)
     return (f"A car goes {per} km on a litre, and a litre costs {price} {t.currency}. "
@@ -68,7 +68,7 @@ def fuel(t):
 
 
 def ingredients(t):
-    per, count, have = t.number(2, 9), t.number(2, 9), t.number(2, 12)
+    per, count, have = t.number(2, 13), t.number(2, 19), t.number(2, 35)
     needed = t.step("Need", per, "*", count)
     t.step("Buy", needed, "-", have)
     food, what = t.pick(*FOOD), t.pick("eggs", "onions", "carrots", "tomatoes")
@@ -77,7 +77,7 @@ def ingredients(t):
 
 
 def recipe(t):
-    people, factor, cups = t.number(2, 6), t.number(2, 6), t.number(2, 9)
+    people, factor, cups = t.number(2, 8), t.number(2, 8), t.number(2, 15)
     t.step("Times", people * factor, "/", people)
     t.step("Cups", cups, "*", factor)
     food, what = t.pick(*FOOD), t.pick("flour", "rice", "milk", "oil")
@@ -86,7 +86,7 @@ def recipe(t):
 
 
 def fence(t):
-    long, wide = t.number(3, 30), t.number(2, 20)
+    long, wide = t.number(3, 110), t.number(2, 75)
     half = t.step("Half", long, "+", wide)
     t.step("All", half, "*", 2)
     place = t.pick("garden", "field", "yard", "park")
@@ -94,7 +94,7 @@ def fence(t):
 
 
 def area(t):
-    long, wide, pond = t.number(3, 12), t.number(3, 12), t.number(2, 12)
+    long, wide, pond = t.number(3, 25), t.number(3, 25), t.number(2, 35)
     whole = t.step("Area", long, "*", wide)
     t.step("Rest", whole, "-", pond)
     place, inner = t.pick("garden", "yard", "park"), t.pick("pond", "shed", "path")
@@ -102,7 +102,7 @@ def area(t):
 
 
 def minutes(t):
-    hours, more, less = t.number(2, 5), t.number(10, 50, 10), t.number(5, 60, 5)
+    hours, more, less = t.number(2, 11), t.number(5, 50, 5), t.number(5, 75, 5)
     whole = t.step("Minutes", hours, "*", 60)
     total = t.step("All", whole, "+", more)
     t.step("Left", total, "-", less)

@@ -4,7 +4,7 @@ WORDS = {3: "three", 4: "four", 5: "five", 6: "six"}
 
 
 def cost(t):
-    n, price = t.number(2, 12), t.number(2, 15)
+    n, price = t.number(2, 20), t.number(2, 40)
     t.step("Cost", n, "*", price)
     who, things, coins = t.name, t.things, t.currency
     return t.pick(f"{who} buys {n} {things} at {price} {coins} each. How much is that?",
@@ -12,7 +12,7 @@ def cost(t):
 
 
 def discount_for_many(t):
-    n, price, percent, least = t.number(2, 9), t.number(5, 30, 5), t.number(10, 50, 10), t.number(3, 6)
+    n, price, percent, least = t.number(2, 9), t.number(5, 50, 5), t.number(10, 50, 10), t.number(3, 6)
     full = t.step("Cost", n, "*", price)
     if n >= least:
         off = t.step("Off", full, "%", percent)
@@ -22,7 +22,7 @@ def discount_for_many(t):
 
 
 def sale(t):
-    price, percent = t.number(10, 200, 10), t.number(10, 90, 10)
+    price, percent = t.number(10, 400, 10), t.number(10, 90, 10)
     off = t.step("Off", price, "%", percent)
     t.step("Pay", price, "-", off)
     what = t.pick("coat", "bike", "lamp", "watch", "chair", "bag")
@@ -31,7 +31,7 @@ def sale(t):
 
 
 def price_rise(t):
-    price, percent = t.number(10, 200, 10), t.number(10, 50, 10)
+    price, percent = t.number(10, 400, 10), t.number(10, 70, 10)
     more = t.step("More", price, "%", percent)
     t.step("Price", price, "+", more)
     what = t.pick("ticket", "room", "phone", "pass", "meal")
@@ -39,7 +39,7 @@ def price_rise(t):
 
 
 def two_goods(t):
-    n, p, m, q = t.number(2, 9), t.number(2, 12), t.number(2, 9), t.number(2, 12)
+    n, p, m, q = t.number(2, 12), t.number(2, 25), t.number(2, 12), t.number(2, 25)
     first = t.step("First", n, "*", p)
     second = t.step("Second", m, "*", q)
     t.step("All", first, "+", second)
@@ -50,7 +50,7 @@ def two_goods(t):
 
 
 def change(t):
-    n, price, cash = t.number(2, 9), t.number(2, 12), t.number(20, 100, 10)
+    n, price, cash = t.number(2, 12), t.number(2, 25), t.number(20, 300, 10)
     paid = t.step("Cost", n, "*", price)
     t.step("Change", cash, "-", paid)
     coins = t.currency
@@ -59,7 +59,7 @@ def change(t):
 
 
 def coupon(t):
-    n, price, off = t.number(2, 9), t.number(3, 12), t.number(2, 12)
+    n, price, off = t.number(2, 12), t.number(3, 30), t.number(2, 35)
     full = t.step("Cost", n, "*", price)
     t.step("Pay", full, "-", off)
     coins = t.currency
@@ -68,7 +68,7 @@ def coupon(t):
 
 
 def packs(t):
-    size, count, price = t.number(2, 12), t.number(2, 9), t.number(2, 12)
+    size, count, price = t.number(2, 20), t.number(2, 12), t.number(2, 20)
     needed = size * count
     t.step("Packs", needed, "/", size)
     t.step("Cost", count, "*", price)
@@ -77,7 +77,7 @@ def packs(t):
 
 
 def bill(t):
-    food, drinks, friends = t.number(10, 60, 2), t.number(4, 30, 2), t.number(2, 5)
+    food, drinks, friends = t.number(10, 150), t.number(4, 90), t.number(2, 6)
     total = t.step("Bill", food, "+", drinks)
     t.step("Each", total, "/", friends)
     coins = t.currency
@@ -86,7 +86,7 @@ def bill(t):
 
 
 def tickets(t):
-    adults, kids, price = t.number(2, 6), t.number(2, 8), t.number(4, 20, 2)
+    adults, kids, price = t.number(2, 9), t.number(2, 12), t.number(4, 30, 2)
     half = t.step("Child", price, "/", 2)
     first = t.step("Adults", adults, "*", price)
     second = t.step("Kids", kids, "*", half)
@@ -97,7 +97,7 @@ def tickets(t):
 
 
 def membership(t):
-    fee, monthly, months = t.number(5, 50, 5), t.number(3, 12), t.number(2, 12)
+    fee, monthly, months = t.number(5, 100, 5), t.number(3, 30), t.number(2, 15)
     total = t.step("Months", monthly, "*", months)
     t.step("All", total, "+", fee)
     club = t.pick("gym", "chess club", "library", "pool")

@@ -2,7 +2,7 @@
 
 
 def age_later(t):
-    age, older, years = t.number(3, 30), t.number(2, 15), t.number(2, 15)
+    age, older, years = t.number(3, 45), t.number(2, 20), t.number(2, 20)
     a, b = t.two_names
     now = t.step("Now", age, "+", older)
     t.step("Later", now, "+", years)
@@ -10,7 +10,7 @@ def age_later(t):
 
 
 def age_times(t):
-    age, factor = t.number(3, 15), t.number(2, 6)
+    age, factor = t.number(3, 20), t.number(2, 6)
     who, elder = t.name, t.pick("mother", "father", "aunt", "teacher")
     old = t.step(elder.capitalize(), age, "*", factor)
     t.step("Older", old, "-", age)
@@ -19,7 +19,7 @@ def age_times(t):
 
 
 def saving(t):
-    start, weekly, weeks = t.number(5, 50, 5), t.number(2, 12), t.number(2, 12)
+    start, weekly, weeks = t.number(5, 200, 5), t.number(2, 25), t.number(2, 20)
     saved = t.step("Saved", weekly, "*", weeks)
     t.step("All", saved, "+", start)
     coins = t.currency
@@ -28,7 +28,7 @@ def saving(t):
 
 
 def saving_for(t):
-    have, weekly, weeks = t.number(5, 50, 5), t.number(2, 12), t.number(2, 12)
+    have, weekly, weeks = t.number(5, 150, 5), t.number(2, 25), t.number(2, 20)
     price = have + weekly * weeks
     missing = t.step("Missing", price, "-", have)
     t.step("Weeks", missing, "/", weekly)
@@ -38,7 +38,7 @@ def saving_for(t):
 
 
 def wages(t):
-    hours, rate, tip = t.number(2, 10), t.number(5, 15), t.number(2, 12)
+    hours, rate, tip = t.number(2, 15), t.number(5, 30), t.number(2, 35)
     pay = t.step("Pay", hours, "*", rate)
     t.step("All", pay, "+", tip)
     coins = t.currency
@@ -47,7 +47,7 @@ def wages(t):
 
 
 def overtime(t):
-    hours, more, rate, extra = t.number(4, 8), t.number(2, 6), t.number(5, 12), t.number(2, 8)
+    hours, more, rate, extra = t.number(4, 15), t.number(2, 9), t.number(5, 20), t.number(2, 12)
     pay = t.step("Pay", hours, "*", rate)
     late_rate = t.step("Rate", rate, "+", extra)
     late = t.step("Extra", more, "*", late_rate)
