@@ -121,7 +121,7 @@ def set_aside(questions: Questions) -> tuple[Questions, Questions]:
     for less than two."""
     count = max(1, min(ASIDE, len(questions.prompts) // 5))
     if len(questions.prompts) == count:
-        raise SettingError("questions holds 1, but one at least is to choose settings by and one to be asked; give more")
+        raise SettingError("questions holds 1, but one chooses settings, and one at least is asked; give more")
     part = lambda of: dataclasses.replace(  # noqa: E731
         questions, prompts=questions.prompts[of], answers=questions.answers[of])
     return part(slice(count)), part(slice(count, None))
@@ -193,7 +193,8 @@ def claims(of: Measured) -> list[ClaimRow]:
              of.faster(DRAFTED, claimed=2.0)),
         line("2b", "It takes 15 to 25% less memory than drafts of a separate model", layerskip,
              f"{drafts}; the separate model: its layers up to there, embedding and head; weights and K/V, by their "
-             "shapes", resampled("bytes spared", SHARE, np.mean, of.saved, claimed=0.15, no_effect=0.0)),
+             "shapes",
+             resampled("bytes spared", SHARE, lambda saved: saved.mean(-1), of.saved, claimed=0.15, no_effect=0.0)),
         line("3", "Early exit is 3 times as fast at 95% of the quality", "EE-LLM, arXiv 2312.04916",
              f"{chosen.written(best)}, {one}", of.kept(best, claimed=0.95), of.faster(best, claimed=3.0)),
         line("4a", "SLED is better at arithmetic than greedy decoding", "SLED, arXiv 2411.02433, and accounts of it",
@@ -253,16 +254,15 @@ def left_apart(answers: Answers) -> float:
 def wrong_by_depth(of: Measured) -> Figure:
     """What a text's depth tells of whether its answer is wrong."""
     answers = of.every[of.chosen.threshold]
-    return correlation("wrong answer by depth", ~of.right[of.chosen.threshold], answers.depth_N,
-                       np.column_stack([of.prompt_lengths, answers.length_N]))
+    return correlation("wrong answer by depth", ~of.right[of.chosen.threshold], answers.depth_N, of.prompt_lengths,
+                       answers.length_N)
 
 
 def depth_by_time(of: Measured, way: str) -> Figure:
     """What the time per token tells of the depth that the text has with exits."""
     answers = of.alone[way]
     return correlation("depth by time per token", of.alone[of.chosen.threshold].depth_N,
-                       answers.seconds_M / answers.length_N,
-                       np.column_stack([of.prompt_lengths[:len(answers.tokens)], answers.length_N]))
+                       answers.seconds_M / answers.length_N, of.prompt_lengths[:len(answers.tokens)], answers.length_N)
 
 
 def notes(of: Measured, aside: int) -> list[str]:

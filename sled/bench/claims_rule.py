@@ -14,10 +14,10 @@ from scipy.stats import binomtest, rankdata
 
 HOLDS, IN_PART, DOES_NOT_HOLD = "holds", "holds in part", "does not hold"
 RULE = (
-    "Verdicts follow from figures and intervals alone. A figure reaches a claim where it is what is claimed, or better, "
+    "Verdicts follow from figures and intervals alone. A figure reaches a claim where it is what is claimed or better, "
     "and the whole interval lies beyond no effect (1 for speeds, 0 for differences). It fails where the interval does "
-    "not; or, of a figure that has no such point, as quality kept, where the whole interval falls short of what is "
-    "claimed. A claim holds where all of its figures reach it. It does not hold where an effect fails to show, or all "
+    "not; or, of a figure that knows none, as quality kept, where the whole interval falls short of what is claimed. "
+    "A claim holds where all of its figures reach it. It does not hold where an effect fails to show, or all "
     "figures fail. Else it holds in part.")
 DRAWS = 2000
 SHARE, SPEED, DIFFERENCE, CORRELATION = "{:.1%}", "{:.2f}x", "{:+.1%}", "{:+.2f}"
@@ -77,32 +77,27 @@ def share(name: str, hits: Sequence[bool], **claim) -> Figure:
 
 def speed(name: str, theirs_N: np.ndarray, ours_N: np.ndarray, **claim) -> Figure:
     """How many times as fast we are, by the seconds that both took for the same N pieces of work."""
-    return resampled(name, SPEED, lambda theirs, ours: theirs.sum() / ours.sum(), theirs_N, ours_N,
+    return resampled(name, SPEED, lambda theirs, ours: theirs.sum(-1) / ours.sum(-1), theirs_N, ours_N,
                      **{"no_effect": 1.0, **claim})
 
 
-def correlation(name: str, one_N: np.ndarray, other_N: np.ndarray, known_NK: np.ndarray) -> Figure:
-    """The partial rank correlation (Spearman) of two columns: what one tells of the other beyond K known ones."""
-    return resampled(name, CORRELATION, partial_rank_correlation, one_N, other_N, known_NK, no_effect=0.0)
+def correlation(name: str, one_N: np.ndarray, other_N: np.ndarray, *known_N: np.ndarray) -> Figure:
+    """The partial rank correlation (Spearman) of two columns: what one tells of the other beyond those known."""
+    return resampled(name, CORRELATION, partial_correlation, *map(rankdata, (one_N, other_N, *known_N)), no_effect=0.0)
 
 
-def resampled(name: str, form: str, statistic: Callable[..., float], *columns, **claim) -> Figure:
-    """A statistic of columns of N, and the percentiles of it over samples of N rows drawn with replacement."""
-    columns = [np.asarray(column, np.float64) for column in columns]
-    n = len(columns[0])
-    drawn = [statistic(*(column[index_N] for column in columns))
-             for index_N in np.random.default_rng(0).integers(n, size=(DRAWS, n))]
-    low, high = np.quantile(drawn, [0.025, 0.975])
+def resampled(name: str, form: str, statistic: Callable, *columns: np.ndarray, **claim) -> Figure:
+    """A statistic over the last axis of columns [N], and its percentiles over samples of N rows drawn with replacement.
+    """
+    index_DN = np.random.default_rng(0).integers(len(columns[0]), size=(DRAWS, len(columns[0])))
+    low, high = np.quantile(statistic(*(column[index_DN] for column in columns)), [0.025, 0.975])
     return Figure(name, float(statistic(*columns)), float(low), float(high), form, **claim)
 
 
-def partial_rank_correlation(one_N: np.ndarray, other_N: np.ndarray, known_NK: np.ndarray) -> float:
-    """The correlation of the ranks of two columns, less what is linear in the ranks of K others; 0 where nothing of a
-    column is left."""
-    known = np.column_stack([np.ones(len(one_N)), rankdata(known_NK, axis=0)])
-    both_N2 = np.column_stack([rankdata(one_N), rankdata(other_N)])
-    rest_N2 = both_N2 - known @ np.linalg.lstsq(known, both_N2, rcond=None)[0]
-    sizes = np.linalg.norm(rest_N2, axis=0)
-    if (sizes < 1e-6 * len(one_N)).any():
-        return 0.0
-    return float(rest_N2[:, 0] @ rest_N2[:, 1] / sizes.prod())
+def partial_correlation(*columns: np.ndarray) -> np.ndarray:
+    """Over the last axis, the correlation of what is left of the first two columns where the others are subtracted, as
+    far as they are linear in them; 0 where nothing is left of one."""
+    rows = np.stack([column - column.mean(-1, keepdims=True) for column in columns], axis=-2)
+    spread = rows @ rows.swapaxes(-1, -2)
+    inverse = np.linalg.inv(spread + 1e-9 * rows.shape[-1]**3 * np.eye(len(columns)))  # where columns are constant, too
+    return -inverse[..., 0, 1] / np.sqrt(inverse[..., 0, 0] * inverse[..., 1, 1])
