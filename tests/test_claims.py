@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from demo_toy import demo_toy
-from tiny_lm import PROMPTS, generate, tiny_lm
 
 import sled
 from sled.bench import claims, claims_runs
@@ -26,6 +25,7 @@ from sled.bench.claims_rule import (
     verdict,
 )
 from sled.bench.claims_runs import Answers, Together, let_through, memory_saved, over_budget
+from sled.cli import main
 from sled.errors import SettingError
 from sled.eval.questions import demo_questions
 from sled.exits.policy import ExitView
@@ -114,7 +114,7 @@ def measured() -> claims.Measured:
     """A world in which every claim is true."""
     full = HARD_N < 0.75
     right = dict.fromkeys((claims.GREEDY, 0.95, 0.7, 0.8, claims.DRAFTED), full) | {
-        claims.SLED: HARD_N < 0.9, 0.0: HARD_N < 0.1}
+        0.8: full & (HARD_N > 0), claims.SLED: HARD_N < 0.9, 0.0: HARD_N < 0.1}
     return claims.Measured(
         chosen=claims.Chosen((2, 4), 0.8, sled.SelfSpeculation(2, 6)), right=right,
         every=dict.fromkeys(right, answers(1)),
@@ -167,6 +167,11 @@ def test_the_first_questions_choose_settings():
         assert len(asked.prompts) == problems and 1 <= len(aside.prompts) <= claims.ASIDE
     with pytest.raises(SettingError, match="holds 1"):
         claims.set_aside(demo_questions(1))
+
+
+def test_other_models_need_questions(capsys):
+    assert main(["bench", "claims", "-m", "other"]) == 1
+    assert "--data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("settings", "says"), [(dict(problems=0), "at least 1"), (dict(rounds=0), "at least 1"),
@@ -237,14 +242,24 @@ def test_requests_beyond_what_was_granted_are_told(monkeypatch):
     assert over_budget(demo_toy(), [[1, 2, 3], [1, 2, 3]], (1,), 6, bar) == [False, True]
 
 
-def test_ways_answer_and_are_timed_batch_by_batch(monkeypatch):
-    lm = tiny_lm()
-    bar = types.SimpleNamespace(update=lambda: None)
-    found = claims_runs.answered(lm, PROMPTS, 4, {"greedy": {}}, 48, 1, bar)["greedy"]
-    plain = generate()
-    assert found.tokens == plain.tokens and found.seconds_M.shape == (1,) and found.seconds_M[0] > 0
-    assert found.length_N.tolist() == [len(tokens) for tokens in plain.tokens] and (found.depth_N == 4).all()
-    assert found.same(found) == [True] * 4
+def test_ways_answer_and_are_timed_batch_by_batch():
+    """Two batches of three prompts, in turn, with what each way is given besides."""
+    asked = []
+
+    def generate(ids, *, batch_size, max_new_tokens, **how):
+        asked.append((ids, how))
+        assert (batch_size, max_new_tokens) == (2, 9)
+        return types.SimpleNamespace(tokens=[[n, n] for [n] in ids], exit_layers=[[2, n] for [n] in ids])
+
+    lm, bar = types.SimpleNamespace(generate=generate), types.SimpleNamespace(update=lambda: None)
+    found = claims_runs.answered(lm, [[4], [6], [8]], 2, {"plain": {}, "other": dict(seed=1)}, 9, 2, bar)
+    assert asked == 3 * [([[4], [6]], {}), ([[4], [6]], dict(seed=1)), ([[8]], {}), ([[8]], dict(seed=1))]
+    for each in found.values():
+        assert each.tokens == [[4, 4], [6, 6], [8, 8]] and each.seconds_M.shape == (2,) and (each.seconds_M > 0).all()
+        assert each.depth_N.tolist() == [3, 4, 5] and each.length_N.tolist() == [2, 2, 2]
+    assert found["plain"].same(found["other"]) == [True] * 3
+    untimed = claims_runs.answered(lm, [[4]], 2, {"plain": {}}, 9, 0, bar)["plain"]
+    assert untimed.tokens == [[4, 4]] and not untimed.seconds_M.size
 
 
 def test_the_report_has_the_table_and_all_numbers(monkeypatch):

@@ -36,7 +36,7 @@ GREEDY, SLED, DRAFTED, SLED_DRAFTED, APART, LOCKED = (
 class ClaimRow:
     """A claim, what was measured of it, and whether it holds. figures: in full, in the JSON form alone."""
 
-    number: str = column("")
+    number: str = column("no.")
     claim: str = column("what is said")
     source: str = column("by")
     measured: str = column("measured here [95% interval]")
@@ -92,11 +92,10 @@ def run_claims_bench(*, model: str = "demo", questions: Questions | None = None,
                      new_tokens: int = 144) -> BenchReport:
     """Measures all claims on `questions`, the first of which choose settings and are not asked.
 
-    model: as for `sled.load`. questions: None asks `problems` held-out word problems, which the bundled model solves.
-    The first 24 questions asked are timed one by one, the first 64 in batches of 8.
+    model: as for `sled.load`. questions: None asks `problems` held-out word problems of the bundled model. The first 24
+    questions asked are timed one by one, the first 64 in batches of 8.
     Raises SettingError for too few questions, for a model that solves none, and what loading raises.
     """
-    problems = Whole(1, hint="it counts the problems to ask")("problems", problems)
     rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
     aside, asked = set_aside(questions or demo_questions(with_aside(problems)))
     lm = sled.load(model, dtype="float32")
@@ -112,7 +111,8 @@ def run_claims_bench(*, model: str = "demo", questions: Questions | None = None,
 
 
 def with_aside(problems: int) -> int:
-    """So many questions to ask, and those that choose settings: one for four, at most `ASIDE`."""
+    """So many questions to ask, at least one, and those that choose settings: one for four, at most `ASIDE`."""
+    problems = Whole(1, hint="it counts the problems to ask")("problems", problems)
     return problems + max(1, min(ASIDE, problems // 4))
 
 
@@ -131,8 +131,9 @@ def measure_claims(lm: LM, aside: Questions, asked: Questions, new_tokens: int, 
     """Answers the questions in all ways. Raises SettingError where the full model solves none of them."""
     prompts = prompt_ids(asked.prompts, lm.text, lm.config)
     few, several = prompts[:ALONE], prompts[:IN_BATCHES]
-    with tqdm(desc="sled bench claims", unit="run") as bar:
+    with tqdm(desc="choosing exits, drafts and a threshold", unit="run") as bar:
         chosen = choose(lm, aside, new_tokens, bar)
+        bar.set_description("sled bench claims")
         exits = {each: dict(exits=chosen.exits(each)) for each in (CAUTIOUS, BOLD, chosen.threshold)}
         ways = {GREEDY: {}, **exits, DRAFTED: dict(exits=chosen.drafts), SLED: dict(fusion=sled.SLED())}
         for_answers = {**ways, 0.0: dict(exits=chosen.exits(0.0))}
@@ -218,7 +219,8 @@ def claims(of: Measured) -> list[ClaimRow]:
         line("6a", "Whoever moves the threshold makes the model wrong", attack, f"{chosen.written(0)}, no floor",
              share("solved answers lost", ~of.right[0.0][of.right[GREEDY]], no_effect=0.0)),
         line("6b", "The same", attack, f"sled.Limits(threshold_floor={best:g}), thresholds below it",
-             share("requests let through", of.taken, no_effect=0.0)),
+             share("requests let through", of.taken, no_effect=0.0),
+             share("solved answers lost at the floor", ~of.right[best][of.right[GREEDY]], no_effect=0.0)),
         line("6c", "Whoever moves the threshold, or finds texts that no exit is sure of, makes it slow",
              "DeepSloth, arXiv 2010.02432 (of classifiers)", f"{chosen.written(1)} against {best:g}, {one}",
              of.faster(best, 1.0, "times as long")),
