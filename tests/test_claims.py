@@ -10,7 +10,7 @@ import pytest
 from demo_toy import demo_toy
 
 import sled
-from sled.bench import claims, claims_runs
+from sled.bench import claims, claims_runs, claims_table
 from sled.bench.claims_rule import (
     DOES_NOT_HOLD,
     HOLDS,
@@ -25,6 +25,7 @@ from sled.bench.claims_rule import (
     verdict,
 )
 from sled.bench.claims_runs import Answers, Together, let_through, memory_saved, over_budget
+from sled.bench.claims_table import APART, BATCH, DRAFTED, GREEDY, LOCKED, SLED, SLED_DRAFTED, Chosen, Measured
 from sled.cli import main
 from sled.errors import SettingError
 from sled.eval.questions import demo_questions
@@ -110,22 +111,22 @@ def many(seconds: float, **settings) -> Answers:
     return answers(seconds, count=claims.IN_BATCHES, **settings)
 
 
-def measured() -> claims.Measured:
+def measured() -> Measured:
     """A world in which every claim is true."""
     full = HARD_N < 0.75
-    right = dict.fromkeys((claims.GREEDY, 0.95, 0.7, 0.8, claims.DRAFTED), full) | {
-        0.8: full & (HARD_N > 0), claims.SLED: HARD_N < 0.9, 0.0: HARD_N < 0.1}
-    return claims.Measured(
-        chosen=claims.Chosen((2, 4), 0.8, sled.SelfSpeculation(2, 6)), right=right,
+    right = dict.fromkeys((GREEDY, 0.95, 0.7, 0.8, DRAFTED), full) | {
+        0.8: full & (HARD_N > 0), SLED: HARD_N < 0.9, 0.0: HARD_N < 0.1}
+    return Measured(
+        chosen=Chosen((2, 4), 0.8, sled.SelfSpeculation(2, 6)), right=right,
         every=dict.fromkeys(right, answers(1)),
-        alone={claims.GREEDY: few(8), 0.95: few(4), 0.7: few(2), 0.8: few(2), 1.0: few(9), claims.DRAFTED: few(3),
-               claims.SLED: few(7), claims.SLED_DRAFTED: few(3)},
-        batched={claims.GREEDY: many(4), claims.APART: many(5, texts=9), claims.LOCKED: many(4)},
+        alone={GREEDY: few(8), 0.95: few(4), 0.7: few(2), 0.8: few(2), 1.0: few(9), DRAFTED: few(3),
+               SLED: few(7), SLED_DRAFTED: few(3)},
+        batched={GREEDY: many(4), APART: many(5, texts=9), LOCKED: many(4)},
         prompt_lengths=np.full(N, 30), saved=np.full(claims.ALONE, 0.2), taken=[True] * 9, over=[True] * claims.ALONE)
 
 
-def verdicts(of: claims.Measured) -> dict[str, str]:
-    return {row.number: row.verdict for row in claims.claims(of)}
+def verdicts(of: Measured) -> dict[str, str]:
+    return {row.number: row.verdict for row in claims_table.claims(of)}
 
 
 def test_every_claim_may_hold():
@@ -135,28 +136,28 @@ def test_every_claim_may_hold():
 
 def test_and_every_claim_may_not():
     world, none = measured(), np.zeros(N, bool)
-    full = world.right[claims.GREEDY]
-    alone = dict.fromkeys(world.alone, few(10)) | {claims.GREEDY: few(9), 1.0: few(9), claims.SLED: few(9.9)}
+    full = world.right[GREEDY]
+    alone = dict.fromkeys(world.alone, few(10)) | {GREEDY: few(9), 1.0: few(9), SLED: few(9.9)}
     even = {way: each._replace(seconds_M=np.full(claims.ALONE, each.seconds_M[0])) for way, each in alone.items()}
     found = verdicts(dataclasses.replace(
-        world, right=dict.fromkeys(world.right, none) | {claims.GREEDY: full, 0.0: full},
-        every=world.every | {claims.DRAFTED: answers(1, texts=40)}, alone=even,
-        batched={claims.GREEDY: many(4), claims.APART: many(3), claims.LOCKED: many(4)},
+        world, right=dict.fromkeys(world.right, none) | {GREEDY: full, 0.0: full},
+        every=world.every | {DRAFTED: answers(1, texts=40)}, alone=even,
+        batched={GREEDY: many(4), APART: many(3), LOCKED: many(4)},
         saved=-world.saved, taken=[False] * 9, over=[False] * claims.ALONE))
     assert set(found.values()) == {DOES_NOT_HOLD}, found
 
 
 def test_texts_in_batches_are_held_against_other_batches_and_alone():
     world = measured()
-    changed = lambda **other: sum(claims.changed(dataclasses.replace(world, **other)))  # noqa: E731
+    changed = lambda **other: sum(claims_table.changed(dataclasses.replace(world, **other)))  # noqa: E731
     like = {0.8: few(1, texts=9)}
     assert changed() == changed(alone=like) == changed(every={0.8: answers(1, texts=9)}) == 9
     assert changed(alone=like, every={0.8: answers(1, texts=9)}) == 0
 
 
 def test_positions_at_which_rows_leave_apart_are_counted_where_there_are_several_rows():
-    layers = [[2, 2, 4], [2, 4], *[[2]] * (claims.BATCH - 2), *[[4]] * claims.BATCH]
-    assert claims.left_apart(Answers([], layers, np.zeros(0))) == 1 / 3
+    layers = [[2, 2, 4], [2, 4], *[[2]] * (BATCH - 2), *[[4]] * BATCH]
+    assert claims_table.left_apart(Answers([], layers, np.zeros(0))) == 1 / 3
 
 
 # The parts
@@ -193,7 +194,7 @@ def test_the_lowest_threshold_is_chosen_down_to_which_enough_is_kept(monkeypatch
     monkeypatch.setattr(sled, "layers", lambda *_, **__: survey)
 
     def generate(_, prompts, __, ways, *___):
-        texts = {way: [f"#### {a}" if way == claims.GREEDY or way >= lowest else "####" for a in asked.answers]
+        texts = {way: [f"#### {a}" if way == GREEDY or way >= lowest else "####" for a in asked.answers]
                  for way in ways}
         return {way: Answers([lm.text.encode(text) for text in each], [[1]] * 8, np.ones(1))
                 for way, each in texts.items()}
