@@ -1,6 +1,7 @@
 """The result of every benchmark: rows, and the machine and versions that they were measured with.
 
-A row is a dataclass; its columns are fields made by `column`, which gives each its heading in the Markdown table.
+A row is a dataclass; its columns are fields made by `column`, which gives each its heading in the Markdown table. Other
+fields are in the JSON form alone.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ class BenchReport:
         made_with = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         lines = [f"{self.title}; {self.date}; {self.hardware}; {made_with}"]
         for kind, rows in itertools.groupby(self.rows, type):
-            columns = [field.metadata for field in dataclasses.fields(kind)]
-            cells = (map(_cell, dataclasses.astuple(row), columns) for row in rows)
-            lines += ["", table([column["heading"] for column in columns], cells)]
+            columns = {field.name: field.metadata for field in dataclasses.fields(kind) if "heading" in field.metadata}
+            cells = ([_cell(getattr(row, name), column) for name, column in columns.items()] for row in rows)
+            lines += ["", table([column["heading"] for column in columns.values()], cells)]
         return "\n".join([*lines, *([""] if self.notes else []), *self.notes])
 
     def json(self) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from typing import Annotated, Literal
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from sled.cli.derived import arguments
 from sled.cli.options import left_out, print_devices
+from sled.cli.question_options import QuestionOptions
 from sled.cli.values import NewPath
 from sled.io import replace_text, writable
 from sled.models.config import WEIGHT_TYPES
@@ -29,10 +31,14 @@ class Measurement:
         print_devices()
         name = type(self).__name__.lower()
         measure = getattr(importlib.import_module(f"sled.bench.{name}"), f"run_{name}_bench")
-        report = measure(**arguments(self, measure))
+        report = measure(**self.settings(measure))
         print(report.markdown())
         if self.json:
             replace_text("--json", self.json, report.json() + "\n")
+
+    def settings(self, measure: Callable) -> dict[str, Any]:
+        """What the measurement is given, by name."""
+        return arguments(self, measure)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +130,39 @@ class Layers(Measurement):
     """Held-out problems."""
     picture: NewPath | None = None
     """Also draw the layers into this file (.png, .svg or .pdf)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Claims(Measurement):
+    """What popular accounts of early exit claim, measured: each with its figures, intervals and a verdict.
+
+    sled bench claims --json claims.json
+
+    sled bench claims -m HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k.jsonl --answer answer
+    --prompt "Question: {question}\\nAnswer:" --num-fewshot 4 --problems 24 --rounds 1
+
+    Speed and quality at thresholds, self-speculation and its memory, SLED's answers and speed, rows of a batch that
+    leave at layers of their own, what a moved threshold does to a served model, and what time tells of a text. Exits,
+    drafts and one threshold are chosen on questions that are not asked otherwise. Verdicts follow from figures and
+    intervals by a rule that the report states. About five minutes for the bundled model.
+    """
+
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
+    """"demo" (bundled), a Hugging Face folder, or a hub id; in float32."""
+    question_options: QuestionOptions = dataclasses.field(default_factory=QuestionOptions)
+    problems: int = 192
+    """Questions to ask; before them come those that choose settings, one for four, at most 32. The first 24 asked are
+    timed one by one, the first 64 in batches of 8."""
+    new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 144
+    """The most tokens of an answer."""
+    rounds: int = 3
+    """Interleaved rounds; of every text and way the fastest counts."""
+
+    def settings(self, measure: Callable) -> dict[str, Any]:
+        from sled.bench.claims import with_aside
+
+        questions = self.question_options.read(self.model, with_aside(self.problems), 0)
+        return {**super().settings(measure), "questions": questions}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tyro
 
 import sled
 from sled.cli.derived import arguments, given, option_help, option_type, sets
-from sled.cli.line import Sets, dashed
 from sled.cli.options import (
     FEW_PROMPTS,
     ChatOptions,
@@ -22,13 +21,12 @@ from sled.cli.options import (
     left_out,
     unescape,
 )
+from sled.cli.question_options import QuestionOptions
 from sled.cli.values import Layer, LayerSet, NewPath
-from sled.errors import PromptError, SettingError
-from sled.eval.extraction import RULES
+from sled.errors import SettingError
 
 Measure = option_type(sled.EarlyExit, "measure")
 KV = Annotated[option_type(sled.EarlyExit, "kv"), tyro.conf.arg(help=option_help(sled.EarlyExit, "kv"))]
-EXTRACT_HELP = "What counts as a text's answer.\n" + "\n".join(f"{word}: {rule.where}." for word, rule in RULES.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +54,7 @@ class Sweep:
     """Folder for sweep.csv, samples.jsonl (every prompt and text), sweep.md and sweep.png."""
     problems: Annotated[int | None, left_out("all of --data, or 160 held-out problems of the demo model")] = None
     """The number of questions to ask."""
-    data: str | None = None
-    """Questions of your own: a file of JSON lines, or what else sled train reads."""
-    prompt: str | None = None
-    """--data: the prompt, a column or a template such as "Question: {question}\\nAnswer:"."""
-    answer: Annotated[str | None, Sets(("Source.completion",))] = None
-    """--data: the column with the right answer, a number such as 54, -1,234 or $0.75, or a solution that ends with ####
-    and a number."""
-    num_fewshot: int = 0
-    """--data: how many solved questions to show before each; they are the first of --fewshot, or of --data, where they
-    are not asked then. A model that was not trained to end with #### and a number needs some to see it."""
-    fewshot: str | None = None
-    """--num-fewshot: the file of the solved questions, with the columns of --data."""
-    extract: Annotated[Literal[tuple(RULES)], tyro.conf.arg(help=EXTRACT_HELP)] = next(iter(RULES))
+    question_options: QuestionOptions = dataclasses.field(default_factory=QuestionOptions)
     stop: Annotated[Stop, left_out("what a next question begins with, which a model may invent: the words of --prompt "
                                    "before its first column, such as Question:")] = ()
     exit_layers: Annotated[tuple[LayerSet, ...] | None, sets(sled.EarlyExit, "layers"),
@@ -151,7 +137,7 @@ class Sweep:
 
         if not self._chooses:
             return [], questions
-        if self.data is None:
+        if self.question_options.data is None:
             return [prompt(problem.question) for problem in problems("train", FEW_PROMPTS)], questions
         if len(questions.prompts) <= FEW_PROMPTS:
             raise SettingError(f"--exit-layers or --draft-layers was left out, so the first {FEW_PROMPTS} questions "
@@ -162,20 +148,8 @@ class Sweep:
         return list(questions.prompts[:FEW_PROMPTS]), left
 
     def _questions(self):
-        from sled.eval.questions import demo_questions, read_questions
-
-        if self.data is None:
-            for option in ("prompt", "answer", "num_fewshot", "fewshot"):
-                if getattr(self, option):
-                    raise PromptError(f"{dashed(option)} is for --data, which was not given; name a file by --data")
-            if self.model_options.model != "demo":
-                raise PromptError(f"no questions were given for {self.model_options.model}: only the demo model comes "
-                                  "with some of its own; name a file by --data, with --prompt and --answer")
-            asked = demo_questions(160 if self.problems is None else self.problems)
-            return dataclasses.replace(asked, extract=self.extract)
-        if self.prompt is None or self.answer is None:
-            raise PromptError("--data was given without --prompt or --answer; say which columns hold the question and "
-                              "the right answer")
-        limit = self.problems and self.problems + FEW_PROMPTS * self._chooses
-        return read_questions(self.data, prompt=unescape(self.prompt), answer=self.answer, limit=limit,
-                              extract=self.extract, num_fewshot=self.num_fewshot, fewshot=self.fewshot)
+        """As many as are asked, and those that are to be set aside."""
+        count, data = self.problems, self.question_options.data
+        if count and data and self._chooses:
+            count += FEW_PROMPTS
+        return self.question_options.read(self.model_options.model, count, 160)
