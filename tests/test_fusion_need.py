@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import sled
 from sled.decoding import need
-from sled.fusion import SLED, DoLa, SharedHead
+from sled.fusion import SLED, DoLa, SharedHead, latent_bound
 from sled.fusion.partial import max_and_index
 from sled.fusion.strategy import per_row
 from sled.settings.decorator import setting
@@ -61,6 +61,51 @@ def test_what_is_certain_does_not_change(strategy, logits, seed):
     np.testing.assert_array_equal(final_B[certain_B], fused_B[certain_B])
 
 
+def choices_by_layer(strategy, logits_BCV, asked_B):
+    """As `choices`, of what is certain by single layers."""
+    best = lambda l_BV: max_and_index(l_BV)[1][:, 0]  # noqa: E731
+    head, final_BV = SharedHead(jnp.eye(V)), logits_BCV[:, -1]
+    return (strategy.certain_by_layer(final_BV, logits_BCV, head, asked_B), best(final_BV),
+            best(strategy.logits(logits_BCV, head)))
+
+
+@pytest.mark.parametrize("few", [12, 0])  # all layers projected one by one, or none
+@pytest.mark.parametrize("strategy", STRATEGIES[:3])
+def test_what_is_certain_by_layer_does_not_change(strategy, few, monkeypatch):
+    monkeypatch.setattr(latent_bound, "FEW_LAYERS", few)
+    monkeypatch.setattr(latent_bound, "PROBE", 5)
+    decide, rng, settled = jax.jit(choices_by_layer), np.random.default_rng(0), 0
+
+    @settings(max_examples=25, deadline=None)
+    @given(logits=cases(), near=st.booleans())
+    def check(logits, near):
+        nonlocal settled
+        rate, asked_B = rng.choice([0, 0.1, 0.5, 1, 2, 3, 10], 64).astype(np.float32), rng.random(64) < 0.8
+        if near:  # layers near the final one, each by another distance
+            logits[:, :-1] = logits[:, -1:] + rng.uniform(0, 0.1, (64, 3, 1)).astype(np.float32) * logits[:, :-1]
+        of = strategy(rate, scale=rng.integers(1, 17, 64))
+        certain_B, final_B, fused_B = map(np.asarray, decide(of, logits, asked_B))
+        assert not certain_B[~asked_B].any()
+        np.testing.assert_array_equal(final_B[certain_B], fused_B[certain_B])
+        settled += certain_B.sum()
+
+    check()
+    assert settled > 100
+
+
+def test_layers_that_agree_settle_what_the_last_layer_leaves_open():
+    """Early layers below which the first token rises: SLED speaks for it, but the last layer's gap is no proof."""
+    final_V = np.linspace(-9, 0, V)
+    final_V[-2:] = 5, 5.5
+    agreeing_V = final_V.copy()
+    agreeing_V[-2:] = 6, 5
+    for early_V, settled in ((agreeing_V, True), (np.where(np.arange(V) == V - 2, 4, final_V), False)):
+        logits = np.stack([early_V, early_V, final_V])[None].astype(np.float32)
+        certain_B, final_B, fused_B = choices(SLED(1.0), logits)
+        by_layer_B, _, _ = jax.jit(choices_by_layer)(SLED(1.0), logits, np.ones(1, bool))
+        assert not certain_B.item() and by_layer_B.item() == settled == (final_B == fused_B).item()
+
+
 def test_the_bound_is_sharp():
     """Where early layers give the second token everything, SLED changes the token just below the bound."""
     final_V = np.linspace(-3, 0, V)
@@ -93,6 +138,20 @@ class Shifted:
     def logits(self, h_BCD, head):
         jax.debug.callback(CALLS.append, h_BCD.shape[0])
         return head.project(h_BCD).mean(1) + per_row(self.shift, h_BCD[:, 0])
+
+
+@settings_class
+class Everywhere:
+    """A fusion that proves nothing, and so looks at all layers at every token."""
+
+    inner: SLED = setting(traced=True)
+    norm_early = False
+
+    def early_layers(self, num_layers, *, tied):
+        return self.inner.early_layers(num_layers, tied=tied)
+
+    def logits(self, h_BCD, head):
+        return self.inner.logits(h_BCD, head)
 
 
 CALLS: list[int] = []
@@ -139,3 +198,14 @@ def test_early_layers_are_projected_only_where_they_are_needed(least, cases, mon
         fused_P = needed_P | (calls == [8])  # all at once where most are needed
         expected_PV = np.where(fused_P[:, None], fused_PV, logits_PCV[:, 3])
         np.testing.assert_allclose(out_PV[:7], expected_PV[:7], rtol=1e-5)
+
+
+def test_tokens_of_sled_that_looks_at_few_layers_are_those_of_sled_that_looks_at_all(monkeypatch, demo):
+    """In a vocabulary that counts as large."""
+    monkeypatch.setattr(need, "LARGE_VOCABULARY", 1)
+    monkeypatch.setattr(need, "BLOCK_LOGITS", {"cpu": 1})
+    monkeypatch.setattr(latent_bound, "FEW_LAYERS", 2)
+    prompts = [[1 + i, 5, 9 + i] for i in range(8)]
+    for rate in (0.1, 1.0):
+        by_need = demo.generate(prompts, max_new_tokens=24, fusion=SLED(rate))
+        assert by_need.tokens == demo.generate(prompts, max_new_tokens=24, fusion=Everywhere(SLED(rate))).tokens

@@ -2,7 +2,8 @@
 
 Of a row that takes the most likely token, unchanged by any processor, only the place of the largest logit counts.
 Where the fusion proves from the last layer's logits that it cannot move it (`certain` of `sled.fusion.Strategy`), these
-stand for the fused ones. The rows that are left are fused together.
+stand for the fused ones. The rows that are left are taken in blocks: the fusion may prove the same from the logits of
+some early layers (`certain_by_layer`), and else the block is fused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sled.settings.per_row import take_rows
 BLOCK_LOGITS = {"cpu": 2**20}
 BLOCK_LOGITS_ELSEWHERE = 2**24
 BLOCKS = 4  # a block is this part of the rows, or more
+LARGE_VOCABULARY = 4096  # from here on a proof by single layers costs little of the projections that it spares
 
 
 def deciding_logits(run: Context, states, wanted_P, row_P) -> jax.Array:
@@ -36,20 +38,29 @@ def deciding_logits(run: Context, states, wanted_P, row_P) -> jax.Array:
     final_PV = only_if(open_P.any(), lambda: readout.fuse(FinalLayer(), states, last))
     left_P = wanted_P & ~(open_P & fusion.certain(final_PV))
     places, vocabulary = final_PV.shape
-    all_at_once = lambda: readout.fuse(fusion, states, last)  # noqa: E731
     size = block_size(places, (1 + len(early)) * vocabulary)
-    if size == places:
-        return jax.lax.cond(left_P.any(), all_at_once, lambda: final_PV)
+    by_layer = hasattr(fusion, "certain_by_layer") and vocabulary >= LARGE_VOCABULARY and isinstance(places, int)
 
     def block(carry):
         left_P, logits_PV = carry
         at_R = jnp.nonzero(left_P, size=size, fill_value=places)[0]  # beyond the last row where fewer are left
-        fused_RV = readout.fuse(take_rows(fusion, at_R), {n: h_PD[at_R] for n, h_PD in states.items()}, last)
-        return left_P.at[at_R].set(False, mode="drop"), logits_PV.at[at_R].set(fused_RV, mode="drop")
+        some, final_RV = take_rows(fusion, at_R), final_PV[at_R]
+        h_RCD = {n: h_PD[at_R] for n, h_PD in states.items()}
+        fused = lambda: readout.fuse(some, h_RCD, last)  # noqa: E731
+        if by_layer:
+            real_R = at_R < places
+            settled_R = readout.certain_by_layer(some, final_RV, h_RCD, last, real_R & open_P[at_R])
+            logits_RV = jax.lax.cond((settled_R | ~real_R).all(), lambda: final_RV, fused)
+        else:
+            logits_RV = fused()
+        return left_P.at[at_R].set(False, mode="drop"), logits_PV.at[at_R].set(logits_RV, mode="drop")
 
     def in_blocks():
         return jax.lax.while_loop(lambda carry: carry[0].any(), block, (left_P, final_PV))[1]
 
+    all_at_once = lambda: readout.fuse(fusion, states, last)  # noqa: E731
+    if size == places:
+        return in_blocks() if by_layer else jax.lax.cond(left_P.any(), all_at_once, lambda: final_PV)
     return jax.lax.cond(2 * left_P.sum() > places, all_at_once, in_blocks)
 
 

@@ -129,3 +129,9 @@ class Readout(NamedTuple):
         """
         h_PCD = self.candidates(states, self.early_layers(fusion, last), fusion.norm_early, last)
         return fused_logits(fusion, h_PCD, self.head(last))
+
+    def certain_by_layer(self, fusion, final_PV, states: Mapping[int, jax.Array], last: int, asked_P) -> jax.Array:
+        """At which of the P positions asked for [P] the fusion proves, from the last layer's logits and some of the
+        early ones, that its choice is the last layer's. states: as for `fuse`."""
+        h_PCD = self.candidates(states, self.early_layers(fusion, last), fusion.norm_early, last)
+        return fusion.certain_by_layer(final_PV, h_PCD, self.head(last), asked_P)

@@ -115,6 +115,17 @@ def finish(partial: Partial, top_logits_BCK, top_ids_BK, final_BV, beta_B1) -> L
     )
 
 
+def pair_cosines(l_SV, final_SV, ids_SK, beta_S1):
+    """SLED's cosines [S, K] of single early layers' logits, given their rows' final ones, and lengths [S] of l_n - l_N.
+
+    ids_SK: the tokens asked for; beta_S1: 1 / temperature.
+    """
+    l_S2V = jnp.stack([l_SV, final_SV], axis=1)
+    partial = blockwise_statistics(l_S2V, beta_S1)
+    top_S2K = jnp.take_along_axis(l_S2V, ids_SK[:, None], axis=-1)
+    return _cosines(partial, top_S2K, ids_SK, beta_S1[..., None])[:, 0], jnp.sqrt(partial.gap_sq[:, 0])
+
+
 def _cosines(partial: Partial, top_logits_BCK, top_ids_BK, beta_B11):
     """cosine(P_n - e_i, l_n - l_N), (B, E, K). 0 where a layer equals the final one."""
     early = jax.tree.map(lambda s: s[:, :-1, None], partial)

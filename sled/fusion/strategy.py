@@ -21,8 +21,9 @@ class Strategy(Protocol):
 
     One may have `certain(final_BV)` besides: given the final layer's logits, rows [B] in which the largest logit of
     `logits` is at the same token, whatever the early layers are; False where that is not known. Greedy decoding then
-    spares the early layers of such rows their projection (`sled.decoding.need`). Rounding must not break the promise:
-    `sled.fusion.certain` has a margin.
+    spares the early layers of such rows their projection (`sled.decoding.need`). And `certain_by_layer(final_BV, h_BCD,
+    head)`, which says the same of what `logits` would be given, and projects the early layers that it needs to know.
+    Rounding must not break these promises: `sled.fusion.certain` has a margin.
     """
 
     norm_early: bool
