@@ -78,8 +78,8 @@ def exit_cross_entropy(h_EBTD, head: SharedHead, targets_BT, mask_BT, weights_E,
     h_EBTD: normed hidden states of E exits, the last layer's last. Differentiable, as is the head.
     head: the projection they share. An exit with one of its own is a call of its own, with E = 1.
     targets_BT: token ids, and mask_BT how much each counts in the mean. Where the mask is 0 any id may stand, and
-        nothing of that token, finite or not, reaches the loss or a gradient: it is not projected. A target outside the vocabulary makes
-        the loss NaN. Without any target loss and gradients are 0.
+        nothing of that token, finite or not, reaches the loss or a gradient, and it is not projected. A target outside
+        the vocabulary makes the loss NaN. Without any target loss and gradients are 0.
     weights_E: how much each exit counts. One of weight 0 is not computed at all, and its gradient is exactly 0.
     z_loss: weight of z = logsumexp(logits)^2 (PaLM, arXiv 2204.02311, section 5: 1e-4). None: off, at no cost.
     distill: weight of the divergence of each earlier exit's q = softmax(logits / T) from the last exit's p, through
