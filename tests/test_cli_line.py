@@ -226,6 +226,8 @@ def layers_that_promise(*most: int):
                                                                         sled.EarlyExit((2, 4), 0.8)]),
     (["--thresholds", "--draft-layers", "3", "--drafts", "2", "4"], [sled.SelfSpeculation(3, 2),
                                                                      sled.SelfSpeculation(3, 4)]),
+    (["--thresholds", "--drafts", "2", "--draft-layers", "3", "--draft-first-ids", "64"],
+     [sled.SelfSpeculation(3, 2), sled.SelfSpeculation(3, 2, first_ids=64)]),
 ])
 def test_tune_tries_what_was_asked_for(words, policies, demo, monkeypatch, capsys):
     monkeypatch.setattr(sled, "load", lambda *_, **__: demo)

@@ -119,11 +119,12 @@ def accepted_by_definition(model, texts):
 def test_guesses_are_made_through_the_exits_own_rows():
     model = headed("projection, untied")
     h = jax.random.normal(jax.random.key(0), (2, 16))
-    drafter = sled.SelfSpeculation((1, 2), adaptive=True, vocabulary=jnp.array([7, 3])).prepare(Readout(model))
-    for index, layer in enumerate((1, 2)):
-        logits = drafter.logits({layer: h}, index)
-        np.testing.assert_allclose(logits[:, [7, 3]], plain_logits(model, h, layer)[:, [7, 3]], rtol=1e-4, atol=1e-4)
-        assert np.isneginf(np.delete(logits, [7, 3], axis=1)).all()
+    for ids, some in (([7, 3], dict(vocabulary=jnp.array([7, 3]))), ([0, 1, 2], dict(first_ids=3))):
+        drafter = sled.SelfSpeculation((1, 2), adaptive=True, **some).prepare(Readout(model))
+        for index, layer in enumerate((1, 2)):
+            logits = drafter.logits({layer: h}, index)
+            np.testing.assert_allclose(logits[:, ids], plain_logits(model, h, layer)[:, ids], rtol=1e-4, atol=1e-4)
+            assert np.isneginf(np.delete(logits, ids, axis=1)).all()
 
 
 def test_the_lens_and_fusions_read_by_the_heads():

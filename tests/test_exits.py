@@ -201,6 +201,7 @@ def test_propagation_equals_the_slow_reference():
     pytest.param(speculation(drafts=(8, 8, 8, 8), adaptive=True), sled.FinalLayer(), marks=pytest.mark.exhaustive),
     (speculation((1, 2, 3), (8, 8, 8, 8), adaptive=True), sled.FinalLayer()),
     (speculation(drafts=(6, 6, 6, 6), vocabulary=jnp.arange(6, 40)), sled.FinalLayer()),
+    (speculation(drafts=(6, 6, 6, 6), first_ids=40), sled.FinalLayer()),
     # A draft that ends its row waits for its verification, whatever layer the row would draft at by then.
     (sled.SelfSpeculation((1, 2), draft=5, adaptive=True), sled.FinalLayer()),
     pytest.param(sled.SelfSpeculation((1, 3), draft=5, adaptive=True), sled.FinalLayer(), marks=pytest.mark.exhaustive),
@@ -225,7 +226,7 @@ def test_speculation_loses_nothing_at_any_exit_length_or_schedule(layer):
                                         (8, 0.2, sled.Gather(rows=8))):
         policy = speculation(layer, [draft] * 4, confidence=confidence)
         assert generate(exits=policy, schedule=schedule).tokens == plain
-        alone = sled.SelfSpeculation(layer, draft=draft, confidence=confidence)
+        alone = sled.SelfSpeculation(layer, draft=draft, max_draft=8, confidence=confidence)
         assert generate(PROMPTS[2], exits=alone).tokens == plain[2:3]
         counts = counts or compiled()
     assert compiled() == counts

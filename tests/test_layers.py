@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from flax import nnx
 from headed_models import headed
 from tiny_lm import CAPACITY, CONFIG, EOS, PROMPTS, generate, tiny_lm, totals
 
@@ -16,6 +17,7 @@ from sled.cli.generate import Generate
 from sled.cli.line import parse
 from sled.errors import CalibrationError, SettingError
 from sled.lm import LM
+from sled.models import Decoder
 from sled.survey import profile, survey
 from sled.survey.choices import Choices, layer_choices
 from sled.survey.costs import DRAFTS, Costs
@@ -23,8 +25,9 @@ from sled.survey.picture import picture
 from sled.survey.result import Survey
 from sled.survey.simulate import count_drafts, count_exits
 
-COSTS = Costs(4, {1: 2.0, 3: 3.0, 9: 6.0, 17: 10.0}, {1: 1.0, 3: 1.5, 9: 2.0, 17: 3.0}, plain=0.5, draft=0.25,
-              verify=1.25, exit=0.125, deeper=0.75, call=2.5)
+COSTS = Costs(4, {1: 2.0, 3: 3.0, 9: 6.0, 17: 10.0}, {1: 1.0, 3: 1.5, 9: 2.0, 17: 3.0}, few=0.125, plain=0.5,
+              draft=0.25, verify=1.25, exit=0.125, deeper=0.75, call=2.5)
+FEW = 48  # ids, of 61
 RNG = np.random.default_rng(0)
 
 
@@ -33,7 +36,7 @@ def read() -> tuple[list[np.ndarray], list[Choices]]:
     """The tiny model's answers, and its layers' choices along them."""
     lm, texts = tiny_lm(), [np.array(tokens) for tokens in generate().tokens]
     pairs = list(zip(map(np.array, PROMPTS), texts, strict=True))
-    return texts, layer_choices(lm, pairs, batch_size=len(PROMPTS), progress=False)
+    return texts, layer_choices(lm, pairs, batch_size=len(PROMPTS), progress=False, first_ids=FEW)
 
 
 # Choices
@@ -52,6 +55,13 @@ def test_choices_are_the_lenss_wherever_the_answer_stands():
 
 # Counts
 
+def test_drafts_of_few_ids_are_thought_of_where_the_projection_is_heavy():
+    """242 rows weigh a layer, and 1,000 more than two."""
+    assert survey._first_ids(tiny_lm()) is None
+    wide = Decoder.init(dataclasses.replace(CONFIG, vocab_size=1000, num_layers=1, windows=()), rngs=nnx.Rngs(0))
+    assert survey._first_ids(LM(wide)) == 192
+
+
 @pytest.mark.parametrize("draft", [1, 2, 5, 8])
 def test_drafts_are_counted_as_they_happen(draft):
     """Two of the texts end with an ending token, two at the end of the context. Of drafts of 8, one is wrong at once
@@ -59,8 +69,8 @@ def test_drafts_are_counted_as_they_happen(draft):
     texts, choices = read()
     assert {EOS in text for text in texts} == {True, False}
     stats = generate(exits=sled.SelfSpeculation(2, draft)).stats
-    counted = [count_drafts(*each, (3, draft), limit=CAPACITY - len(prompt), ends=(EOS,))
-               for *each, prompt in zip(choices, texts, PROMPTS, strict=True)]
+    counted = [count_drafts(each.token_LT, text, (3, draft), limit=CAPACITY - len(prompt), ends=(EOS,))
+               for each, text, prompt in zip(choices, texts, PROMPTS, strict=True)]
     drafted, accepted, verifications = (sum(each)[1, 1] for each in zip(*counted, strict=True))
     assert totals(stats)[3:] == (drafted - 3 * (draft == 8), accepted, verifications)
 
@@ -75,14 +85,13 @@ def test_drafts_are_counted_as_they_happen(draft):
     ([7, 7, 7, 7], 2, 4, (7, 0, 4)),     # and cuts it to one token before the last
 ])
 def test_drafts_by_hand(tokens, draft, limit, counts):
-    choices = Choices(np.array([tokens, [1, 2, 3, 4]]), np.ones((2, 4)), np.ones((2, 4)))
-    counted = count_drafts(choices, np.array([1, 2, 3, 4]), [draft], limit=limit, ends=(0,))
+    counted = count_drafts(np.array([tokens, [1, 2, 3, 4]]), np.array([1, 2, 3, 4]), [draft], limit=limit, ends=(0,))
     assert tuple(int(each[0, 0]) for each in counted) == counts
 
 
 def probable(probability_LT) -> Choices:
     """Choices of which nothing but their probability matters."""
-    return Choices(np.zeros_like(probability_LT, int), np.float32(probability_LT), None)
+    return Choices(np.zeros_like(probability_LT, int), np.float32(probability_LT), None, None)
 
 
 def plain_exits(batch, layer, threshold, window, block):
@@ -119,6 +128,7 @@ def test_times_are_those_of_the_parts():
     assert (COSTS.layer(2), COSTS.layer(6), COSTS.layer(21), COSTS.head(1)) == (2.5, 4.5, 12.0, 1.0)
     # Ten drafts after layer 1, and three verifications of 9 tokens.
     assert COSTS.drafting(1, 9, 10, 3) == 10 * (2 + 0.25 + 1) + 3 * (2 + 0.25 + 3 * 6 + 2 + 1.25)
+    assert COSTS.drafting(1, 9, 10, 3, few=True) == COSTS.drafting(1, 9, 10, 3) - 10 * (1 - 0.125)
     left = count_exits([probable([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4)], [0.5], window=9, block=3)
     # Five steps; the third runs three tokens as a block, the fifth two.
     assert COSTS.leaving(3, left, block=3) == [5 * (3 * 2 + 1 + 0.125) + 2 * 3 + 2 * 1 + 2 * 0.75]
@@ -139,7 +149,8 @@ def test_a_device_bound_by_memory_reads_weights_once():
     bound = Costs.of_weights(tiny_lm())
     layer = 4 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)
     assert bound.layer(1) == bound.layer(9) == 1 and bound.head(1) == pytest.approx(4 * 61 * 32 / layer)
-    assert bound.step == pytest.approx(4 + bound.head(1)) and not bound.own_head
+    assert bound.step == pytest.approx(4 + bound.head(1)) and not bound.own_head and bound.few is None
+    assert Costs.of_weights(tiny_lm(), FEW).few == pytest.approx(4 * FEW * 32 / layer)
     assert Costs.of_weights(LM(headed("affine, untied"))).own_head == pytest.approx(dict.fromkeys(
         (1, 3), (16 * 16 + 16) / (2 * 16 * 16 + 2 * 16 * 8 + 3 * 16 * 24 + 2 * 16)))
 
@@ -154,7 +165,7 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
                                block=3) for n, threshold in ((10, 0.1), (1, 0.9)))
     one = 2 * COSTS.layer(1) + COSTS.head(1) + COSTS.exit  # the tenth step, after the cycle's nine
     times = {**{("layers", n): 4 * COSTS.layer(n) for n in sizes}, **{("head", n): COSTS.head(n) for n in sizes},
-             "plain": COSTS.step, "call": COSTS.step + 2.5,
+             "plain": COSTS.step, "few": COSTS.few, "call": COSTS.step + 2.5,
              "short": COSTS.drafting(1, 9, 2, 1), "long": COSTS.drafting(1, 9, 8, 1),
              "leaves": timed(leave) - one, "stays": timed(stay)}
     solved = profile._solved(times, 4, sizes, draft_layer=1, exit_layer=2, window=9, cycle=9)
@@ -168,6 +179,7 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
 def surveyed() -> Survey:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(survey, "measured_costs", lambda *_, **__: COSTS)
+        patch.setattr(survey, "_first_ids", lambda _: FEW)
         return sled.layers(tiny_lm(), PROMPTS, max_new_tokens=CAPACITY, batch_size=4, progress=False)
 
 
@@ -183,14 +195,16 @@ def test_the_figures_are_those_of_the_answers():
         error = sum(abs(sure[bins == b].mean() - right[bins == b].mean()) * (bins == b).mean() for b in set(bins))
         assert (said.layer, said.agreement) == (layer, pytest.approx(right.mean()))
         assert said.calibration_error == pytest.approx(error) and said.sure == pytest.approx((sure > 0.9).mean())
-    way = next(way for way in found.drafting if (way.layer, way.draft) == (2, 4))
-    stats = generate(exits=way.policy()).stats
-    assert (way.acceptance, way.accepted) == pytest.approx((stats.acceptance, stats.mean_accepted))
+    for ids in (None, FEW):
+        way = next(way for way in found.drafting if (way.layer, way.draft, way.first_ids) == (2, 4, ids))
+        stats = generate(exits=way.policy()).stats
+        assert way.accepted == pytest.approx(stats.mean_accepted)
+        assert way.acceptance == pytest.approx(stats.acceptance, abs=0.002)  # one draft, wrong already, ends a text
     way = next(way for way in found.leaving if (way.layer, way.threshold) == (3, 0.5))
     leaves = sure_LT[2] > 0.5
     assert (way.left, way.kept) == pytest.approx((leaves.mean(), 1 - (leaves & ~right_LT[2]).mean()))
     assert way.mean_depth == pytest.approx(4 - leaves.mean())
-    assert len(found.drafting) == 3 * len(DRAFTS) and found.weights
+    assert len(found.drafting) == 3 * len(DRAFTS) * 2 and found.weights
     assert "Survey(model=" in repr(found) and len(repr(found)) < 2500
 
 
@@ -202,14 +216,15 @@ def changed(**of_drafting) -> Survey:
 
 
 @pytest.mark.parametrize(("found", "says"), [
-    (changed(speed=1.4, acceptance=0.9), "sled.SelfSpeculation(1, draft=1): 1.40 times"),
+    (changed(speed=1.4, acceptance=0.9, first_ids=None), "sled.SelfSpeculation(1, draft=1): 1.40 times"),
+    (changed(speed=1.4, acceptance=0.9, first_ids=FEW), "sled.SelfSpeculation(1, draft=1, first_ids=48): 1.40 times"),
     (changed(speed=1.0, bound_speed=1.5), "speak, but here, in batches of 4, no exit"),
     (changed(speed=0.8, bound_speed=0.8, acceptance=0.1), "do not speak. Nearest is layer"),
     (dataclasses.replace(changed(speed=0.8, bound_speed=0.8), layers=tuple(
         dataclasses.replace(said, pays_from=None) for said in surveyed().layers)), "not even drafts"),
     (dataclasses.replace(changed(speed=0.8, bound_speed=0.8), layers=tuple(
         dataclasses.replace(said, pays_from=0.9) for said in surveyed().layers)), "Training would hardly help"),
-], ids=["drafts", "here not", "none", "never", "hardly"])
+], ids=["drafts", "of few", "here not", "none", "never", "hardly"])
 def test_the_verdict_says_what_to_do(found, says):
     assert says in found.verdict()
     assert max(map(len, found.table().splitlines())) <= 120 and len(found.table().splitlines()) == 6
@@ -227,7 +242,7 @@ def test_it_is_drawn(tmp_path):
 
 def test_the_command_recommends_what_generate_takes(demo, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
-    found, asked = changed(speed=1.4), {}
+    found, asked = changed(speed=1.4, first_ids=FEW), {}
 
     @functools.wraps(sled.layers)
     def layers(lm, prompts, **settings):
@@ -240,7 +255,7 @@ def test_the_command_recommends_what_generate_takes(demo, monkeypatch, capsys, t
     assert len(asked.pop("prompts")) == 3 and asked == dict(max_new_tokens=7, batch_size=1, profile=False)
     options = capsys.readouterr().out.rpartition("options of sled generate: ")[2]
     made = parse(Generate, "sled generate", [*options.split(), "Hi"]).exit_options.settings()
-    assert made["exits"] == found.recommended[0].policy() == sled.SelfSpeculation(1, 1)
+    assert made["exits"] == found.recommended[0].policy() == sled.SelfSpeculation(1, 1, first_ids=FEW)
     assert json.loads((tmp_path / "layers.json").read_text())["recommended"]["drafting"]["layer"] == 1
 
 

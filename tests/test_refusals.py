@@ -87,6 +87,8 @@ W_VD = jnp.ones((6, 4))
     (sled.SelfSpeculation, dict(layer=2, vocabulary="abc"), "SelfSpeculation.vocabulary is 'abc', but must be a list"),
     (sled.SelfSpeculation, dict(layer=2, vocabulary=[0.5]), "SelfSpeculation.vocabulary is [0.5], but must be a list"),
     (sled.SelfSpeculation, dict(layer=2, vocabulary=[]), "SelfSpeculation.vocabulary is [], but must be a list of tok"),
+    (sled.SelfSpeculation, dict(layer=2, first_ids=0), "SelfSpeculation.first_ids is 0"),
+    (sled.SelfSpeculation, dict(layer=2, first_ids=2, vocabulary=[1]), "first_ids is 2, but vocabulary names the"),
     (sled.Gather, dict(rows=0), "Gather.rows is 0"),
     (sled.Gather, dict(patience=-1), "Gather.patience is -1"),
     (sled.Sampling, dict(temperature=-1), "Sampling.temperature is -1"),
@@ -177,6 +179,7 @@ def risk(text, reference):
        f"vocabulary has the token id {wrong}, but the model's are 0 to 60; leave it out")
       for ids, wrong in (([3, 61], 61), ([-1], -1), (np.array([2**40]), 2**40), (jnp.array([1, 99]), 99),
                          (range(70), 61))),
+    (lambda lm: lm.generate("a", exits=sled.SelfSpeculation(1, first_ids=62)), SettingError, "the model has 61"),
     (lambda lm: lm.generate("a", exits=sled.EarlyExit(1, measure="classifier", classifier=sled.Classifier(
         np.ones((1, 7)), np.ones(1)))), SettingError, "hidden states of width 7, but the model's is 32"),
     (lambda lm: lm.generate("a", fusion=DoLa(layers=(99,))), SettingError, r"DoLa.layers is \(99,\), but 99 is no ear"),

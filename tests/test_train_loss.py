@@ -140,6 +140,24 @@ def test_products_and_memory_are_no_more_than_asked_for():
         assert max(sizes) == max(batch[0].size, batch[1].size, 7 * VOCABULARY)
 
 
+def test_tokens_that_do_not_count_are_not_projected(monkeypatch):
+    h_EBTD, w_VD, targets_BT, _, weights_E = example(dtype=np.float32)
+    projected, project_vjp = [], SharedHead.project_vjp
+
+    def counted(self, h_CD):
+        jax.debug.callback(lambda: projected.append(len(h_CD)))
+        return project_vjp(self, h_CD)
+
+    monkeypatch.setattr(SharedHead, "project_vjp", counted)
+    loss = jax.jit(lambda mask_BT: exit_cross_entropy(
+        h_EBTD, SharedHead(w_VD), targets_BT, mask_BT, weights_E, distill=1.0, chunk=6)[0])
+    for count, chunks in ((0, 0), (6, 1), (7, 2), (18, 3)):
+        projected.clear()
+        jax.block_until_ready(loss((np.random.RandomState(1).permutation(18) < count).reshape(BATCH, TOKENS) * 1.0))
+        jax.effects_barrier()
+        assert projected == [6] * chunks * 3  # the exits that are on
+
+
 def test_metrics_are_constants_to_differentiation():
     h_EBTD, *rest = example(dtype=np.float32)
     assert not jax.grad(lambda h: exit_cross_entropy(h, SharedHead(rest[0]), *rest[1:])[1].z_E[0])(h_EBTD).any()

@@ -92,6 +92,6 @@ def _means(lm: LM, prompts: list[list[int]], texts: list[list[int]]) -> tuple[np
     """Means [L] over all tokens of the texts, for the layers 1 .. L: negative log-likelihood, and the share that is the
     layer's first choice."""
     pairs = list(zip(*([np.array(ids, np.int32) for ids in each] for each in (prompts, texts)), strict=True))
-    token_LT, _, logprob_LT = (np.concatenate(each, axis=1) for each in zip(
+    token_LT, _, logprob_LT, _ = (np.concatenate(each, axis=1) for each in zip(
         *layer_choices(lm, pairs, batch_size=ROWS, progress=False), strict=True))
     return -logprob_LT.mean(1), (token_LT == np.concatenate([text for _, text in pairs])).mean(1)

@@ -12,6 +12,7 @@ from sled.errors import CalibrationError, SettingError
 from sled.exits import Gather, Immediate, Policy, Schedule
 from sled.lm import LM
 from sled.settings.brief import brief
+from sled.settings.decorator import declared
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompts, prompt_ids
 from sled.timing import interleave
@@ -147,10 +148,12 @@ def _schedules(policy: Policy, rows: int) -> list[Schedule]:
 
 
 def _short(settings) -> str:
-    """A setting as one writes it down, defaults left out."""
+    """A setting as one writes it down, defaults left out, and bounds that follow from what they bound."""
     fields = dataclasses.fields(settings)
-    usual = type(settings)(**{f.name: getattr(settings, f.name) for f in fields if f.default is dataclasses.MISSING})
+    bounded = {of.bounds for of in declared(type(settings)).values()}
+    usual = type(settings)(**{f.name: getattr(settings, f.name) for f in fields
+                              if f.default is dataclasses.MISSING or f.name in bounded})
     written = {f.name: " ".join(repr(getattr(settings, f.name)).split()) for f in fields}
-    changed = [f"{f.name}={written[f.name]}" for f in fields
-               if f.default is dataclasses.MISSING or written[f.name] != repr(getattr(usual, f.name))]
+    changed = [f"{f.name}={written[f.name]}" for f in fields if f.default is dataclasses.MISSING
+               or written[f.name] != repr(f.default if f.name in bounded else getattr(usual, f.name))]
     return f"{type(settings).__name__}({', '.join(changed)})"

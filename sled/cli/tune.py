@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Annotated
 
 import tyro
@@ -55,6 +56,8 @@ class Tune:
     """Self-speculation: after which layer to draft, each a setting."""
     drafts: Annotated[tuple[int, ...], sets(sled.SelfSpeculation, "draft")] = (6,)
     """Self-speculation: how many tokens to draft. Nothing behind the option: none is tried."""
+    draft_first_ids: Annotated[tuple[int, ...], sets(sled.SelfSpeculation, "first_ids")] = ()
+    """Self-speculation: to draft from so many of the first token ids, each a setting beside all of them."""
     rounds: int = 5
     """Rounds of timing; the fastest counts."""
     prompt_options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
@@ -73,15 +76,16 @@ class Tune:
             raise SettingError("nothing is left to try: give --thresholds or --drafts")
         for threshold in self.thresholds:  # for their errors, before any work
             sled.EarlyExit(1, threshold)
-        for draft in self.drafts:
-            sled.SelfSpeculation(1, draft)
+        for draft, ids in itertools.product(self.drafts, (None, *self.draft_first_ids)):
+            sled.SelfSpeculation(1, draft, first_ids=ids)
         lm, prompts, settings = begin(self, 16)
         near = ()
         if None in (self.exit_layers if self.thresholds else (), self.draft_layers if self.drafts else ()):
             near = layers_to_try(lm, prompts, 2, self.max_new_tokens)
         exits = [*(sled.EarlyExit(layers, threshold) for layers in self.exit_layers or near
                    for threshold in self.thresholds),
-                 *(sled.SelfSpeculation(layer, draft) for layer in self.draft_layers or near for draft in self.drafts)]
+                 *(sled.SelfSpeculation(layer, draft, first_ids=ids) for layer, draft, ids in itertools.product(
+                     self.draft_layers or near, self.drafts, (None, *self.draft_first_ids)))]
         tuned = sled.tune(lm, prompts, exits=exits, **settings, **arguments(self, sled.tune))
         print(tuned.table())
         print(f"\nfastest here: {fastest(tuned)}\n{tuned.verdict()}")

@@ -20,7 +20,7 @@ from sled.exits.schedule import Lockstep
 from sled.fusion.partial import max_and_index
 from sled.fusion.projection import SharedHead
 from sled.settings.decorator import bound_of, setting, settings
-from sled.settings.rules import Flag, Number, Whole, is_array
+from sled.settings.rules import Flag, Number, OrNone, Whole, is_array
 
 KEEP = 0.95  # how much of the acceptance seen so far is kept at each verification (DEL)
 PRIOR = (3.0, 4.0)  # accepted drafts and all verified ones, before any was seen
@@ -51,7 +51,11 @@ class SelfSpeculation(Policy):
     vocabulary: jax.Array | None = setting(default=None, traced=True, option=None, help=(
         "token ids [V'] to draft from, None being all; a small set makes drafting cheaper where the projection is a "
         "large part of it"))
-    max_draft: int | None = bound_of("draft", least=8)
+    first_ids: int | None = setting(
+        OrNone(Whole(1, hint="in vocabularies made by merges the first ids are the most frequent tokens")),
+        default=None, option="draft_first_ids",
+        help="draft from the first so many token ids alone, cheaper where the projection is a large part of it")
+    max_draft: int | None = bound_of("draft", least=2)
 
     verifies = True
     schedule = Lockstep()  # a verification that does not wait for the others' drafts cuts them short
@@ -63,6 +67,9 @@ class SelfSpeculation(Policy):
                 raise SettingError(f"SelfSpeculation.vocabulary is {self.vocabulary!r}, but must be a list of token "
                                    "ids; None drafts from all")
             object.__setattr__(self, "vocabulary", ids)
+            if self.first_ids is not None:
+                raise SettingError(f"SelfSpeculation.first_ids is {self.first_ids}, but vocabulary names the token ids "
+                                   "to draft from; give one of the two")
         if len(self.layer) > 1 and not self.adaptive:
             raise SettingError(f"SelfSpeculation.layer is {self.layer}, but only adaptive=True chooses among several; "
                                "give one layer, or adaptive=True")
@@ -80,17 +87,21 @@ class SelfSpeculation(Policy):
         return with_last("SelfSpeculation.layer", self.layer, num_layers)
 
     def check(self, network) -> None:
+        count = network.shared_head.vocabulary
+        if self.first_ids is not None and self.first_ids > count:
+            raise SettingError(f"SelfSpeculation.first_ids is {self.first_ids}, but the model has {count} token ids; "
+                               "give fewer, or None for all")
         if self.vocabulary is None or isinstance(self.vocabulary, jax.core.Tracer):
             return
-        ids, most = np.asarray(self.vocabulary), network.shared_head.vocabulary - 1
+        ids, most = np.asarray(self.vocabulary), count - 1
         if (outside := ids[(ids < 0) | (ids > most)]).size:
             raise SettingError(f"SelfSpeculation.vocabulary has the token id {outside[0]}, but the model's are 0 to "
                                f"{most}; leave it out")
 
     def prepare(self, readout) -> Drafter:
-        """The projections of the drafts, the rows of the draft vocabulary gathered once."""
-        some = lambda head: head if self.vocabulary is None else head.with_weights(head.w_VD[self.vocabulary])  # noqa: E731
-        heads = tuple(some(readout.head(n)) for n in self.layer)
+        """The projections of the drafts, the rows of a draft vocabulary taken once."""
+        rows = slice(self.first_ids) if self.vocabulary is None else self.vocabulary
+        heads = tuple(head.with_weights(head.w_VD[rows]) for head in map(readout.head, self.layer))
         return Drafter(readout, self.layer, heads, self.vocabulary)
 
     def initial_memory(self, batch: int):
@@ -177,10 +188,10 @@ class Drafter(NamedTuple):
         """
         layer = self.layers[exit_index]
         logits_BV = self.heads[exit_index].project(self.readout.pre_logits(states, layer))
+        whole = self.readout.head(layer).vocabulary
         if self.ids is None:
-            return logits_BV
-        everything = jnp.full((logits_BV.shape[0], self.readout.head(layer).vocabulary), -jnp.inf, logits_BV.dtype)
-        return everything.at[:, self.ids].set(logits_BV)
+            return jnp.pad(logits_BV, ((0, 0), (0, whole - logits_BV.shape[1])), constant_values=-jnp.inf)
+        return jnp.full((logits_BV.shape[0], whole), -jnp.inf, logits_BV.dtype).at[:, self.ids].set(logits_BV)
 
     @property
     def depth(self) -> int:

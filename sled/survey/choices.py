@@ -20,7 +20,7 @@ from sled.fusion.partial import max_and_index
 from sled.lm import LM
 
 STATES_AT_ONCE = 2**26  # layers x tokens x width of one pass: 256 MiB of float32
-KINDS = (jnp.int32, jnp.float32, jnp.float32)  # of the fields of `Choices`
+KINDS = (jnp.int32, jnp.float32, jnp.float32, jnp.int32)  # of the fields of `Choices`
 
 
 class Choices(NamedTuple):
@@ -28,24 +28,26 @@ class Choices(NamedTuple):
 
     token_LT: the layer's most likely token, int32. probability_LT: what the layer gives to it, float32.
     logprob_LT: the logarithm of what it gives to the continuation's own token, float32.
+    draft_LT: the most likely of the first token ids that were asked for, or `token_LT` again.
     """
 
     token_LT: np.ndarray
     probability_LT: np.ndarray
     logprob_LT: np.ndarray
+    draft_LT: np.ndarray
 
 
-def layer_choices(lm: LM, pairs: list[tuple[np.ndarray, np.ndarray]], *, batch_size: int,
-                  progress: bool) -> list[Choices]:
+def layer_choices(lm: LM, pairs: list[tuple[np.ndarray, np.ndarray]], *, batch_size: int, progress: bool,
+                  first_ids: int | None = None) -> list[Choices]:
     """The choices of all layers over (prompt ids, continuation ids) pairs, neither of them empty.
 
     Each layer is read through its exit head where it has one, else through the final norm and projection, in one pass
     over the text: every token's choice is made after the tokens before it in the text. Never holds more logits than
-    those of one layer at some places.
+    those of one layer at some places. first_ids: how many of the token ids drafts may be of, None for all.
     """
     longest = max(len(continuation) for _, continuation in pairs)
     rows = max(1, min(batch_size, STATES_AT_ONCE // (lm.config.num_layers * lm.config.width * longest)))
-    read = functools.partial(_read_block, lm.build, lm.params)
+    read = functools.partial(_read_block, lm.build, first_ids, lm.params)
     readout = Readout(lm.build.outline)
     heads = tuple(n for n in range(1, lm.config.num_layers) if readout.block_head(n) is not None)
     plan = Plan.of(FULL_DEPTH, FINAL_LAYER, lm.build.outline)._replace(block_heads=heads)
@@ -55,8 +57,8 @@ def layer_choices(lm: LM, pairs: list[tuple[np.ndarray, np.ndarray]], *, batch_s
     return [choices[index] for index in range(len(pairs))]
 
 
-@bounded(static_argnames="build")
-def _read_block(build: Build, params, caches, block):
+@bounded(static_argnames=("build", "first_ids"))
+def _read_block(build: Build, first_ids: int | None, params, caches, block):
     """The fields of `Choices`, [P, L] each, at the block's places."""
     readout = Readout(network := build(params))
     depth, shared = network.num_layers, network.shared_head
@@ -67,7 +69,8 @@ def _read_block(build: Build, params, caches, block):
         norm_P = jax.nn.logsumexp(logits_PV, axis=-1)
         best_P1, token_P1 = max_and_index(logits_PV)
         target_logit_P = jnp.take_along_axis(logits_PV, target_P[:, None], axis=-1)[:, 0]
-        return token_P1[:, 0], jnp.exp(best_P1[:, 0] - norm_P), target_logit_P - norm_P
+        draft_P1 = token_P1 if first_ids is None else max_and_index(logits_PV[:, :first_ids])[1]
+        return token_P1[:, 0], jnp.exp(best_P1[:, 0] - norm_P), target_logit_P - norm_P, draft_P1[:, 0]
 
     def read(states_PD, target_P):
         ready = [readout.pre_logits(states_PD, n) for n in range(1, depth + 1)]

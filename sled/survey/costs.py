@@ -25,6 +25,8 @@ class Costs:
 
     depth: L. layer_of, head_of: of one layer, and of the projection with the choice, over so many tokens of each row,
         by their number, ascending; between two of them, and beyond, on the line through the nearest.
+    few: of the projection with the choice at one token of each row, where drafts are of the first ids alone; None
+        where that was not asked for.
     The rest of a step, beyond layers and projections: plain, of one without exits; draft, of one that drafts; verify,
     what a verification adds; exit, of one with an early exit; deeper, what it adds that the layers above run.
     call: what a batch takes beyond its steps, to begin and to hand over what it emitted.
@@ -35,6 +37,7 @@ class Costs:
     depth: int
     layer_of: Mapping[int, float]
     head_of: Mapping[int, float]
+    few: float | None = None
     plain: float = 0.0
     draft: float = 0.0
     verify: float = 0.0
@@ -44,20 +47,22 @@ class Costs:
     own_head: Mapping[int, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of_weights(cls, lm: LM) -> Costs:
+    def of_weights(cls, lm: LM, first_ids: int | None = None) -> Costs:
         """Of a device bound by memory: a part takes the time of reading its weights once, whatever the tokens.
 
-        In units of reading one layer. Speeds relative to plain decoding are the same for all such devices.
+        In units of reading one layer. Speeds relative to plain decoding are the same for all such devices. first_ids:
+        how many token ids drafts may be of, None for all.
         """
         sizes = {path: variable[...].nbytes for path, variable in nnx.to_flat_state(lm.params)}
         layer = sum(size for path, size in sizes.items() if path[0] == "layers") / lm.config.num_layers
-        head = lm.build.outline.shared_head.w_VD.nbytes
+        head = lm.build.outline.shared_head.w_VD.nbytes / layer
         own: dict[int, float] = {}
         for path, size in sizes.items():
             if path[0] == "exit_heads" and path[2] != "projection":  # which stands in the shared one's place
                 exit_layer = lm.config.exit_heads.layers[path[1]]
                 own[exit_layer] = own.get(exit_layer, 0) + size / layer
-        return cls(lm.config.num_layers, {1: 1.0}, {1: head / layer}, own_head=own)
+        few = first_ids and head * first_ids / lm.config.vocab_size
+        return cls(lm.config.num_layers, {1: 1.0}, {1: head}, few, own_head=own)
 
     def layer(self, tokens: int) -> float:
         """One layer over `tokens` tokens of each row."""
@@ -72,15 +77,16 @@ class Costs:
         """A step of plain greedy decoding."""
         return self.depth * self.layer(1) + self.head(1) + self.plain
 
-    def drafting(self, layer: int, window: int, drafted, verifications):
+    def drafting(self, layer: int, window: int, drafted, verifications, *, few: bool = False):
         """Self-speculation after `layer`, for so many drafts and verifications of a batch, which may be arrays.
 
+        few: whether drafts are of the first ids alone.
         Each draft is a step through the first layers and the projection. A verification is one more pass through the
         first layers, and the others over a block of `window` tokens.
         """
         first = layer * self.layer(1) + self.own_head.get(layer, 0) + self.draft
         others = (self.depth - layer) * self.layer(window) + self.head(window) + self.verify
-        return drafted * (first + self.head(1)) + verifications * (first + others)
+        return drafted * (first + (self.few if few else self.head(1))) + verifications * (first + others)
 
     def leaving(self, layer: int, left: Left, block: int):
         """Early exit after `layer`, for the steps that were counted, at every threshold [Q]. block: tokens of a row in
@@ -97,8 +103,8 @@ class Costs:
         With acceptance a, a draft of d tokens gives 1 + a + ... + a^d tokens per verification. windows: by d.
         """
         for acceptance in np.arange(101) / 100:
-            speeds = [np.sum(acceptance ** np.arange(d + 1)) * self.step / self.drafting(layer, window, d, 1)
-                      for d, window in windows.items()]
+            speeds = [np.sum(acceptance ** np.arange(d + 1)) * self.step
+                      / self.drafting(layer, window, d, 1, few=self.few is not None) for d, window in windows.items()]
             if max(speeds) >= PAYS:
                 return float(acceptance)
         return None

@@ -32,21 +32,22 @@ Measure = Callable[[int], float]  # seconds of one, of so many in a row
 
 
 def measured_costs(lm: LM, prompts: Sequence[np.ndarray], *, draft_layer: int, exit_layer: int, windows: Sequence[int],
-                   capacity: int, progress: bool) -> Costs:
+                   capacity: int, progress: bool, first_ids: int | None = None) -> Costs:
     """The costs of a batch of these prompts, with caches for `capacity` positions: of every part the fastest round.
 
     draft_layer, exit_layer: where the loop is timed with drafts and with an early exit. windows: tokens of a row that
-    a verification takes.
+    a verification takes. first_ids: how many token ids drafts may be of, None for all.
     """
     forget_programs()
     bench = _Bench(lm, prompts, capacity)
     sizes = sorted({1, loop.BLOCK, *windows})
-    short, long = (SelfSpeculation(draft_layer, draft) for draft in (SHORT_DRAFT, LONG_DRAFT))
+    short, long = (SelfSpeculation(draft_layer, draft, max_draft=LONG_DRAFT) for draft in (SHORT_DRAFT, LONG_DRAFT))
     leaves, stays = (EarlyExit(exit_layer, threshold) for threshold in (0.0, 1.0))
     cycle = leaves.window  # tokens that leave until their K/V must be made
     parts: dict[Any, Measure] = {
         **{("layers", size): bench.layers(size) for size in sizes},
         **{("head", size): bench.head(size) for size in sizes},
+        **({"few": bench.head(1, first_ids)} if first_ids else {}),
         "plain": bench.steps(FULL_DEPTH, 1), "call": bench.calls(),
         "short": bench.steps(short, SHORT_DRAFT + 1), "long": bench.steps(long, LONG_DRAFT + 1),
         "leaves": bench.steps(leaves, cycle), "stays": bench.steps(stays, 1)}
@@ -62,7 +63,7 @@ def _solved(times: dict[Any, float], depth: int, sizes: Sequence[int], draft_lay
     steps with an exit and by runs of the layers above.
     """
     costs = Costs(depth, {size: times["layers", size] / depth for size in sizes},
-                  {size: times["head", size] for size in sizes})
+                  {size: times["head", size] for size in sizes}, times.get("few"))
     layer, head, above = costs.layer, costs.head, depth - exit_layer
     drafting = (times["long"] - times["short"]) / (LONG_DRAFT - SHORT_DRAFT)
     first = drafting - head(1)
@@ -71,7 +72,7 @@ def _solved(times: dict[Any, float], depth: int, sizes: Sequence[int], draft_lay
     left = times["leaves"] - cycle * head(1) - blocks * above * layer(loop.BLOCK)
     stayed = times["stays"] - 2 * head(1) - above * layer(1)
     exit_step = (left - stayed) / (cycle - 1)
-    return Costs(depth, costs.layer_of, costs.head_of, plain=times["plain"] - costs.step,
+    return Costs(depth, costs.layer_of, costs.head_of, costs.few, plain=times["plain"] - costs.step,
                  draft=first - draft_layer * layer(1),
                  verify=verifying - (depth - draft_layer) * layer(window) - head(window),
                  exit=exit_step - exit_layer * layer(1), deeper=stayed - exit_step,
@@ -107,12 +108,12 @@ class _Bench:
         positions_BT = self._lengths_B[:, None] + np.arange(tokens, dtype=np.int32)
         return lambda times: _seconds(_run_layers, lm.build, lm.params, caches, positions_BT, times) / times
 
-    def head(self, tokens: int) -> Measure:
-        """The projection and the choice at `tokens` tokens of each row."""
+    def head(self, tokens: int, first_ids: int | None = None) -> Measure:
+        """The projection and the choice at `tokens` tokens of each row, of all or of the first ids."""
         lm, places = self._lm, len(self._prompts) * tokens
         h_PD = jax.eval_shape(lm.build.outline.embed, *[jax.ShapeDtypeStruct((places, 1), np.int32)] * 2)
         h_PD = np.random.default_rng(0).normal(size=(places, lm.config.width)).astype(h_PD.dtype)
-        return lambda times: _seconds(_run_head, lm.build, lm.params, h_PD, times) / times
+        return lambda times: _seconds(_run_head, lm.build, lm.params, h_PD, times, first_ids) / times
 
     def steps(self, policy: Policy, cycle: int) -> Measure:
         """`cycle` steps of the loop, in which a row emits at most as many tokens."""
@@ -170,13 +171,18 @@ def _run_layers(build: Build, params, caches, positions_BT, times):
     return jax.lax.fori_loop(0, times, run, (h_BTD, caches))[0]
 
 
-@bounded(static_argnames="build")
-def _run_head(build: Build, params, h_PD, times):
-    """The last layer's choices, so many times."""
+@bounded(static_argnames=("build", "first_ids"))
+def _run_head(build: Build, params, h_PD, times, first_ids: int | None):
+    """The last layer's choices, so many times; of the first ids alone as drafts are made."""
     readout = Readout(build(params))
+    head = readout.network.shared_head
+    few = head.with_weights(head.w_VD[:first_ids])
 
     def run(_, h_PD):
-        logits_PV = readout.fuse(FINAL_LAYER, {readout.num_layers: h_PD}, readout.num_layers)
+        if first_ids is None:
+            logits_PV = readout.fuse(FINAL_LAYER, {readout.num_layers: h_PD}, readout.num_layers)
+        else:
+            logits_PV = few.project(readout.network.normalise(h_PD))
         return jnp.where(max_and_index(logits_PV)[1] < 0, 0, h_PD)  # itself, which the compiler cannot know
 
     return jax.lax.fori_loop(0, times, run, h_PD)

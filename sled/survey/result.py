@@ -18,14 +18,14 @@ KEEPS = 0.98  # the share of tokens that an exit must leave as they are
 SURE = 0.9
 FORMAT = 1  # of a saved survey
 REACHED = 0.7  # acceptance of drafts that training for exits has come to: 0.69 (LayerSkip), 0.6 to 0.7 (Kangaroo)
-HEADINGS = ("layer", "agrees", "cal. error", f"over {SURE:g}", "of these", "pays from", "draft", "right", "speed",
-            "threshold", "kept", "depth", "speed")
+HEADINGS = ("layer", "agrees", "cal. error", f"over {SURE:g}", "of these", "pays from", "draft", "ids", "right",
+            "speed", "threshold", "kept", "depth", "speed")
 LEGEND = (
     f"agrees: tokens that are the last layer's choice; cal. error: of the layer's confidence, as a probability that it "
     f"agrees; over {SURE:g}: tokens to which it gives more than that; of these: those that agree; pays from: the share "
     f"of drafts that must be right for {PAYS:g} times the speed. Then the best way to draft after this layer, with the "
-    f"share of drafts that are right, and the best to leave that keeps at least {KEEPS:.0%} of the tokens. speed: "
-    "expected, as a multiple of plain greedy decoding's.")
+    f"number of token ids that drafts are of (the first ones) and the share of drafts that are right; and the best to "
+    f"leave that keeps at least {KEEPS:.0%} of the tokens. speed: expected, as a multiple of plain greedy decoding's.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Spoken:
 
 @dataclasses.dataclass(frozen=True)
 class Drafting:
-    """What `sled.SelfSpeculation(layer, draft)` would do to the answers. Their text stays.
+    """What `sled.SelfSpeculation(layer, draft, first_ids=first_ids)` would do to the answers. Their text stays.
 
     acceptance, accepted: share of drafts, and drafts per verification, that are right. speed: expected, of decoding,
     as a multiple of plain greedy decoding's. bound_speed: on a device bound by memory.
@@ -58,13 +58,14 @@ class Drafting:
 
     layer: int
     draft: int
+    first_ids: int | None
     acceptance: float
     accepted: float
     speed: float
     bound_speed: float
 
     def policy(self) -> SelfSpeculation:
-        return SelfSpeculation(self.layer, self.draft)
+        return SelfSpeculation(self.layer, self.draft, first_ids=self.first_ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,8 @@ class Survey:
             rows.append((
                 str(said.layer), f"{said.agreement:.1%}", f"{said.calibration_error:.3f}", f"{said.sure:.0%}",
                 _or_dash(said.sure_agreement, "{:.1%}"), _or_dash(said.pays_from, "{:.0%}"),
-                str(drafting.draft), f"{drafting.acceptance:.0%}", f"{drafting.speed:.2f}",
+                str(drafting.draft), str(drafting.first_ids or "all"), f"{drafting.acceptance:.0%}",
+                f"{drafting.speed:.2f}",
                 *((f"{leaving.threshold:g}", f"{leaving.kept:.1%}", f"{leaving.mean_depth:.1f}", f"{leaving.speed:.2f}")
                   if leaving else "----")))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -220,7 +222,8 @@ def _told(way: Drafting | Leaving) -> str:
     """A way as Python has it, and what it is expected to give."""
     speed = f"{way.speed:.2f} times plain greedy decoding's speed expected"
     if isinstance(way, Drafting):
-        return (f"exits=sled.SelfSpeculation({way.layer}, draft={way.draft}): {speed}, the same text "
+        some = f", first_ids={way.first_ids}" if way.first_ids else ""
+        return (f"exits=sled.SelfSpeculation({way.layer}, draft={way.draft}{some}): {speed}, the same text "
                 f"({way.acceptance:.0%} of the drafts are right)")
     return (f"exits=sled.EarlyExit({way.layer}, threshold={way.threshold:g}): {speed}, {way.kept:.1%} of the tokens "
             "kept, each judged after the full model's text (sled calibrate bounds what a text loses)")

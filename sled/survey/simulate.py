@@ -22,17 +22,17 @@ class Drafted(NamedTuple):
     verifications_EN: np.ndarray
 
 
-def count_drafts(choices: Choices, text_T: np.ndarray, drafts: Sequence[int], *, limit: int,
+def count_drafts(token_LT: np.ndarray, text_T: np.ndarray, drafts: Sequence[int], *, limit: int,
                  ends: Sequence[int]) -> Drafted:
     """What self-speculation with drafts of these lengths counts on one text, without fusion.
 
-    text_T: the full model's greedy answer, its ending token included. limit: the tokens that it could have had. ends:
-    ids of ending tokens, after which no draft goes on.
+    token_LT: what the layers 1 .. L would draft (`Choices`). text_T: the full model's greedy answer, its ending token
+    included. limit: the tokens that it could have had. ends: ids of ending tokens, after which no draft goes on.
 
     Accepted drafts and verifications are exact. So are the drafted tokens, but for one case: a draft that is wrong
     already may end the text before it is long enough, and is counted as if it did not.
     """
-    token_ET, size = choices.token_LT[:-1], len(text_T)
+    token_ET, size = token_LT[:-1], len(text_T)
     at_T = np.arange(size)
     wrong_ET = np.where(token_ET == text_T, size, at_T)
     next_wrong_ET = np.minimum.accumulate(wrong_ET[:, ::-1], axis=1)[:, ::-1]  # from each place on; the end where none

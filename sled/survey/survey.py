@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -27,6 +28,7 @@ from sled.text.prompts import Prompts, prompt_ids
 THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 BINS = 15  # of the calibration error, as in Guo et al. 2017
 ANSWERS_AT_ONCE = 8
+HEAVY = 2  # layers that the projection must weigh before drafts from few token ids are considered
 ROOM = 64  # positions for new tokens in which the loop is timed, at least
 
 
@@ -59,12 +61,14 @@ def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: i
     if sum(map(len, texts)) <= len(texts):
         raise CalibrationError(f"all {len(texts)} answers end with their first token, so there is nothing to draft or "
                                "to leave early; give prompts that the model answers, or a larger max_new_tokens")
-    choices = layer_choices(lm, list(zip(ids, texts, strict=True)), batch_size=ANSWERS_AT_ONCE, progress=progress)
+    first_ids = _first_ids(lm)
+    choices = layer_choices(lm, list(zip(ids, texts, strict=True)), batch_size=ANSWERS_AT_ONCE, progress=progress,
+                            first_ids=first_ids)
     limits = [min(max_new_tokens, lm.config.context - len(prompt)) for prompt in ids]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # as `LM.decode` makes batches
     batches = [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
-    counted = _Counted(lm, choices, texts, limits, batches)
-    bound = Costs.of_weights(lm)
+    counted = _Counted(lm, choices, texts, limits, batches, first_ids)
+    bound = Costs.of_weights(lm, first_ids)
     costs = None
     if profile:
         rows = min(batch_size, batch_height(len(ids)))
@@ -72,7 +76,7 @@ def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: i
         room = min(HEADROOM, max(max_new_tokens, ROOM))
         drafting, leaving = counted.drafting(bound, bound), counted.leaving(bound, bound)
         costs = measured_costs(
-            lm, middle, windows=sorted(set(counted.windows.values())), progress=progress,
+            lm, middle, windows=sorted(set(counted.windows.values())), first_ids=first_ids, progress=progress,
             capacity=bucket(max(map(len, middle)) + room), draft_layer=max(drafting, key=lambda way: way.speed).layer,
             exit_layer=max(leaving, key=lambda way: way.speed * (way.kept >= KEEPS)).layer)
     used = costs or bound
@@ -82,19 +86,28 @@ def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: i
                   weights=digest_of_weights(lm.params))
 
 
+def _first_ids(lm: LM) -> int | None:
+    """How many ids drafts may be of, beside all: those that weigh a layer, where the projection weighs several."""
+    weight = Costs.of_weights(lm).head(1)
+    return int(lm.config.vocab_size / weight) // 64 * 64 or None if weight > HEAVY else None
+
+
 class _Counted:
     """Counts of drafts and exits over all answers, and the speeds that they come to under some costs."""
 
     def __init__(self, lm: LM, choices: Sequence[Choices], texts: Sequence[np.ndarray], limits: Sequence[int],
-                 batches: Sequence[Sequence[int]]):
+                 batches: Sequence[Sequence[int]], first_ids: int | None):
         self._choices, self._texts = choices, texts
         self.windows = {draft: SelfSpeculation(1, draft).window for draft in DRAFTS}
-        drafted = [count_drafts(c, text, DRAFTS, limit=limit, ends=lm.config.eos_ids)
-                   for c, text, limit in zip(choices, texts, limits, strict=True)]
-        self._drafts = [sum(each) for each in zip(*drafted, strict=True)]
-        # The rows of a batch draft and verify together, so the row that takes longest decides.
-        self._longest = [sum(np.max([drafted[i][field] for i in batch], axis=0) for batch in batches)
-                         for field in range(3)]
+        self._drafts = {}  # by the ids that drafts may be of: counts of all texts, and of the longest of each batch
+        for ids in dict.fromkeys((None, first_ids)):
+            tokens = [c.token_LT if ids is None else c.draft_LT for c in choices]
+            drafted = [count_drafts(*each, DRAFTS, limit=limit, ends=lm.config.eos_ids)
+                       for *each, limit in zip(tokens, texts, limits, strict=True)]
+            # The rows of a batch draft and verify together, so the row that takes longest decides.
+            longest = [sum(np.max([drafted[i][field] for i in batch], axis=0) for batch in batches)
+                       for field in range(3)]
+            self._drafts[ids] = [sum(each) for each in zip(*drafted, strict=True)], longest
         self._steps, self._batches = sum(max(len(texts[i]) for i in batch) for batch in batches), len(batches)
         window = EarlyExit(1).window
         self._left = [count_exits([choices[i] for i in batch], THRESHOLDS, window=window, block=loop.BLOCK)
@@ -107,15 +120,15 @@ class _Counted:
 
     def drafting(self, costs: Costs, bound: Costs) -> tuple[Drafting, ...]:
         """Every draft length after every layer."""
-        drafted_EN, accepted_EN, verifications_EN = self._drafts
         ways = []
-        for layer in range(1, costs.depth):
-            for n, (draft, window) in enumerate(self.windows.items()):
-                at = layer - 1, n
-                speed, bound_speed = (self._speed(each, each.drafting(
-                    layer, window, self._longest[0][at], self._longest[2][at])) for each in (costs, bound))
-                ways.append(Drafting(layer, draft, float(accepted_EN[at] / drafted_EN[at]),
-                                     float(accepted_EN[at] / verifications_EN[at]), float(speed), float(bound_speed)))
+        for layer, (n, (draft, window)), (ids, (counts, longest)) in itertools.product(
+                range(1, costs.depth), enumerate(self.windows.items()), self._drafts.items()):
+            at = layer - 1, n
+            drafted, accepted, verifications = (count_EN[at] for count_EN in counts)
+            speed, bound_speed = (self._speed(each, each.drafting(
+                layer, window, longest[0][at], longest[2][at], few=ids is not None)) for each in (costs, bound))
+            ways.append(Drafting(layer, draft, ids, float(accepted / drafted), float(accepted / verifications),
+                                 float(speed), float(bound_speed)))
         return tuple(ways)
 
     def leaving(self, costs: Costs, bound: Costs) -> tuple[Leaving, ...]:

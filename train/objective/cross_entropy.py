@@ -78,8 +78,8 @@ def exit_cross_entropy(h_EBTD, head: SharedHead, targets_BT, mask_BT, weights_E,
     h_EBTD: normed hidden states of E exits, the last layer's last. Differentiable, as is the head.
     head: the projection they share. An exit with one of its own is a call of its own, with E = 1.
     targets_BT: token ids, and mask_BT how much each counts in the mean. Where the mask is 0 any id may stand, and
-        nothing of that token, finite or not, reaches the loss or a gradient. A target outside the vocabulary makes
-        the loss NaN. Without any target loss and gradients are 0.
+        nothing of that token, finite or not, reaches the loss or a gradient, and it is not projected. A target outside
+        the vocabulary makes the loss NaN. Without any target loss and gradients are 0.
     weights_E: how much each exit counts. One of weight 0 is not computed at all, and its gradient is exactly 0.
     z_loss: weight of z = logsumexp(logits)^2 (PaLM, arXiv 2204.02311, section 5: 1e-4). None: off, at no cost.
     distill: weight of the divergence of each earlier exit's q = softmax(logits / T) from the last exit's p, through
@@ -94,7 +94,7 @@ def exit_cross_entropy(h_EBTD, head: SharedHead, targets_BT, mask_BT, weights_E,
     Raises `SettingError` for shapes that do not fit each other, distillation of a single exit, and a batch that
     `split` cannot divide.
     """
-    targets_BT, mask_BT, weights_E = map(jnp.asarray, (targets_BT, mask_BT, weights_E))
+    h_EBTD, targets_BT, mask_BT, weights_E = map(jnp.asarray, (h_EBTD, targets_BT, mask_BT, weights_E))
     _check_shapes(h_EBTD, head.w_VD, targets_BT, mask_BT, weights_E)
     exits, batch, _, width = h_EBTD.shape
     if distill is not None and exits < 2:
@@ -169,17 +169,16 @@ def _device_loss(plan, wanted, h_EBTD, head, targets_BT, mask_BT, weights_E, coe
     h_END, targets_N, mask_N = h_EBTD.reshape(exits, count, width), targets_BT.ravel(), mask_BT.ravel()
     targets = _psum(mask_N.sum(), plan.data)
     share_N = jnp.where(mask_N == 0, 0, mask_N / targets)
-    chunks = -(-count // plan.chunk)
-    size = -(-count // chunks)
-    # Exits of weight 0 come last, where the loop does not reach.
+    size = -(-count // -(-count // plan.chunk))
+    # Tokens that count come first, in their order, and exits of weight 0 last: the loops end before the rest.
+    order_N, live = jnp.argsort(mask_N == 0), _pmax(jnp.sum(mask_N != 0), plan.data)
     order_E, computed = jnp.argsort(weights_E == 0), jnp.sum(weights_E != 0)
 
     def chunk_step(i, carry):
         # The last chunk reaches back over tokens already done, which count nothing in it: no padding, no remainder.
         start = jnp.minimum(i * size, count - size)
-        cut = lambda x, axis=0: jax.lax.dynamic_slice_in_dim(x, start, size, axis)  # noqa: E731
-        new_C = start + jnp.arange(size) >= i * size
-        share_C, targets_C, h_ECD = jnp.where(new_C, cut(share_N), 0), cut(targets_N), cut(h_END, 1)
+        tokens_C, new_C = jax.lax.dynamic_slice_in_dim(order_N, start, size), start + jnp.arange(size) >= i * size
+        share_C, targets_C, h_ECD = jnp.where(new_C, share_N[tokens_C], 0), targets_N[tokens_C], h_END[:, tokens_C]
         live_C1 = (share_C != 0)[:, None]
         teacher_CV = None if coefficients.distill is None else plan.mask(head.project(h_ECD[-1]))
 
@@ -195,8 +194,7 @@ def _device_loss(plan, wanted, h_EBTD, head, targets_BT, mask_BT, weights_E, coe
             dh_CD, exit_dw_VD = pull_back(slope_CV, *wanted)
             if dh_CD is not None:
                 dh_CD = _psum(dh_CD, plan.tensor).astype(h_END.dtype)
-                dh_CD = jnp.where(new_C[:, None], dh_CD, cut(dh_END[e]))
-                dh_END = jax.lax.dynamic_update_slice(dh_END, dh_CD[None], (e, start, 0))
+                dh_END = dh_END.at[e, tokens_C].add(dh_CD, unique_indices=True)
             if exit_dw_VD is not None:
                 dw_VD += exit_dw_VD
             return sums_E4, dh_END, dw_VD
@@ -204,7 +202,7 @@ def _device_loss(plan, wanted, h_EBTD, head, targets_BT, mask_BT, weights_E, coe
         return jax.lax.fori_loop(0, computed, exit_step, carry)
 
     w_VD, wide, rows = head.w_VD, head.dtype(h_EBTD), (h_END, share_N, weights_E)
-    sums_E4, dh_END, dw_VD = jax.lax.fori_loop(0, chunks, chunk_step, (
+    sums_E4, dh_END, dw_VD = jax.lax.fori_loop(0, -(-live // size), chunk_step, (
         _zeros((exits, 4), wide, *rows),
         _zeros(h_END.shape, h_END.dtype, *rows) if wanted[0] else None,
         _zeros(w_VD.shape, wide, *rows, w_VD) if wanted[1] else None))
@@ -242,6 +240,11 @@ def _psum(x, axes: tuple[str, ...]):
     return jax.lax.psum(x, axes) if axes else x
 
 
+def _pmax(x, axes: tuple[str, ...]):
+    """The largest over mesh axes, of which there may be none."""
+    return jax.lax.pmax(x, axes) if axes else x
+
+
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What is static: the vocabulary's size, tokens at a time on a device, and the mesh with its axes (see `Split`).
@@ -272,8 +275,7 @@ class _Plan:
 
     def log_sum(self, logits_CV):
         """Logarithm of the softmax's denominator, and the largest logit: [C] each."""
-        peak_C = logits_CV.max(1)
-        peak_C = jax.lax.pmax(peak_C, self.tensor) if self.tensor else peak_C
+        peak_C = _pmax(logits_CV.max(1), self.tensor)
         return peak_C + jnp.log(self.sum(jnp.exp(logits_CV - peak_C[:, None]))), peak_C
 
     def log_softmax(self, logits_CV):
