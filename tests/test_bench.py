@@ -182,8 +182,8 @@ def test_transformers_has_the_same_texts_plain_and_assisted(toy):
 def test_problems_are_mixed_and_frequent_tokens_end_texts(toy):
     questions = solving.mixed_questions(toy, 6)
     assert len(questions) == 8 and len(set(map(tuple, questions))) == 8
-    few = solving.frequent_tokens(toy, 16)
-    assert len(few) == 16 and 0 in few
+    few = solving.frequent_tokens(toy, 32)
+    assert len(few) == 32 and 0 in few
 
 
 def test_the_engine_is_measured_beside_batches(toy):

@@ -22,7 +22,7 @@ from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 from sled.text.tokenizer import Tokenizer
 
-EXITS = sled.EarlyExit(1)
+EXITS = sled.EarlyExit(2)
 PROMPTS = [prompt(p.question) for p in problems("train", 16, seed=3)]
 SERVING = dict(max_new_tokens=40)  # as in test_calibration: the same programs
 
@@ -43,8 +43,8 @@ def saved(record, tmp_path):
 def test_a_record_comes_back_whole(demo, record, saved):
     again = sled.Calibration.load(saved)
     assert again == record and again.threshold == 0.9
-    for asked in ({}, dict(exits=sled.EarlyExit(1, threshold=0.1)), dict(schedule=None)):
-        assert again.policy(demo, **asked, **SERVING) == sled.EarlyExit(1, threshold=0.9)
+    for asked in ({}, dict(exits=sled.EarlyExit(2, threshold=0.1)), dict(schedule=None)):
+        assert again.policy(demo, **asked, **SERVING) == sled.EarlyExit(2, threshold=0.9)
     dataclasses.replace(record, threshold=None).save(saved)
     assert sled.Calibration.load(saved).policy(demo, **SERVING) == FullDepth()
 
@@ -53,23 +53,23 @@ def test_a_record_says_what_where_and_when(record, saved):
     found = json.loads(saved.read_text())
     assert found["format"] == 1 and found["threshold"] == 0.9 and found["steps"][1]["mean_loss"] < 0.2
     assert set(found["versions"]) >= {"sled-jax", "jax", "flax", "python"} and found["date"].endswith("+00:00")
-    assert found["serving"]["exits"]["layers"] == [1] and "threshold" not in found["serving"]["exits"]
+    assert found["serving"]["exits"]["layers"] == [2] and "threshold" not in found["serving"]["exits"]
     assert len(found["serving"]["weights"]) == len(found["sha256"]) == 64
     saved.write_text(json.dumps(found, sort_keys=True))  # the layout of the file does not matter
     assert sled.Calibration.load(saved) == record
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (dict(exits=sled.EarlyExit(2)), r"exits.layers was \[1\] and is \[2\]"),
-    (dict(exits=sled.EarlyExit(1, kv="propagate")), "exits.kv was 'exact' and is 'propagate'"),
-    (dict(exits=sled.EarlyExit(1, measure="margin")), "exits.measure was"),
-    (dict(exits=sled.EarlyExit(1, min_layer=1)), "exits.min_layer was 0 and is 1"),
+    (dict(exits=sled.EarlyExit(1)), r"exits.layers was \[2\] and is \[1\]"),
+    (dict(exits=sled.EarlyExit(2, kv="propagate")), "exits.kv was 'exact' and is 'propagate'"),
+    (dict(exits=sled.EarlyExit(2, measure="margin")), "exits.measure was"),
+    (dict(exits=sled.EarlyExit(2, min_layer=1)), "exits.min_layer was 0 and is 1"),
     (dict(fusion=sled.SLED()), "fusion was sled.FinalLayer and is sled.SLED"),
     (dict(schedule=sled.Gather(2)), "schedule was sled.Immediate and is sled.Gather"),
     (dict(sampling=sled.Sampling(temperature=0.7)), r"sampling.temperature was 0.0 and is 0.7"),
     (dict(max_new_tokens=41), "max_new_tokens was 40 and is 41"),
     (dict(stop="\n"), r"stop was \[\] and is"),
-    (dict(exits=sled.EarlyExit(1, kv="propagate"), fusion=sled.SLED(), max_new_tokens=41),
+    (dict(exits=sled.EarlyExit(2, kv="propagate"), fusion=sled.SLED(), max_new_tokens=41),
      r"exits\.kv.*fusion.*max_new_tokens"),
 ])
 def test_other_settings_are_refused_by_name(demo, record, change, says):
@@ -115,7 +115,7 @@ def test_names_types_shapes_and_bytes_of_weights_all_count():
 
 def test_a_trained_classifier_is_bound_by_digest(demo, record):
     def exits(weight):
-        return sled.EarlyExit(1, measure="classifier", classifier=sled.Classifier(
+        return sled.EarlyExit(2, measure="classifier", classifier=sled.Classifier(
             jnp.full((1, 128), weight), jnp.zeros(1)))
 
     serving = {**record.serving, "exits": json.loads(json.dumps(describe(exits(0.5), leave_out=("threshold",))))}
@@ -212,7 +212,7 @@ def test_without_a_tokenizer_token_ids_are_calibrated(demo, record):
     assert all(isinstance(tokens, list) for tokens in seen) and len(seen) == 2 * 16 and made.serving == record.serving
 
 
-ARGUMENTS = ("calibrate", "--exit-layers", "1", "--delta", "0.2", "--epsilon", "0.1", "--grid", "0.95", "0.01", "-n",
+ARGUMENTS = ("calibrate", "--exit-layers", "2", "--delta", "0.2", "--epsilon", "0.1", "--grid", "0.95", "0.01", "-n",
              "40", "--batch-size", "16")
 
 
@@ -240,9 +240,9 @@ def test_generate_leaves_as_a_record_says(demo, record, tmp_path, command):
     asked = ("generate", question, "--calibration", str(saved))
     code, out, _ = command(*asked, "--json", "-n", "40")
     assert code == 0 and json.loads(out)["exit_layers"] == demo.generate(
-        question, exits=sled.EarlyExit(1, record.threshold), **SERVING).exit_layers[0]
+        question, exits=sled.EarlyExit(2, record.threshold), **SERVING).exit_layers[0]
     for more, says in ((["-n", "41"], "-n was 40 and is 41"), (["-n", "40", "--fusion", "sled"], "fusion"),
-                       (["-n", "40", "--exits", "early", "--exit-layers", "1"], "give one of the two"),
+                       (["-n", "40", "--exits", "early", "--exit-layers", "2"], "give one of the two"),
                        (["-n", "40", "--schedule", "lockstep"], "--schedule and --calibration were both given")):
         code, out, err = command(*asked, *more)
         assert code == 1 and says in err and not out

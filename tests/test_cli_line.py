@@ -247,7 +247,7 @@ def test_tune_tries_what_was_asked_for(words, policies, demo, monkeypatch, capsy
 
 @pytest.mark.parametrize(("words", "says"), [
     (["--thresholds", "--drafts"], "give --thresholds or --drafts"), (["--rounds", "0"], "--rounds is 0"),
-    (["--thresholds", "2"], "--thresholds is 2"), (["--exit-layers", "9"], "--exit-layers"),
+    (["--thresholds", "2"], "--thresholds is 2"), (["--exit-layers", "16"], "--exit-layers"),
     (["--drafts", "0"], "--drafts is 0"), (["--file", "nowhere"], "nowhere"), (["-m", "./x"], "name a file"),
     (["--problems", "0"], "--problems is 0"), (["-n", "0", "--problems", "2"], "-n is 0"),
 ])

@@ -206,7 +206,7 @@ def test_an_interrupted_command_says_so_and_ends_at_once():
 # Exits: the command's options, the layers of a text in colours or marks.
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
-MARK = re.compile(r"\[\d\]")
+MARK = re.compile(r"\[\d+\]")
 
 
 @pytest.mark.parametrize(("options", "exits", "schedule"), [
@@ -314,14 +314,14 @@ def test_show_exits_changes_no_text(command, monkeypatch):
     code, lines, err = command("generate", *questions, *EARLY, "--json")
     rows = [json.loads(line) for line in lines.splitlines()]
     said = [layer for row in rows for layer in row["exit_layers"]]
-    assert code == 0 and set(said) == {1, 8} and "mean depth" in err.splitlines()[-1]
+    assert code == 0 and set(said) == {1, 16} and "mean depth" in err.splitlines()[-1]
     assert [len(row["exit_layers"]) for row in rows] == [len(row["tokens"]) for row in rows]
 
     code, marked, _ = command("generate", *questions, *EARLY, "--show-exits")
     text, legend = marked.rstrip("\n").rsplit("\n", 1)
-    assert code == 0 and f"[1] {said.count(1)}, [8] {said.count(8)}" in legend
+    assert code == 0 and f"[1] {said.count(1)}, [16] {said.count(16)}" in legend
     whole = "".join(f"{question}{row['text']}\n\n" for question, row in zip(questions, rows, strict=True))
-    assert MARK.sub("", text) + "\n" == whole and {"[1]", "[8]"} <= set(MARK.findall(text))
+    assert MARK.sub("", text) + "\n" == whole and {"[1]", "[16]"} <= set(MARK.findall(text))
 
     code, alone, _ = command("generate", questions[0], *EARLY, "--show-exits")
     assert code == 0 and marked.startswith(alone.rstrip("\n").rsplit("\n", 1)[0])

@@ -64,7 +64,7 @@ def test_special_tokens_stay_where_the_whole_text_has_them():
 
 
 @pytest.mark.parametrize(("prompt", "continuation", "says"), [
-    ("t", "he lamp", "no token of the prompt 't' stands before the continuation 'he lamp'"),
+    ("T", "he lamp", "no token of the prompt 'T' stands before the continuation 'he lamp'"),
     (" \n", "a", "white space"),
     ("", "a", "the prompt is empty"),
     ("a", "", "the continuation is empty"),

@@ -84,7 +84,7 @@ def test_bucket_lengths_waste_least(lengths, count):
 @pytest.fixture(scope="module", params=["packed", "padded"])
 def rows(request, tmp_path_factory):
     """90 documents: neither they nor the packed rows are a multiple of a batch."""
-    return read_rows(Source("demo", limit=90), TEXT, CONFIG, Layout(96, shape=request.param, buckets=2),
+    return read_rows(Source("demo", limit=90), TEXT, CONFIG, Layout(240, shape=request.param, buckets=2),
                 cache=tmp_path_factory.mktemp("cache"), progress=False)
 
 
@@ -166,7 +166,7 @@ def test_padded_rows_go_with_others_of_their_length(load):
     rows = load("demo", Layout(256, shape="padded", buckets=3), limit=100)
     shapes = {batch.tokens_BT.shape for batch in one_epoch(rows, 8)}
     assert shapes == {(8, length) for length in rows.buckets} and len(shapes) == 3
-    assert rows.report.fill > 0.8
+    assert rows.report.fill > 0.75
 
 
 def test_a_state_of_another_run_or_of_other_data_is_refused(rows, load):

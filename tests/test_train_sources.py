@@ -70,7 +70,7 @@ def test_text_ends_with_the_end_of_text_and_all_but_its_first_token_count(load):
 @pytest.mark.parametrize("weight", [0.0, 0.1])
 @pytest.mark.parametrize("shape", ["packed", "padded"])
 def test_prompt_and_completion_are_those_of_the_demo_model(load, weight, shape):
-    rows = load("demo", Layout(128, shape=shape, prompt_weight=weight), limit=30)
+    rows = load("demo", Layout(256, shape=shape, prompt_weight=weight), limit=30)
     found = [d for batch in one_epoch(rows) for d in documents_of(batch)]
     expected = []
     for p in problems("train", 30):  # both parts apart, as the bundled model was trained

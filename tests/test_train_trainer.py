@@ -214,7 +214,7 @@ def test_the_demo_model_is_finetuned_by_one_command(runs, tmp_path):
                "--learning-rate 1e-3 --batch-size 4 --context 32 --save-every 4")
     held_out = [line["held_out"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "held_out" in line]
     assert len(held_out) == 4 and held_out[-1][-1] < held_out[0][-1] / 1.5
-    assert sled.load(tmp_path / "run" / "model").config.num_layers == 8
+    assert sled.load(tmp_path / "run" / "model").config.num_layers == 16
 
 
 def tune(runs, folder, data, model, steps):

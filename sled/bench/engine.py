@@ -40,7 +40,7 @@ class Served:
 
 
 def run_engine_bench(*, requests: int = 64, slots: int = 8, rounds: int = 5) -> BenchReport:
-    """Serves `requests` problems of 1 to 4 steps: by the engine, and `slots` at a time in the order they came."""
+    """Serves `requests` problems of 2 to 5 steps: by the engine, and `slots` at a time in the order they came."""
     requests = Whole(1, hint="it counts the problems to solve")("requests", requests)
     slots = Whole(1, hint="it counts the rows decoded together")("slots", slots)
     rounds = Whole(1, hint="every way is timed once a round")("rounds", rounds)
@@ -62,7 +62,7 @@ def run_engine_bench(*, requests: int = 64, slots: int = 8, rounds: int = 5) -> 
             mean_wait=min(statistics.mean(run.waits) for run in this.runs[1:]),
             same_texts=statistics.mean(map(list.__eq__, this.first.tokens, batches.first.tokens)),
             batches_over_this=batches.times.best / this.times.best))
-    title = (f"{len(questions)} held-out problems of 1 to 4 steps through {slots} slots on the demo model "
+    title = (f"{len(questions)} held-out problems of 2 to 5 steps through {slots} slots on the demo model "
              f"({lm.config.num_layers} layers of width {lm.config.width}, float32)")
     return BenchReport(title, {"requests": len(questions), "slots": slots, "rounds": rounds}, rows)
 

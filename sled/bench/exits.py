@@ -2,7 +2,7 @@
 
 Batch 1: self-speculation against plain decoding, with and without SLED, and against transformers' on the same
 weights. Batch 8: early exit by threshold, schedule and treatment of K/V, against no early exit. Held-out problems of
-1 to 4 steps, as many of each in every batch; float32; greedy. Seconds are of whole `generate` calls, over all
+2 to 5 steps, as many of each in every batch; float32; greedy. Seconds are of whole `generate` calls, over all
 problems; the ways of one batch size are timed together.
 """
 
@@ -117,7 +117,7 @@ def run_exits_bench(*, model: str = "demo", problems: int = 24, rounds: int = 7,
 
         draw_exits(second, picture)
     title = (f"Exits on {lm.name} ({lm.config.num_layers} layers of width {lm.config.width}, float32); "
-             f"{len(few)} and {len(questions)} held-out problems of 1 to 4 steps; exits after layers {exits}")
+             f"{len(few)} and {len(questions)} held-out problems of 2 to 5 steps; exits after layers {exits}")
     settings = {"problems": len(questions), "problems_alone": len(few), "rounds": rounds, "exits": exits,
                 "draft_vocabulary": FEW_TOKENS}
     return BenchReport(title, settings, [*first, *second], notes)

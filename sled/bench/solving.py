@@ -19,7 +19,7 @@ from sled.results import Stats
 from sled.timing import Times, interleave
 
 MAX_NEW_TOKENS = 144
-STEPS = (1, 2, 3, 4)
+STEPS = (2, 3, 4, 5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,15 +51,15 @@ class Measured:
 
 
 def mixed_questions(lm: LM, count: int) -> list[list[int]]:
-    """Token ids of held-out problems; any len(STEPS) in a row have as many different numbers of steps.
+    """Token ids of held-out problems of `STEPS` steps; any len(STEPS) in a row have as many different numbers of steps.
 
     count: rounded up to a multiple of len(STEPS).
     """
     each = -(-count // len(STEPS))
     found: dict[int, list[str]] = {steps: [] for steps in STEPS}
     for problem in stream("heldout"):
-        of_steps = found[problem.solution.count("\n")]  # a line for each step, and the answer's
-        if len(of_steps) < each:
+        of_steps = found.get(problem.solution.count("\n"))  # a line for each step, and the answer's
+        if of_steps is not None and len(of_steps) < each:
             of_steps.append(problem.question)
         elif all(len(questions) == each for questions in found.values()):
             break
