@@ -216,7 +216,8 @@ ARGUMENTS = ("calibrate", "--exit-layers", "2", "--delta", "0.2", "--epsilon", "
              "40", "--batch-size", "16")
 
 
-def test_the_command_writes_a_record_and_says_what_it_chose(demo, tmp_path, command):
+def test_the_command_writes_a_record_and_says_what_it_chose(demo, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
     path = tmp_path / "c.json"
     code, out, err = command(*ARGUMENTS, "--problems", "16", "-o", str(path))
     assert code == 0 and "<- chosen" in out and "With 90% confidence" in out and str(path) in err
@@ -232,7 +233,8 @@ def test_the_command_writes_a_record_and_says_what_it_chose(demo, tmp_path, comm
     assert made.serving["schedule"] == dict(kind="sled.Gather", rows=2, patience=16)
 
 
-def test_generate_leaves_as_a_record_says(demo, record, tmp_path, command):
+def test_generate_leaves_as_a_record_says(demo, record, tmp_path, command, monkeypatch):
+    monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
     gathering = dict(kind="sled.Gather", rows=2, patience=16)
     saved = tmp_path / "gather.json"
     dataclasses.replace(record, serving=dict(record.serving, schedule=gathering)).save(saved)

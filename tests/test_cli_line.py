@@ -253,7 +253,7 @@ def test_tune_tries_what_was_asked_for(words, policies, demo, monkeypatch, capsy
 ])
 def test_tune_refuses_in_the_users_words(words, says, demo, monkeypatch, capsys):
     monkeypatch.setattr(sled, "load", lambda *_, **__: demo)
-    monkeypatch.setattr(sled, "layers", layers_that_promise(2, 4))
+    monkeypatch.setattr(sled, "layers", layers_that_promise(2, 3))
     assert main(["tune", *words]) == 1
     assert says in capsys.readouterr().err.splitlines()[-1]
 

@@ -278,7 +278,7 @@ def test_the_command_writes_every_form(run_folder, tmp_path, capsys):
 def test_the_card_takes_the_word_of_a_survey_of_these_weights(plain_folder, tmp_path):
     lm, path = sled.load(plain_folder), tmp_path / "layers.json"
     found = Survey("m", 3, 2, 9, 1, tuple(Spoken(n, n / 3, 0.1, 0.0, None, 0.5) for n in (1, 2)),
-                   (Drafting(1, 4, 0.5, 1.2, 0.9, 1.0), Drafting(2, 8, 0.9, 4.0, 1.5, 1.6)), (), None,
+                   (Drafting(1, 4, None, 0.5, 1.2, 0.9, 1.0), Drafting(2, 8, None, 0.9, 4.0, 1.5, 1.6)), (), None,
                    digest_of_weights(lm.params))
     slow = dataclasses.replace(found, drafting=tuple(dataclasses.replace(way, speed=0.9, bound_speed=1.0)
                                                      for way in found.drafting))

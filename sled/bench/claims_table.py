@@ -173,5 +173,5 @@ def notes(of: Measured) -> list[str]:
         "Quality kept: of the questions that the full model solves, the share that stays solved; others that become "
         "right earn no credit. Speeds: seconds of greedy decoding, or of what is named, over seconds of this, of whole "
         "calls. Correlations: partial, of ranks.",
-        f"Where all rows leave together, {together.count(False)} of {len(together)} texts are not those that they are "
-        "alone: each depends on its batch-mates there."]
+        f"Where all rows leave together, a text depends on its batch-mates: {together.count(False)} of {len(together)} "
+        "were other ones than alone."]

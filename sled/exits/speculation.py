@@ -55,7 +55,7 @@ class SelfSpeculation(Policy):
         OrNone(Whole(1, hint="in vocabularies made by merges the first ids are the most frequent tokens")),
         default=None, option="draft_first_ids",
         help="draft from the first so many token ids alone, cheaper where the projection is a large part of it")
-    max_draft: int | None = bound_of("draft", least=2)
+    max_draft: int | None = bound_of("draft", least=8)
 
     verifies = True
     schedule = Lockstep()  # a verification that does not wait for the others' drafts cuts them short
