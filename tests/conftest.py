@@ -165,9 +165,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True)
-def forget_programs():
+def forget_programs(monkeypatch):
     """Compiled programs are dropped when they are many: each holds memory maps, of which Linux allows a process
-    only so many (65,530 by default), and XLA crashes beyond."""
+    only so many (65,530 by default), and XLA crashes beyond. Between tests only: many tests count what is compiled."""
+    monkeypatch.setattr("sled.decoding.programs.MOST", 10**6)
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:

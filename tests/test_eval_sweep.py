@@ -77,8 +77,7 @@ def many(n):
     return Questions(tuple(f"q {i}" for i in range(n)), tuple(2 * i for i in range(n)), "questions")
 
 
-def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path, monkeypatch):
-    monkeypatch.setattr("sled.decoding.programs.MOST", 10**6)  # those of earlier tests must not be forgotten meanwhile
+def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path):
     toy = demo_toy()
     before = loop.decode.programs[False]
     swept = run(toy, tmp_path / "new" / "folder")

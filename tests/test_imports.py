@@ -5,6 +5,7 @@ import collections
 import functools
 import graphlib
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,12 @@ def _levels() -> list[list[str]]:
     """The order that CONTRIBUTING.md has in its block, from the ground up; rooms between commas stand side by side."""
     [block] = re.findall(r"^```\n(errors\b.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL | re.MULTILINE)
     return [level.replace(",", " ").split() for level in block.split("<")]
+
+
+def test_what_is_installed_is_every_folder_of_the_project():
+    """An installation from a wheel has the named packages alone; one in place has everything, and so hides a gap."""
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(named) == sorted(module for module, file in MODULES.items() if file.name == "__init__.py")
 
 
 def test_the_order_names_every_room_once():
