@@ -16,8 +16,8 @@ def digest_of_weights(params: nnx.State) -> str:
     Reads all weights once: for a large model, seconds.
     """
     total = hashlib.sha256()
-    named = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(params)}
+    named = {"/".join(map(str, path)): array for path, array in nnx.to_flat_state(nnx.as_pure(params))}
     for name in sorted(named):
         total.update(f"{name} ".encode())
-        add_array(total, np.asarray(named[name][...]))
+        add_array(total, np.asarray(named[name]))
     return total.hexdigest()

@@ -79,7 +79,8 @@ class LM:
         self._told = False  # that the checkpoint has a sampling of its own
         self._told_of_drafts = False  # that they cost more than they save
         self._told_of_context = False  # that it ended texts
-        graph, self.params = nnx.split(model)
+        graph, params = nnx.split(model)
+        self.params = nnx.as_pure(params)  # arrays alone: variables are flattened in Python, at every call
         self.build = Merge(graph, self.params)
 
     @decoding_arguments

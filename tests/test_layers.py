@@ -94,19 +94,17 @@ def probable(probability_LT) -> Choices:
     return Choices(np.zeros_like(probability_LT, int), np.float32(probability_LT), None, None)
 
 
-def plain_exits(batch, layer, threshold, window, block):
+def plain_exits(batch, layer, threshold, window):
     """Step by step and row by row: the counts of `Left`."""
     lengths = [choices.token_LT.shape[1] for choices in batch]
-    waiting, found = [0] * len(batch), [0] * 4
+    waiting, found = [0] * len(batch), [0] * 3
     for t in range(max(lengths)):
         active = [b for b, length in enumerate(lengths) if t < length]
         waiting = [waiting[b] + 1 if b in active else 0 for b in range(len(batch))]
         stays = [b for b in active if not batch[b].probability_LT[layer - 1, t] > threshold]
         full = [b for b in active if waiting[b] >= window and t + 1 < lengths[b]]
         if stays or full:
-            most = max(waiting)
-            found = [x + y for x, y in zip(found, (1, most == 1, -(-most // block) if most > 1 else 0, bool(stays)),
-                                           strict=True)]
+            found = [x + y for x, y in zip(found, (1, max(waiting) == 1, bool(stays)), strict=True)]
             waiting = [0] * len(batch)
     return (max(lengths), *found)
 
@@ -114,11 +112,11 @@ def plain_exits(batch, layer, threshold, window, block):
 def test_exits_are_counted_as_step_by_step():
     batch = [probable(RNG.random((3, n), np.float32)) for n in (30, 17, 24)]
     for rows in (batch[:1], batch):
-        left = count_exits(rows, (0.0, 0.2, 0.5, 1.0), window=5, block=2)
+        left = count_exits(rows, (0.0, 0.2, 0.5, 1.0), window=5)
         for layer in (1, 2):
             steps, *counts = left.of(layer)
             for q, threshold in enumerate((0.0, 0.2, 0.5, 1.0)):
-                assert (steps, *(int(x_Q[q]) for x_Q in counts)) == plain_exits(rows, layer, threshold, 5, 2)
+                assert (steps, *(int(x_Q[q]) for x_Q in counts)) == plain_exits(rows, layer, threshold, 5)
 
 
 # Costs
@@ -129,9 +127,9 @@ def test_times_are_those_of_the_parts():
     # Ten drafts after layer 1, and three verifications of 9 tokens.
     assert COSTS.drafting(1, 9, 10, 3) == 10 * (2 + 0.25 + 1) + 3 * (2 + 0.25 + 3 * 6 + 2 + 1.25)
     assert COSTS.drafting(1, 9, 10, 3, few=True) == COSTS.drafting(1, 9, 10, 3) - 10 * (1 - 0.125)
-    left = count_exits([probable([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4)], [0.5], window=9, block=3)
-    # Five steps; the third runs three tokens as a block, the fifth two.
-    assert COSTS.leaving(3, left, block=3) == [5 * (3 * 2 + 1 + 0.125) + 2 * 3 + 2 * 1 + 2 * 0.75]
+    left = count_exits([probable([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4)], [0.5], window=9)
+    # Five steps; the third runs three tokens, and the fifth two, as a block of 9.
+    assert COSTS.leaving(3, left, window=9) == [5 * (3 * 2 + 1 + 0.125) + 2 * 6 + 2 * 1 + 2 * 0.75]
 
 
 def test_drafts_pay_from_some_acceptance_on():
@@ -158,11 +156,11 @@ def test_a_device_bound_by_memory_reads_weights_once():
 def test_costs_come_back_from_the_times_of_whole_cycles():
     """Cycles of 3 and 9 steps with drafts after layer 1; with exits after layer 2, of 9 that leave, and of one."""
     def timed(left):
-        return COSTS.leaving(2, left, block=3)[0]
+        return COSTS.leaving(2, left, window=9)[0]
 
     sizes = sorted(COSTS.layer_of)
-    leave, stay = (count_exits([probable(np.full((4, n), 0.5))], [threshold], window=9,
-                               block=3) for n, threshold in ((10, 0.1), (1, 0.9)))
+    leave, stay = (count_exits([probable(np.full((4, n), 0.5))], [threshold], window=9)
+                   for n, threshold in ((10, 0.1), (1, 0.9)))
     one = 2 * COSTS.layer(1) + COSTS.head(1) + COSTS.exit  # the tenth step, after the cycle's nine
     times = {**{("layers", n): 4 * COSTS.layer(n) for n in sizes}, **{("head", n): COSTS.head(n) for n in sizes},
              "plain": COSTS.step, "few": COSTS.few, "call": COSTS.step + 2.5,

@@ -30,10 +30,6 @@ from sled.decoding.verify import verify
 from sled.exits.policy import ExitView
 from sled.exits.schedule import Timing
 
-# Pending tokens that a deeper segment takes at a time: it is compiled for one token, and for so many. Three blocks fill
-# the usual window of 9; blocks of 4, 5 and 9 were no faster, and up to 10% slower (demo model, batch 1 and 8).
-BLOCK = 3
-
 
 class Emission(NamedTuple):
     """The next token of the rows that get one in this step.
@@ -195,10 +191,12 @@ def _run_pending(run: Context, state: DecodeState, s: int):
     if plan.window == 1:
         state, new = block(1, (state, new))
     else:
-        left = lambda carry: _pending_B(carry[0], s).max()  # noqa: E731
-        carry = run_if(left((state, new)) == 1, functools.partial(block, 1), (state, new))
-        state, new = jax.lax.while_loop(lambda carry: left(carry) > 0,
-                                        functools.partial(block, min(BLOCK, plan.window)), carry)
+        # One token alone, or the whole window at once: a block's time grows far slower than its length. Several blocks
+        # of 3 took 1.3 to 1.5 times as long (demo model, whole calls at batch 8 and 1, one core); a third size, for 2
+        # or 3 pending tokens, gained 5% where next to no token leaves, and lost up to 10% where most do.
+        left = _pending_B(state, s).max()
+        carry = run_if(left == 1, functools.partial(block, 1), (state, new))
+        state, new = run_if(left > 1, functools.partial(block, plan.window), carry)
     slot_B = newest_B % plan.window
     buffered = {n: buffer_BPD[rows, slot_B]
                 for n, buffer_BPD in zip(plan.buffered_layers, state.progress.buffers, strict=True)}

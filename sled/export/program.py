@@ -64,7 +64,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, source: dict[str, 
     counts = {"E": len(exits.exits(config.num_layers)) - 1}
     parts = [take_apart(name, settings, counts)
              for name, settings in (("fusion", decoding.fusion), ("exits", exits), ("sampling", decoding.sampling))]
-    weights = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(lm.params)}
+    weights = {".".join(map(str, path)): np.asarray(array) for path, array in nnx.to_flat_state(lm.params)}
     arrays = weights | {name: array for part in parts for name, array in part.arrays.items()}
     timing = Timing(*decoding.chosen_schedule.timing(exits.verifies)) if counts["E"] else None
     programs = {}
@@ -177,8 +177,7 @@ def trace_generation(lm: LM, parts: list[Parts], arrays: dict[str, np.ndarray], 
     paths = {path: ".".join(map(str, path)) for path, _ in nnx.to_flat_state(lm.params)}
 
     def run(weights, numbers, prompts):
-        params = nnx.from_flat_state([(path, leaf.replace(weights[paths[path]]))
-                                      for path, leaf in nnx.to_flat_state(lm.params)])
+        params = nnx.from_flat_state([(path, weights[name]) for path, name in paths.items()])
         when = Timing(1, 0) if timing is None else Timing(numbers["schedule.rows"], numbers["schedule.patience"])
         tokens_BS, length_B, layers_BS = generate(
             lm.build, params, policy=exits.put_together(numbers, weights), timing=when,

@@ -53,7 +53,7 @@ class Costs:
         In units of reading one layer. Speeds relative to plain decoding are the same for all such devices. first_ids:
         how many token ids drafts may be of, None for all.
         """
-        sizes = {path: variable[...].nbytes for path, variable in nnx.to_flat_state(lm.params)}
+        sizes = {path: array.nbytes for path, array in nnx.to_flat_state(lm.params)}
         layer = sum(size for path, size in sizes.items() if path[0] == "layers") / lm.config.num_layers
         head = lm.build.outline.shared_head.w_VD.nbytes / layer
         own: dict[int, float] = {}
@@ -88,12 +88,11 @@ class Costs:
         others = (self.depth - layer) * self.layer(window) + self.head(window) + self.verify
         return drafted * (first + (self.few if few else self.head(1))) + verifications * (first + others)
 
-    def leaving(self, layer: int, left: Left, block: int):
-        """Early exit after `layer`, for the steps that were counted, at every threshold [Q]. block: tokens of a row in
-        one run of the layers above."""
-        steps, deeper_Q, single_Q, blocks_Q, asked_Q = left.of(layer)
+    def leaving(self, layer: int, left: Left, window: int):
+        """Early exit after `layer`, for the steps that were counted with this window, at every threshold [Q]."""
+        steps, deeper_Q, single_Q, asked_Q = left.of(layer)
         first = layer * self.layer(1) + self.own_head.get(layer, 0) + self.head(1) + self.exit
-        above = single_Q * self.layer(1) + blocks_Q * self.layer(block)
+        above = single_Q * self.layer(1) + (deeper_Q - single_Q) * self.layer(window)
         return (steps * first + (self.depth - layer) * above + asked_Q * self.head(1) + deeper_Q * self.deeper)
 
     def pays_from(self, layer: int, windows: Mapping[int, int]) -> float | None:

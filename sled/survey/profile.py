@@ -40,10 +40,10 @@ def measured_costs(lm: LM, prompts: Sequence[np.ndarray], *, draft_layer: int, e
     """
     forget_programs()
     bench = _Bench(lm, prompts, capacity)
-    sizes = sorted({1, loop.BLOCK, *windows})
     short, long = (SelfSpeculation(draft_layer, draft, max_draft=LONG_DRAFT) for draft in (SHORT_DRAFT, LONG_DRAFT))
     leaves, stays = (EarlyExit(exit_layer, threshold) for threshold in (0.0, 1.0))
     cycle = leaves.window  # tokens that leave until their K/V must be made
+    sizes = sorted({1, cycle, *windows})
     parts: dict[Any, Measure] = {
         **{("layers", size): bench.layers(size) for size in sizes},
         **{("head", size): bench.head(size) for size in sizes},
@@ -68,8 +68,7 @@ def _solved(times: dict[Any, float], depth: int, sizes: Sequence[int], draft_lay
     drafting = (times["long"] - times["short"]) / (LONG_DRAFT - SHORT_DRAFT)
     first = drafting - head(1)
     verifying = times["short"] - SHORT_DRAFT * drafting - first
-    blocks = -(-cycle // loop.BLOCK)
-    left = times["leaves"] - cycle * head(1) - blocks * above * layer(loop.BLOCK)
+    left = times["leaves"] - cycle * head(1) - above * layer(cycle)
     stayed = times["stays"] - 2 * head(1) - above * layer(1)
     exit_step = (left - stayed) / (cycle - 1)
     return Costs(depth, costs.layer_of, costs.head_of, costs.few, plain=times["plain"] - costs.step,

@@ -56,14 +56,13 @@ class Left(NamedTuple):
     """Of one batch, by exits after the layers 1 .. L - 1 and Q thresholds, [L - 1, Q] each.
 
     steps: of the whole batch, all exits and thresholds alike. deeper: steps in which the layers above the exit ran;
-    single: those in which they ran on one token a row; blocks: blocks of more tokens that they ran on in the others.
+    single: those of them in which they ran on one token a row, and not on the whole window.
     asked: steps in which a token came to the last layer, and not only its K/V.
     """
 
     steps: int
     deeper_EQ: np.ndarray
     single_EQ: np.ndarray
-    blocks_EQ: np.ndarray
     asked_EQ: np.ndarray
 
     def of(self, layer: int) -> tuple:
@@ -71,12 +70,12 @@ class Left(NamedTuple):
         return self.steps, *(count_EQ[layer - 1] for count_EQ in self[1:])
 
 
-def count_exits(batch: Sequence[Choices], thresholds: Sequence[float], *, window: int, block: int) -> Left:
+def count_exits(batch: Sequence[Choices], thresholds: Sequence[float], *, window: int) -> Left:
     """How often the layers above one exit run for a batch of texts under `sled.EarlyExit` with exact K/V.
 
     Tokens leave where the exit gives its choice a probability above the threshold, along the full model's texts. The
     layers above run in each step in which a token of any row does not leave, on all that wait; and where a row has
-    `window` tokens that wait. More than one token a row are run in blocks of `block`.
+    `window` tokens that wait.
     """
     lengths_B = np.array([choices.token_LT.shape[1] for choices in batch])
     steps, exits = int(lengths_B.max()), len(batch[0].token_LT) - 1
@@ -85,17 +84,15 @@ def count_exits(batch: Sequence[Choices], thresholds: Sequence[float], *, window
         sure_EBT[:, b, :lengths_B[b]] = choices.probability_LT[:-1]
     threshold_Q1 = np.asarray(thresholds, np.float32)[:, None]
     waiting_EQB = np.zeros((exits, len(threshold_Q1), len(batch)), int)
-    deeper_EQ, single_EQ, blocks_EQ, asked_EQ = np.zeros((4, exits, len(threshold_Q1)), int)
+    deeper_EQ, single_EQ, asked_EQ = np.zeros((3, exits, len(threshold_Q1)), int)
     for t in range(steps):
         active_B = t < lengths_B
         waiting_EQB = np.where(active_B, waiting_EQB + 1, 0)
         stays_EQB = active_B & (sure_EBT[:, None, :, t] <= threshold_Q1)
         full_EQB = (waiting_EQB >= window) & (t + 1 < lengths_B)
         due_EQ = (stays_EQB | full_EQB).any(-1)
-        most_EQ = waiting_EQB.max(-1)
         deeper_EQ += due_EQ
-        single_EQ += due_EQ & (most_EQ == 1)
-        blocks_EQ += np.where(due_EQ & (most_EQ > 1), -(-most_EQ // block), 0)
+        single_EQ += due_EQ & (waiting_EQB.max(-1) == 1)
         asked_EQ += stays_EQB.any(-1)
         waiting_EQB[due_EQ] = 0
-    return Left(steps, deeper_EQ, single_EQ, blocks_EQ, asked_EQ)
+    return Left(steps, deeper_EQ, single_EQ, asked_EQ)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from sled.calibration.fingerprint import digest_of_weights
-from sled.decoding import loop
 from sled.decoding.batch import HEADROOM
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import Decoding
@@ -109,8 +108,7 @@ class _Counted:
                        for field in range(3)]
             self._drafts[ids] = [sum(each) for each in zip(*drafted, strict=True)], longest
         self._steps, self._batches = sum(max(len(texts[i]) for i in batch) for batch in batches), len(batches)
-        window = EarlyExit(1).window
-        self._left = [count_exits([choices[i] for i in batch], THRESHOLDS, window=window, block=loop.BLOCK)
+        self._left = [count_exits([choices[i] for i in batch], THRESHOLDS, window=EarlyExit(1).window)
                       for batch in batches]
 
     def _speed(self, costs: Costs, seconds):
@@ -136,7 +134,7 @@ class _Counted:
         probability_LT, right_LT = (np.concatenate(x, axis=1) for x in _told(self._choices, self._texts))
         ways = []
         for layer in range(1, costs.depth):
-            speeds = [self._speed(each, sum(each.leaving(layer, left, loop.BLOCK) for left in self._left))
+            speeds = [self._speed(each, sum(each.leaving(layer, left, EarlyExit(1).window) for left in self._left))
                       for each in (costs, bound)]
             for q, threshold in enumerate(THRESHOLDS):
                 leaves_T = probability_LT[layer - 1] > np.float32(threshold)
