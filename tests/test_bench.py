@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -146,23 +147,32 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
     monkeypatch.setattr(exits, "speculation_entries", two_of_them)  # each is a program to compile, and so is a schedule
     monkeypatch.setattr(exits, "SCHEDULES", {name: exits.SCHEDULES[name] for name in ("immediate", "lockstep")})
     report = exits.run_exits_bench(problems=8, rounds=1, picture=tmp_path / "deep" / "exits.png")
-    alone = [row for row in report.rows if isinstance(row, exits.SpeculationRow)]
-    full, *early = [row for row in report.rows if isinstance(row, exits.EarlyExitRow)]
-    assert len(alone) == 2 and len(early) == 2 * 2 * 2 and len(report.rows) == 11
-    assert all(row.best > 0 and row.plain_over_this > 0 and row.transformers_over_this is None for row in alone)
-    assert all(row.same_texts == 1 for row in alone)
-    assert alone[0].acceptance is None and 0 <= alone[1].acceptance <= 1
-    assert (full.depth, full.threshold, full.same_tokens, full.no_exit_over_this) == (2, None, 1, 1)
-    assert all(row.depth == (1 if row.threshold == 0 else 2) and row.lockstep_over_this > 0 for row in early)
+    drafting = [row for row in report.rows if isinstance(row, exits.SpeculationRow)]
+    leaving = [row for row in report.rows if isinstance(row, exits.EarlyExitRow)]
+    assert [row.batch for row in drafting] == [1, 1, 8, 8]
+    assert all(row.best > 0 and row.plain_over_this > 0 and row.transformers_over_this is None for row in drafting)
+    assert all(row.same_texts == 1 for row in drafting)
+    assert all(row.acceptance is None for row in drafting[::2])
+    assert all(0 <= row.acceptance <= 1 for row in drafting[1::2])
+    full, early = ([row for row in leaving if (row.threshold is None) == none] for none in (True, False))
+    assert [row.batch for row in full] == [1, 8] and [row.batch for row in early] == [1] * 2 * 2 + [8] * 2 * 2 * 2
+    assert all((row.depth, row.same_tokens, row.no_exit_over_this) == (2, 1, 1) for row in full)
+    assert all(row.depth == (1 if row.threshold == 0 else 2) for row in early)
+    assert all(row.batch == 1 or row.lockstep_over_this > 0 for row in early)
     assert all(row.same_tokens == 1 for row in early if row.threshold == 1)
     assert all(row.same_answers is None for row in early)  # the toy answers nothing
-    assert "parity" in report.notes[-1]
-    assert len(json.loads(report.json())["rows"]) == 11 and report.markdown().count("\n|---|") == 2
+    assert "parity" in report.notes[1]
+    said = [re.sub(r"[\d.]+ times", "n times", note) for note in report.notes[2:]]
+    assert said == [each for batch in (1, 8) for each in (
+        f"batch {batch}, drafts: speculation after 1, draft 2 is n times as fast as greedy, with 100% of its texts",
+        *(f"batch {batch}, threshold 1, at which no token leaves, {kv} K/V: n times as fast as no exit"
+          for kv in ("exact", "propagate")))]
+    assert len(json.loads(report.json())["rows"]) == 18 and report.markdown().count("\n|---|") == 2
     assert (tmp_path / "deep" / "exits.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_every_way_has_its_plain_one(toy):
-    entries = exits.speculation_entries(toy, [[1]], (1,))
+    entries = exits.speculation_entries(toy, [[1]], (1,), 1)
     assert {entry.plain for entry in entries.values()} == {exits.GREEDY, exits.SLED} <= entries.keys()
     assert all((entry.plain == exits.SLED) == name.startswith("SLED") for name, entry in entries.items())
 

@@ -97,14 +97,15 @@ def probable(probability_LT) -> Choices:
 def plain_exits(batch, layer, threshold, window):
     """Step by step and row by row: the counts of `Left`."""
     lengths = [choices.token_LT.shape[1] for choices in batch]
-    waiting, found = [0] * len(batch), [0] * 3
+    waiting, found = [0] * len(batch), [0] * 4
     for t in range(max(lengths)):
         active = [b for b, length in enumerate(lengths) if t < length]
         waiting = [waiting[b] + 1 if b in active else 0 for b in range(len(batch))]
         stays = [b for b in active if not batch[b].probability_LT[layer - 1, t] > threshold]
         full = [b for b in active if waiting[b] >= window and t + 1 < lengths[b]]
         if stays or full:
-            found = [x + y for x, y in zip(found, (1, max(waiting) == 1, bool(stays)), strict=True)]
+            most = max(waiting)
+            found = [x + y for x, y in zip(found, (1, most == 1, most in (2, 3), bool(stays)), strict=True)]
             waiting = [0] * len(batch)
     return (max(lengths), *found)
 
@@ -128,8 +129,8 @@ def test_times_are_those_of_the_parts():
     assert COSTS.drafting(1, 9, 10, 3) == 10 * (2 + 0.25 + 1) + 3 * (2 + 0.25 + 3 * 6 + 2 + 1.25)
     assert COSTS.drafting(1, 9, 10, 3, few=True) == COSTS.drafting(1, 9, 10, 3) - 10 * (1 - 0.125)
     left = count_exits([probable([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4)], [0.5], window=9)
-    # Five steps; the third runs three tokens, and the fifth two, as a block of 9.
-    assert COSTS.leaving(3, left, window=9) == [5 * (3 * 2 + 1 + 0.125) + 2 * 6 + 2 * 1 + 2 * 0.75]
+    # Five steps; the third runs three tokens, and the fifth two, as a block of 3.
+    assert COSTS.leaving(3, left, window=9) == [5 * (3 * 2 + 1 + 0.125) + 2 * 3 + 2 * 1 + 2 * 0.75]
 
 
 def test_drafts_pay_from_some_acceptance_on():

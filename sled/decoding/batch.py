@@ -100,11 +100,8 @@ class Batch:
         self._fetch()
 
     def _fetch(self) -> None:
-        text = self._state.text
-        self._text = jax.device_get(text.replace(keys_B=None))
-        self.lengths = self._text.length_B
-        if self._decoding.exits.verifies:
-            self.lengths = np.asarray(self._state.progress.complete_B) + 1
+        self._text, kv_len_BE = jax.device_get((self._state.text.replace(keys_B=None), self._state.progress.kv_len_BE))
+        self.lengths = kv_len_BE[:, -1] + 1 if self._decoding.exits.verifies else self._text.length_B
         self.active = self._text.active_B.copy()  # `stop` writes to it
 
 

@@ -56,7 +56,7 @@ class EarlyExit(Policy):
     kv: str = setting(OneOf(("exact", "propagate")), default="exact", help=(
         "the keys and values of a token in the layers it skipped: exact, made later in a block, when a segment next "
         "runs for any row; propagate, made at once from the exit's hidden state, which is cheaper and approximate"))
-    max_deferred: int = setting(Whole(1, hint="8 is usual"), default=8, help=(
+    max_deferred: int = setting(Whole(1, hint="15 is usual"), default=15, help=(
         "how many tokens of a row may wait for their exact keys and values before the deeper layers must run"))
     classifier: Classifier | None = setting(
         OrNone(Instance(Classifier, hint="sled.Classifier(weights, bias) is one")), default=None, traced=True,

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from flax import nnx
 
+from sled.decoding import loop
 from sled.lm import LM
 from sled.survey.simulate import Left
 
@@ -90,9 +91,10 @@ class Costs:
 
     def leaving(self, layer: int, left: Left, window: int):
         """Early exit after `layer`, for the steps that were counted with this window, at every threshold [Q]."""
-        steps, deeper_Q, single_Q, asked_Q = left.of(layer)
+        steps, deeper_Q, single_Q, short_Q, asked_Q = left.of(layer)
         first = layer * self.layer(1) + self.own_head.get(layer, 0) + self.head(1) + self.exit
-        above = single_Q * self.layer(1) + (deeper_Q - single_Q) * self.layer(window)
+        above = (single_Q * self.layer(1) + short_Q * self.layer(loop.SHORT)
+                 + (deeper_Q - single_Q - short_Q) * self.layer(window))
         return (steps * first + (self.depth - layer) * above + asked_Q * self.head(1) + deeper_Q * self.deeper)
 
     def pays_from(self, layer: int, windows: Mapping[int, int]) -> float | None:

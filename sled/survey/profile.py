@@ -43,7 +43,7 @@ def measured_costs(lm: LM, prompts: Sequence[np.ndarray], *, draft_layer: int, e
     short, long = (SelfSpeculation(draft_layer, draft, max_draft=LONG_DRAFT) for draft in (SHORT_DRAFT, LONG_DRAFT))
     leaves, stays = (EarlyExit(exit_layer, threshold) for threshold in (0.0, 1.0))
     cycle = leaves.window  # tokens that leave until their K/V must be made
-    sizes = sorted({1, cycle, *windows})
+    sizes = sorted({*loop.block_sizes(cycle), *windows})
     parts: dict[Any, Measure] = {
         **{("layers", size): bench.layers(size) for size in sizes},
         **{("head", size): bench.head(size) for size in sizes},

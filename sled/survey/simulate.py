@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sled.decoding import loop
 from sled.survey.choices import Choices
 
 
@@ -56,13 +57,15 @@ class Left(NamedTuple):
     """Of one batch, by exits after the layers 1 .. L - 1 and Q thresholds, [L - 1, Q] each.
 
     steps: of the whole batch, all exits and thresholds alike. deeper: steps in which the layers above the exit ran;
-    single: those of them in which they ran on one token a row, and not on the whole window.
+    single: those of them in which they ran on one token a row; short: on the loop's `SHORT` at most. In the others they
+    ran on the whole window.
     asked: steps in which a token came to the last layer, and not only its K/V.
     """
 
     steps: int
     deeper_EQ: np.ndarray
     single_EQ: np.ndarray
+    short_EQ: np.ndarray
     asked_EQ: np.ndarray
 
     def of(self, layer: int) -> tuple:
@@ -84,7 +87,7 @@ def count_exits(batch: Sequence[Choices], thresholds: Sequence[float], *, window
         sure_EBT[:, b, :lengths_B[b]] = choices.probability_LT[:-1]
     threshold_Q1 = np.asarray(thresholds, np.float32)[:, None]
     waiting_EQB = np.zeros((exits, len(threshold_Q1), len(batch)), int)
-    deeper_EQ, single_EQ, asked_EQ = np.zeros((3, exits, len(threshold_Q1)), int)
+    deeper_EQ, single_EQ, short_EQ, asked_EQ = np.zeros((4, exits, len(threshold_Q1)), int)
     for t in range(steps):
         active_B = t < lengths_B
         waiting_EQB = np.where(active_B, waiting_EQB + 1, 0)
@@ -92,7 +95,9 @@ def count_exits(batch: Sequence[Choices], thresholds: Sequence[float], *, window
         full_EQB = (waiting_EQB >= window) & (t + 1 < lengths_B)
         due_EQ = (stays_EQB | full_EQB).any(-1)
         deeper_EQ += due_EQ
-        single_EQ += due_EQ & (waiting_EQB.max(-1) == 1)
+        most_EQ = waiting_EQB.max(-1)
+        single_EQ += due_EQ & (most_EQ == 1)
+        short_EQ += due_EQ & (most_EQ > 1) & (most_EQ <= loop.SHORT)
         asked_EQ += stays_EQB.any(-1)
         waiting_EQB[due_EQ] = 0
-    return Left(steps, deeper_EQ, single_EQ, asked_EQ)
+    return Left(steps, deeper_EQ, single_EQ, short_EQ, asked_EQ)
