@@ -123,7 +123,8 @@ def like_long(lm: LM, count: int) -> list[Problem]:
 def solve_in_turn(lm: LM, ways: Mapping[str, Way], asked: Sequence[Problem]) -> dict[str, Solved]:
     """Every problem in all the ways, one call after the other, before the next problem.
 
-    Before that each program is compiled, as many at a time as there are cores.
+    Before that each program is compiled, or loaded where it was kept, as many at a time as there are cores. The first
+    to be ready, plain decoding's, shows its solution of the first problem while the others are prepared.
     """
     outs: dict[str, list[Output]] = {name: [] for name in ways}
 
@@ -138,9 +139,12 @@ def solve_in_turn(lm: LM, ways: Mapping[str, Way], asked: Sequence[Problem]) -> 
     programs = {jax.tree.structure(way.how): way.how for way in ways.values()}.values()
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        for _ in tqdm(pool.map(lambda how: solve(asked[0], how), programs), total=len(programs), desc="compiling",
-                      unit="program"):
-            pass
+        ready = pool.map(lambda how: solve(asked[0], how), programs)
+        with tqdm(total=len(programs), desc="preparing programs", unit="program") as bar:
+            for index, out in enumerate(ready):
+                bar.update()
+                if not index:
+                    bar.write("\n".join([*textwrap.wrap(asked[0].question, line_width()), out.texts[0].strip(), ""]))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # an interruption waits for no compilation
     with tqdm(total=len(ways) * len(asked), desc="solving", unit="text") as bar:
