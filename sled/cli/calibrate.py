@@ -34,7 +34,7 @@ EXITS = (*settings_of(offer(sled.EarlyExit, *(declared(sled.EarlyExit).keys() - 
 class Calibrate(derive("Exits", *EXITS)):
     """Find how early tokens may leave, with a guarantee.
 
-    sled calibrate --exit-layers 1 2 4
+    sled calibrate --exit-layers 2 4
 
     sled calibrate -m facebook/layerskip-llama3.2-1B --file prompts.txt --exit-layers 4 8 --delta 0.05
 

@@ -42,7 +42,7 @@ class Generate:
     sled generate -m meta-llama/Llama-3.2-1B --fusion sled --rate 2 --scale 10 "The capital of France is"
 
     sled generate "Question: A lamp costs 40 euros. Now it is 20% off. What is the price?\\nAnswer:"
-    --exits early --exit-layers 1 2 4 --show-exits
+    --exits early --exit-layers 2 4 --show-exits
 
     sled generate -m HuggingFaceTB/SmolLM2-135M-Instruct "What is the capital of Italy?" --chat
     --system "Answer in one word."
