@@ -31,7 +31,8 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), "--xla_back
                                     "--xla_llvm_disable_expensive_passes=true",
                                     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"])
 os.environ["SLED_COMPILATION_CACHE"] = "0"  # what tests compile is not for the user's cache folder
-pytest.register_assert_rewrite("training_data", "export_folders", "harness_tasks")  # plugins that tests import from too
+# Plugins that tests import from too.
+pytest.register_assert_rewrite("training_data", "export_folders", "harness_tasks", "scripted_sweep")
 gc.set_threshold(100_000, 20, 100)  # tracing makes many objects that live on; looking through them took a tenth of all
 
 # Files that take longest begin: one of them at the end would keep one process waiting for the other.

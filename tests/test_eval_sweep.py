@@ -1,80 +1,30 @@
-"""Sweeps: grids, what a row holds, resuming, the certified choice, the Pareto front, the command."""
+"""Sweeps: grids, what a row holds, resuming, the certified choice, the Pareto front."""
 
-import copy
 import csv
 import dataclasses
 import json
 import re
-import types
 import warnings
-from pathlib import Path
 
 import jax
 import pytest
-from demo_toy import THREE, demo_toy
+from demo_toy import demo_toy
+from scripted_sweep import DRAFTS, EARLY, QUESTIONS, many, run
 
 import sled
-from sled.cli import main
 from sled.decoding import loop
 from sled.errors import EvaluationWarning, SettingError
 from sled.eval.methods import Method
-from sled.eval.questions import Questions, demo_questions
+from sled.eval.questions import demo_questions
 from sled.eval.sweep import grid
-from sled.eval.sweep import measure as measuring
-from sled.eval.sweep import sweep as sweeping
 from sled.eval.sweep.plot import draw_sweep
-from sled.eval.sweep.sweep import sweep
 from sled.exits import Policy
 from sled.exits.policy import Exits
-from sled.results import Output, Stats
 from sled.settings.decorator import setting, settings
 from sled.settings.rules import Number
-from sled.timing import Times
 
+pytest_plugins = ["scripted_sweep"]
 pytestmark = pytest.mark.filterwarnings("ignore::sled.errors.EvaluationWarning")  # most sweeps here are tiny
-
-# Five, as many as in no other test of the toy: programs that others compiled would not count as this one's.
-QUESTIONS = Questions(tuple(f"Question: {n} and {n}?\nAnswer:" for n in range(5)), (0, 2, 4, 6, 8), "sums")
-EARLY = grid.early_exits([1], [0.0, 1.0, 0.5])
-DRAFTS = grid.self_speculation([1], [3, 1])
-
-
-def run(lm, folder, methods=(*EARLY, *DRAFTS), questions=QUESTIONS, **how):
-    return sweep(lm, methods, questions, folder, **{"rounds": 1, "max_new_tokens": 6, "progress": False, **how})
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """The toy with a script instead of a model: `scripted.calls` are the exits it was asked for. At threshold t the
-    first (1 - t) of the answers are wrong, and it takes t seconds; without exits, or drafting, all are right, in 1."""
-
-    def decode(prompts, decoding, **_):
-        lm.calls.append(decoding.exits)
-        lm.stop = decoding.stop
-        t = getattr(decoding.exits, "threshold", 1.0)
-        wrong = round((1 - t) * len(prompts))
-        texts = [lm.says.format("no" if i < wrong else 2 * i) for i in range(len(prompts))]
-        ended = ["length" if i < lm.cut else "stop" for i in range(len(prompts))]
-        stats = Stats(prompt_tokens=1, new_tokens=2 * len(prompts), prefill_seconds=0, decode_seconds=1,
-                      mean_depth=3 * t, drafted=10 * (t == 1), accepted=5)
-        return Output(texts, [[i, i >= wrong] for i in range(len(prompts))], ended, [], stats)
-
-    def interleave(calls, rounds, bar):
-        assert next(iter(calls)).endswith("no exit")  # the baseline, in every round
-        for call in calls.values():
-            call()
-        seconds = lambda name: max(float(name.rpartition("threshold ")[2]), 0.01) if "threshold" in name else 1.0  # noqa: E731
-        return {name: Times([seconds(name), 9.0]) for name in calls}
-
-    lm = copy.copy(demo_toy())
-    lm.name, lm.decode, lm.calls, lm.config, lm.says, lm.cut = "scripted", decode, [], THREE, "#### {}", 0
-    monkeypatch.setattr(measuring, "interleave", interleave)
-    monkeypatch.setattr(sweeping, "draw_sweep", lambda _, path: path.write_bytes(b"a picture") and path)
-    return lm
-
-
-def many(n):
-    return Questions(tuple(f"q {i}" for i in range(n)), tuple(2 * i for i in range(n)), "questions")
 
 
 def test_a_sweep_compiles_each_program_once_and_says_what_happened(tmp_path):
@@ -311,93 +261,8 @@ def test_what_cannot_be_swept(scripted, tmp_path, methods, how, says):
     assert not scripted.calls and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["sweep.md", "sweep.png"])
-def test_files_of_ones_own_are_not_replaced(command, scripted, tmp_path, capsys, name):
-    (tmp_path / name).write_text("mine")
-    assert command("-o", tmp_path, "--problems", 2) == 1
-    assert f"--out is '{tmp_path}', which holds {name} that sled did not write" in capsys.readouterr().err
-    assert (tmp_path / name).read_text() == "mine" and not scripted.calls and len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(SettingError, match="folder is"):
-        run(scripted, tmp_path)
-
-
-@pytest.mark.parametrize(("arguments", "made"), [
-    (["-o", "new", "--exit-layers", "9"], False), (["-o", "new", "--rounds", "0"], False),
-    (["-o", "new", "-n", "1000"], False), (["-o", "old/new", "--exit-layers", "9"], False),
-    (["-o", "new", "--delta", "2"], False), (["-o", "new", "--problems", "2", "--thresholds", "0.9", "--drafts"], True),
-])
-def test_a_refused_run_leaves_no_folder(command, tmp_path, monkeypatch, arguments, made):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "old").mkdir()
-    assert command(*arguments) == 1 - made
-    assert (tmp_path / "old").exists() and (tmp_path / "new").exists() == made
-    assert not list((tmp_path / "old").iterdir())
-
-
 def test_pictures_of_every_kind_of_sweep(scripted, tmp_path):
     measures = grid.early_exits([1, (1, 2)], [0.9, 0.5], measures=["margin", "entropy"])
     for i, methods in enumerate([[*measures, *DRAFTS], DRAFTS, grid.sled_settings([1, 2], [5])]):
         swept = run(scripted, tmp_path, methods, many(100), delta=0.4)
         assert draw_sweep(swept, tmp_path / f"{i}.svg").stat().st_size > 5000
-
-
-def test_the_documentations_python_runs(command, scripted, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sled, "load", lambda *_, **__: scripted)
-    scripted.config = dataclasses.replace(THREE, num_layers=8, windows=THREE.windows[:1] * 8)
-    text = (Path(sled.__file__).parents[1] / "docs" / "sweeps.md").read_text()
-    blocks = text.split("```python\n")[1:]
-    exec("\n".join(block.partition("```")[0] for block in blocks), {})
-    assert len(blocks) == 2 and (tmp_path / "sweep" / "sweep.md").exists() and (tmp_path / "comparison.png").exists()
-
-
-@pytest.fixture
-def command(scripted, monkeypatch):
-    """`command(*arguments)`: the exit status of `sled sweep`, with the scripted model. Layers 1 and 2 promise most."""
-    monkeypatch.setattr(sled, "load", lambda *_, **__: scripted)
-    monkeypatch.setattr(sled, "layers", lambda *_, **__: types.SimpleNamespace(speaking_layers=lambda _: (1, 2)))
-    return lambda *arguments: main(["sweep", *map(str, arguments)])
-
-
-def test_the_command(command, scripted, tmp_path, capsys):
-    assert command("-o", tmp_path, "--problems", 4, "--exit-layers", 1, "1,2", "--thresholds", 0.9, 0.5, "--drafts", 2,
-                   "--draft-layers", 2, "--rates", 1, "--scales", 5, 10) == 0
-    out = capsys.readouterr().out
-    assert all(f"| {name} |" in out for name in (
-        "no exit", "exit after 1, threshold 0.9", "exit after 1 2, threshold 0.5", "speculation after 2, draft 2",
-        "SLED rate 1 scale 10, no exit"))
-    assert (tmp_path / "sweep.md").read_text() == out and (tmp_path / "sweep.png").exists()
-    scripted.calls.clear()
-    (tmp_path / "own.jsonl").write_text('{"q": "0?", "a": 0}\n{"q": "1?", "a": 2}\n')
-    assert command("-o", tmp_path / "own", "--data", tmp_path / "own.jsonl", "--prompt", "{q}", "--answer", "a",
-                   "--thresholds", "--fusion", "sled", "--rate", 2) == 1
-    assert "to choose layers by and are not asked; but there are 2: name the layers" in capsys.readouterr().err
-    (tmp_path / "own.jsonl").write_text("".join(f'{{"q": "{n}?", "a": {n % 2}}}\n' for n in range(10)))
-    assert command("-o", tmp_path / "own", "--data", tmp_path / "own.jsonl", "--prompt", "{q}", "--answer", "a",
-                   "--thresholds", "--fusion", "sled", "--rate", 2) == 0
-    own = (tmp_path / "own" / "sweep.md").read_text()
-    assert "scripted, 2 questions of own.jsonl, the answer being the number behind the first ####, at most 96" in own
-    assert own.count("| SLED rate 2 scale 10, speculation after") == 2 * 4  # layers x drafts
-
-
-@pytest.mark.parametrize(("arguments", "says"), [
-    (["--thresholds", "--drafts"], "nothing is left to sweep"), (["--rates", "1"], "--rates and --scales go together"),
-    (["--thresholds", "--drafts", "--rates", "1", "--scales", "5", "--fusion", "dola"],
-     "--fusion has no meaning without --thresholds or --drafts"),
-    (["--thresholds", "--exit-layers", "1"], "--exit-layers has no meaning without --thresholds"),
-    (["--drafts", "--draft-layers", "1"], "--draft-layers has no meaning without --drafts"),
-    (["--problems", "0"], "count is 0"),
-    (["--prompt", "q"], "--prompt is for --data, which was not given"),
-    (["--num-fewshot", "2"], "--num-fewshot is for --data"), (["--fewshot", "x"], "--fewshot is for --data"),
-    (["--data", "x.jsonl", "--prompt", "q", "--answer", "a", "--fewshot", "y"], "'y', but --num-fewshot is 0"),
-    (["--stop", ""], "at least one character"), (["--data", "x.jsonl"], "without --prompt or --answer"),
-    (["--data", "x.jsonl", "--prompt", "q", "--answer", "a"], "no file at 'x.jsonl'"),
-    (["-m", "other"], "no questions were given for other"),
-    (["--exit-layers", "9"], "--exit-layers is 9, but 9 is no early exit of a model of 3"),
-    (["--draft-layers", "9"], "--draft-layers is 9"), (["--drafts", "0"], "--drafts is 0"),
-    (["--thresholds", "0.9", "3"], "--thresholds is 3"),
-    (["--thresholds", "2"], "--thresholds is 2"),
-], ids=str)
-def test_mistakes_are_named(command, tmp_path, capsys, arguments, says):
-    assert command("-o", tmp_path, *arguments) == 1
-    assert says in capsys.readouterr().err

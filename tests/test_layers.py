@@ -276,7 +276,7 @@ def test_a_saved_survey_is_read_as_it_was(tmp_path):
         assert Survey.load(path) == found
     text = path.read_text()
     for changed, says in ((text.replace('"tokens": 145', '"tokens": 146'), "was changed after it was made"),
-                          (text.replace('"format": 1', '"format": 2'), "is no survey of layers that this version"),
+                          (text.replace('"format": 2', '"format": 1'), "is no survey of layers that this version"),
                           ("[]", "not a JSON object"), ("{}", "is no survey")):
         assert changed != text
         path.write_text(changed)

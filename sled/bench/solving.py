@@ -13,12 +13,12 @@ import numpy as np
 from tqdm import tqdm
 
 from sled.bench.rival import greedy
+from sled.demo import MAX_NEW_TOKENS
 from sled.demo.problems import problems, prompt, stream
 from sled.lm import LM
 from sled.results import Stats
 from sled.timing import Times, interleave
 
-MAX_NEW_TOKENS = 144
 STEPS = (2, 3, 4, 5)
 
 

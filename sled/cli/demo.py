@@ -30,9 +30,9 @@ from sled.results import Output
 from sled.settings.rules import Whole
 from sled.timing import interleave
 
-# Tokens of a question: as many as most have, and so alike that each program is compiled for one size alone.
+# Tokens of a question: so alike that each program is compiled for one size alone.
 LENGTHS = range(50, 65)
-MAX_NEW_TOKENS = 128  # room for every solution; with a question it comes to 192 positions at most
+MAX_NEW_TOKENS = 128  # room for all but the longest solutions; with a question it comes to 192 positions at most
 GREEDY, CLAMP, FUSED, DOLA, CONFIDENT = "greedy", "clamp only (SLED, rate 0)", "SLED", "DoLa", "Confident Decoding"
 LEAVING = f"early exit after {' or '.join(map(str, EXIT['layers']))}"
 DRAFTING, FUSED_DRAFTING = f"self-speculation after {DRAFT['layer']}", "SLED, verifying drafts"
@@ -40,7 +40,7 @@ HEADINGS = ("", "solved", "95%", "+", "-", "p", "speed", "depth", "same")
 LEGEND = (
     "solved: right answers, with a 95% interval (bootstrap). + -: problems that only this way solved, and that only "
     "greedy did; p: how likely so uneven a split is by chance (McNemar, exact). speed: as a multiple of greedy's, of "
-    "whole calls for one problem at a time, where exits give most (in batches they give less: sled bench exits). "
+    "whole calls for one problem at a time (in batches: sled bench exits). "
     "depth: the layer, on average, after which a token was chosen; all layers verify a draft afterwards. same: texts "
     "that are token for token greedy's, or SLED's for the last way. Early exit leaves above a confidence of "
     f"{EXIT['threshold']:g}, with exact K/V; drafts have {DRAFT['draft']} tokens.")
@@ -155,11 +155,12 @@ def solve_in_turn(lm: LM, ways: Mapping[str, Way], asked: Sequence[Problem]) -> 
 
 
 def table(ways: Mapping[str, Way], solved: Mapping[str, Solved]) -> str:
-    """A line for each way, its problems compared one by one with greedy's."""
+    """A line for each way, its problems compared one by one with greedy's, and what to beware of in these numbers."""
     from sled.eval.report.compare import compare  # imported here: it takes a second, in which decoding can begin
 
     rows = [HEADINGS]
-    for of in compare({name: way.right for name, way in solved.items()}, GREEDY).rows:
+    compared = compare({name: way.right for name, way in solved.items()}, GREEDY)
+    for of in compared.rows:
         this, full = solved[of.method], solved[ways[of.method].full]
         low, high = of.interval
         depth = fmean(layer for out in this.outs for layer in out.exit_layers[0])
@@ -169,7 +170,8 @@ def table(ways: Mapping[str, Way], solved: Mapping[str, Solved]) -> str:
             f"{solved[GREEDY].seconds / this.seconds:.2f}", f"{depth:.1f}",
             "" if this is full else f"{fmean(map(list.__eq__, this.tokens, full.tokens)):.0%}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+    return "\n".join([*lines, "", *(textwrap.fill(note, line_width()) for note in compared.notes())])
 
 
 def telling(solved: Mapping[str, Solved]) -> list[tuple[int, str]]:

@@ -23,6 +23,7 @@ from sled.cli.options import (
 )
 from sled.cli.question_options import QuestionOptions
 from sled.cli.values import Layer, LayerSet, NewPath
+from sled.demo import MAX_NEW_TOKENS
 from sled.errors import SettingError
 
 Measure = option_type(sled.EarlyExit, "measure")
@@ -83,7 +84,7 @@ class Sweep:
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 96
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = MAX_NEW_TOKENS
     """The most tokens of an answer."""
     batch_size: int = 8
     """Questions answered together. Speeds are those of this batch size; in float32, texts do not depend on it."""

@@ -16,7 +16,7 @@ from sled.timing import hardware, versions
 
 KEEPS = 0.98  # the share of tokens that an exit must leave as they are
 SURE = 0.9
-FORMAT = 1  # of a saved survey
+FORMAT = 2  # of a saved survey
 REACHED = 0.7  # acceptance of drafts that training for exits has come to: 0.69 (LayerSkip), 0.6 to 0.7 (Kangaroo)
 HEADINGS = ("layer", "agrees", "cal. error", f"over {SURE:g}", "of these", "pays from", "draft", "ids", "right",
             "speed", "threshold", "kept", "depth", "speed")
