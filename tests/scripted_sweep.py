@@ -62,7 +62,7 @@ def many(n):
 
 @pytest.fixture
 def sweep_command(scripted, monkeypatch):
-    """`sweep_command(*arguments)`: the exit status of `sled sweep`, with the scripted model, whose layers 1 and 2 promise
+    """`sweep_command(*arguments)`: the exit status of `sled sweep`, with the scripted model. Its layers 1 and 2 promise
     most."""
     monkeypatch.setattr(sled, "load", lambda *_, **__: scripted)
     monkeypatch.setattr(sled, "layers", lambda *_, **__: types.SimpleNamespace(speaking_layers=lambda _: (1, 2)))

@@ -161,14 +161,38 @@ def test_exits_are_measured_without_transformers(toy, monkeypatch, tmp_path):
     assert all(row.batch == 1 or row.lockstep_over_this > 0 for row in early)
     assert all(row.same_tokens == 1 for row in early if row.threshold == 1)
     assert all(row.same_answers is None for row in early)  # the toy answers nothing
-    assert "parity" in report.notes[1]
-    said = [re.sub(r"[\d.]+ times", "n times", note) for note in report.notes[2:]]
+    assert "parity" in report.notes[2]
+    said = [re.sub(r"[\d.]+ times", "n times", note) for note in report.notes[3:]]
     assert said == [each for batch in (1, 8) for each in (
-        f"batch {batch}, drafts: speculation after 1, draft 2 is n times as fast as greedy, with 100% of its texts",
+        f"batch {batch}, drafts: the fastest of 1 settings, speculation after 1, draft 2, is n times as fast as "
+        "greedy, with 100% of its texts",
         *(f"batch {batch}, threshold 1, at which no token leaves, {kv} K/V: n times as fast as no exit"
           for kv in ("exact", "propagate")))]
     assert len(json.loads(report.json())["rows"]) == 18 and report.markdown().count("\n|---|") == 2
     assert (tmp_path / "deep" / "exits.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_fastest_setting_that_keeps_the_answers_is_named():
+    def leaving(threshold, kept, speed, kv="exact"):
+        return exits.EarlyExitRow(8, kv, "immediate", threshold, *[1.0] * 4, depth=2.0, held=0, same_tokens=1.0,
+                                  same_answers=kept, no_exit_over_this=speed, lockstep_over_this=1.0)
+
+    def drafting(way, speed):
+        return exits.SpeculationRow(8, way, *[1.0] * 7, same_texts=1.0, plain_over_this=speed,
+                                    transformers_over_this=None)
+
+    rows = [leaving(0.5, 0.9, 3.0), leaving(0.8, 0.98, 2.0), leaving(0.9, 1.0, 1.5), leaving(1, 1.0, 0.9),
+            leaving(1, 0.5, 0.8, "propagate")]
+    assert exits.best_of([drafting("greedy", 1), drafting("speculation A", 1.2), drafting("speculation B", 1.4),
+                          drafting("SLED", 9), drafting("SLED, speculation C", 1.1)], rows) == [
+        "batch 8, drafts: the fastest of 2 settings, speculation B, is 1.40 times as fast as greedy, with 100% of its "
+        "texts",
+        "batch 8, drafts: the fastest of 1 settings, SLED, speculation C, is 1.10 times as fast as SLED, with 100% of "
+        "its texts",
+        "batch 8, early exit, exact K/V: the fastest of 3 settings that keep 97% of the answers, threshold 0.8 "
+        "(immediate, mean depth 2.0), is 2.00 times as fast as no exit, with 98% of its answers",
+        "batch 8, threshold 1, at which no token leaves, exact K/V: 0.90 times as fast as no exit",
+        "batch 8, threshold 1, at which no token leaves, propagate K/V: 0.80 times as fast as no exit"]
 
 
 def test_every_way_has_its_plain_one(toy):

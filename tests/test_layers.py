@@ -94,7 +94,7 @@ def probable(probability_LT) -> Choices:
     return Choices(np.zeros_like(probability_LT, int), np.float32(probability_LT), None, None)
 
 
-def plain_exits(batch, layer, threshold, window):
+def plain_exits(batch, layer, threshold, limits, window):
     """Step by step and row by row: the counts of `Left`."""
     lengths = [choices.token_LT.shape[1] for choices in batch]
     waiting, found = [0] * len(batch), [0] * 4
@@ -102,7 +102,7 @@ def plain_exits(batch, layer, threshold, window):
         active = [b for b, length in enumerate(lengths) if t < length]
         waiting = [waiting[b] + 1 if b in active else 0 for b in range(len(batch))]
         stays = [b for b in active if not batch[b].probability_LT[layer - 1, t] > threshold]
-        full = [b for b in active if waiting[b] >= window and t + 1 < lengths[b]]
+        full = [b for b in active if waiting[b] >= window and t + 1 < limits[b]]
         if stays or full:
             most = max(waiting)
             found = [x + y for x, y in zip(found, (1, most == 1, most in (2, 3), bool(stays)), strict=True)]
@@ -112,12 +112,12 @@ def plain_exits(batch, layer, threshold, window):
 
 def test_exits_are_counted_as_step_by_step():
     batch = [probable(RNG.random((3, n), np.float32)) for n in (30, 17, 24)]
-    for rows in (batch[:1], batch):
-        left = count_exits(rows, (0.0, 0.2, 0.5, 1.0), window=5)
+    for rows, limits in ((batch[:1], [30]), (batch, [30, 40, 24]), (batch, [40] * 3)):
+        left = count_exits(rows, (0.0, 0.2, 0.5, 1.0), limits, window=5)
         for layer in (1, 2):
             steps, *counts = left.of(layer)
             for q, threshold in enumerate((0.0, 0.2, 0.5, 1.0)):
-                assert (steps, *(int(x_Q[q]) for x_Q in counts)) == plain_exits(rows, layer, threshold, 5)
+                assert (steps, *(int(x_Q[q]) for x_Q in counts)) == plain_exits(rows, layer, threshold, limits, 5)
 
 
 # Costs
@@ -128,7 +128,7 @@ def test_times_are_those_of_the_parts():
     # Ten drafts after layer 1, and three verifications of 9 tokens.
     assert COSTS.drafting(1, 9, 10, 3) == 10 * (2 + 0.25 + 1) + 3 * (2 + 0.25 + 3 * 6 + 2 + 1.25)
     assert COSTS.drafting(1, 9, 10, 3, few=True) == COSTS.drafting(1, 9, 10, 3) - 10 * (1 - 0.125)
-    left = count_exits([probable([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4)], [0.5], window=9)
+    left = count_exits([probable([[0.9, 0.9, 0.1, 0.9, 0.1]] * 4)], [0.5], [5], window=9)
     # Five steps; the third runs three tokens, and the fifth two, as a block of 3.
     assert COSTS.leaving(3, left, window=9) == [5 * (3 * 2 + 1 + 0.125) + 2 * 3 + 2 * 1 + 2 * 0.75]
 
@@ -160,7 +160,7 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
         return COSTS.leaving(2, left, window=9)[0]
 
     sizes = sorted(COSTS.layer_of)
-    leave, stay = (count_exits([probable(np.full((4, n), 0.5))], [threshold], window=9)
+    leave, stay = (count_exits([probable(np.full((4, n), 0.5))], [threshold], [n], window=9)
                    for n, threshold in ((10, 0.1), (1, 0.9)))
     one = 2 * COSTS.layer(1) + COSTS.head(1) + COSTS.exit  # the tenth step, after the cycle's nine
     times = {**{("layers", n): 4 * COSTS.layer(n) for n in sizes}, **{("head", n): COSTS.head(n) for n in sizes},

@@ -73,12 +73,14 @@ class Left(NamedTuple):
         return self.steps, *(count_EQ[layer - 1] for count_EQ in self[1:])
 
 
-def count_exits(batch: Sequence[Choices], thresholds: Sequence[float], *, window: int) -> Left:
+def count_exits(batch: Sequence[Choices], thresholds: Sequence[float], limits: Sequence[int], *,
+                window: int) -> Left:
     """How often the layers above one exit run for a batch of texts under `sled.EarlyExit` with exact K/V.
 
     Tokens leave where the exit gives its choice a probability above the threshold, along the full model's texts. The
     layers above run in each step in which a token of any row does not leave, on all that wait; and where a row has
-    `window` tokens that wait.
+    `window` tokens that wait, and may go on: whether its newest token ends it is not known yet. limits: the most new
+    tokens of each text.
     """
     lengths_B = np.array([choices.token_LT.shape[1] for choices in batch])
     steps, exits = int(lengths_B.max()), len(batch[0].token_LT) - 1
@@ -92,7 +94,7 @@ def count_exits(batch: Sequence[Choices], thresholds: Sequence[float], *, window
         active_B = t < lengths_B
         waiting_EQB = np.where(active_B, waiting_EQB + 1, 0)
         stays_EQB = active_B & (sure_EBT[:, None, :, t] <= threshold_Q1)
-        full_EQB = (waiting_EQB >= window) & (t + 1 < lengths_B)
+        full_EQB = (waiting_EQB >= window) & (t + 1 < np.asarray(limits)) & active_B
         due_EQ = (stays_EQB | full_EQB).any(-1)
         deeper_EQ += due_EQ
         most_EQ = waiting_EQB.max(-1)

@@ -108,8 +108,8 @@ class _Counted:
                        for field in range(3)]
             self._drafts[ids] = [sum(each) for each in zip(*drafted, strict=True)], longest
         self._steps, self._batches = sum(max(len(texts[i]) for i in batch) for batch in batches), len(batches)
-        self._left = [count_exits([choices[i] for i in batch], THRESHOLDS, window=EarlyExit(1).window)
-                      for batch in batches]
+        self._left = [count_exits([choices[i] for i in batch], THRESHOLDS, [limits[i] for i in batch],
+                                  window=EarlyExit(1).window) for batch in batches]
 
     def _speed(self, costs: Costs, seconds):
         """Of decoding whose steps take so long, as a multiple of plain decoding's."""
