@@ -1,6 +1,7 @@
 """Fusion by need: what the final layer decides by itself stays as it is, and is not projected again."""
 
 import functools
+import re
 import types
 
 import jax
@@ -12,8 +13,9 @@ from hypothesis import strategies as st
 
 import sled
 from sled.decoding import need
-from sled.fusion import SLED, DoLa, SharedHead, latent_bound
+from sled.fusion import SLED, DoLa, SharedHead, latent_bound, partial
 from sled.fusion.partial import max_and_index
+from sled.fusion.statistics import early_sums, layer_statistics
 from sled.fusion.strategy import per_row
 from sled.settings.decorator import setting
 from sled.settings.decorator import settings as settings_class
@@ -69,7 +71,7 @@ def choices_by_layer(strategy, logits_BCV, asked_B):
             best(strategy.logits(logits_BCV, head)))
 
 
-@pytest.mark.parametrize("few", [12, 0])  # all layers projected one by one, or none
+@pytest.mark.parametrize("few", [2, 0])  # layers projected one by one, or none
 @pytest.mark.parametrize("strategy", STRATEGIES[:3])
 def test_what_is_certain_by_layer_does_not_change(strategy, few, monkeypatch):
     monkeypatch.setattr(latent_bound, "FEW_LAYERS", few)
@@ -100,10 +102,58 @@ def test_layers_that_agree_settle_what_the_last_layer_leaves_open():
     agreeing_V = final_V.copy()
     agreeing_V[-2:] = 6, 5
     for early_V, settled in ((agreeing_V, True), (np.where(np.arange(V) == V - 2, 4, final_V), False)):
-        logits = np.stack([early_V, early_V, final_V])[None].astype(np.float32)
+        logits = np.stack([np.stack([early_V] * (latent_bound.FEW_LAYERS + 1) + [final_V])] * 2).astype(np.float32)
         certain_B, final_B, fused_B = choices(SLED(1.0), logits)
-        by_layer_B, _, _ = jax.jit(choices_by_layer)(SLED(1.0), logits, np.ones(1, bool))
-        assert not certain_B.item() and by_layer_B.item() == settled == (final_B == fused_B).item()
+        by_layer_B, _, _ = jax.jit(choices_by_layer)(SLED(1.0), logits, np.array([True, False]))
+        assert not certain_B.any() and by_layer_B.tolist() == [settled, False]
+        assert (final_B == fused_B).tolist() == [settled, settled]
+
+
+@pytest.mark.parametrize("few", [2, 0])  # layers projected one by one, or none
+def test_sums_in_another_order_do_not_break_the_proof(few, monkeypatch):
+    """Early layers so near the final one that rounding decides what they say; the room is just what they say where the
+    products of each logit are added in another order. So no row may count as settled there, but many with more room."""
+    monkeypatch.setattr(latent_bound, "FEW_LAYERS", few)
+    rng, asked_B = np.random.default_rng(0), np.arange(64) % 2 == 0
+    w_VD, final_BD = rng.standard_normal((64, 2048)) / 45, rng.standard_normal((64, 2048))
+    h_BCD = final_BD[:, None] + 1e-6 * rng.standard_normal((64, 4, 2048)) * np.array([1, 1, 1, 0])[:, None]
+    h_BCD, w_VD = jnp.asarray(h_BCD, jnp.float32), jnp.asarray(w_VD, jnp.float32)
+    order = rng.permutation(2048)
+    stats = layer_statistics(h_BCD[..., order], SharedHead(w_VD[:, order]), k=2)
+    m_BEK = jnp.maximum(stats.cosine_BEK, 0) ** 2
+    r_BEK = m_BEK / jnp.maximum(m_BEK.sum(-1, keepdims=True), 1e-30)
+    room_BK = (r_BEK - r_BEK[..., :1]).max(1)
+    final_BV = SharedHead(w_VD).project(h_BCD[:, -1])
+    settled = jax.jit(lambda room_BK: latent_bound.none_moves(
+        h_BCD, SharedHead(w_VD), final_BV, stats.top_ids_BK, jnp.ones((1, 2), bool), 1.0, room_BK, asked_B))
+    assert settled(room_BK).sum() == 0
+    assert settled(jnp.maximum(room_BK, 0) + 1.001).sum() == 32
+
+
+@pytest.mark.parametrize(("few", "tile", "rows"), [(12, None, 8), (3, None, 8), (2, None, 16), (2, 7, 8)])
+def test_no_more_states_are_projected_than_asked_for_and_in_tiles(few, tile, rows, monkeypatch):
+    """Of 8 rows and three early layers; the final layer's 8 rows of logits are there in any case."""
+    monkeypatch.setattr(latent_bound, "FEW_LAYERS", few)
+    monkeypatch.setattr(latent_bound, "PROBE", 5)
+    head, h_BCD = SharedHead(jnp.ones((V, 2)), tile=tile), jnp.ones((8, 4, 2))
+    program = jax.make_jaxpr(lambda *args: SLED().certain_by_layer(*args[:2], head, args[2]))(
+        jnp.ones((8, V)), h_BCD, jnp.ones(8, bool))
+    shapes = re.findall(rf"f32\[([\d,]+),{V}\]", str(program))
+    assert max(np.prod([int(n) for n in shape.split(",")]) for shape in shapes) == rows
+
+
+@pytest.mark.parametrize(("tile", "shards", "block"), [
+    (None, 1, 2**14), (None, 1, 8), (None, 2, 8), (7, 1, 8), (7, 2, 8)])
+def test_sums_of_chosen_layers_are_those_of_all_layers(tile, shards, block, monkeypatch):
+    monkeypatch.setattr(partial, "_BLOCK", block)
+    rng = np.random.default_rng(0)
+    h_BCD, w_VD = rng.standard_normal((5, 4, 6)).astype(np.float32), rng.standard_normal((54, 6)).astype(np.float32)
+    row_P, layer_P, beta_B1 = np.array([3, 0, 3, 4]), np.array([0, 2, 1, 2]), np.linspace(0.5, 2, 5)[:, None]
+    all_BC = partial.partial_statistics(SharedHead(w_VD).project(h_BCD), 0, beta_B1)
+    sums_P = early_sums(h_BCD[row_P, layer_P], SharedHead(w_VD, tile=tile, shards=shards),
+                        SharedHead(w_VD).project(h_BCD[:, -1]), row_P, jnp.asarray(beta_B1[row_P], jnp.float32))
+    for of_all, of_some in zip(all_BC, sums_P, strict=True):
+        np.testing.assert_allclose(of_some, of_all[row_P, layer_P], rtol=1e-4, atol=1e-5)
 
 
 def test_the_bound_is_sharp():
@@ -154,6 +204,31 @@ class Everywhere:
         return self.inner.logits(h_BCD, head)
 
 
+@settings_class
+class ByNeed:
+    """A user's own fusion that leaves all to `certain_by_layer`; it keeps what was asked and proved, [B] each, in
+    `ANSWERS`, and says yes of every row that it was not asked about."""
+
+    inner: SLED = setting(traced=True)
+    norm_early = False
+
+    def early_layers(self, num_layers, *, tied):
+        return self.inner.early_layers(num_layers, tied=tied)
+
+    def certain(self, final_BV):
+        return jnp.zeros(final_BV.shape[0], bool)
+
+    def certain_by_layer(self, final_BV, h_BCD, head, asked_B):
+        assert final_BV.shape == (h_BCD.shape[0], head.vocabulary) and asked_B.shape == h_BCD.shape[:1]
+        proved_B = self.inner.certain_by_layer(final_BV, h_BCD, head, asked_B)
+        jax.debug.callback(lambda *answer: ANSWERS.append(answer), asked_B, proved_B)
+        return proved_B | ~asked_B
+
+    def logits(self, h_BCD, head):
+        return self.inner.logits(h_BCD, head)
+
+
+ANSWERS: list[tuple] = []
 CALLS: list[int] = []
 ROW_P = np.arange(8) // 2  # the row of each place
 
@@ -201,11 +276,16 @@ def test_early_layers_are_projected_only_where_they_are_needed(least, cases, mon
 
 
 def test_tokens_of_sled_that_looks_at_few_layers_are_those_of_sled_that_looks_at_all(monkeypatch, demo):
-    """In a vocabulary that counts as large."""
+    """In a vocabulary that counts as large; the last two rows draw their tokens, and so are not asked about."""
     monkeypatch.setattr(need, "LARGE_VOCABULARY", 1)
     monkeypatch.setattr(need, "BLOCK_LOGITS", {"cpu": 1})
     monkeypatch.setattr(latent_bound, "FEW_LAYERS", 2)
-    prompts = [[1 + i, 5, 9 + i] for i in range(8)]
+    prompts, temperature_B = [[1 + i, 5, 9 + i] for i in range(8)], np.array([0] * 6 + [1, 1.0])
     for rate in (0.1, 1.0):
-        by_need = demo.generate(prompts, max_new_tokens=24, fusion=SLED(rate))
-        assert by_need.tokens == demo.generate(prompts, max_new_tokens=24, fusion=Everywhere(SLED(rate))).tokens
+        ANSWERS.clear()
+        by_need, by_all = (demo.generate(prompts, max_new_tokens=24, fusion=fusion(SLED(rate)),
+                                         sampling=sled.Sampling(temperature_B)) for fusion in (ByNeed, Everywhere))
+        assert by_need.tokens == by_all.tokens
+        jax.effects_barrier()
+        asked, proved = (np.concatenate(rows) for rows in zip(*ANSWERS, strict=True))
+        assert proved[asked].any() and not asked.all()

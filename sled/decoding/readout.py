@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from sled.decoding.network import KV, BlockHead, Network
 from sled.errors import SettingError
-from sled.fusion.projection import SharedHead, fused_logits
+from sled.fusion.projection import SharedHead, fused_logits, with_tile
 
 
 class Readout(NamedTuple):
@@ -133,5 +133,8 @@ class Readout(NamedTuple):
     def certain_by_layer(self, fusion, final_PV, states: Mapping[int, jax.Array], last: int, asked_P) -> jax.Array:
         """At which of the P positions asked for [P] the fusion proves, from the last layer's logits and some of the
         early ones, that its choice is the last layer's. states: as for `fuse`."""
+        def certain(head, h_PCD, final_PV, asked_P):
+            return asked_P & fusion.certain_by_layer(final_PV, h_PCD, head, asked_P)
+
         h_PCD = self.candidates(states, self.early_layers(fusion, last), fusion.norm_early, last)
-        return fusion.certain_by_layer(final_PV, h_PCD, self.head(last), asked_P)
+        return with_tile(certain, self.head(last), h_PCD, final_PV, asked_P)

@@ -17,12 +17,14 @@ Logits that are computed elsewhere, with sums in another order, differ by roundi
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 from sled.fusion.certain import ROUNDING
 from sled.fusion.partial import inverse
-from sled.fusion.statistics import pair_cosines
+from sled.fusion.statistics import cosines, early_sums
 
 PROBE = 256  # rows of the projection; in most vocabularies single bytes and the most frequent pieces of words
 FEW_LAYERS = 12  # a row: more are not projected one by one, as all layers then take hardly longer
@@ -31,16 +33,20 @@ FEW_LAYERS = 12  # a row: more are not projected one by one, as all layers then 
 def none_moves(h_BCD, head, final_BV, top_ids_BK, kept_BK, temperature, room_BK, asked_B):
     """Of the rows asked for [B], those in which no early layer's r_n(i) - r_n(1) reaches room(i) for any token i.
 
-    h_BCD: hidden states as they enter the projection, the final layer's last; final_BV its logits, top_ids_BK its most
-    likely tokens, kept_BK those of them that take part, of which the first
-    is token 1. Layers are projected as far as that is needed to say so.
+    h_BCD: hidden states as they enter the projection, the final layer's last; final_BV: its logits; top_ids_BK: its
+    most likely tokens, the first of which is token 1; kept_BK: those that take part, [B, K], or [1, K] where they are
+    the same in all rows; temperature: a number or one per row (B,). Layers are projected, by the head's tile, as far as
+    that is needed to say so.
     """
-    beta_B1 = inverse(temperature, final_BV.dtype)
+    beta_B1, kept_BK = inverse(temperature, final_BV.dtype), jnp.broadcast_to(kept_BK, top_ids_BK.shape)
     batch, early = h_BCD.shape[0], h_BCD.shape[1] - 1
-    moved_BEK, error_BE = _bound_from_few(h_BCD, head, final_BV, top_ids_BK, beta_B1)
+    l_BCK = head.project_rows(h_BCD, top_ids_BK)
+    moved_BEK, error_BE = _bound_from_few(h_BCD, head, final_BV, l_BCK, beta_B1)
     counts_BK = kept_BK.at[:, 0].set(False)
     reaches = lambda moved_xK, room_xK, counts_xK: (counts_xK & ~(moved_xK < room_xK)).any(-1)  # noqa: E731
     open_BE = asked_B[:, None] & reaches(moved_BEK, room_BK[:, None], counts_BK[:, None])
+    if FEW_LAYERS >= early:  # step 2 would cost what it spares
+        return asked_B & ~open_BE.any(1)
     size = FEW_LAYERS * batch
     h_PD = h_BCD[:, :-1].reshape(batch * early, -1)
     error_P, beta_P1 = error_BE.reshape(-1), jnp.broadcast_to(beta_B1, (batch, early)).reshape(-1, 1)
@@ -49,8 +55,11 @@ def none_moves(h_BCD, head, final_BV, top_ids_BK, kept_BK, temperature, room_BK,
         at_S = jnp.nonzero(open_BE.reshape(-1), size=size, fill_value=batch * early)[0]
         real_S, at_S = at_S < batch * early, jnp.minimum(at_S, batch * early - 1)
         row_S = at_S // early
-        cosine_SK, length_S = pair_cosines(head.project(h_PD[at_S]), final_BV[row_S], top_ids_BK[row_S], beta_P1[at_S])
-        moved_SK = _moved(cosine_SK, error_P[at_S] / length_S, kept_BK[row_S])
+        sums = early_sums(h_PD[at_S], head, final_BV, row_S, beta_P1[at_S])
+        early_SK = l_BCK[row_S, at_S % early]
+        cosine_SK = cosines(jax.tree.map(lambda x_S: x_S[:, None], sums), early_SK[:, None],
+                            (early_SK - l_BCK[row_S, -1])[:, None], top_ids_BK[row_S], beta_P1[at_S])[:, 0]
+        moved_SK = _moved(cosine_SK, error_P[at_S] / jnp.sqrt(sums.gap_sq), kept_BK[row_S])
         fails_S = real_S & reaches(moved_SK, room_BK[row_S], counts_BK[row_S])
         return asked_B & ~jnp.zeros_like(asked_B).at[row_S].max(fails_S)
 
@@ -58,10 +67,13 @@ def none_moves(h_BCD, head, final_BV, top_ids_BK, kept_BK, temperature, room_BK,
     return jax.lax.cond(few, project, lambda: asked_B & ~open_BE.any(1))
 
 
-def _bound_from_few(h_BCD, head, final_BV, top_ids_BK, beta_B1):
-    """Step 1: bounds of r_n(i) - r_n(1), [B, E, K], and what rounding may add to a layer's A - d_i, [B, E]."""
-    l_BCK = head.project_rows(h_BCD, top_ids_BK)
-    probe_BEV = head.with_weights(head.w_VD[:PROBE]).project(h_BCD[:, :-1])
+def _bound_from_few(h_BCD, head, final_BV, l_BCK, beta_B1):
+    """Step 1: bounds of r_n(i) - r_n(1), [B, E, K], and what rounding may add to a layer's A - d_i, [B, E].
+
+    l_BCK: all layers' logits at the top tokens.
+    """
+    probe = dataclasses.replace(head, w_VD=head.w_VD[:PROBE], shards=1)  # whose rows shards need not divide
+    probe_BEV = probe.project(h_BCD[:, :-1])
     early_BEK, d_BEK = l_BCK[:, :-1], l_BCK[:, :-1] - l_BCK[:, -1:]
     beta_B11 = beta_B1[..., None]
     log_part = lambda l_xV: jax.nn.logsumexp(beta_B11 * l_xV, axis=-1)  # noqa: E731

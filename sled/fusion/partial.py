@@ -41,14 +41,17 @@ def inverse(temperature, dtype):
     return 1 / jnp.asarray(temperature, dtype).reshape(-1, 1)
 
 
-def partial_statistics(l_xCV, first, beta_x1) -> Partial:
-    """`Partial` of logits (..., C, V), final layer last, over the V tokens numbered from `first` (..., 1)."""
+def partial_statistics(l_xCV, first, beta_x1, final_x1V=None) -> Partial:
+    """`Partial` of logits (..., C, V) over the V tokens numbered from `first` (..., 1).
+
+    final_x1V: the final layer's logits (..., 1, V), where they are not the last of the C.
+    """
     peak, at = max_and_index(l_xCV)
     others = jnp.arange(l_xCV.shape[-1]) != at
     lowest = jnp.finfo(l_xCV.dtype).min  # finite: a set of one token then merges without inf - inf
     second = jnp.where(others, l_xCV, lowest).max(-1, keepdims=True)
     x = jnp.where(others, jnp.exp(beta_x1[..., None] * (l_xCV - second)), 0)
-    d = l_xCV - l_xCV[..., -1:, :]
+    d = l_xCV - (l_xCV[..., -1:, :] if final_x1V is None else final_x1V)
     return Partial(
         peak=peak[..., 0],
         peak_id=(first + at[..., 0]).astype(jnp.int32),
@@ -108,22 +111,23 @@ def empty_partial(shape, dtype) -> Partial:
     return Partial(lowest, jnp.zeros(shape, jnp.int32), zero, lowest, zero, zero, zero, zero, zero)
 
 
-def blockwise_statistics(l_BCV, beta_B1) -> Partial:
+def blockwise_statistics(l_BCV, beta_B1, final_B1V=None) -> Partial:
     """As `partial_statistics`, for a large vocabulary with temporaries of one block instead of twice the logits.
 
     On a CPU that keeps them in cache and spares the system fresh pages: 8% of a step at V = 128,256.
     """
     vocabulary = l_BCV.shape[-1]
     if vocabulary <= 2 * _BLOCK:
-        return partial_statistics(l_BCV, 0, beta_B1)
+        return partial_statistics(l_BCV, 0, beta_B1, final_B1V)
 
-    def add(partial, l_BCv, first):
-        return merge(partial, partial_statistics(l_BCv, first, beta_B1), beta_B1)
+    def add(partial, first, size):
+        l_BCv, final_B1v = jax.tree.map(  # which leaves None as it is
+            lambda l_BxV: jax.lax.dynamic_slice_in_dim(l_BxV, first, size, axis=-1), (l_BCV, final_B1V))
+        return merge(partial, partial_statistics(l_BCv, first, beta_B1, final_B1v), beta_B1)
 
     def body(i, partial):
-        l_BCv = jax.lax.dynamic_slice_in_dim(l_BCV, i * _BLOCK, _BLOCK, axis=-1)
-        return add(partial, l_BCv, i * _BLOCK)
+        return add(partial, i * _BLOCK, _BLOCK)
 
     whole = vocabulary // _BLOCK
     partial = jax.lax.fori_loop(0, whole, body, empty_partial(l_BCV.shape[:-1], l_BCV.dtype))
-    return add(partial, l_BCV[..., whole * _BLOCK :], whole * _BLOCK) if vocabulary % _BLOCK else partial
+    return add(partial, whole * _BLOCK, vocabulary % _BLOCK) if vocabulary % _BLOCK else partial

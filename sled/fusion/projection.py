@@ -138,11 +138,7 @@ def fused_logits(fusion, h_BCD, head: SharedHead):
 
     Raises SettingError where a strategy gives something else than logits (B, V).
     """
-    rows = h_BCD.shape[0] * h_BCD.shape[1]
-    on_cpu, elsewhere = (dataclasses.replace(head, tile=default_tile(rows, head.vocabulary, name))
-                         for name in ("cpu", "elsewhere"))
-
-    def logits(h_BCD, tiled):
+    def logits(tiled, h_BCD):
         logits_BV, expected = fusion.logits(h_BCD, tiled), (h_BCD.shape[0], head.vocabulary)
         if jnp.shape(logits_BV) != expected:
             raise SettingError(f"{type(fusion).__name__}.logits gave an array of the shape {jnp.shape(logits_BV)} for "
@@ -150,7 +146,16 @@ def fused_logits(fusion, h_BCD, head: SharedHead):
                                f"axis, {expected}")
         return logits_BV
 
+    return with_tile(logits, head, h_BCD)
+
+
+def with_tile(compute, head: SharedHead, h_BCD, *arrays):
+    """`compute(head, h_BCD, *arrays)`, its head with the tile that suits these hidden states and the platform for which
+    the computation is lowered."""
+    rows = h_BCD.shape[0] * h_BCD.shape[1]
+    on_cpu, elsewhere = (dataclasses.replace(head, tile=default_tile(rows, head.vocabulary, name))
+                         for name in ("cpu", "elsewhere"))
     if on_cpu.tile == elsewhere.tile:
-        return logits(h_BCD, on_cpu)
-    return jax.lax.platform_dependent(h_BCD, cpu=lambda h_BCD: logits(h_BCD, on_cpu),
-                                      default=lambda h_BCD: logits(h_BCD, elsewhere))
+        return compute(on_cpu, h_BCD, *arrays)
+    return jax.lax.platform_dependent(h_BCD, *arrays, cpu=functools.partial(compute, on_cpu),
+                                      default=functools.partial(compute, elsewhere))

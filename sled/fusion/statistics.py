@@ -54,8 +54,14 @@ def _dense(h_BCD, head, k: int, beta_B1):
     final_BV = l_BCV[:, -1]
     top_ids_BK = jax.lax.top_k(final_BV, k)[1]
     top_logits_BCK = jnp.take_along_axis(l_BCV, top_ids_BK[:, None], axis=-1)
-    partial = blockwise_statistics(l_BCV, beta_B1) if head.shards == 1 else partial_statistics(l_BCV, 0, beta_B1)
-    return partial, top_logits_BCK, top_ids_BK, final_BV
+    return _sums(l_BCV, head, beta_B1), top_logits_BCK, top_ids_BK, final_BV
+
+
+def _sums(l_BCV, head, beta_B1, final_B1V=None) -> Partial:
+    """Of logits that are there already; in blocks unless devices split the vocabulary, as a block would lie on one."""
+    if head.shards == 1:
+        return blockwise_statistics(l_BCV, beta_B1, final_B1V)
+    return partial_statistics(l_BCV, 0, beta_B1, final_B1V)
 
 
 def _tiled(h_BCD, head, k: int, beta_B1):
@@ -75,12 +81,17 @@ def _tiled(h_BCD, head, k: int, beta_B1):
 
     nothing = empty_partial((shards, batch, candidates), beta_B1.dtype)
     partial, final_SBV = head.stream(h_BCD, (nothing, jnp.zeros((shards, batch, rows), beta_B1.dtype)), step)
-    parts = (jax.tree.map(lambda x, s=s: x[s], partial) for s in range(shards))
-    partial = functools.reduce(lambda p, q: merge(p, q, beta_B1), parts)
     top_ids_BK = _top_ids(final_SBV, k)
     # The early logits at the top tokens are known to be wanted only now: project on those K rows alone.
     top_logits_BCK = head.project_rows(h_BCD, top_ids_BK)
-    return partial, top_logits_BCK, top_ids_BK, final_SBV.swapaxes(0, 1).reshape(batch, -1)
+    final_BV = final_SBV.swapaxes(0, 1).reshape(batch, -1)
+    return _join_shards(partial, beta_B1), top_logits_BCK, top_ids_BK, final_BV
+
+
+def _join_shards(partial: Partial, beta_B1) -> Partial:
+    """Sums (B, C) of sums (S, B, C) over every shard's own rows."""
+    parts = (jax.tree.map(lambda x, s=s: x[s], partial) for s in range(partial.peak.shape[0]))
+    return functools.reduce(lambda p, q: merge(p, q, beta_B1), parts)
 
 
 def _top_ids(final_SBV, k):
@@ -110,29 +121,46 @@ def finish(partial: Partial, top_logits_BCK, top_ids_BK, final_BV, beta_B1) -> L
         argmax_BC=partial.peak_id,
         top_ids_BK=top_ids_BK,
         top_logits_BCK=top_logits_BCK,
-        cosine_BEK=_cosines(partial, top_logits_BCK, top_ids_BK, beta_B1[..., None]),
+        cosine_BEK=cosines(jax.tree.map(lambda x_BC: x_BC[:, :-1], partial), top_logits_BCK[:, :-1],
+                           top_logits_BCK[:, :-1] - top_logits_BCK[:, -1:], top_ids_BK, beta_B1),
         final_BV=final_BV,
     )
 
 
-def pair_cosines(l_SV, final_SV, ids_SK, beta_S1):
-    """SLED's cosines [S, K] of single early layers' logits, given their rows' final ones, and lengths [S] of l_n - l_N.
+def early_sums(h_PD, head, final_BV, row_P, beta_P1) -> Partial:
+    """Sums [P] over the vocabulary of P early hidden states [P, D], each of any row and layer.
 
-    ids_SK: the tokens asked for; beta_S1: 1 / temperature.
+    Dense or tiled as `layer_statistics`. The final layer's logits [B, V] are there already: `row_P` [P] says which row
+    of them belongs to each state. The tiled form copies these rows a tile at a time. beta_P1: 1 / temperature.
     """
-    l_S2V = jnp.stack([l_SV, final_SV], axis=1)
-    partial = blockwise_statistics(l_S2V, beta_S1)
-    top_S2K = jnp.take_along_axis(l_S2V, ids_SK[:, None], axis=-1)
-    return _cosines(partial, top_S2K, ids_SK, beta_S1[..., None])[:, 0], jnp.sqrt(partial.gap_sq[:, 0])
+    h_P1D, shards = h_PD[:, None], head.shards
+    if head.tile is None:
+        partial = _sums(head.project(h_P1D), head, beta_P1, final_BV[row_P, None])
+    else:
+        rows = head.vocabulary // shards
+        first_S11 = rows * jnp.arange(shards).reshape(-1, 1, 1)
+        final_SBV = final_BV.reshape(-1, shards, rows).swapaxes(0, 1)
+
+        def step(partial, l_SP1V, start):
+            final_SBv = jax.lax.dynamic_slice_in_dim(final_SBV, start, l_SP1V.shape[-1], axis=2)
+            sums = partial_statistics(l_SP1V, first_S11 + start, beta_P1, final_SBv[:, row_P, None])
+            return merge(partial, sums, beta_P1)
+
+        nothing = empty_partial((shards, h_PD.shape[0], 1), beta_P1.dtype)
+        partial = _join_shards(head.stream(h_P1D, nothing, step), beta_P1)
+    return jax.tree.map(lambda x_P1: x_P1[:, 0], partial)
 
 
-def _cosines(partial: Partial, top_logits_BCK, top_ids_BK, beta_B11):
-    """cosine(P_n - e_i, l_n - l_N), (B, E, K). 0 where a layer equals the final one."""
-    early = jax.tree.map(lambda s: s[:, :-1, None], partial)
-    gap_BEK = top_logits_BCK[:, :-1] - top_logits_BCK[:, -1:]
+def cosines(early: Partial, early_BEK, gap_BEK, top_ids_BK, beta_B1):
+    """cosine(P_n - e_i, l_n - l_N), (B, E, K). 0 where a layer equals the final one.
+
+    early: sums (B, E) over the whole vocabulary; early_BEK: l_n(i), and gap_BEK: l_n(i) - l_N(i), at the tokens
+    `top_ids_BK`; beta_B1: 1 / temperature.
+    """
+    early, beta_B11 = jax.tree.map(lambda x_BE: x_BE[..., None], early), beta_B1[..., None]
     ratio = jnp.exp(beta_B11 * (early.next - early.peak))
     norm = 1 + ratio * early.mass
-    prob_BEK = jnp.exp(beta_B11 * (top_logits_BCK[:, :-1] - early.peak)) / norm
+    prob_BEK = jnp.exp(beta_B11 * (early_BEK - early.peak)) / norm
     # A token that is not the layer's first: P_i <= 1/2, so nothing below is a small difference.
     dot_BEK = (ratio * early.cross + early.peak_gap) / norm - gap_BEK
     length_sq_BEK = (1 + ratio**2 * early.mass_sq) / norm**2 - 2 * prob_BEK + 1

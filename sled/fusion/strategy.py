@@ -21,8 +21,13 @@ class Strategy(Protocol):
 
     One may have `certain(final_BV)` besides: given the final layer's logits, rows [B] in which the largest logit of
     `logits` is at the same token, whatever the early layers are; False where that is not known. Greedy decoding then
-    spares the early layers of such rows their projection (`sled.decoding.need`). And `certain_by_layer(final_BV, h_BCD,
-    head)`, which says the same of what `logits` would be given, and projects the early layers that it needs to know.
+    spares the early layers of such rows their projection (`sled.decoding.need`).
+
+    One with `certain` may have `certain_by_layer(final_BV, h_BCD, head, asked_B)` too, for rows that `certain` leaves
+    open in a large vocabulary. `h_BCD` and `head` are those that `logits` would get, and it says the same, rows [B],
+    of just these early layers: it pays where it projects much less than `logits`. `asked_B` [B], bool, are the rows
+    whose answer is used; what it gives for the others is ignored.
+
     Rounding must not break these promises: `sled.fusion.certain` has a margin.
     """
 
