@@ -217,13 +217,15 @@ def changed(**of_drafting) -> Survey:
 @pytest.mark.parametrize(("found", "says"), [
     (changed(speed=1.4, acceptance=0.9, first_ids=None), "sled.SelfSpeculation(1, draft=1): 1.40 times"),
     (changed(speed=1.4, acceptance=0.9, first_ids=FEW), "sled.SelfSpeculation(1, draft=1, first_ids=48): 1.40 times"),
-    (changed(speed=1.0, bound_speed=1.5), "speak, but here, in batches of 4, no exit"),
+    (changed(speed=1.4, acceptance=0.9), "are of 145 tokens alone"),
+    (changed(speed=1.4, bound_speed=1.5, acceptance=0.2), "do not speak. Nearest is layer"),
+    (changed(speed=1.0, bound_speed=1.5, acceptance=0.5), "speak, but here, in batches of 4, no exit"),
     (changed(speed=0.8, bound_speed=0.8, acceptance=0.1), "do not speak. Nearest is layer"),
     (dataclasses.replace(changed(speed=0.8, bound_speed=0.8), layers=tuple(
         dataclasses.replace(said, pays_from=None) for said in surveyed().layers)), "not even drafts"),
     (dataclasses.replace(changed(speed=0.8, bound_speed=0.8), layers=tuple(
         dataclasses.replace(said, pays_from=0.9) for said in surveyed().layers)), "Training would hardly help"),
-], ids=["drafts", "of few", "here not", "none", "never", "hardly"])
+], ids=["drafts", "of few", "rough", "cheap but wrong", "here not", "none", "never", "hardly"])
 def test_the_verdict_says_what_to_do(found, says):
     assert says in found.verdict()
     assert max(map(len, found.table().splitlines())) <= 120 and len(found.table().splitlines()) == 6

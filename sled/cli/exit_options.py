@@ -29,8 +29,9 @@ class ExitOptions(derive(
         *settings_by_choice(OFFERS), *SCHEDULE)):
     """Early exit and self-speculation. A setting left out keeps the policy's own default.
 
-    sled layers tells after which layers it pays, and how to set it. On a model that was not trained for early exits, as
-    the bundled one and facebook/layerskip-llama3.2-1B are, nearly all drafts are wrong, and early tokens too.
+    sled layers tells after which layers it pays, and how to set it. The bundled model and
+    facebook/layerskip-llama3.2-1B were trained for early exits; on a model that was not, nearly all drafts are wrong,
+    and early tokens too.
     """
 
     def settings(self) -> dict[str, Any]:

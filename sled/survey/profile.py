@@ -19,6 +19,7 @@ from sled.decoding.options import FINAL_LAYER, FULL_DEPTH, GREEDY, Decoding
 from sled.decoding.programs import bounded, forget_programs
 from sled.decoding.readout import Readout
 from sled.decoding.state import DecodeState, Plan, start
+from sled.errors import DecodingWarning, warn
 from sled.exits import EarlyExit, Policy, SelfSpeculation
 from sled.exits.schedule import Timing
 from sled.fusion.partial import max_and_index
@@ -26,6 +27,7 @@ from sled.lm import LM
 from sled.survey.costs import Costs
 
 ROUNDS = 8
+BUSY = 1.25  # times a step that its parts seem to take on a machine that is not quiet
 LONG = 0.03  # seconds of one measurement, so that to begin it counts little
 SHORT_DRAFT, LONG_DRAFT = 2, 8  # of the two cycles that are timed; they share a program
 Measure = Callable[[int], float]  # seconds of one, of so many in a row
@@ -52,6 +54,11 @@ def measured_costs(lm: LM, prompts: Sequence[np.ndarray], *, draft_layer: int, e
         "short": bench.steps(short, SHORT_DRAFT + 1), "long": bench.steps(long, LONG_DRAFT + 1),
         "leaves": bench.steps(leaves, cycle), "stays": bench.steps(stays, 1)}
     times = _fastest(parts, progress)
+    apart = times["layers", 1] + times["head", 1]
+    if apart > BUSY * times["plain"]:
+        warn(f"the layers and the projection of a step took {apart:.3g} s by themselves, but a whole step "
+             f"{times['plain']:.3g} s: other work ran on this machine meanwhile, so the speeds are wrong; time them "
+             "again on a quiet machine, or leave them out with profile=False (--no-profile)", DecodingWarning)
     return _solved(times, lm.config.num_layers, sizes, draft_layer, exit_layer, long.window, cycle)
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import itertools
 import json
 import os
 
 from sled.errors import CalibrationError
 from sled.exits import EarlyExit, SelfSpeculation
 from sled.io import json_digest, json_text, path_of, read_object, replace_text
+from sled.lm import LOW_ACCEPTANCE
 from sled.settings.brief import brief
 from sled.survey.costs import PAYS, Costs
 from sled.timing import hardware, versions
@@ -17,6 +19,7 @@ from sled.timing import hardware, versions
 KEEPS = 0.98  # the share of tokens that an exit must leave as they are
 SURE = 0.9
 FORMAT = 2  # of a saved survey
+FEW_TOKENS = 500  # on which shares are rough
 REACHED = 0.7  # acceptance of drafts that training for exits has come to: 0.69 (LayerSkip), 0.6 to 0.7 (Kangaroo)
 HEADINGS = ("layer", "agrees", "cal. error", f"over {SURE:g}", "of these", "pays from", "draft", "ids", "right",
             "speed", "threshold", "kept", "depth", "speed")
@@ -127,7 +130,15 @@ class Survey:
     @property
     def recommended(self) -> list[Drafting | Leaving]:
         """The best way to draft and the best to leave, as far as they are at least 1.05 times as fast as plain."""
-        return [way for way in (self.best_drafting(), self.best_leaving()) if way is not None and way.speed >= PAYS]
+        best = (max(ways, key=lambda way: way.speed, default=None) for ways in self._worth_trying())
+        return [way for way in best if way is not None and way.speed >= PAYS]
+
+    def _worth_trying(self) -> tuple[list[Drafting], list[Leaving]]:
+        """What may be recommended: ways to draft of which `sled.generate` would not warn, and to leave that keep 98%
+        of the tokens. After a very cheap layer some speed is expected of drafts that are nearly all wrong; but such a
+        layer does not speak, and little is left of that speed where the estimate errs a little."""
+        return ([way for way in self.drafting if way.acceptance >= LOW_ACCEPTANCE],
+                [way for way in self.leaving if way.kept >= KEEPS and way.left > 0])
 
     def speaking_layers(self, most: int = 4) -> tuple[int, ...]:
         """Where exits and drafts are most worth trying, ascending: the layers with the fastest ways to draft or leave,
@@ -160,10 +171,12 @@ class Survey:
     def verdict(self) -> str:
         """The ways that are worth it, as Python has them; or none, why, and what would help."""
         if ways := self.recommended:
-            return "\n".join(map(_told, ways))
-        keeping = [way for way in self.leaving if way.kept >= KEEPS]
-        best = max((*self.drafting, *keeping), key=lambda way: way.bound_speed)
-        if best.bound_speed >= PAYS:
+            rough = [] if self.tokens >= FEW_TOKENS else [
+                f"These shares are of {self.tokens:,} tokens alone, and rough: give more prompts before relying on "
+                "them."]
+            return "\n".join([*map(_told, ways), *rough])
+        best = max(itertools.chain(*self._worth_trying()), key=lambda way: way.bound_speed, default=None)
+        if best is not None and best.bound_speed >= PAYS:
             return (f"none: the early layers of {self.model} speak, but here, in batches of {self.batch_size}, no exit "
                     f"is expected to make decoding {PAYS:g} times as fast. On a device bound by memory\n"
                     f"{_told(dataclasses.replace(best, speed=best.bound_speed))}")
@@ -207,7 +220,8 @@ class Survey:
         found = read_object(path, CalibrationError, again)
         digest, names = found.pop("sha256", None), {field.name for field in dataclasses.fields(cls)}
         if found.get("format") != FORMAT or found.keys() != {"format", "recommended", *names}:
-            raise CalibrationError(f"{path} is no survey of layers that this version of sled reads; {again}")
+            raise CalibrationError(f"{path} is no survey of layers that this version of sled reads, of format {FORMAT}"
+                                   f" (its format is {found.get('format', 'not told')}); {again}")
         if digest != json_digest(found):
             raise CalibrationError(f"the survey of layers {path} was changed after it was made; {again}")
         costs = found["costs"] and Costs(**found["costs"] | {
