@@ -241,6 +241,21 @@ def test_what_measures_nothing_is_refused(settings, says, monkeypatch):
         claims.run_claims_bench(**dict(problems=4) | settings)
 
 
+def test_all_questions_are_asked_one_by_one_in_two_ways(monkeypatch):
+    def answer(_, prompts, batch, ways, __, rounds, ___):
+        count = -(-len(prompts) // batch) if rounds else 0
+        return {way: Answers([[9, 9]] * len(prompts), [[1, 2]] * len(prompts), np.ones(count)) for way in ways}
+
+    monkeypatch.setattr(claims, "choose", lambda *_: Chosen((1,), 0.8, drafts(1, 4)))
+    monkeypatch.setattr(claims, "answered", answer)
+    monkeypatch.setattr(claims, "solved", lambda _, __, answers: np.ones(len(answers.tokens), bool))
+    monkeypatch.setattr(claims, "over_budget", lambda _, prompts, *__: [False] * len(prompts))
+    of = claims.measure_claims(demo_toy(), demo_questions(4), demo_questions(30), 4, 1)
+    assert {way: len(each.seconds_M) for way, each in of.all_alone.items()} == {GREEDY: 30, 0.8: 30}
+    assert {len(each.seconds_M) for each in of.alone.values()} == {claims.ALONE} and len(of.over) == 30
+    assert len(verdicts(of)) == 18
+
+
 def test_the_lowest_threshold_is_chosen_down_to_which_enough_is_kept(monkeypatch):
     """With the answer to each question as its text, or none at lower thresholds."""
     asked, lm = demo_questions(80), demo_toy()
