@@ -1,7 +1,8 @@
 """When a claim holds: a rule on figures and their intervals, so that no verdict is written by hand; and the intervals.
 
 Shares have Wilson's interval. What is measured per text or batch, as seconds are, is resampled over these in pairs
-(Efron's bootstrap), so that what compared ways have in common does not widen it.
+(Efron's bootstrap), so that what compared ways have in common does not widen it. Of few texts or batches it would come
+out too narrow, so these have no interval.
 """
 
 from __future__ import annotations
@@ -12,20 +13,25 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.stats import binomtest, rankdata
 
-HOLDS, IN_PART, DOES_NOT_HOLD = "holds", "holds in part", "does not hold"
+HOLDS, IN_PART, NOT_SHOWN, DOES_NOT_HOLD = "holds", "holds in part", "not shown", "does not hold"
+SMALLER = f"{DOES_NOT_HOLD} (a smaller gain)"
+ENOUGH = 6  # texts or batches, to resample them
 RULE = (
-    "Verdicts follow from figures and intervals alone. A figure reaches a claim where it is what is claimed or better, "
-    "and the whole interval lies beyond no effect (1 for speeds, 0 for differences). It fails where the interval does "
-    "not; or, of a figure that knows none, as quality kept, where the whole interval falls short of what is claimed. "
-    "A claim holds where all of its figures reach it. It does not hold where an effect fails to show, or all "
-    "figures fail. Else it holds in part.")
+    "Verdicts follow from figures and intervals alone. A figure reaches a claim where it is what is claimed or better "
+    "and, if some value of it means no effect (1 for speeds, 0 for differences, bytes spared and correlations), the "
+    "whole interval lies beyond that. It fails where the whole interval falls short of what is claimed, or lies at no "
+    "effect or on its wrong side. Else it is undecided; so is every figure without an interval, of fewer than "
+    f"{ENOUGH} texts or batches. A claim holds where all of its figures reach it. It does not hold where all fail, or "
+    "where one fails that is not beyond no effect; where all fail and effects are beyond doubt, the gain is called a "
+    "smaller one. It is not shown where no figure reaches it and not all fail, where an interval allows for no effect, "
+    "or where one is missing. Else it holds in part.")
 DRAWS = 2000
 SHARE, SPEED, DIFFERENCE, CORRELATION = "{:.1%}", "{:.2f}x", "{:+.1%}", "{:+.2f}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure measured for a claim, with its 95% interval.
+    """A figure measured for a claim, with its 95% interval, or None for both of its ends.
 
     form: how its numbers are written. claimed: what the claim says that it is at least, or, if `at_most`, at most;
     None: only that there is an effect. no_effect: the value that means none, below `claimed`; None where a figure has
@@ -34,43 +40,57 @@ class Figure:
 
     name: str
     value: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     form: str
     claimed: float | None = None
     no_effect: float | None = None
     at_most: bool = False
 
     @property
+    def shows(self) -> bool:
+        """There is an interval, and an effect, where there is to be one, is beyond doubt."""
+        return self.low is not None and (self.no_effect is None or self.low > self.no_effect)
+
+    @property
     def reaches(self) -> bool:
-        """It is as good as is claimed, and an effect, where there is to be one, is beyond doubt."""
-        if self.no_effect is not None and self.fails:
-            return False
-        return self.claimed is None or (self.value <= self.claimed if self.at_most else self.value >= self.claimed)
+        """It is as good as is claimed, and shows it."""
+        good = self.claimed is None or (self.value <= self.claimed if self.at_most else self.value >= self.claimed)
+        return self.shows and good
 
     @property
     def fails(self) -> bool:
-        """No effect is shown; or, where there is no such value, the interval excludes what is claimed."""
-        if self.no_effect is not None:
-            return self.low <= self.no_effect
-        return self.low > self.claimed if self.at_most else self.high < self.claimed
+        """The interval excludes what is claimed, or an effect that there is to be."""
+        if self.low is None:
+            return False
+        if self.claimed is not None and (self.low > self.claimed if self.at_most else self.high < self.claimed):
+            return True
+        return self.no_effect is not None and self.high <= self.no_effect
 
     def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.name} {self.form.format(self.value)} (too few for an interval)"
         value, low, high = (self.form.format(number) for number in (self.value, self.low, self.high))
         return f"{self.name} {value} [{low}, {high}]"
 
 
 def verdict(figures: Sequence[Figure]) -> str:
     """Whether the claim holds that these figures, at least one, were measured for: see `RULE`."""
-    if all(figure.fails for figure in figures) or any(
-            figure.fails and figure.no_effect is not None for figure in figures):
+    if all(figure.reaches for figure in figures):
+        return HOLDS
+    if any(figure.fails and not figure.shows for figure in figures):
         return DOES_NOT_HOLD
-    return HOLDS if all(figure.reaches for figure in figures) else IN_PART
+    if all(figure.fails for figure in figures):
+        return SMALLER if any(figure.no_effect is not None for figure in figures) else DOES_NOT_HOLD
+    in_part = any(figure.reaches for figure in figures) and all(figure.shows for figure in figures)
+    return IN_PART if in_part else NOT_SHOWN
 
 
 def share(name: str, hits: Sequence[bool], **claim) -> Figure:
-    """The share of the cases, at least one, that are hits; Wilson's interval."""
+    """The share of the cases that are hits; Wilson's interval. Of no cases it is 0, without an interval."""
     count, n = sum(map(bool, hits)), len(hits)
+    if not n:
+        return Figure(name, 0.0, None, None, SHARE, **claim)
     low, high = binomtest(count, n).proportion_ci(method="wilson")
     return Figure(name, count / n, float(low), float(high), SHARE, **claim)
 
@@ -87,11 +107,14 @@ def correlation(name: str, one_N: np.ndarray, other_N: np.ndarray, *known_N: np.
 
 
 def resampled(name: str, form: str, statistic: Callable, *columns: np.ndarray, **claim) -> Figure:
-    """A statistic over the last axis of columns [N], and its percentiles over samples of N rows drawn with replacement.
-    """
+    """A statistic over the last axis of columns [N], and its percentiles over samples of N rows drawn with replacement;
+    without these where N is less than `ENOUGH`."""
+    value = float(statistic(*columns))
+    if len(columns[0]) < ENOUGH:
+        return Figure(name, value, None, None, form, **claim)
     index_DN = np.random.default_rng(0).integers(len(columns[0]), size=(DRAWS, len(columns[0])))
     low, high = np.quantile(statistic(*(column[index_DN] for column in columns)), [0.025, 0.975])
-    return Figure(name, float(statistic(*columns)), float(low), float(high), form, **claim)
+    return Figure(name, value, float(low), float(high), form, **claim)
 
 
 def partial_correlation(*columns: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from sled.lm import LM
 from sled.settings.decorator import settings
 
 TOGETHER = 32  # questions answered at once where only answers count
+LEVELS = 80  # thresholds tried below a floor: enough to tell none let through from a few
 
 
 @settings
@@ -100,11 +101,11 @@ def _bytes(tree) -> int:
 
 def let_through(lm: LM, prompt: Any, layers: tuple[int, ...], threshold: float) -> list[bool]:
     """Whether an engine with the floor `threshold` takes a request that asks for a lower one: at all exits or at one
-    of them, lower by a little, by half, or 0."""
+    of them, from 0 up to a little below it."""
     engine = sled.Engine(lm, slots=1, capacity=len(prompt) + 1, limits=sled.Limits(threshold_floor=threshold),
                          exits=sled.EarlyExit(layers, (threshold,) * len(layers)))
     taken = []
-    for lower in (0.0, threshold / 2, threshold - 0.01):
+    for lower in np.linspace(0, threshold - 0.01, LEVELS).tolist():
         moved = [tuple(lower if at == n else threshold for n in range(len(layers))) for at in range(len(layers))]
         for thresholds in dict.fromkeys([(lower,) * len(layers), *moved]):
             try:
@@ -115,15 +116,24 @@ def let_through(lm: LM, prompt: Any, layers: tuple[int, ...], threshold: float) 
     return taken
 
 
-def over_budget(lm: LM, prompts: Sequence[Any], layers: tuple[int, ...], new_tokens: int, bar: tqdm) -> list[bool]:
-    """Whether each request, none of whose tokens leaves early, took more layer-tokens than it was granted: those of the
-    longest prompt and of half the new tokens. bar: moves by one a request."""
-    depth, longest = lm.config.num_layers, max(map(len, prompts))
-    budget = depth * (longest + new_tokens // 2)
-    engine = sled.Engine(lm, slots=min(8, len(prompts)), capacity=min(lm.config.context, longest + new_tokens),
-                         exits=sled.EarlyExit(layers, 1.0), limits=sled.Limits(budget=budget))
+def over_budget(lm: LM, prompts: Sequence[Any], lengths_N: np.ndarray, layers: tuple[int, ...],
+                bar: tqdm) -> list[bool]:
+    """Whether requests, none of whose tokens leaves early, took more layer-tokens than they were granted: those of the
+    longest prompt and of one new token.
+
+    lengths_N: of the full model's texts. Only requests whose texts need more than is granted are made. bar: moves by
+    one a prompt.
+    """
+    depth, granted = lm.config.num_layers, max(map(len, prompts)) + 1
+    needed_N = np.array([len(prompt) for prompt in prompts]) + lengths_N
+    asked = [prompt for prompt, needed in zip(prompts, needed_N, strict=True) if needed > granted]
+    bar.update(len(prompts) - len(asked))
+    if not asked:
+        return []
+    engine = sled.Engine(lm, slots=min(8, len(asked)), capacity=int(needed_N.max()), exits=sled.EarlyExit(layers, 1.0),
+                         limits=sled.Limits(budget=depth * granted))
     over = []
-    for request, prompt in [(engine.submit(prompt, max_new_tokens=new_tokens), prompt) for prompt in prompts]:
-        over.append(depth * (len(prompt) + len(request.result().tokens)) > budget)
+    for request, prompt in [(engine.submit(prompt, max_new_tokens=int(lengths_N.max())), prompt) for prompt in asked]:
+        over.append(len(prompt) + len(request.result().tokens) > granted)
         bar.update()
     return over

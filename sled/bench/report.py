@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import importlib.metadata
 import itertools
 import json
 from typing import Any
@@ -40,7 +41,8 @@ class BenchReport:
     date: str = dataclasses.field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))
     hardware: str = dataclasses.field(default_factory=hardware)
-    versions: dict[str, str] = dataclasses.field(default_factory=versions)
+    versions: dict[str, str] = dataclasses.field(default_factory=lambda: {
+        "sled-jax": importlib.metadata.version("sled-jax"), **versions()})
 
     def markdown(self) -> str:
         """A table for each kind of row, under a line with date, machine and versions; the notes below."""

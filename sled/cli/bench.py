@@ -144,15 +144,15 @@ class Claims(Measurement):
     Speed and quality at thresholds, self-speculation and its memory, SLED's answers and speed, rows of a batch that
     leave at layers of their own, what a moved threshold does to a served model, and what time tells of a text. Exits,
     drafts and one threshold are chosen on questions that are not asked otherwise. Verdicts follow from figures and
-    intervals by a rule that the report states. About five minutes for the bundled model.
+    intervals by a rule that the report states. About ten minutes for the bundled model.
     """
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
     """"demo" (bundled), a Hugging Face folder, or a hub id; in float32."""
     question_options: QuestionOptions = dataclasses.field(default_factory=QuestionOptions)
     problems: int = 192
-    """Questions to ask; before them come those that choose settings, one for four, at most 32. The first 24 asked are
-    timed one by one, the first 64 in batches of 8."""
+    """Questions to ask; before them come those that choose settings, two for three, at most 128. All asked are
+    timed one by one in two ways, the first 24 in all; the first 64 in batches of 8."""
     new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 144
     """The most tokens of an answer."""
     rounds: int = 3

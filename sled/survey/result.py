@@ -70,6 +70,12 @@ class Drafting:
     def policy(self) -> SelfSpeculation:
         return SelfSpeculation(self.layer, self.draft, first_ids=self.first_ids)
 
+    @property
+    def written(self) -> str:
+        """The policy as Python has it."""
+        some = f", first_ids={self.first_ids}" if self.first_ids else ""
+        return f"sled.SelfSpeculation({self.layer}, draft={self.draft}{some})"
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaving:
@@ -236,9 +242,7 @@ def _told(way: Drafting | Leaving) -> str:
     """A way as Python has it, and what it is expected to give."""
     speed = f"{way.speed:.2f} times plain greedy decoding's speed expected"
     if isinstance(way, Drafting):
-        some = f", first_ids={way.first_ids}" if way.first_ids else ""
-        return (f"exits=sled.SelfSpeculation({way.layer}, draft={way.draft}{some}): {speed}, the same text "
-                f"({way.acceptance:.0%} of the drafts are right)")
+        return f"exits={way.written}: {speed}, the same text ({way.acceptance:.0%} of the drafts are right)"
     return (f"exits=sled.EarlyExit({way.layer}, threshold={way.threshold:g}): {speed}, {way.kept:.1%} of the tokens "
             "kept, each judged after the full model's text (sled calibrate bounds what a text loses)")
 
