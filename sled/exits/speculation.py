@@ -90,7 +90,7 @@ class SelfSpeculation(Policy):
         count = network.shared_head.vocabulary
         if self.first_ids is not None and self.first_ids > count:
             raise SettingError(f"SelfSpeculation.first_ids is {self.first_ids}, but the model has {count} token ids; "
-                               "give fewer, or None for all")
+                               "give fewer, or leave it out for all")
         if self.vocabulary is None or isinstance(self.vocabulary, jax.core.Tracer):
             return
         ids, most = np.asarray(self.vocabulary), count - 1

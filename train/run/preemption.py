@@ -74,6 +74,6 @@ def _answered_at_once() -> Iterator[None]:
 
 def leave(step: int, folder: str | Path) -> NoReturn:
     """Say where the run stands, and end the process with exit code 75 (`EXIT_CODE`)."""
-    print(f"stopped after step {step}, whose checkpoint is in {folder}; run the same command to go on",
+    print(f"\nstopped after step {step}, whose checkpoint is in {folder}; run the same command to go on",
           file=sys.stderr, flush=True)
     raise SystemExit(EXIT_CODE)
