@@ -155,7 +155,7 @@ def test_a_device_bound_by_memory_reads_weights_once():
 
 
 def test_costs_come_back_from_the_times_of_whole_cycles():
-    """Cycles of 3 and 9 steps with drafts after layer 1; with exits after layer 2, of 9 that leave, and of one."""
+    """Cycles of 5 and 9 steps with drafts after layer 1; with exits after layer 2, of 9 that leave, and of one."""
     def timed(left):
         return COSTS.leaving(2, left, window=9)[0]
 
@@ -165,7 +165,7 @@ def test_costs_come_back_from_the_times_of_whole_cycles():
     one = 2 * COSTS.layer(1) + COSTS.head(1) + COSTS.exit  # the tenth step, after the cycle's nine
     times = {**{("layers", n): 4 * COSTS.layer(n) for n in sizes}, **{("head", n): COSTS.head(n) for n in sizes},
              "plain": COSTS.step, "few": COSTS.few, "call": COSTS.step + 2.5,
-             "short": COSTS.drafting(1, 9, 2, 1), "long": COSTS.drafting(1, 9, 8, 1),
+             "short": COSTS.drafting(1, 9, 4, 1), "long": COSTS.drafting(1, 9, 8, 1),
              "leaves": timed(leave) - one, "stays": timed(stay)}
     solved = profile._solved(times, 4, sizes, draft_layer=1, exit_layer=2, window=9, cycle=9)
     for field in dataclasses.fields(Costs):
@@ -232,9 +232,11 @@ def test_the_verdict_says_what_to_do(found, says):
 
 
 def test_heads_are_advised_where_drafts_could_pay():
-    said = [dataclasses.replace(each, pays_from=pays)
-            for each, pays in zip(surveyed().layers, (0.3, 0.6, 0.8), strict=True)]
-    assert dataclasses.replace(surveyed(), layers=tuple(said)).heads() == (1, 2)
+    for pays_from, heads in (((0.3, 0.34, 0.6), (1, 2)), ((0.3, 0.6, 0.8), (1,)), ((0.4, 0.6, 0.8), (1, 2)),
+                             ((0.4, 0.6, 0.65), (2, 3)), ((0.8, 0.9, None), ())):
+        said = [dataclasses.replace(each, pays_from=pays)
+                for each, pays in zip(surveyed().layers, pays_from, strict=True)]
+        assert dataclasses.replace(surveyed(), layers=tuple(said)).heads() == heads
 
 
 def test_it_is_drawn(tmp_path):

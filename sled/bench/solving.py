@@ -20,6 +20,9 @@ from sled.results import Stats
 from sled.timing import Times, interleave
 
 STEPS = (2, 3, 4, 5)
+# Tokens of a question. Such questions make programs of one size, in batches too: twenty ways to decode are then as many
+# programs, and not so many that some are forgotten and compiled again while they are timed.
+LENGTHS = range(34, 49)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,8 @@ class Measured:
 
 
 def mixed_questions(lm: LM, count: int) -> list[list[int]]:
-    """Token ids of held-out problems of `STEPS` steps; any len(STEPS) in a row have as many different numbers of steps.
+    """Token ids of held-out problems of `STEPS` steps and `LENGTHS` tokens; any len(STEPS) in a row have as many
+    different numbers of steps.
 
     count: rounded up to a multiple of len(STEPS).
     """
@@ -59,7 +63,8 @@ def mixed_questions(lm: LM, count: int) -> list[list[int]]:
     found: dict[int, list[str]] = {steps: [] for steps in STEPS}
     for problem in stream("heldout"):
         of_steps = found.get(problem.solution.count("\n"))  # a line for each step, and the answer's
-        if of_steps is not None and len(of_steps) < each:
+        if (of_steps is not None and len(of_steps) < each
+                and len(lm.text.encode(prompt(problem.question))) in LENGTHS):
             of_steps.append(problem.question)
         elif all(len(questions) == each for questions in found.values()):
             break

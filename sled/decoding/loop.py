@@ -38,7 +38,8 @@ def block_sizes(window: int) -> list[int]:
 
     The largest takes a whole window, as a block's time grows far slower than its length: several blocks of 3 took 1.3
     to 1.5 times as long (demo model, whole calls at batch 8 and 1, one core). Where few tokens leave, one waits mostly
-    alone or with one or two others; without a size for these such calls took 1.15 times as long.
+    alone or with one or two others, and short drafts are verified; without a size for these such calls took 1.15 times
+    as long.
     """
     return sorted({1, min(SHORT, window), window})
 
@@ -154,8 +155,12 @@ def _verify(run: Context, state: DecodeState, s: int, emission: Emission, blocke
 
     Those of other rows would be cut short: what a row drafts would then depend on its batch-mates.
     """
-    state, token_B = verify(run, state, blocked_B)
-    return state, emission._replace(exit_B=jnp.where(token_B >= 0, s, emission.exit_B), verified_B=token_B)
+    def block(size, carry):
+        state, token_B = verify(run, carry[0], blocked_B, size)
+        return state, carry[1]._replace(exit_B=jnp.where(token_B >= 0, s, carry[1].exit_B), verified_B=token_B)
+
+    _, *sizes = block_sizes(run.plan.window)  # a single token is seldom pending: only where a draft was not begun
+    return _in_one_block(jnp.where(blocked_B, _pending_B(state, s), 0).max(), sizes, block, (state, emission))
 
 
 def _through_segment(run: Context, state: DecodeState, s: int, emission: Emission, _):
@@ -203,15 +208,20 @@ def _run_pending(run: Context, state: DecodeState, s: int):
     if plan.window == 1:
         state, new = block(1, (state, new))
     else:
-        left, carry, above = _pending_B(state, s).max(), (state, new), 0
-        for size in block_sizes(plan.window):
-            due, above = (left > above) & (left <= size), size
-            carry = run_if(due, functools.partial(block, size), carry)
-        state, new = carry
+        state, new = _in_one_block(_pending_B(state, s).max(), block_sizes(plan.window), block, (state, new))
     slot_B = newest_B % plan.window
     buffered = {n: buffer_BPD[rows, slot_B]
                 for n, buffer_BPD in zip(plan.buffered_layers, state.progress.buffers, strict=True)}
     return state, {**buffered, **new}
+
+
+def _in_one_block(most, sizes: list[int], block, carry):
+    """block(size, carry) with the smallest size that holds `most` tokens; the carry as it is where `most` is 0."""
+    below = 0
+    for size in sizes:
+        carry = run_if((most > below) & (most <= size), functools.partial(block, size), carry)
+        below = size
+    return carry
 
 
 def _pending_B(state: DecodeState, s: int):

@@ -18,16 +18,16 @@ from sled.decoding.state import DecodeState
 from sled.exits.policy import Verification
 
 
-def verify(run: Context, state: DecodeState, rows_B) -> tuple[DecodeState, jax.Array]:
-    """Runs the last segment over the pending positions of rows `rows_B`, and keeps their drafts as far as they are
-    right.
+def verify(run: Context, state: DecodeState, rows_B, size: int) -> tuple[DecodeState, jax.Array]:
+    """Runs the last segment over the pending positions of rows `rows_B`, at most `size` of each, and keeps their drafts
+    as far as they are right.
 
     Returns the state, cut to what is right, and a token [B] for the step to emit: the last layer's choice after that.
     It is -1 for rows that get none: the last pending position is followed by a right draft, or nothing was pending.
     """
     last = run.plan.last_exit
-    state, states, position_BT = run_block(run, state, last, run.plan.window, rows_B)
-    text, progress, size = state.text, state.progress, position_BT.shape[1]
+    state, states, position_BT = run_block(run, state, last, size, rows_B)
+    text, progress = state.text, state.progress
     pending_BT = position_BT >= 0
     count_B = pending_BT.sum(1, dtype=jnp.int32)
     chosen_BT = _last_layer_choices(run, state, states, position_BT)

@@ -29,7 +29,7 @@ from sled.survey.costs import Costs
 ROUNDS = 8
 BUSY = 1.25  # times a step that its parts seem to take on a machine that is not quiet
 LONG = 0.03  # seconds of one measurement, so that to begin it counts little
-SHORT_DRAFT, LONG_DRAFT = 2, 8  # of the two cycles that are timed; they share a program
+SHORT_DRAFT, LONG_DRAFT = 4, 8  # of the two cycles that are timed; they are verified in blocks of one size
 Measure = Callable[[int], float]  # seconds of one, of so many in a row
 
 

@@ -191,9 +191,10 @@ class Survey:
             return (f"none: here not even drafts of {self.model} that are always right would make decoding {PAYS:g} "
                     "times as fast.")
         right = {said.layer: self.best_drafting(said.layer).acceptance for said in hopeful}
-        near = max(hopeful, key=lambda said: right[said.layer] - said.pays_from)
-        said = (f"none: the early layers of {self.model} do not speak. Nearest is layer {near.layer}, whose drafts are "
-                f"right in {right[near.layer]:.0%} and pay from {near.pays_from:.0%}.\n")
+        least = {said.layer: max(said.pays_from, LOW_ACCEPTANCE) for said in hopeful}
+        near = max(least, key=lambda layer: right[layer] - least[layer])
+        said = (f"none: the early layers of {self.model} do not speak. Nearest is layer {near}, whose drafts are right "
+                f"in {right[near]:.0%} and worth it from {least[near]:.0%}.\n")
         if not (heads := " ".join(map(str, self.heads()))):
             return (f"{said}Training would hardly help here: after no layer would drafts pay with {REACHED:.0%} of "
                     "them right.")
@@ -205,10 +206,14 @@ class Survey:
                 f"  sled train --recipe finetune {model} --text text --out trained")
 
     def heads(self) -> tuple[int, ...]:
-        """Where exit heads may pay: the deepest layer after which drafts would pay if so many were right as training
-        has come to, and one half as deep; none where there is no such layer."""
-        paying = [said.layer for said in self.layers if said.pays_from is not None and said.pays_from <= REACHED]
-        return tuple(sorted({max(paying), (max(paying) + 1) // 2})) if paying else ()
+        """Where exit heads may pay: the deepest layer after which drafts pay with half as many right as training has
+        come to, so that a head which learns less gains too, and one half as deep. Failing that, the deepest that pays
+        with all of them right that training has come to; none where there is no such layer."""
+        pays = {said.layer: said.pays_from for said in self.layers if said.pays_from is not None}
+        for share in (REACHED / 2, REACHED):
+            if paying := [layer for layer, least in pays.items() if least <= share]:
+                return tuple(sorted({max(paying), (max(paying) + 1) // 2}))
+        return ()
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes it as one JSON object, with what is recommended and a digest of it all. Raises SettingError where it

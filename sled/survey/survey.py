@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sled.calibration.fingerprint import digest_of_weights
+from sled.decoding import loop
 from sled.decoding.batch import HEADROOM
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import Decoding
@@ -97,7 +98,9 @@ class _Counted:
     def __init__(self, lm: LM, choices: Sequence[Choices], texts: Sequence[np.ndarray], limits: Sequence[int],
                  batches: Sequence[Sequence[int]], first_ids: int | None):
         self._choices, self._texts = choices, texts
-        self.windows = {draft: SelfSpeculation(1, draft).window for draft in DRAFTS}
+        # Tokens of the block that verifies a draft: the smallest that holds it and the token before it.
+        self.windows = {draft: next(size for size in loop.block_sizes(SelfSpeculation(1, draft).window) if size > draft)
+                        for draft in DRAFTS}
         self._drafts = {}  # by the ids that drafts may be of: counts of all texts, and of the longest of each batch
         for ids in dict.fromkeys((None, first_ids)):
             tokens = [c.token_LT if ids is None else c.draft_LT for c in choices]
