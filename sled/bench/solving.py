@@ -60,15 +60,15 @@ def mixed_questions(lm: LM, count: int) -> list[list[int]]:
     count: rounded up to a multiple of len(STEPS).
     """
     each = -(-count // len(STEPS))
-    found: dict[int, list[str]] = {steps: [] for steps in STEPS}
+    found: dict[int, list[list[int]]] = {steps: [] for steps in STEPS}
     for problem in stream("heldout"):
         of_steps = found.get(problem.solution.count("\n"))  # a line for each step, and the answer's
-        if (of_steps is not None and len(of_steps) < each
-                and len(lm.text.encode(prompt(problem.question))) in LENGTHS):
-            of_steps.append(problem.question)
+        if of_steps is not None and len(of_steps) < each:
+            if len(ids := lm.text.encode(prompt(problem.question))) in LENGTHS:
+                of_steps.append(ids)
         elif all(len(questions) == each for questions in found.values()):
             break
-    return [lm.text.encode(prompt(question)) for question in itertools.chain(*zip(*found.values(), strict=True))]
+    return list(itertools.chain(*zip(*found.values(), strict=True)))
 
 
 def frequent_tokens(lm: LM, count: int) -> np.ndarray:

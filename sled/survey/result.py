@@ -130,7 +130,8 @@ class Survey:
 
     def best_leaving(self, layer: int | None = None) -> Leaving | None:
         """The fastest way to leave that keeps 98% of the tokens, of one layer or of all; None where none keeps them."""
-        ways = (way for way in self.leaving if layer in (None, way.layer) and way.kept >= KEEPS and way.left > 0)
+        _, keeping = self._worth_trying()
+        ways = (way for way in keeping if layer in (None, way.layer))
         return max(ways, key=lambda way: way.speed, default=None)
 
     @property
