@@ -13,6 +13,7 @@ from sled.cli.derived import arguments
 from sled.cli.options import left_out, print_devices
 from sled.cli.question_options import QuestionOptions
 from sled.cli.values import NewPath
+from sled.demo import MAX_NEW_TOKENS
 from sled.io import replace_text, writable
 from sled.models.config import WEIGHT_TYPES
 
@@ -153,7 +154,7 @@ class Claims(Measurement):
     problems: int = 192
     """Questions to ask; before them come those that choose settings, two for three, at most 128. All asked are
     timed one by one in two ways, the first 24 in all; the first 64 in batches of 8."""
-    new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 144
+    new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = MAX_NEW_TOKENS
     """The most tokens of an answer."""
     rounds: int = 3
     """Interleaved rounds; of every text and way the fastest counts."""
