@@ -19,6 +19,7 @@ from sled.fusion.projection import SharedHead
 from sled.models.config import DecoderConfig, ExitHeads
 from sled.models.exit_heads import BoundBlockHead, BoundHead, ExitHead
 from sled.models.layers import KV, Block, Embedding, LayerContext, LayerNorm, RMSNorm, empty_cache, norm_of
+from sled.models.sharding.mesh import ways_in_use
 
 # Parts whose parameters have one more, leading axis in the stacked form, and what that axis is called.
 STACKED = {"layers": "layers", "exit_heads": "exits"}
@@ -75,7 +76,8 @@ class Decoder(nnx.Module):
     def shared_head(self) -> SharedHead:
         """The final projection, through which every layer's logits come."""
         table = self.embedding if self.head is None else self.head
-        return SharedHead(table.weight[...], cap=self.config.logit_cap)
+        w_VD = table.weight[...][:self.config.vocab_size]  # without rows that fill it up over a mesh
+        return SharedHead(w_VD, shards=ways_in_use("tensor") or 1, cap=self.config.logit_cap)
 
     def embed(self, tokens_BT, positions_BT) -> jax.Array:
         """Hidden state 0 of each token: [B, T, D], float32 (or wider), whatever type the weights have.

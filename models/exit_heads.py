@@ -100,7 +100,7 @@ class BoundHead:
     def projection(self) -> SharedHead | None:
         """Its own projection, or None where it ends in the shared one."""
         own = self.head.projection
-        return None if own is None else self.shared_head.with_weights(own[...])
+        return None if own is None else self.shared_head.with_weights(own[...][:self.shared_head.vocabulary])
 
     def read(self, h) -> jax.Array:
         """The exit's hidden states [..., D] made ready for projection."""

@@ -145,7 +145,8 @@ class _Part:
     def gather(self) -> np.ndarray:
         """The values on this host. All processes that hold a part of them have to call this."""
         own = _take(self.array, self.index) if self.index else self.array
-        return np.asarray(own) if own.is_fully_addressable else multihost_utils.process_allgather(own, tiled=True)
+        here = np.asarray(own) if own.is_fully_addressable else multihost_utils.process_allgather(own, tiled=True)
+        return here[tuple(map(slice, self.where.shape))]  # without rows that fill up a vocabulary over a mesh
 
 
 @dataclasses.dataclass(frozen=True)

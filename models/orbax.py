@@ -24,7 +24,8 @@ from sled.models.decoder import Decoder
 from sled.models.families.registry import format_config, read_config
 from sled.models.huggingface import write_form
 from sled.models.layers import Block
-from sled.models.stored import abstract, check_tensors, parameter_shapes, progress, refuse_more
+from sled.models.sharding.sharding import Sharding
+from sled.models.stored import abstract, check_tensors, cut_to, parameter_shapes, progress, refuse_more
 
 WEIGHTS = "weights"
 
@@ -49,6 +50,7 @@ def save_orbax(decoder: Decoder, path: str | Path, *, dtype=None, tokenizer_from
     format_config(decoder.config, main_type.name)  # raises before anything is written
     own = decoder.unstack() if isinstance(decoder.layers, Block) else decoder
     weights = nnx.to_pure_dict(nnx.state(own, nnx.Param))
+    weights = cut_to(parameter_shapes(decoder.config), weights)
     if dtype is not None:
         weights = jax.tree.map(lambda x: x.astype(dtype), weights)
     _check_finite("the model", weights)
@@ -60,12 +62,12 @@ def save_orbax(decoder: Decoder, path: str | Path, *, dtype=None, tokenizer_from
     return folder
 
 
-def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
-    """The model in a folder that `save_orbax` wrote, separate form, on the default device.
+def load_orbax(path: str | Path, *, dtype=None, mesh: jax.sharding.Mesh | None = None) -> Decoder:
+    """The model in a folder that `save_orbax` wrote, separate form, on the default device or straight onto a mesh.
 
     `dtype` None keeps every weight as it is stored. Names, shapes and types are checked before anything is read.
     Raises ConfigError for the configuration and CheckpointError for the weights: missing, surplus, misshaped, of an
-    unsupported type, damaged, or not finite.
+    unsupported type, damaged, or not finite; with a mesh what `Sharding` raises.
     """
     folder = path_of("path", path, CheckpointError).absolute()
     if not is_orbax(folder):
@@ -79,13 +81,18 @@ def load_orbax(path: str | Path, *, dtype=None) -> Decoder:
                   shapes, WEIGHT_TYPES)
     graph, state = nnx.split(abstract(config))
     wanted = nnx.to_pure_dict(state)
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = None if mesh is None else Sharding(config, mesh, padded=True)
+    where = jax.tree.map(lambda _: one, wanted) if mesh is None else sharding.shardings(wanted)
     target = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[_name(path)].dtype, sharding=here), wanted)
+        lambda path, leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[_name(path)].dtype, sharding=place),
+        wanted, where)
     with progress("Loading", sum(math.prod(kind.shape) * kind.dtype.itemsize for kind in kinds.values())) as bar:
         weights = _read(folder, lambda: ocp.load(folder / WEIGHTS, target))
         bar.update(bar.total)
     _check_finite(folder, weights)
+    if sharding is not None:
+        weights = sharding.filled_up(weights)
     nnx.replace_by_pure_dict(state, weights)
     return nnx.merge(graph, state)
 

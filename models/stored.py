@@ -41,12 +41,14 @@ class StoredWeights:
     """An open folder whose headers fit its configuration.
 
     tensors: where every parameter (path of the separate form) lies. sizes: of every parameter, its bytes as stored.
+    shapes: of every parameter.
     """
 
     folder: Path
     config: DecoderConfig
     tensors: Mapping[tuple, Stored]
     sizes: Mapping[tuple, int]
+    shapes: Mapping[tuple, tuple[int, ...]]
     _files: Mapping
     _twin: str | None
 
@@ -98,7 +100,7 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
             folder, config, {at: where._replace(names=tuple(held[name] for name in where.names))
                              for at, where in tensors.items()},
             {at: math.prod(shape) * STORED_TYPES[found[tensors[at].names[0]][1]] for at, shape in shapes.items()},
-            files, twin and held[twin])
+            shapes, files, twin and held[twin])
 
 
 def refuse_more(folder: Path, config: DecoderConfig, names: Collection[str]) -> None:
@@ -121,6 +123,15 @@ def parameter_shapes(config: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
         paths = [("layers", i, *path[2:]) for i in range(config.num_layers)] if path[0] == "layers" else [path]
         found |= dict.fromkeys(paths, leaf.shape)
     return found
+
+
+def cut_to(shapes: Mapping[tuple, tuple[int, ...]], weights):
+    """Weights in the separate form, without the rows that fill up a vocabulary over a mesh. shapes: by path."""
+    def cut(path, x):
+        shape = shapes[tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)]
+        return x if x.shape == shape else x[tuple(map(slice, shape))]
+
+    return jax.tree_util.tree_map_with_path(cut, weights)
 
 
 def abstract(config: DecoderConfig) -> Decoder:

@@ -27,6 +27,7 @@ _HOME = {
     "Chat": "sled.text.chat",
     "Sampling": "sled.decoding.sampling",
     "Decoding": "sled.decoding.options",
+    "Mesh": "sled.models.sharding.mesh",
     "calibrate": "sled.calibration.calibrate",
     "tune": "sled.calibration.tune",
     "layers": "sled.survey.survey",

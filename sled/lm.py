@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from sled.decoding.batch import Emitted, Generation
 from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, listed
+from sled.decoding.groups import even
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
 from sled.decoding.sampling import Sampling
@@ -26,8 +28,10 @@ from sled.io import shown
 from sled.lens.lens import Lens, look
 from sled.models import Decoder, save_folder
 from sled.models.config import WEIGHT_TYPES
+from sled.models.digest import digest_of_weights
 from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
+from sled.models.stored import parameter_shapes
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
 from sled.settings.rules import Flag, OneOf, OrNone, Whole
@@ -49,9 +53,10 @@ class Merge:
     The outline's weights are zeros that take no memory: compiled programs keep what builds them.
     """
 
-    def __init__(self, graph: nnx.GraphDef, params: nnx.State):
+    def __init__(self, graph: nnx.GraphDef, params: nnx.State, mesh: jax.sharding.Mesh | None = None):
+        self.mesh = mesh
         self._graph = graph
-        self._hash = hash(graph)
+        self._hash = hash((graph, mesh))
         self.outline = self(jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params))
 
     def __call__(self, params):
@@ -61,19 +66,21 @@ class Merge:
         return self._hash
 
     def __eq__(self, other):
-        return self is other or (isinstance(other, Merge) and self._graph == other._graph)
+        return self is other or (isinstance(other, Merge) and (self.mesh, self._graph) == (other.mesh, other._graph))
 
 
 class LM:
     """A decoder with its tokenizer. Made by `sled.load`, or from a `Decoder` of one's own.
 
     generation: settings of the checkpoint's `generation_config.json`, besides token ids.
+    mesh: the devices over which the weights lie (`sled.models.sharding.load_sharded`); None: on one.
     """
 
     def __init__(self, model: Decoder, text: Tokenizer | None = None, *, name: str = "the model",
-                 generation: Mapping[str, Any] | None = None):
+                 generation: Mapping[str, Any] | None = None, mesh: jax.sharding.Mesh | None = None):
         self.config = model.config
         self.name = name
+        self.mesh = mesh
         self.text = text or Tokenizer(None, name)
         self.generation = dict(generation or {})
         self._told = False  # that the checkpoint has a sampling of its own
@@ -81,7 +88,7 @@ class LM:
         self._told_of_context = False  # that it ended texts
         graph, params = nnx.split(model)
         self.params = nnx.as_pure(params)  # arrays alone: variables are flattened in Python, at every call
-        self.build = Merge(graph, self.params)
+        self.build = Merge(graph, self.params, mesh)
 
     @decoding_arguments
     def generate(self, prompts: Prompts, *, fusion: Strategy = FINAL_LAYER, exits: Policy = FULL_DEPTH,
@@ -128,10 +135,10 @@ class LM:
         rows: dict[int, StopStrings] = {}
         emitted: dict[int, Emitted] = {}
         runs = []
-        height = batch_height(len(ids))
+        height = even(min(batch_size, batch_height(len(ids))), self.mesh)
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
-                run = self._begin(ids, batch, decoding, height=min(batch_size, height), seed=seed)
+                run = self._begin(ids, batch, decoding, height=height, seed=seed)
                 for done in self._advance(run, len(batch), decoding, STOP_CHUNK if decoding.stop else None):
                     rows.update(zip(batch, done, strict=True))
                 emitted.update({i: run.emitted(at).first(len(rows[i].tokens)) for at, i in enumerate(batch)})
@@ -161,7 +168,7 @@ class LM:
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         decoding = Decoding(fusion, exits, schedule, self.sampling_of(sampling), max_new_tokens, stop)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
-        run = self._begin(ids, range(len(ids)), decoding, height=batch_height(len(ids)), seed=seed)
+        run = self._begin(ids, range(len(ids)), decoding, height=even(batch_height(len(ids)), self.mesh), seed=seed)
         return self._chunks(run, ids, decoding, chunk)
 
     def _chunks(self, run: Generation, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
@@ -260,6 +267,13 @@ class LM:
         """
         return checkpoint_sampling(self.generation, self.name)
 
+    def weights_digest(self) -> str:
+        """The digest by which answers, calibrations and exports know the weights: `sled.models.digest`.
+
+        Reads all weights once: for a large model, seconds. It is the same on any mesh.
+        """
+        return digest_of_weights(self.params, parameter_shapes(self.config))
+
     @naming_unknown
     def save(self, path: str | Path, *, dtype: str | None = None) -> Path:
         """Writes a Hugging Face folder with tokenizer and settings for generation: see `sled.models.save_folder`.
@@ -289,7 +303,7 @@ class LM:
     def __repr__(self) -> str:
         c, leaves = self.config, jax.tree.leaves(self.params)
         dtypes = " and ".join(sorted({leaf.dtype.name for leaf in leaves}))
-        count, size = sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves)
+        count, size = sum(map(math.prod, parameter_shapes(c).values())), sum(leaf.nbytes for leaf in leaves)
         ends = ", ".join(f"{i} {self.text.token(i)!r}" if self.text.available else str(i) for i in c.eos_ids)
         heads = c.exit_heads and f"{c.exit_heads.kind}, after layers {', '.join(map(str, c.exit_heads.layers))}"
         rows = {

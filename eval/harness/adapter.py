@@ -32,7 +32,6 @@ from sled.eval.methods import Method, deciding_versions
 from sled.eval.protocols.choices import Scored
 from sled.io import json_digest
 from sled.lm import LM
-from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 from sled.settings.rules import Flag, Whole
 
@@ -67,7 +66,7 @@ class SledLM(TemplateLM):
         self.seed = Whole(0, 2**31, hint="it begins the random streams")("seed", seed)
         self.normalise = Flag(hint="True gives log-probabilities")("normalise", normalise)
         self.special = lm.text.chats
-        self.weights = weights or digest_of_weights(lm.params)
+        self.weights = weights or lm.weights_digest()
         self.now = now or datetime.datetime.now().astimezone()
         self.counts = RequestCounts()
         self.finish_reasons: dict[tuple[str, int], list[str]] = {}  # of generated texts, by task and document

@@ -25,7 +25,6 @@ from sled.eval.methods import A_MODEL, Method, checked_methods, plain
 from sled.eval.report.report import EvaluationReport, report_folder
 from sled.eval.report.scores import TaskResult, scores_of
 from sled.lm import LM
-from sled.models.digest import digest_of_weights
 from sled.settings.rules import OrNone, Whole
 from sled.timing import Times, hardware, interleave, versions
 
@@ -82,7 +81,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
             if progress and num_fewshot not in (None, kept):
                 print(f"warning: {num_fewshot} examples before each question were asked for, but the task {name!r} "
                       f"keeps to the {kept} that it says itself", file=sys.stderr)
-        store, weights = Cache(cache), digest_of_weights(lm.params)
+        store, weights = Cache(cache), lm.weights_digest()
         models = {method.name: SledLM(lm, method, batch_size=batch_size, max_new_tokens=max_new_tokens,
                                       normalise=normalise, seed=seed, cache=store, weights=weights, progress=progress,
                                       now=began)

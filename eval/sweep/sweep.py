@@ -29,7 +29,6 @@ from sled.eval.sweep.plot import draw_sweep
 from sled.eval.sweep.result import MORE_TOKENS, SAMPLES, SweepFile, Swept, counted, cut_off, too_few
 from sled.io import json_digest, naming_full_disk, replace_text, shorten, writable_folder, written_whole
 from sled.lm import LM
-from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 from sled.settings.rules import Instance, Whole
 from sled.text.prompts import prompt_ids
@@ -129,7 +128,7 @@ def sweep_folder(name: str, folder: Path) -> Path:
 def _points(lm: LM, methods: Sequence[Method], given: dict[str, Any]) -> list[Point]:
     """The baselines that are needed, then the methods; each once. Raises SettingError for methods that do not fit."""
     methods = checked_methods(methods)
-    common = {"weights": digest_of_weights(lm.params), "model": describe(lm.config), "tokenizer": lm.text.digest,
+    common = {"weights": lm.weights_digest(), "model": describe(lm.config), "tokenizer": lm.text.digest,
               "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given}
     points: dict[str, Point] = {}
     for method in [*itertools.chain(*map(_baselines, methods)), *methods]:

@@ -26,6 +26,7 @@ from flax import nnx
 from sled.models.config import DecoderConfig
 from sled.models.layers.basic import Linear, norm_of, parameter
 from sled.models.positions import Rope
+from sled.models.sharding.mesh import split_in_use
 
 SHORT = 128  # slots of a cache that are attended to at least
 
@@ -188,7 +189,7 @@ def empty_cache(config: DecoderConfig, window: int | None, batch: int, slots: in
     """Zeroed keys and values of a layer with this window for `slots` positions: [B, K, slots + 1, H] each, with
     fewer slots where `ring_size` says so."""
     shape = batch, config.num_kv_heads, ring_size(slots, window, ahead) + 1, config.head_dim
-    return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+    return tuple(split_in_use(jnp.zeros(shape, dtype), None, "tensor") for _ in range(2))
 
 
 def ring_size(slots: int, window: int | None, ahead: int) -> int:
@@ -232,7 +233,7 @@ def _write(cache: KV, new: KV, positions_BT, window: int | None) -> KV:
         slots_BT = jnp.where(positions_BT < 0, size, positions_BT % size)
     else:
         slots_BT = jnp.where(positions_BT < 0, size, positions_BT)
-    return tuple(_put(old, own, slots_BT) for old, own in zip(cache, new, strict=True))
+    return tuple(split_in_use(_put(old, own, slots_BT), None, "tensor") for old, own in zip(cache, new, strict=True))
 
 
 def _put(cache_BKSH, new_BKTH, slots_BT):

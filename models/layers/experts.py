@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from sled.models.config import DecoderConfig, Experts
 from sled.models.layers.basic import Linear, parameter
 from sled.models.layers.mlp import FUNCTIONS
-from sled.models.sharding.mesh import ROWS
+from sled.models.sharding.mesh import ROWS, ways_in_use
 
 MOST_ROWS = 128  # of a block: more make no faster products, and more of a block is empty
 LEAST_ROWS = 8  # fewer would not be faster, unless every pair has another expert
@@ -78,7 +78,8 @@ class ExpertMLP(nnx.Module):
     def __call__(self, x_BTD, dtype=None, mesh: jax.sharding.Mesh | None = None) -> tuple[jax.Array, Routing]:
         """The output [B, T, D], of type `dtype` (None: of x), and how tokens were routed.
 
-        mesh: over which rows are split, and weights as `sled.models.sharding` splits them; None: they are not.
+        mesh: over which rows are split, and weights as `sled.models.sharding` splits them; None: weights as the mesh
+            in whose program this is traced splits them, where there is one.
         """
         wide = jnp.promote_types(x_BTD.dtype, jnp.float32)
         logits_BTX = self.router(x_BTD, wide)
@@ -106,10 +107,13 @@ def _on_mesh(mesh, experts: Experts, activation: str, matrices: Matrices, x_BTD,
     Left to the partitioner, which cannot divide a sort over all tokens, each would compute them all.
     """
     mixture = functools.partial(_mixture, experts, functools.partial(_form, activation, experts.clamp))
-    if mesh is None:
+    if mesh is None and not ways_in_use("tensor"):
         return mixture(matrices, x_BTD, logits_BTX)
-    even = x_BTD.shape[0] % (mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]) == 0
-    rows = PartitionSpec(ROWS if even else None)
+    if mesh is None:  # of a group of devices, which has rows of its own
+        rows, axes = PartitionSpec(), {"tensor"}
+    else:
+        even = x_BTD.shape[0] % (mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]) == 0
+        rows, axes = PartitionSpec(ROWS if even else None), set(mesh.axis_names)
     split = matrices.map(lambda _, axis: PartitionSpec(*[None] * axis, "tensor"))
 
     def on_device(*args):
@@ -117,7 +121,7 @@ def _on_mesh(mesh, experts: Experts, activation: str, matrices: Matrices, x_BTD,
         return jax.lax.psum(y_BTD, "tensor"), *routing
 
     return jax.shard_map(on_device, mesh=mesh, in_specs=(split, rows, rows), out_specs=(rows, rows, rows),
-                         check_vma=False)(matrices, x_BTD, logits_BTX)
+                         axis_names=axes, check_vma=False)(matrices, x_BTD, logits_BTX)
 
 
 def _mixture(experts: Experts, form: Form, matrices: Matrices, x_BTD, logits_BTX):

@@ -1,4 +1,4 @@
-"""The mesh: how many ways training is split, and along which axes.
+"""The mesh: how many ways training or decoding is split, and along which axes.
 
 The first axes are the outermost: neighbours along the last lie closest together, which is where
 tensor parallelism, with its exchange in every layer, belongs. A pipeline's `stage` would be one more
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from sled.errors import SettingError
 from sled.settings.decorator import setting, settings
@@ -37,7 +37,7 @@ class Mesh:
 
     data: rows of the batch; every group holds all weights.
     fsdp: rows of the batch AND weights with their optimiser state (ZeRO-3, arXiv 1910.02054); weights are
-        gathered layer by layer as they are needed.
+        gathered layer by layer as they are needed. For training alone: a decoding step would gather all for one token.
     tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
     """
 
@@ -79,9 +79,37 @@ class Mesh:
         return jax.sharding.Mesh(np.asarray(mesh_utils.create_hybrid_device_mesh(inner, outer, devices)), AXES,
                                  axis_types=kinds)
 
+    def build_for_decoding(self) -> jax.sharding.Mesh:
+        """As `build`, over all devices. Raises SettingError for a mesh that splits over fsdp, too."""
+        built = self.build()
+        if (ways := built.shape["fsdp"]) > 1:
+            raise SettingError(f"Mesh.fsdp is {ways}, but decoding splits over data and tensor alone, as it would "
+                               f"gather all weights for every token; give a data and a tensor whose product is the number of "
+                               f"devices, {built.size}, such as Mesh(data={built.shape['data'] * ways}, "
+                               f"tensor={built.shape['tensor']})")
+        return built
+
     def abstract(self, devices: int) -> AbstractMesh:
         """The mesh over so many devices that need not exist: enough to plan on (`sled.train.parallel.memory_plan`)."""
         return AbstractMesh(self.sizes(devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def split_in_use(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x`, held to be split so over the mesh in whose program this is traced; where there is none, as it is.
+
+    axes: for each of the first axes of `x`, the axis of the mesh that splits it, or None; one that does not divide it
+        leaves it whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not ways_in_use("tensor"):
+        return x
+    spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, x.shape)]  # noqa: B905
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def ways_in_use(axis: str) -> int:
+    """How many ways this axis is split by the mesh in whose program this is traced; 0 where there is none."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get(axis, 0)
 
 
 def across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:

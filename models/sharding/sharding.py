@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, NamedSharding
@@ -41,6 +42,11 @@ MAY_STAY_WHOLE = ("vocab", "kv_heads")  # where they do not divide; for the othe
 LARGE = 2**24  # bytes: what is no parameter may be this large and still lie whole on every device
 
 
+def is_separate(path: tuple) -> bool:
+    """Whether a path leads to a parameter of one layer, or of one head, of the separate form."""
+    return path[0] in STACKED and isinstance(path[1], int)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """The shardings of all arrays of a model of `config` on `mesh`.
@@ -48,10 +54,12 @@ class Sharding:
     `mesh` has the axes of `sled.models.sharding.mesh.AXES`; an abstract one serves for planning.
     Raises SettingError where width, heads or feed-forward width do not divide over their mesh axis. Vocabulary and
     key/value heads that do not divide stay whole on that axis; `undivided` says which, and why.
+    padded: of tables, for decoding: a vocabulary that does not divide is filled up with rows of zeros to one that does.
     """
 
     config: DecoderConfig
     mesh: jax.sharding.Mesh | AbstractMesh
+    padded: bool = False
 
     def __post_init__(self):
         for axis, reason in self.undivided.items():
@@ -62,12 +70,18 @@ class Sharding:
     def undivided(self) -> dict[str, str]:
         """Axes that the rules would split, but that stay whole on each device: name and reason. To be shown."""
         c = self.config
-        counts = {"vocab": (c.vocab_size, "vocabulary entries"), "width": (c.width, "columns of width"),
+        counts = {"vocab": (self.vocabulary, "vocabulary entries"), "width": (c.width, "columns of width"),
                   "heads": (c.num_heads, "query heads"), "kv_heads": (c.num_kv_heads, "key/value heads"),
                   "mlp": (math.gcd(c.mlp_width, c.experts.width) if c.experts else c.mlp_width,
                           "columns of feed-forward width")}
         return {axis: f"{count} {what} do not divide over {RULES[axis]} {self.mesh.shape[RULES[axis]]}"
                 for axis, (count, what) in counts.items() if count % self.mesh.shape[RULES[axis]]}
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of a table by tokens."""
+        ways = self.mesh.shape[RULES["vocab"]] if self.padded else 1
+        return -(-self.config.vocab_size // ways) * ways
 
     @functools.cached_property
     def parameters(self) -> dict[str, tuple[tuple[int, ...], P]]:
@@ -78,8 +92,15 @@ class Sharding:
             if len(axes) != len(leaf.shape) or not RULES.keys() >= set(axes):
                 raise SettingError(f"the parameter {'.'.join(path)} of shape {leaf.shape} has axes {axes}, but must "
                                    f"name each by one of {', '.join(RULES)}; make it with models.layers.parameter")
-            found[".".join(path)] = leaf.shape, P(*(None if axis in self.undivided else RULES[axis] for axis in axes))
+            shape = tuple(self.vocabulary if axis == "vocab" else n for axis, n in zip(axes, leaf.shape, strict=True))
+            found[".".join(path)] = shape, P(*(None if axis in self.undivided else RULES[axis] for axis in axes))
         return found
+
+    def slot(self, path: tuple) -> tuple[tuple[int, ...], NamedSharding]:
+        """Shape and sharding of the parameter at this path of a decoder in either form."""
+        one = is_separate(path)
+        shape, spec = self.parameters[".".join(map(str, (path[0], *path[1 + one:])))]
+        return shape[one:], NamedSharding(self.mesh, P(*spec[one:]))
 
     def parameter_at(self, path, shape: tuple[int, ...]) -> str | None:
         """The parameter that the leaf at this key path of some pytree belongs to and is shaped like, or None.
@@ -114,6 +135,17 @@ class Sharding:
             return NamedSharding(self.mesh, P())
 
         return jax.tree_util.tree_map_with_path(place, tree)
+
+    def filled_up(self, weights):
+        """Weights in the separate form, whose tables are filled up to `vocabulary` rows, where they are to lie."""
+        def fill(path, x):
+            shape, where = self.slot(tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path))
+            if x.shape == shape:
+                return x
+            return jax.jit(lambda x: jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]),
+                           out_shardings=where)(x)
+
+        return jax.tree_util.tree_map_with_path(fill, weights)
 
     def create(self, make: Callable, *args):
         """`make(*args)` with every leaf of the result made where `shardings` wants it, never whole on one device.

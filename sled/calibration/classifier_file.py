@@ -15,7 +15,6 @@ from sled.exits.confidence import Classifier, check_classifier
 from sled.exits.policy import Exits
 from sled.io import made_writable, naming_full_disk, path_of, regular_file, written_whole
 from sled.lm import LM
-from sled.models.digest import digest_of_weights
 from sled.settings.describe import changes, describe
 
 FORMAT = 1
@@ -67,4 +66,4 @@ def load_classifier(path: str | os.PathLike, lm: LM) -> Classifier:
 
 
 def _model(lm: LM) -> dict:
-    return {"model": describe(lm.config), "weights": digest_of_weights(lm.params)}
+    return {"model": describe(lm.config), "weights": lm.weights_digest()}

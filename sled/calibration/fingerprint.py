@@ -7,7 +7,6 @@ from typing import Any
 from sled.decoding.options import Decoding
 from sled.lm import LM
 from sled.models.decoder import ARITHMETIC
-from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 
 
@@ -21,4 +20,4 @@ def fingerprint(lm: LM, decoding: Decoding) -> dict[str, Any]:
     low, high = (describe(decoding.exits.with_threshold(threshold)) for threshold in (0.0, 1.0))
     exits = {name: value for name, value in low.items() if value == high[name]}
     return {"model": describe(lm.config), "exits": exits, **(decoding.describe() | {"exits": exits}),
-            "weights": digest_of_weights(lm.params), "arithmetic": ARITHMETIC}
+            "weights": lm.weights_digest(), "arithmetic": ARITHMETIC}

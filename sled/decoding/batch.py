@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from sled.decoding import loop, state
+from sled.decoding.groups import fetched
 from sled.decoding.memory import naming_shortage, refuse_too_large
 from sled.decoding.network import Build
 from sled.decoding.options import Decoding
@@ -66,7 +66,7 @@ class Batch:
     def stop(self, rows: list[int]) -> None:
         """End these rows where they are; the others do not notice."""
         self.active[rows] = False
-        self._state = state.set_active(self._state, self.active)
+        self._state = state.set_active(self._build, self._state, self.active)
 
     def emitted(self, row: int) -> Emitted:
         """What a row has emitted so far."""
@@ -79,15 +79,15 @@ class Batch:
     @property
     def held(self) -> int:
         """Steps in which a row stood still, over all rows."""
-        return int(np.sum(self._state.progress.held_B))
+        return int(np.sum(fetched(self._state.progress.held_B)))
 
-    def arguments(self, pause_len_B, *, max_steps=NO_LIMIT, min_active: int = 1) -> dict[str, Any]:
+    def arguments(self, pause_len_B, *, max_steps=NO_LIMIT, until_one_ends: bool = False) -> dict[str, Any]:
         """The arguments of `loop.decode`, by name."""
         now = self._decoding
         return dict(build=self._build, params=self._params, state=self._state, policy=now.exits, timing=self._timing,
                     fusion=now.fusion, sampling=now.sampling, stop_ids=self._stop_ids,
                     pause_len_B=pause_len_B.astype(np.int32), max_steps=np.int32(max_steps),
-                    min_active=np.int32(min_active))
+                    until_one_ends=np.bool_(until_one_ends))
 
     @naming_shortage("the prompts of a batch")
     def _start(self, prompts, limits, seeds, capacity: int) -> state.DecodeState:
@@ -100,7 +100,7 @@ class Batch:
         self._fetch()
 
     def _fetch(self) -> None:
-        self._text, kv_len_BE = jax.device_get((self._state.text.replace(keys_B=None), self._state.progress.kv_len_BE))
+        self._text, kv_len_BE = fetched((self._state.text.replace(keys_B=None), self._state.progress.kv_len_BE))
         self.lengths = kv_len_BE[:, -1] + 1 if self._decoding.exits.verifies else self._text.length_B
         self.active = self._text.active_B.copy()  # `stop` writes to it
 
@@ -210,17 +210,17 @@ class Slots(Batch):
             except Exception as reason:  # of this entry alone: the state of the others is not touched yet
                 failed[slot] = reason
                 continue
-            self._state = state.put_row(self._state, row, np.int32(slot))
+            self._state = state.put_row(self._build, self._state, row, np.arange(len(self._of_slot)) == slot)
             self._of_slot[slot] = entry.decoding
         if len(entries) > len(failed):
             self._fetch()
         return failed
 
     @serving()
-    def advance(self, steps: int, *, min_active: int = 1) -> None:
-        """All rows go on, for so many steps of the loop or until fewer than `min_active` of them are left."""
+    def advance(self, steps: int, *, until_one_ends: bool = False) -> None:
+        """All rows go on, for so many steps of the loop or until one ends, by itself of each group of devices."""
         self._decoding = self._stacked(self._of_slot)
-        self._decode(np.full(len(self._of_slot), self.capacity), max_steps=steps, min_active=min_active)
+        self._decode(np.full(len(self._of_slot), self.capacity), max_steps=steps, until_one_ends=until_one_ends)
 
     def _stacked(self, rows: list[Decoding]) -> Decoding:
         return self._like.by_row(lambda name, like: stack_rows([getattr(row, name) for row in rows], like,

@@ -66,17 +66,18 @@ class Emission(NamedTuple):
         return self._replace(exit_B=jnp.where(leaves_B, s, self.exit_B), logits_BV=logits_BV)
 
 
-@bounded(static_argnames="build", donate_argnames="state")
+@bounded(rows=("state", "pause_len_B"), settings=("policy", "fusion", "sampling"), donate="state")
 def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fusion, sampling: Sampling, stop_ids,
-           pause_len_B, max_steps, min_active) -> DecodeState:
-    """Further tokens for every active row, until fewer than `min_active` of them are left, or for `max_steps` steps.
+           pause_len_B, max_steps, until_one_ends) -> DecodeState:
+    """Further tokens for every active row, until none is left, or one of them ends where `until_one_ends`, or for
+    `max_steps` steps. Each group of a mesh's devices goes by its own rows.
 
     A row is left while it is active and has fewer than `pause_len_B` known tokens. A row whose policy verifies has
     whole blocks of drafts verified, and may so come to have some more.
 
     policy and timing are of `sled.exits`, fusion of `sled.fusion`; their numbers, like those of
-    `sampling`, `stop_ids` (token ids that end a row, the token included), `pause_len_B`, `max_steps` and `min_active`
-    (1 or more) are traced: changing them compiles nothing. The caller leaves room: within the capacity lie a row's
+    `sampling`, `stop_ids` (token ids that end a row, the token included), `pause_len_B`, `max_steps` and
+    `until_one_ends` are traced: changing them compiles nothing. The caller leaves room: within the capacity lie a row's
     `limit_B`, or pause_len_B and as many drafts more as the policy may have waiting.
     """
     readout = Readout(build(params))
@@ -95,9 +96,11 @@ def decode(build: Build, params, state: DecodeState, policy, timing: Timing, fus
         state = _emit(run, state, emission)
         return (state if plan.last_exit == 0 else _wait(run, state)), taken + 1
 
+    least = jnp.where(until_one_ends, run.unfinished_B(state).sum().clip(1), 1)
+
     def unfinished(carry):
         state, taken = carry
-        return (run.unfinished_B(state).sum() >= min_active) & (taken < max_steps)
+        return (run.unfinished_B(state).sum() >= least) & (taken < max_steps)
 
     state, _ = jax.lax.while_loop(unfinished, step, (state, 0))
     return state

@@ -90,4 +90,7 @@ class Build(Protocol):
     outline: Network
     """The network for what it is; its weights are not to be read."""
 
+    mesh: jax.sharding.Mesh | None
+    """The devices over which rows and weights are split; None: they lie on one."""
+
     def __call__(self, params: Any) -> Network: ...

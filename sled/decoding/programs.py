@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import jax
+
+from sled.decoding.groups import over_groups, placed
 
 MOST = 64
 
@@ -18,29 +21,43 @@ _SERVING = ContextVar("serving", default=False)
 _SERVICES = weakref.WeakSet()
 
 
-def bounded(**how: Any) -> Callable[[Callable], _Bounded]:
-    """As `jax.jit` with these settings, for a function whose compiled programs count."""
-    return lambda function: _Bounded(function, how)
+def bounded(*, rows: Collection[str], settings: Collection[str] = (), static: Collection[str] = (),
+            donate: str | None = None) -> Callable[[Callable], _Bounded]:
+    """As `jax.jit`, for a function whose compiled programs count, over the groups of a mesh (`over_groups`, which
+    explains rows, settings and static; `build`, which the function takes, is one of the static arguments).
+
+    donate: the argument whose arrays the function may overwrite.
+    """
+    return lambda function: _Bounded(function, rows, settings, {"build", *static}, donate)
 
 
 class _Bounded:
     """A function that is jitted twice, since JAX forgets all programs of a jitted function or none: those of services,
     whose shapes are fixed, and all others. programs: how many there are of either."""
 
-    def __init__(self, function: Callable, how: dict[str, Any]):
+    def __init__(self, function: Callable, rows: Collection[str], settings: Collection[str], static: set[str],
+                 donate: str | None):
         functools.update_wrapper(self, function)
+        self._static, self._signature = static, inspect.signature(function)
         self.programs = {serving: 0 for serving in (False, True)}
-        self._jitted = {serving: jax.jit(self._counted(function, serving), **how) for serving in self.programs}
+        mapped = over_groups(function, rows=rows, settings=settings, static=static)
+        self._jitted = {serving: jax.jit(self._counted(mapped, serving), static_argnames=tuple(static),
+                                         donate_argnames=donate) for serving in self.programs}
         _PROGRAMS.append(self)
 
-    def __call__(self, *args, **named):
-        return self._jitted[_SERVING.get()](*args, **named)
+    def __call__(self, build, *args, **named):
+        jitted = self._jitted[_SERVING.get()]
+        if build.mesh is None or not build.mesh.is_multi_process:
+            return jitted(build, *args, **named)
+        given = self._signature.bind(build, *args, **named).arguments
+        return jitted(**{name: value if name in self._static else placed(value, build.mesh)
+                         for name, value in given.items()})
 
-    def _counted(self, function: Callable, serving: bool) -> Callable:
-        @functools.wraps(function)
+    def _counted(self, mapped: Callable, serving: bool) -> Callable:
+        @functools.wraps(self.__wrapped__)
         def traced(*args, **named):  # which is called once for each program
             self.programs[serving] += 1
-            return function(*args, **named)
+            return mapped(*args, **named)
 
         return traced
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sled.decoding.groups import even, fetched, groups_of
 from sled.decoding.network import KV, NOWHERE, Build
 from sled.decoding.programs import bounded, forget_programs
 from sled.decoding.readout import Readout
@@ -34,7 +35,9 @@ class Block(NamedTuple):
 
     which_B: the row of the caches that holds each one's prompt. inputs_BT, targets_BT: the tokens read, which are the
     prompt's last and all of the continuation but its own last, and the continuation. positions_BT: of the inputs.
-    order_P: an order of the B x T places in which those that hold a token come first; count: how many do.
+    order_P: an order of the B x T places in which those that hold a token come first; count_1: how many do.
+
+    Of several groups of devices each has a block like these, on its own prompts; they stand one behind the other.
     """
 
     which_B: np.ndarray
@@ -42,7 +45,7 @@ class Block(NamedTuple):
     targets_BT: np.ndarray
     positions_BT: np.ndarray
     order_P: np.ndarray
-    count: np.ndarray
+    count_1: np.ndarray
 
 
 def score_pairs(build: Build, params: Any, pairs: list[Pair], *, fusion, batch_size: int,
@@ -78,21 +81,27 @@ def read_pairs(build: Build, params: Any, pairs: list[Pair], read: Callable[[Cac
         rows = [(row, index) for row, prompt in enumerate(some) for index in of_prompt[prompt]]
         longest = bucket(max(len(pairs[index][1]) for _, index in rows))
         capacity = bucket(len(some[-1]) + longest)
-        if len(prompts) > batch_size:
-            some = some + some[-1:] * (batch_size - len(some))
+        full = even(batch_size if len(prompts) > batch_size else len(some), build.mesh)
+        some = some + some[-1:] * (full - len(some))
         lengths = [len(prompt) for prompt in some]
         state = start(build, params, [np.array(p, np.int32) for p in some], lengths, [0] * len(some),
                       capacity=capacity, plan=plan)
-        height = min(batch_size, len(rows))
-        for at in range(0, len(rows), height):
-            some_rows = rows[at:at + height]
-            block = _block([(row, *pairs[index]) for row, index in some_rows], height, longest)
-            found = jax.device_get(read((state.caches, state.head_caches), block))
-            begun = 0
-            for _, index in some_rows:
-                end = begun + len(pairs[index][1])
-                yield index, [x_P[begun:end] for x_P in found]
-                begun = end
+        groups = groups_of(build.mesh) if full % groups_of(build.mesh) == 0 else 1
+        own = [[(row - first, index) for row, index in rows if 0 <= row - first < full // groups]
+               for first in range(0, full, full // groups)]
+        most = max(map(len, own))
+        height = min(-(-batch_size // groups), most)
+        for at in range(0, most, height):
+            turns = [rows[at:at + height] for rows in own]
+            blocks = (_block([(row, *pairs[index]) for row, index in turn], height, longest) for turn in turns)
+            block = Block(*map(np.concatenate, zip(*blocks, strict=True)))
+            found = fetched(read((state.caches, state.head_caches), block))
+            for group, turn in enumerate(turns):
+                begun = group * height * longest
+                for _, index in turn:
+                    end = begun + len(pairs[index][1])
+                    yield index, [x_P[begun:end] for x_P in found]
+                    begun = end
 
 
 def _block(rows, height: int, longest: int) -> Block:
@@ -107,7 +116,8 @@ def _block(rows, height: int, longest: int) -> Block:
         targets_BT[b, :m] = continuation
         positions_BT[b, :m] = len(prompt) - 1 + np.arange(m)
     idle_P = positions_BT.ravel() == NOWHERE
-    return Block(which_B, inputs_BT, targets_BT, positions_BT, np.argsort(idle_P, kind="stable"), (~idle_P).sum())
+    order_P, count_1 = np.argsort(idle_P, kind="stable"), (~idle_P).sum(keepdims=True)
+    return Block(which_B, inputs_BT, targets_BT, positions_BT, order_P, count_1)
 
 
 def run_places(readout: Readout, caches: Caches, block: Block) -> dict[int, jax.Array]:
@@ -123,7 +133,7 @@ def in_order(x_BT, block: Block):
     return x_BT.reshape(-1, *x_BT.shape[2:])[block.order_P]
 
 
-@bounded(static_argnames=("build", "normalise"))
+@bounded(rows=("caches", "block"), settings=("fusion",), static=("normalise",))
 def _score_block(build: Build, params, caches, block: Block, fusion, normalise: bool):
     """Log-probability, most likely token, and whether the token is left out, [P] each, of the block's places."""
     readout = Readout(network := build(params))
@@ -140,7 +150,7 @@ def _score_block(build: Build, params, caches, block: Block, fusion, normalise: 
         nothing = tuple(jnp.zeros(scored_P.shape, kind) for kind in (jnp.float32, jnp.int32, bool))
         return jax.lax.cond(scored_P.any(), lambda: judge(*inputs), lambda: nothing)
 
-    inputs = (jnp.arange(block.order_P.size) < block.count, states, in_order(block.targets_BT, block))
+    inputs = (jnp.arange(block.order_P.size) < block.count_1, states, in_order(block.targets_BT, block))
     layers = 1 + len(fusion.early_layers(network.num_layers, tied=network.tied_head))
     return map_places(judge_some, inputs, layers * network.shared_head.vocabulary)
 

@@ -189,7 +189,8 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
                         np.asarray(seeds, np.uint32), memory, plan=plan)
     begin = shared_length(prompts)
     if len(prompts) > 1 and begin >= SHARED:
-        state = spread(state, start(build, params, [prompts[0][:begin + 1]], [0], [0], capacity=capacity, plan=plan))
+        row = start(build, params, [prompts[0][:begin + 1]], [0], [0], capacity=capacity, plan=plan)
+        state = spread(build, state, row)
     else:
         begin = 0
     block = bucket(min(longest - 1 - begin, PREFILL_BLOCK))
@@ -205,7 +206,7 @@ def shared_length(prompts: list[np.ndarray]) -> int:
     return most if alike_T.all() else int(alike_T.argmin())
 
 
-@bounded(static_argnames=("build", "plan"))
+@bounded(rows=("tokens_BS", "length_B", "limit_B", "seeds_B", "memory"), static=("plan",))
 def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, memory, *, plan: Plan) -> DecodeState:
     """A state with these tokens and no K/V yet; the arguments are those of `start`."""
     network = build(params)
@@ -228,7 +229,7 @@ def _empty_caches(network: Network, plan: Plan, batch: int, slots: int) -> dict[
                 head_caches=Readout(network).empty_head_caches(plan.block_heads, batch, slots, plan.window - 1))
 
 
-@bounded(static_argnames=("build", "block"), donate_argnames="state")
+@bounded(rows=("state",), static=("block",), donate="state")
 def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> DecodeState:
     """K/V of the tokens at positions begin .. begin + block - 1, as far as they precede a row's last."""
     network = build(params)
@@ -241,26 +242,29 @@ def prefill(build: Build, params, state: DecodeState, begin, *, block: int) -> D
     return state.replace(caches=caches, head_caches=head_caches)
 
 
-@bounded(donate_argnames="state")
-def spread(state: DecodeState, row: DecodeState) -> DecodeState:
+@bounded(rows=("state",), donate="state")
+def spread(build: Build, state: DecodeState, row: DecodeState) -> DecodeState:
     """The state with the K/V of the one row of `row` in each of its rows."""
     return state.replace(**{name: jax.tree.map(lambda one, rows: jnp.broadcast_to(one, rows.shape), getattr(row, name),
                                                getattr(state, name)) for name in ("caches", "head_caches")})
 
 
-@bounded(donate_argnames="state")
-def set_active(state: DecodeState, active_B) -> DecodeState:
+@bounded(rows=("state", "active_B"), donate="state")
+def set_active(build: Build, state: DecodeState, active_B) -> DecodeState:
     """The same state with other rows active."""
     return state.replace(text=state.text.replace(active_B=active_B))
 
 
-@bounded(donate_argnames="state")
-def put_row(state: DecodeState, row: DecodeState, at) -> DecodeState:
-    """The state with row `at` (traced) replaced by the one row of `row`, which has the same plan and capacity."""
-    return jax.tree.map(lambda rows, one: jax.lax.dynamic_update_index_in_dim(rows, one[0], at, axis=0), state, row)
+@bounded(rows=("state", "here_B"), donate="state")
+def put_row(build: Build, state: DecodeState, row: DecodeState, here_B) -> DecodeState:
+    """The state with the row that is marked in `here_B` replaced by the one row of `row`, which has the same plan and
+    capacity. None is marked where another group of devices has it."""
+    at, marked = here_B.argmax(), here_B.any()
+    return jax.tree.map(lambda rows, one: jax.lax.dynamic_update_index_in_dim(
+        rows, jnp.where(marked, one[0], rows[at]), at, axis=0), state, row)
 
 
-@bounded(static_argnames=("build", "plan", "capacity"))
+@bounded(rows=("state",), static=("plan", "capacity"))
 def grow(build: Build, state: DecodeState, *, plan: Plan, capacity: int) -> DecodeState:
     """The same state with room for `capacity` positions: axis S of the text's arrays, as their names have it, and the
     slots of the caches, as the network has them for so many."""

@@ -48,7 +48,7 @@ def generate(build: Build, params: Any, *, policy, timing: Timing, fusion, sampl
     begins = (jnp.int32(0), begun)
     _, filled = jax.lax.while_loop(lambda carry: carry[0] < length_B.max() - 1, fill, begins)
     done = loop.decode(build, params, filled, policy, timing, fusion, sampling, stop_ids, limit_B, jnp.int32(NO_LIMIT),
-                       jnp.int32(1))
+                       jnp.bool_(False))
     known_B = done.progress.complete_B + 1 if policy.verifies else done.text.length_B
     layers_BS = jnp.asarray(plan.exits, jnp.int32)[done.text.exit_BS]
     return Generated(done.text.tokens_BS, known_B, layers_BS)

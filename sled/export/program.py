@@ -35,7 +35,6 @@ from sled.export.target import versions
 from sled.fusion.projection import fused_logits
 from sled.io import json_numbers, write_json
 from sled.lm import LM
-from sled.models.digest import digest_of_weights
 from sled.settings import rules
 from sled.settings.decorator import declared
 from sled.settings.describe import describe
@@ -88,7 +87,7 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, source: dict[str, 
         "vocabulary": config.vocab_size,
         "max_positions": config.context,
         "exit_heads": config.exit_heads and dataclasses.asdict(config.exit_heads),
-        "weights": {**_file(folder / WEIGHTS), "parameters_sha256": digest_of_weights(lm.params)},
+        "weights": {**_file(folder / WEIGHTS), "parameters_sha256": lm.weights_digest()},
         "tokenizer": _file(tokenizer) if lm.text.available else None,
         "source": source,
         "versions": versions(),

@@ -30,23 +30,22 @@ class SharedHead:
     """The projection from hidden states to logits.
 
     Where `shards` devices split the vocabulary axis of `w_VD`, the tiled form walks every shard's own rows side
-    by side, so that no device needs another's rows.
+    by side, so that no device needs another's rows. A vocabulary that they do not divide is taken at once.
     """
 
     w_VD: jax.Array = setting(traced=True, help="one row per token of the vocabulary")
     tile: int | None = setting(OrNone(Whole(1, hint="it counts vocabulary rows; None takes all at once")), default=None,
                                help="how many vocabulary rows to stream at a time")
-    shards: int = setting(Whole(1, hint="it must divide the vocabulary"), default=1,
+    shards: int = setting(Whole(1, hint="it counts devices"), default=1,
                           help="how many devices split the vocabulary axis")
     cap: float | None = setting(OrNone(Number(0, open_low=True, hint="None leaves logits as they are")), default=None,
                                 help="logits l become cap * tanh(l / cap), in every layer's (Gemma)")
 
     def __post_init__(self):
-        if self.vocabulary % self.shards:
+        if self.tile is not None and self.vocabulary % self.shards:
             raise SettingError(
-                f"SharedHead.shards is {self.shards}, but does not divide the vocabulary of {self.vocabulary} rows; "
-                "pad the vocabulary or choose a divisor"
-            )
+                f"SharedHead.shards is {self.shards}, but does not divide the vocabulary of {self.vocabulary} rows, "
+                "which cannot be streamed then; choose a divisor, or leave tile out")
 
     @property
     def vocabulary(self) -> int:
@@ -152,8 +151,10 @@ def fused_logits(fusion, h_BCD, head: SharedHead):
 def with_tile(compute, head: SharedHead, h_BCD, *arrays):
     """`compute(head, h_BCD, *arrays)`, its head with the tile that suits these hidden states and the platform for which
     the computation is lowered."""
+    if head.vocabulary % head.shards:
+        return compute(head, h_BCD, *arrays)
     rows = h_BCD.shape[0] * h_BCD.shape[1]
-    on_cpu, elsewhere = (dataclasses.replace(head, tile=default_tile(rows, head.vocabulary, name))
+    on_cpu, elsewhere = (dataclasses.replace(head, tile=default_tile(rows, head.vocabulary // head.shards, name))
                          for name in ("cpu", "elsewhere"))
     if on_cpu.tile == elsewhere.tile:
         return compute(on_cpu, h_BCD, *arrays)

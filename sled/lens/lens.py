@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sled.decoding.groups import fetched
 from sled.decoding.network import Build
+from sled.decoding.programs import bounded
 from sled.decoding.readout import Readout
 from sled.decoding.scoring import map_places
 from sled.decoding.state import bucket
@@ -183,7 +185,7 @@ def look(build: Build, params: Any, ids: np.ndarray, *, fusion, name_token: Call
     """The lens over token ids [T]. The text is padded to a bucket, so nearby lengths share a program."""
     padded_T = np.zeros(bucket(len(ids)), np.int32)
     padded_T[:len(ids)] = ids
-    (best, probability, entropy, final_probability), fused = jax.device_get(_say(build, params, padded_T, fusion))
+    (best, probability, entropy, final_probability), fused = fetched(_say(build, params, padded_T, fusion))
     by_layer = lambda x: x[:len(ids)].swapaxes(0, 1)  # noqa: E731
     fused_best, fused_probability = (None, None) if fused is None else (x[:len(ids)] for x in fused)
     best = by_layer(best)
@@ -195,7 +197,7 @@ def look(build: Build, params: Any, ids: np.ndarray, *, fusion, name_token: Call
         fused_best=fused_best, fused_probability=fused_probability)
 
 
-@functools.partial(jax.jit, static_argnames="build")
+@bounded(rows=(), settings=("fusion",))
 def _say(build: Build, params, ids_T, fusion):
     network = build(params)
     positions_1T = jnp.arange(ids_T.shape[0])[None]

@@ -134,7 +134,7 @@ class Engine:
                 self._free()
                 self._fill()
                 if self.running:
-                    self._slots.advance(STEPS, min_active=self.running if self._waiting else 1)
+                    self._slots.advance(STEPS, until_one_ends=bool(self._waiting))
                     self._deliver()
             except BaseException as reason:  # also an interrupt: the loop has given up its state
                 failure = reason if isinstance(reason, Exception) else RuntimeError("interrupted")

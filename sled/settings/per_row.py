@@ -33,6 +33,13 @@ def take_rows(settings, rows: Sequence[int] | jax.Array):
     return dataclasses.replace(settings, **gathered) if gathered else settings
 
 
+def by_row(settings, each, shared):
+    """A pytree as `settings`, which passed `check_rows`: `each` for arrays with an entry per row, `shared` for others.
+    """
+    rows = {field for field, axes, value in _row_fields(settings) if value.ndim == len(axes) and value.shape[0] != 1}
+    return jax.tree_util.tree_map_with_path(lambda path, _: each if path[0].name in rows else shared, settings)
+
+
 def one_row(settings):
     """`settings` that passed `check_rows` for one row, with plain numbers in place of arrays.
 

@@ -57,7 +57,7 @@ def layer_choices(lm: LM, pairs: list[tuple[np.ndarray, np.ndarray]], *, batch_s
     return [choices[index] for index in range(len(pairs))]
 
 
-@bounded(static_argnames=("build", "first_ids"))
+@bounded(rows=("caches", "block"), static=("first_ids",))
 def _read_block(build: Build, first_ids: int | None, params, caches, block):
     """The fields of `Choices`, [P, L] each, at the block's places."""
     readout = Readout(network := build(params))
@@ -87,5 +87,5 @@ def _read_block(build: Build, first_ids: int | None, params, caches, block):
         nothing = tuple(jnp.zeros((asked_P.size, depth), kind) for kind in KINDS)
         return jax.lax.cond(asked_P.any(), lambda: read(*inputs), lambda: nothing)
 
-    asked_P = jnp.arange(block.order_P.size) < block.count
+    asked_P = jnp.arange(block.order_P.size) < block.count_1
     return map_places(read_some, (asked_P, states, in_order(block.targets_BT, block)), shared.vocabulary)

@@ -131,7 +131,7 @@ class _Bench:
             times = max(1, min(times, room // cycle))
             limit_B, steps = np.full(rows, self._capacity, np.int32), np.int32(times * cycle)
             return _seconds(loop.decode, lm.build, lm.params, self._start(policy), policy, timing, FINAL_LAYER, GREEDY,
-                            np.array([-1], np.int32), limit_B, steps, np.int32(1)) / times
+                            np.array([-1], np.int32), limit_B, steps, np.bool_(False)) / times
 
         return measure
 
@@ -163,7 +163,7 @@ def _seconds(run: Callable, *arguments) -> float:
     return time.perf_counter() - begun
 
 
-@bounded(static_argnames="build")
+@bounded(rows=("caches", "positions_BT"))
 def _run_layers(build: Build, params, caches, positions_BT, times):
     """All layers, so many times, each time on what came out before: none can be left out."""
     network = build(params)
@@ -177,7 +177,7 @@ def _run_layers(build: Build, params, caches, positions_BT, times):
     return jax.lax.fori_loop(0, times, run, (h_BTD, caches))[0]
 
 
-@bounded(static_argnames=("build", "first_ids"))
+@bounded(rows=("h_PD",), static=("first_ids",))
 def _run_head(build: Build, params, h_PD, times, first_ids: int | None):
     """The last layer's choices, so many times; of the first ids alone as drafts are made."""
     readout = Readout(build(params))

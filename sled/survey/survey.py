@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sled.calibration.fingerprint import digest_of_weights
 from sled.decoding import loop
 from sled.decoding.batch import HEADROOM
 from sled.decoding.memory import naming_shortage
@@ -83,7 +82,7 @@ def layers(lm: LM, prompts: Prompts, *, max_new_tokens: int = 128, batch_size: i
     return Survey(model=lm.name, num_layers=lm.config.num_layers, prompts=len(ids), tokens=sum(map(len, texts)),
                   batch_size=batch_size, layers=_spoken(choices, texts, used, counted.windows),
                   drafting=counted.drafting(used, bound), leaving=counted.leaving(used, bound), costs=costs,
-                  weights=digest_of_weights(lm.params))
+                  weights=lm.weights_digest())
 
 
 def _first_ids(lm: LM) -> int | None:

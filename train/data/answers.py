@@ -21,7 +21,6 @@ from sled.decoding.options import GREEDY
 from sled.decoding.sampling import Sampling
 from sled.io import cache_folder, json_digest
 from sled.models.decoder import ARITHMETIC
-from sled.models.digest import digest_of_weights
 from sled.settings.describe import describe
 from sled.settings.rules import Whole
 from sled.text.chat import Chat
@@ -49,7 +48,7 @@ def own_answers(lm: Any, source: Source, *, max_new_tokens: int = 128,
     sampling, reading = lm.sampling_of(sampling), source.open()
     columns = {name: getattr(source, name) for name in ("text", "prompt", "tokens", "messages", "limit")}
     made_of = dict(format=FORMAT, arithmetic=ARITHMETIC, data=reading.digest(), **columns, most=most,
-                   weights=digest_of_weights(lm.params), config=describe(lm.config), sampling=describe(sampling),
+                   weights=lm.weights_digest(), config=describe(lm.config), sampling=describe(sampling),
                    tokenizer=lm.text.digest if lm.text.available else None,
                    template=None if source.messages is None else lm.text.chats.template({}))
     root = cache_folder("answers") if cache is None else Path(cache).expanduser()
