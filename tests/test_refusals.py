@@ -57,7 +57,7 @@ W_VD = jnp.ones((6, 4))
     (LayerAverage, dict(weights=2.0), "LayerAverage.weights is 2.0, but must be a tuple of numbers"),
     (SharedHead, dict(w_VD=W_VD, tile=0), "SharedHead.tile is 0, but must be a whole number of at least 1"),
     (SharedHead, dict(w_VD=W_VD, shards=0), "SharedHead.shards is 0, but must be a whole number from 1 to"),
-    (SharedHead, dict(w_VD=W_VD, shards=4), "SharedHead.shards is 4, but does not divide the vocabulary of 6 rows; "),
+    (SharedHead, dict(w_VD=W_VD, shards=4, tile=2), "SharedHead.shards is 4, but does not divide the vocabulary of 6 "),
     (sled.EarlyExit, dict(layers=2, threshold=40.0), "EarlyExit.threshold is 40.0"),
     (sled.EarlyExit, dict(layers=(1, 2), threshold=(0.5, 0.5, 0.5)), "EarlyExit.threshold has 3 numbers for 2 exits"),
     (sled.EarlyExit, dict(layers=(1, 2), threshold=(0.5, 1.5)), "EarlyExit.threshold[1] is 1.5"),

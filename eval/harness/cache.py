@@ -18,8 +18,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import jax
+
 from sled.errors import EvaluationError
 from sled.io import json_digest, made_writable, writable
+from sled.train.parallel.distributed import from_first_process
 
 FORMAT = 2  # `PRAGMA user_version` of the file; a file of another is refused
 PATIENCE = 60.0  # seconds to wait while another process writes to the same file
@@ -28,11 +31,12 @@ PATIENCE = 60.0  # seconds to wait while another process writes to the same file
 class Cache:
     """Answers under settings. path: the file, made with the first answer; None keeps them in memory alone.
 
+    Of several processes that answer together only the first has a file, and the others find what it finds.
     Raises SettingError where the file cannot be written, EvaluationError where it is not such a file or damaged.
     """
 
     def __init__(self, path: str | os.PathLike | None = None):
-        self.path = None if path is None else writable("cache", path)
+        self.path = None if path is None or jax.process_index() > 0 else writable("cache", path)
         self._db = self._open() if self.path is None or self.path.exists() else None
 
     def _open(self) -> sqlite3.Connection:
@@ -77,6 +81,9 @@ class Answers:
 
     def find(self, requests: Iterable[str]) -> dict[str, Any]:
         """The known answers among these requests."""
+        return json.loads(from_first_process(json.dumps(self._here(requests))))
+
+    def _here(self, requests: Iterable[str]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         if self._cache._db is None:
             return found

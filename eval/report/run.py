@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from sled.errors import EvaluationError, EvaluationWarning, warn
@@ -27,6 +28,7 @@ from sled.eval.report.scores import TaskResult, scores_of
 from sled.lm import LM
 from sled.settings.rules import OrNone, Whole
 from sled.timing import Times, hardware, interleave, versions
+from sled.train.parallel.distributed import from_first_process
 
 ROUNDS = 3  # of timing; the fastest counts
 
@@ -50,7 +52,8 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     apply_chat_template: prompts as the model's chat template has them. system_instruction: put before all else.
     max_new_tokens, normalise, batch_size: as of `sled.eval.harness.adapter.SledLM`.
     cache: a file that keeps every answer as it is made; the same call, after a kill, goes on from there.
-    out: a folder for the report, written at the end; `report.json` comes last, so where it is, all is complete.
+    out: a folder for the report, written at the end; `report.json` comes last, so where it is, all is complete. Of
+        several processes, all of which call this together, the first writes it, and has the cache.
     seed: of methods and tasks that draw, of the bootstrap, and of Python's and numpy's random numbers; fewshot_seed: of
         the choice of examples, by default the harness's own.
     time_samples: also time all methods side by side, on so many samples of each task, the first, in `ROUNDS` rounds
@@ -62,7 +65,9 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     import lm_eval
 
     A_MODEL("lm", lm)
-    began = datetime.datetime.now().astimezone()
+    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+    began = datetime.datetime.fromisoformat(from_first_process(now))  # which chat templates may show
+    progress = progress and jax.process_index() == 0
     if out is not None:
         report_folder("out", Path(out))
     names = NAMES("tasks", tasks)
@@ -124,8 +129,8 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                   "fewshot_seed": fewshot_seed, "time_samples": time_samples},
         versions={name: importlib.metadata.version(name) for name in ("sled-jax", "lm_eval", "datasets", "tokenizers")}
         | {name: version for name, version in versions().items() if name in ("python", "jax", "flax")},
-        hardware=hardware(), date=began.isoformat(timespec="seconds"))
-    if out is not None:
+        hardware=hardware(), date=began.isoformat())
+    if out is not None and jax.process_index() == 0:
         report.write(Path(out))
     return report
 

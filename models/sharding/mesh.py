@@ -83,9 +83,9 @@ class Mesh:
         """As `build`, over all devices. Raises SettingError for a mesh that splits over fsdp, too."""
         built = self.build()
         if (ways := built.shape["fsdp"]) > 1:
-            raise SettingError(f"Mesh.fsdp is {ways}, but decoding splits over data and tensor alone, as it would "
-                               f"gather all weights for every token; give a data and a tensor whose product is the number of "
-                               f"devices, {built.size}, such as Mesh(data={built.shape['data'] * ways}, "
+            raise SettingError(f"Mesh.fsdp is {ways}, but decoding splits over data and tensor alone, as fsdp would "
+                               "gather all weights for every token; give a data and a tensor whose product is the "
+                               f"number of devices, {built.size}, such as Mesh(data={built.shape['data'] * ways}, "
                                f"tensor={built.shape['tensor']})")
         return built
 
@@ -98,7 +98,7 @@ def split_in_use(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x`, held to be split so over the mesh in whose program this is traced; where there is none, as it is.
 
     axes: for each of the first axes of `x`, the axis of the mesh that splits it, or None; one that does not divide it
-        leaves it whole.
+        leaves it whole, as all that are left out are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not ways_in_use("tensor"):

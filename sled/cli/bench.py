@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sled.cli.derived import arguments
-from sled.cli.options import left_out, print_devices
+from sled.cli.derived import arguments, left_out
+from sled.cli.devices import print_devices
 from sled.cli.question_options import QuestionOptions
 from sled.cli.values import NewPath
 from sled.demo import MAX_NEW_TOKENS

@@ -10,18 +10,9 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import arguments, derive, offer, settings_of
+from sled.cli.derived import arguments, derive, left_out, offer, settings_of
 from sled.cli.exit_options import ExitOptions, schedule_options
-from sled.cli.options import (
-    ChatOptions,
-    FusionOptions,
-    ModelOptions,
-    PromptOptions,
-    SamplingOptions,
-    Stop,
-    begin,
-    left_out,
-)
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, PromptOptions, SamplingOptions, Stop, begin
 from sled.cli.values import NewPath
 from sled.io import writable
 from sled.settings.decorator import declared

@@ -87,12 +87,13 @@ def run(words: Sequence[str]) -> int:
             command.run()
     except SledError as error:
         print(f"sled: {type(error).__name__}: {in_options(str(error), kind, words)}", file=sys.stderr)
-        return 1
+        return _failed()
     except Exception as error:
         if (said := _of_the_machine(error)) is None:
+            _failed(error)
             raise
         print(f"sled: {said}", file=sys.stderr)
-        return 1
+        return _failed()
     finally:
         threading.excepthook = others
         logging.getLogger("absl").removeFilter(_no_traceback)
@@ -102,11 +103,22 @@ def run(words: Sequence[str]) -> int:
 def _of_the_machine(error: Exception) -> str | None:
     """What to say of an error that is no fault of this program, wherever it came from: a full disk, too little memory.
     """
-    from sled.decoding.memory import LOWER, is_shortage  # imported here: it takes time, and nearly all goes well
+    from sled.cli.devices import lost_process  # imported here: it takes time, and nearly all goes well
+    from sled.decoding.memory import LOWER, is_shortage
 
     if why := disk_failure(error):
         return f"a file {why}"
+    if gone := lost_process(error):
+        return gone
     return f"there was too little memory ({first_line(error)}); {LOWER}" if is_shortage(error) else None
+
+
+def _failed(error: Exception | None = None) -> int:
+    """The exit status; of several processes this one ends here, and shows the error that was not expected."""
+    from sled.cli.devices import end_for_all
+
+    end_for_all(error)
+    return 1
 
 
 def _chosen(words: Sequence[str]) -> tuple[str, type | None, Sequence[str]]:

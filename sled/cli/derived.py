@@ -45,6 +45,11 @@ def explained(register: Mapping[str, type]) -> str:
     return "\n".join(f"{word}: {kind.__doc__.partition(chr(10))[0]}" for word, kind in register.items())
 
 
+def left_out(default: str, *aliases: str, metavar: str | None = None):
+    """Beside an option's type: what it means to leave it out, in words, and what else it is called."""
+    return tyro.conf.arg(help_behavior_hint=f"(default: {default})", aliases=aliases or None, metavar=metavar)
+
+
 def derive(name: str, *fields: tuple[str, Any, Any]) -> type:
     """A frozen dataclass of options to inherit from."""
     return dataclasses.make_dataclass(name, fields, frozen=True)

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from sled.cli.derived import arguments, derive, explained, given, settings_by_choice
+from sled.cli.derived import arguments, derive, explained, given, left_out, settings_by_choice
+from sled.cli.devices import ProcessOptions, check_alike, first_process
 from sled.cli.exit_options import ExitOptions
 from sled.cli.line import dashed, parse
-from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, left_out, named_value
+from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, named_value
 from sled.cli.values import NewPath
 from sled.errors import EvaluationError, SettingError
 from sled.fusion import FUSIONS
@@ -109,11 +110,13 @@ class Eval:
     compare: bool = True
     """Compare with the baselines; --no-compare scores what was chosen alone."""
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    process_options: ProcessOptions = dataclasses.field(default_factory=ProcessOptions)
     fusion_options: FusionsOptions = dataclasses.field(default_factory=FusionsOptions)
     exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
 
     def run(self) -> None:
+        self.process_options.join()
         _need_harness()
         from sled.eval.harness.tasks import manager
 
@@ -131,6 +134,7 @@ class Eval:
         metadata = dict(named_value("--metadata", each) for each in self.metadata)
         report_folder("--out", self.out)
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
+        check_alike(self)
         lm = self.model_options.load()
         sampling = self.sampling_options.chosen(lm)
         methods = [Method(name, fusion=fusion, sampling=sampling, **settings) for name, fusion in fusions]
@@ -139,7 +143,8 @@ class Eval:
             lm=lm, methods=methods, metadata=metadata, normalise=not self.raw_scores,
             cache=cache, seed=self.sampling_options.seed))
         print(report.markdown())
-        print(f"written to {self.out}", file=sys.stderr)
+        if first_process():
+            print(f"written to {self.out}", file=sys.stderr)
 
     def _names(self, fusions: Sequence[FusionOptions]) -> list[str]:
         """Every method by the options that were given for it; what all of one fusion share is left out."""

@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import tyro
 
 import sled
-from sled.cli.derived import arguments, dashed, given, refuse_others
+from sled.cli.derived import arguments, dashed, given, left_out, refuse_others
 from sled.cli.exit_options import ExitOptions
 from sled.cli.line import Sets
-from sled.cli.options import FusionOptions, LongContext, left_out
+from sled.cli.options import FusionOptions, LongContext
 from sled.cli.values import NewPath
 from sled.errors import SettingError
 from sled.models.config import WEIGHT_TYPES

@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 import sled
-from sled.cli.derived import dashed, given
+from sled.cli.derived import dashed, given, left_out
+from sled.cli.devices import ProcessOptions, check_alike, first_process
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import (
-    ChatOptions,
-    FusionOptions,
-    ModelOptions,
-    PromptOptions,
-    SamplingOptions,
-    Stop,
-    left_out,
-    unescape,
-)
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, PromptOptions, SamplingOptions, Stop, unescape
 from sled.cli.paint import Paint, PaintedRow, has_colours
 from sled.errors import PromptError, SettingError
 from sled.settings.rules import Whole
@@ -58,6 +50,7 @@ class Generate:
     One that begins with a dash, or is a number, stands behind --."""
     prompt_options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
     model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    process_options: ProcessOptions = dataclasses.field(default_factory=ProcessOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)
@@ -76,6 +69,7 @@ class Generate:
     It is refused where model, fusion, sampling, --max-new-tokens or --stop are not those it was made for."""
 
     def run(self) -> None:
+        self.process_options.join()
         texts = self.prompt_options.read(self.prompts)
         if not texts:
             raise PromptError("no prompt was given; write it behind the command, or name a file by --file or --data")
@@ -92,6 +86,7 @@ class Generate:
         settings = dict(max_new_tokens=self.max_new_tokens, fusion=self.fusion_options.strategy(),
                         stop=[unescape(s) for s in self.stop])
         self.sampling_options.check()
+        check_alike(self, prompts=texts)
         lm = self.model_options.load()
         self.chat_options.hint(lm)
         settings["sampling"] = self.sampling_options.chosen(lm)
@@ -109,7 +104,8 @@ class Generate:
             stats, layers = self._together(lm, texts, prompts, settings, paint)
         if paint:
             print(paint.legend(layers))
-        print(end_line(stats, lm.config.num_layers, exits=bool(exits)), file=sys.stderr)
+        if first_process():
+            print(end_line(stats, lm.config.num_layers, exits=bool(exits)), file=sys.stderr)
 
     def _stream(self, lm, text: str, prompt: Prompt, settings: dict, paint: Paint | None):
         row = PaintedRow(lm.text.decode, paint) if paint else None
@@ -125,7 +121,8 @@ class Generate:
         return chunk.stats, emitted
 
     def _together(self, lm, texts: list[str], prompts: list[Prompt], settings: dict, paint: Paint | None):
-        out = lm.generate(prompts, batch_size=self.batch_size, progress=len(prompts) > 1, **settings)
+        out = lm.generate(prompts, batch_size=self.batch_size, progress=len(prompts) > 1 and first_process(),
+                          **settings)
         between = "\n" if self.chat_options.chat else ""
         for prompt, text, tokens, layers, reason in zip(texts, out.texts, out.tokens, out.exit_layers,
                                                         out.finish_reasons, strict=True):

@@ -9,9 +9,9 @@ from typing import Annotated
 import tyro
 
 import sled
-from sled.cli.derived import arguments
+from sled.cli.derived import arguments, left_out
 from sled.cli.exit_options import exits_written
-from sled.cli.options import ChatOptions, ModelOptions, PromptOptions, begin_prompts, left_out
+from sled.cli.options import ChatOptions, ModelOptions, PromptOptions, begin_prompts
 from sled.cli.values import NewPath
 from sled.io import writable
 from sled.plots import writable_picture

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import tyro
 
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, left_out, unescape
+from sled.cli.derived import left_out
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, unescape
 from sled.cli.values import NewPath
 from sled.errors import SettingError
 from sled.io import writable

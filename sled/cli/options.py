@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,29 +21,28 @@ from sled.cli.derived import (
     explained,
     given,
     given_for,
+    left_out,
     offer,
     offers,
     overrides,
     refuse_others,
+    sets,
     settings_by_choice,
 )
+from sled.cli.devices import mesh_of, print_devices
 from sled.cli.line import Sets
 from sled.decoding.options import GREEDY
 from sled.errors import DataError, PromptError, SettingError, SledError
 from sled.fusion import FUSIONS
 from sled.models.config import WEIGHT_TYPES
 from sled.models.hub import local_folder
+from sled.models.sharding.mesh import Mesh
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompt
 
 OFFERS = offers(FUSIONS)
 SAMPLING = offer(sled.Sampling)
 FEW_PROMPTS, FEW_TOKENS = 8, 64  # on which layers are chosen
-
-
-def left_out(default: str, *aliases: str, metavar: str | None = None):
-    """Beside an option's type: what it means to leave it out, in words, and what else it is called."""
-    return tyro.conf.arg(help_behavior_hint=f"(default: {default})", aliases=aliases or None, metavar=metavar)
 
 
 # Strings that end a text: one each time, so that a prompt may follow.
@@ -69,11 +67,16 @@ class ModelOptions:
     revision: Annotated[str | None, left_out("the newest")] = None
     """Branch, tag or commit of a hub id."""
     long_context: LongContext = False
+    tensor_parallel: Annotated[int | None, sets(Mesh, "tensor"), left_out("1")] = None
+    """Devices that share one copy of the model: weights, keys and values. It must divide the heads."""
+    data_parallel: Annotated[int | None, sets(Mesh, "data"), left_out("as many as --tensor-parallel leaves; 1")] = None
+    """Copies of the model, each of which decodes rows of its own."""
 
     def load(self) -> sled.LM:
         local_folder(self.model)  # for its error, before the devices are looked for
         print_devices()
-        return sled.load(self.model, dtype=self.dtype, revision=self.revision, long_context=self.long_context)
+        return sled.load(self.model, dtype=self.dtype, revision=self.revision, long_context=self.long_context,
+                         mesh=mesh_of(self.data_parallel, self.tensor_parallel))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,15 +266,3 @@ def _problems(command, usual: int) -> list[str]:
     count = Whole(1, hint="it counts the problems")(
         "--problems", usual if command.problems is None else command.problems)
     return [prompt(problem.question) for problem in problems("train", count)]
-
-
-def print_devices() -> None:
-    """Says on standard error what the work runs on, with a warning when that is only the CPU."""
-    import jax
-
-    devices = jax.devices()
-    kinds = sorted({device.device_kind for device in devices})
-    print(f"running on {len(devices)} x {', '.join(kinds)} (jax backend: {jax.default_backend()})", file=sys.stderr)
-    if jax.default_backend() == "cpu" and "cpu" not in os.environ.get("JAX_PLATFORMS", ""):
-        print("warning: no accelerator found, so this runs on the CPU; for a GPU or TPU install jax[cuda13] or "
-              "jax[tpu] (JAX_PLATFORMS=cpu silences this)", file=sys.stderr)

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from sled.cli.derived import arguments
+from sled.cli.derived import arguments, left_out
 from sled.cli.line import Sets
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, left_out, unescape, whole_rows
+from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, unescape, whole_rows
 from sled.errors import PromptError
 
 

@@ -10,17 +10,8 @@ from typing import Annotated, Any
 import tyro
 
 import sled
-from sled.cli.derived import arguments, given, option_help, option_type, sets
-from sled.cli.options import (
-    FEW_PROMPTS,
-    ChatOptions,
-    FusionOptions,
-    ModelOptions,
-    Stop,
-    layers_to_try,
-    left_out,
-    unescape,
-)
+from sled.cli.derived import arguments, given, left_out, option_help, option_type, sets
+from sled.cli.options import FEW_PROMPTS, ChatOptions, FusionOptions, ModelOptions, Stop, layers_to_try, unescape
 from sled.cli.question_options import QuestionOptions
 from sled.cli.values import Layer, LayerSet, NewPath
 from sled.demo import MAX_NEW_TOKENS

@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from sled.cli.derived import arguments, build, dashed, derive, given, given_for, offer, overrides, sets, settings_of
+from sled.cli.derived import arguments, dashed, derive, given, given_for, left_out, offer, overrides, sets, settings_of
+from sled.cli.devices import ProcessOptions, print_devices
 from sled.cli.line import Sets
-from sled.cli.options import LongContext, left_out, unescape
+from sled.cli.options import LongContext, unescape
 from sled.cli.values import Layer, NewPath
 from sled.errors import SettingError
 from sled.models.config import ExitHeads
@@ -22,10 +23,8 @@ from sled.train.data.packing import Layout
 from sled.train.initial_model import NewModel
 from sled.train.objective.exit_weights import AllExits, FixedExits, UniformWeights, WeightedExits
 from sled.train.objective.layer_dropout import FixedRows, LayerDropout, Masked, WholeBatch, layerskip
-from sled.train.parallel.distributed import Processes, initialize
 from sled.train.recipes import Recipe, named
 
-PROCESSES = offer(Processes)
 FIXED = offer(FixedExits, "weights", "initial", "warmup", "course")  # EE-LLM's
 
 
@@ -186,14 +185,14 @@ class HeadOptions:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshOptions(derive("ProcessFields", *settings_of(PROCESSES))):
-    """The use of several devices; -1 is what is left of them. scripts/launch_*.sh start several processes."""
+class MeshOptions:
+    """The use of several devices; -1 is what is left of them."""
 
     data_parallel: Annotated[int, sets(Mesh, "data")] = 1
     """Groups of devices that hold all weights each."""
     fsdp: int = -1
     """Devices over which weights and optimiser are spread."""
-    tensor: int = 1
+    tensor_parallel: Annotated[int, sets(Mesh, "tensor")] = 1
     """Devices that share each layer's products."""
 
 
@@ -224,6 +223,7 @@ class Train:
     new_model_options: NewModelOptions = dataclasses.field(default_factory=NewModelOptions)
     head_options: HeadOptions = dataclasses.field(default_factory=HeadOptions)
     mesh_options: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    process_options: ProcessOptions = dataclasses.field(default_factory=ProcessOptions)
     save_every: int = 500
     """Steps between two checkpoints; held-out losses are measured as often."""
     keep: int = 3
@@ -239,9 +239,8 @@ class Train:
     and stop; --out is left alone."""
 
     def run(self) -> None:
+        self.process_options.join(saves_when_told=True)
         mesh = self.mesh_options
-        initialize(build(mesh, PROCESSES))
-        from sled.cli.options import print_devices
         from sled.train.rehearsal import rehearse
         from sled.train.trainer import TrainingRun, train
 
@@ -249,7 +248,7 @@ class Train:
         source, held_out = self._answered(*self.data_options.sources())
         run = TrainingRun(**arguments(self, TrainingRun) | arguments(self.data_options, TrainingRun) | dict(
             folder=self.out, model=self._model(), source=source, held_out=held_out, recipe=self.recipe_options.made(),
-            heads=self.head_options.heads(), mesh=Mesh(mesh.data_parallel, mesh.fsdp, mesh.tensor)))
+            heads=self.head_options.heads(), mesh=Mesh(mesh.data_parallel, mesh.fsdp, mesh.tensor_parallel)))
         if self.dry_run:
             told, where = rehearse(run).text(), sys.stdout
         else:

@@ -9,7 +9,7 @@ from typing import Annotated
 import tyro
 
 import sled
-from sled.cli.derived import arguments, sets, written
+from sled.cli.derived import arguments, left_out, sets, written
 from sled.cli.exit_options import SCHEDULE_OFFERS, exits_written
 from sled.cli.options import (
     ChatOptions,
@@ -20,7 +20,6 @@ from sled.cli.options import (
     Stop,
     begin,
     layers_to_try,
-    left_out,
 )
 from sled.cli.values import Layer, LayerSet
 from sled.decoding.options import FULL_DEPTH

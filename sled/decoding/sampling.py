@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from sled.exits.policy import only_if
 from sled.fusion.partial import max_and_index
+from sled.models.sharding.mesh import split_in_use
 from sled.settings.decorator import setting, settings
 from sled.settings.rules import WIDE, Number, Whole
 
@@ -56,6 +57,7 @@ def penalise(logits_BV, seen_BV, penalty_B):
 
 def truncate(logits_BV, top_k_B, top_p_B, min_p_B):
     """-inf for every token that top-k, top-p or min-p leaves out. Tokens tied with the last kept stay."""
+    logits_BV = split_in_use(logits_BV)  # whole: to be sorted they are gathered anyway
     sorted_BV = jnp.flip(jnp.sort(logits_BV, axis=-1), axis=-1)
     rank_V = jnp.arange(logits_BV.shape[-1])
     within_k = (rank_V < top_k_B[:, None]) | (top_k_B[:, None] == 0)

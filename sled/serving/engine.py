@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sled.decoding.batch import Entry, Slots
+from sled.decoding.groups import groups_of
 from sled.decoding.options import FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
 from sled.decoding.sampling import Sampling
 from sled.errors import PromptError, RequestError, SettingError
@@ -61,6 +62,9 @@ class Engine:
                  limits: Limits = LIMITS):
         Instance(LM, traced=False, hint="give what sled.load returns")("lm", lm)
         slots = Whole(1, hint="it counts the requests served at a time")("slots", slots)
+        if slots % (groups := groups_of(lm.mesh)):
+            raise SettingError(f"slots is {slots}, but the model lies on {groups} groups of devices, which serve as "
+                               f"many each; give a multiple of {groups}")
         most = lm.config.context
         hint = "it counts a request's tokens, a new one included, within the model's context"
         hint += lm.config.beyond and f", and {lm.config.beyond}"

@@ -19,7 +19,6 @@ from sled.settings.rules import OneOf, OrNone, Whole
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 CLUSTERS = ("tpu", "slurm")
-MESSAGE = 4096  # bytes of the longest text that processes tell each other
 
 
 @settings
@@ -91,11 +90,11 @@ def from_first_process(text: str | None) -> str | None:
     """The text that the first process gives, in all of them; they call it together."""
     if jax.process_count() == 1:
         return text
-    raw = np.zeros(MESSAGE, np.uint8)
-    if text is not None:
-        encoded = text.encode()[:MESSAGE]
-        raw[:len(encoded)] = np.frombuffer(encoded, np.uint8)
-    return bytes(broadcast_one_to_all(raw)).rstrip(b"\0").decode(errors="replace") or None
+    encoded = np.frombuffer((text or "").encode(), np.uint8)
+    length = int(broadcast_one_to_all(np.int32(-1 if text is None else len(encoded))))
+    if length < 1:
+        return None if length < 0 else ""
+    return bytes(broadcast_one_to_all(np.resize(encoded, length))).decode()
 
 
 def check_same_everywhere(values: Mapping[str, Any]) -> None:
