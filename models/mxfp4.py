@@ -38,13 +38,10 @@ def stepped(stored: Any, index: tuple[slice, ...]) -> np.ndarray:
 
 
 class Packed:
-    """The matrices [X, in, out], bfloat16, of one name: it takes the place of an open file, and of a slice of one."""
+    """The matrices [X, in, out], bfloat16, of one name, read as a stored tensor is."""
 
     def __init__(self, blocks: Any, scales: Any):
         self._blocks, self._scales = blocks, scales
-
-    def get_slice(self, name: str) -> Packed:
-        return self
 
     def get_shape(self) -> list[int]:
         experts, columns, groups, _ = self._blocks.get_shape()
@@ -64,17 +61,17 @@ class Packed:
         return found.swapaxes(1, 2)
 
 
-def unpacked(files: dict[str, Any]) -> dict[str, Any]:
-    """Stored tensors' files by name, blocks and scales that belong together being one tensor. Raises CheckpointError
+def unpacked(stored: dict[str, Any]) -> dict[str, Any]:
+    """Stored tensors by name, blocks and scales that belong together being one tensor. Raises CheckpointError
     where they do not fit each other."""
-    packed = [name.removesuffix(BLOCKS) for name in files
-              if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) + SCALES in files]
-    pairs = {name: [files[name + end].get_slice(name + end) for end in (BLOCKS, SCALES)] for name in packed}
+    packed = [name.removesuffix(BLOCKS) for name in stored
+              if name.endswith(BLOCKS) and name.removesuffix(BLOCKS) + SCALES in stored]
+    pairs = {name: [stored[name + end] for end in (BLOCKS, SCALES)] for name in packed}
     for name, (blocks, scales) in pairs.items():
         shape, of_scales = blocks.get_shape(), scales.get_shape()
         if {blocks.get_dtype(), scales.get_dtype()} != {"U8"} or len(shape) != 4 or shape != [*of_scales, BLOCK // 2]:
             raise CheckpointError(f"{name}{BLOCKS} of shape {shape} and {name}{SCALES} of shape {of_scales} are no "
                                   "matrices in MXFP4; use the checkpoint before quantisation")
-    left = {name: file for name, file in files.items()
+    left = {name: tensor for name, tensor in stored.items()
             if not name.endswith((BLOCKS, SCALES)) or name.removesuffix(BLOCKS).removesuffix(SCALES) not in pairs}
     return left | {name: Packed(*pair) for name, pair in pairs.items()}

@@ -33,6 +33,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEADS = "exit_heads.safetensors"
 STORED_TYPES = {"F32": 4, "BF16": 2, "F16": 2, "F64": 8}  # bytes each
 QUANTISED = ("qweight", "qzeros", "scales", "weight_scale", "weight_scale_inv", "weight_packed", "absmax", "SCB")
+REOPEN = 2**24  # bytes of files that are read before these are opened again
 PROGRESS_AFTER = 1.0  # seconds: before, a bar would only flicker
 
 
@@ -49,7 +50,7 @@ class StoredWeights:
     tensors: Mapping[tuple, Stored]
     sizes: Mapping[tuple, int]
     shapes: Mapping[tuple, tuple[int, ...]]
-    _files: Mapping
+    _stored: Mapping
     _twin: str | None
 
     def read(self, path: tuple, dtype=None, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -68,7 +69,7 @@ class StoredWeights:
         return weight
 
     def _read(self, name: str, dtype, index: tuple[slice, ...]) -> np.ndarray:
-        weight = stepped(self._files[name].get_slice(name), index)
+        weight = stepped(self._stored[name], index)
         return finite(self.folder, name, weight, np.float32 if dtype is None and weight.dtype == np.float64 else dtype)
 
 
@@ -81,11 +82,11 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
     if config.exit_heads is not None:
         files = [*files, folder / HEADS]
     with contextlib.ExitStack() as stack:
-        files = unpacked(_open(files, stack))
-        refuse_more(folder, config, files)
+        stored_as = unpacked(_open(files, stack))
+        refuse_more(folder, config, stored_as)
         family, shapes = family_of(config), parameter_shapes(config)
         tensors = layout(config, shapes)
-        held = family.canonical(files)
+        held = family.canonical(stored_as)
         table, head = tensors["embedding", "weight"].names[0], family.stored_name(("head", "weight"))
         twin = head if config.tied_head and head in held else None
         if twin and table not in held:  # one of the two that are tied is enough
@@ -93,14 +94,14 @@ def open_weights(path: str | Path) -> Iterator[StoredWeights]:
         wanted = tensor_shapes(tensors)
         if twin:
             wanted[twin] = shapes["embedding", "weight"]
-        headers = {name: files[stored].get_slice(stored) for name, stored in held.items()}
+        headers = {name: stored_as[stored] for name, stored in held.items()}
         found = {name: (tuple(header.get_shape()), header.get_dtype()) for name, header in headers.items()}
         check_tensors(folder, found, wanted, STORED_TYPES)
         yield StoredWeights(
             folder, config, {at: where._replace(names=tuple(held[name] for name in where.names))
                              for at, where in tensors.items()},
             {at: math.prod(shape) * STORED_TYPES[found[tensors[at].names[0]][1]] for at, shape in shapes.items()},
-            shapes, files, twin and held[twin])
+            shapes, stored_as, twin and held[twin])
 
 
 def refuse_more(folder: Path, config: DecoderConfig, names: Collection[str]) -> None:
@@ -190,17 +191,62 @@ def _weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder} has no {SINGLE} and no {INDEX}; give a folder with the model's weights")
 
 
-def _open(files: list[Path], stack: contextlib.ExitStack) -> dict:
-    """Every stored tensor's name, with the open file that holds it."""
-    stored = {}
-    for file in files:
-        if not file.is_file():  # opening a pipe would wait for a writer, beyond interruption
-            raise CheckpointError(f"{file} is no regular file; fetch it again")
-        try:
-            opened = stack.enter_context(safe_open(file, framework="numpy"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged or cut short ({error}); fetch it again") from None
-        stored |= dict.fromkeys(opened.keys(), opened)
+class _Files:
+    """Open safetensors files. They are opened again from time to time: their pages that were read would all count as
+    memory of this process, until they are closed."""
+
+    def __init__(self, stack: contextlib.ExitStack):
+        self._stack, self._opened, self._read = stack.enter_context(contextlib.ExitStack()), {}, 0
+
+    def open(self, path: Path):
+        if path not in self._opened:
+            if not path.is_file():  # opening a pipe would wait for a writer, beyond interruption
+                raise CheckpointError(f"{path} is no regular file; fetch it again")
+            try:
+                self._opened[path] = self._stack.enter_context(safe_open(path, framework="numpy"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is damaged or cut short ({error}); fetch it again") from None
+        return self._opened[path]
+
+    def read(self, path: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        stored = self.open(path).get_slice(name)
+        found = stored[index]
+        between = stored.get_shape()[-1] // max(1, found.shape[-1]) if found.ndim > 1 else 1  # in pages read, too
+        self._read += found.nbytes * between
+        if self._read > REOPEN:
+            self._stack.close()
+            self._opened, self._read = {}, 0
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tensor:
+    """A tensor of a file, as safetensors has slices of one."""
+
+    files: _Files
+    path: Path
+    name: str
+    shape: list[int]
+    kind: str
+
+    def get_shape(self) -> list[int]:
+        return self.shape
+
+    def get_dtype(self) -> str:
+        return self.kind
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        return self.files.read(self.path, self.name, index)
+
+
+def _open(paths: list[Path], stack: contextlib.ExitStack) -> dict[str, _Tensor]:
+    """Every stored tensor by its name."""
+    files, stored = _Files(stack), {}
+    for path in paths:
+        opened = files.open(path)
+        for name in opened.keys():  # it is no mapping
+            header = opened.get_slice(name)
+            stored[name] = _Tensor(files, path, name, header.get_shape(), header.get_dtype())
     return stored
 
 
