@@ -48,22 +48,23 @@ def test_eight_devices_do_what_one_does(meshes, tiny_folder, tmp_path):
 # Meshes.
 
 @pytest.mark.parametrize("mesh, devices, sizes", [
-    (Mesh(), 8, (1, 8, 1)), (Mesh(data=-1, fsdp=2, tensor=2), 8, (2, 2, 2)), (Mesh(2, 2, 2), 8, (2, 2, 2)),
-    (Mesh(tensor=8), 8, (1, 1, 8)),
+    (Mesh(), 8, (1, 8, 1, 1)), (Mesh(data=-1, fsdp=2, tensor=2), 8, (2, 2, 1, 2)),
+    (Mesh(2, 2, 1, 2), 8, (2, 2, 1, 2)), (Mesh(tensor=8), 8, (1, 1, 1, 8)), (Mesh(stage=4), 8, (1, 2, 4, 1)),
 ])
 def test_sizes_of_a_mesh(mesh, devices, sizes):
     assert mesh.sizes(devices) == sizes
-    assert tuple(mesh.abstract(devices).shape.items()) == tuple(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    assert tuple(mesh.abstract(devices).shape.values()) == sizes
+    assert tuple(mesh.abstract(devices).shape) == ("data", "fsdp", "stage", "tensor")
 
 
 @pytest.mark.parametrize("make, says", [
-    (lambda: Mesh(fsdp=4).sizes(8), r"Mesh.data 1 x Mesh.fsdp 4 x Mesh.tensor 1 \(takes 4\), but there are 8 dev"),
-    (lambda: Mesh(tensor=3).sizes(8), r"Mesh.data 1 x Mesh.fsdp -1 x Mesh.tensor 3 \(8 is no multiple of 3\)"),
+    (lambda: Mesh(fsdp=4).sizes(8), r"Mesh.fsdp 4 x Mesh.stage 1 x Mesh.tensor 1 \(takes 4\), but there are 8 dev"),
+    (lambda: Mesh(tensor=3).sizes(8), r"Mesh.fsdp -1 x Mesh.stage 1 x Mesh.tensor 3 \(8 is no multiple of 3\)"),
     (lambda: Mesh(data=16, fsdp=-1).sizes(8), "8 is no multiple of 16"),
     (lambda: Mesh(data=-1), "Mesh.data and Mesh.fsdp are -1, but only one"),
     (lambda: Mesh(tensor=0), r"Mesh\.tensor is 0, but must be a whole number of at least 1; .*-1 is what is left"),
     (lambda: Mesh(data=-2, fsdp=1), r"Mesh\.data is -2"),
-    (lambda: across_slices((1, 1, 8), 2), "2 slices, .*data 1, fsdp 1, tensor 8.*; make data x fsdp a multiple of 2"),
+    (lambda: across_slices((1, 1, 1, 8), 2), "2 slices, .*data 1, fsdp 1, stage 1, tensor 8.*; make data x .* of 2"),
     (lambda: Sharding(LLAMA3_8B, Mesh(fsdp=3).abstract(3)), "4096 columns of width do not divide over fsdp 3; choose"),
     (lambda: Sharding(LLAMA3_8B, Mesh(tensor=64).abstract(64)), "32 query heads do not divide over tensor 64"),
     (lambda: Sharding(LLAMA3_8B, Mesh(data=2).abstract(8)).local_rows(6), "6 rows does not divide .* fsdp = 8 groups"),
@@ -80,9 +81,10 @@ def test_meshes_and_processes_that_cannot_be_are_refused(make, says):
 
 
 def test_slices_are_crossed_by_the_outer_axes_alone():
-    assert across_slices((4, 2, 4), 2) == (2, 1, 1)
-    assert across_slices((2, 8, 1), 4) == (2, 2, 1)
-    assert across_slices((1, 16, 4), 8) == (1, 8, 1)
+    assert across_slices((4, 2, 1, 4), 2) == (2, 1, 1, 1)
+    assert across_slices((2, 8, 1, 1), 4) == (2, 2, 1, 1)
+    assert across_slices((1, 16, 1, 4), 8) == (1, 8, 1, 1)
+    assert across_slices((1, 2, 4, 4), 4) == (1, 2, 2, 1)
     hosts = [Mock(id=i, slice_index=i // 4, process_index=i // 4, platform="gpu", device_kind="gpu")
              for i in (7, 0, 3, 5, 1, 2, 4, 6)]
     devices = Mesh(fsdp=2, tensor=4).build(hosts).devices

@@ -22,7 +22,7 @@ from sled.errors import SettingError, TrainingError
 from sled.models import save_folder
 from sled.models.config import ExitHeads
 from sled.models.huggingface import refuse_no_model
-from sled.models.sharding.mesh import Mesh
+from sled.models.sharding.mesh import ROWS, Mesh
 from sled.models.sharding.sharding import Sharding
 from sled.settings.decorator import setting, settings
 from sled.settings.describe import describe
@@ -45,6 +45,7 @@ from sled.train.objective.train_step import (
 )
 from sled.train.optimizers import make_optimizer, rate_schedule
 from sled.train.parallel.distributed import check_same_everywhere
+from sled.train.parallel.pipeline import PER_STAGE, STAGE, bubble, check_microbatches
 from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.run.checkpoint import Checkpoints, check_format
 from sled.train.run.folder import RunFolder
@@ -86,6 +87,10 @@ class TrainingRun:
                                  help="as for sled.load: the way in which the model computes positions")
     mesh: Mesh = setting(Instance(Mesh, traced=False, hint="give sled.models.sharding.mesh.Mesh(...)"), default=Mesh(),
                          help="the devices, where there are more than one")
+    microbatches: int | None = setting(
+        OrNone(Whole(1, hint="with more of them stages wait less, and each product is smaller"),
+               f"the most, up to {PER_STAGE} a stage, that divide the rows"), default=None,
+        help="parts in which a pipeline's stages work off the rows of each group of devices")
     save_every: int = setting(Whole(1, hint="it counts the steps between two checkpoints"), default=500,
                               help="steps between two checkpoints; held-out losses are measured as often")
     keep: int = setting(Whole(1, hint="it counts checkpoints"), default=3,
@@ -125,16 +130,22 @@ class Prepared:
         """The places of the parameters, on one device too."""
         return self.sharding or Sharding(self.model.config, self.run.mesh.build())
 
+    @property
+    def stages(self) -> int:
+        """Of the pipeline; 1 where there is none."""
+        return self.placed.mesh.shape[STAGE]
+
     def on_devices(self, batch: TrainingBatch, rows: int) -> TrainingBatch:
         """The batch of `rows` rows, of which this process supplies its own."""
         return batch if self.sharding is None else self.sharding.batch(batch, rows)
 
     def dropout(self, step: int) -> LayerDropout | None:
-        """The layer dropout of a step. What work it saves is static in long stretches, each of which may compile once.
+        """The layer dropout of a step. What work it saves is static in long stretches, each of which may compile once;
+        a pipeline's stages, which are compiled alike, save no single rows.
         """
         recipe = self.run.recipe
-        if recipe.dropout is None:
-            return None
+        if recipe.dropout is None or self.stages > 1:
+            return recipe.dropout
         stretch = max(recipe.steps // 8, STRETCH)
         first = (step - 1) // stretch * stretch
         return recipe.dropout.saving(self.part, self.model.config.num_layers, first, first + stretch - 1)
@@ -226,7 +237,7 @@ def prepare(run: TrainingRun, folder: RunFolder,
     recipe, part, steps = run.recipe, run.recipe.batch_size // run.recipe.accumulate, folder.steps
     check_same_everywhere({
         "--save-every": run.save_every, "--keep": run.keep, "--log-every": run.log_every,
-        "--held-out-rows": run.held_out_rows, "the mesh": describe(run.mesh),
+        "--held-out-rows": run.held_out_rows, "the mesh": describe(run.mesh), "--microbatches": run.microbatches,
         "the list of checkpoints in --out": steps})
     refuse_no_model(folder.model)
     if steps:
@@ -237,6 +248,7 @@ def prepare(run: TrainingRun, folder: RunFolder,
         sharding = Sharding(model.config, mesh) if mesh.size > 1 else None
         if sharding is not None:
             sharding.local_rows(part)  # raises where a part does not divide
+            check_microbatches(run.microbatches, part // sharding.ways(ROWS), sharding.mesh.shape[STAGE])
         layout = Layout(model.context, shape=run.shape, too_long=run.too_long, prompt_weight=run.prompt_weight)
         rows, held_out = (source and read_rows(source, model.text, model.config, layout)
                           for source in (run.source, run.held_out))
@@ -246,7 +258,7 @@ def prepare(run: TrainingRun, folder: RunFolder,
     decoder = model.decoder(recipe.seed, sharding)
     graph, weights = nnx.split(decoder)
     prepared = Prepared(run, folder, model, sharding, part, rows, held_out, decisive, batches, graph, _sizes(weights),
-                        make_train_step(decoder, recipe, optimizer, sharding),
+                        make_train_step(decoder, recipe, optimizer, sharding, microbatches=run.microbatches),
                         make_evaluation(decoder, recipe, sharding), exit_counter(recipe.exits, model.config.num_layers))
     return prepared, init_state(weights, optimizer, sharding, trainable=recipe.trainable)
 
@@ -313,6 +325,10 @@ def _announce(prepared: Prepared) -> None:
     _say(f"{sum(prepared.sizes):,} parameters on {jax.device_count()} "
          f"{jax.devices()[0].device_kind}; data: {prepared.rows.report}")
     _say(dataclasses.replace(recipe, context=prepared.model.context).text())
+    if (stages := prepared.stages) > 1:
+        count = check_microbatches(prepared.run.microbatches, prepared.part // prepared.placed.ways(ROWS), stages)
+        _say(f"a pipeline of {stages} stages, {count} microbatches: a stage waits in {bubble(stages, count):.1%} of "
+             "its turns")
     if recipe.trainable == ALL and recipe.exits != LastOnly():
         early = prepared.early_exits(0, recipe.steps)
         _say(f"early exits that learn at a step, on average: {early:.2f}" if early else

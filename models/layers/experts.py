@@ -10,13 +10,14 @@ and an expert that it chose; M blocks of R pairs of one expert.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 
 from sled.models.config import DecoderConfig, Experts
 from sled.models.layers.basic import Linear, parameter
@@ -109,11 +110,14 @@ def _on_mesh(mesh, experts: Experts, activation: str, matrices: Matrices, x_BTD,
     mixture = functools.partial(_mixture, experts, functools.partial(_form, activation, experts.clamp))
     if mesh is None and not ways_in_use("tensor"):
         return mixture(matrices, x_BTD, logits_BTX)
-    if mesh is None:  # of a group of devices, which has rows of its own
-        rows, axes = PartitionSpec(), {"tensor"}
+    if mesh is None:  # within a program over some axes of the mesh, the others are left
+        here = jax.sharding.get_abstract_mesh()
+        axes = {axis for axis, kind in zip(here.axis_names, here.axis_types, strict=True) if kind == AxisType.Auto}
     else:
-        even = x_BTD.shape[0] % (mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]) == 0
-        rows, axes = PartitionSpec(ROWS if even else None), set(mesh.axis_names)
+        here, axes = mesh, set(mesh.axis_names)
+    of_rows = [axis for axis in ROWS if axis in axes]
+    even = x_BTD.shape[0] % math.prod(here.shape[axis] for axis in of_rows) == 0
+    rows = PartitionSpec(tuple(of_rows) if even else None)
     split = matrices.map(lambda _, axis: PartitionSpec(*[None] * axis, "tensor"))
 
     def on_device(*args):

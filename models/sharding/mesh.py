@@ -1,8 +1,7 @@
 """The mesh: how many ways training or decoding is split, and along which axes.
 
 The first axes are the outermost: neighbours along the last lie closest together, which is where
-tensor parallelism, with its exchange in every layer, belongs. A pipeline's `stage` would be one more
-field before `tensor`, and a mesh axis for the logical axis `layers` (sharding.py).
+tensor parallelism, with its exchange in every layer, belongs.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from sled.errors import SettingError
 from sled.settings.decorator import setting, settings
 from sled.settings.rules import Whole
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "stage", "tensor")
 ROWS = ("data", "fsdp")  # those that split the batch
 REST = -1  # as a size: what is left of the devices
 
@@ -38,11 +37,14 @@ class Mesh:
     data: rows of the batch; every group holds all weights.
     fsdp: rows of the batch AND weights with their optimiser state (ZeRO-3, arXiv 1910.02054); weights are
         gathered layer by layer as they are needed. For training alone: a decoding step would gather all for one token.
+    stage: layers, as a pipeline (GPipe, arXiv 1811.06965), and vocabulary: every stage computes its part of all exits'
+        logits. For training alone.
     tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
     """
 
     data: int = setting(_ways, default=1)
     fsdp: int = setting(_ways, default=REST)
+    stage: int = setting(_ways, default=1)
     tensor: int = setting(_ways, default=1)
 
     def __post_init__(self):
@@ -66,7 +68,8 @@ class Mesh:
         """The mesh over `devices`, by default all of all processes.
 
         Devices of several slices (TPU pods joined by a network, GPU hosts) are arranged so that `data`, then `fsdp`,
-        cross between slices, and `tensor` never does. Raises SettingError where that, or the sizes, do not fit.
+        then `stage`, cross between slices, and `tensor` never does. Raises SettingError where that, or the sizes, do
+        not fit.
         """
         devices = jax.devices() if devices is None else list(devices)
         sizes = self.sizes(len(devices))
@@ -80,13 +83,15 @@ class Mesh:
                                  axis_types=kinds)
 
     def build_for_decoding(self) -> jax.sharding.Mesh:
-        """As `build`, over all devices. Raises SettingError for a mesh that splits over fsdp, too."""
+        """As `build`, over all devices. Raises SettingError for a mesh that splits over fsdp or stage, too."""
         built = self.build()
-        if (ways := built.shape["fsdp"]) > 1:
-            raise SettingError(f"Mesh.fsdp is {ways}, but decoding splits over data and tensor alone, as fsdp would "
-                               "gather all weights for every token; give a data and a tensor whose product is the "
-                               f"number of devices, {built.size}, such as Mesh(data={built.shape['data'] * ways}, "
-                               f"tensor={built.shape['tensor']})")
+        for axis, why in (("fsdp", "as fsdp would gather all weights for every token"),
+                          ("stage", "as the stages of a pipeline would wait for each other at every token")):
+            if (ways := built.shape[axis]) > 1:
+                data, tensor = built.size // built.shape["tensor"], built.shape["tensor"]
+                raise SettingError(f"Mesh.{axis} is {ways}, but decoding splits over data and tensor alone, {why}; "
+                                   "give a data and a tensor whose product is the number of devices, "
+                                   f"{built.size}, such as Mesh(data={data}, tensor={tensor})")
         return built
 
     def abstract(self, devices: int) -> AbstractMesh:
@@ -113,14 +118,17 @@ def ways_in_use(axis: str) -> int:
 
 
 def across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
-    """The number of slices that each axis spans: the outermost as many as it can, the last (`tensor`) only one."""
+    """The number of slices that each axis spans: the outermost as many as it can, the last (`tensor`) only one.
+
+    A stage may lie in a slice of its own: stages exchange little.
+    """
     left, outer = slices, []
     for size in sizes[:-1]:
         outer.append(math.gcd(size, left))
         left //= outer[-1]
     if left > 1:
         spelled = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-        raise SettingError(f"the devices lie in {slices} slices, over which data and fsdp cannot be spread evenly "
-                           f"({spelled}); make data x fsdp a multiple of {slices}, so that no tensor group "
-                           "crosses the slow network")
+        raise SettingError(f"the devices lie in {slices} slices, over which data, fsdp and stage cannot be spread "
+                           f"evenly ({spelled}); make data x fsdp x stage a multiple of {slices}, so that no tensor "
+                           "group crosses the slow network")
     return (*outer, 1)

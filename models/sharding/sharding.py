@@ -27,19 +27,24 @@ from sled.models.sharding.mesh import ROWS
 from sled.models.stored import abstract_stacked
 
 RULES = {
-    "vocab": "tensor",
-    "width": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "mlp": "tensor",
-    "experts": None,  # each is split as an MLP is
-    "layers": None,  # scanned over; a pipeline's stages would split it
-    "exits": None,
-    "positions": None,
-    "vector": None,  # norms, and biases of what is summed over the tensor axis: too small to split
+    "vocab": ("stage", "tensor"),
+    "width": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "experts": (),  # each is split as an MLP is
+    "layers": ("stage",),  # scanned over within one
+    "exits": (),
+    "positions": (),
+    "vector": (),  # norms, and biases of what is summed over the tensor axis: too small to split
 }
-MAY_STAY_WHOLE = ("vocab", "kv_heads")  # where they do not divide; for the others that is an error
+MAY_STAY_WHOLE = ("vocab", "kv_heads", "layers")  # where they do not divide; for the others that is an error
 LARGE = 2**24  # bytes: what is no parameter may be this large and still lie whole on every device
+
+
+def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """One axis' part of a PartitionSpec, as specs without pipelines are written."""
+    return names if len(names) > 1 else names[0] if names else None
 
 
 def is_separate(path: tuple) -> bool:
@@ -52,8 +57,8 @@ class Sharding:
     """The shardings of all arrays of a model of `config` on `mesh`.
 
     `mesh` has the axes of `sled.models.sharding.mesh.AXES`; an abstract one serves for planning.
-    Raises SettingError where width, heads or feed-forward width do not divide over their mesh axis. Vocabulary and
-    key/value heads that do not divide stay whole on that axis; `undivided` says which, and why.
+    Raises SettingError where width, heads or feed-forward width do not divide over their mesh axis. Vocabulary,
+    key/value heads and layers that do not divide stay whole on that axis; `undivided` says which, and why.
     padded: of tables, for decoding: a vocabulary that does not divide is filled up with rows of zeros to one that does.
     """
 
@@ -64,23 +69,43 @@ class Sharding:
     def __post_init__(self):
         for axis, reason in self.undivided.items():
             if axis not in MAY_STAY_WHOLE:
-                raise SettingError(f"{reason}; choose a mesh whose {RULES[axis]} axis divides it")
+                raise SettingError(f"{reason}; choose a mesh whose {RULES[axis][-1]} axis divides it")
+        if (stages := self.mesh.shape["stage"]) > self.config.num_layers:
+            raise SettingError(f"Mesh.stage is {stages}, but the model has {self.config.num_layers} layers; give at "
+                               "most as many stages")
+
+    @functools.cached_property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        """The axes of the mesh that split each logical axis: of those in `RULES` the last that divide it."""
+        c = self.config
+        counts = {"vocab": self.vocabulary, "width": c.width, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
+                  "mlp": math.gcd(c.mlp_width, c.experts.width) if c.experts else c.mlp_width, "layers": c.num_layers}
+        found = {}
+        for axis, rule in RULES.items():
+            rest = [rule[begin:] for begin in range(len(rule) + 1)]
+            names = next(names for names in rest if not names or counts[axis] % self.ways(names) == 0)
+            found[axis] = tuple(name for name in names if name != "stage" or self.mesh.shape[name] > 1)
+        return found
 
     @functools.cached_property
     def undivided(self) -> dict[str, str]:
         """Axes that the rules would split, but that stay whole on each device: name and reason. To be shown."""
-        c = self.config
-        counts = {"vocab": (self.vocabulary, "vocabulary entries"), "width": (c.width, "columns of width"),
-                  "heads": (c.num_heads, "query heads"), "kv_heads": (c.num_kv_heads, "key/value heads"),
-                  "mlp": (math.gcd(c.mlp_width, c.experts.width) if c.experts else c.mlp_width,
-                          "columns of feed-forward width")}
-        return {axis: f"{count} {what} do not divide over {RULES[axis]} {self.mesh.shape[RULES[axis]]}"
-                for axis, (count, what) in counts.items() if count % self.mesh.shape[RULES[axis]]}
+        what = {"vocab": (self.vocabulary, "vocabulary entries"), "width": (self.config.width, "columns of width"),
+                "heads": (self.config.num_heads, "query heads"),
+                "kv_heads": (self.config.num_kv_heads, "key/value heads"),
+                "mlp": (self.config.mlp_width, "columns of feed-forward width"),
+                "layers": (self.config.num_layers, "layers")}
+        return {axis: f"{count} {words} do not divide over {rule[-1]} {self.mesh.shape[rule[-1]]}"
+                for axis, (count, words) in what.items() if not self.axes[axis] and self.ways(rule := RULES[axis]) > 1}
+
+    def ways(self, names: tuple[str, ...]) -> int:
+        """How many ways these axes of the mesh split."""
+        return math.prod(self.mesh.shape[name] for name in names)
 
     @property
     def vocabulary(self) -> int:
         """Rows of a table by tokens."""
-        ways = self.mesh.shape[RULES["vocab"]] if self.padded else 1
+        ways = self.ways(RULES["vocab"]) if self.padded else 1
         return -(-self.config.vocab_size // ways) * ways
 
     @functools.cached_property
@@ -93,8 +118,15 @@ class Sharding:
                 raise SettingError(f"the parameter {'.'.join(path)} of shape {leaf.shape} has axes {axes}, but must "
                                    f"name each by one of {', '.join(RULES)}; make it with models.layers.parameter")
             shape = tuple(self.vocabulary if axis == "vocab" else n for axis, n in zip(axes, leaf.shape, strict=True))
-            found[".".join(path)] = shape, P(*(None if axis in self.undivided else RULES[axis] for axis in axes))
+            split = self._uneven if axes[0] == "layers" and "layers" in self.undivided else self.axes
+            found[".".join(path)] = shape, P(*map(_entry, (split[axis] for axis in axes)))
         return found
+
+    @functools.cached_property
+    def _uneven(self) -> dict[str, tuple[str, ...]]:
+        """As `axes`, for layers that stages do not divide: their weights are split between stages by width instead."""
+        both = (*RULES["width"], *RULES["layers"])
+        return self.axes | ({"width": both} if self.config.width % self.ways(both) == 0 else {})
 
     def slot(self, path: tuple) -> tuple[tuple[int, ...], NamedSharding]:
         """Shape and sharding of the parameter at this path of a decoder in either form."""
@@ -188,17 +220,18 @@ class Sharding:
 
         return jax.tree.map(assemble, tree)
 
-    def activations(self, h_BTD):
+    def activations(self, h_BTD, *, in_front: int = 0, in_stage: bool = False):
         """Hidden states of the forward pass, held to their place: rows over data and fsdp, all else whole.
 
         The partitioner might else split them as it splits the weights, and gather activations instead.
+        in_front: axes before the rows. in_stage: within a pipeline's stage, whose mesh is the rest.
         """
-        return jax.lax.with_sharding_constraint(h_BTD, self.rows)
+        mesh = jax.sharding.get_abstract_mesh() if in_stage else self.mesh
+        return jax.lax.with_sharding_constraint(h_BTD, NamedSharding(mesh, P(*[None] * in_front, ROWS)))
 
     def table(self, w_VD):
         """The embedding or the projection, its rows gathered whole over fsdp as both their uses need them.
 
         The partitioner would else look up columns of all groups' tokens, and replicate the result to put it right.
         """
-        vocab = None if "vocab" in self.undivided else RULES["vocab"]
-        return jax.lax.with_sharding_constraint(w_VD, NamedSharding(self.mesh, P(vocab, None)))
+        return jax.lax.with_sharding_constraint(w_VD, NamedSharding(self.mesh, P(_entry(self.axes["vocab"]), None)))

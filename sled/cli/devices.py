@@ -77,7 +77,7 @@ def mesh_of(data_parallel: int | None, tensor_parallel: int | None) -> Mesh | No
     """The mesh that was asked for by these options; over several processes, all their devices, asked for or not."""
     if data_parallel is None and tensor_parallel is None and jax.process_count() == 1:
         return None
-    return Mesh(REST if data_parallel is None else data_parallel, 1, tensor_parallel or 1)
+    return Mesh(REST if data_parallel is None else data_parallel, 1, tensor=tensor_parallel or 1)
 
 
 def first_process() -> bool:

@@ -192,8 +192,12 @@ class MeshOptions:
     """Groups of devices that hold all weights each."""
     fsdp: int = -1
     """Devices over which weights and optimiser are spread."""
+    pipeline_parallel: Annotated[int, sets(Mesh, "stage")] = 1
+    """Stages of a pipeline, each of which holds a part of the layers."""
     tensor_parallel: Annotated[int, sets(Mesh, "tensor")] = 1
     """Devices that share each layer's products."""
+    microbatches: Annotated[int | None, left_out("the most, up to 4 a stage, that divide the rows")] = None
+    """Parts in which a pipeline's stages work off the rows of each group of devices."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +252,8 @@ class Train:
         source, held_out = self._answered(*self.data_options.sources())
         run = TrainingRun(**arguments(self, TrainingRun) | arguments(self.data_options, TrainingRun) | dict(
             folder=self.out, model=self._model(), source=source, held_out=held_out, recipe=self.recipe_options.made(),
-            heads=self.head_options.heads(), mesh=Mesh(mesh.data_parallel, mesh.fsdp, mesh.tensor_parallel)))
+            heads=self.head_options.heads(), microbatches=mesh.microbatches,
+            mesh=Mesh(mesh.data_parallel, mesh.fsdp, mesh.pipeline_parallel, mesh.tensor_parallel)))
         if self.dry_run:
             told, where = rehearse(run).text(), sys.stdout
         else:

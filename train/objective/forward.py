@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from sled.errors import SettingError
-from sled.models.config import DecoderConfig
+from sled.models.config import DecoderConfig, Experts
 from sled.models.decoder import Decoder
 from sled.models.layers import Block, LayerContext, traced_windows
+from sled.models.sharding.mesh import ROWS
 from sled.models.sharding.sharding import Sharding
 from sled.settings.rules import OneOf, is_array
 from sled.train.objective.balance import Routed, routed
 from sled.train.objective.layer_dropout import Drops
+from sled.train.parallel.pipeline import STAGE, check_microbatches, pipeline
 
 REMAT = {
     "none": None,
@@ -35,7 +37,8 @@ def exit_states(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, **o
 
 def states_and_routing(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Array, *, segments_BT=None,
                        drops: Drops | None = None, remat: str = "full", compute_dtype=None,
-                       sharding: Sharding | None = None) -> tuple[jax.Array, Routed | None]:
+                       sharding: Sharding | None = None,
+                       microbatches: int | None = None) -> tuple[jax.Array, Routed | None]:
     """The hidden states number `exits` of whole sequences, [E, B, T, D], none of them normed; and what experts got.
 
     The latter are sums over all layers that ran and all their rows that were not dropped, but for tokens of segment 0,
@@ -51,56 +54,123 @@ def states_and_routing(model: Decoder, tokens_BT, exits: Sequence[int] | jax.Arr
     remat: what the backward pass finds stored of each layer, beside its input: "none" everything it needs, "full"
         nothing, "dots" every matrix product, "projections" the products with weights, not attention's. Less stored
         is more computed again, which where memory is slow (a CPU) may still be the faster.
-    sharding: of the model on a mesh, which holds the embeddings and every layer's output to their place.
+    sharding: of the model on a mesh, which holds the embeddings and every layer's output to their place. Where it has
+        stages, the layers run as a pipeline (`sled.train.parallel.pipeline`), always all of them.
+    microbatches: into how many parts the pipeline cuts the rows of each group of devices; None: as many as it likes.
 
-    Raises SettingError for a model in the separate form, and for exits or remat out of their range.
+    Raises SettingError for a model in the separate form, for exits or remat out of their range, and for rows that do
+    not divide into the microbatches.
     """
-    depth, place = model.num_layers, sharding.activations if sharding else (lambda h_BTD: h_BTD)
-    experts, mesh = model.config.experts, sharding and sharding.mesh
+    depth, experts = model.num_layers, model.config.experts
     check_stacked(model)
-    remat = REMAT_RULE("remat", remat)
     stop = _last_layer(exits, depth)
     dtype = jnp.dtype(compute_dtype or model.embedding.weight[...].dtype)
     counts_BT = jnp.ones_like(tokens_BT) if segments_BT is None else segments_BT > 0
     context = context_of_rows(model.config, tokens_BT.shape[1], segments_BT)
     rows = context, counts_BT if experts else None
     graph, weights_L = nnx.split(model.layers)
-
-    def layer(h_BTD, weights, window, drop, number):
-        def run(h, rows):
-            context, counts_BT = rows
-            block = nnx.merge(graph, cast(weights, dtype))
-            h, _, routing = block.run(h, context.for_window(window)._replace(mesh=mesh), None)
-            return h, routing and routed(routing, counts_BT)
-
-        return run(h_BTD, rows) if drop is None else drop.strategy.apply(run, h_BTD, rows, drop, number)
-
+    layers = _Layers(graph, depth, dtype, REMAT_RULE("remat", remat), experts, sharding)
     exits_E = jnp.asarray(exits, jnp.int32)
-    count = exits_E.shape[0]
-    slots_L = jnp.searchsorted(exits_E, jnp.arange(1, depth + 1))  # of the first exit that is not below the layer
-    h_BTD = place(cast(model.embed(tokens_BT, context.positions_BT), dtype))
-    total = experts and Routed(jnp.zeros(experts.count), jnp.zeros(experts.count), jnp.zeros(()))
-    carry = h_BTD, jnp.zeros((count, *h_BTD.shape), dtype), total
-    begin = 0
+    h_BTD = layers.place(cast(model.embed(tokens_BT, context.positions_BT), dtype))
+    stacked = weights_L, traced_windows(model.config.windows), jnp.arange(1, depth + 1), drops
+    if sharding is not None and sharding.mesh.shape[STAGE] > 1:
+        return _in_stages(layers, exits_E, h_BTD, rows, stacked, microbatches)
+    carry, begin = layers.begin(exits_E, h_BTD), 0
     lengths = [depth] if drops is None else drops.strategy.stretches(depth)
-    for length, part in _parts(lengths, stop, (weights_L, traced_windows(model.config.windows), slots_L, drops)):
-
-        def body(carry, xs, begin=begin):
-            (h, states, total), (weights, window, slot, drop) = carry, xs
-            run = lambda h, weights: layer(h, weights, window, drop, begin)  # noqa: E731
-            if remat != "none":
-                run = jax.checkpoint(run, policy=REMAT[remat], prevent_cse=False)
-            h, of_rows = run(h, weights)
-            h = place(h)
-            total = jax.tree.map(lambda total, of_rows: total + of_rows.sum(0), total, of_rows)
-            # Every layer writes into the next exit's place, the exit itself last: a layer moves one state, the
-            # backward pass needs none of them, and traced exits cost no more than static ones.
-            last = states[count - 1]
-            return (h, states.at[slot].set(jnp.where(slot < count, h, last), mode="clip"), total), None
-
-        carry, _ = jax.lax.scan(body, carry, part)
+    for length, part in _parts(lengths, stop, stacked):
+        carry = layers(exits_E, carry, rows, part, begin)
         begin += length
     return carry[1:]
+
+
+class _Layers(NamedTuple):
+    """Runs layers over rows, and keeps the hidden states of exits on the way."""
+
+    graph: nnx.GraphDef
+    depth: int
+    dtype: jnp.dtype
+    remat: str
+    experts: Experts | None
+    sharding: Sharding | None
+    in_stage: bool = False
+
+    def place(self, h_BTD, *, in_front: int = 0):
+        """The hidden states where they are to lie; in_front: axes before the rows."""
+        if self.sharding is None:
+            return h_BTD
+        return self.sharding.activations(h_BTD, in_front=in_front, in_stage=self.in_stage)
+
+    def begin(self, exits_E, h_BTD):
+        """What the layers carry, before the first of them."""
+        nothing = self.experts and Routed(*(jnp.zeros(self.experts.count) for _ in range(2)), jnp.zeros(()))
+        return h_BTD, jnp.zeros((exits_E.shape[0], *h_BTD.shape), self.dtype), nothing
+
+    def __call__(self, exits_E, carry, rows, part, first: int):
+        """The carry after some layers that are compiled alike: weights, windows, numbers (1..L; beyond L there is no
+        layer) and drops, with an axis of layers in front. first: the number (0-based) of any of them."""
+        count = exits_E.shape[0]
+        mesh = None if self.sharding is None or self.in_stage else self.sharding.mesh
+
+        def layer(h_BTD, weights, window, drop):
+            def run(h, rows):
+                context, counts_BT = rows
+                block = nnx.merge(self.graph, cast(weights, self.dtype))
+                h, _, routing = block.run(h, context.for_window(window)._replace(mesh=mesh), None)
+                return h, routing and routed(routing, counts_BT)
+
+            return run(h_BTD, rows) if drop is None else drop.strategy.apply(run, h_BTD, rows, drop, first)
+
+        def body(carry, xs):
+            (h, states, total), (weights, window, number, drop) = carry, xs
+            run = lambda h, weights: layer(h, weights, window, drop)  # noqa: E731
+            if self.remat != "none":
+                run = jax.checkpoint(run, policy=REMAT[self.remat], prevent_cse=False)
+            h, of_rows = run(h, weights)
+            h = self.place(h)
+            of_rows = jax.tree.map(lambda of_rows: jnp.where(number <= self.depth, of_rows.sum(0), 0), of_rows)
+            total = jax.tree.map(jnp.add, total, of_rows)
+            # Every layer writes into the next exit's place, the exit itself last: a layer moves one state, the
+            # backward pass needs none of them, and traced exits cost no more than static ones.
+            last, slot = states[count - 1], jnp.searchsorted(exits_E, number)  # the first exit not below the layer
+            return (h, states.at[slot].set(jnp.where(slot < count, h, last), mode="clip"), total), None
+
+        return jax.lax.scan(body, carry, part)[0]
+
+
+def _in_stages(layers: _Layers, exits_E, h_BTD, rows, stacked, microbatches: int | None):
+    """As the layers one after the other, by a pipeline of stages, each with as many neighbouring layers.
+
+    Where there are fewer in the last stages, they run on weights of 0, and what that gives is dropped.
+    """
+    mesh, (weights_L, windows_L, numbers_L, drops) = layers.sharding.mesh, stacked
+    batch, depth, stages = h_BTD.shape[0], layers.depth, mesh.shape[STAGE]
+    count = check_microbatches(microbatches, batch // layers.sharding.ways(ROWS), stages)
+    lacking = -depth % stages
+    fill = lambda x_L: jnp.pad(x_L, [(0, lacking)] + [(0, 0)] * (x_L.ndim - 1))  # noqa: E731
+    cut = lambda x: jnp.moveaxis(x.reshape(batch // count, count, *x.shape[1:]), 1, 0)  # noqa: E731
+    one = lambda x: cut(x) if x.shape[0] == batch else jnp.broadcast_to(x, (count, *x.shape))  # noqa: E731
+    drops_ML = None
+    if drops is not None:  # rows left out by static counts would be others of each microbatch: all are computed
+        scale_ML = jnp.moveaxis(jax.vmap(one)(drops.scale_LB), 1, 0)
+        drops_ML = Drops(jax.vmap(fill)(scale_ML), None, drops.strategy.computing_all())
+    part = jax.tree.map(fill, (weights_L, windows_L)), fill(numbers_L - depth - 1) + depth + 1
+    inner = layers._replace(in_stage=True)
+
+    def run_stage(part, h_bTD, rows_and_drops, stage):
+        (weights, windows), numbers = part
+        rows, drops = rows_and_drops
+        if drops is not None:
+            drops = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, stage * len(numbers), len(numbers)), drops)
+        h_bTD, states, total = inner(exits_E, inner.begin(exits_E, h_bTD), rows, (weights, windows, numbers, drops), 0)
+        return h_bTD, (states, total)
+
+    others_M = jax.tree.map(one, rows), drops_ML
+    states_SM, total_SM = pipeline(run_stage, mesh, part, layers.place(cut(h_BTD), in_front=1), others_M)
+    first_S = jnp.arange(stages) * (depth + lacking) // stages  # layers below the stage
+    here_SE = (exits_E > first_S[:, None]) & (exits_E <= first_S[:, None] + (depth + lacking) // stages)
+    states_MEBTD = jnp.where(here_SE[:, None, :, None, None, None], states_SM, 0).sum(0)
+    states_EBTD = jnp.moveaxis(states_MEBTD, 0, 2).reshape(len(exits_E), *h_BTD.shape)
+    return layers.place(states_EBTD, in_front=1), jax.tree.map(lambda x_SM: x_SM.sum((0, 1)), total_SM)
 
 
 def check_stacked(model: Decoder) -> None:

@@ -41,6 +41,10 @@ class DropStrategy(Protocol):
         """The same strategy for steps whose probabilities are at least `rates_L`, so that work can be saved."""
         return self
 
+    def computing_all(self) -> DropStrategy:
+        """The same strategy, for steps that leave no single rows out of the computation."""
+        return self
+
     def stretches(self, num_layers: int) -> list[int]:
         """Lengths of the runs of layers that are compiled alike."""
         return [num_layers]
@@ -128,6 +132,9 @@ class FixedRows(DropStrategy):
     def saving(self, rates_L: np.ndarray, batch: int) -> FixedRows:
         whole_L = np.floor(self._rows_per_shard(batch) * rates_L + _SLACK)
         return dataclasses.replace(self, saved=tuple(int(rows) for rows in whole_L))
+
+    def computing_all(self) -> FixedRows:
+        return dataclasses.replace(self, saved=())
 
     def stretches(self, num_layers: int) -> list[int]:
         if self.saved and len(self.saved) != num_layers:

@@ -14,7 +14,7 @@ from flax import nnx
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
-from sled.models.sharding.sharding import ROWS, Sharding
+from sled.models.sharding.sharding import ROWS, RULES, Sharding
 from sled.train.data.rows import TrainingBatch
 from sled.train.objective.balance import balance_loss
 from sled.train.objective.cross_entropy import Split
@@ -93,12 +93,13 @@ def static_exits(config: DecoderConfig, recipe: Recipe) -> tuple[int, ...] | Non
 
 
 def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTransformation,
-                    sharding: Sharding | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
+                    sharding: Sharding | None = None, *,
+                    microbatches: int | None = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """A compiled `step(state, batch, dropout) -> (state, metrics)`; the state given is given up.
 
     model: in the stacked form, for its structure alone. batch: of `recipe.batch_size` rows, on a mesh a global array
     (`Sharding.batch`). dropout: the recipe's, or one that saves work (`LayerDropout.saving`), or None; its counts are
-    static, all else is traced.
+    static, all else is traced. microbatches: of a pipeline, as for `states_and_routing`.
     """
     graph, _ = nnx.split(model)
     seed, parts = recipe.seed, recipe.accumulate
@@ -120,7 +121,8 @@ def make_train_step(model: Decoder, recipe: Recipe, optimizer: optax.GradientTra
             key = jax.random.fold_in(jax.random.key(seed), part)
             drops = None if dropout is None else dropout.draw(key, step, batch.tokens_BT.shape[0], depth)
             loss, metrics = _exit_losses(model, batch, layers_E if exits is None else exits, weights_E, recipe,
-                                         sharding, drops=drops, distill=recipe.distill, temperature=recipe.temperature)
+                                         sharding, drops=drops, microbatches=microbatches, distill=recipe.distill,
+                                         temperature=recipe.temperature)
         return share * loss, (layers_E, (share * metrics.nll_E, share * metrics.accuracy_E[-1]))
 
     gradient = jax.value_and_grad(part_loss, has_aux=True)
@@ -186,14 +188,14 @@ def make_evaluation(model: Decoder, recipe: Recipe, sharding: Sharding | None = 
 
 
 def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, recipe: Recipe,
-                 sharding: Sharding | None, *, drops=None, **options):
+                 sharding: Sharding | None, *, drops=None, microbatches: int | None = None, **options):
     """The loss of these exits, of which experts' balance is a part, with its metrics.
 
     A model with exit heads takes static exits.
     """
     h_EBTD, experts = states_and_routing(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
                                          remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                                         sharding=sharding)
+                                         sharding=sharding, microbatches=microbatches)
     loss, metrics = exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, segments_BT=batch.segments_BT,
                                    **_targets(batch, recipe, sharding), **options)
     if experts is not None:
@@ -205,7 +207,7 @@ def _targets(batch: TrainingBatch, recipe: Recipe, sharding: Sharding | None) ->
     """At each position the token that follows and how much it counts; and what is common to all losses."""
     following = lambda x_BT: jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))  # noqa: E731
     return dict(targets_BT=following(batch.tokens_BT), mask_BT=following(batch.weights_BT), z_loss=recipe.z_loss,
-                split=None if sharding is None else Split(sharding.mesh, data=ROWS))
+                split=None if sharding is None else Split(sharding.mesh, data=ROWS, tensor=RULES["vocab"]))
 
 
 def _parted(weights: nnx.State, trainable: str) -> tuple[nnx.State, nnx.State]:

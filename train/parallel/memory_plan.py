@@ -69,7 +69,7 @@ class MemoryPlan:
 
     def text(self) -> str:
         """A table with a line for each parameter, the sums, and what was left whole."""
-        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
         head = ("parameter", "shape", "split by", "copies", "weights", "optimizer")
         body = [(share.name, " x ".join(map(str, share.shape)), _spell(share.spec, self.mesh), str(share.copies),
                  size_in_words(share.weights), size_in_words(share.optimizer)) for share in self.shares]
@@ -79,7 +79,7 @@ class MemoryPlan:
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                   for row in (head, *body)]
         lines.append(f"During a step gradients take {size_in_words(self.gradients)} more, and activations besides.")
-        lines += [f"Left whole over {RULES[axis]}: {reason}." for axis, reason in self.undivided.items()]
+        lines += [f"Left whole over {' x '.join(RULES[axis])}: {reason}." for axis, reason in self.undivided.items()]
         return "\n".join(lines)
 
 
@@ -111,4 +111,8 @@ def _taken(sharding: Sharding, tree) -> Counter[str | None]:
 
 
 def _spell(spec: PartitionSpec, mesh: dict[str, int]) -> str:
-    return ", ".join(f"{axis} {mesh[axis]}" if mesh.get(axis, 1) > 1 else "-" for axis in spec)
+    def one(axes) -> str:
+        split = [axis for axis in ([axes] if isinstance(axes, str) else axes or ()) if mesh[axis] > 1]
+        return " x ".join(f"{axis} {mesh[axis]}" for axis in split) or "-"
+
+    return ", ".join(map(one, spec))
