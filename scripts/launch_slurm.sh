@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Runs `sled train` on the GPUs of several nodes, one task for each GPU.
+# Runs a command of sled (train, generate or eval) on the GPUs of several nodes, one task for each GPU.
 #
-#   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 scripts/launch_slurm.sh --model /shared/llama --tensor 8 ...
+#   sbatch --nodes=4 --gpus-per-node=8 --ntasks-per-node=8 scripts/launch_slurm.sh train --model /shared/llama ...
 #
 # Paths are the same on all nodes, and sled is installed on them (module load, or VENV=/shared/venv).
-#SBATCH --job-name=sled-train
+#SBATCH --job-name=sled
 #SBATCH --output=%x-%j.log
 # A task that ends with an error ends the others too: they would wait for it in their next exchange.
 set -euo pipefail
@@ -14,4 +14,4 @@ set -euo pipefail
 # jax gives each task the GPU of its number on the node, so the number of tasks is the number of GPUs.
 gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs: sbatch --gpus-per-node=8}
 [ "${SLURM_NTASKS_PER_NODE:-0}" = "$gpus" ] || { echo "start as many tasks as GPUs: --ntasks-per-node=$gpus" >&2; exit 2; }
-exec srun --kill-on-bad-exit=1 sled train --cluster slurm "$@"
+exec srun --kill-on-bad-exit=1 sled "$@" --cluster slurm

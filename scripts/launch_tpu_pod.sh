@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Runs `sled train` on every host of a Cloud TPU pod slice.
+# Runs a command of sled (train, generate or eval) on every host of a Cloud TPU pod slice.
 #
-#   TPU=my-v5p-64 ZONE=us-east5-a scripts/launch_tpu_pod.sh --model /nfs/llama --tensor 4 ...
+#   TPU=my-v5p-64 ZONE=us-east5-a scripts/launch_tpu_pod.sh train --model /nfs/llama --tensor-parallel 4 ...
 #
 # The slice exists already (gcloud compute tpus tpu-vm create ...), and the checkpoint folder and the data lie where
 # every host sees them under the same path. INSTALL is what each host installs first.
@@ -11,9 +11,9 @@ set -euo pipefail
 INSTALL=${INSTALL:-"sled-jax jax[tpu]"}
 
 # Every host runs the same command. --cluster tpu makes jax ask the metadata server which of them this is.
-train=$(printf '%q ' sled train --cluster tpu "$@")
+command=$(printf '%q ' sled "$@" --cluster tpu)
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
     set -e
     python3 -m venv ~/sled && . ~/sled/bin/activate
     pip install --quiet $(printf '%q ' $INSTALL)
-    $train"
+    $command"

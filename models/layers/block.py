@@ -42,14 +42,16 @@ class Block(nnx.Module):
 
     def run(self, h_BTD, context: LayerContext, cache: KV | None) -> tuple[jax.Array, KV, Routing | None]:
         """As a call, and how tokens were routed to experts, where there are any."""
-        mixed, kv = self.attention(self._before(self.attention_norm, h_BTD), context, cache, h_BTD.dtype)
-        h_BTD = h_BTD + _after(self.attention_post_norm, mixed)
-        x_BTD, routing = self._before(self.mlp_norm, h_BTD), None
-        if isinstance(self.mlp, ExpertMLP):
-            mixed, routing = self.mlp(x_BTD, h_BTD.dtype, context.mesh)
-        else:
-            mixed = self.mlp(x_BTD, h_BTD.dtype)
-        return h_BTD + _after(self.mlp_post_norm, mixed), kv, routing
+        with jax.named_scope("attention"):
+            mixed, kv = self.attention(self._before(self.attention_norm, h_BTD), context, cache, h_BTD.dtype)
+            h_BTD = h_BTD + _after(self.attention_post_norm, mixed)
+        with jax.named_scope("mlp"):
+            x_BTD, routing = self._before(self.mlp_norm, h_BTD), None
+            if isinstance(self.mlp, ExpertMLP):
+                mixed, routing = self.mlp(x_BTD, h_BTD.dtype, context.mesh)
+            else:
+                mixed = self.mlp(x_BTD, h_BTD.dtype)
+            return h_BTD + _after(self.mlp_post_norm, mixed), kv, routing
 
     def write_kv(self, h_BTD, context: LayerContext, cache: KV) -> KV:
         """The cache with the K/V of tokens that enter this layer as `h_BTD`; the layer itself does not run."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -62,10 +63,11 @@ class FloorRow:
 
 
 def run_decode_bench(*, model: str | None = None, new_tokens: int = 64, rounds: int = 4, config: DecoderConfig = CONFIG,
-                     batches: tuple[int, ...] = BATCHES) -> BenchReport:
+                     batches: tuple[int, ...] = BATCHES, profile: Path | None = None) -> BenchReport:
     """Measures every way at every batch size. Without torch and transformers, only this library's.
 
     model: as for `sled.load`; None: random weights of `config`. No text ends before all its tokens are made.
+    profile: a folder for a trace of one more run of each of this library's ways, by the JAX profiler.
     Raises SettingError for less than one token or round, or more tokens than the model's context holds.
     """
     Whole(1, hint="it counts the repetitions")("rounds", rounds)
@@ -77,7 +79,7 @@ def run_decode_bench(*, model: str | None = None, new_tokens: int = 64, rounds: 
     lm.config = dataclasses.replace(config, eos_ids=())
     parameters = sum(x.size for x in jax.tree.leaves(lm.params))
     ways, least = _own_ways(lm), floors(lm)
-    notes = []
+    own, notes = dict(ways), []
     try:
         ways[TRANSFORMERS] = _transformers_way(lm.build(lm.params))
     except ImportError as missing:
@@ -87,6 +89,10 @@ def run_decode_bench(*, model: str | None = None, new_tokens: int = 64, rounds: 
         for batch in batches:
             rows += _measure(ways, least, batch, new_tokens, rounds, lm.config.vocab_size, bar)
     rows.sort(key=lambda row: isinstance(row, FloorRow))
+    if profile is not None:
+        _trace(own, batches, new_tokens, lm.config.vocab_size, profile)
+        notes.append(f"The trace is in {profile}: TensorBoard's profiler and Perfetto show it, the parts of a step by "
+                     "the names of `jax.named_scope`.")
     title = (f"Decoding {new_tokens} tokens after {PROMPT_TOKENS}, {lm.name}, {parameters / 1e6:.0f}M parameters, "
              "float32; best, median and tokens/s without compilation")
     return BenchReport(title, {"model": lm.name, "parameters": parameters, "new_tokens": new_tokens}, rows, notes)
@@ -117,6 +123,15 @@ def _measure(ways, least, batch: int, new_tokens: int, rounds: int, vocabulary: 
             *(FloorRow(batch=batch, work=name, best_ms=1e3 * best[name] / new_tokens,
                        greedy_over_this=step_ms["greedy"] and step_ms["greedy"] * new_tokens / best[name] / 1e3)
               for name in least)]
+
+
+def _trace(ways, batches, new_tokens: int, vocabulary: int, folder: Path) -> None:
+    with jax.profiler.trace(folder, create_perfetto_trace=True):
+        for batch in batches:
+            prompts = np.random.default_rng(0).integers(0, vocabulary, (batch, PROMPT_TOKENS))
+            for name, way in ways.items():
+                with jax.profiler.TraceAnnotation(f"{name}, batch {batch}"):
+                    way(prompts, new_tokens)
 
 
 def _own_ways(lm: LM):

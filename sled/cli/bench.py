@@ -67,6 +67,8 @@ class Decode(Measurement):
     """Tokens per row and run."""
     rounds: int = 4
     """Interleaved rounds; ratios are taken between the fastest."""
+    profile: Annotated[NewPath | None, left_out("none")] = None
+    """Also write a trace of one run each into this folder, for TensorBoard's profiler or Perfetto."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -233,6 +233,7 @@ def _pending_B(state: DecodeState, s: int):
     return jnp.where(state.text.active_B, kv_len_BE[:, s - 1] - kv_len_BE[:, s], 0)
 
 
+@jax.named_scope("emit")
 def _emit(run: Context, state: DecodeState, emission: Emission) -> DecodeState:
     """Chooses and writes the next token of every row that has one in this step."""
     text, rows_B, policy = state.text, emission.rows_B, run.policy

@@ -24,6 +24,7 @@ BLOCKS = 4  # a block is this part of the rows, or more
 LARGE_VOCABULARY = 4096  # from here on a proof by single layers costs little of the projections that it spares
 
 
+@jax.named_scope("fusion")
 def deciding_logits(run: Context, states, wanted_P, row_P) -> jax.Array:
     """Logits [P, V] at P positions of the last layer, from which the same tokens are chosen as from the fusion's.
 

@@ -66,6 +66,7 @@ class Context(NamedTuple):
         return jnp.any(token_B[:, None] == self.stop_ids, axis=1)
 
 
+@jax.named_scope("first_segment")
 def first_segment(run: Context, state: DecodeState, ready_B):
     """The newest token of rows `ready_B` through the first segment.
 
@@ -81,6 +82,7 @@ def first_segment(run: Context, state: DecodeState, ready_B):
     return state, {n: h[:, 0] for n, h in states.items()}
 
 
+@jax.named_scope("deeper_segment")
 def run_block(run: Context, state: DecodeState, s: int, size: int, rows_B):
     """Segment s over the pending tokens of rows `rows_B`, at most `size` of each.
 
@@ -129,6 +131,7 @@ def _buffered(buffer_BPD, h_BTD, position_BT):
     return jnp.where(mine_BP[:, :, None], h_BPD, buffer_BPD)
 
 
+@jax.named_scope("propagate_kv")
 def propagate_kv(run: Context, state: DecodeState, s: int, leaves_B, h_BD) -> DecodeState:
     """K/V of tokens that leave at exit s: every deeper layer and head takes the exit's hidden state as its input."""
     readout, top, last = run.readout, run.plan.exits[s], run.plan.exits[-1]

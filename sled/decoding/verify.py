@@ -18,6 +18,7 @@ from sled.decoding.state import DecodeState
 from sled.exits.policy import Verification
 
 
+@jax.named_scope("verify")
 def verify(run: Context, state: DecodeState, rows_B, size: int) -> tuple[DecodeState, jax.Array]:
     """Runs the last segment over the pending positions of rows `rows_B`, at most `size` of each, and keeps their drafts
     as far as they are right.

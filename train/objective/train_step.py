@@ -193,11 +193,14 @@ def _exit_losses(model: Decoder, batch: TrainingBatch, layers_E, weights_E, reci
 
     A model with exit heads takes static exits.
     """
-    h_EBTD, experts = states_and_routing(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT, drops=drops,
-                                         remat=recipe.remat, compute_dtype=jnp.dtype(recipe.compute_dtype),
-                                         sharding=sharding, microbatches=microbatches)
-    loss, metrics = exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, segments_BT=batch.segments_BT,
-                                   **_targets(batch, recipe, sharding), **options)
+    with jax.named_scope("layers"):
+        h_EBTD, experts = states_and_routing(model, batch.tokens_BT, layers_E, segments_BT=batch.segments_BT,
+                                             drops=drops, remat=recipe.remat,
+                                             compute_dtype=jnp.dtype(recipe.compute_dtype), sharding=sharding,
+                                             microbatches=microbatches)
+    with jax.named_scope("exit_losses"):
+        loss, metrics = exit_head_loss(model, h_EBTD, layers_E, weights_E=weights_E, segments_BT=batch.segments_BT,
+                                       **_targets(batch, recipe, sharding), **options)
     if experts is not None:
         loss += model.config.experts.balance * balance_loss(experts)
     return loss, metrics
