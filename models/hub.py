@@ -15,13 +15,14 @@ from sled.io import first_line, path_of, shown
 WANTED = ("config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json",
           "model-*-of-*.safetensors", "exit_heads.json", "exit_heads.safetensors", "*token*.json",
           "tokenizer.model", "vocab.json", "merges.txt", "chat_template.*", "additional_chat_templates/*.jinja")
+CONFIG = ("config.json", "generation_config.json", "exit_heads.json")
 # Of an earlier model in a repository: a loader would take them for the new one's.
 REPLACED = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "exit_heads.*")
 
 
-def folder_of(source, revision: str | None = None) -> Path:
-    """The local folder of a model: "demo", a folder, or a hub id, then downloaded."""
-    return local_folder(source) or fetch(os.fspath(source), revision=revision)
+def folder_of(source, revision: str | None = None, *, weights: bool = True) -> Path:
+    """The local folder of a model: "demo", a folder, or a hub id, then downloaded; weights: with these."""
+    return local_folder(source) or fetch(os.fspath(source), revision=revision, weights=weights)
 
 
 def local_folder(source) -> Path | None:
@@ -44,12 +45,13 @@ def local_folder(source) -> Path | None:
     return None
 
 
-def fetch(hub_id: str, revision: str | None = None) -> Path:
+def fetch(hub_id: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of `hub_id` ("owner/name") at `revision` (branch, tag or commit).
 
     Downloads what the cache lacks (configuration, safetensors, tokenizer; no pickles, no code); without
-    a network, or with HF_HUB_OFFLINE=1, the cache alone serves. Raises DownloadError where the model
-    does not exist, is gated, has no safetensors, or can be had neither from hub nor cache.
+    a network, or with HF_HUB_OFFLINE=1, the cache alone serves. Without `weights` it is the configuration
+    alone. Raises DownloadError where the model does not exist, is gated, has no safetensors, or can be had
+    neither from hub nor cache.
     """
     from huggingface_hub import errors, snapshot_download  # imported here: it is slow, and not always needed
 
@@ -66,12 +68,12 @@ def fetch(hub_id: str, revision: str | None = None) -> Path:
         errors.LocalEntryNotFoundError: f"{what} is not in the local cache, and the hub is out of reach (or "
                                         "HF_HUB_OFFLINE is set); go online, or give a local folder"}
     try:
-        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED),
+        folder = Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(WANTED if weights else CONFIG),
                                         ignore_patterns=["*/*.json", "*/*.safetensors"]))
     except Exception as error:  # of many kinds, and in huggingface_hub 1 and 2 not all an OSError
         other = f"{what} could not be fetched ({first_line(error)}); try again, or give a local folder"
         raise DownloadError(next((said for kind, said in reasons.items() if isinstance(error, kind)), other)) from None
-    if not list(folder.glob("*.safetensors")):
+    if weights and not list(folder.glob("*.safetensors")):
         raise DownloadError(f"{what} has no safetensors, and pickles are not loaded; try revision "
                             "'refs/pr/1' (often a conversion), or convert it with save_pretrained")
     return folder

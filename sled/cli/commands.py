@@ -61,7 +61,7 @@ SLED = Group("Let every layer of a language model speak.", {
     **{name: f"sled.cli.{name}:{name.capitalize()}" for name in ("demo", "generate", "score", "lens")},
     "eval": "sled.cli.evaluate:Eval",
     **{name: f"sled.cli.{name}:{name.capitalize()}"
-       for name in ("layers", "sweep", "train", "export", "calibrate", "tune")},
+       for name in ("layers", "sweep", "train", "export", "calibrate", "tune", "plan")},
     "bench": Group("Measure speed and early layers here, rivals and floors in the same run.", {
         name: f"sled.cli.bench:{name.capitalize()}"
         for name in ("fusion", "decode", "exits", "engine", "layers", "claims", "exactness", "loss")})},

@@ -1,0 +1,63 @@
+"""What decoding takes of each device, before there is any: from a model's configuration alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh
+
+from sled.decoding.groups import even, groups_of
+from sled.decoding.memory import batch_bytes
+from sled.decoding.state import PREFILL_BLOCK
+from sled.models.config import DecoderConfig
+from sled.models.sharding.sharding import RULES, Sharding
+from sled.models.stored import abstract
+
+FLOAT32 = 4  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodingPlan:
+    """Bytes on each device. rows: of a batch, idle ones included; context: positions of each, prompt and text.
+
+    weights, kv: of the type asked for. prompt: what a block of prompt tokens takes while it runs: attention scores of
+    one layer in float32, hidden states and the widest product. logits: of one token of each row, for one layer.
+    undivided: what lies whole on devices that might share it, with the reason.
+    """
+
+    rows: int
+    context: int
+    weights: int
+    kv: int
+    prompt: int
+    logits: int
+    undivided: dict[str, str]
+
+    @property
+    def total(self) -> int:
+        """With what is there at a time: a prompt's block, or logits."""
+        return self.weights + self.kv + max(self.prompt, self.logits)
+
+
+def decoding_plan(config: DecoderConfig, mesh: AbstractMesh, *, rows: int, context: int, dtype: str) -> DecodingPlan:
+    """For plain decoding of `rows` rows of `context` positions. Early exits and drafts take little more (hidden states
+    of tokens that wait, and verified blocks in place of tokens). Allocates nothing."""
+    sharding, kind = Sharding(config, mesh, padded=True), jnp.dtype(dtype)
+    graph, shapes = nnx.split(abstract(config))
+    outline = nnx.merge(graph, jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), kind), leaf.shape), shapes))
+    slots = (sharding.slot(path) for path, _ in nnx.to_flat_state(shapes))
+    weights = sum(math.prod(where.shard_shape(shape)) for shape, where in slots) * kind.itemsize
+    rows, ways, tensor = even(rows, mesh), dict(mesh.shape), mesh.shape["tensor"]
+    own = rows // groups_of(mesh) if rows % groups_of(mesh) == 0 else rows
+    taken = batch_bytes(outline, ways, window=1, buffers=0, block_heads=(), rows=rows, capacity=context)
+    block = min(PREFILL_BLOCK, context)
+    widest = max(config.mlp_width, config.num_heads * config.head_dim) // tensor
+    return DecodingPlan(
+        rows=rows, context=context, weights=weights, kv=taken.kv,
+        prompt=own * block * FLOAT32 * (config.num_heads // tensor * context + 3 * config.width + 2 * widest),
+        logits=own * sharding.vocabulary // sharding.ways(RULES["vocab"]) * FLOAT32, undivided=sharding.undivided)
