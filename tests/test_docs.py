@@ -76,7 +76,7 @@ def test_examples_call_what_there_is(name, code):
             called.bind(*own, *call.args, **{of.arg: of.value for of in call.keywords})
 
 
-COMMANDS = [*("demo generate score lens layers eval sweep train export calibrate tune".split()),
+COMMANDS = [*("demo generate score lens layers eval sweep train export calibrate tune plan".split()),
             *(f"bench {what}" for what in SLED["bench"].commands)]
 
 
