@@ -63,7 +63,8 @@ def save_orbax(decoder: Decoder, path: str | Path, *, dtype=None, tokenizer_from
 
 
 def load_orbax(path: str | Path, *, dtype=None, mesh: jax.sharding.Mesh | None = None) -> Decoder:
-    """The model in a folder that `save_orbax` wrote, separate form, on the default device or straight onto a mesh.
+    """The model in a folder that `save_orbax` wrote, separate form, on the default device or straight onto a mesh; a
+    vocabulary that this does not divide lies whole on each device for a moment.
 
     `dtype` None keeps every weight as it is stored. Names, shapes and types are checked before anything is read.
     Raises ConfigError for the configuration and CheckpointError for the weights: missing, surplus, misshaped, of an
@@ -82,8 +83,7 @@ def load_orbax(path: str | Path, *, dtype=None, mesh: jax.sharding.Mesh | None =
     graph, state = nnx.split(abstract(config))
     wanted = nnx.to_pure_dict(state)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    sharding = None if mesh is None else Sharding(config, mesh, padded=True)
-    where = jax.tree.map(lambda _: one, wanted) if mesh is None else sharding.shardings(wanted)
+    where = jax.tree.map(lambda _: one, wanted) if mesh is None else Sharding(config, mesh).shardings(wanted)
     target = jax.tree_util.tree_map_with_path(
         lambda path, leaf, place: jax.ShapeDtypeStruct(leaf.shape, dtype or kinds[_name(path)].dtype, sharding=place),
         wanted, where)
@@ -91,8 +91,8 @@ def load_orbax(path: str | Path, *, dtype=None, mesh: jax.sharding.Mesh | None =
         weights = _read(folder, lambda: ocp.load(folder / WEIGHTS, target))
         bar.update(bar.total)
     _check_finite(folder, weights)
-    if sharding is not None:
-        weights = sharding.filled_up(weights)
+    if mesh is not None:
+        weights = Sharding(config, mesh, padded=True).filled_up(weights)
     nnx.replace_by_pure_dict(state, weights)
     return nnx.merge(graph, state)
 

@@ -126,10 +126,15 @@ def parameter_shapes(config: DecoderConfig) -> dict[tuple, tuple[int, ...]]:
     return found
 
 
+def plain_path(path) -> tuple:
+    """A key path of jax as `nnx.to_flat_state` has it."""
+    return tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)
+
+
 def cut_to(shapes: Mapping[tuple, tuple[int, ...]], weights):
     """Weights in the separate form, without the rows that fill up a vocabulary over a mesh. shapes: by path."""
     def cut(path, x):
-        shape = shapes[tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path)]
+        shape = shapes[plain_path(path)]
         return x if x.shape == shape else x[tuple(map(slice, shape))]
 
     return jax.tree_util.tree_map_with_path(cut, weights)

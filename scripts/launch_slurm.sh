@@ -14,4 +14,6 @@ set -euo pipefail
 # jax gives each task the GPU of its number on the node, so the number of tasks is the number of GPUs.
 gpus=${SLURM_GPUS_ON_NODE:?ask for GPUs: sbatch --gpus-per-node=8}
 [ "${SLURM_NTASKS_PER_NODE:-0}" = "$gpus" ] || { echo "start as many tasks as GPUs: --ntasks-per-node=$gpus" >&2; exit 2; }
-exec srun --kill-on-bad-exit=1 sled "$@" --cluster slurm
+command=${1:?name a command of sled: train, generate or eval}
+shift
+exec srun --kill-on-bad-exit=1 sled "$command" --cluster slurm "$@"

@@ -11,7 +11,9 @@ set -euo pipefail
 INSTALL=${INSTALL:-"sled-jax jax[tpu]"}
 
 # Every host runs the same command. --cluster tpu makes jax ask the metadata server which of them this is.
-command=$(printf '%q ' sled "$@" --cluster tpu)
+name=${1:?name a command of sled: train, generate or eval}
+shift
+command=$(printf '%q ' sled "$name" --cluster tpu "$@")
 exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all --command="
     set -e
     python3 -m venv ~/sled && . ~/sled/bin/activate

@@ -272,7 +272,7 @@ class LM:
 
         Reads all weights once: for a large model, seconds. It is the same on any mesh.
         """
-        return digest_of_weights(self.params, parameter_shapes(self.config))
+        return digest_of_weights(self.params, None if self.mesh is None else parameter_shapes(self.config))
 
     @naming_unknown
     def save(self, path: str | Path, *, dtype: str | None = None) -> Path:

@@ -49,7 +49,7 @@ def test_eight_devices_do_what_one_does(meshes, tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("mesh, devices, sizes", [
     (Mesh(), 8, (1, 8, 1, 1)), (Mesh(data=-1, fsdp=2, tensor=2), 8, (2, 2, 1, 2)),
-    (Mesh(2, 2, 1, 2), 8, (2, 2, 1, 2)), (Mesh(tensor=8), 8, (1, 1, 1, 8)), (Mesh(stage=4), 8, (1, 2, 4, 1)),
+    (Mesh(2, 2, 2), 8, (2, 2, 1, 2)), (Mesh(tensor=8), 8, (1, 1, 1, 8)), (Mesh(stage=4), 8, (1, 2, 4, 1)),
 ])
 def test_sizes_of_a_mesh(mesh, devices, sizes):
     assert mesh.sizes(devices) == sizes

@@ -37,15 +37,15 @@ class Mesh:
     data: rows of the batch; every group holds all weights.
     fsdp: rows of the batch AND weights with their optimiser state (ZeRO-3, arXiv 1910.02054); weights are
         gathered layer by layer as they are needed. For training alone: a decoding step would gather all for one token.
+    tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
     stage: layers, as a pipeline (GPipe, arXiv 1811.06965), and vocabulary: every stage computes its part of all exits'
         logits. For training alone.
-    tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
     """
 
     data: int = setting(_ways, default=1)
     fsdp: int = setting(_ways, default=REST)
-    stage: int = setting(_ways, default=1)
     tensor: int = setting(_ways, default=1)
+    stage: int = setting(_ways, default=1)
 
     def __post_init__(self):
         if (rest := [axis for axis in AXES if getattr(self, axis) == REST])[1:]:

@@ -24,7 +24,7 @@ from sled.errors import SettingError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import STACKED
 from sled.models.sharding.mesh import ROWS
-from sled.models.stored import abstract_stacked
+from sled.models.stored import abstract_stacked, plain_path
 
 RULES = {
     "vocab": ("stage", "tensor"),
@@ -89,14 +89,17 @@ class Sharding:
 
     @functools.cached_property
     def undivided(self) -> dict[str, str]:
-        """Axes that the rules would split, but that stay whole on each device: name and reason. To be shown."""
+        """Axes that the rules would split further, but that stay whole: name and reason. To be shown."""
         what = {"vocab": (self.vocabulary, "vocabulary entries"), "width": (self.config.width, "columns of width"),
                 "heads": (self.config.num_heads, "query heads"),
                 "kv_heads": (self.config.num_kv_heads, "key/value heads"),
                 "mlp": (self.config.mlp_width, "columns of feed-forward width"),
                 "layers": (self.config.num_layers, "layers")}
-        return {axis: f"{count} {words} do not divide over {rule[-1]} {self.mesh.shape[rule[-1]]}"
-                for axis, (count, words) in what.items() if not self.axes[axis] and self.ways(rule := RULES[axis]) > 1}
+        left = {axis: [name for name in RULES[axis] if name not in self.axes[axis] and self.mesh.shape[name] > 1]
+                for axis in what}
+        return {axis: f"{count} {words} do not divide over "
+                      + " x ".join(f"{name} {self.mesh.shape[name]}" for name in left[axis])
+                for axis, (count, words) in what.items() if left[axis]}
 
     def ways(self, names: tuple[str, ...]) -> int:
         """How many ways these axes of the mesh split."""
@@ -171,7 +174,7 @@ class Sharding:
     def filled_up(self, weights):
         """Weights in the separate form, whose tables are filled up to `vocabulary` rows, where they are to lie."""
         def fill(path, x):
-            shape, where = self.slot(tuple(getattr(key, "key", getattr(key, "idx", None)) for key in path))
+            shape, where = self.slot(plain_path(path))
             if x.shape == shape:
                 return x
             return jax.jit(lambda x: jnp.pad(x, [(0, n - m) for n, m in zip(shape, x.shape, strict=True)]),

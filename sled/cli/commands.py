@@ -108,9 +108,9 @@ def _of_the_machine(error: Exception) -> str | None:
 
     if why := disk_failure(error):
         return f"a file {why}"
-    if gone := lost_process(error):
-        return gone
-    return f"there was too little memory ({first_line(error)}); {LOWER}" if is_shortage(error) else None
+    if is_shortage(error):
+        return f"there was too little memory ({first_line(error)}); {LOWER}"
+    return lost_process(error)
 
 
 def _failed(error: Exception | None = None) -> int:

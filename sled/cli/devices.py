@@ -17,6 +17,7 @@ from sled.models.sharding.mesh import REST, Mesh
 from sled.train.parallel.distributed import Processes, check_same_everywhere, initialize
 
 PROCESSES = offer(Processes)
+GONE = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "coordination service")  # in what JAX says then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class ProcessOptions(derive("ProcessFields", *settings_of(PROCESSES))):
 def lost_process(error: Exception) -> str | None:
     """What to say of an error that means that another process of the run has gone; None of any other."""
     if not jax.distributed.is_initialized() or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    if not any(word in str(error) for word in GONE):
         return None
     return (f"another process of this run has ended, or is out of reach ({first_line(error)}); what it said itself "
             "tells why; start all of them again")
@@ -77,7 +80,7 @@ def mesh_of(data_parallel: int | None, tensor_parallel: int | None) -> Mesh | No
     """The mesh that was asked for by these options; over several processes, all their devices, asked for or not."""
     if data_parallel is None and tensor_parallel is None and jax.process_count() == 1:
         return None
-    return Mesh(REST if data_parallel is None else data_parallel, 1, tensor=tensor_parallel or 1)
+    return Mesh(REST if data_parallel is None else data_parallel, 1, 1 if tensor_parallel is None else tensor_parallel)
 
 
 def first_process() -> bool:

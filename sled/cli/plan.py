@@ -81,7 +81,7 @@ class Plan:
         from sled.train.trainer import optimizer_of
 
         mesh = Mesh(1 if self.data_parallel is None else self.data_parallel, REST if self.fsdp is None else self.fsdp,
-                    self.pipeline_parallel or 1, self.tensor_parallel)
+                    self.tensor_parallel, 1 if self.pipeline_parallel is None else self.pipeline_parallel)
         recipe = named(self.recipe)
         return memory_plan(Sharding(config, mesh.abstract(devices)), optimizer_of(recipe),
                            trainable=recipe.trainable).text()
@@ -89,7 +89,7 @@ class Plan:
     def _decoding(self, config: DecoderConfig, devices: int, rows: int) -> str:
         context = Whole(1, config.context, hint="it counts positions, within the model's context")(
             "--context", min(config.context, USUAL_CONTEXT) if self.context is None else self.context)
-        mesh = Mesh(REST if self.data_parallel is None else self.data_parallel, 1, 1, self.tensor_parallel)
+        mesh = Mesh(REST if self.data_parallel is None else self.data_parallel, 1, self.tensor_parallel)
         ways = mesh.abstract(devices)
         plan = decoding_plan(config, ways, rows=rows, context=context, dtype=self.dtype)
         spelled = " x ".join(f"{axis} {size}" for axis, size in ways.shape.items() if size > 1) or "one"

@@ -253,7 +253,7 @@ class Train:
         run = TrainingRun(**arguments(self, TrainingRun) | arguments(self.data_options, TrainingRun) | dict(
             folder=self.out, model=self._model(), source=source, held_out=held_out, recipe=self.recipe_options.made(),
             heads=self.head_options.heads(), microbatches=mesh.microbatches,
-            mesh=Mesh(mesh.data_parallel, mesh.fsdp, mesh.pipeline_parallel, mesh.tensor_parallel)))
+            mesh=Mesh(mesh.data_parallel, mesh.fsdp, mesh.tensor_parallel, mesh.pipeline_parallel)))
         if self.dry_run:
             told, where = rehearse(run).text(), sys.stdout
         else:

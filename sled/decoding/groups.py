@@ -72,7 +72,8 @@ def placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
 
 
 def fetched(tree: Any) -> Any:
-    """Arrays on this host. Of a mesh over several processes all of them call this together."""
+    """Arrays on this host. Of a mesh over several processes all of them call this together, with arrays of the mesh.
+    """
     if all(leaf.is_fully_addressable for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)):
         return jax.device_get(tree)
     return process_allgather(tree, tiled=True)

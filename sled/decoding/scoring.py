@@ -6,6 +6,7 @@ then run as one block on a copy of its prompt's K/V.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -81,18 +82,25 @@ def read_pairs(build: Build, params: Any, pairs: list[Pair], read: Callable[[Cac
         rows = [(row, index) for row, prompt in enumerate(some) for index in of_prompt[prompt]]
         longest = bucket(max(len(pairs[index][1]) for _, index in rows))
         capacity = bucket(len(some[-1]) + longest)
-        full = even(batch_size if len(prompts) > batch_size else len(some), build.mesh)
-        some = some + some[-1:] * (full - len(some))
+        groups, own = groups_of(build.mesh), len(some)
+        full = batch_size if len(prompts) > batch_size else own
+        full = even(max(full, groups) if len(rows) > 1 else full, build.mesh)
+        some = [some[row % own] for row in range(full)]  # copies fill the rows, and share the continuations
+        turn = collections.Counter()
+        for at, (row, index) in enumerate(rows):
+            copies = range(row, full, own)
+            rows[at] = copies[turn[row] % len(copies)], index
+            turn[row] += 1
         lengths = [len(prompt) for prompt in some]
         state = start(build, params, [np.array(p, np.int32) for p in some], lengths, [0] * len(some),
                       capacity=capacity, plan=plan)
-        groups = groups_of(build.mesh) if full % groups_of(build.mesh) == 0 else 1
-        own = [[(row - first, index) for row, index in rows if 0 <= row - first < full // groups]
+        groups = groups if full % groups == 0 else 1
+        of_group = [[(row - first, index) for row, index in rows if 0 <= row - first < full // groups]
                for first in range(0, full, full // groups)]
-        most = max(map(len, own))
+        most = max(map(len, of_group))
         height = min(-(-batch_size // groups), most)
         for at in range(0, most, height):
-            turns = [rows[at:at + height] for rows in own]
+            turns = [rows[at:at + height] for rows in of_group]
             blocks = (_block([(row, *pairs[index]) for row, index in turn], height, longest) for turn in turns)
             block = Block(*map(np.concatenate, zip(*blocks, strict=True)))
             found = fetched(read((state.caches, state.head_caches), block))

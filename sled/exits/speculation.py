@@ -100,8 +100,8 @@ class SelfSpeculation(Policy):
 
     def prepare(self, readout) -> Drafter:
         """The projections of the drafts, the rows of a draft vocabulary taken once."""
-        rows = slice(self.first_ids) if self.vocabulary is None else self.vocabulary
-        heads = tuple(head.with_weights(head.w_VD[rows]) for head in map(readout.head, self.layer))
+        rows = self.first_ids if self.vocabulary is None else self.vocabulary
+        heads = tuple(head if rows is None else head.some(rows) for head in map(readout.head, self.layer))
         return Drafter(readout, self.layer, heads, self.vocabulary)
 
     def initial_memory(self, batch: int):
@@ -189,6 +189,8 @@ class Drafter(NamedTuple):
         layer = self.layers[exit_index]
         logits_BV = self.heads[exit_index].project(self.readout.pre_logits(states, layer))
         whole = self.readout.head(layer).vocabulary
+        if self.ids is None and logits_BV.shape[1] == whole:
+            return logits_BV
         if self.ids is None:
             return jnp.pad(logits_BV, ((0, 0), (0, whole - logits_BV.shape[1])), constant_values=-jnp.inf)
         return jnp.full((logits_BV.shape[0], whole), -jnp.inf, logits_BV.dtype).at[:, self.ids].set(logits_BV)

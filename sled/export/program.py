@@ -59,6 +59,9 @@ def save_program(lm: LM, folder: Path, decoding: Decoding, *, source: dict[str, 
     source: what the record says the model comes from.
     Raises SettingError for settings that the model cannot use, or that have an entry per row.
     """
+    if lm.mesh is not None:
+        raise SettingError(f"{lm.name} lies on a mesh of {lm.mesh.size} devices, but a program is for one; load it "
+                           "without a mesh")
     config, exits = lm.config, decoding.check_context(lm.config.context).exits
     counts = {"E": len(exits.exits(config.num_layers)) - 1}
     parts = [take_apart(name, settings, counts)

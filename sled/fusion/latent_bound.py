@@ -17,8 +17,6 @@ Logits that are computed elsewhere, with sums in another order, differ by roundi
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
@@ -72,8 +70,7 @@ def _bound_from_few(h_BCD, head, final_BV, l_BCK, beta_B1):
 
     l_BCK: all layers' logits at the top tokens.
     """
-    probe = dataclasses.replace(head, w_VD=head.w_VD[:PROBE], shards=1)  # whose rows shards need not divide
-    probe_BEV = probe.project(h_BCD[:, :-1])
+    probe_BEV = head.some(PROBE).project(h_BCD[:, :-1])
     early_BEK, d_BEK = l_BCK[:, :-1], l_BCK[:, :-1] - l_BCK[:, -1:]
     beta_B11 = beta_B1[..., None]
     log_part = lambda l_xV: jax.nn.logsumexp(beta_B11 * l_xV, axis=-1)  # noqa: E731

@@ -55,6 +55,16 @@ class SharedHead:
         """The same way to logits by other weights: an exit's own, or some rows of these."""
         return dataclasses.replace(self, w_VD=w_VD)
 
+    def some(self, rows) -> SharedHead:
+        """The same way to logits by some rows alone: so many of the first, or those of an array of numbers.
+
+        Where devices split the vocabulary they are looked up, and each device gets all of them: a slice would pass
+        from device to device.
+        """
+        if isinstance(rows, int):
+            rows = slice(rows) if self.shards == 1 else jnp.arange(min(rows, self.vocabulary))
+        return dataclasses.replace(self, w_VD=self.w_VD[rows], shards=1)
+
     def project(self, h_xD):
         """Logits (..., V) of hidden states (..., D), accumulated in float32 (float64 for such inputs)."""
         return self._logits("...d,vd->...v", h_xD, self.w_VD)

@@ -69,7 +69,9 @@ def _read_block(build: Build, first_ids: int | None, params, caches, block):
         norm_P = jax.nn.logsumexp(logits_PV, axis=-1)
         best_P1, token_P1 = max_and_index(logits_PV)
         target_logit_P = jnp.take_along_axis(logits_PV, target_P[:, None], axis=-1)[:, 0]
-        draft_P1 = token_P1 if first_ids is None else max_and_index(logits_PV[:, :first_ids])[1]
+        draft_P1 = token_P1
+        if first_ids is not None:  # masked, as devices may split the vocabulary
+            draft_P1 = max_and_index(jnp.where(jnp.arange(shared.vocabulary) < first_ids, logits_PV, -jnp.inf))[1]
         return token_P1[:, 0], jnp.exp(best_P1[:, 0] - norm_P), target_logit_P - norm_P, draft_P1[:, 0]
 
     def read(states_PD, target_P):

@@ -182,7 +182,7 @@ def _run_head(build: Build, params, h_PD, times, first_ids: int | None):
     """The last layer's choices, so many times; of the first ids alone as drafts are made."""
     readout = Readout(build(params))
     head = readout.network.shared_head
-    few = head.with_weights(head.w_VD[:first_ids])
+    few = head if first_ids is None else head.some(first_ids)
 
     def run(_, h_PD):
         if first_ids is None:

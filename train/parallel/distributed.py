@@ -94,7 +94,8 @@ def from_first_process(text: str | None) -> str | None:
     length = int(broadcast_one_to_all(np.int32(-1 if text is None else len(encoded))))
     if length < 1:
         return None if length < 0 else ""
-    return bytes(broadcast_one_to_all(np.resize(encoded, length))).decode()
+    room = 2 ** length.bit_length()  # other lengths up to it take the same program
+    return bytes(broadcast_one_to_all(np.resize(encoded, room)))[:length].decode()
 
 
 def check_same_everywhere(values: Mapping[str, Any]) -> None:

@@ -32,7 +32,10 @@ def bubble(stages: int, microbatches: int) -> float:
 def check_microbatches(asked: int | None, rows: int, stages: int) -> int:
     """How many to cut the `rows` rows of each group of devices into: so many, or as many as divide them, up to
     `PER_STAGE` a stage. Raises SettingError where those asked for do not divide them."""
-    if asked is None or stages == 1:
+    if asked is not None and stages == 1:
+        raise SettingError(f"microbatches is {asked}, but there is no pipeline, which alone has some; leave it out, or "
+                           "give the mesh stages (--pipeline-parallel)")
+    if asked is None:
         return next(count for count in range(min(rows, PER_STAGE * stages), 0, -1) if rows % count == 0)
     if rows % asked:
         raise SettingError(f"microbatches is {asked}, which does not divide the {rows} rows that each group of devices "
