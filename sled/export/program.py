@@ -30,6 +30,7 @@ from tqdm import tqdm
 from sled.decoding.options import Decoding
 from sled.decoding.readout import Readout
 from sled.decoding.whole import generate
+from sled.errors import SettingError
 from sled.exits.schedule import Timing
 from sled.export.target import versions
 from sled.fusion.projection import fused_logits
