@@ -92,7 +92,7 @@ def load_orbax(path: str | Path, *, dtype=None, mesh: jax.sharding.Mesh | None =
         bar.update(bar.total)
     _check_finite(folder, weights)
     if mesh is not None:
-        weights = Sharding(config, mesh, padded=True).filled_up(weights)
+        weights = Sharding(config, mesh, decoding=True).filled_up(weights)
     nnx.replace_by_pure_dict(state, weights)
     return nnx.merge(graph, state)
 

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from sled.decoding.batch import Emitted, Generation
 from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, listed
-from sled.decoding.groups import even
+from sled.decoding.groups import even, stages_of
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
+from sled.decoding.staged import StagedGeneration
 from sled.decoding.state import bucket
 from sled.errors import CheckpointWarning, DecodingWarning, PromptError, SettingError, warn
 from sled.exits import Policy, Schedule
@@ -31,6 +32,7 @@ from sled.models.config import WEIGHT_TYPES
 from sled.models.digest import digest_of_weights
 from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
+from sled.models.sharding.stages import unstaged
 from sled.models.stored import parameter_shapes
 from sled.results import Chunk, Output, Scores, Stats
 from sled.settings.per_row import check_rows
@@ -272,7 +274,14 @@ class LM:
 
         Reads all weights once: for a large model, seconds. It is the same on any mesh.
         """
-        return digest_of_weights(self.params, None if self.mesh is None else parameter_shapes(self.config))
+        if self.mesh is None:
+            return digest_of_weights(self.params)
+        return digest_of_weights(nnx.state(self._decoder()), parameter_shapes(self.config))
+
+    def _decoder(self) -> Decoder:
+        """The model with its layers one after the other."""
+        decoder, stages = self.build(self.params), stages_of(self.mesh)
+        return decoder if stages == 1 else unstaged(decoder, stages)
 
     @naming_unknown
     def save(self, path: str | Path, *, dtype: str | None = None) -> Path:
@@ -281,7 +290,7 @@ class LM:
         dtype: None keeps the weights as they are here, which is float32 where `sled.load` widened them for a CPU.
         """
         dtype = OrNone(OneOf(WEIGHT_TYPES, hint="None keeps the weights as they are"))("dtype", dtype)
-        return save_folder(self.build(self.params), path, dtype=dtype, tokenizer_from=self.text.folder,
+        return save_folder(self._decoder(), path, dtype=dtype, tokenizer_from=self.text.folder,
                            generation=self.generation)
 
     @naming_unknown
@@ -347,7 +356,8 @@ class LM:
         """
         rows = [*batch, *[batch[0]] * (height - len(batch))]
         limits = [min(decoding.max_new_tokens, self.config.context - len(ids[i])) for i in batch]
-        return Generation(self.build, self.params, [ids[i] for i in rows], decoding.take_rows(rows),
+        kind = Generation if stages_of(self.mesh) == 1 else StagedGeneration
+        return kind(self.build, self.params, [ids[i] for i in rows], decoding.take_rows(rows),
                           limits=[*limits, *[0] * (height - len(batch))], seeds=[seed + i for i in rows],
                           stop_ids=self.config.eos_ids)
 

@@ -18,6 +18,7 @@ from sled.models.hub import folder_of
 from sled.models.orbax import is_orbax
 from sled.models.sharding.load_sharded import load_onto
 from sled.models.sharding.mesh import Mesh
+from sled.models.sharding.stages import load_staged
 from sled.settings.rules import Flag, Instance, OneOf, OrNone
 from sled.settings.unknown import naming_unknown
 from sled.text.tokenizer import Tokenizer
@@ -60,6 +61,8 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
 
 
 def _read(folder: Path, dtype, mesh: jax.sharding.Mesh | None) -> Decoder:
+    if mesh is not None and mesh.shape["stage"] > 1:
+        return load_staged(folder, mesh, dtype=dtype)
     if is_orbax(folder):
         return load_orbax(folder, dtype=dtype, mesh=mesh)
     return load_folder(folder, dtype=dtype) if mesh is None else load_onto(folder, mesh, dtype=dtype, stacked=False)

@@ -26,17 +26,17 @@ def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None, stacked:
     Raises what `sled.models.load_folder` and `Sharding` raise; a process checks the values that it reads.
     """
     with open_weights(path) as stored:
-        sharding = Sharding(stored.config, mesh, padded=not stacked)
+        sharding = Sharding(stored.config, mesh, decoding=not stacked)
         graph, state = nnx.split((abstract_stacked if stacked else abstract)(stored.config))
         slots = dict(nnx.to_flat_state(state))
         with progress("Loading", sum(stored.sizes.values())) as bar:
             for at, slot in slots.items():
-                slots[at] = slot.replace(_read_onto(stored, at, *sharding.slot(at), dtype))
+                slots[at] = slot.replace(read_onto(stored, at, *sharding.slot(at), dtype))
                 bar.update(sum(stored.sizes[one] for one in _separate(at, slot.shape)))
     return nnx.merge(graph, nnx.from_flat_state(slots))
 
 
-def _read_onto(stored: StoredWeights, at: tuple, shape: tuple[int, ...], where: jax.sharding.Sharding,
+def read_onto(stored: StoredWeights, at: tuple, shape: tuple[int, ...], where: jax.sharding.Sharding,
                dtype) -> jax.Array:
     """One parameter in either form, filled up with zeros to this shape; parts that several devices hold are read once.
     """

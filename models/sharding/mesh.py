@@ -83,15 +83,17 @@ class Mesh:
                                  axis_types=kinds)
 
     def build_for_decoding(self) -> jax.sharding.Mesh:
-        """As `build`, over all devices. Raises SettingError for a mesh that splits over fsdp or stage, too."""
+        """As `build`, over all devices. Raises SettingError for a mesh that splits over fsdp, too, or over stage and
+        data."""
         built = self.build()
-        for axis, why in (("fsdp", "as fsdp would gather all weights for every token"),
-                          ("stage", "as the stages of a pipeline would wait for each other at every token")):
-            if (ways := built.shape[axis]) > 1:
-                data, tensor = built.size // built.shape["tensor"], built.shape["tensor"]
-                raise SettingError(f"Mesh.{axis} is {ways}, but decoding splits over data and tensor alone, {why}; "
-                                   "give a data and a tensor whose product is the number of devices, "
-                                   f"{built.size}, such as Mesh(data={data}, tensor={tensor})")
+        if (ways := built.shape["fsdp"]) > 1:
+            data, tensor = built.size // built.shape["tensor"], built.shape["tensor"]
+            raise SettingError(f"Mesh.fsdp is {ways}, but decoding splits over data and tensor alone, as fsdp would "
+                               "gather all weights for every token; give a data and a tensor whose product is the "
+                               f"number of devices, {built.size}, such as Mesh(data={data}, tensor={tensor})")
+        if built.shape["stage"] > 1 and built.shape["data"] > 1:
+            raise SettingError(f"Mesh.stage is {built.shape['stage']} and Mesh.data {built.shape['data']}, but stages "
+                               "decode for one group of rows; give data=1, or no stages")
         return built
 
     def abstract(self, devices: int) -> AbstractMesh:

@@ -59,12 +59,13 @@ class Sharding:
     `mesh` has the axes of `sled.models.sharding.mesh.AXES`; an abstract one serves for planning.
     Raises SettingError where width, heads or feed-forward width do not divide over their mesh axis. Vocabulary,
     key/value heads and layers that do not divide stay whole on that axis; `undivided` says which, and why.
-    padded: of tables, for decoding: a vocabulary that does not divide is filled up with rows of zeros to one that does.
+    decoding: a vocabulary that does not divide is filled up with rows of zeros to one that does; stages do not split
+        it.
     """
 
     config: DecoderConfig
     mesh: jax.sharding.Mesh | AbstractMesh
-    padded: bool = False
+    decoding: bool = False
 
     def __post_init__(self):
         for axis, reason in self.undivided.items():
@@ -81,7 +82,7 @@ class Sharding:
         counts = {"vocab": self.vocabulary, "width": c.width, "heads": c.num_heads, "kv_heads": c.num_kv_heads,
                   "mlp": math.gcd(c.mlp_width, c.experts.width) if c.experts else c.mlp_width, "layers": c.num_layers}
         found = {}
-        for axis, rule in RULES.items():
+        for axis, rule in ((axis, self.rule(axis)) for axis in RULES):
             rest = [rule[begin:] for begin in range(len(rule) + 1)]
             names = next(names for names in rest if not names or counts[axis] % self.ways(names) == 0)
             found[axis] = tuple(name for name in names if name != "stage" or self.mesh.shape[name] > 1)
@@ -95,11 +96,15 @@ class Sharding:
                 "kv_heads": (self.config.num_kv_heads, "key/value heads"),
                 "mlp": (self.config.mlp_width, "columns of feed-forward width"),
                 "layers": (self.config.num_layers, "layers")}
-        left = {axis: [name for name in RULES[axis] if name not in self.axes[axis] and self.mesh.shape[name] > 1]
+        left = {axis: [name for name in self.rule(axis) if name not in self.axes[axis] and self.mesh.shape[name] > 1]
                 for axis in what}
         return {axis: f"{count} {words} do not divide over "
                       + " x ".join(f"{name} {self.mesh.shape[name]}" for name in left[axis])
                 for axis, (count, words) in what.items() if left[axis]}
+
+    def rule(self, axis: str) -> tuple[str, ...]:
+        """The axes of the mesh that are to split a logical axis."""
+        return tuple(name for name in RULES[axis] if not (self.decoding and axis == "vocab" and name == "stage"))
 
     def ways(self, names: tuple[str, ...]) -> int:
         """How many ways these axes of the mesh split."""
@@ -108,7 +113,7 @@ class Sharding:
     @property
     def vocabulary(self) -> int:
         """Rows of a table by tokens."""
-        ways = self.ways(RULES["vocab"]) if self.padded else 1
+        ways = self.ways(self.rule("vocab")) if self.decoding else 1
         return -(-self.config.vocab_size // ways) * ways
 
     @functools.cached_property

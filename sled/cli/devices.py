@@ -76,11 +76,13 @@ def _alike(options) -> list[tuple[str, Any]]:
     return found
 
 
-def mesh_of(data_parallel: int | None, tensor_parallel: int | None) -> Mesh | None:
-    """The mesh that was asked for by these options; over several processes, all their devices, asked for or not."""
-    if data_parallel is None and tensor_parallel is None and jax.process_count() == 1:
+def mesh_of(*, data: int | None, tensor: int | None, stage: int | None) -> Mesh | None:
+    """The mesh that was asked for; over several processes, all their devices, asked for or not."""
+    if data is None and tensor is None and stage is None and jax.process_count() == 1:
         return None
-    return Mesh(REST if data_parallel is None else data_parallel, 1, 1 if tensor_parallel is None else tensor_parallel)
+    rest = REST if stage is None else 1  # stages decode for one group of rows
+    return Mesh(*(usual if asked is None else asked for asked, usual in (
+        (data, rest), (None, 1), (tensor, 1), (stage, 1))))
 
 
 def first_process() -> bool:

@@ -71,12 +71,15 @@ class ModelOptions:
     """Devices that share one copy of the model: weights, keys and values. It must divide the heads."""
     data_parallel: Annotated[int | None, sets(Mesh, "data"), left_out("as many as --tensor-parallel leaves; 1")] = None
     """Copies of the model, each of which decodes rows of its own."""
+    pipeline_parallel: Annotated[int | None, sets(Mesh, "stage"), left_out("1")] = None
+    """Stages, each of which holds a part of the layers; generate alone works over them."""
 
     def load(self) -> sled.LM:
         local_folder(self.model)  # for its error, before the devices are looked for
         print_devices()
         return sled.load(self.model, dtype=self.dtype, revision=self.revision, long_context=self.long_context,
-                         mesh=mesh_of(self.data_parallel, self.tensor_parallel))
+                         mesh=mesh_of(data=self.data_parallel, tensor=self.tensor_parallel,
+                                      stage=self.pipeline_parallel))
 
 
 @dataclasses.dataclass(frozen=True)

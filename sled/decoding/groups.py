@@ -17,6 +17,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sled.errors import SettingError
 from sled.settings.per_row import by_row
 
 GROUPS = "data"
@@ -25,6 +26,11 @@ GROUPS = "data"
 def groups_of(mesh: jax.sharding.Mesh | None) -> int:
     """How many groups of devices decode rows of their own."""
     return 1 if mesh is None else mesh.shape[GROUPS]
+
+
+def stages_of(mesh: jax.sharding.Mesh | None) -> int:
+    """Over how many stages of a pipeline the layers lie."""
+    return 1 if mesh is None else mesh.shape["stage"]
 
 
 def even(rows: int, mesh: jax.sharding.Mesh | None) -> int:
@@ -47,6 +53,9 @@ def over_groups(function: Callable, *, rows: Collection[str], settings: Collecti
         mesh = given["build"].mesh
         if mesh is None:
             return function(**given)
+        if (stages := stages_of(mesh)) > 1:
+            raise SettingError(f"the model lies on {stages} stages of a pipeline, over which it generates texts, and "
+                               "does nothing else; load it over tensor and data, or on one device")
         heights = {leaf.shape[0] for name in rows for leaf in jax.tree.leaves(given[name])}
         split = P(GROUPS) if heights and not any(height % groups_of(mesh) for height in heights) else P()
         fixed = {name: value for name, value in given.items() if name in static}
@@ -61,7 +70,10 @@ def over_groups(function: Callable, *, rows: Collection[str], settings: Collecti
 
 
 def placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-    """The same arrays, those of the host, which all processes have alike, whole on each device of the mesh."""
+    """The same arrays; over several processes those of the host, which all have alike, whole on each device."""
+    if not mesh.is_multi_process:
+        return tree
+
     def place(x):
         if isinstance(x, jax.Array):
             return x

@@ -14,6 +14,7 @@ then take them as a block; the verification does not ask where the drafts that i
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from sled.decoding.programs import bounded
 from sled.decoding.readout import Readout
 from sled.decoding.sampling import Sampling, choose, position_keys, processed_logits, seen_tokens
 from sled.decoding.segments import Context, first_segment, propagate_kv, run_block, run_if
-from sled.decoding.state import DecodeState, Plan
+from sled.decoding.state import DecodeState, Plan, Text
 from sled.decoding.verify import verify
 from sled.exits.policy import ExitView
 from sled.exits.schedule import Timing
@@ -242,20 +243,25 @@ def _emit(run: Context, state: DecodeState, emission: Emission) -> DecodeState:
     token_B = choose(logits_BV, run.sampling, run.key_data_BS, text.length_B)
     if policy.verifies:
         token_B = jnp.where(emission.verified_B >= 0, emission.verified_B, token_B)
-    # As a choice for every position: on a CPU a scatter runs as a loop of its own.
-    here_BS = rows_B[:, None] & (jnp.arange(state.capacity) == text.length_B[:, None])
-    exit_BS = text.exit_BS if run.plan.last_exit == 0 else jnp.where(
-        here_BS, emission.exit_B[:, None].astype(text.exit_BS.dtype), text.exit_BS)
-    length_B = text.length_B + rows_B
-    ends_B = rows_B & (run.ends_B(token_B) | (length_B >= text.limit_B))
+    written = write_tokens(text, rows_B, token_B, emission.exit_B, run.plan.last_exit, run.ends_B)
     if policy.verifies:  # a draft that ends its row waits for its verification
-        draft_B = rows_B & (emission.verified_B < 0)
-        progress = state.progress.replace(
-            waiting_B=jnp.where(draft_B & ends_B, emission.exit_B + 1, state.progress.waiting_B))
-        state, ends_B = state.replace(progress=progress), ends_B & ~draft_B
-    return state.replace(text=text.replace(
-        tokens_BS=jnp.where(here_BS, token_B[:, None], text.tokens_BS), exit_BS=exit_BS, length_B=length_B,
-        active_B=text.active_B & ~ends_B))
+        waits_B = rows_B & (emission.verified_B < 0) & text.active_B & ~written.active_B
+        progress = state.progress.replace(waiting_B=jnp.where(waits_B, emission.exit_B + 1, state.progress.waiting_B))
+        state, written = state.replace(progress=progress), written.replace(active_B=written.active_B | waits_B)
+    return state.replace(text=written)
+
+
+def write_tokens(text: Text, rows_B, token_B, exit_B, last_exit: int, ends: Callable) -> Text:
+    """The text with the next token of the rows `rows_B`, and the exits [B] that chose them; rows at whose end it is are
+    no longer active. ends: says which tokens [B] end a row."""
+    # As a choice for every position: on a CPU a scatter runs as a loop of its own.
+    here_BS = rows_B[:, None] & (jnp.arange(text.tokens_BS.shape[1]) == text.length_B[:, None])
+    exit_BS = text.exit_BS if last_exit == 0 else jnp.where(
+        here_BS, exit_B[:, None].astype(text.exit_BS.dtype), text.exit_BS)
+    length_B = text.length_B + rows_B
+    ends_B = rows_B & (ends(token_B) | (length_B >= text.limit_B))
+    return text.replace(tokens_BS=jnp.where(here_BS, token_B[:, None], text.tokens_BS), exit_BS=exit_BS,
+                        length_B=length_B, active_B=text.active_B & ~ends_B)
 
 
 def _wait(run: Context, state: DecodeState) -> DecodeState:

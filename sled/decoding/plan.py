@@ -15,7 +15,7 @@ from sled.decoding.groups import even, groups_of
 from sled.decoding.memory import batch_bytes
 from sled.decoding.state import PREFILL_BLOCK
 from sled.models.config import DecoderConfig
-from sled.models.sharding.sharding import RULES, Sharding
+from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract
 
 FLOAT32 = 4  # bytes
@@ -47,7 +47,7 @@ class DecodingPlan:
 def decoding_plan(config: DecoderConfig, mesh: AbstractMesh, *, rows: int, context: int, dtype: str) -> DecodingPlan:
     """For plain decoding of `rows` rows of `context` positions. Early exits and drafts take little more (hidden states
     of tokens that wait, and verified blocks in place of tokens). Allocates nothing."""
-    sharding, kind = Sharding(config, mesh, padded=True), jnp.dtype(dtype)
+    sharding, kind = Sharding(config, mesh, decoding=True), jnp.dtype(dtype)
     graph, shapes = nnx.split(abstract(config))
     outline = nnx.merge(graph, jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), kind), leaf.shape), shapes))
     slots = (sharding.slot(path) for path, _ in nnx.to_flat_state(shapes))
@@ -60,4 +60,5 @@ def decoding_plan(config: DecoderConfig, mesh: AbstractMesh, *, rows: int, conte
     return DecodingPlan(
         rows=rows, context=context, weights=weights, kv=taken.kv,
         prompt=own * block * FLOAT32 * (config.num_heads // tensor * context + 3 * config.width + 2 * widest),
-        logits=own * sharding.vocabulary // sharding.ways(RULES["vocab"]) * FLOAT32, undivided=sharding.undivided)
+        logits=own * sharding.vocabulary // sharding.ways(sharding.rule("vocab")) * FLOAT32,
+        undivided=sharding.undivided)

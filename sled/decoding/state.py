@@ -91,13 +91,13 @@ class Plan(NamedTuple):
         return layers | {-n for n in layers if n in self.block_heads}
 
 
-def _group(cls):
+def group(cls):
     """A frozen dataclass that is a jax pytree, with `replace`."""
     cls.replace = dataclasses.replace
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
 
 
-@_group
+@group
 class Text:
     """The tokens of every row, S positions each.
 
@@ -125,7 +125,7 @@ class Text:
         return jnp.take_along_axis(self.tokens_BS, self.length_B[:, None] - 1, axis=1)[:, 0]
 
 
-@_group
+@group
 class Progress:
     """How far the K/V of every row have come.
 
@@ -150,7 +150,7 @@ class Progress:
         return self.kv_len_BE[:, -1]
 
 
-@_group
+@group
 class DecodeState:
     """Everything the loop carries. Rows are independent: no value of one row depends on another.
 
@@ -214,14 +214,19 @@ def empty_state(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, mem
     zero_B = jnp.zeros(batch, jnp.int32)
     h_BD = network.embed(tokens_BS[:, :1], tokens_BS[:, :1])[:, 0]  # for its width and type
     return DecodeState(
-        text=Text(tokens_BS=tokens_BS, exit_BS=jnp.zeros((batch, slots), jnp.int8),
-                  drafts_BS=jnp.full((batch, slots), -1, jnp.int32), length_B=length_B, prompt_B=length_B,
-                  limit_B=limit_B, active_B=length_B < limit_B, keys_B=jax.vmap(jax.random.key)(seeds_B)),
+        text=new_text(tokens_BS, length_B, limit_B, seeds_B),
         progress=Progress(kv_len_BE=jnp.tile(length_B[:, None] - 1, (1, len(plan.exits))), waiting_B=zero_B,
                           waited_B=zero_B, held_B=zero_B, buffers=tuple(
                               jnp.zeros((batch, plan.window, h_BD.shape[-1]), h_BD.dtype)
                               for _ in plan.buffered_layers)),
         memory=memory, **_empty_caches(network, plan, batch, slots))
+
+
+def new_text(tokens_BS, length_B, limit_B, seeds_B) -> Text:
+    """Prompts of which nothing was continued yet; the arguments are those of `start`."""
+    return Text(tokens_BS=tokens_BS, exit_BS=jnp.zeros(tokens_BS.shape, jnp.int8),
+                drafts_BS=jnp.full(tokens_BS.shape, -1, jnp.int32), length_B=length_B, prompt_B=length_B,
+                limit_B=limit_B, active_B=length_B < limit_B, keys_B=jax.vmap(jax.random.key)(seeds_B))
 
 
 def _empty_caches(network: Network, plan: Plan, batch: int, slots: int) -> dict[str, Any]:

@@ -1,0 +1,88 @@
+"""Run by test_staged.py, python mesh_of_pipeline.py OUT: a model cut over stages says what it says on one device."""
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_lm import CAPACITY, CONFIG, PROMPTS, SAMPLED, settling
+
+import sled
+from sled.decoding.options import Decoding
+from sled.decoding.staged import StagedGeneration
+from sled.errors import SettingError
+from sled.lm import LM
+from sled.models import DecoderConfig, save_folder
+from sled.models.sharding.stages import check_stages
+
+out = Path(sys.argv[1])
+assert jax.device_count() == 4
+save_folder(settling(CONFIG, 0.35), out / "model")
+ALONE = sled.load(out / "model")
+THRESHOLDS = np.array([[0.0], [0.5], [0.9], [1.0]], np.float32)
+
+
+def exits_at(layers: tuple[int, ...], threshold=THRESHOLDS) -> sled.EarlyExit:
+    return sled.EarlyExit(layers, threshold=threshold)
+
+
+def check_texts(split: LM, ends: tuple[int, ...]) -> None:
+    """Texts, and the layers that chose their tokens, alone and in a batch, at once and in chunks."""
+    for way in (dict(fusion=sled.SLED()), dict(exits=exits_at(ends)),
+                dict(exits=exits_at(ends[-1:]), fusion=sled.SLED()),
+                dict(exits=exits_at(ends[:1], 0.3), sampling=SAMPLED)):
+        one, other = (lm.generate(PROMPTS, **way, max_new_tokens=20) for lm in (ALONE, split))
+        assert (one.tokens, one.exit_layers, one.finish_reasons) == (other.tokens, other.exit_layers,
+                                                                     other.finish_reasons)
+    settings = dict(exits=exits_at(ends), max_new_tokens=20)
+    chunks = list(split.stream(PROMPTS, chunk=3, **settings))
+    whole = [sum((chunk.tokens[row] for chunk in chunks), []) for row in range(len(PROMPTS))]
+    assert whole == ALONE.generate(PROMPTS, **settings).tokens
+
+
+def check_clock(split: LM, ends: tuple[int, ...]) -> None:
+    """A token takes as many steps of the clock as there are stages up to its exit; a row that is stopped takes none
+    more, and is not waited for."""
+    per = CONFIG.num_layers // split.mesh.shape["stage"]
+    decoding = Decoding(exits=exits_at(ends))
+    run = StagedGeneration(split.build, split.params, [np.array(p) for p in PROMPTS], decoding,
+                           limits=[20] * len(PROMPTS), seeds=[0] * len(PROMPTS), stop_ids=())
+    run.advance(2)
+    run.stop([3])
+    run.advance()
+    steps = [sum(layer // per for layer in run.emitted(row).exit_layers) for row in range(len(PROMPTS))]
+    assert run.steps[:3] == steps[:3] and run.steps[3] >= steps[3]
+    assert [len(run.emitted(row).tokens) for row in range(3)] == [20] * 3 and len(run.emitted(3).tokens) == 2
+
+
+def check_refusals(split: LM, ends: tuple[int, ...]) -> None:
+    only = f"lies on {split.mesh.shape['stage']} stages of a pipeline, over which it generates texts"
+    within = (1, 2) if 1 not in ends else (1, 2, 4)  # of which one is no end of a stage, or no early exit
+    for call, says in (
+            (lambda: split.generate(PROMPTS, exits=sled.SelfSpeculation(ends[0])), "SelfSpeculation, which verifies"),
+            (lambda: split.generate(PROMPTS, exits=sled.EarlyExit(ends, kv="propagate")), "makes K/V from the exit's"),
+            (lambda: split.generate(PROMPTS, exits=sled.EarlyExit(within)), "layer 1, but the stages end after layers 2"
+             if 1 not in ends else "4 is no early exit"),
+            (lambda: split.score(PROMPTS[1], PROMPTS[0]), only), (lambda: split.lens(PROMPTS[2]), only),
+            (lambda: sled.Engine(split, slots=2), only),
+            (lambda: sled.load(out / "model", mesh=sled.Mesh(2, 1, 1, 2)), "Mesh.stage is 2 and Mesh.data 2, but")):
+        with pytest.raises(SettingError, match=re.escape(says)):
+            call()
+    fields = dict(family="llama", vocab_size=61, width=32, mlp_width=48, num_heads=4, num_kv_heads=2, head_dim=8,
+                  max_positions=CAPACITY)
+    with pytest.raises(SettingError, match="does not divide the model's 6 layers"):
+        check_stages(DecoderConfig(num_layers=6, **fields), 4)
+    with pytest.raises(SettingError, match="windows of the layers differ between stages of 2"):
+        check_stages(DecoderConfig(num_layers=4, windows=(8, None, 8, 8), **fields), 2)
+
+
+for mesh, ends in ((sled.Mesh(fsdp=1, stage=4), (1, 2, 3)), (sled.Mesh(fsdp=1, stage=2, tensor=2), (2,))):
+    split = sled.load(out / "model", mesh=mesh)
+    assert split.weights_digest() == ALONE.weights_digest()
+    folder = split.save(out / f"saved{len(ends)}")
+    assert (folder / "model.safetensors").read_bytes() == (out / "model" / "model.safetensors").read_bytes()
+    check_texts(split, ends)
+    check_clock(split, ends)
+    check_refusals(split, ends)
