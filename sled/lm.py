@@ -32,6 +32,7 @@ from sled.models.config import WEIGHT_TYPES
 from sled.models.digest import digest_of_weights
 from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
+from sled.models.merge import Merge
 from sled.models.sharding.stages import unstaged
 from sled.models.stored import parameter_shapes
 from sled.results import Chunk, Output, Scores, Stats
@@ -46,29 +47,6 @@ from sled.text.tokenizer import Tokenizer
 FEW_VERIFICATIONS = 16  # drafts are judged by no fewer
 LOW_ACCEPTANCE = 0.3  # of drafts; at it those of 4 tokens give 1.4 tokens per verification
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
-
-
-class Merge:
-    """Builds the network from its parameters; equal graphs share compiled programs.
-
-    Hash and outline are made once: both walk the whole graph (milliseconds), and every call of a user asks for them.
-    The outline's weights are zeros that take no memory: compiled programs keep what builds them.
-    """
-
-    def __init__(self, graph: nnx.GraphDef, params: nnx.State, mesh: jax.sharding.Mesh | None = None):
-        self.mesh = mesh
-        self._graph = graph
-        self._hash = hash((graph, mesh))
-        self.outline = self(jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), params))
-
-    def __call__(self, params):
-        return nnx.merge(self._graph, params)
-
-    def __hash__(self):
-        return self._hash
-
-    def __eq__(self, other):
-        return self is other or (isinstance(other, Merge) and (self.mesh, self._graph) == (other.mesh, other._graph))
 
 
 class LM:

@@ -24,12 +24,12 @@ from sled.models import DecoderConfig, save_folder
 data, tensor, kv_heads = map(int, sys.argv[1:4])
 out, ways, folders = Path(sys.argv[4]), sys.argv[5], [Path(folder) for folder in sys.argv[6:]]
 MESH = sled.Mesh(data=data, tensor=tensor)
-LAYERS, WIDTH = 4, 32
+LAYERS, WIDTH = 3, 32
 VOCABULARY = 4099  # which the devices do not divide; and so large that SLED looks at the first tokens by themselves
 CONFIG = DecoderConfig(family="llama", vocab_size=VOCABULARY, width=WIDTH, mlp_width=48, num_layers=LAYERS, num_heads=8,
                        num_kv_heads=kv_heads, head_dim=8, max_positions=CAPACITY, eos_ids=(5,))
 PROMPTS = [np.random.default_rng(n).integers(6, 48, size=n).tolist() for n in (1, 3, 17, 9, 4, 12, 7)]
-EXITS = (1, 3)
+EXITS = (1, 2)
 THRESHOLDS = np.array([[0.2], [0.5], [0.9], [0.3], [1.0], [0.0], [0.6]], np.float32)  # an entry per prompt
 WAYS = {
     "plain": {},

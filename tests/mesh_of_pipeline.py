@@ -1,4 +1,4 @@
-"""Run by test_staged.py, python mesh_of_pipeline.py OUT: a model cut over stages says what it says on one device."""
+"""Run by test_staged.py, python mesh_of_pipeline.py OUT STAGES...: a model cut over stages says what it says whole."""
 
 import re
 import sys
@@ -17,7 +17,7 @@ from sled.lm import LM
 from sled.models import DecoderConfig, save_folder
 from sled.models.sharding.stages import check_stages
 
-out = Path(sys.argv[1])
+out, stages = Path(sys.argv[1]), [int(count) for count in sys.argv[2:]]
 assert jax.device_count() == 4
 save_folder(settling(CONFIG, 0.35), out / "model")
 ALONE = sled.load(out / "model")
@@ -38,7 +38,7 @@ def check_texts(split: LM, ends: tuple[int, ...]) -> None:
                                                                      other.finish_reasons)
     settings = dict(exits=exits_at(ends), max_new_tokens=20)
     chunks = list(split.stream(PROMPTS, chunk=3, **settings))
-    whole = [sum((chunk.tokens[row] for chunk in chunks), []) for row in range(len(PROMPTS))]
+    whole = [[token for chunk in chunks for token in chunk.tokens[row]] for row in range(len(PROMPTS))]
     assert whole == ALONE.generate(PROMPTS, **settings).tokens
 
 
@@ -78,8 +78,8 @@ def check_refusals(split: LM, ends: tuple[int, ...]) -> None:
         check_stages(DecoderConfig(num_layers=4, windows=(8, None, 8, 8), **fields), 2)
 
 
-for mesh, ends in ((sled.Mesh(fsdp=1, stage=4), (1, 2, 3)), (sled.Mesh(fsdp=1, stage=2, tensor=2), (2,))):
-    split = sled.load(out / "model", mesh=mesh)
+for count in stages:
+    split, ends = sled.load(out / "model", mesh=sled.Mesh(1, 1, 4 // count, count)), {4: (1, 2, 3), 2: (2,)}[count]
     assert split.weights_digest() == ALONE.weights_digest()
     folder = split.save(out / f"saved{len(ends)}")
     assert (folder / "model.safetensors").read_bytes() == (out / "model" / "model.safetensors").read_bytes()

@@ -1,4 +1,7 @@
-"""Run by test_train_pipeline.py, python mesh_of_stages.py FOLDER OUT MESHES...: stages train as one device does."""
+"""Run by test_train_pipeline.py, python mesh_of_stages.py FOLDER OUT MESHES...: stages train as one device does.
+
+With one mesh, the one of all axes, not all that is compiled for several.
+"""
 
 import dataclasses
 import functools
@@ -86,16 +89,17 @@ def final_weights(name: str, *runs: tuple[str, int]):
     return load_file(model / "model.safetensors")
 
 
-for name, changes in (("exits", {}), ("heads", WITH_HEADS)):
+for name, changes in {"exits": {}, "heads": WITH_HEADS}.items() if meshes[1:] else [("heads", WITH_HEADS)]:
     expected = losses_on("alone", name, **changes)
     assert expected[STEPS - 1] < expected[0] - 0.2
     for mesh in meshes:
         np.testing.assert_allclose(losses_on(mesh, name, **changes), expected, rtol=0, atol=1e-4,
                                    err_msg=f"{name} {mesh}")
-through = final_weights("through", ("all", 6))
-same, other = final_weights("same", ("all", 4), ("all", 6)), final_weights("other", ("all", 4), (meshes[0], 6))
+through, same = final_weights("through", ("all", 6)), final_weights("same", ("all", 4), ("all", 6))
 jax.tree.map(np.testing.assert_array_equal, same, through)
-jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), other, through)
+if meshes[1:]:
+    other = final_weights("other", ("all", 4), (meshes[0], 6))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), other, through)
 with jax.enable_x64(True):
     BASE = dict(family="llama", vocab_size=40, width=16, mlp_width=32, num_heads=4, num_kv_heads=2, head_dim=8,
                 max_positions=64)

@@ -56,7 +56,7 @@ def test_two_processes_write_one_result(model, demo, tmp_path):
     assert said[1][0] == "" and "running on 2 x cpu in 2 processes" in said[0][1]
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_a_process_with_other_options_is_told_by_all(index, model, tmp_path):
     address, file = free_address(), prompts_file(tmp_path, 5)
     both = [start(model, file, each, address, "-n", "12" if each == index else "13") for each in range(2)]
@@ -65,7 +65,7 @@ def test_a_process_with_other_options_is_told_by_all(index, model, tmp_path):
     assert all("--max-new-tokens is not the same in process" in words for words in said), said
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [1, pytest.param(0, marks=pytest.mark.exhaustive)])
 def test_where_one_process_is_killed_the_other_ends_with_an_error(index, model, tmp_path):
     address, file = free_address(), prompts_file(tmp_path, 3000)
     both = [start(model, file, each, address, "-n", "12", TQDM_DISABLE="0") for each in range(2)]

@@ -370,7 +370,7 @@ def test_what_is_no_run_and_no_recipe(tmp_path):
     ([], "--data is missing"),
     (["--data", "demo", "--layers", "3"], "--layers describes a new model, but --model is demo"),
     (["--data", "demo", "--recipe", "nothing"], "recipe is 'nothing', which is unknown; choose one of"),
-    (["--data", "demo", "--tensor", "3"], "the mesh"),
+    (["--data", "demo", "--tensor-parallel", "3"], "the mesh"),
     (["--data", "demo", "--recipe", "plain", "--drop", "fixed"], "--drop fixed was given, but no layer is dropped"),
     (["--data", "demo", "--head-kind", "mlp"], "--head-kind was given without --exit-heads"),
 ])
