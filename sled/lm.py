@@ -327,7 +327,7 @@ class LM:
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
     def _begin(self, ids: list[np.ndarray], batch: Sequence[int], decoding: Decoding, *, height: int,
-               seed: int) -> Generation:
+               seed: int) -> Generation | StagedGeneration:
         """A run of `height` rows: prompts `batch` of `ids`, and idle rows so that the shape is one compiled before.
 
         Settings with an entry per prompt follow their prompts; an idle row repeats the first one's.
@@ -336,8 +336,8 @@ class LM:
         limits = [min(decoding.max_new_tokens, self.config.context - len(ids[i])) for i in batch]
         kind = Generation if stages_of(self.mesh) == 1 else StagedGeneration
         return kind(self.build, self.params, [ids[i] for i in rows], decoding.take_rows(rows),
-                          limits=[*limits, *[0] * (height - len(batch))], seeds=[seed + i for i in rows],
-                          stop_ids=self.config.eos_ids)
+                    limits=[*limits, *[0] * (height - len(batch))], seeds=[seed + i for i in rows],
+                    stop_ids=self.config.eos_ids)
 
     def _stats(self, runs: Sequence[Generation], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:
         return Stats.of(runs, emitted, prompt_tokens=sum(map(len, ids)), num_layers=self.config.num_layers)

@@ -23,7 +23,7 @@ from sled.settings.rules import Flag, Instance, OneOf, OrNone
 from sled.settings.unknown import naming_unknown
 from sled.text.tokenizer import Tokenizer
 
-MESH = Instance(Mesh, traced=False, hint="give sled.Mesh(data=..., tensor=...)")
+MESH = Instance(Mesh, traced=False, hint="give sled.Mesh(data=..., tensor=...), or sled.Mesh(fsdp=1, stage=...)")
 DTYPES = {name: getattr(jnp, name) for name in WEIGHT_TYPES}
 
 
@@ -44,6 +44,8 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
     mesh: the devices to split model and work over: `sled.Mesh(data=2, tensor=4)` makes two groups of four. A group
         splits heads, feed-forward width and vocabulary of the weights, which are read straight onto the devices, and
         each group takes rows of a batch of its own. In float32 the tokens are those of one device. None: one device.
+        `sled.Mesh(fsdp=1, stage=4)` cuts the layers into stages of a pipeline, over which texts are generated, plainly
+        or with early exits (docs/devices.md).
 
     Raises: CheckpointError, ConfigError, DownloadError, SettingError, TokenizerError.
     """
@@ -62,6 +64,9 @@ def load(source: str | os.PathLike, *, dtype: str | None = None, revision: str |
 
 def _read(folder: Path, dtype, mesh: jax.sharding.Mesh | None) -> Decoder:
     if mesh is not None and mesh.shape["stage"] > 1:
+        if is_orbax(folder):
+            raise SettingError(f"{folder} is an Orbax export, which is not cut over stages; give a Hugging Face folder "
+                               "(sled export --form hf makes one), or load it over tensor and data")
         return load_staged(folder, mesh, dtype=dtype)
     if is_orbax(folder):
         return load_orbax(folder, dtype=dtype, mesh=mesh)

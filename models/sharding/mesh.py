@@ -38,8 +38,8 @@ class Mesh:
     fsdp: rows of the batch AND weights with their optimiser state (ZeRO-3, arXiv 1910.02054); weights are
         gathered layer by layer as they are needed. For training alone: a decoding step would gather all for one token.
     tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
-    stage: layers, as a pipeline (GPipe, arXiv 1811.06965), and vocabulary: every stage computes its part of all exits'
-        logits. For training alone.
+    stage: layers, as a pipeline (GPipe, arXiv 1811.06965); in training the vocabulary, too: every stage computes its
+        part of all exits' logits.
     """
 
     data: int = setting(_ways, default=1)
@@ -87,10 +87,12 @@ class Mesh:
         data."""
         built = self.build()
         if (ways := built.shape["fsdp"]) > 1:
-            data, tensor = built.size // built.shape["tensor"], built.shape["tensor"]
-            raise SettingError(f"Mesh.fsdp is {ways}, but decoding splits over data and tensor alone, as fsdp would "
-                               "gather all weights for every token; give a data and a tensor whose product is the "
-                               f"number of devices, {built.size}, such as Mesh(data={data}, tensor={tensor})")
+            data, _, stage, tensor = built.shape.values()
+            others = f"fsdp=1, stage={stage}, tensor={ways * tensor}" if stage > 1 else (
+                f"data={data * ways}, tensor={tensor}")
+            raise SettingError(f"Mesh.fsdp is {ways}, but decoding does not split over fsdp, which would gather all "
+                               "weights for every token; give axes whose product is the number of devices, "
+                               f"{built.size}, without it, such as Mesh({others})")
         if built.shape["stage"] > 1 and built.shape["data"] > 1:
             raise SettingError(f"Mesh.stage is {built.shape['stage']} and Mesh.data {built.shape['data']}, but stages "
                                "decode for one group of rows; give data=1, or no stages")

@@ -7,11 +7,13 @@ they lie, and copies none.
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,8 +73,16 @@ def _stage_arrays(stored, parts: list[tuple], shape: tuple[int, ...], where: Nam
 
 
 def unstaged(decoder: Decoder, stages: int) -> Decoder:
-    """The same decoder with all of its layers one after the other, as it is saved."""
+    """The same decoder with all of its layers one after the other, as it is saved: on the host, as no device need have
+    room for them."""
+    host = jax.local_devices(backend="cpu")[0]
+
+    def layer_of(x, stage: int) -> jax.Array:
+        one = x[stage]
+        here = np.asarray(one) if one.is_fully_addressable else process_allgather(one, tiled=True)
+        return jax.device_put(here, host)
+
     graphs, states = zip(*(nnx.split(layer) for layer in decoder.layers), strict=True)
-    layers = [nnx.merge(graph, jax.tree.map(lambda x, s=s: x[s], state))
+    layers = [nnx.merge(graph, jax.tree.map(functools.partial(layer_of, stage=s), state))
               for s in range(stages) for graph, state in zip(graphs, states, strict=True)]
     return decoder._with_parts(nnx.List(layers), decoder.exit_heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -54,8 +55,9 @@ def end_for_all(error: Exception | None = None) -> None:
     if jax.distributed.is_initialized():
         if error is not None:
             traceback.print_exception(error)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(1)
 
 
@@ -80,7 +82,7 @@ def mesh_of(*, data: int | None, tensor: int | None, stage: int | None) -> Mesh 
     """The mesh that was asked for; over several processes, all their devices, asked for or not."""
     if data is None and tensor is None and stage is None and jax.process_count() == 1:
         return None
-    rest = REST if stage is None else 1  # stages decode for one group of rows
+    rest = REST if stage in (None, 1) else 1  # stages decode for one group of rows
     return Mesh(*(usual if asked is None else asked for asked, usual in (
         (data, rest), (None, 1), (tensor, 1), (stage, 1))))
 

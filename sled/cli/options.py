@@ -72,7 +72,7 @@ class ModelOptions:
     data_parallel: Annotated[int | None, sets(Mesh, "data"), left_out("as many as --tensor-parallel leaves; 1")] = None
     """Copies of the model, each of which decodes rows of its own."""
     pipeline_parallel: Annotated[int | None, sets(Mesh, "stage"), left_out("1")] = None
-    """Stages, each of which holds a part of the layers; generate alone works over them."""
+    """Stages, each of which holds a part of the layers, to generate texts without drafts; data is then 1."""
 
     def load(self) -> sled.LM:
         local_folder(self.model)  # for its error, before the devices are looked for

@@ -70,7 +70,7 @@ class Plan:
         if wrong := [name for name in given(self) if name in idle]:
             raise SettingError(f"{dashed(wrong[0])} is {getattr(self, wrong[0])}, but has no meaning " + (
                 "with --train, which plans weights, gradients and optimiser; leave it out" if self.train else
-                "without --train, since decoding splits over data and tensor alone; leave it out, or give --train"))
+                "without --train, as decoding is planned over data and tensor; leave it out, or give --train"))
         config = read_config(folder_of(self.model, self.revision, weights=False))
         count = sum(map(math.prod, parameter_shapes(config).values()))
         print(f"{self.model}: {config.family}, {count:,} parameters, {config.num_layers} layers, {config.width} wide, "

@@ -54,8 +54,8 @@ def over_groups(function: Callable, *, rows: Collection[str], settings: Collecti
         if mesh is None:
             return function(**given)
         if (stages := stages_of(mesh)) > 1:
-            raise SettingError(f"the model lies on {stages} stages of a pipeline, over which it generates texts, and "
-                               "does nothing else; load it over tensor and data, or on one device")
+            raise SettingError(f"the model lies on {stages} stages of a pipeline, over which it generates texts "
+                               "without drafts; for all else load it over tensor and data, or on one device")
         heights = {leaf.shape[0] for name in rows for leaf in jax.tree.leaves(given[name])}
         split = P(GROUPS) if heights and not any(height % groups_of(mesh) for height in heights) else P()
         fixed = {name: value for name, value in given.items() if name in static}

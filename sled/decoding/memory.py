@@ -56,7 +56,8 @@ def batch_bytes(network: Network, ways: Mapping[str, int], *, window: int, buffe
     groups, tensor, heads = ways.get("data", 1), ways.get("tensor", 1), caches[0].shape[1]
     own, parts = rows // groups if rows % groups == 0 else rows, tensor if heads % tensor == 0 else 1
     width = network.shared_head.w_VD.shape[1]
-    return BatchBytes(own * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in caches) // parts,
+    kv = own * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in caches)
+    return BatchBytes(kv // parts // ways.get("stage", 1),
                       own * buffers * window * width * caches[0].dtype.itemsize,
                       own * heads // parts * window * capacity * 4)
 

@@ -21,12 +21,12 @@ _SERVING = ContextVar("serving", default=False)
 _SERVICES = weakref.WeakSet()
 
 
-def bounded(*, rows: Collection[str], settings: Collection[str] = (), static: Collection[str] = (),
+def bounded(*, rows: Collection[str] | None, settings: Collection[str] = (), static: Collection[str] = (),
             donate: str | None = None) -> Callable[[Callable], _Bounded]:
     """As `jax.jit`, for a function whose compiled programs count, over the groups of a mesh (`over_groups`, which
     explains rows, settings and static; `build`, which the function takes, is one of the static arguments).
 
-    donate: the argument whose arrays the function may overwrite.
+    rows None: the function sees to the mesh itself. donate: the argument whose arrays the function may overwrite.
     """
     return lambda function: _Bounded(function, rows, settings, {"build", *static}, donate)
 
@@ -35,12 +35,12 @@ class _Bounded:
     """A function that is jitted twice, since JAX forgets all programs of a jitted function or none: those of services,
     whose shapes are fixed, and all others. programs: how many there are of either."""
 
-    def __init__(self, function: Callable, rows: Collection[str], settings: Collection[str], static: set[str],
+    def __init__(self, function: Callable, rows: Collection[str] | None, settings: Collection[str], static: set[str],
                  donate: str | None):
         functools.update_wrapper(self, function)
         self._static, self._signature = static, inspect.signature(function)
         self.programs = {serving: 0 for serving in (False, True)}
-        mapped = over_groups(function, rows=rows, settings=settings, static=static)
+        mapped = function if rows is None else over_groups(function, rows=rows, settings=settings, static=static)
         self._jitted = {serving: jax.jit(self._counted(mapped, serving), static_argnames=tuple(static),
                                          donate_argnames=donate) for serving in self.programs}
         _PROGRAMS.append(self)

@@ -21,12 +21,13 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from sled.decoding.batch import Batch
-from sled.decoding.groups import placed
+from sled.decoding.groups import fetched
 from sled.decoding.loop import write_tokens
-from sled.decoding.memory import naming_shortage
+from sled.decoding.memory import naming_shortage, refuse_too_large
 from sled.decoding.need import deciding_logits
 from sled.decoding.network import KV, NOWHERE, Build
 from sled.decoding.options import Decoding
+from sled.decoding.programs import bounded, forget_programs
 from sled.decoding.readout import Readout
 from sled.decoding.sampling import choose, position_keys, processed_logits, seen_tokens
 from sled.decoding.segments import Context
@@ -64,11 +65,10 @@ class StagedState:
     flight: Flight
 
 
-def check_staged(decoding: Decoding, build: Build) -> Plan:
+def check_staged(plan: Plan, decoding: Decoding, build: Build) -> None:
     """Raises SettingError for what a pipeline cannot do, and for exits that are no ends of stages."""
-    exits, network = decoding.exits, build.outline
-    stages, depth = build.mesh.shape[STAGE], network.num_layers
-    plan, name = Plan.of(exits, decoding.fusion, network), type(exits).__name__
+    exits, name = decoding.exits, type(decoding.exits).__name__
+    stages, depth = build.mesh.shape[STAGE], build.outline.num_layers
     ends = tuple(depth // stages * (s + 1) for s in range(stages))
     if exits.verifies or exits.propagates or jax.tree.leaves(exits.initial_memory(1)):
         raise SettingError(f"exits is {name}, which " + (
@@ -78,7 +78,6 @@ def check_staged(decoding: Decoding, build: Build) -> Plan:
     if wrong := [layer for layer in plan.exits if layer not in ends]:
         raise SettingError(f"{name} leaves after layer {wrong[0]}, but the stages end after layers "
                            f"{', '.join(map(str, ends))}; a token leaves where a stage ends: give some of those")
-    return plan
 
 
 def _kept(plan: Plan) -> tuple[int, ...]:
@@ -87,12 +86,14 @@ def _kept(plan: Plan) -> tuple[int, ...]:
 
 
 class StagedGeneration(Batch):
-    """One batch of prompts over stages, as `Generation` is one over a single device."""
+    """One batch of prompts over stages, as `Generation` is one over groups of devices, or on one device. Its schedule
+    counts for nothing: later stages always follow at the next step."""
 
     def __init__(self, build: Build, params: Any, prompts: list[np.ndarray], decoding: Decoding, *, limits: list[int],
                  seeds: list[int], stop_ids: tuple[int, ...]):
-        check_staged(decoding, build)
         super().__init__(build, params, decoding, stop_ids=stop_ids)
+        check_staged(self._plan, decoding, build)
+        forget_programs()
         lengths = np.array([len(p) for p in prompts])
         self._ends = lengths + limits
         watch = Stopwatch()
@@ -107,13 +108,15 @@ class StagedGeneration(Batch):
         for row, prompt in zip(tokens_BS, prompts, strict=True):
             row[:len(prompt)] = prompt
         block = bucket(min(int(lengths.max()), PREFILL_BLOCK))
-        arrays = (tokens_BS, lengths.astype(np.int32), self._ends.astype(np.int32), np.asarray(seeds, np.uint32),
-                  np.int32(-(-(int(lengths.max()) - 1) // block)))
-        self._state = _begin(self._build, self._params, *placed(arrays, self._build.mesh), plan=self._plan, block=block)
+        refuse_too_large(self._build, block, len(_kept(self._plan)), (), rows=len(prompts),
+                         capacity=tokens_BS.shape[1])
+        self._state = _begin(self._build, self._params, tokens_BS, lengths.astype(np.int32),
+                             self._ends.astype(np.int32), np.asarray(seeds, np.uint32),
+                             np.int32(-(-(int(lengths.max()) - 1) // block)), plan=self._plan, block=block)
 
     def stop(self, rows: list[int]) -> None:
         self.active[rows] = False
-        self._state = self._state.replace(text=self._state.text.replace(active_B=placed(self.active, self._build.mesh)))
+        self._state = _set_active(self._build, self._state, self.active)
 
     def advance(self, count: int | None = None) -> None:
         """As `Generation.advance`."""
@@ -128,22 +131,22 @@ class StagedGeneration(Batch):
 
     @naming_shortage("decoding a batch")
     def _run(self, goal_B) -> None:
-        now, mesh = self._decoding, self._build.mesh
-        self._state = _decode(self._build, self._params, self._state, *placed(
-            (now.exits, now.fusion, now.sampling, self._stop_ids, goal_B), mesh))
+        now = self._decoding
+        self._state = _decode(self._build, self._params, self._state, now.exits, now.fusion, now.sampling,
+                              self._stop_ids, goal_B)
         self._fetch()
 
     @property
     def steps(self) -> list[int]:
         """Steps of the clock that each row took."""
-        return np.asarray(jax.device_get(self._state.steps_B)).tolist()
+        return fetched(self._state.steps_B).tolist()
 
     @property
     def held(self) -> int:
         return 0
 
     def _fetch(self) -> None:
-        self._text = jax.device_get(self._state.text.replace(keys_B=None))
+        self._text = fetched(self._state.text.replace(keys_B=None))
         self.lengths, self.active = self._text.length_B, self._text.active_B.copy()
 
 
@@ -165,7 +168,7 @@ def _handed(tree, stages: int):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, STAGE, [(s, s + 1) for s in range(stages - 1)]), tree)
 
 
-@functools.partial(jax.jit, static_argnames=("build", "plan", "block"))
+@bounded(rows=None, static=("plan", "block"))
 def _begin(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, blocks, *, plan: Plan, block: int):
     """A state with the prompts' K/V: blocks of their tokens follow each other through the stages."""
     mesh = build.mesh
@@ -199,7 +202,12 @@ def _begin(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, blocks, 
     return _over_stages(on_stage, mesh, params, tokens_BS, length_B, limit_B, seeds_B, blocks, specs=[P()] * 5)
 
 
-@functools.partial(jax.jit, static_argnames="build", donate_argnames="state")
+@bounded(rows=None, donate="state")
+def _set_active(build: Build, state: StagedState, active_B) -> StagedState:
+    return state.replace(text=state.text.replace(active_B=active_B))
+
+
+@bounded(rows=None, donate="state")
 def _decode(build: Build, params, state: StagedState, policy, fusion, sampling, stop_ids, pause_len_B) -> StagedState:
     """Further tokens for every active row, until each has `pause_len_B` or has ended."""
     mesh = build.mesh

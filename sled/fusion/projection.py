@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +62,7 @@ class SharedHead:
         Where devices split the vocabulary they are looked up, and each device gets all of them: a slice would pass
         from device to device.
         """
-        if isinstance(rows, int):
+        if isinstance(rows, numbers.Integral):
             rows = slice(rows) if self.shards == 1 else jnp.arange(min(rows, self.vocabulary))
         return dataclasses.replace(self, w_VD=self.w_VD[rows], shards=1)
 
