@@ -95,16 +95,17 @@ for name, changes in {"exits": {}, "heads": WITH_HEADS}.items() if meshes[1:] el
     for mesh in meshes:
         np.testing.assert_allclose(losses_on(mesh, name, **changes), expected, rtol=0, atol=1e-4,
                                    err_msg=f"{name} {mesh}")
-through, same = final_weights("through", ("all", 6)), final_weights("same", ("all", 4), ("all", 6))
-jax.tree.map(np.testing.assert_array_equal, same, through)
 if meshes[1:]:
+    through, same = final_weights("through", ("all", 6)), final_weights("same", ("all", 4), ("all", 6))
+    jax.tree.map(np.testing.assert_array_equal, same, through)
     other = final_weights("other", ("all", 4), (meshes[0], 6))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=1e-4), other, through)
 with jax.enable_x64(True):
     BASE = dict(family="llama", vocab_size=40, width=16, mlp_width=32, num_heads=4, num_kv_heads=2, head_dim=8,
                 max_positions=64)
     six = DecoderConfig(num_layers=6, **BASE)
-    check_gradients(STAGES["all"], six, (2, 3, 6), Masked(), "full", 2)
     check_gradients(STAGES["four"], six, (1, 6), WholeBatch(), "none", None)  # 2, 2, 2 and no layer
-    check_gradients(STAGES["two"], dataclasses.replace(six, exit_heads=ExitHeads((1, 4), "block")), (1, 4, 6),
-                    FixedRows(shards=2), "dots", 1)
+    if meshes[1:]:
+        check_gradients(STAGES["all"], six, (2, 3, 6), Masked(), "full", 2)
+        check_gradients(STAGES["two"], dataclasses.replace(six, exit_heads=ExitHeads((1, 4), "block")), (1, 4, 6),
+                        FixedRows(shards=2), "dots", 1)
