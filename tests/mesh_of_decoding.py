@@ -107,7 +107,7 @@ def check_exchanges(split: LM, way: dict) -> None:
 
 
 def check_refusals(split: LM) -> None:
-    for call, why in ((lambda: sled.load(out / "model", mesh=sled.Mesh()), "Mesh.fsdp is 8, but decoding does not split"),
+    for call, why in ((lambda: sled.load(out / "model", mesh=sled.Mesh()), "Mesh.fsdp is 8, but decoding does not"),
                       (lambda: sled.load(out / "model", mesh=sled.Mesh(data=3, tensor=2)), "is no multiple of 6"),
                       (lambda: sled.load(out / "model", mesh="2x4"), "mesh is '2x4', but must be an instance"),
                       *[(lambda: sled.Engine(split, slots=data + 1), f"slots is {data + 1}, but the model lies")] * (
