@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
-import jax
-import numpy as np
 from flax import nnx
-from jax.experimental.multihost_utils import process_allgather
 
 from sled.io import add_array
+from sled.models.sharding.mesh import gathered
 
 
 def digest_of_weights(params: nnx.State, shapes: Mapping[tuple, tuple[int, ...]] | None = None) -> str:
@@ -23,12 +21,7 @@ def digest_of_weights(params: nnx.State, shapes: Mapping[tuple, tuple[int, ...]]
     named = {"/".join(map(str, path)): (path, array) for path, array in nnx.to_flat_state(nnx.as_pure(params))}
     for name in sorted(named):
         path, array = named[name]
-        here = process_allgather(array, tiled=True) if is_spread(array) else np.asarray(array)
+        here = gathered(array)
         total.update(f"{name} ".encode())
         add_array(total, here if shapes is None else here[tuple(map(slice, shapes[path]))])
     return total.hexdigest()
-
-
-def is_spread(array) -> bool:
-    """Whether an array lies on devices of other processes, too."""
-    return isinstance(array, jax.Array) and not array.is_fully_addressable

@@ -37,6 +37,7 @@ from sled.models.families.registry import HEADS_CONFIG, format_config, write_hea
 from sled.models.generation import FILE, IDS, read_generation
 from sled.models.layers import Block
 from sled.models.layout import Stored, layout
+from sled.models.sharding.mesh import gathered
 from sled.models.stored import (
     HEADS,
     INDEX,
@@ -145,8 +146,7 @@ class _Part:
     def gather(self) -> np.ndarray:
         """The values on this host. All processes that hold a part of them have to call this."""
         own = _take(self.array, self.index) if self.index else self.array
-        here = np.asarray(own) if own.is_fully_addressable else multihost_utils.process_allgather(own, tiled=True)
-        return here[tuple(map(slice, self.where.shape))]  # without rows that fill up a vocabulary over a mesh
+        return gathered(own)[tuple(map(slice, self.where.shape))]  # without rows that fill up a vocabulary over a mesh
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from sled.errors import SettingError
@@ -114,6 +115,12 @@ def split_in_use(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     spec = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, x.shape)]  # noqa: B905
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def gathered(array) -> np.ndarray:
+    """An array on this host. Of one that lies on devices of other processes, too, all of them call this together."""
+    spread = isinstance(array, jax.Array) and not array.is_fully_addressable
+    return process_allgather(array, tiled=True) if spread else np.asarray(array)
 
 
 def ways_in_use(axis: str) -> int:

@@ -13,7 +13,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -21,6 +20,7 @@ from sled.errors import SettingError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import Decoder
 from sled.models.sharding.load_sharded import read_onto
+from sled.models.sharding.mesh import gathered
 from sled.models.sharding.sharding import Sharding
 from sled.models.stored import abstract, open_weights, progress
 
@@ -78,9 +78,7 @@ def unstaged(decoder: Decoder, stages: int) -> Decoder:
     host = jax.local_devices(backend="cpu")[0]
 
     def layer_of(x, stage: int) -> jax.Array:
-        one = x[stage]
-        here = np.asarray(one) if one.is_fully_addressable else process_allgather(one, tiled=True)
-        return jax.device_put(here, host)
+        return jax.device_put(gathered(x[stage]), host)
 
     graphs, states = zip(*(nnx.split(layer) for layer in decoder.layers), strict=True)
     layers = [nnx.merge(graph, jax.tree.map(functools.partial(layer_of, stage=s), state))

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from sled.cli.derived import build, derive, offer, settings_of
+from sled.cli.line import dashed
 from sled.io import first_line
 from sled.models.sharding.mesh import REST, Mesh
 from sled.train.parallel.distributed import Processes, check_same_everywhere, initialize
@@ -74,7 +75,7 @@ def _alike(options) -> list[tuple[str, Any]]:
         if dataclasses.is_dataclass(value):
             found += [] if isinstance(value, ProcessOptions) else _alike(value)
         else:
-            found.append((f"--{field.name.replace('_', '-')}", repr(value)))
+            found.append((dashed(field.name), repr(value)))
     return found
 
 
