@@ -59,8 +59,9 @@ class Questions:
         return ", ".join(said)
 
     def found(self, texts: Sequence[str]) -> list[Fraction | None]:
-        """The answer of each text, or None where none can be read."""
-        return [RULES[self.extract].find(text) for text in texts]
+        """The answer of each text, as far as it goes on with its own question, or None where none can be read."""
+        ends = [min((at for at in map(text.find, self.stop) if at >= 0), default=None) for text in texts]
+        return [RULES[self.extract].find(text[:end]) for text, end in zip(texts, ends, strict=True)]
 
     def right(self, texts: Sequence[str]) -> list[bool]:
         """True for each text whose answer is the right one."""

@@ -83,6 +83,7 @@ class LM:
             `checkpoint_sampling`.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
         batch_size: prompts decoded together; a row's tokens do not depend on the others, in float32 (`sled.Decoding`).
+            Over the stages of a pipeline as many batches as there are stages follow each other.
         progress: shows a bar over the prompts.
 
         Raises: PromptError, SettingError, TemplateError, TokenizerError (text needed, but no tokenizer).
@@ -111,14 +112,14 @@ class LM:
         batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
-        batches = [order[at:at + batch_size] for at in range(0, len(order), batch_size)]
+        height = even(min(batch_size, batch_height(len(ids))), self.mesh)
+        batches, microbatches = _batches(order, batch_size, stages_of(self.mesh))
         rows: dict[int, StopStrings] = {}
         emitted: dict[int, Emitted] = {}
         runs = []
-        height = even(min(batch_size, batch_height(len(ids))), self.mesh)
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
-                run = self._begin(ids, batch, decoding, height=height, seed=seed)
+                run = self._begin(ids, batch, decoding, height=height, seed=seed, microbatches=microbatches)
                 for done in self._advance(run, len(batch), decoding, STOP_CHUNK if decoding.stop else None):
                     rows.update(zip(batch, done, strict=True))
                 emitted.update({i: run.emitted(at).first(len(rows[i].tokens)) for at, i in enumerate(batch)})
@@ -326,18 +327,20 @@ class LM:
         check_room(ids, decoding.max_new_tokens, self.config)
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
-    def _begin(self, ids: list[np.ndarray], batch: Sequence[int], decoding: Decoding, *, height: int,
-               seed: int) -> Generation | StagedGeneration:
+    def _begin(self, ids: list[np.ndarray], batch: Sequence[int], decoding: Decoding, *, height: int, seed: int,
+               microbatches: int = 1) -> Generation | StagedGeneration:
         """A run of `height` rows: prompts `batch` of `ids`, and idle rows so that the shape is one compiled before.
+        Over stages it may be so many microbatches of `height` rows.
 
         Settings with an entry per prompt follow their prompts; an idle row repeats the first one's.
         """
-        rows = [*batch, *[batch[0]] * (height - len(batch))]
+        idle = height * microbatches - len(batch)
+        rows = [*batch, *[batch[0]] * idle]
         limits = [min(decoding.max_new_tokens, self.config.context - len(ids[i])) for i in batch]
-        kind = Generation if stages_of(self.mesh) == 1 else StagedGeneration
+        kind, more = (Generation, {}) if stages_of(self.mesh) == 1 else (StagedGeneration,
+                                                                         {"microbatches": microbatches})
         return kind(self.build, self.params, [ids[i] for i in rows], decoding.take_rows(rows),
-                    limits=[*limits, *[0] * (height - len(batch))], seeds=[seed + i for i in rows],
-                    stop_ids=self.config.eos_ids)
+                    limits=[*limits, *[0] * idle], seeds=[seed + i for i in rows], stop_ids=self.config.eos_ids, **more)
 
     def _stats(self, runs: Sequence[Generation], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:
         return Stats.of(runs, emitted, prompt_tokens=sum(map(len, ids)), num_layers=self.config.num_layers)
@@ -380,6 +383,15 @@ class LM:
 def batch_height(prompts: int) -> int:
     """The rows of a batch of so many prompts: 1, 2, 3, 4, 6, 8, 12, 16, ..., so that other numbers compile nothing."""
     return bucket(prompts, least=2) if prompts > 1 else 1
+
+
+def _batches(order: list[int], batch_size: int, stages: int) -> tuple[list[list[int]], int]:
+    """Prompts in batches, and how many microbatches each is cut into: one, but over stages as many as may follow each
+    other, alike in all batches."""
+    count = -(-len(order) // batch_size)
+    microbatches = -(-count // -(-count // stages))
+    size = microbatches * batch_size
+    return [order[at:at + size] for at in range(0, len(order), size)], microbatches
 
 
 def _regroup(flat: list, sizes: list[int]) -> list[list]:

@@ -41,6 +41,8 @@ def check_texts(split: LM, ends: tuple[int, ...]) -> None:
         one, other = (lm.generate(PROMPTS, **way, max_new_tokens=20) for lm in (ALONE, split))
         assert (one.tokens, one.exit_layers, one.finish_reasons) == (other.tokens, other.exit_layers,
                                                                      other.finish_reasons)
+        following = split.generate(PROMPTS, **way, max_new_tokens=20, batch_size=2)  # 3 batches follow each other, or 2
+        assert (one.tokens, one.exit_layers) == (following.tokens, following.exit_layers)
     settings = dict(exits=exits_at(ends), max_new_tokens=20)
     chunks = list(split.stream(PROMPTS, chunk=3, **settings))
     whole = [[token for chunk in chunks for token in chunk.tokens[row]] for row in range(len(PROMPTS))]
@@ -48,18 +50,40 @@ def check_texts(split: LM, ends: tuple[int, ...]) -> None:
 
 
 def check_clock(split: LM, ends: tuple[int, ...]) -> None:
-    """A token takes as many steps of the clock as there are stages up to its exit; a row that is stopped takes none
-    more, and is not waited for."""
-    per = CONFIG.num_layers // split.mesh.shape["stage"]
-    decoding = Decoding(exits=exits_at(ends))
-    run = StagedGeneration(split.build, split.params, [np.array(p) for p in PROMPTS], decoding,
-                           limits=[20] * len(PROMPTS), seeds=[0] * len(PROMPTS), stop_ids=())
+    """A token takes as many steps of the clock as there are stages up to its exit, and those until it is its
+    microbatch's turn, of those that have a row that is ready; a row that is stopped takes none more, and is not waited
+    for."""
+    stages = split.mesh.shape["stage"]
+    per, decoding = CONFIG.num_layers // stages, Decoding(exits=exits_at(ends))
+
+    def begin(copies: int) -> StagedGeneration:
+        rows = [*range(len(PROMPTS))] * copies
+        return StagedGeneration(split.build, split.params, [np.array(PROMPTS[i]) for i in rows],
+                                decoding.take_rows(rows), limits=[20] * len(rows), seeds=[0] * len(rows), stop_ids=(),
+                                microbatches=copies)
+
+    run = begin(1)
     run.advance(2)
     run.stop([3])
     run.advance()
-    steps = [sum(layer // per for layer in run.emitted(row).exit_layers) for row in range(len(PROMPTS))]
-    assert run.steps == steps
-    assert [len(run.emitted(row).tokens) for row in range(3)] == [20] * 3 and len(run.emitted(3).tokens) == 2
+    layers = [run.emitted(row).exit_layers for row in range(len(PROMPTS))]
+    assert run.steps == [sum(layer // per for layer in of_row) for of_row in layers]
+    assert [len(of_row) for of_row in layers] == [20, 20, 20, 2, 20]
+
+    run = begin(stages)
+    run.advance()
+    takes = [[layer // per for layer in run.emitted(row).exit_layers] for row in range(len(run.steps))]
+    known_at, turn, clock = [0] * len(takes), 0, 0
+    while any(takes):
+        for microbatch in range(turn, turn + stages):
+            rows = range(microbatch % stages * len(PROMPTS), (microbatch % stages + 1) * len(PROMPTS))
+            ready = [row for row in rows if takes[row] and known_at[row] <= clock]
+            known_at = [clock + takes[row].pop(0) if row in ready else known for row, known in enumerate(known_at)]
+            if ready:
+                turn = microbatch + 1
+                break
+        clock += 1
+    assert run.steps == known_at
 
 
 def check_refusals(split: LM, ends: tuple[int, ...]) -> None:

@@ -14,7 +14,7 @@ import pytest
 from demo_toy import TWO, demo_toy
 
 import sled
-from sled.bench import decode, engine, exactness, exits, layers, solving
+from sled.bench import decode, engine, exactness, exits, layers, solving, stages
 from sled.bench.fusion import FINAL, FLOOR, TORCH, run_fusion_bench
 from sled.bench.loss import OURS, PLAIN, run_loss_bench
 from sled.bench.report import BenchReport, column
@@ -43,6 +43,7 @@ def toy(monkeypatch):
     (exactness.run_exactness_bench, dict(texts=0), "at least 1"),
     (exactness.run_exactness_bench, dict(batch_size=0), "at least 1"),
     (exactness.run_exactness_bench, dict(dtype="int8"), "bfloat16"),
+    (stages.run_stages_bench, {}, "the number of devices is 1, but must be"),
     *((layers.run_layers_bench, dict(model=models), "must be 1 to 4 different ones")
       for models in ((), ("one", "one"), tuple("abcde"))),
 ])

@@ -1,5 +1,6 @@
 """Questions with one right number each: the demo's, and those of files, with solved ones before them."""
 
+import dataclasses
 import json
 from fractions import Fraction
 
@@ -19,6 +20,8 @@ def test_questions_of_the_demo_and_from_a_file(tmp_path):
     asked = read_questions(str(path), prompt="Question: {q}\nAnswer:", answer="a")
     assert asked.prompts == ("Question: 1+1?\nAnswer:", "Question: a half?\nAnswer:")
     assert asked.answers == (2, Fraction(1, 2)) and asked.right(["#### 2.0", "#### 0.5 or so"]) == [True, True]
+    last = dataclasses.replace(asked, extract="flexible-extract")  # not of a question that the text goes on with
+    assert last.right([" 2\n\nQuestion: 1+2?\nAnswer: 3", " 0.5"]) == [True, True]
     first = read_questions(path, prompt="q", answer="s", limit=1)
     assert (first.prompts, first.answers, first.source) == (("1+1?",), (1002,), "questions of asked.jsonl")
     with pytest.raises(DataError, match=r"asked\.jsonl, example 1, has the answer '1\+1\?', in which no number"):

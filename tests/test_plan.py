@@ -37,6 +37,17 @@ def test_a_vocabulary_is_filled_up_and_kv_heads_that_do_not_divide_lie_whole():
     assert plan.undivided == {"kv_heads": "4 key/value heads do not divide over tensor 8"}
 
 
+def test_stages_hold_some_layers_each_and_the_keys_and_values_of_all_batches():
+    config = parse_config(LLAMA_70B)
+    plan = decoding_plan(config, Mesh(fsdp=1, stage=4, tensor=8).abstract(32), rows=8, context=8192, dtype="bfloat16")
+    tables = 2 * config.vocab_size * config.width
+    layers = PARAMETERS[70] - tables - config.width
+    norms = 2 * (2 * config.num_layers // 4 + 1) * config.width
+    split = 2 * (layers // 4 + tables) / 8  # the tables lie on every stage
+    assert split <= plan.weights <= split + norms
+    assert plan.batches == 4 and plan.kv == 2 * 80 // 4 * 4 * 8 * 8193 * 128 * 2  # of the 8 K/V heads one each
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
@@ -47,6 +58,8 @@ def test_the_command_needs_no_weights_and_no_devices(command, folder):
     status, said, _ = command("plan", "-m", folder, "--devices", "8", "--tensor-parallel", "8")
     assert status == 0 and "8,030,261,248 parameters" in said
     assert "On each of 8 devices (tensor 8), 8 rows of 8,192 positions, bfloat16:" in said and "1.87 GiB" in said
+    status, said, _ = command("plan", "-m", folder, "--devices", "8", "--pipeline-parallel", "8")
+    assert status == 0 and "(stage 8), 8 rows of 8,192 positions, bfloat16, 8 such batches following each other" in said
     status, said, _ = command("plan", "-m", folder, "--devices", "64", "--pipeline-parallel", "4", "--train")
     assert status == 0 and "On each of 64 devices (fsdp 16 x stage 4):" in said and "stage 4, fsdp 16" in said
 
@@ -55,6 +68,9 @@ def test_the_command_needs_no_weights_and_no_devices(command, folder):
     (["--devices", "8", "--fsdp", "8"], "--fsdp is 8, but has no meaning without --train"),
     (["--train", "--context", "9"], "--context is 9, but has no meaning with --train"),
     (["--devices", "8", "--tensor-parallel", "3"], "8 is no multiple of 3"),
+    (["--devices", "6", "--pipeline-parallel", "6"], "--pipeline-parallel is 6, which does not divide the model's 32"),
+    (["--devices", "8", "--pipeline-parallel", "4"], "the mesh is"),
+    (["--devices", "8", "--pipeline-parallel", "4", "--data-parallel", "2"], "stages decode for one group of rows"),
     (["--devices", "0"], "--devices is 0, but must be a whole number of at least 1"),
     (["--context", "200000"], "--context is 200000"),
     (["--devices", "64", "--pipeline-parallel", "64", "--train"], "--pipeline-parallel is 64, but the model has 32"),

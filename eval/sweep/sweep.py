@@ -65,10 +65,11 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     A_MODEL("lm", lm)
     Instance(Questions, traced=False, hint="give what demo_questions or read_questions returns")("questions", questions)
     delta, epsilon = DELTA("delta", delta), EPSILON("epsilon", epsilon)
+    questions = dataclasses.replace(questions, stop=tuple(stop_strings(questions.stop if stop is None else stop)))
     given = dict(rounds=Whole(1, hint="every method is timed once a round")("rounds", rounds),
                  batch_size=Whole(1, hint="questions are answered in batches")("batch_size", batch_size),
                  max_new_tokens=Whole(1, hint="it counts the tokens of an answer")("max_new_tokens", max_new_tokens),
-                 stop=stop_strings(questions.stop if stop is None else stop))
+                 stop=questions.stop)
     asked = [ids.tolist() for ids in prompt_ids(list(questions.prompts), lm.text, lm.config)]
     points = _points(lm, methods, given | {
         "questions": json_digest([asked, list(map(str, questions.answers)), questions.extract])})

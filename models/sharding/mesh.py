@@ -7,7 +7,7 @@ tensor parallelism, with its exchange in every layer, belongs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -84,24 +84,33 @@ class Mesh:
                                  axis_types=kinds)
 
     def build_for_decoding(self) -> jax.sharding.Mesh:
-        """As `build`, over all devices. Raises SettingError for a mesh that splits over fsdp, too, or over stage and
-        data."""
+        """As `build`, over all devices. Raises what `check_decodes` raises, too."""
         built = self.build()
-        if (ways := built.shape["fsdp"]) > 1:
-            data, _, stage, tensor = built.shape.values()
-            others = f"fsdp=1, stage={stage}, tensor={ways * tensor}" if stage > 1 else (
-                f"data={data * ways}, tensor={tensor}")
-            raise SettingError(f"Mesh.fsdp is {ways}, but decoding does not split over fsdp, which would gather all "
-                               "weights for every token; give axes whose product is the number of devices, "
-                               f"{built.size}, without it, such as Mesh({others})")
-        if built.shape["stage"] > 1 and built.shape["data"] > 1:
-            raise SettingError(f"Mesh.stage is {built.shape['stage']} and Mesh.data {built.shape['data']}, but stages "
-                               "decode for one group of rows; give data=1, or no stages")
+        check_decodes(built)
         return built
 
     def abstract(self, devices: int) -> AbstractMesh:
         """The mesh over so many devices that need not exist: enough to plan on (`sled.train.parallel.memory_plan`)."""
         return AbstractMesh(self.sizes(devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spelled(shape: Mapping[str, int]) -> str:
+    """Sizes of axes that split, such as "data 2 x tensor 4"."""
+    return " x ".join(f"{axis} {size}" for axis, size in shape.items() if size > 1)
+
+
+def check_decodes(mesh: jax.sharding.Mesh | AbstractMesh) -> None:
+    """Raises SettingError for a mesh that splits over fsdp, too, or over stage and data."""
+    data, fsdp, stage, tensor = mesh.shape.values()
+    if fsdp > 1:
+        others = f"fsdp=1, stage={stage}, tensor={fsdp * tensor}" if stage > 1 else (
+            f"data={data * fsdp}, tensor={tensor}")
+        raise SettingError(f"Mesh.fsdp is {fsdp}, but decoding does not split over fsdp, which would gather all "
+                           "weights for every token; give axes whose product is the number of devices, "
+                           f"{mesh.size}, without it, such as Mesh({others})")
+    if stage > 1 and data > 1:
+        raise SettingError(f"Mesh.stage is {stage} and Mesh.data {data}, but stages decode for one group of rows; give "
+                           "data=1, or no stages")
 
 
 def split_in_use(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 from sled.errors import SettingError
 from sled.models.config import DecoderConfig
 from sled.models.decoder import STACKED
-from sled.models.sharding.mesh import ROWS
+from sled.models.sharding.mesh import ROWS, spelled
 from sled.models.stored import abstract_stacked, plain_path
 
 RULES = {
@@ -96,11 +96,10 @@ class Sharding:
                 "kv_heads": (self.config.num_kv_heads, "key/value heads"),
                 "mlp": (self.config.mlp_width, "columns of feed-forward width"),
                 "layers": (self.config.num_layers, "layers")}
-        left = {axis: [name for name in self.rule(axis) if name not in self.axes[axis] and self.mesh.shape[name] > 1]
+        left = {axis: spelled({name: self.mesh.shape[name] for name in self.rule(axis) if name not in self.axes[axis]})
                 for axis in what}
-        return {axis: f"{count} {words} do not divide over "
-                      + " x ".join(f"{name} {self.mesh.shape[name]}" for name in left[axis])
-                for axis, (count, words) in what.items() if left[axis]}
+        return {axis: f"{count} {words} do not divide over {left[axis]}" for axis, (count, words) in what.items()
+                if left[axis]}
 
     def rule(self, axis: str) -> tuple[str, ...]:
         """The axes of the mesh that are to split a logical axis."""

@@ -194,3 +194,21 @@ class Exactness(Measurement):
     """Tokens drafted before they are verified."""
     picture: NewPath | None = None
     """Also draw the gaps into this file (.png, .svg or .pdf)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stages(Measurement):
+    """The steps that texts take over the stages of a pipeline, one batch after another and following each other.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu sled bench stages
+
+    Every device is a stage, and tokens may leave wherever one ends. Steps are counted and texts compared with one
+    device's; no timing. A minute or two.
+    """
+
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
+    """"demo" (bundled), a Hugging Face folder, or a hub id; in float32, with a tokenizer."""
+    batch_size: int = 12
+    """Held-out word problems of a batch; there are as many batches as stages."""
+    new_tokens: int = MAX_NEW_TOKENS
+    """The most tokens of a text."""

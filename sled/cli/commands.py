@@ -64,7 +64,7 @@ SLED = Group("Let every layer of a language model speak.", {
        for name in ("layers", "sweep", "train", "export", "calibrate", "tune", "plan")},
     "bench": Group("Measure speed and early layers here, rivals and floors in the same run.", {
         name: f"sled.cli.bench:{name.capitalize()}"
-        for name in ("fusion", "decode", "exits", "engine", "layers", "claims", "exactness", "loss")})},
+        for name in ("fusion", "decode", "exits", "engine", "layers", "claims", "exactness", "loss", "stages")})},
     'Begin with sled demo. A model is "demo" (bundled), a Hugging Face folder, or a hub id. sled --version says which '
     "version this is.")
 

@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 import tyro
 
 from sled.cli.derived import dashed, given, left_out, sets
+from sled.cli.devices import mesh_of
 from sled.decoding.plan import decoding_plan
 from sled.errors import SettingError
 from sled.io import size_in_words
 from sled.models.config import WEIGHT_TYPES, DecoderConfig
 from sled.models.families.registry import read_config
 from sled.models.hub import folder_of
-from sled.models.sharding.mesh import REST, Mesh
+from sled.models.sharding.mesh import REST, Mesh, spelled
 from sled.models.sharding.sharding import RULES, Sharding
 from sled.models.stored import parameter_shapes
 from sled.settings.rules import Whole
@@ -46,8 +47,10 @@ class Plan:
     """How many devices there are to be, of all processes."""
     tensor_parallel: Annotated[int, sets(Mesh, "tensor")] = 1
     """Devices that share weights, keys and values, and each layer's products."""
-    data_parallel: Annotated[int | None, sets(Mesh, "data"), left_out("what is left; --train: 1")] = None
+    data_parallel: Annotated[int | None, sets(Mesh, "data"), left_out("what is left; with --train or stages: 1")] = None
     """Groups of devices that hold all weights each."""
+    pipeline_parallel: Annotated[int, sets(Mesh, "stage")] = 1
+    """Stages of a pipeline, with some of the layers each."""
     batch_size: int = 8
     """Rows decoded together, over all devices."""
     context: Annotated[int | None, left_out(f"the model's, at most {USUAL_CONTEXT}")] = None
@@ -58,19 +61,17 @@ class Plan:
     """Plan training instead."""
     fsdp: Annotated[int | None, sets(Mesh, "fsdp"), left_out("what is left")] = None
     """--train: devices over which weights and optimiser are spread."""
-    pipeline_parallel: Annotated[int | None, sets(Mesh, "stage"), left_out("1")] = None
-    """--train: stages of a pipeline."""
     recipe: str = "finetune"
     """--train: the recipe, for its optimiser and what learns."""
 
     def run(self) -> None:
         devices = Whole(1, hint="it counts devices")("--devices", self.devices)
         rows = Whole(1, hint="it counts rows")("--batch-size", self.batch_size)
-        idle = ("batch_size", "context", "dtype") if self.train else ("fsdp", "pipeline_parallel", "recipe")
+        idle = ("batch_size", "context", "dtype") if self.train else ("fsdp", "recipe")
         if wrong := [name for name in given(self) if name in idle]:
             raise SettingError(f"{dashed(wrong[0])} is {getattr(self, wrong[0])}, but has no meaning " + (
                 "with --train, which plans weights, gradients and optimiser; leave it out" if self.train else
-                "without --train, as decoding is planned over data and tensor; leave it out, or give --train"))
+                "without --train, as decoding is planned over data, stages and tensor; leave it out, or give --train"))
         config = read_config(folder_of(self.model, self.revision, weights=False))
         count = sum(map(math.prod, parameter_shapes(config).values()))
         print(f"{self.model}: {config.family}, {count:,} parameters, {config.num_layers} layers, {config.width} wide, "
@@ -81,7 +82,7 @@ class Plan:
         from sled.train.trainer import optimizer_of
 
         mesh = Mesh(1 if self.data_parallel is None else self.data_parallel, REST if self.fsdp is None else self.fsdp,
-                    self.tensor_parallel, 1 if self.pipeline_parallel is None else self.pipeline_parallel)
+                    self.tensor_parallel, self.pipeline_parallel)
         recipe = named(self.recipe)
         return memory_plan(Sharding(config, mesh.abstract(devices)), optimizer_of(recipe),
                            trainable=recipe.trainable).text()
@@ -89,12 +90,13 @@ class Plan:
     def _decoding(self, config: DecoderConfig, devices: int, rows: int) -> str:
         context = Whole(1, config.context, hint="it counts positions, within the model's context")(
             "--context", min(config.context, USUAL_CONTEXT) if self.context is None else self.context)
-        mesh = Mesh(REST if self.data_parallel is None else self.data_parallel, 1, self.tensor_parallel)
+        mesh = mesh_of(data=self.data_parallel, tensor=self.tensor_parallel, stage=self.pipeline_parallel)
         ways = mesh.abstract(devices)
         plan = decoding_plan(config, ways, rows=rows, context=context, dtype=self.dtype)
-        spelled = " x ".join(f"{axis} {size}" for axis, size in ways.shape.items() if size > 1) or "one"
+        several = f", {plan.batches} such batches following each other" if plan.batches > 1 else ""
         lines = [
-            f"On each of {devices} devices ({spelled}), {plan.rows} rows of {context:,} positions, {self.dtype}:",
+            f"On each of {devices} devices ({spelled(ways.shape) or 'one'}), {plan.rows} rows of {context:,} "
+            f"positions, {self.dtype}{several}:",
             f"  weights          {size_in_words(plan.weights)}",
             f"  keys and values  {size_in_words(plan.kv)}",
             f"  a prompt's block {size_in_words(plan.prompt)} while it runs",

@@ -22,12 +22,14 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_
 
 
 def refuse_too_large(build: Build, window: int, buffers: int, block_heads: tuple[int, ...], *, rows: int,
-                     capacity: int) -> None:
+                     capacity: int, at_once: int | None = None) -> None:
     """Raises OutOfMemoryError where `rows` rows of `capacity` positions are more than a device's whole memory.
 
+    at_once: how many of them the layers run on at a time; None: all.
     Counted as `BatchBytes` are: what else a step takes comes besides, so that what is let pass may still fail.
     """
-    needed, memory = sum(_bytes(build, window, buffers, block_heads, rows, capacity)), device_memory()
+    taken, memory = _bytes(build, window, buffers, block_heads, rows, capacity), device_memory()
+    needed = taken.kv + (taken.waiting + taken.scores) * (at_once or rows) // rows
     if memory is not None and needed > memory:
         raise OutOfMemoryError(f"{rows:,} rows of {capacity:,} positions, {window:,} of which may wait for deeper "
                                f"layers, would take at least {size_in_words(needed)}, but the device has "

@@ -6,7 +6,11 @@ begins it at the very next step, while the later stages go on with the one that 
 row's latency for a token is that of the stages up to its exit, and no row waits for another. As tokens of a row follow
 each other through the stages in their order, each finds the K/V of all before it.
 
-Without exits a row has one token on its way, and a stage is idle in all but one of S steps.
+A token that never leaves early is worked on by one stage at a time. So the rows of several batches, the microbatches,
+may follow each other: at every step the first stage takes the next in turn of those that have rows which are ready, and
+with as many as there are stages none is idle. A row whose token left sooner then waits for its microbatch's turn.
+
+Axes beside the usual ones: S stages, M microbatches, R rows of one; B = M R, those of the first microbatch first.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ from sled.decoding.segments import Context
 from sled.decoding.state import PREFILL_BLOCK, Plan, Text, bucket, group, new_text
 from sled.errors import SettingError
 from sled.exits.policy import ExitView
+from sled.settings.per_row import take_rows
 from sled.timing import Stopwatch
 
 STAGE = "stage"
@@ -41,24 +46,28 @@ STAGE = "stage"
 
 @group
 class Flight:
-    """The token of each row that is about to come to a stage, [S, B, ...] over the stages; the first takes new ones.
+    """The tokens of a microbatch that are about to come to a stage, [S, R, ...] over the stages; the first takes new
+    ones.
 
     h: hidden state below the stage. kept: those of earlier layers that a decision may look at (`_kept`). position:
-    NOWHERE where there is none. decided: whether the row's next token is known already.
+    NOWHERE where there is none. decided: whether the row's next token is known already. microbatch: its number.
     """
 
-    h_SBD: jax.Array
-    kept_SBND: jax.Array
-    position_SB: jax.Array
-    decided_SB: jax.Array
+    h_SRD: jax.Array
+    kept_SRND: jax.Array
+    position_SR: jax.Array
+    decided_SR: jax.Array
+    microbatch_S: jax.Array
 
 
 @group
 class StagedState:
-    """What the loop carries. begun_B: positions that the first stage has begun. caches: of a stage's layers, K and V
-    with the stages in front. steps_B: of the clock, as far as the row was unfinished."""
+    """What the loop carries. turn: the microbatch that is next. begun_B: positions that the first stage has begun.
+    caches: of a stage's layers, K and V with the stages in front. steps_B: of the clock, as far as the row was
+    unfinished."""
 
     text: Text
+    turn: jax.Array
     begun_B: jax.Array
     steps_B: jax.Array
     caches: list[KV]
@@ -86,13 +95,17 @@ def _kept(plan: Plan) -> tuple[int, ...]:
 
 
 class StagedGeneration(Batch):
-    """One batch of prompts over stages, as `Generation` is one over groups of devices, or on one device. Its schedule
-    counts for nothing: later stages always follow at the next step."""
+    """Prompts over stages, as `Generation` has them over groups of devices, or on one device. The schedule counts for
+    nothing: later stages always follow at the next step.
+
+    microbatches: how many follow each other, of as many rows each.
+    """
 
     def __init__(self, build: Build, params: Any, prompts: list[np.ndarray], decoding: Decoding, *, limits: list[int],
-                 seeds: list[int], stop_ids: tuple[int, ...]):
+                 seeds: list[int], stop_ids: tuple[int, ...], microbatches: int = 1):
         super().__init__(build, params, decoding, stop_ids=stop_ids)
         check_staged(self._plan, decoding, build)
+        self._rows = len(prompts) // microbatches
         forget_programs()
         lengths = np.array([len(p) for p in prompts])
         self._ends = lengths + limits
@@ -109,10 +122,11 @@ class StagedGeneration(Batch):
             row[:len(prompt)] = prompt
         block = bucket(min(int(lengths.max()), PREFILL_BLOCK))
         refuse_too_large(self._build, block, len(_kept(self._plan)), (), rows=len(prompts),
-                         capacity=tokens_BS.shape[1])
+                         capacity=tokens_BS.shape[1], at_once=self._rows)
+        blocks_M = -(-(lengths.reshape(-1, self._rows).max(axis=1) - 1) // block)
         self._state = _begin(self._build, self._params, tokens_BS, lengths.astype(np.int32),
-                             self._ends.astype(np.int32), np.asarray(seeds, np.uint32),
-                             np.int32(-(-(int(lengths.max()) - 1) // block)), plan=self._plan, block=block)
+                             self._ends.astype(np.int32), np.asarray(seeds, np.uint32), blocks_M.astype(np.int32),
+                             plan=self._plan, block=block)
 
     def stop(self, rows: list[int]) -> None:
         self.active[rows] = False
@@ -133,7 +147,7 @@ class StagedGeneration(Batch):
     def _run(self, goal_B) -> None:
         now = self._decoding
         self._state = _decode(self._build, self._params, self._state, now.exits, now.fusion, now.sampling,
-                              self._stop_ids, goal_B)
+                              self._stop_ids, goal_B, rows=self._rows)
         self._fetch()
 
     @property
@@ -158,9 +172,11 @@ def _over_stages(function, mesh, params, *arrays, specs):
         layers = jax.tree.map(lambda x: x[0], params["layers"])
         return function(jax.lax.axis_index(STAGE), {**params, "layers": layers}, *arrays)
 
-    state = StagedState(text=P(), begun_B=P(), steps_B=P(), caches=P(STAGE), flight=P(STAGE))
-    return jax.shard_map(on_stage, mesh=mesh, in_specs=(own, *specs), out_specs=state, axis_names={STAGE},
+    return jax.shard_map(on_stage, mesh=mesh, in_specs=(own, *specs), out_specs=_SPLIT, axis_names={STAGE},
                          check_vma=False)(params, *arrays)
+
+
+_SPLIT = StagedState(text=P(), turn=P(), begun_B=P(), steps_B=P(), caches=P(STAGE), flight=P(STAGE))
 
 
 def _handed(tree, stages: int):
@@ -168,38 +184,54 @@ def _handed(tree, stages: int):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, STAGE, [(s, s + 1) for s in range(stages - 1)]), tree)
 
 
+def _own(tree, microbatch, rows: int):
+    """The rows of one microbatch."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, microbatch * rows, rows), tree)
+
+
+def _with_own(tree, own, microbatch, rows: int):
+    """`tree` with these as the rows of one microbatch."""
+    return jax.tree.map(lambda x, mine: jax.lax.dynamic_update_slice_in_dim(x, mine, microbatch * rows, 0), tree, own)
+
+
 @bounded(rows=None, static=("plan", "block"))
-def _begin(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, blocks, *, plan: Plan, block: int):
-    """A state with the prompts' K/V: blocks of their tokens follow each other through the stages."""
+def _begin(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, blocks_M, *, plan: Plan, block: int):
+    """A state with the prompts' K/V: blocks of their tokens follow each other through the stages, `blocks_M` of them of
+    each microbatch."""
     mesh = build.mesh
     stages, per = mesh.shape[STAGE], build.outline.num_layers // mesh.shape[STAGE]
+    rows = len(tokens_BS) // len(blocks_M)
 
-    def on_stage(stage, params, tokens_BS, length_B, limit_B, seeds_B, blocks):
+    def on_stage(stage, params, tokens_BS, length_B, limit_B, seeds_B, blocks_M):
         network, (batch, slots) = build(params), tokens_BS.shape
         caches = network.empty_caches(batch, slots, block - 1)[:per]
         h_BTD = network.embed(tokens_BS[:, :1], tokens_BS[:, :1])
-        handed_BTD = jnp.zeros((batch, block, h_BTD.shape[-1]), h_BTD.dtype)
+        handed_RTD = jnp.zeros((rows, block, h_BTD.shape[-1]), h_BTD.dtype)
+        ends_M = jnp.cumsum(blocks_M)
 
         def turn(t, carry):
-            handed_BTD, caches = carry
-            positions_T = (t - stage) * block + jnp.arange(block)
-            here_BT = (positions_T >= 0) & (positions_T < length_B[:, None] - 1)
-            positions_BT = jnp.where(here_BT, positions_T, NOWHERE)
-            tokens_BT = jnp.take(tokens_BS, positions_T, axis=1, mode="clip")
-            h_BTD = jnp.where(stage == 0, network.embed(tokens_BT, positions_BT), handed_BTD)
-            states, caches = network.run_layers(h_BTD, positions_BT, caches, 0, per)
-            return _handed(states[-1], stages), caches
+            handed_RTD, caches = carry
+            m = jnp.minimum((t - stage >= ends_M).sum(), len(blocks_M) - 1)
+            positions_T = (t - stage - (ends_M - blocks_M)[m]) * block + jnp.arange(block)
+            tokens_RS, length_R = _own((tokens_BS, length_B), m, rows)
+            here_RT = (positions_T >= 0) & (positions_T < length_R[:, None] - 1)
+            positions_RT = jnp.where(here_RT, positions_T, NOWHERE)
+            tokens_RT = jnp.take(tokens_RS, positions_T, axis=1, mode="clip")
+            h_RTD = jnp.where(stage == 0, network.embed(tokens_RT, positions_RT), handed_RTD)
+            states, own = network.run_layers(h_RTD, positions_RT, _own(caches, m, rows), 0, per)
+            return _handed(states[-1], stages), _with_own(caches, own, m, rows)
 
-        _, caches = jax.lax.fori_loop(0, blocks + stages - 1, turn, (handed_BTD, caches))
+        _, caches = jax.lax.fori_loop(0, ends_M[-1] + stages - 1, turn, (handed_RTD, caches))
         nothing = Flight(
-            h_SBD=jnp.zeros_like(handed_BTD[:, 0])[None],
-            kept_SBND=jnp.zeros((1, batch, len(_kept(plan)), h_BTD.shape[-1]), h_BTD.dtype),
-            position_SB=jnp.full((1, batch), NOWHERE), decided_SB=jnp.zeros((1, batch), bool))
-        return StagedState(text=new_text(tokens_BS, length_B, limit_B, seeds_B), begun_B=length_B - 1,
-                           steps_B=jnp.zeros_like(length_B), caches=jax.tree.map(lambda x: x[None], caches),
-                           flight=nothing)
+            h_SRD=jnp.zeros_like(handed_RTD[:, 0])[None],
+            kept_SRND=jnp.zeros((1, rows, len(_kept(plan)), h_BTD.shape[-1]), h_BTD.dtype),
+            position_SR=jnp.full((1, rows), NOWHERE), decided_SR=jnp.zeros((1, rows), bool),
+            microbatch_S=jnp.zeros(1, jnp.int32))
+        return StagedState(text=new_text(tokens_BS, length_B, limit_B, seeds_B), turn=jnp.int32(0),
+                           begun_B=length_B - 1, steps_B=jnp.zeros_like(length_B),
+                           caches=jax.tree.map(lambda x: x[None], caches), flight=nothing)
 
-    return _over_stages(on_stage, mesh, params, tokens_BS, length_B, limit_B, seeds_B, blocks, specs=[P()] * 5)
+    return _over_stages(on_stage, mesh, params, tokens_BS, length_B, limit_B, seeds_B, blocks_M, specs=[P()] * 5)
 
 
 @bounded(rows=None, donate="state")
@@ -207,9 +239,10 @@ def _set_active(build: Build, state: StagedState, active_B) -> StagedState:
     return state.replace(text=state.text.replace(active_B=active_B))
 
 
-@bounded(rows=None, donate="state")
-def _decode(build: Build, params, state: StagedState, policy, fusion, sampling, stop_ids, pause_len_B) -> StagedState:
-    """Further tokens for every active row, until each has `pause_len_B` or has ended."""
+@bounded(rows=None, static=("rows",), donate="state")
+def _decode(build: Build, params, state: StagedState, policy, fusion, sampling, stop_ids, pause_len_B, *,
+            rows: int) -> StagedState:
+    """Further tokens for every active row, until each has `pause_len_B` or has ended. rows: of a microbatch."""
     mesh = build.mesh
     stages, depth = mesh.shape[STAGE], build.outline.num_layers
     per, plan = depth // stages, Plan.of(policy, fusion, build.outline)
@@ -218,66 +251,79 @@ def _decode(build: Build, params, state: StagedState, policy, fusion, sampling, 
     def on_stage(stage, params, state, policy, fusion, sampling, stop_ids, pause_len_B):
         network = build(params)
         readout = Readout(network)
-        run = Context(readout, plan, policy, fusion, sampling,
-                      position_keys(sampling, state.text.keys_B, state.text.tokens_BS.shape[1]), stop_ids,
-                      jnp.minimum(state.text.limit_B, pause_len_B), policy.prepare(readout))
+        everything = Context(readout, plan, policy, fusion, sampling,
+                             position_keys(sampling, state.text.keys_B, state.text.tokens_BS.shape[1]), stop_ids,
+                             jnp.minimum(state.text.limit_B, pause_len_B), policy.prepare(readout))
 
-        def unfinished_B(text):
+        def unfinished_B(text, run: Context):
             return text.active_B & (text.length_B < run.pause_len_B)
 
-        def decide(s: int, text, here_B, h_BD, kept_BND):
+        def of_microbatch(text, microbatch) -> tuple[Text, Context]:
+            """What there is of its rows."""
+            at_R, run = microbatch * rows + jnp.arange(rows), everything
+            key_data_RS, pause_len_R = _own((run.key_data_BS, run.pause_len_B), microbatch, rows)
+            run = run._replace(policy=take_rows(policy, at_R), fusion=take_rows(fusion, at_R),
+                               sampling=take_rows(sampling, at_R), key_data_BS=key_data_RS, pause_len_B=pause_len_R)
+            return _own(text.replace(keys_B=None), microbatch, rows), run
+
+        def decide(s: int, text, run: Context, here_R, h_RD, kept_RND):
             """Rows that leave at the end of stage s, with their logits, and the number of the exit."""
             layer = per * (s + 1)
-            wide = readout.head(depth).dtype(h_BD)
+            wide = readout.head(depth).dtype(h_RD)
             if layer not in plan.exits:
-                nothing_BV = jnp.zeros((len(here_B), network.shared_head.vocabulary), wide)
-                return jnp.zeros_like(here_B), nothing_BV, jnp.int32(0)
-            states, e = {n: kept_BND[:, i] for i, n in enumerate(kept)}, plan.exits.index(layer)
+                nothing_RV = jnp.zeros((rows, network.shared_head.vocabulary), wide)
+                return jnp.zeros_like(here_R), nothing_RV, jnp.int32(0)
+            states, e = {n: kept_RND[:, i] for i, n in enumerate(kept)}, plan.exits.index(layer)
             if layer == depth:
-                return here_B, deciding_logits(run, states, here_B, jnp.arange(len(here_B))).astype(wide), jnp.int32(e)
-            decision = policy.at_exit(ExitView(
-                index=e, layer=layer, here_B=here_B, states=states,
-                fused_logits=lambda: readout.fuse(fusion, states, layer),
+                return here_R, deciding_logits(run, states, here_R, jnp.arange(rows)).astype(wide), jnp.int32(e)
+            decision = run.policy.at_exit(ExitView(
+                index=e, layer=layer, here_B=here_R, states=states,
+                fused_logits=lambda: readout.fuse(run.fusion, states, layer),
                 emitted_B=text.length_B - text.prompt_B, most_B=text.limit_B - text.prompt_B,
                 unverified_B=jnp.zeros_like(text.length_B), memory=(), prepared=run.prepared))
-            return here_B & decision.leaves_B, decision.logits_BV.astype(wide), jnp.int32(e)
+            return here_R & decision.leaves_B, decision.logits_BV.astype(wide), jnp.int32(e)
 
         def step(state: StagedState) -> StagedState:
-            text, flight = state.text, jax.tree.map(lambda x: x[0], state.flight)
-            ready_B = unfinished_B(text) & (state.begun_B < text.length_B)
-            new_B = jnp.where(ready_B, text.length_B - 1, NOWHERE)
-            position_B = jnp.where(stage == 0, new_B, flight.position_SB)
-            decided_B = flight.decided_SB & (stage > 0)
-            h_BD = jnp.where(stage == 0, network.embed(text.newest_B[:, None], new_B[:, None])[:, 0], flight.h_SBD)
-            states, caches = network.run_layers(h_BD[:, None], position_B[:, None],
-                                                jax.tree.map(lambda x: x[0], state.caches), 0, per)
-            own_nBD = jnp.stack([h_BD, *(h[:, 0] for h in states)])  # of layers stage * per and the next
-            kept_BND = flight.kept_SBND
+            flight, caches = jax.tree.map(lambda x: x[0], (state.flight, state.caches))
+            ready_B = unfinished_B(state.text, everything) & (state.begun_B < state.text.length_B)
+            ready_M = ready_B.reshape(-1, rows).any(1)
+            begins = (state.turn + jnp.roll(ready_M, -state.turn).argmax()) % len(ready_M)
+            ready_B &= jnp.arange(len(ready_B)) // rows == begins
+            m = jnp.where(stage == 0, begins, flight.microbatch_S)
+            text, run = of_microbatch(state.text, m)
+            new_R = jnp.where(_own(ready_B, m, rows), text.length_B - 1, NOWHERE)
+            position_R = jnp.where(stage == 0, new_R, flight.position_SR)
+            decided_R = flight.decided_SR & (stage > 0)
+            h_RD = jnp.where(stage == 0, network.embed(text.newest_B[:, None], new_R[:, None])[:, 0], flight.h_SRD)
+            states, own = network.run_layers(h_RD[:, None], position_R[:, None], _own(caches, m, rows), 0, per)
+            own_nRD = jnp.stack([h_RD, *(h[:, 0] for h in states)])  # of layers stage * per and the next
+            kept_RND = flight.kept_SRND
             for i, n in enumerate(kept):
                 at = n - stage * per
                 mine = (at > 0) & (at <= per) | (at == 0) & (stage == 0)
-                kept_BND = kept_BND.at[:, i].set(jnp.where(mine, own_nBD[jnp.clip(at, 0, per)], kept_BND[:, i]))
+                kept_RND = kept_RND.at[:, i].set(jnp.where(mine, own_nRD[jnp.clip(at, 0, per)], kept_RND[:, i]))
 
-            here_B = text.active_B & (position_B >= 0) & ~decided_B
-            leaves_B, logits_BV, exit_of = jax.lax.switch(
-                stage, [functools.partial(decide, s) for s in range(stages)], text, here_B, own_nBD[-1], kept_BND)
-            seen = lambda: seen_tokens(text.tokens_BS, text.length_B, logits_BV.shape[-1])  # noqa: E731
-            token_B = choose(processed_logits(logits_BV, seen, sampling), sampling, run.key_data_BS, text.length_B)
+            here_R = text.active_B & (position_R >= 0) & ~decided_R
+            leaves_R, logits_RV, exit_of = jax.lax.switch(
+                stage, [functools.partial(decide, s, text, run) for s in range(stages)], here_R, own_nRD[-1], kept_RND)
+            seen = lambda: seen_tokens(text.tokens_BS, text.length_B, logits_RV.shape[-1])  # noqa: E731
+            token_R = choose(processed_logits(logits_RV, seen, run.sampling), run.sampling, run.key_data_BS,
+                             text.length_B)
             # Of a row one stage at most has a token that is not decided: the sum is that stage's.
-            token_B, exit_B, rows_B = jax.lax.psum(
-                (jnp.where(leaves_B, token_B, 0), jnp.where(leaves_B, exit_of, 0), leaves_B.astype(jnp.int32)), STAGE)
-            flight = Flight(h_SBD=own_nBD[-1], kept_SBND=kept_BND, position_SB=position_B,
-                            decided_SB=decided_B | leaves_B)
+            chosen_R = (jnp.where(leaves_R, token_R, 0), jnp.where(leaves_R, exit_of, 0), leaves_R.astype(jnp.int32))
+            nothing_B = jax.tree.map(lambda x: jnp.zeros(len(ready_B), x.dtype), chosen_R)
+            token_B, exit_B, rows_B = jax.lax.psum(_with_own(nothing_B, chosen_R, m, rows), STAGE)
+            flight = Flight(h_SRD=own_nRD[-1], kept_SRND=kept_RND, position_SR=position_R,
+                            decided_SR=decided_R | leaves_R, microbatch_S=m)
             return StagedState(
-                text=write_tokens(text, rows_B > 0, token_B, exit_B, plan.last_exit, run.ends_B),
-                begun_B=jnp.where(ready_B, text.length_B, state.begun_B),
-                steps_B=state.steps_B + unfinished_B(text),
-                caches=jax.tree.map(lambda x: x[None], caches),
+                text=write_tokens(state.text, rows_B > 0, token_B, exit_B, plan.last_exit, run.ends_B),
+                turn=(begins + 1) % len(ready_M), begun_B=jnp.where(ready_B, state.text.length_B, state.begun_B),
+                steps_B=state.steps_B + unfinished_B(state.text, everything),
+                caches=jax.tree.map(lambda x: x[None], _with_own(caches, own, m, rows)),
                 flight=jax.tree.map(lambda x: x[None], _handed(flight, stages).replace(
-                    position_SB=_handed(flight.position_SB + 1, stages) - 1)))  # a stage that gets none gets 0: NOWHERE
+                    position_SR=_handed(flight.position_SR + 1, stages) - 1)))  # a stage that gets none gets 0: NOWHERE
 
-        return jax.lax.while_loop(lambda state: unfinished_B(state.text).any(), step, state)
+        return jax.lax.while_loop(lambda state: unfinished_B(state.text, everything).any(), step, state)
 
-    given = StagedState(text=P(), begun_B=P(), steps_B=P(), caches=P(STAGE), flight=P(STAGE))
     return _over_stages(on_stage, mesh, params, state, policy, fusion, sampling, stop_ids, pause_len_B,
-                        specs=[given, P(), P(), P(), P(), P()])
+                        specs=[_SPLIT, P(), P(), P(), P(), P()])

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sled.io import size_in_words
+from sled.models.sharding.mesh import spelled
 from sled.models.sharding.sharding import RULES, Sharding
 from sled.models.stored import abstract_stacked
 from sled.train.objective.exit_heads import partition
@@ -69,13 +70,12 @@ class MemoryPlan:
 
     def text(self) -> str:
         """A table with a line for each parameter, the sums, and what was left whole."""
-        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1)
         head = ("parameter", "shape", "split by", "copies", "weights", "optimizer")
         body = [(share.name, " x ".join(map(str, share.shape)), _spell(share.spec, self.mesh), str(share.copies),
                  size_in_words(share.weights), size_in_words(share.optimizer)) for share in self.shares]
         body.append(("all", "", "", "", size_in_words(self.weights), size_in_words(self.optimizer)))
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [f"On each of {self.devices} devices ({mesh}):"]
+        lines = [f"On each of {self.devices} devices ({spelled(self.mesh)}):"]
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                   for row in (head, *body)]
         lines.append(f"During a step gradients take {size_in_words(self.gradients)} more, and activations besides.")
@@ -112,7 +112,6 @@ def _taken(sharding: Sharding, tree) -> Counter[str | None]:
 
 def _spell(spec: PartitionSpec, mesh: dict[str, int]) -> str:
     def one(axes) -> str:
-        split = [axis for axis in ([axes] if isinstance(axes, str) else axes or ()) if mesh[axis] > 1]
-        return " x ".join(f"{axis} {mesh[axis]}" for axis in split) or "-"
+        return spelled({axis: mesh[axis] for axis in ([axes] if isinstance(axes, str) else axes or ())}) or "-"
 
     return ", ".join(map(one, spec))
