@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-import sys
 import tempfile
 import time
 
@@ -20,6 +19,7 @@ from sled.train.data.rows import DataReport, TrainingBatch
 from sled.train.parallel.memory_plan import MemoryPlan, memory_plan
 from sled.train.recipes import Recipe
 from sled.train.run.folder import RunFolder
+from sled.train.run.memory import peak_bytes, peak_in_words
 from sled.train.trainer import TrainingRun, optimizer_of, prepare, share_of
 
 
@@ -76,9 +76,8 @@ class Rehearsal:
         elsewhere = "" if jax.default_backend() == "cpu" else f", and {size(self.plan.state)} of the host's memory"
         lines.append(("  saving", size(self.saving_bytes) + elsewhere))
         if self.peak_bytes is not None:
-            whole = ": the whole process" if jax.default_backend() == "cpu" else ""
-            lines.append(("  measured", f"{size(self.peak_bytes)} at most, while this read the model, took a step and "
-                                        f"measured{whole}"))
+            lines.append(("  measured", f"{peak_in_words(self.peak_bytes)}, while this read the model, took a step and "
+                                        "measured"))
         width = max(len(name) for name, _ in lines)
         table = [self.recipe.text(), "", *(f"  {name:<{width}}  {value}" for name, value in lines)]
         return "\n".join([*table, "", self.plan.text()] if self.plan.devices > 1 else table)
@@ -118,7 +117,7 @@ def rehearse(run: TrainingRun, *, optimizer: optax.GradientTransformation | None
         dataclasses.replace(recipe, context=prepared.model.context), sum(prepared.sizes), prepared.rows.report,
         prepared.held_out and prepared.held_out.report, example, recipe.steps / prepared.batches.per_epoch,
         compiled - began, taken, measuring_seconds, saves + 1, saves, plan, _most(step), measuring_bytes,
-        plan.state + (largest if jax.default_backend() == "cpu" else 0), _peak())
+        plan.state + (largest if jax.default_backend() == "cpu" else 0), peak_bytes())
 
 
 def _example(batch: TrainingBatch, text: Tokenizer) -> str:
@@ -130,19 +129,6 @@ def _example(batch: TrainingBatch, text: Tokenizer) -> str:
         words = json.dumps(words, ensure_ascii=False)[1:-1]  # line breaks as \n
         said.append(f"[{words}]" + ("" if weight == 1 else f" x {weight:g} ") if weight else words)
     return "".join(said)
-
-
-def _peak() -> int | None:
-    """The most bytes that were taken so far, on a device or, where that keeps no count, by this process; None where
-    neither does."""
-    if counted := jax.local_devices()[0].memory_stats():
-        return counted["peak_bytes_in_use"]
-    try:
-        import resource  # Windows has no such module
-    except ImportError:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
 
 
 def _duration(seconds: float) -> str:

@@ -49,6 +49,7 @@ from sled.train.parallel.pipeline import PER_STAGE, STAGE, bubble, check_microba
 from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.run.checkpoint import Checkpoints, check_format
 from sled.train.run.folder import RunFolder
+from sled.train.run.memory import peak_bytes, peak_in_words
 from sled.train.run.metrics import HELD_OUT, Metrics, draw, progress_bar, progress_line
 from sled.train.run.preemption import leave, preemption
 from sled.train.run.resume import anything, same_rates
@@ -224,7 +225,10 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
             draw(folder.metrics, folder.picture)
         decoder = nnx.merge(prepared.graph, state.weights)
         del state  # the optimiser's part makes room
-        return save_folder(decoder, folder.model, tokenizer_from=folder.model_config)
+        saved = save_folder(decoder, folder.model, tokenizer_from=folder.model_config)
+        if (peak := peak_bytes()) is not None:
+            _say(f"memory: {peak_in_words(peak)}")
+        return saved
 
 
 def prepare(run: TrainingRun, folder: RunFolder,
