@@ -141,8 +141,8 @@ class Claims(Measurement):
 
     sled bench claims --json claims.json
 
-    sled bench claims -m HuggingFaceTB/SmolLM2-135M-Instruct --data gsm8k.jsonl --answer answer
-    --prompt "Question: {question}\\nAnswer:" --num-fewshot 4 --problems 24 --rounds 1
+    sled bench claims -m HuggingFaceTB/SmolLM2-135M-Instruct --data mine.jsonl --answer answer
+    --prompt "Question: {question}\\nAnswer:" --num-fewshot 4 --problems 84 -n 64
 
     Speed and quality at thresholds, self-speculation and its memory, SLED's answers and speed, rows of a batch that
     leave at layers of their own, what a moved threshold does to a served model, and what time tells of a text. Exits,
