@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
+from sled.decoding.options import stop_strings
 from sled.demo.problems import problems, prompt
 from sled.errors import DataError, SettingError
 from sled.eval.extraction import RULES, demonstration
@@ -46,6 +47,7 @@ class Questions:
             raise SettingError(f"{len(self.prompts)} prompts and {len(self.answers)} answers were given; give as many "
                                "of one as of the other, at least one")
         EXTRACT("extract", self.extract)
+        object.__setattr__(self, "stop", tuple(stop_strings(self.stop)))
 
     @property
     def form(self) -> str:
@@ -59,7 +61,7 @@ class Questions:
         return ", ".join(said)
 
     def found(self, texts: Sequence[str]) -> list[Fraction | None]:
-        """The answer of each text, as far as it goes on with its own question, or None where none can be read."""
+        """The answer of each text, read before the first stop string, or None where none can be read."""
         ends = [min((at for at in map(text.find, self.stop) if at >= 0), default=None) for text in texts]
         return [RULES[self.extract].find(text[:end]) for text, end in zip(texts, ends, strict=True)]
 

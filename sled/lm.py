@@ -44,6 +44,7 @@ from sled.text.prompts import Prompt, Prompts, check_room, is_one, pair_ids, pro
 from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
+Run = Generation | StagedGeneration
 FEW_VERIFICATIONS = 16  # drafts are judged by no fewer
 LOW_ACCEPTANCE = 0.3  # of drafts; at it those of 4 tokens give 1.4 tokens per verification
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
@@ -83,7 +84,8 @@ class LM:
             `checkpoint_sampling`.
         seed: prompt i draws from random stream seed + i, in whatever batch it lies.
         batch_size: prompts decoded together; a row's tokens do not depend on the others, in float32 (`sled.Decoding`).
-            Over the stages of a pipeline as many batches as there are stages follow each other.
+            Over the stages of a pipeline up to as many batches as there are stages follow each other, and are in
+            memory.
         progress: shows a bar over the prompts.
 
         Raises: PromptError, SettingError, TemplateError, TokenizerError (text needed, but no tokenizer).
@@ -152,7 +154,7 @@ class LM:
         run = self._begin(ids, range(len(ids)), decoding, height=even(batch_height(len(ids)), self.mesh), seed=seed)
         return self._chunks(run, ids, decoding, chunk)
 
-    def _chunks(self, run: Generation, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
+    def _chunks(self, run: Run, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
         for rows in self._advance(run, len(ids), decoding, chunk):
             emitted = [run.emitted(i).first(len(row.tokens)) for i, row in enumerate(rows)]
@@ -328,21 +330,21 @@ class LM:
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
     def _begin(self, ids: list[np.ndarray], batch: Sequence[int], decoding: Decoding, *, height: int, seed: int,
-               microbatches: int = 1) -> Generation | StagedGeneration:
-        """A run of `height` rows: prompts `batch` of `ids`, and idle rows so that the shape is one compiled before.
-        Over stages it may be so many microbatches of `height` rows.
+               microbatches: int = 1) -> Run:
+        """A run of `height` rows, over stages of as many microbatches of `height` rows: prompts `batch` of `ids`, and
+        idle rows so that the shape is one compiled before.
 
         Settings with an entry per prompt follow their prompts; an idle row repeats the first one's.
         """
         idle = height * microbatches - len(batch)
         rows = [*batch, *[batch[0]] * idle]
         limits = [min(decoding.max_new_tokens, self.config.context - len(ids[i])) for i in batch]
-        kind, more = (Generation, {}) if stages_of(self.mesh) == 1 else (StagedGeneration,
-                                                                         {"microbatches": microbatches})
+        staged = stages_of(self.mesh) > 1
+        kind, more = StagedGeneration if staged else Generation, {"microbatches": microbatches} if staged else {}
         return kind(self.build, self.params, [ids[i] for i in rows], decoding.take_rows(rows),
                     limits=[*limits, *[0] * idle], seeds=[seed + i for i in rows], stop_ids=self.config.eos_ids, **more)
 
-    def _stats(self, runs: Sequence[Generation], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:
+    def _stats(self, runs: Sequence[Run], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:
         return Stats.of(runs, emitted, prompt_tokens=sum(map(len, ids)), num_layers=self.config.num_layers)
 
     def _tell_of_drafts(self, exits: Policy, stats: Stats) -> None:
@@ -365,7 +367,7 @@ class LM:
             warn(f"{cut} of {len(rows)} texts ended where the model's context of {self.config.context:,} tokens did, "
                  f"before {most:,} new ones; give shorter prompts, or a model with a longer context", DecodingWarning)
 
-    def _advance(self, run: Generation, count: int, decoding: Decoding,
+    def _advance(self, run: Run, count: int, decoding: Decoding,
                  chunk: int | None) -> Iterator[list[StopStrings]]:
         """Runs to the end, yielding the first `count` rows after every `chunk` tokens."""
         rows = [StopStrings(self.text, decoding.stop, self.config.eos_ids) for _ in range(count)]
@@ -386,10 +388,8 @@ def batch_height(prompts: int) -> int:
 
 
 def _batches(order: list[int], batch_size: int, stages: int) -> tuple[list[list[int]], int]:
-    """Prompts in batches, and how many microbatches each is cut into: one, but over stages as many as may follow each
-    other, alike in all batches."""
-    count = -(-len(order) // batch_size)
-    microbatches = -(-count // -(-count // stages))
+    """Prompts for one run after another, and the number of microbatches in each: one where there are no stages."""
+    microbatches = min(stages, -(-len(order) // batch_size))
     size = microbatches * batch_size
     return [order[at:at + size] for at in range(0, len(order), size)], microbatches
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_lm import CAPACITY, CONFIG, PROMPTS, SAMPLED, settling
+from tiny_lm import CAPACITY, CONFIG, PROMPTS, settling
 
 import sled
 from sled.decoding.options import Decoding
@@ -22,6 +22,9 @@ out, stages = Path(sys.argv[1]), int(sys.argv[2])
 assert jax.device_count() == 4
 sled.decoding.staged.PREFILL_BLOCK = 16  # prompts of several blocks follow each other through the stages
 PROMPTS = [*PROMPTS, np.random.default_rng(0).integers(6, 61, size=36).tolist()]
+BY_ROW = np.arange(len(PROMPTS), dtype=np.float32)
+SAMPLED = sled.Sampling(temperature=0.5 + 0.2 * BY_ROW, top_k=10 + BY_ROW.astype(np.int32), top_p=0.95,
+                        repetition_penalty=1 + 0.1 * BY_ROW)
 # Layers with a window keep a ring of K/V; in every stage the first has one.
 WINDOWED = {4: dict(family="mistral", windows=(8,) * 4), 2: dict(family="qwen2", windows=(8, None) * 2, qkv_bias=True)}
 save_folder(settling(dataclasses.replace(CONFIG, **WINDOWED[stages]), 0.35), out / "model")
@@ -35,8 +38,8 @@ def exits_at(layers: tuple[int, ...], threshold=THRESHOLDS) -> sled.EarlyExit:
 
 def check_texts(split: LM, ends: tuple[int, ...]) -> None:
     """Texts, and the layers that chose their tokens, alone and in a batch, at once and in chunks."""
-    for way in (dict(fusion=sled.SLED()), dict(exits=exits_at(ends)),
-                dict(exits=exits_at(ends[-1:]), fusion=sled.SLED()),
+    for way in (dict(fusion=sled.SLED(0.5 + BY_ROW)), dict(exits=exits_at(ends)),
+                dict(exits=exits_at(ends[-1:]), fusion=sled.SLED(0.5 + BY_ROW)),
                 dict(exits=exits_at(ends[:1], 0.3), sampling=SAMPLED)):
         one, other = (lm.generate(PROMPTS, **way, max_new_tokens=20) for lm in (ALONE, split))
         assert (one.tokens, one.exit_layers, one.finish_reasons) == (other.tokens, other.exit_layers,
@@ -56,34 +59,55 @@ def check_clock(split: LM, ends: tuple[int, ...]) -> None:
     stages = split.mesh.shape["stage"]
     per, decoding = CONFIG.num_layers // stages, Decoding(exits=exits_at(ends))
 
-    def begin(copies: int) -> StagedGeneration:
-        rows = [*range(len(PROMPTS))] * copies
+    def begin(*microbatches: list[int]) -> StagedGeneration:
+        rows = [row for microbatch in microbatches for row in microbatch]
         return StagedGeneration(split.build, split.params, [np.array(PROMPTS[i]) for i in rows],
                                 decoding.take_rows(rows), limits=[20] * len(rows), seeds=[0] * len(rows), stop_ids=(),
-                                microbatches=copies)
+                                microbatches=len(microbatches))
 
-    run = begin(1)
+    every = [*range(len(PROMPTS))]
+    run = begin(every)
     run.advance(2)
     run.stop([3])
     run.advance()
-    layers = [run.emitted(row).exit_layers for row in range(len(PROMPTS))]
+    layers, alone = zip(*((made.exit_layers, made.tokens) for made in map(run.emitted, every)), strict=True)
     assert run.steps == [sum(layer // per for layer in of_row) for of_row in layers]
     assert [len(of_row) for of_row in layers] == [20, 20, 20, 2, 20]
 
-    run = begin(stages)
-    run.advance()
-    takes = [[layer // per for layer in run.emitted(row).exit_layers] for row in range(len(run.steps))]
-    known_at, turn, clock = [0] * len(takes), 0, 0
-    while any(takes):
-        for microbatch in range(turn, turn + stages):
-            rows = range(microbatch % stages * len(PROMPTS), (microbatch % stages + 1) * len(PROMPTS))
-            ready = [row for row in rows if takes[row] and known_at[row] <= clock]
-            known_at = [clock + takes[row].pop(0) if row in ready else known for row, known in enumerate(known_at)]
-            if ready:
-                turn = microbatch + 1
-                break
+    for count in {3, stages}:
+        run = begin(every, [0] * len(every), *[every] * (count - 2))  # the second of single tokens: nothing to prefill
+        run.advance()
+        takes = [[layer // per for layer in run.emitted(row).exit_layers] for row in range(len(run.steps))]
+        assert run.steps == schedule(takes, count)
+    others = run
+    run = begin(every, [0] * len(every), *[every] * (count - 2))
+    run.advance(2)
+    run.stop([1])
+    for _ in range(6):
+        run.advance(3)
+    assert run.emitted(1).tokens == others.emitted(1).tokens[:2]
+    for row in set(range(len(run.steps))) - {1}:
+        assert run.emitted(row).tokens == others.emitted(row).tokens
+        assert row == 3 or row >= len(every) or run.emitted(row).tokens == alone[row]
+
+
+def schedule(takes: list[list[int]], microbatches: int) -> list[int]:
+    """The clock when each row's last token is known. takes: of every row's tokens, the stages up to the exit."""
+    left, known_at, turn, clock = list(map(list, takes)), [0] * len(takes), 0, 0
+    height = len(takes) // microbatches
+    while any(left):
+        shares = {}
+        for microbatch in (n % microbatches for n in range(turn, turn + microbatches)):
+            unfinished = [row for row in range(microbatch * height, (microbatch + 1) * height)
+                          if left[row] or known_at[row] > clock]
+            ready = [row for row in unfinished if known_at[row] <= clock]
+            shares[microbatch] = len(ready) / max(len(unfinished), 1), ready
+        first = max(shares, key=lambda microbatch: shares[microbatch][0])  # of equal ones the first in turn
+        for row in shares[first][1]:
+            known_at[row] = clock + left[row].pop(0)
+        turn = first + 1 if shares[first][1] else turn
         clock += 1
-    assert run.steps == known_at
+    return known_at
 
 
 def check_refusals(split: LM, ends: tuple[int, ...]) -> None:

@@ -22,6 +22,11 @@ def test_questions_of_the_demo_and_from_a_file(tmp_path):
     assert asked.answers == (2, Fraction(1, 2)) and asked.right(["#### 2.0", "#### 0.5 or so"]) == [True, True]
     last = dataclasses.replace(asked, extract="flexible-extract")  # not of a question that the text goes on with
     assert last.right([" 2\n\nQuestion: 1+2?\nAnswer: 3", " 0.5"]) == [True, True]
+    both = dataclasses.replace(last, stop=["Q:", "!"])
+    assert both.found(["2 ! 3 Q: 4", "5 Q: 6 ! 7", "Q: 8"]) == [2, 5, None]
+    assert dataclasses.replace(last, stop="5").found(["1 2 5 3"]) == [2]
+    with pytest.raises(SettingError, match="at least one character"):
+        dataclasses.replace(last, stop=("",))
     first = read_questions(path, prompt="q", answer="s", limit=1)
     assert (first.prompts, first.answers, first.source) == (("1+1?",), (1002,), "questions of asked.jsonl")
     with pytest.raises(DataError, match=r"asked\.jsonl, example 1, has the answer '1\+1\?', in which no number"):

@@ -1,5 +1,6 @@
 """`sled plan`: bytes on each device from shapes alone, held against sums by hand."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,8 @@ from published_configs import PUBLISHED
 from published_sizes import whole
 
 from sled.decoding.plan import decoding_plan
+from sled.errors import SettingError
+from sled.models.config import ExitHeads
 from sled.models.families.registry import parse_config
 from sled.models.sharding.mesh import Mesh
 
@@ -45,7 +48,12 @@ def test_stages_hold_some_layers_each_and_the_keys_and_values_of_all_batches():
     norms = 2 * (2 * config.num_layers // 4 + 1) * config.width
     split = 2 * (layers // 4 + tables) / 8  # the tables lie on every stage
     assert split <= plan.weights <= split + norms
-    assert plan.batches == 4 and plan.kv == 2 * 80 // 4 * 4 * 8 * 8193 * 128 * 2  # of the 8 K/V heads one each
+    with_heads = dataclasses.replace(config, exit_heads=ExitHeads((20,), "block"))
+    assert decoding_plan(with_heads, Mesh(tensor=8).abstract(8), rows=8, context=8192, dtype="bfloat16").weights
+    with pytest.raises(SettingError, match="look back"):
+        decoding_plan(with_heads, Mesh(fsdp=1, stage=4).abstract(4), rows=8, context=8192, dtype="bfloat16")
+    assert plan.batches == 4 and plan.copied == plan.kv // 4
+    assert plan.kv == 2 * 80 // 4 * 4 * 8 * 8193 * 128 * 2  # of the 8 K/V heads one each
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from sled.train.data.rows import DataReport, TrainingBatch
 from sled.train.parallel.memory_plan import MemoryPlan, memory_plan
 from sled.train.recipes import Recipe
 from sled.train.run.folder import RunFolder
-from sled.train.run.memory import peak_bytes, peak_in_words
+from sled.train.run.memory import Peak, peak
 from sled.train.trainer import TrainingRun, optimizer_of, prepare, share_of
 
 
@@ -32,8 +32,8 @@ class Rehearsal:
     without compilation (`compile_seconds`). measurings, saves: how often.
     step_bytes, measuring_bytes, saving_bytes: the most that a device holds of arrays at a step, while held-out losses
     are measured (None without such data), and while a checkpoint is saved, as the compiled programs say.
-    peak_bytes: the most that was taken while the model was read, a step taken and a batch measured, as the device
-    counts it, or on a CPU the system: the whole process, with libraries and programs.
+    peak: the most that was taken while the model was read, a step taken and a batch measured, as the devices count it,
+    or on a CPU the system: the whole process, with libraries and programs.
     """
 
     recipe: Recipe
@@ -51,7 +51,7 @@ class Rehearsal:
     step_bytes: int
     measuring_bytes: int | None
     saving_bytes: int
-    peak_bytes: int | None
+    peak: Peak | None
 
     def text(self) -> str:
         """An aligned table, a line for each thing; of several devices the share of every parameter besides."""
@@ -75,8 +75,8 @@ class Rehearsal:
             lines.append(("  measuring", size(self.measuring_bytes)))
         elsewhere = "" if jax.default_backend() == "cpu" else f", and {size(self.plan.state)} of the host's memory"
         lines.append(("  saving", size(self.saving_bytes) + elsewhere))
-        if self.peak_bytes is not None:
-            lines.append(("  measured", f"{peak_in_words(self.peak_bytes)}, while this read the model, took a step and "
+        if self.peak is not None:
+            lines.append(("  measured", f"{self.peak}, while this read the model, took a step and "
                                         "measured"))
         width = max(len(name) for name, _ in lines)
         table = [self.recipe.text(), "", *(f"  {name:<{width}}  {value}" for name, value in lines)]
@@ -117,7 +117,7 @@ def rehearse(run: TrainingRun, *, optimizer: optax.GradientTransformation | None
         dataclasses.replace(recipe, context=prepared.model.context), sum(prepared.sizes), prepared.rows.report,
         prepared.held_out and prepared.held_out.report, example, recipe.steps / prepared.batches.per_epoch,
         compiled - began, taken, measuring_seconds, saves + 1, saves, plan, _most(step), measuring_bytes,
-        plan.state + (largest if jax.default_backend() == "cpu" else 0), peak_bytes())
+        plan.state + (largest if jax.default_backend() == "cpu" else 0), peak())
 
 
 def _example(batch: TrainingBatch, text: Tokenizer) -> str:

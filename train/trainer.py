@@ -49,7 +49,7 @@ from sled.train.parallel.pipeline import PER_STAGE, STAGE, bubble, check_microba
 from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.run.checkpoint import Checkpoints, check_format
 from sled.train.run.folder import RunFolder
-from sled.train.run.memory import peak_bytes, peak_in_words
+from sled.train.run.memory import peak
 from sled.train.run.metrics import HELD_OUT, Metrics, draw, progress_bar, progress_line
 from sled.train.run.preemption import leave, preemption
 from sled.train.run.resume import anything, same_rates
@@ -226,8 +226,8 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
         decoder = nnx.merge(prepared.graph, state.weights)
         del state  # the optimiser's part makes room
         saved = save_folder(decoder, folder.model, tokenizer_from=folder.model_config)
-        if (peak := peak_bytes()) is not None:
-            _say(f"memory: {peak_in_words(peak)}")
+        if (taken := peak()) is not None:
+            _say(f"memory: {taken}")
         return saved
 
 

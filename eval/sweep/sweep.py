@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from sled.calibration.learn_then_test import DELTA, EPSILON, can_lose, fewest_losses
-from sled.decoding.options import NEW_TOKENS, stop_strings
+from sled.decoding.options import NEW_TOKENS
 from sled.errors import EvaluationWarning, SettingError
 from sled.eval.extraction import RULES
 from sled.eval.methods import A_MODEL, Method, checked_methods, deciding_versions
@@ -65,7 +65,7 @@ def sweep(lm: LM, methods: Sequence[Method], questions: Questions, folder: str |
     A_MODEL("lm", lm)
     Instance(Questions, traced=False, hint="give what demo_questions or read_questions returns")("questions", questions)
     delta, epsilon = DELTA("delta", delta), EPSILON("epsilon", epsilon)
-    questions = dataclasses.replace(questions, stop=tuple(stop_strings(questions.stop if stop is None else stop)))
+    questions = dataclasses.replace(questions, stop=questions.stop if stop is None else stop)
     given = dict(rounds=Whole(1, hint="every method is timed once a round")("rounds", rounds),
                  batch_size=Whole(1, hint="questions are answered in batches")("batch_size", batch_size),
                  max_new_tokens=Whole(1, hint="it counts the tokens of an answer")("max_new_tokens", max_new_tokens),

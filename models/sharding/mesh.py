@@ -59,9 +59,9 @@ class Mesh:
         sizes = [getattr(self, axis) for axis in AXES]
         product = math.prod(size for size in sizes if size != REST)
         if devices % product if REST in sizes else devices != product:
-            spelled = " x ".join(f"Mesh.{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+            written = " x ".join(f"Mesh.{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
             wrong = f"{devices} is no multiple of {product}" if REST in sizes else f"takes {product}"
-            raise SettingError(f"the mesh is {spelled} ({wrong}), but there are {devices} devices; make the product of "
+            raise SettingError(f"the mesh is {written} ({wrong}), but there are {devices} devices; make the product of "
                                "the axes the number of devices, or give one of them -1")
         return tuple(devices // product if size == REST else size for size in sizes)
 
@@ -147,8 +147,8 @@ def across_slices(sizes: tuple[int, ...], slices: int) -> tuple[int, ...]:
         outer.append(math.gcd(size, left))
         left //= outer[-1]
     if left > 1:
-        spelled = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        written = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
         raise SettingError(f"the devices lie in {slices} slices, over which data, fsdp and stage cannot be spread "
-                           f"evenly ({spelled}); make data x fsdp x stage a multiple of {slices}, so that no tensor "
+                           f"evenly ({written}); make data x fsdp x stage a multiple of {slices}, so that no tensor "
                            "group crosses the slow network")
     return (*outer, 1)

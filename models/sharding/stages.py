@@ -34,7 +34,7 @@ def check_stages(config: DecoderConfig, stages: int) -> int:
     if any(config.windows[i] != config.windows[i % per] for i in range(config.num_layers)):
         raise SettingError(f"Mesh.stage is {stages}, but the windows of the layers differ between stages of {per}; "
                            "give fewer stages, such that all have the same order of windows")
-    if config.exit_heads is not None and config.exit_heads.kind == "block":
+    if stages > 1 and config.exit_heads is not None and config.exit_heads.kind == "block":
         raise SettingError("the model's exit heads look back (block), which no stage of a pipeline keeps K/V for; load "
                            "it over tensor, or without stages")
     return per

@@ -22,9 +22,9 @@ RULE = (
     "whole interval lies beyond that. It fails where the whole interval falls short of what is claimed, or lies at no "
     "effect or on its wrong side. Else it is undecided; so is every figure without an interval, of fewer than "
     f"{ENOUGH} texts or batches. A claim holds where all of its figures reach it. It does not hold where all fail, or "
-    "where one fails that is not beyond no effect; where all fail and effects are beyond doubt, the gain is called a "
-    "smaller one. It is not shown where no figure reaches it and not all fail, where an interval allows for no effect, "
-    "or where one is missing. Else it holds in part.")
+    "where one fails that is not beyond no effect; where all fail and each is an effect beyond doubt, the gain is "
+    "called a smaller one. It is not shown where no figure reaches it and not all fail, where an interval allows for "
+    "no effect, or where one is missing. Else it holds in part.")
 DRAWS = 2000
 SHARE, SPEED, DIFFERENCE, CORRELATION = "{:.1%}", "{:.2f}x", "{:+.1%}", "{:+.2f}"
 
@@ -81,7 +81,7 @@ def verdict(figures: Sequence[Figure]) -> str:
     if any(figure.fails and not figure.shows for figure in figures):
         return DOES_NOT_HOLD
     if all(figure.fails for figure in figures):
-        return SMALLER if any(figure.no_effect is not None for figure in figures) else DOES_NOT_HOLD
+        return SMALLER if all(figure.no_effect is not None for figure in figures) else DOES_NOT_HOLD
     in_part = any(figure.reaches for figure in figures) and all(figure.shows for figure in figures)
     return IN_PART if in_part else NOT_SHOWN
 

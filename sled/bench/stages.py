@@ -29,8 +29,8 @@ class StageRow:
     """Exits wherever a stage ends, at one threshold.
 
     steps_per_token: of a row, in a batch by itself. after_another, following: steps until all texts have ended, of as
-    many batches as there are stages. fuller: the first over the second. in_use: the share of its turns in which a
-    stage has a token to work on, batches following each other.
+    many batches as there are stages. times_fewer: the first over the second. in_use: of the rows that a stage works
+    on in all steps, the share that hold a token, batches following each other; texts that ended hold none.
     """
 
     threshold: float = column("threshold")
@@ -38,8 +38,8 @@ class StageRow:
     steps_per_token: float = column("steps per token", decimals=3)
     after_another: int = column("steps, one batch after another")
     following: int = column("steps, following each other")
-    fuller: float = column("times fewer")
-    in_use: float = column("turns in use")
+    times_fewer: float = column("times fewer")
+    in_use: float = column("rows in use")
     equal: float = column("texts as one device's")
 
 
@@ -73,7 +73,7 @@ def run_stages_bench(*, model: str = "demo", batch_size: int = 12, new_tokens: i
         rows.append(StageRow(
             threshold=threshold, layers=fmean(layer for text in texts for layer in text.exit_layers),
             steps_per_token=sum(sum(run.steps) for run in alone) / tokens, after_another=after_another, following=steps,
-            fuller=after_another / steps, in_use=tokens / (steps * batch_size), equal=equal))
+            times_fewer=after_another / steps, in_use=tokens / (steps * batch_size), equal=equal))
     title = (f"{stages} stages of {per} layers, {one.name}, float32: {stages} batches of {batch_size} held-out "
              "problems; steps of the clock")
     return BenchReport(title, {"model": one.name, "stages": stages, "batch_size": batch_size}, rows, [])

@@ -35,8 +35,9 @@ class Plan:
     sled plan -m meta-llama/Llama-3.1-70B --devices 64 --tensor-parallel 8 --fsdp 8 --train
 
     From config.json alone, of which a hub id's is fetched, and no weights. Decoding: weights, keys and values of whole
-    contexts, and what a block of a prompt takes while it runs. Training: weights in float32, gradients, the optimiser's
-    state, and the share of every parameter; activations come besides, and sled train --dry-run measures them.
+    contexts (over stages of as many batches), and what a block of a prompt takes while it runs. Training: weights in
+    float32, gradients, the optimiser's state, and the share of every parameter; activations come besides, and sled
+    train --dry-run measures them.
     """
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="MODEL")] = "demo"
@@ -52,7 +53,7 @@ class Plan:
     pipeline_parallel: Annotated[int, sets(Mesh, "stage")] = 1
     """Stages of a pipeline, with some of the layers each."""
     batch_size: int = 8
-    """Rows decoded together, over all devices."""
+    """Rows of a batch, over all devices; over stages as many batches as stages are in memory."""
     context: Annotated[int | None, left_out(f"the model's, at most {USUAL_CONTEXT}")] = None
     """Positions of a row, prompt and text."""
     dtype: Literal[WEIGHT_TYPES] = "bfloat16"
@@ -94,11 +95,13 @@ class Plan:
         ways = mesh.abstract(devices)
         plan = decoding_plan(config, ways, rows=rows, context=context, dtype=self.dtype)
         several = f", {plan.batches} such batches following each other" if plan.batches > 1 else ""
+        copied = [f"  a batch's of these {size_in_words(plan.copied)}, copied at a step"] * (plan.batches > 1)
         lines = [
             f"On each of {devices} devices ({spelled(ways.shape) or 'one'}), {plan.rows} rows of {context:,} "
             f"positions, {self.dtype}{several}:",
             f"  weights          {size_in_words(plan.weights)}",
             f"  keys and values  {size_in_words(plan.kv)}",
+            *copied,
             f"  a prompt's block {size_in_words(plan.prompt)} while it runs",
             f"  logits           {size_in_words(plan.logits)} of each layer that a fusion reads at once",
             f"  at most          {size_in_words(plan.total)}, and programs and what the compiler keeps besides"]

@@ -25,11 +25,11 @@ def refuse_too_large(build: Build, window: int, buffers: int, block_heads: tuple
                      capacity: int, at_once: int | None = None) -> None:
     """Raises OutOfMemoryError where `rows` rows of `capacity` positions are more than a device's whole memory.
 
-    at_once: how many of them the layers run on at a time; None: all.
+    at_once: how many of them the layers run on at a time, their K/V copied; None: all.
     Counted as `BatchBytes` are: what else a step takes comes besides, so that what is let pass may still fail.
     """
     taken, memory = _bytes(build, window, buffers, block_heads, rows, capacity), device_memory()
-    needed = taken.kv + (taken.waiting + taken.scores) * (at_once or rows) // rows
+    needed = sum(taken) if at_once in (None, rows) else taken.kv + sum(taken) * at_once // rows
     if memory is not None and needed > memory:
         raise OutOfMemoryError(f"{rows:,} rows of {capacity:,} positions, {window:,} of which may wait for deeper "
                                f"layers, would take at least {size_in_words(needed)}, but the device has "

@@ -1,14 +1,15 @@
 """Decoding with a model that is cut over stages: EE-LLM's pipeline-based inference (arXiv 2312.04916, section 4).
 
-At every step of the clock each stage runs its layers on one token of every row, and hands it to the next. At the end of
-a stage that is an exit, the policy decides: where the token leaves, the row's next token is known, and the first stage
-begins it at the very next step, while the later stages go on with the one that left, for its K/V. So they are exact, a
-row's latency for a token is that of the stages up to its exit, and no row waits for another. As tokens of a row follow
-each other through the stages in their order, each finds the K/V of all before it.
+At every step of the clock each stage runs its layers on one token of every row of a batch, and hands it on. At the end
+of a stage that is an exit, the policy decides: where the token leaves, the row's next token is known, and the first
+stage may begin it at the very next step, while the later stages go on with the one that left, for its K/V. So they are
+exact, and with one batch a row waits for a token as long as the stages up to its exit take, and for no other row. As
+tokens of a row follow each other through the stages in their order, each finds the K/V of all before it.
 
-A token that never leaves early is worked on by one stage at a time. So the rows of several batches, the microbatches,
-may follow each other: at every step the first stage takes the next in turn of those that have rows which are ready, and
-with as many as there are stages none is idle. A row whose token left sooner then waits for its microbatch's turn.
+One batch whose tokens do not leave early keeps one stage at work at a time. So several may follow each other, called
+microbatches. They take turns at the first stage: next is the one with the largest share of its unfinished rows ready,
+of equal ones that whose last turn is longest ago. With as many as there are stages all have work, and a row whose token
+left early waits until its microbatch's next turn.
 
 Axes beside the usual ones: S stages, M microbatches, R rows of one; B = M R, those of the first microbatch first.
 """
@@ -46,8 +47,8 @@ STAGE = "stage"
 
 @group
 class Flight:
-    """The tokens of a microbatch that are about to come to a stage, [S, R, ...] over the stages; the first takes new
-    ones.
+    """For each stage the tokens that it works on next, all of one microbatch, [S, R, ...]; the first stage, which takes
+    new ones, does not look at its own.
 
     h: hidden state below the stage. kept: those of earlier layers that a decision may look at (`_kept`). position:
     NOWHERE where there is none. decided: whether the row's next token is known already. microbatch: its number.
@@ -72,6 +73,9 @@ class StagedState:
     steps_B: jax.Array
     caches: list[KV]
     flight: Flight
+
+
+_SPLIT = StagedState(text=P(), turn=P(), begun_B=P(), steps_B=P(), caches=P(STAGE), flight=P(STAGE))  # over stages
 
 
 def check_staged(plan: Plan, decoding: Decoding, build: Build) -> None:
@@ -176,9 +180,6 @@ def _over_stages(function, mesh, params, *arrays, specs):
                          check_vma=False)(params, *arrays)
 
 
-_SPLIT = StagedState(text=P(), turn=P(), begun_B=P(), steps_B=P(), caches=P(STAGE), flight=P(STAGE))
-
-
 def _handed(tree, stages: int):
     """What the stage below hands over."""
     return jax.tree.map(lambda x: jax.lax.ppermute(x, STAGE, [(s, s + 1) for s in range(stages - 1)]), tree)
@@ -222,14 +223,14 @@ def _begin(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, blocks_M
             return _handed(states[-1], stages), _with_own(caches, own, m, rows)
 
         _, caches = jax.lax.fori_loop(0, ends_M[-1] + stages - 1, turn, (handed_RTD, caches))
-        nothing = Flight(
+        empty = Flight(
             h_SRD=jnp.zeros_like(handed_RTD[:, 0])[None],
             kept_SRND=jnp.zeros((1, rows, len(_kept(plan)), h_BTD.shape[-1]), h_BTD.dtype),
             position_SR=jnp.full((1, rows), NOWHERE), decided_SR=jnp.zeros((1, rows), bool),
             microbatch_S=jnp.zeros(1, jnp.int32))
         return StagedState(text=new_text(tokens_BS, length_B, limit_B, seeds_B), turn=jnp.int32(0),
                            begun_B=length_B - 1, steps_B=jnp.zeros_like(length_B),
-                           caches=jax.tree.map(lambda x: x[None], caches), flight=nothing)
+                           caches=jax.tree.map(lambda x: x[None], caches), flight=empty)
 
     return _over_stages(on_stage, mesh, params, tokens_BS, length_B, limit_B, seeds_B, blocks_M, specs=[P()] * 5)
 
@@ -251,20 +252,27 @@ def _decode(build: Build, params, state: StagedState, policy, fusion, sampling, 
     def on_stage(stage, params, state, policy, fusion, sampling, stop_ids, pause_len_B):
         network = build(params)
         readout = Readout(network)
-        everything = Context(readout, plan, policy, fusion, sampling,
-                             position_keys(sampling, state.text.keys_B, state.text.tokens_BS.shape[1]), stop_ids,
-                             jnp.minimum(state.text.limit_B, pause_len_B), policy.prepare(readout))
+        all_rows = Context(readout, plan, policy, fusion, sampling,
+                           position_keys(sampling, state.text.keys_B, state.text.tokens_BS.shape[1]), stop_ids,
+                           jnp.minimum(state.text.limit_B, pause_len_B), policy.prepare(readout))
 
-        def unfinished_B(text, run: Context):
-            return text.active_B & (text.length_B < run.pause_len_B)
+        def unfinished_B(text):
+            return text.active_B & (text.length_B < all_rows.pause_len_B)
 
-        def of_microbatch(text, microbatch) -> tuple[Text, Context]:
+        def of_microbatch(text, m) -> tuple[Text, Context]:
             """What there is of its rows."""
-            at_R, run = microbatch * rows + jnp.arange(rows), everything
-            key_data_RS, pause_len_R = _own((run.key_data_BS, run.pause_len_B), microbatch, rows)
-            run = run._replace(policy=take_rows(policy, at_R), fusion=take_rows(fusion, at_R),
-                               sampling=take_rows(sampling, at_R), key_data_BS=key_data_RS, pause_len_B=pause_len_R)
-            return _own(text.replace(keys_B=None), microbatch, rows), run
+            at_R, (key_data_RS, pause_len_R) = m * rows + jnp.arange(rows), _own(
+                (all_rows.key_data_BS, all_rows.pause_len_B), m, rows)
+            run = all_rows._replace(policy=take_rows(policy, at_R), fusion=take_rows(fusion, at_R),
+                                    sampling=take_rows(sampling, at_R), key_data_BS=key_data_RS,
+                                    pause_len_B=pause_len_R)
+            return _own(text.replace(keys_B=None), m, rows), run
+
+        def next_turn(text, ready_B, turn):
+            """The microbatch that the first stage takes, where equal ones follow each other from `turn` on."""
+            ready_M, unfinished_M = (x_B.reshape(-1, rows).sum(1) for x_B in (ready_B, unfinished_B(text)))
+            share_M = ready_M / jnp.maximum(unfinished_M, 1)
+            return (turn + jnp.roll(share_M, -turn).argmax()) % len(share_M)
 
         def decide(s: int, text, run: Context, here_R, h_RD, kept_RND):
             """Rows that leave at the end of stage s, with their logits, and the number of the exit."""
@@ -285,11 +293,11 @@ def _decode(build: Build, params, state: StagedState, policy, fusion, sampling, 
 
         def step(state: StagedState) -> StagedState:
             flight, caches = jax.tree.map(lambda x: x[0], (state.flight, state.caches))
-            ready_B = unfinished_B(state.text, everything) & (state.begun_B < state.text.length_B)
-            ready_M = ready_B.reshape(-1, rows).any(1)
-            begins = (state.turn + jnp.roll(ready_M, -state.turn).argmax()) % len(ready_M)
-            ready_B &= jnp.arange(len(ready_B)) // rows == begins
-            m = jnp.where(stage == 0, begins, flight.microbatch_S)
+            ready_B = unfinished_B(state.text) & (state.begun_B < state.text.length_B)
+            first = next_turn(state.text, ready_B, state.turn)
+            turn = jnp.where(ready_B.any(), (first + 1) % (len(ready_B) // rows), state.turn)
+            ready_B &= jnp.arange(len(ready_B)) // rows == first
+            m = jnp.where(stage == 0, first, flight.microbatch_S)
             text, run = of_microbatch(state.text, m)
             new_R = jnp.where(_own(ready_B, m, rows), text.length_B - 1, NOWHERE)
             position_R = jnp.where(stage == 0, new_R, flight.position_SR)
@@ -312,18 +320,18 @@ def _decode(build: Build, params, state: StagedState, policy, fusion, sampling, 
             # Of a row one stage at most has a token that is not decided: the sum is that stage's.
             chosen_R = (jnp.where(leaves_R, token_R, 0), jnp.where(leaves_R, exit_of, 0), leaves_R.astype(jnp.int32))
             nothing_B = jax.tree.map(lambda x: jnp.zeros(len(ready_B), x.dtype), chosen_R)
-            token_B, exit_B, rows_B = jax.lax.psum(_with_own(nothing_B, chosen_R, m, rows), STAGE)
-            flight = Flight(h_SRD=own_nRD[-1], kept_SRND=kept_RND, position_SR=position_R,
-                            decided_SR=decided_R | leaves_R, microbatch_S=m)
+            token_B, exit_B, got_B = jax.lax.psum(_with_own(nothing_B, chosen_R, m, rows), STAGE)
+            # A stage that is handed nothing gets zeros: the positions are one too high on the way, 0 is NOWHERE.
+            flight = _handed(Flight(h_SRD=own_nRD[-1], kept_SRND=kept_RND, position_SR=position_R - NOWHERE,
+                                    decided_SR=decided_R | leaves_R, microbatch_S=m), stages)
             return StagedState(
-                text=write_tokens(state.text, rows_B > 0, token_B, exit_B, plan.last_exit, run.ends_B),
-                turn=(begins + 1) % len(ready_M), begun_B=jnp.where(ready_B, state.text.length_B, state.begun_B),
-                steps_B=state.steps_B + unfinished_B(state.text, everything),
+                text=write_tokens(state.text, got_B > 0, token_B, exit_B, plan.last_exit, run.ends_B),
+                turn=turn, begun_B=jnp.where(ready_B, state.text.length_B, state.begun_B),
+                steps_B=state.steps_B + unfinished_B(state.text),
                 caches=jax.tree.map(lambda x: x[None], _with_own(caches, own, m, rows)),
-                flight=jax.tree.map(lambda x: x[None], _handed(flight, stages).replace(
-                    position_SR=_handed(flight.position_SR + 1, stages) - 1)))  # a stage that gets none gets 0: NOWHERE
+                flight=jax.tree.map(lambda x: x[None], flight.replace(position_SR=flight.position_SR + NOWHERE)))
 
-        return jax.lax.while_loop(lambda state: unfinished_B(state.text, everything).any(), step, state)
+        return jax.lax.while_loop(lambda state: unfinished_B(state.text).any(), step, state)
 
     return _over_stages(on_stage, mesh, params, state, policy, fusion, sampling, stop_ids, pause_len_B,
                         specs=[_SPLIT, P(), P(), P(), P(), P()])

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import jax
 
 from sled.io import size_in_words
 
 
-def peak_bytes() -> int | None:
-    """The most bytes that were taken so far, on a device or, where that keeps no count, by this process; None where
-    neither does."""
-    if counted := jax.local_devices()[0].memory_stats():
-        return counted["peak_bytes_in_use"]
+class Peak(NamedTuple):
+    """The most bytes that were taken so far, and by what."""
+
+    count: int
+    by: str
+
+    def __str__(self) -> str:
+        return f"{size_in_words(self.count)} at most, {self.by}"
+
+
+def peak() -> Peak | None:
+    """Of this process' devices the one that took most, or where they keep no count, of the process; None where nothing
+    tells."""
+    if all(counted := [device.memory_stats() for device in jax.local_devices()]):
+        return Peak(max(of_one["peak_bytes_in_use"] for of_one in counted), "on a device")
     try:
         import resource  # Windows has no such module
     except ImportError:
         return None
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
-
-
-def peak_in_words(count: int) -> str:
-    """So many bytes, and of what: of a device, or of the whole process, with libraries and programs."""
-    return f"{size_in_words(count)} at most, {'by the whole process' if jax.default_backend() == 'cpu' else 'a device'}"
+    return Peak(most if sys.platform == "darwin" else 1024 * most, "by the whole process")
