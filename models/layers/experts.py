@@ -263,7 +263,7 @@ def _stretches(matrices: Matrices) -> int:
 def _begin_and_shape(array, axis: int, place, stretches: int):
     expert, stretch = place
     length = array.shape[axis] // stretches
-    begin = [expert, *(0 for _ in array.shape[1:])]
+    begin = [expert, *(jnp.zeros_like(expert) for _ in array.shape[1:])]  # all of one type, with 64-bit integers too
     begin[axis] = stretch * length
     return begin, (1, *(length if i == axis else n for i, n in enumerate(array.shape) if i))
 

@@ -75,6 +75,8 @@ def processed_logits(logits_BV, seen_BV: Callable[[], jax.Array], sampling: Samp
     seen_BV: gives the tokens in each row's text so far; only called (and run) for a repetition penalty.
     """
     s = _per_row(sampling, logits_BV.shape[0])
+    # Numbers of 64 bits, where JAX has these, are not to widen the logits of some branches alone.
+    s = jax.tree.map(lambda x: x.astype(logits_BV.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, s)
     logits_BV = jax.lax.cond(
         jnp.any(s.repetition_penalty != 1), lambda x: penalise(x, seen_BV(), s.repetition_penalty),
         lambda x: x, logits_BV)

@@ -71,7 +71,7 @@ def max_and_index(x_xV):
     Two reductions that vectorise, where argmax does not on a CPU (6 times as slow at V = 1,000).
     """
     peak = x_xV.max(-1, keepdims=True)
-    index = jnp.arange(x_xV.shape[-1])
+    index = jnp.arange(x_xV.shape[-1], dtype=jnp.int32)
     return peak, jnp.where(x_xV == peak, index, x_xV.shape[-1] - 1).min(-1, keepdims=True)
 
 
