@@ -20,8 +20,8 @@ from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
-from sled.decoding.staged import StagedGeneration
-from sled.decoding.state import bucket
+from sled.decoding.staged import StagedGeneration, check_staged
+from sled.decoding.state import Plan, bucket
 from sled.errors import CheckpointWarning, DecodingWarning, PromptError, SettingError, warn
 from sled.exits import Policy, Schedule
 from sled.fusion import Strategy
@@ -33,6 +33,7 @@ from sled.models.digest import digest_of_weights
 from sled.models.generation import acting
 from sled.models.hub import create_repository, upload
 from sled.models.merge import Merge
+from sled.models.sharding.mesh import spelled
 from sled.models.sharding.stages import unstaged
 from sled.models.stored import parameter_shapes
 from sled.results import Chunk, Output, Scores, Stats
@@ -114,8 +115,9 @@ class LM:
         batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
-        height = even(min(batch_size, batch_height(len(ids))), self.mesh)
-        batches, microbatches = _batches(order, batch_size, stages_of(self.mesh))
+        height, microbatches = self._shape(len(ids), batch_size, decoding)
+        size = min(height, batch_size) * microbatches
+        batches = [order[at:at + size] for at in range(0, len(order), size)]
         rows: dict[int, StopStrings] = {}
         emitted: dict[int, Emitted] = {}
         runs = []
@@ -151,7 +153,8 @@ class LM:
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         decoding = Decoding(fusion, exits, schedule, self.sampling_of(sampling), max_new_tokens, stop)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
-        run = self._begin(ids, range(len(ids)), decoding, height=even(batch_height(len(ids)), self.mesh), seed=seed)
+        height, microbatches = self._shape(len(ids), len(ids), decoding)
+        run = self._begin(ids, range(len(ids)), decoding, height=height, seed=seed, microbatches=microbatches)
         return self._chunks(run, ids, decoding, chunk)
 
     def _chunks(self, run: Run, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
@@ -305,6 +308,7 @@ class LM:
             "tokenizer": "yes" if self.text.available else "none: prompts are lists of token ids",
             "sampling": f"the checkpoint's: {listed(acting(self.generation)) or 'greedy'}",
             "folder": self.text.folder,
+            "devices": self.mesh and spelled(self.mesh.shape),
         }
         return "\n".join([f"LM {self.name!r}", *(f"  {name:<11} {value}" for name, value in rows.items() if value)])
 
@@ -321,6 +325,13 @@ class LM:
                  f"sampling={WORD!r} (--sampling {WORD}) to follow it", CheckpointWarning)
         return sampling
 
+    def check(self, decoding: Decoding) -> None:
+        """Raises SettingError for what this model, as it lies on its devices, cannot decode by, whatever the prompts.
+        """
+        plan = Plan.of(decoding.exits, decoding.fusion, self.build.outline)
+        if stages_of(self.mesh) > 1:
+            check_staged(plan, decoding, self.build)
+
     def _checked(self, prompts: Prompts, decoding: Decoding, seed: int) -> tuple[list[np.ndarray], Decoding, int]:
         """The prompts' token ids, with settings that fit them and the first seed."""
         ids = prompt_ids(prompts, self.text, self.config)
@@ -329,8 +340,21 @@ class LM:
         check_room(ids, decoding.max_new_tokens, self.config)
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
+    def _shape(self, prompts: int, batch_size: int, decoding: Decoding) -> tuple[int, int]:
+        """Rows of a batch, and how many such batches follow each other over stages: 1 where there are none.
+
+        Prompts that would fill one batch are one where tokens may leave early, so that none waits for another's turn,
+        and else spread over as many as there are stages.
+        """
+        stages, rows = stages_of(self.mesh), prompts
+        following = min(stages, -(-prompts // batch_size))
+        if stages > 1 and len(decoding.exits.exits(self.config.num_layers)) == 1:
+            following = min(stages, prompts)
+            rows = -(-min(prompts, stages * batch_size) // following)
+        return even(min(batch_size, batch_height(rows)), self.mesh), following
+
     def _begin(self, ids: list[np.ndarray], batch: Sequence[int], decoding: Decoding, *, height: int, seed: int,
-               microbatches: int = 1) -> Run:
+               microbatches: int) -> Run:
         """A run of `height` rows, over stages of as many microbatches of `height` rows: prompts `batch` of `ids`, and
         idle rows so that the shape is one compiled before.
 
@@ -385,13 +409,6 @@ class LM:
 def batch_height(prompts: int) -> int:
     """The rows of a batch of so many prompts: 1, 2, 3, 4, 6, 8, 12, 16, ..., so that other numbers compile nothing."""
     return bucket(prompts, least=2) if prompts > 1 else 1
-
-
-def _batches(order: list[int], batch_size: int, stages: int) -> tuple[list[list[int]], int]:
-    """Prompts for one run after another, and the number of microbatches in each: one where there are no stages."""
-    microbatches = min(stages, -(-len(order) // batch_size))
-    size = microbatches * batch_size
-    return [order[at:at + size] for at in range(0, len(order), size)], microbatches
 
 
 def _regroup(flat: list, sizes: list[int]) -> list[list]:

@@ -118,6 +118,7 @@ def check_refusals(split: LM, ends: tuple[int, ...]) -> None:
             (lambda: split.generate(PROMPTS, exits=sled.EarlyExit(ends, kv="propagate")), "makes K/V from the exit's"),
             (lambda: split.generate(PROMPTS, exits=sled.EarlyExit(within)), "layer 1, but the stages end after layers 2"
              if 1 not in ends else "4 is no early exit"),
+            (lambda: split.check(Decoding(exits=sled.SelfSpeculation(ends[0]))), "SelfSpeculation, which verifies"),
             (lambda: split.score(PROMPTS[1], PROMPTS[0]), only), (lambda: split.lens(PROMPTS[2]), only),
             (lambda: sled.Engine(split, slots=2), only),
             (lambda: sled.load(out / "model", mesh=sled.Mesh(2, 1, 1, 2)), "Mesh.stage is 2 and Mesh.data 2, but")):
@@ -127,7 +128,7 @@ def check_refusals(split: LM, ends: tuple[int, ...]) -> None:
                   max_positions=CAPACITY)
     with pytest.raises(SettingError, match="does not divide the model's 6 layers"):
         check_stages(DecoderConfig(num_layers=6, **fields), 4)
-    with pytest.raises(SettingError, match="windows of the layers differ between stages of 2"):
+    with pytest.raises(SettingError, match="windows of the layers differ between stages of 2; give 1, as"):
         check_stages(DecoderConfig(num_layers=4, windows=(8, None, 8, 8), **fields), 2)
 
 

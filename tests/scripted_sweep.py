@@ -51,6 +51,7 @@ def scripted(monkeypatch):
 
     lm = copy.copy(demo_toy())
     lm.name, lm.decode, lm.calls, lm.config, lm.says, lm.cut = "scripted", decode, [], THREE, "#### {}", 0
+    lm.check = lambda decoding: decoding.exits.exits(lm.config.num_layers)
     monkeypatch.setattr(measuring, "interleave", interleave)
     monkeypatch.setattr(sweeping, "draw_sweep", lambda _, path: path.write_bytes(b"a picture") and path)
     return lm

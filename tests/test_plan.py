@@ -75,9 +75,9 @@ def test_the_command_needs_no_weights_and_no_devices(command, folder):
 @pytest.mark.parametrize("options, says", [
     (["--devices", "8", "--fsdp", "8"], "--fsdp is 8, but has no meaning without --train"),
     (["--train", "--context", "9"], "--context is 9, but has no meaning with --train"),
-    (["--devices", "8", "--tensor-parallel", "3"], "8 is no multiple of 3"),
+    (["--devices", "8", "--tensor-parallel", "3"], "--tensor-parallel 3 takes a multiple of 3 devices"),
     (["--devices", "6", "--pipeline-parallel", "6"], "--pipeline-parallel is 6, which does not divide the model's 32"),
-    (["--devices", "8", "--pipeline-parallel", "4"], "the mesh is"),
+    (["--devices", "8", "--pipeline-parallel", "4"], "--pipeline-parallel 4 takes 4 devices, but there are 8"),
     (["--devices", "8", "--pipeline-parallel", "4", "--data-parallel", "2"], "stages decode for one group of rows"),
     (["--devices", "0"], "--devices is 0, but must be a whole number of at least 1"),
     (["--context", "200000"], "--context is 200000"),

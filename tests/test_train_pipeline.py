@@ -8,7 +8,7 @@ from sled.errors import SettingError
 from sled.models import DecoderConfig
 from sled.models.sharding.mesh import Mesh
 from sled.models.sharding.sharding import Sharding
-from sled.train.parallel.pipeline import bubble, check_microbatches
+from sled.train.parallel.pipeline import bubble, check_microbatches, layers_of_stages
 
 CONFIG = DecoderConfig("llama", vocab_size=96, width=16, mlp_width=32, num_layers=6, num_heads=4, num_kv_heads=2,
                        head_dim=8, max_positions=64)
@@ -30,12 +30,14 @@ def test_microbatches_divide_the_rows(rows, stages, count):
     assert check_microbatches(1, rows, stages) == 1
 
 
-@pytest.mark.parametrize("stages, microbatches, share", [(1, 8, 0), (4, 4, 3 / 7), (4, 12, 1 / 5)])
-def test_the_bubble_is_the_share_of_turns_without_work(stages, microbatches, share):
-    assert bubble(stages, microbatches) == share
-    turns = microbatches + stages - 1
-    idle = sum(not 0 <= turn - stage < microbatches for stage in range(stages) for turn in range(turns))
-    assert idle / (stages * turns) == pytest.approx(share)
+@pytest.mark.parametrize("stages, microbatches, layers, share", [
+    (1, 8, 5, 0), (4, 4, 8, 3 / 7), (4, 12, 4, 1 / 5), (3, 8, 16, 1 - 8 * 16 / (10 * 18))])
+def test_the_bubble_is_the_share_of_turns_without_work(stages, microbatches, layers, share):
+    assert bubble(stages, microbatches, layers) == pytest.approx(share)
+    own, turns = layers_of_stages(stages, layers), microbatches + stages - 1
+    assert len(own) == stages and sum(own) == layers
+    busy = sum(own[stage] for stage in range(stages) for turn in range(turns) if 0 <= turn - stage < microbatches)
+    assert 1 - busy / (max(own) * stages * turns) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("make, says", [

@@ -312,7 +312,7 @@ def test_a_rehearsal_tells_what_the_run_would_be_and_leaves_nothing(tmp_path, da
     assert found.data.examples > found.held_out.examples > 0 and found.epochs == 4 / -(-found.data.rows // 2)
     assert found.recipe.context == 96 and found.step_seconds > 0 and found.measuring_seconds > 0
     assert (found.measurings, found.saves) == (2, 1)
-    assert found.step_bytes > found.plan.state + found.plan.gradients / 2 and found.peak_bytes > found.plan.state
+    assert found.step_bytes > found.plan.state + found.plan.gradients / 2 and found.peak.count > found.plan.state
     assert found.measuring_bytes > found.plan.state and found.saving_bytes > found.plan.state
     text = found.text()
     assert re.search(r"\n  context +96\n(?:.*\n)*  parameters +[\d,]+\n  data +\d+ examples .*\n"
@@ -370,7 +370,7 @@ def test_what_is_no_run_and_no_recipe(tmp_path):
     ([], "--data is missing"),
     (["--data", "demo", "--layers", "3"], "--layers describes a new model, but --model is demo"),
     (["--data", "demo", "--recipe", "nothing"], "recipe is 'nothing', which is unknown; choose one of"),
-    (["--data", "demo", "--tensor-parallel", "3"], "the mesh"),
+    (["--data", "demo", "--tensor-parallel", "3"], "--tensor-parallel 3 takes a multiple of 3"),
     (["--data", "demo", "--recipe", "plain", "--drop", "fixed"], "--drop fixed was given, but no layer is dropped"),
     (["--data", "demo", "--head-kind", "mlp"], "--head-kind was given without --exit-heads"),
 ])

@@ -27,9 +27,9 @@ from sled.train.trainer import TrainingRun, optimizer_of, prepare, share_of
 class Rehearsal:
     """What a run will be: its recipe with the context that the model gave, the data, seconds and bytes.
 
-    example: the first document of the first batch, what is learnt of it in brackets. epochs: passes over the data.
-    step_seconds, measuring_seconds: of one step, and of measuring the held-out losses once, told by one batch, both
-    without compilation (`compile_seconds`). measurings, saves: how often.
+    pipeline: its stages in words, if there are any. example: the first document of the first batch, what is learnt of
+    it in brackets. epochs: passes over the data. step_seconds, measuring_seconds: of one step, and of measuring the
+    held-out losses once, told by one batch, both without compilation (`compile_seconds`). measurings, saves: how often.
     step_bytes, measuring_bytes, saving_bytes: the most that a device holds of arrays at a step, while held-out losses
     are measured (None without such data), and while a checkpoint is saved, as the compiled programs say.
     peak: the most that was taken while the model was read, a step taken and a batch measured, as the devices count it,
@@ -40,6 +40,7 @@ class Rehearsal:
     parameters: int
     data: DataReport
     held_out: DataReport | None
+    pipeline: str | None
     example: str
     epochs: float
     compile_seconds: float
@@ -57,7 +58,8 @@ class Rehearsal:
         """An aligned table, a line for each thing; of several devices the share of every parameter besides."""
         steps, measuring = self.step_seconds * self.recipe.steps, self.measuring_seconds * self.measurings
         size = size_in_words
-        lines = [("parameters", f"{self.parameters:,}"), ("data", str(self.data)), ("example", self.example)]
+        lines = [("parameters", f"{self.parameters:,}"), ("data", str(self.data)),
+                 *([] if self.pipeline is None else [("pipeline", self.pipeline)]), ("example", self.example)]
         if self.held_out is not None:
             lines.append(("held out", str(self.held_out)))
         lines += [("epochs", f"{self.epochs:.2f} in {self.recipe.steps:,} steps"),
@@ -115,9 +117,9 @@ def rehearse(run: TrainingRun, *, optimizer: optax.GradientTransformation | None
     saves = -(-recipe.steps // run.save_every)
     return Rehearsal(
         dataclasses.replace(recipe, context=prepared.model.context), sum(prepared.sizes), prepared.rows.report,
-        prepared.held_out and prepared.held_out.report, example, recipe.steps / prepared.batches.per_epoch,
-        compiled - began, taken, measuring_seconds, saves + 1, saves, plan, _most(step), measuring_bytes,
-        plan.state + (largest if jax.default_backend() == "cpu" else 0), peak())
+        prepared.held_out and prepared.held_out.report, prepared.pipeline, example,
+        recipe.steps / prepared.batches.per_epoch, compiled - began, taken, measuring_seconds, saves + 1, saves, plan,
+        _most(step), measuring_bytes, plan.state + (largest if jax.default_backend() == "cpu" else 0), peak())
 
 
 def _example(batch: TrainingBatch, text: Tokenizer) -> str:

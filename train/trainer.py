@@ -45,7 +45,7 @@ from sled.train.objective.train_step import (
 )
 from sled.train.optimizers import make_optimizer, rate_schedule
 from sled.train.parallel.distributed import check_same_everywhere
-from sled.train.parallel.pipeline import PER_STAGE, STAGE, bubble, check_microbatches
+from sled.train.parallel.pipeline import PER_STAGE, STAGE, bubble, check_microbatches, layers_of_stages
 from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.run.checkpoint import Checkpoints, check_format
 from sled.train.run.folder import RunFolder
@@ -135,6 +135,18 @@ class Prepared:
     def stages(self) -> int:
         """Of the pipeline; 1 where there is none."""
         return self.placed.mesh.shape[STAGE]
+
+    @property
+    def pipeline(self) -> str | None:
+        """Its stages and microbatches in words, if there are any."""
+        if self.stages == 1:
+            return None
+        stages, depth = self.stages, self.model.config.num_layers
+        count = check_microbatches(self.run.microbatches, self.part // self.placed.ways(ROWS), stages)
+        moved = (f"; their weights move between stages at each step, which a divisor of {depth} would spare"
+                 if depth % stages else "")
+        return (f"{stages} stages of {' + '.join(map(str, layers_of_stages(stages, depth)))} layers, {count} "
+                f"microbatches: a stage waits in {bubble(stages, count, depth):.1%} of its turns on average{moved}")
 
     def on_devices(self, batch: TrainingBatch, rows: int) -> TrainingBatch:
         """The batch of `rows` rows, of which this process supplies its own."""
@@ -329,10 +341,8 @@ def _announce(prepared: Prepared) -> None:
     _say(f"{sum(prepared.sizes):,} parameters on {jax.device_count()} "
          f"{jax.devices()[0].device_kind}; data: {prepared.rows.report}")
     _say(dataclasses.replace(recipe, context=prepared.model.context).text())
-    if (stages := prepared.stages) > 1:
-        count = check_microbatches(prepared.run.microbatches, prepared.part // prepared.placed.ways(ROWS), stages)
-        _say(f"a pipeline of {stages} stages, {count} microbatches: a stage waits in {bubble(stages, count):.1%} of "
-             "its turns")
+    if prepared.pipeline:
+        _say(f"a pipeline of {prepared.pipeline}")
     if recipe.trainable == ALL and recipe.exits != LastOnly():
         early = prepared.early_exits(0, recipe.steps)
         _say(f"early exits that learn at a step, on average: {early:.2f}" if early else

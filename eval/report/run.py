@@ -72,6 +72,8 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
         report_folder("out", Path(out))
     names = NAMES("tasks", tasks)
     methods = checked_methods(methods)
+    for method in methods:
+        lm.check(method.decoding)
     against = _baseline(methods, against)
     limit = OrNone(Whole(1, hint="it counts the samples of each task"))("limit", limit)
     num_fewshot = OrNone(Whole(0, hint="it counts the examples before each question"))("num_fewshot", num_fewshot)

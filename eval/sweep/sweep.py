@@ -133,6 +133,7 @@ def _points(lm: LM, methods: Sequence[Method], given: dict[str, Any]) -> list[Po
               "device": jax.devices()[0].device_kind, "versions": deciding_versions(), **given}
     points: dict[str, Point] = {}
     for method in [*itertools.chain(*map(_baselines, methods)), *methods]:
+        lm.check(method.decoding)
         layers = method.decoding.exits.exits(lm.config.num_layers)[:-1]
         point = Point(method, _baselines(method)[-1], layers, json_digest({**common, "method": method.settings()})[:20])
         same = points.setdefault(method.name, point)

@@ -6,6 +6,7 @@ tensor parallelism, with its exchange in every layer, belongs.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -37,7 +38,8 @@ class Mesh:
 
     data: rows of the batch; every group holds all weights.
     fsdp: rows of the batch AND weights with their optimiser state (ZeRO-3, arXiv 1910.02054); weights are
-        gathered layer by layer as they are needed. For training alone: a decoding step would gather all for one token.
+        gathered layer by layer as they are needed. For training alone: a decoding step would gather all for one token,
+        so the rest of the devices that would be its is then that of data.
     tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
     stage: layers, as a pipeline (GPipe, arXiv 1811.06965); in training the vocabulary, too: every stage computes its
         part of all exits' logits.
@@ -59,10 +61,11 @@ class Mesh:
         sizes = [getattr(self, axis) for axis in AXES]
         product = math.prod(size for size in sizes if size != REST)
         if devices % product if REST in sizes else devices != product:
-            written = " x ".join(f"Mesh.{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-            wrong = f"{devices} is no multiple of {product}" if REST in sizes else f"takes {product}"
-            raise SettingError(f"the mesh is {written} ({wrong}), but there are {devices} devices; make the product of "
-                               "the axes the number of devices, or give one of them -1")
+            written = " x ".join(f"Mesh.{axis} {size}" for axis, size in zip(AXES, sizes, strict=True)
+                                 if size not in (1, REST)) or "the mesh"
+            takes = f"a multiple of {product}" if REST in sizes else product
+            raise SettingError(f"{written} takes {takes} devices, but there are {devices}; give sizes whose product is "
+                               f"{devices}, or let JAX see as many devices as are to be used (CUDA_VISIBLE_DEVICES)")
         return tuple(devices // product if size == REST else size for size in sizes)
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -84,8 +87,10 @@ class Mesh:
                                  axis_types=kinds)
 
     def build_for_decoding(self) -> jax.sharding.Mesh:
-        """As `build`, over all devices. Raises what `check_decodes` raises, too."""
-        built = self.build()
+        """As `build`, over all devices, but that `data` takes the rest where `fsdp` would. Raises what `check_decodes`
+        raises, too."""
+        alone = self.fsdp == REST and self.data == self.stage == 1
+        built = (dataclasses.replace(self, data=REST, fsdp=1) if alone else self).build()
         check_decodes(built)
         return built
 

@@ -31,9 +31,11 @@ def check_stages(config: DecoderConfig, stages: int) -> int:
     if rest:
         raise SettingError(f"Mesh.stage is {stages}, which does not divide the model's {config.num_layers} layers; "
                            "give a divisor")
-    if any(config.windows[i] != config.windows[i % per] for i in range(config.num_layers)):
+    alike = lambda n: config.windows == config.windows[:config.num_layers // n] * n  # noqa: E731
+    if not alike(stages):
+        fitting = [n for n in range(2, config.num_layers + 1) if config.num_layers % n == 0 and alike(n)]
         raise SettingError(f"Mesh.stage is {stages}, but the windows of the layers differ between stages of {per}; "
-                           "give fewer stages, such that all have the same order of windows")
+                           f"give {' or '.join(map(str, fitting)) or '1, as no other number fits'}")
     if stages > 1 and config.exit_heads is not None and config.exit_heads.kind == "block":
         raise SettingError("the model's exit heads look back (block), which no stage of a pipeline keeps K/V for; load "
                            "it over tensor, or without stages")

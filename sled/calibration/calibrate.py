@@ -66,7 +66,7 @@ def calibrate(lm: LM, prompts: Prompts, *, exits: Policy, delta: float = 0.1, ep
     grid = descending(GRID if grid is None else grid)
     batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
     serving = Decoding(exits=exits, **decoding)
-    exits.with_threshold(grid[0]).exits(lm.config.num_layers)  # for its errors, before any work
+    lm.check(serving.replace(exits=exits.with_threshold(grid[0])))  # before any work
     references = REFERENCES("references", references)
     compare = consistency(loss, references, risk)
     ids = prompt_ids(prompts, lm.text, lm.config)

@@ -113,9 +113,9 @@ def tune(lm: LM, prompts: Prompts, *, exits: Policy | Sequence[Policy], rounds: 
     policies = [exits] if not isinstance(exits, (list, tuple)) else [p for p in exits if p != FULL_DEPTH]
     if not policies:
         raise SettingError("exits is empty, so there is nothing to try; give a policy, or a list of them")
-    for policy in policies:
-        A_POLICY("exits", policy).exits(lm.config.num_layers)  # for its error, before any work
     serving = Decoding(**decoding)
+    for policy in policies:
+        lm.check(serving.replace(exits=A_POLICY("exits", policy)))  # before any work
     ways = [(FULL_DEPTH, FULL_DEPTH.schedule), *((policy, schedule) for policy in policies
                                                  for schedule in _schedules(policy, min(batch_size, len(ids))))]
     outs = {}

@@ -31,7 +31,11 @@ class ProcessOptions(derive("ProcessFields", *settings_of(PROCESSES))):
 
         saves_when_told: whether the command itself sees that it is asked to stop; else SIGTERM ends it, as any process.
         """
-        initialize(build(self, PROCESSES))
+        processes = build(self, PROCESSES)
+        if processes.coordinator:
+            print(f"process {processes.index} of {processes.count} waits for the others at {processes.coordinator}",
+                  file=sys.stderr)
+        initialize(processes)
         if not jax.distributed.is_initialized():
             return
         sys.stdout = os.fdopen(os.dup(1) if first_process() else os.open(os.devnull, os.O_WRONLY), "w")
@@ -83,7 +87,7 @@ def mesh_of(*, data: int | None, tensor: int | None, stage: int | None) -> Mesh 
     """The mesh that was asked for; over several processes, all their devices, asked for or not."""
     if data is None and tensor is None and stage is None and jax.process_count() == 1:
         return None
-    rest = REST if stage in (None, 1) else 1  # stages decode for one group of rows
+    rest = REST if stage in (None, 1) and tensor != REST else 1  # stages decode for one group of rows
     return Mesh(*(usual if asked is None else asked for asked, usual in (
         (data, rest), (None, 1), (tensor, 1), (stage, 1))))
 

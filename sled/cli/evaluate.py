@@ -118,6 +118,7 @@ class Eval:
     def run(self) -> None:
         self.process_options.join()
         _need_harness()
+        from sled.eval.harness.local_data import paths_by_task
         from sled.eval.harness.tasks import manager
 
         if self.tasks == ("list",):
@@ -135,6 +136,8 @@ class Eval:
         report_folder("--out", self.out)
         cache = writable("--cache", self.cache or self.out / "answers.sqlite")
         check_alike(self)
+        paths_by_task(self.data, self.tasks)  # these refuse here what would else be refused once the model is loaded
+        manager(self.tasks, include_path=self.include_path)
         lm = self.model_options.load()
         sampling = self.sampling_options.chosen(lm)
         methods = [Method(name, fusion=fusion, sampling=sampling, **settings) for name, fusion in fusions]

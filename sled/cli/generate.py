@@ -147,5 +147,6 @@ def end_line(stats: Stats, num_layers: int, *, exits: bool) -> str:
         else:
             parts.append(f"mean depth {stats.mean_depth:.2f} of {num_layers} layers, {stats.deferred} tokens left "
                          "before the last")
-        parts.append(f"{stats.held} steps spent waiting for deeper layers")
+        if stats.held:
+            parts.append(f"{stats.held} steps spent waiting for deeper layers")
     return "; ".join(parts)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import jax
 import tyro
 
 import sled
@@ -29,14 +30,14 @@ from sled.cli.derived import (
     sets,
     settings_by_choice,
 )
-from sled.cli.devices import mesh_of, print_devices
+from sled.cli.devices import first_process, mesh_of, print_devices
 from sled.cli.line import Sets
 from sled.decoding.options import GREEDY
 from sled.errors import DataError, PromptError, SettingError, SledError
 from sled.fusion import FUSIONS
 from sled.models.config import WEIGHT_TYPES
 from sled.models.hub import local_folder
-from sled.models.sharding.mesh import Mesh
+from sled.models.sharding.mesh import Mesh, spelled
 from sled.settings.rules import Whole
 from sled.text.prompts import Prompt
 
@@ -72,14 +73,18 @@ class ModelOptions:
     data_parallel: Annotated[int | None, sets(Mesh, "data"), left_out("as many as --tensor-parallel leaves; 1")] = None
     """Copies of the model, each of which decodes rows of its own."""
     pipeline_parallel: Annotated[int | None, sets(Mesh, "stage"), left_out("1")] = None
-    """Stages, each of which holds a part of the layers, to generate texts without drafts; data is then 1."""
+    """Stages of a pipeline with some of the layers each, for what generates texts without drafts; data is then 1."""
 
     def load(self) -> sled.LM:
         local_folder(self.model)  # for its error, before the devices are looked for
         print_devices()
-        return sled.load(self.model, dtype=self.dtype, revision=self.revision, long_context=self.long_context,
-                         mesh=mesh_of(data=self.data_parallel, tensor=self.tensor_parallel,
-                                      stage=self.pipeline_parallel))
+        mesh = mesh_of(data=self.data_parallel, tensor=self.tensor_parallel, stage=self.pipeline_parallel)
+        if mesh is None and (devices := jax.device_count()) > 1:
+            print(f"one of these is used; --data-parallel {devices} uses all", file=sys.stderr)
+        lm = sled.load(self.model, dtype=self.dtype, revision=self.revision, long_context=self.long_context, mesh=mesh)
+        if mesh is not None and first_process():
+            print(f"split over {spelled(lm.mesh.shape) or 'one device'}", file=sys.stderr)
+        return lm
 
 
 @dataclasses.dataclass(frozen=True)

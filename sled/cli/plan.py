@@ -96,9 +96,11 @@ class Plan:
         plan = decoding_plan(config, ways, rows=rows, context=context, dtype=self.dtype)
         several = f", {plan.batches} such batches following each other" if plan.batches > 1 else ""
         copied = [f"  a batch's of these {size_in_words(plan.copied)}, copied at a step"] * (plan.batches > 1)
+        where = f"each of {devices} devices ({spelled(ways.shape)})" if devices > 1 else "one device"
+        idle = f" ({plan.rows - rows} of them idle, so that all groups have as many)" if plan.rows > rows else ""
+        written = "1 row" if plan.rows == 1 else f"{plan.rows} rows"
         lines = [
-            f"On each of {devices} devices ({spelled(ways.shape) or 'one'}), {plan.rows} rows of {context:,} "
-            f"positions, {self.dtype}{several}:",
+            f"On {where}, {written} of {context:,} positions{idle}, {self.dtype}{several}:",
             f"  weights          {size_in_words(plan.weights)}",
             f"  keys and values  {size_in_words(plan.kv)}",
             *copied,

@@ -86,8 +86,8 @@ def check_staged(plan: Plan, decoding: Decoding, build: Build) -> None:
     if exits.verifies or exits.propagates or jax.tree.leaves(exits.initial_memory(1)):
         raise SettingError(f"exits is {name}, which " + (
             "verifies drafts" if exits.verifies else "makes K/V from the exit's hidden state" if exits.propagates else
-            "keeps a memory of its own") + "; over the stages of a pipeline tokens are trusted, with exact K/V: give "
-            "EarlyExit(..., kv='exact'), or load the model without stages")
+            "keeps a memory of its own") + "; over the stages of a pipeline the token that an exit gives is final, and "
+            "its K/V are exact: give EarlyExit(...) with kv exact, or load the model without stages")
     if wrong := [layer for layer in plan.exits if layer not in ends]:
         raise SettingError(f"{name} leaves after layer {wrong[0]}, but the stages end after layers "
                            f"{', '.join(map(str, ends))}; a token leaves where a stage ends: give some of those")

@@ -19,6 +19,7 @@ from sled.settings.rules import OneOf, OrNone, Whole
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 TPU_HOSTS = ("TPU_PROCESS_ADDRESSES", "TPU_WORKER_HOSTNAMES")
 CLUSTERS = ("tpu", "slurm")
+HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 
 
 @settings
@@ -43,8 +44,10 @@ class Processes:
         if not any(given.values()):
             return
         if missing := [name for name, there in given.items() if not there]:
-            raise SettingError(f"Processes lacks {' and '.join(missing)}: coordinator (host:port of process 0), count "
-                               "and index (from 0) belong together; give all three, or none under a cluster manager")
+            named = " and ".join(f"Processes.{name}" for name in missing)
+            raise SettingError(f"{named} {'are' if missing[1:] else 'is'} missing: Processes.coordinator (host:port of "
+                               "process 0), Processes.count and Processes.index (from 0) belong together; give all "
+                               "three, or none under a cluster manager")
         if self.cluster:
             raise SettingError(f"Processes.cluster is {self.cluster!r}, which finds the coordinator by itself, but "
                                f"coordinator is {self.coordinator!r}; give one of the two")
@@ -132,7 +135,7 @@ def _cluster(environment) -> str | None:
 
 def _join(**settings) -> None:
     try:
-        jax.distributed.initialize(**settings)
+        jax.distributed.initialize(**settings, heartbeat_timeout_seconds=HEARTBEAT)
     except RuntimeError as reason:
         if "must be called before" not in str(reason) and "only be called once" not in str(reason):
             raise

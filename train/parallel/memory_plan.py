@@ -79,7 +79,10 @@ class MemoryPlan:
         lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                   for row in (head, *body)]
         lines.append(f"During a step gradients take {size_in_words(self.gradients)} more, and activations besides.")
-        lines += [f"Left whole over {' x '.join(RULES[axis])}: {reason}." for axis, reason in self.undivided.items()]
+        lines.append(f"Together that is at least {size_in_words(self.state + self.gradients)}.")
+        lines += [f"Left whole over {' x '.join(RULES[axis])}: {reason}." if axis != "layers" else
+                  f"Layers' weights move between stages at each step: {reason}."
+                  for axis, reason in self.undivided.items()]
         return "\n".join(lines)
 
 

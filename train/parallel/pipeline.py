@@ -24,9 +24,17 @@ STAGE = "stage"
 PER_STAGE = 4  # microbatches to aim at: with so many a fifth of the turns, or less, is a bubble
 
 
-def bubble(stages: int, microbatches: int) -> float:
-    """The share of a stage's turns in which it has nothing to do: (S - 1) / (M + S - 1)."""
-    return (stages - 1) / (microbatches + stages - 1)
+def bubble(stages: int, microbatches: int, layers: int) -> float:
+    """The share of all layers' turns in which they have nothing to do: (S - 1) / (M + S - 1), or more where the stages
+    do not divide the layers, as the last ones then have fewer."""
+    turns = -(-layers // stages) * stages * (microbatches + stages - 1)
+    return 1 - layers * microbatches / turns
+
+
+def layers_of_stages(stages: int, layers: int) -> list[int]:
+    """How many layers each stage has."""
+    most = -(-layers // stages)
+    return [min(max(layers - most * stage, 0), most) for stage in range(stages)]
 
 
 def check_microbatches(asked: int | None, rows: int, stages: int) -> int:

@@ -24,19 +24,24 @@ def preemption() -> Iterator[Callable[[int], bool]]:
     KeyboardInterrupt.
 
     With several processes (after `jax.distributed.initialize`), JAX's own service takes the signal of any of them and
-    lets all stop after the same step; Ctrl-C is a KeyboardInterrupt there. Enter it in the main thread, as Python
-    allows signal handlers only there.
+    lets all stop after the same step. Enter it in the main thread, as Python allows signal handlers only there.
     """
-    if jax.process_count() > 1:
-        yield reached_preemption_sync_point
-        return
-    signals = []
+    signals, several = [], jax.process_count() > 1
 
     def ask(number, frame):
         if number == signal.SIGINT and signals:
             raise KeyboardInterrupt
         signals.append(number)
+        if several:
+            signal.raise_signal(signal.SIGTERM)  # which JAX's service has taken over
 
+    if several:
+        before = signal.signal(signal.SIGINT, ask)
+        try:
+            yield reached_preemption_sync_point
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with _answered_at_once():
