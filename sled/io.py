@@ -20,7 +20,6 @@ from sled.errors import CheckpointError, SettingError, SledError
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # of a disk that takes no more
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)  # what network file systems without locks say
-TRIES = 9  # at a folder that other processes make and take away at the same time
 MOST_NESTED = 64  # lists and objects within one another in a JSON file; models' files have fewer than ten
 
 
@@ -98,16 +97,10 @@ def _try(path: Path) -> None:
     lacking = [folder for folder in path.parents if not os.path.lexists(folder)]
     new = not os.path.lexists(path)
     try:
-        for left in reversed(range(TRIES)):
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.open("ab").close()
-                break
-            except FileNotFoundError:  # another process that tries the same has taken the folder away
-                if not left:
-                    raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
         if new:
-            path.unlink(missing_ok=True)
+            path.unlink()
     finally:
         for folder in lacking:
             with contextlib.suppress(OSError):  # not made, or somebody has put something there since

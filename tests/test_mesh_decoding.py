@@ -76,3 +76,17 @@ def test_where_one_process_is_killed_the_other_ends_with_an_error(index, model, 
     both[index].communicate()
     out, errors = both[1 - index].communicate(timeout=60)
     assert both[1 - index].returncode == 1 and out == "" and "another process of this run has ended" in errors
+
+
+@pytest.mark.exhaustive
+def test_what_the_first_process_finds_wrong_is_said_by_all(model, tmp_path):
+    pytest.importorskip("lm_eval", reason="needs the extra eval")
+    address, taken = free_address(), tmp_path / "a file"
+    taken.touch()
+    both = [subprocess.Popen(
+        [sys.executable, *COMMAND, "eval", "--tasks", "sled_demo", "--limit", "2", "-m", model, "--out", taken,
+         "--coordinator", address, "--processes", "2", "--process", str(each)], env=on_devices(1), cwd=HERE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE) for each in range(2)]
+    said = [process.communicate(timeout=200)[1] for process in both]
+    assert [process.returncode for process in both] == [1, 1]
+    assert all("a file', which is a file; name a folder of your own" in words for words in said), said

@@ -28,7 +28,7 @@ from sled.eval.report.scores import TaskResult, scores_of
 from sled.lm import LM
 from sled.settings.rules import OrNone, Whole
 from sled.timing import Times, hardware, interleave, versions
-from sled.train.parallel.distributed import from_first_process
+from sled.train.parallel.distributed import checked_by_first, from_first_process
 
 ROUNDS = 3  # of timing; the fastest counts
 
@@ -69,7 +69,7 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
     began = datetime.datetime.fromisoformat(from_first_process(now))  # which chat templates may show
     progress = progress and jax.process_index() == 0
     if out is not None:
-        report_folder("out", Path(out))
+        checked_by_first(report_folder, "out", Path(out))
     names = NAMES("tasks", tasks)
     methods = checked_methods(methods)
     for method in methods:

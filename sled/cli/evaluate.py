@@ -20,6 +20,7 @@ from sled.cli.values import NewPath
 from sled.errors import EvaluationError, SettingError
 from sled.fusion import FUSIONS
 from sled.io import writable
+from sled.train.parallel.distributed import checked_by_first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +134,10 @@ class Eval:
         settings = self.exit_options.settings()
         self.sampling_options.check()
         metadata = dict(named_value("--metadata", each) for each in self.metadata)
-        report_folder("--out", self.out)
-        cache = writable("--cache", self.cache or self.out / "answers.sqlite")
         check_alike(self)
+        cache = self.cache or self.out / "answers.sqlite"
+        checked_by_first(report_folder, "--out", self.out)
+        checked_by_first(writable, "--cache", cache)
         paths_by_task(self.data, self.tasks)  # these refuse here what would else be refused once the model is loaded
         manager(self.tasks, include_path=self.include_path)
         lm = self.model_options.load()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import broadcast_one_to_all, process_allgather, sync_global_devices
 
-from sled.errors import SettingError
+from sled.errors import SettingError, SledError
 from sled.settings.decorator import setting, settings
 from sled.settings.rules import OneOf, OrNone, Whole
 
@@ -99,6 +99,22 @@ def from_first_process(text: str | None) -> str | None:
         return None if length < 0 else ""
     room = 2 ** length.bit_length()  # other lengths up to it take the same program
     return bytes(broadcast_one_to_all(np.resize(encoded, room)))[:length].decode()
+
+
+def checked_by_first(check: Callable, *args) -> None:
+    """`check(*args)` in the first process alone; the SledError that it raises there is raised in all. For what several
+    would be in each other's way with, such as trying a folder; all call it together."""
+    error = None
+    if jax.process_index() == 0:
+        try:
+            check(*args)
+        except SledError as reason:
+            error = reason
+    said = from_first_process(None if error is None else str(error))
+    if error is not None:
+        raise error
+    if said is not None:
+        raise SettingError(said)
 
 
 def check_same_everywhere(values: Mapping[str, Any]) -> None:
