@@ -13,15 +13,16 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.decoding.batch import Emitted, Generation
+from sled.decoding.batch import Emitted
 from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, listed
-from sled.decoding.groups import even, stages_of
+from sled.decoding.groups import stages_of
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
+from sled.decoding.rows import Run, Shape, batch_height, begin, shape_of_runs
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
-from sled.decoding.staged import StagedGeneration, check_staged
-from sled.decoding.state import Plan, bucket
+from sled.decoding.staged import check_staged
+from sled.decoding.state import Plan
 from sled.errors import CheckpointWarning, DecodingWarning, PromptError, SettingError, warn
 from sled.exits import Policy, Schedule
 from sled.fusion import Strategy
@@ -45,7 +46,6 @@ from sled.text.prompts import Prompt, Prompts, check_room, is_one, pair_ids, pro
 from sled.text.stop_strings import StopStrings
 from sled.text.tokenizer import Tokenizer
 
-Run = Generation | StagedGeneration
 FEW_VERIFICATIONS = 16  # drafts are judged by no fewer
 LOW_ACCEPTANCE = 0.3  # of drafts; at it those of 4 tokens give 1.4 tokens per verification
 STOP_CHUNK = 16  # tokens between two looks at the text for stop strings
@@ -115,15 +115,15 @@ class LM:
         batch_size = Whole(1, hint="prompts are decoded in batches")("batch_size", batch_size)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
-        height, microbatches = self._shape(len(ids), batch_size, decoding)
-        size = min(height, batch_size) * microbatches
+        shape = shape_of_runs(self.build, len(ids), decoding, batch_size=batch_size)
+        size = min(shape.height, batch_size) * shape.following
         batches = [order[at:at + size] for at in range(0, len(order), size)]
         rows: dict[int, StopStrings] = {}
         emitted: dict[int, Emitted] = {}
         runs = []
         with tqdm(total=len(ids), unit="prompt", disable=not progress) as bar:
             for batch in batches:
-                run = self._begin(ids, batch, decoding, height=height, seed=seed, microbatches=microbatches)
+                run = self._begin(ids, batch, decoding, shape, seed)
                 for done in self._advance(run, len(batch), decoding, STOP_CHUNK if decoding.stop else None):
                     rows.update(zip(batch, done, strict=True))
                 emitted.update({i: run.emitted(at).first(len(rows[i].tokens)) for at, i in enumerate(batch)})
@@ -153,8 +153,8 @@ class LM:
         chunk = Whole(1, hint="it counts the tokens between two outputs")("chunk", chunk)
         decoding = Decoding(fusion, exits, schedule, self.sampling_of(sampling), max_new_tokens, stop)
         ids, decoding, seed = self._checked(prompts, decoding, seed)
-        height, microbatches = self._shape(len(ids), len(ids), decoding)
-        run = self._begin(ids, range(len(ids)), decoding, height=height, seed=seed, microbatches=microbatches)
+        shape = shape_of_runs(self.build, len(ids), decoding, batch_size=batch_height(len(ids)))
+        run = self._begin(ids, range(len(ids)), decoding, shape, seed)
         return self._chunks(run, ids, decoding, chunk)
 
     def _chunks(self, run: Run, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
@@ -340,33 +340,9 @@ class LM:
         check_room(ids, decoding.max_new_tokens, self.config)
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
-    def _shape(self, prompts: int, batch_size: int, decoding: Decoding) -> tuple[int, int]:
-        """Rows of a batch, and how many such batches follow each other over stages: 1 where there are none.
-
-        Prompts that would fill one batch are one where tokens may leave early, so that none waits for another's turn,
-        and else spread over as many as there are stages.
-        """
-        stages, rows = stages_of(self.mesh), prompts
-        following = min(stages, -(-prompts // batch_size))
-        if stages > 1 and len(decoding.exits.exits(self.config.num_layers)) == 1:
-            following = min(stages, prompts)
-            rows = -(-min(prompts, stages * batch_size) // following)
-        return even(min(batch_size, batch_height(rows)), self.mesh), following
-
-    def _begin(self, ids: list[np.ndarray], batch: Sequence[int], decoding: Decoding, *, height: int, seed: int,
-               microbatches: int) -> Run:
-        """A run of `height` rows, over stages of as many microbatches of `height` rows: prompts `batch` of `ids`, and
-        idle rows so that the shape is one compiled before.
-
-        Settings with an entry per prompt follow their prompts; an idle row repeats the first one's.
-        """
-        idle = height * microbatches - len(batch)
-        rows = [*batch, *[batch[0]] * idle]
-        limits = [min(decoding.max_new_tokens, self.config.context - len(ids[i])) for i in batch]
-        staged = stages_of(self.mesh) > 1
-        kind, more = StagedGeneration if staged else Generation, {"microbatches": microbatches} if staged else {}
-        return kind(self.build, self.params, [ids[i] for i in rows], decoding.take_rows(rows),
-                    limits=[*limits, *[0] * idle], seeds=[seed + i for i in rows], stop_ids=self.config.eos_ids, **more)
+    def _begin(self, ids: list[np.ndarray], rows: Sequence[int], decoding: Decoding, shape: Shape, seed: int) -> Run:
+        return begin(self.build, self.params, ids, rows, decoding, shape, context=self.config.context, seed=seed,
+                     stop_ids=self.config.eos_ids)
 
     def _stats(self, runs: Sequence[Run], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:
         return Stats.of(runs, emitted, prompt_tokens=sum(map(len, ids)), num_layers=self.config.num_layers)
@@ -404,11 +380,6 @@ class LM:
                 run.stop(ended)
             yield rows
         self._tell_of_context(rows, decoding.max_new_tokens)
-
-
-def batch_height(prompts: int) -> int:
-    """The rows of a batch of so many prompts: 1, 2, 3, 4, 6, 8, 12, 16, ..., so that other numbers compile nothing."""
-    return bucket(prompts, least=2) if prompts > 1 else 1
 
 
 def _regroup(flat: list, sizes: list[int]) -> list[list]:

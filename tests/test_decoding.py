@@ -23,6 +23,7 @@ from tiny_lm import (
 
 import sled.lm
 from sled.decoding import programs, state
+from sled.decoding.rows import batch_height
 from sled.decoding.sampling import penalise, truncate
 from sled.errors import SettingError
 from sled.exits import FullDepth
@@ -143,7 +144,7 @@ def test_the_number_of_prompts_is_rounded_so_that_another_compiles_nothing():
     pieces = list(tiny_lm().stream(many[:5], max_new_tokens=CAPACITY, chunk=20))
     assert [list(itertools.chain(*row)) for row in zip(*(p.tokens for p in pieces), strict=True)] == expected[:5]
     assert compiled() == counts
-    assert [sled.lm.batch_height(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+    assert [batch_height(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
 
 
 def test_no_more_programs_are_kept_than_a_bound_and_those_of_a_service(monkeypatch):

@@ -11,10 +11,11 @@ from sled.decoding import loop
 from sled.decoding.batch import HEADROOM
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import Decoding
+from sled.decoding.rows import batch_height
 from sled.decoding.state import bucket
 from sled.errors import CalibrationError, SettingError
 from sled.exits import EarlyExit, SelfSpeculation
-from sled.lm import LM, batch_height
+from sled.lm import LM
 from sled.settings.rules import Flag, Whole
 from sled.settings.unknown import naming_unknown
 from sled.survey.choices import Choices, layer_choices
