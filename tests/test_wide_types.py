@@ -17,7 +17,7 @@ def test_decoding_and_scoring_with_64_bits():
     config = dataclasses.replace(CONFIG, family="mixtral", num_layers=2, windows=None,
                                  experts=Experts(count=4, chosen=2, width=48))
     lm = LM(Decoder.init(config, rngs=nnx.Rngs(0)), name="experts")
-    way = dict(exits=sled.SelfSpeculation(1, draft=2), fusion=sled.SLED(), max_new_tokens=4, sampling=sled.Sampling(
+    way = dict(fusion=sled.SLED(), max_new_tokens=4, sampling=sled.Sampling(
         temperature=np.array([0.0, 0.9]), top_k=9, repetition_penalty=1.2))
     prompts = [[7, 8, 9], [10]]
     with jax.enable_x64(True):

@@ -12,7 +12,7 @@ import tyro
 import sled
 from sled.cli.derived import arguments, derive, left_out, offer, settings_of
 from sled.cli.exit_options import ExitOptions, schedule_options
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, PromptOptions, SamplingOptions, Stop, begin
+from sled.cli.options import ChatOptions, FusionOptions, PromptOptions, SamplingOptions, Stop, TextModelOptions, begin
 from sled.cli.values import NewPath
 from sled.io import writable
 from sled.settings.decorator import declared
@@ -56,7 +56,7 @@ class Calibrate(derive("Exits", *EXITS)):
     grid: Annotated[tuple[float, ...] | None, left_out("18 of them, from 0.999 to 0.1")] = None
     """Thresholds to try, 0 to 1, in any order."""
     prompt_options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
-    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    model_options: TextModelOptions = dataclasses.field(default_factory=TextModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)

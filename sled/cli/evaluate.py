@@ -15,7 +15,7 @@ from sled.cli.derived import arguments, derive, explained, given, left_out, sett
 from sled.cli.devices import ProcessOptions, check_alike, first_process
 from sled.cli.exit_options import ExitOptions
 from sled.cli.line import dashed, parse
-from sled.cli.options import OFFERS, FusionOptions, ModelOptions, SamplingOptions, named_value
+from sled.cli.options import OFFERS, FusionOptions, SamplingOptions, TextModelOptions, named_value
 from sled.cli.values import NewPath
 from sled.errors import EvaluationError, SettingError
 from sled.fusion import FUSIONS
@@ -110,7 +110,7 @@ class Eval:
     """Also time all methods side by side on so many samples of each task; the report has ratios to the baseline."""
     compare: bool = True
     """Compare with the baselines; --no-compare scores what was chosen alone."""
-    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    model_options: TextModelOptions = dataclasses.field(default_factory=TextModelOptions)
     process_options: ProcessOptions = dataclasses.field(default_factory=ProcessOptions)
     fusion_options: FusionsOptions = dataclasses.field(default_factory=FusionsOptions)
     exit_options: ExitOptions = dataclasses.field(default_factory=ExitOptions)

@@ -15,7 +15,15 @@ import sled
 from sled.cli.derived import dashed, given, left_out
 from sled.cli.devices import ProcessOptions, check_alike, first_process
 from sled.cli.exit_options import ExitOptions
-from sled.cli.options import ChatOptions, FusionOptions, ModelOptions, PromptOptions, SamplingOptions, Stop, unescape
+from sled.cli.options import (
+    ChatOptions,
+    FusionOptions,
+    PromptOptions,
+    SamplingOptions,
+    Stop,
+    TextModelOptions,
+    unescape,
+)
 from sled.cli.paint import Paint, PaintedRow, has_colours
 from sled.errors import PromptError, SettingError
 from sled.settings.rules import Whole
@@ -49,7 +57,7 @@ class Generate:
     """Texts to continue, first or last; a backslash and n stands for a line break.
     One that begins with a dash, or is a number, stands behind --."""
     prompt_options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
-    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
+    model_options: TextModelOptions = dataclasses.field(default_factory=TextModelOptions)
     process_options: ProcessOptions = dataclasses.field(default_factory=ProcessOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)

@@ -72,19 +72,34 @@ class ModelOptions:
     """Devices that share one copy of the model: weights, keys and values. It must divide the heads."""
     data_parallel: Annotated[int | None, sets(Mesh, "data"), left_out("as many as --tensor-parallel leaves; 1")] = None
     """Copies of the model, each of which decodes rows of its own."""
-    pipeline_parallel: Annotated[int | None, sets(Mesh, "stage"), left_out("1")] = None
-    """Stages of a pipeline with some of the layers each, for what generates texts without drafts; data is then 1."""
+
+    @property
+    def _stages(self) -> int | None:
+        return None
 
     def load(self) -> sled.LM:
         local_folder(self.model)  # for its error, before the devices are looked for
         print_devices()
-        mesh = mesh_of(data=self.data_parallel, tensor=self.tensor_parallel, stage=self.pipeline_parallel)
+        mesh = mesh_of(data=self.data_parallel, tensor=self.tensor_parallel, stage=self._stages)
         if mesh is None and (devices := jax.device_count()) > 1:
             print(f"one of these is used; --data-parallel {devices} uses all", file=sys.stderr)
         lm = sled.load(self.model, dtype=self.dtype, revision=self.revision, long_context=self.long_context, mesh=mesh)
         if mesh is not None and first_process():
             print(f"split over {spelled(lm.mesh.shape) or 'one device'}", file=sys.stderr)
         return lm
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModelOptions(ModelOptions):
+    """Which model, to generate texts."""
+
+    pipeline_parallel: Annotated[int | None, sets(Mesh, "stage"), left_out("1")] = None
+    """Stages of a pipeline with some of the layers each; tokens may leave early there, but not as drafts. Data is then
+    1."""
+
+    @property
+    def _stages(self) -> int | None:
+        return self.pipeline_parallel
 
 
 @dataclasses.dataclass(frozen=True)
