@@ -18,7 +18,7 @@ from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, listed
 from sled.decoding.groups import stages_of
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
-from sled.decoding.rows import Run, Shape, batch_height, begin, shape_of_runs
+from sled.decoding.rows import Run, RunShape, batch_height, begin_run, shape_of_runs
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.decoding.staged import check_staged
@@ -116,8 +116,7 @@ class LM:
         ids, decoding, seed = self._checked(prompts, decoding, seed)
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch
         shape = shape_of_runs(self.build, len(ids), decoding, batch_size=batch_size)
-        size = min(shape.height, batch_size) * shape.following
-        batches = [order[at:at + size] for at in range(0, len(order), size)]
+        batches = [order[at:at + shape.prompts] for at in range(0, len(order), shape.prompts)]
         rows: dict[int, StopStrings] = {}
         emitted: dict[int, Emitted] = {}
         runs = []
@@ -328,6 +327,7 @@ class LM:
     def check(self, decoding: Decoding) -> None:
         """Raises SettingError for what this model, as it lies on its devices, cannot decode by, whatever the prompts.
         """
+        decoding.check_context(self.config.context)
         plan = Plan.of(decoding.exits, decoding.fusion, self.build.outline)
         if stages_of(self.mesh) > 1:
             check_staged(plan, decoding, self.build)
@@ -336,12 +336,12 @@ class LM:
         """The prompts' token ids, with settings that fit them and the first seed."""
         ids = prompt_ids(prompts, self.text, self.config)
         seed = Whole(0, 2**32 - len(ids), hint="prompt i draws from stream seed + i, one of 2**32")("seed", seed)
-        decoding.check_context(self.config.context)
+        self.check(decoding)
         check_room(ids, decoding.max_new_tokens, self.config)
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
-    def _begin(self, ids: list[np.ndarray], rows: Sequence[int], decoding: Decoding, shape: Shape, seed: int) -> Run:
-        return begin(self.build, self.params, ids, rows, decoding, shape, context=self.config.context, seed=seed,
+    def _begin(self, ids: list[np.ndarray], rows: Sequence[int], decoding: Decoding, shape: RunShape, seed: int) -> Run:
+        return begin_run(self.build, self.params, ids, rows, decoding, shape, context=self.config.context, seed=seed,
                      stop_ids=self.config.eos_ids)
 
     def _stats(self, runs: Sequence[Run], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:

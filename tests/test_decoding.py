@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,8 @@ from tiny_lm import (
 
 import sled.lm
 from sled.decoding import programs, state
-from sled.decoding.rows import batch_height
+from sled.decoding.options import FULL_DEPTH
+from sled.decoding.rows import batch_height, shape_of_runs
 from sled.decoding.sampling import penalise, truncate
 from sled.errors import SettingError
 from sled.exits import FullDepth
@@ -145,6 +147,24 @@ def test_the_number_of_prompts_is_rounded_so_that_another_compiles_nothing():
     assert [list(itertools.chain(*row)) for row in zip(*(p.tokens for p in pieces), strict=True)] == expected[:5]
     assert compiled() == counts
     assert [batch_height(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 25)] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
+
+
+@pytest.mark.parametrize(("stages", "prompts", "batch_size", "plain", "early"), [
+    (1, 1, 1, (1, 1, 1), (1, 1, 1)), (1, 5, 32, (6, 1, 6), (6, 1, 6)), (1, 40, 32, (32, 1, 32), (32, 1, 32)),
+    (4, 1, 32, (1, 1, 1), (1, 1, 1)), (4, 2, 32, (1, 2, 2), (2, 1, 2)), (4, 5, 1, (1, 4, 4), (1, 4, 4)),
+    (4, 7, 32, (2, 4, 8), (8, 1, 8)), (4, 40, 32, (12, 4, 48), (24, 2, 48)), (4, 500, 8, (8, 4, 32), (8, 4, 32)),
+])
+def test_the_shape_of_runs(stages, prompts, batch_size, plain, early):
+    """Over stages batches follow each other; idle rows are few."""
+    mesh = SimpleNamespace(shape={"data": 1, "stage": stages})
+    build = SimpleNamespace(mesh=mesh, outline=SimpleNamespace(num_layers=8))
+    for exits, shape in ((FULL_DEPTH, plain), (sled.EarlyExit((2, 4)), early)):
+        assert shape_of_runs(build, prompts, sled.Decoding(exits=exits), batch_size=batch_size) == shape
+
+
+def test_a_batch_is_filled_up_for_every_group_of_devices():
+    build = SimpleNamespace(mesh=SimpleNamespace(shape={"data": 4, "stage": 1}), outline=SimpleNamespace(num_layers=8))
+    assert shape_of_runs(build, 20, sled.Decoding(), batch_size=6) == (8, 1, 6)
 
 
 def test_no_more_programs_are_kept_than_a_bound_and_those_of_a_service(monkeypatch):

@@ -301,8 +301,7 @@ def test_the_end_line_says_what_exits_did():
     assert end_line(early, 8, exits=True).endswith(
         "; mean depth 2.50 of 8 layers, 9 tokens left before the last; 3 steps spent waiting for deeper layers")
     guessed = Stats(5, 10, 1, 1, 4, drafted=8, accepted=6, verifications=4, deferred=6)
-    assert "tokens/s; 6 of 8 drafts accepted (75%), 1.50 per verification" in end_line(
-        guessed, 8, exits=True)
+    assert end_line(guessed, 8, exits=True).endswith("tokens/s; 6 of 8 drafts accepted (75%), 1.50 per verification")
 
 
 EARLY = ("--exits", "early", "--exit-layers", "1", "--threshold", "0.7", "-n", "32")

@@ -60,7 +60,7 @@ def test_sizes_of_a_mesh(mesh, devices, sizes):
 @pytest.mark.parametrize("make, says", [
     (lambda: Mesh(fsdp=4).sizes(8), "Mesh.fsdp 4 takes 4 devices, but there are 8; give"),
     (lambda: Mesh(tensor=3).sizes(8), "Mesh.tensor 3 takes a multiple of 3 devices, but there are 8"),
-    (lambda: Mesh(data=16, fsdp=-1).sizes(8), "Mesh.data 16 takes a multiple of 16 devices"),
+    (lambda: Mesh(data=16, fsdp=-1).sizes(8), "Mesh.data 16 takes a multiple of 16 devices, but there are 8"),
     (lambda: Mesh(data=-1), "Mesh.data and Mesh.fsdp are -1, but only one"),
     (lambda: Mesh(tensor=0), r"Mesh\.tensor is 0, but must be a whole number of at least 1; .*-1 is what is left"),
     (lambda: Mesh(data=-2, fsdp=1), r"Mesh\.data is -2"),

@@ -312,7 +312,7 @@ def test_a_rehearsal_tells_what_the_run_would_be_and_leaves_nothing(tmp_path, da
     assert found.data.examples > found.held_out.examples > 0 and found.epochs == 4 / -(-found.data.rows // 2)
     assert found.recipe.context == 96 and found.step_seconds > 0 and found.measuring_seconds > 0
     assert (found.measurings, found.saves) == (2, 1)
-    assert found.step_bytes > found.plan.state + found.plan.gradients / 2 and found.peak.count > found.plan.state
+    assert found.step_bytes > found.plan.state + found.plan.gradients / 2 and found.peak.bytes > found.plan.state
     assert found.measuring_bytes > found.plan.state and found.saving_bytes > found.plan.state
     text = found.text()
     assert re.search(r"\n  context +96\n(?:.*\n)*  parameters +[\d,]+\n  data +\d+ examples .*\n"

@@ -19,7 +19,7 @@ from sled.train.data.rows import DataReport, TrainingBatch
 from sled.train.parallel.memory_plan import MemoryPlan, memory_plan
 from sled.train.recipes import Recipe
 from sled.train.run.folder import RunFolder
-from sled.train.run.memory import Peak, peak
+from sled.train.run.memory import Peak, peak_memory
 from sled.train.trainer import TrainingRun, optimizer_of, prepare, share_of
 
 
@@ -119,7 +119,7 @@ def rehearse(run: TrainingRun, *, optimizer: optax.GradientTransformation | None
         dataclasses.replace(recipe, context=prepared.model.context), sum(prepared.sizes), prepared.rows.report,
         prepared.held_out and prepared.held_out.report, prepared.pipeline, example,
         recipe.steps / prepared.batches.per_epoch, compiled - began, taken, measuring_seconds, saves + 1, saves, plan,
-        _most(step), measuring_bytes, plan.state + (largest if jax.default_backend() == "cpu" else 0), peak())
+        _most(step), measuring_bytes, plan.state + (largest if jax.default_backend() == "cpu" else 0), peak_memory())
 
 
 def _example(batch: TrainingBatch, text: Tokenizer) -> str:

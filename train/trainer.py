@@ -49,7 +49,7 @@ from sled.train.parallel.pipeline import PER_STAGE, STAGE, bubble, check_microba
 from sled.train.recipes import ALL, HEADS, Recipe
 from sled.train.run.checkpoint import Checkpoints, check_format
 from sled.train.run.folder import RunFolder
-from sled.train.run.memory import peak
+from sled.train.run.memory import peak_memory
 from sled.train.run.metrics import HELD_OUT, Metrics, draw, progress_bar, progress_line
 from sled.train.run.preemption import leave, preemption
 from sled.train.run.resume import anything, same_rates
@@ -143,10 +143,10 @@ class Prepared:
             return None
         stages, depth = self.stages, self.model.config.num_layers
         count = check_microbatches(self.run.microbatches, self.part // self.placed.ways(ROWS), stages)
-        moved = (f"; their weights move between stages at each step, which a divisor of {depth} would spare"
-                 if depth % stages else "")
+        moved = (f" or on padding; the layers' weights move between stages at each step, which a divisor of {depth} "
+                 "would spare") if depth % stages else ""
         return (f"{stages} stages of {' + '.join(map(str, layers_of_stages(stages, depth)))} layers, {count} "
-                f"microbatches: a stage waits in {bubble(stages, count, depth):.1%} of its turns on average{moved}")
+                f"microbatches: {bubble(stages, count, depth):.1%} of the stages' time is idle{moved}")
 
     def on_devices(self, batch: TrainingBatch, rows: int) -> TrainingBatch:
         """The batch of `rows` rows, of which this process supplies its own."""
@@ -238,7 +238,7 @@ def train(run: TrainingRun, *, optimizer: optax.GradientTransformation | None = 
         decoder = nnx.merge(prepared.graph, state.weights)
         del state  # the optimiser's part makes room
         saved = save_folder(decoder, folder.model, tokenizer_from=folder.model_config)
-        if (taken := peak()) is not None:
+        if (taken := peak_memory()) is not None:
             _say(f"memory: {taken}")
         return saved
 

@@ -38,8 +38,8 @@ class Mesh:
 
     data: rows of the batch; every group holds all weights.
     fsdp: rows of the batch AND weights with their optimiser state (ZeRO-3, arXiv 1910.02054); weights are
-        gathered layer by layer as they are needed. For training alone: a decoding step would gather all for one token,
-        so the rest of the devices that would be its is then that of data.
+        gathered layer by layer as they are needed. For training alone, as a decoding step would gather all for one
+        token: there the default is 1, and data takes the rest, unless data or stage is given.
     tensor: heads, feed-forward width and vocabulary (Megatron-LM, arXiv 1909.08053).
     stage: layers, as a pipeline (GPipe, arXiv 1811.06965); in training the vocabulary, too: every stage computes its
         part of all exits' logits.
@@ -61,11 +61,11 @@ class Mesh:
         sizes = [getattr(self, axis) for axis in AXES]
         product = math.prod(size for size in sizes if size != REST)
         if devices % product if REST in sizes else devices != product:
-            written = " x ".join(f"Mesh.{axis} {size}" for axis, size in zip(AXES, sizes, strict=True)
-                                 if size not in (1, REST)) or "the mesh"
+            named = {axis: size for axis, size in zip(AXES, sizes, strict=True) if size != REST}
+            written = " x ".join(f"Mesh.{axis} {size}" for axis, size in named.items() if size > 1 or product == 1)
             takes = f"a multiple of {product}" if REST in sizes else product
-            raise SettingError(f"{written} takes {takes} devices, but there are {devices}; give sizes whose product is "
-                               f"{devices}, or let JAX see as many devices as are to be used (CUDA_VISIBLE_DEVICES)")
+            raise SettingError(f"{written} takes {takes} device{'s' * (product > 1)}, but there are {devices}; give "
+                               f"sizes whose product is {devices}, or as many devices as they take")
         return tuple(devices // product if size == REST else size for size in sizes)
 
     def build(self, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

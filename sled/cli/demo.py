@@ -85,7 +85,7 @@ class Demo(derive("Fused", *settings_of(offer(sled.SLED, "rate", "scale")))):
         Whole(0, hint="it counts the problems to print")("--show", self.show)
         path = writable_picture("--out", self.out / "lens.png")
         ways = self.ways()
-        lm = ModelOptions().load()
+        lm = ModelOptions().load(advise=False)
         asked = like_long(lm, self.problems)
         print(f"{len(asked)} held-out problems, {lm.config.num_layers} layers, {len(ways)} ways to decode the same "
               "model\n", flush=True)

@@ -77,15 +77,16 @@ class ModelOptions:
     def _stages(self) -> int | None:
         return None
 
-    def load(self) -> sled.LM:
+    def load(self, *, advise: bool = True) -> sled.LM:
+        """advise: says how to use several devices, where one is used."""
         local_folder(self.model)  # for its error, before the devices are looked for
         print_devices()
         mesh = mesh_of(data=self.data_parallel, tensor=self.tensor_parallel, stage=self._stages)
-        if mesh is None and (devices := jax.device_count()) > 1:
+        if advise and mesh is None and (devices := jax.device_count()) > 1:
             print(f"one of these is used; --data-parallel {devices} uses all", file=sys.stderr)
         lm = sled.load(self.model, dtype=self.dtype, revision=self.revision, long_context=self.long_context, mesh=mesh)
-        if mesh is not None and first_process():
-            print(f"split over {spelled(lm.mesh.shape) or 'one device'}", file=sys.stderr)
+        if mesh is not None and lm.mesh.size > 1 and first_process():
+            print(f"split over {spelled(lm.mesh.shape)}", file=sys.stderr)
         return lm
 
 
@@ -94,8 +95,8 @@ class TextModelOptions(ModelOptions):
     """Which model, to generate texts."""
 
     pipeline_parallel: Annotated[int | None, sets(Mesh, "stage"), left_out("1")] = None
-    """Stages of a pipeline with some of the layers each; tokens may leave early there, but not as drafts. Data is then
-    1."""
+    """Stages of a pipeline, with some of the layers each; there is no self-speculation then, and --data-parallel is 1.
+    """
 
     @property
     def _stages(self) -> int | None:

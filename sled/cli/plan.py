@@ -95,7 +95,7 @@ class Plan:
         ways = mesh.abstract(devices)
         plan = decoding_plan(config, ways, rows=rows, context=context, dtype=self.dtype)
         several = f", {plan.batches} such batches following each other" if plan.batches > 1 else ""
-        copied = [f"  a batch's of these {size_in_words(plan.copied)}, copied at a step"] * (plan.batches > 1)
+        copied = [f"  copied at a step {size_in_words(plan.copied)}, a batch's keys and values"] * (plan.batches > 1)
         where = f"each of {devices} devices ({spelled(ways.shape)})" if devices > 1 else "one device"
         idle = f" ({plan.rows - rows} of them idle, so that all groups have as many)" if plan.rows > rows else ""
         written = "1 row" if plan.rows == 1 else f"{plan.rows} rows"

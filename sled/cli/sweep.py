@@ -11,7 +11,7 @@ import tyro
 
 import sled
 from sled.cli.derived import arguments, given, left_out, option_help, option_type, sets
-from sled.cli.options import FEW_PROMPTS, ChatOptions, FusionOptions, Stop, TextModelOptions, layers_to_try, unescape
+from sled.cli.options import FEW_PROMPTS, ChatOptions, FusionOptions, ModelOptions, Stop, layers_to_try, unescape
 from sled.cli.question_options import QuestionOptions
 from sled.cli.values import Layer, LayerSet, NewPath
 from sled.demo import MAX_NEW_TOKENS
@@ -72,7 +72,7 @@ class Sweep:
     """The expected loss to tolerate: the share of questions solved without exits and lost with them."""
     epsilon: float = 0.05
     """The probability that a setting called certified loses more all the same."""
-    model_options: TextModelOptions = dataclasses.field(default_factory=TextModelOptions)
+    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = MAX_NEW_TOKENS

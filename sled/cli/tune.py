@@ -14,10 +14,10 @@ from sled.cli.exit_options import SCHEDULE_OFFERS, exits_written
 from sled.cli.options import (
     ChatOptions,
     FusionOptions,
+    ModelOptions,
     PromptOptions,
     SamplingOptions,
     Stop,
-    TextModelOptions,
     begin,
     layers_to_try,
 )
@@ -60,7 +60,7 @@ class Tune:
     rounds: int = 5
     """Rounds of timing; the fastest counts."""
     prompt_options: PromptOptions = dataclasses.field(default_factory=PromptOptions)
-    model_options: TextModelOptions = dataclasses.field(default_factory=TextModelOptions)
+    model_options: ModelOptions = dataclasses.field(default_factory=ModelOptions)
     chat_options: ChatOptions = dataclasses.field(default_factory=ChatOptions)
     fusion_options: FusionOptions = dataclasses.field(default_factory=FusionOptions)
     sampling_options: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)

@@ -28,9 +28,10 @@ class DecodingPlan:
     """Bytes on each device. rows: of a batch, idle ones included; context: positions of each, prompt and text.
 
     batches: so many of these, which follow each other through the stages of a pipeline. weights, kv: of the type asked
-    for, kv of all batches, copied of the one at hand, where there are several. prompt: what a block of prompt tokens
-    takes while it runs: attention scores of one layer in float32, hidden states and the widest product. logits: of one
-    token of each row, for one layer. undivided: what lies whole on devices that might share it, with the reason.
+    for, kv of all batches. copied: the K/V of one batch, which every step over stages copies; 0 without. prompt: what a
+    block of prompt tokens takes while it runs: attention scores of one layer in float32, hidden states and the widest
+    product. logits: of one token of each row, for one layer. undivided: what lies whole on devices that might share it,
+    with the reason.
     """
 
     rows: int

@@ -17,11 +17,13 @@ from sled.decoding.state import bucket
 Run = Generation | StagedGeneration
 
 
-class Shape(NamedTuple):
-    """Of a run: rows of a batch, idle ones included, and how many such batches follow each other through stages."""
+class RunShape(NamedTuple):
+    """height: rows of a batch, idle ones included. microbatches: how many such batches follow each other through the
+    stages of a pipeline; without stages 1. prompts: how many of all a run takes."""
 
     height: int
-    following: int
+    microbatches: int
+    prompts: int
 
 
 def batch_height(prompts: int) -> int:
@@ -29,32 +31,31 @@ def batch_height(prompts: int) -> int:
     return bucket(prompts, least=2) if prompts > 1 else 1
 
 
-def shape_of_runs(build: Build, prompts: int, decoding: Decoding, *, batch_size: int) -> Shape:
-    """The shape of all runs of so many prompts.
+def shape_of_runs(build: Build, prompts: int, decoding: Decoding, *, batch_size: int) -> RunShape:
+    """The shape of all runs of so many prompts, `batch_size` or fewer in a batch.
 
-    Over stages prompts that would fill one batch are one where tokens may leave early, so that none waits for another's
-    turn, and else spread over as many as there are stages.
+    Over stages, with early exits, prompts that fit into one batch stay one, so that no token waits for another batch's
+    turn; without, they are spread over as many batches as there are stages.
     """
-    stages, rows = stages_of(build.mesh), prompts
-    following = min(stages, -(-prompts // batch_size))
-    if stages > 1 and len(decoding.exits.exits(build.outline.num_layers)) == 1:
-        following = min(stages, prompts)
-        rows = -(-min(prompts, stages * batch_size) // following)
-    return Shape(even(min(batch_size, batch_height(rows)), build.mesh), following)
+    early = len(decoding.exits.exits(build.outline.num_layers)) > 1
+    microbatches = min(stages_of(build.mesh), -(-prompts // batch_size) if early else prompts)
+    rows = -(-min(prompts, microbatches * batch_size) // microbatches)
+    height = min(batch_size, batch_height(rows))
+    return RunShape(even(height, build.mesh), microbatches, height * microbatches)
 
 
-def begin(build: Build, params: Any, ids: Sequence[np.ndarray], rows: Sequence[int], decoding: Decoding, shape: Shape,
-          *, context: int, seed: int, stop_ids: tuple[int, ...]) -> Run:
+def begin_run(build: Build, params: Any, ids: Sequence[np.ndarray], rows: Sequence[int], decoding: Decoding,
+              shape: RunShape, *, context: int, seed: int, stop_ids: tuple[int, ...]) -> Run:
     """A run of the prompts number `rows` of `ids`, and of idle rows, so that it has the shape.
 
     Settings with an entry per prompt follow their prompts, which draw from stream seed + number; an idle row repeats
     the first one's. context: positions of a row at most.
     """
-    idle = shape.height * shape.following - len(rows)
+    idle = shape.height * shape.microbatches - len(rows)
     limits = [min(decoding.max_new_tokens, context - len(ids[i])) for i in rows] + [0] * idle
     rows = [*rows, *[rows[0]] * idle]
     settings = dict(limits=limits, seeds=[seed + i for i in rows], stop_ids=stop_ids)
     prompts, decoding = [ids[i] for i in rows], decoding.take_rows(rows)
     if stages_of(build.mesh) > 1:
-        return StagedGeneration(build, params, prompts, decoding, microbatches=shape.following, **settings)
+        return StagedGeneration(build, params, prompts, decoding, microbatches=shape.microbatches, **settings)
     return Generation(build, params, prompts, decoding, **settings)

@@ -8,8 +8,8 @@ tokens of a row follow each other through the stages in their order, each finds 
 
 One batch whose tokens do not leave early keeps one stage at work at a time. So several may follow each other, called
 microbatches. They take turns at the first stage: next is the one with the largest share of its unfinished rows ready,
-of equal ones that whose last turn is longest ago. With as many as there are stages all have work, and a row whose token
-left early waits until its microbatch's next turn.
+of equal ones the next in number behind the one that went last. With as many as there are stages all have work, and a
+row whose token left early waits until its microbatch's next turn.
 
 Axes beside the usual ones: S stages, M microbatches, R rows of one; B = M R, those of the first microbatch first.
 """
@@ -213,7 +213,7 @@ def _begin(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, blocks_M
         def turn(t, carry):
             handed_RTD, caches = carry
             m = jnp.minimum((t - stage >= ends_M).sum(), len(blocks_M) - 1)
-            positions_T = (t - stage - (ends_M - blocks_M)[m]) * block + jnp.arange(block)
+            positions_T = (t - stage - (ends_M - blocks_M)[m]) * block + jnp.arange(block, dtype=jnp.int32)
             tokens_RS, length_R = _own((tokens_BS, length_B), m, rows)
             here_RT = (positions_T >= 0) & (positions_T < length_R[:, None] - 1)
             positions_RT = jnp.where(here_RT, positions_T, NOWHERE)
@@ -226,7 +226,7 @@ def _begin(build: Build, params, tokens_BS, length_B, limit_B, seeds_B, blocks_M
         empty = Flight(
             h_SRD=jnp.zeros_like(handed_RTD[:, 0])[None],
             kept_SRND=jnp.zeros((1, rows, len(_kept(plan)), h_BTD.shape[-1]), h_BTD.dtype),
-            position_SR=jnp.full((1, rows), NOWHERE), decided_SR=jnp.zeros((1, rows), bool),
+            position_SR=jnp.full((1, rows), NOWHERE, jnp.int32), decided_SR=jnp.zeros((1, rows), bool),
             microbatch_S=jnp.zeros(1, jnp.int32))
         return StagedState(text=new_text(tokens_BS, length_B, limit_B, seeds_B), turn=jnp.int32(0),
                            begun_B=length_B - 1, steps_B=jnp.zeros_like(length_B),
@@ -272,7 +272,7 @@ def _decode(build: Build, params, state: StagedState, policy, fusion, sampling, 
             """The microbatch that the first stage takes, where equal ones follow each other from `turn` on."""
             ready_M, unfinished_M = (x_B.reshape(-1, rows).sum(1) for x_B in (ready_B, unfinished_B(text)))
             share_M = ready_M / jnp.maximum(unfinished_M, 1)
-            return (turn + jnp.roll(share_M, -turn).argmax()) % len(share_M)
+            return (turn + jnp.roll(share_M, -turn).argmax().astype(turn.dtype)) % len(share_M)
 
         def decide(s: int, text, run: Context, here_R, h_RD, kept_RND):
             """Rows that leave at the end of stage s, with their logits, and the number of the exit."""

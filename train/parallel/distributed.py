@@ -102,8 +102,9 @@ def from_first_process(text: str | None) -> str | None:
 
 
 def checked_by_first(check: Callable, *args) -> None:
-    """`check(*args)` in the first process alone; the SledError that it raises there is raised in all. For what several
-    would be in each other's way with, such as trying a folder; all call it together."""
+    """`check(*args)` in the first process alone. The SledError that it raises there is raised in it, and in all others
+    a SettingError with the same words. For what several would be in each other's way with, such as trying a folder;
+    all call it together."""
     error = None
     if jax.process_index() == 0:
         try:

@@ -25,8 +25,8 @@ PER_STAGE = 4  # microbatches to aim at: with so many a fifth of the turns, or l
 
 
 def bubble(stages: int, microbatches: int, layers: int) -> float:
-    """The share of all layers' turns in which they have nothing to do: (S - 1) / (M + S - 1), or more where the stages
-    do not divide the layers, as the last ones then have fewer."""
+    """The share of the stages' work that is for nothing: (S - 1) / (M + S - 1), and more where the stages do not divide
+    the layers, as the last ones then run padding in place of some."""
     turns = -(-layers // stages) * stages * (microbatches + stages - 1)
     return 1 - layers * microbatches / turns
 

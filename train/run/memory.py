@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from typing import NamedTuple
 
 import jax
 
 from sled.io import size_in_words
 
 
-class Peak(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Peak:
     """The most bytes that were taken so far, and by what."""
 
-    count: int
+    bytes: int
     by: str
 
     def __str__(self) -> str:
-        return f"{size_in_words(self.count)} at most, {self.by}"
+        return f"{size_in_words(self.bytes)} at most, {self.by}"
 
 
-def peak() -> Peak | None:
+def peak_memory() -> Peak | None:
     """Of this process' devices the one that took most, or where they keep no count, of the process; None where nothing
     tells."""
     if all(counted := [device.memory_stats() for device in jax.local_devices()]):

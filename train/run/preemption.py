@@ -35,17 +35,11 @@ def preemption() -> Iterator[Callable[[int], bool]]:
         if several:
             signal.raise_signal(signal.SIGTERM)  # which JAX's service has taken over
 
-    if several:
-        before = signal.signal(signal.SIGINT, ask)
-        try:
-            yield reached_preemption_sync_point
-        finally:
-            signal.signal(signal.SIGINT, before)
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    own = (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, ask) for number in own}
     try:
         with _answered_at_once():
-            yield lambda step: bool(signals)
+            yield reached_preemption_sync_point if several else lambda step: bool(signals)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
