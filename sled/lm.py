@@ -13,12 +13,12 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from sled.decoding.batch import Emitted
+from sled.decoding.batch import Emitted, Generation
 from sled.decoding.checkpoint_sampling import WORD, checkpoint_sampling, listed
 from sled.decoding.groups import stages_of
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_STRATEGY, FINAL_LAYER, FULL_DEPTH, GREEDY, NEW_TOKENS, Decoding, decoding_arguments
-from sled.decoding.rows import Run, RunShape, batch_height, begin_run, shape_of_runs
+from sled.decoding.rows import RunShape, batch_height, begin_run, shape_of_runs
 from sled.decoding.sampling import Sampling
 from sled.decoding.scoring import score_pairs
 from sled.decoding.staged import check_staged
@@ -156,7 +156,7 @@ class LM:
         run = self._begin(ids, range(len(ids)), decoding, shape, seed)
         return self._chunks(run, ids, decoding, chunk)
 
-    def _chunks(self, run: Run, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
+    def _chunks(self, run: Generation, ids: list[np.ndarray], decoding: Decoding, chunk: int) -> Iterator[Chunk]:
         sent_tokens, sent_text = [0] * len(ids), [""] * len(ids)
         for rows in self._advance(run, len(ids), decoding, chunk):
             emitted = [run.emitted(i).first(len(row.tokens)) for i, row in enumerate(rows)]
@@ -336,15 +336,16 @@ class LM:
         """The prompts' token ids, with settings that fit them and the first seed."""
         ids = prompt_ids(prompts, self.text, self.config)
         seed = Whole(0, 2**32 - len(ids), hint="prompt i draws from stream seed + i, one of 2**32")("seed", seed)
-        self.check(decoding)
+        decoding.check_context(self.config.context)
         check_room(ids, decoding.max_new_tokens, self.config)
         return ids, decoding.check_rows(len(ids), hint="give one value for all prompts, or an entry for each"), seed
 
-    def _begin(self, ids: list[np.ndarray], rows: Sequence[int], decoding: Decoding, shape: RunShape, seed: int) -> Run:
+    def _begin(self, ids: list[np.ndarray], rows: Sequence[int], decoding: Decoding, shape: RunShape,
+               seed: int) -> Generation:
         return begin_run(self.build, self.params, ids, rows, decoding, shape, context=self.config.context, seed=seed,
                      stop_ids=self.config.eos_ids)
 
-    def _stats(self, runs: Sequence[Run], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:
+    def _stats(self, runs: Sequence[Generation], ids: list[np.ndarray], emitted: Collection[Emitted]) -> Stats:
         return Stats.of(runs, emitted, prompt_tokens=sum(map(len, ids)), num_layers=self.config.num_layers)
 
     def _tell_of_drafts(self, exits: Policy, stats: Stats) -> None:
@@ -367,7 +368,7 @@ class LM:
             warn(f"{cut} of {len(rows)} texts ended where the model's context of {self.config.context:,} tokens did, "
                  f"before {most:,} new ones; give shorter prompts, or a model with a longer context", DecodingWarning)
 
-    def _advance(self, run: Run, count: int, decoding: Decoding,
+    def _advance(self, run: Generation, count: int, decoding: Decoding,
                  chunk: int | None) -> Iterator[list[StopStrings]]:
         """Runs to the end, yielding the first `count` rows after every `chunk` tokens."""
         rows = [StopStrings(self.text, decoding.stop, self.config.eos_ids) for _ in range(count)]

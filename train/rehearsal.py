@@ -78,8 +78,7 @@ class Rehearsal:
         elsewhere = "" if jax.default_backend() == "cpu" else f", and {size(self.plan.state)} of the host's memory"
         lines.append(("  saving", size(self.saving_bytes) + elsewhere))
         if self.peak is not None:
-            lines.append(("  measured", f"{self.peak}, while this read the model, took a step and "
-                                        "measured"))
+            lines.append(("  measured", f"{self.peak}, while this read the model, took a step and measured"))
         width = max(len(name) for name, _ in lines)
         table = [self.recipe.text(), "", *(f"  {name:<{width}}  {value}" for name, value in lines)]
         return "\n".join([*table, "", self.plan.text()] if self.plan.devices > 1 else table)

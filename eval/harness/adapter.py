@@ -22,6 +22,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from sled.decoding.groups import stages_of
 from sled.decoding.memory import naming_shortage
 from sled.decoding.options import A_SAMPLING
 from sled.decoding.scoring import score_pairs
@@ -81,7 +82,11 @@ class SledLM(TemplateLM):
                 "versions": deciding_versions()}
 
     def check_scoring(self, what: str) -> None:
-        """Raises EvaluationError where no log-likelihood depends on the settings, or most are minus infinity."""
+        """Raises EvaluationError where no log-likelihood depends on the settings, most are minus infinity, or the model
+        gives none."""
+        if stages_of(self.lm.mesh) > 1:
+            raise EvaluationError(f"{what} asks for log-likelihoods, which a model on the stages of a pipeline does "
+                                  "not give; load it over tensor and data, or take tasks that generate")
         idle = [name for name, there in (("exits", self.method.leaves_early), ("sampling", self.method.samples))
                 if there]
         if idle:

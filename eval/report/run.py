@@ -17,7 +17,6 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from sled.decoding.groups import stages_of
 from sled.errors import EvaluationError, EvaluationWarning, warn
 from sled.eval.harness.adapter import SledLM
 from sled.eval.harness.cache import Cache
@@ -95,10 +94,6 @@ def evaluate(lm: LM, tasks: str | Sequence[str], methods: Sequence[Method], *, a
                                       now=began)
                   for method in methods}
         for name, task in loaded["tasks"].items():
-            if stages_of(lm.mesh) > 1 and task.OUTPUT_TYPE != "generate_until":
-                raise EvaluationError(f"the task {name!r} asks for log-likelihoods, which a model on the stages of a "
-                                      "pipeline does not give; load it over tensor and data, or take tasks that "
-                                      "generate")
             for model in models.values():
                 if task.OUTPUT_TYPE == "loglikelihood_rolling":
                     model.check_texts(f"the task {name!r}")

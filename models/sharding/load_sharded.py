@@ -37,7 +37,7 @@ def load_onto(path: str | Path, mesh: jax.sharding.Mesh, *, dtype=None, stacked:
 
 
 def read_onto(stored: StoredWeights, at: tuple, shape: tuple[int, ...], where: jax.sharding.Sharding,
-               dtype) -> jax.Array:
+              dtype) -> jax.Array:
     """One parameter in either form, filled up with zeros to this shape; parts that several devices hold are read once.
     """
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 import sled
 from sled.bench.report import BenchReport, column
 from sled.decoding.options import Decoding
+from sled.decoding.rows import RunShape, begin_run
 from sled.decoding.staged import StagedGeneration
 from sled.demo import MAX_NEW_TOKENS
 from sled.eval.questions import demo_questions
@@ -80,7 +81,8 @@ def run_stages_bench(*, model: str = "demo", batch_size: int = 12, new_tokens: i
 
 
 def _run(lm: LM, ids, exits, new_tokens: int, microbatches: int = 1) -> StagedGeneration:
-    run = StagedGeneration(lm.build, lm.params, ids, Decoding(exits=exits), limits=[new_tokens] * len(ids),
-                           seeds=[0] * len(ids), stop_ids=lm.config.eos_ids, microbatches=microbatches)
+    shape = RunShape(len(ids) // microbatches, microbatches, len(ids))
+    run = begin_run(lm.build, lm.params, ids, range(len(ids)), Decoding(exits=exits, max_new_tokens=new_tokens), shape,
+                    context=lm.config.context, seed=0, stop_ids=lm.config.eos_ids)
     run.advance()
     return run

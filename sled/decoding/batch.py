@@ -118,14 +118,16 @@ class Generation(Batch):
                  seeds: list[int], stop_ids: tuple[int, ...]):
         super().__init__(build, params, decoding, stop_ids=stop_ids)
         forget_programs()
-        lengths = np.array([len(p) for p in prompts])
-        self._ends = lengths + limits
+        self._ends = np.array([len(p) for p in prompts]) + limits
         watch = Stopwatch()
-        capacity = bucket(min(int(self._ends.max()), int(lengths.max()) + HEADROOM))
-        self._state = self._start(prompts, list(self._ends), seeds, capacity)
+        self._state = self._begun(prompts, seeds)
         self._fetch()
         self.prefill_seconds, self.compile_seconds = watch.read()
         self.decode_seconds = 0.0
+
+    def _begun(self, prompts: list[np.ndarray], seeds: list[int]):
+        capacity = bucket(min(int(self._ends.max()), max(map(len, prompts)) + HEADROOM))
+        return self._start(prompts, list(self._ends), seeds, capacity)
 
     def advance(self, count: int | None = None) -> None:
         """`count` more tokens per active row, as far as so many are left, or all that are.
@@ -136,15 +138,19 @@ class Generation(Batch):
         most = int(self._ends.max())  # `count` may be more than an int32 holds
         goal_B = self._ends if count is None else np.minimum(self._ends, self.lengths + min(count, most))
         while (self.active & (self.lengths < goal_B)).any():
-            capacity = self._state.capacity
-            while (self.active & (self.lengths >= self._room_B(capacity))).any():
-                capacity = bucket(capacity + 1)
-            if capacity > self._state.capacity:
-                self._state = state.grow(self._build, self._state, plan=self._plan, capacity=capacity)
-            self._decode(np.minimum(goal_B, self._room_B(capacity)))
+            self._go_on(goal_B)
         seconds, compiled = watch.read()
         self.decode_seconds += seconds
         self.compile_seconds += compiled
+
+    def _go_on(self, goal_B: np.ndarray) -> None:
+        """Towards so many known tokens of every row, as far as there is room."""
+        capacity = self._state.capacity
+        while (self.active & (self.lengths >= self._room_B(capacity))).any():
+            capacity = bucket(capacity + 1)
+        if capacity > self._state.capacity:
+            self._state = state.grow(self._build, self._state, plan=self._plan, capacity=capacity)
+        self._decode(np.minimum(goal_B, self._room_B(capacity)))
 
     def _room_B(self, capacity: int) -> np.ndarray:
         """The known tokens up to which rows can go in so many positions, with room for drafts that follow them."""

@@ -28,10 +28,9 @@ class DecodingPlan:
     """Bytes on each device. rows: of a batch, idle ones included; context: positions of each, prompt and text.
 
     batches: so many of these, which follow each other through the stages of a pipeline. weights, kv: of the type asked
-    for, kv of all batches. copied: the K/V of one batch, which every step over stages copies; 0 without. prompt: what a
-    block of prompt tokens takes while it runs: attention scores of one layer in float32, hidden states and the widest
-    product. logits: of one token of each row, for one layer. undivided: what lies whole on devices that might share it,
-    with the reason.
+    for, kv of all batches. prompt: what a block of prompt tokens takes while it runs: attention scores of one layer in
+    float32, hidden states and the widest product. logits: of one token of each row, for one layer. undivided: what lies
+    whole on devices that might share it, with the reason.
     """
 
     rows: int
@@ -39,10 +38,14 @@ class DecodingPlan:
     context: int
     weights: int
     kv: int
-    copied: int
     prompt: int
     logits: int
     undivided: dict[str, str]
+
+    @property
+    def copied(self) -> int:
+        """The K/V of one batch, which every step over stages copies; 0 without."""
+        return self.kv // self.batches if self.batches > 1 else 0
 
     @property
     def total(self) -> int:
@@ -71,7 +74,6 @@ def decoding_plan(config: DecoderConfig, mesh: AbstractMesh, *, rows: int, conte
     widest = max(config.mlp_width, config.num_heads * config.head_dim) // tensor
     return DecodingPlan(
         rows=rows, batches=stages, context=context, weights=weights, kv=kv,
-        copied=taken.kv if stages > 1 else 0,
         prompt=own * block * FLOAT32 * (config.num_heads // tensor * context + 3 * config.width + 2 * widest),
         logits=own * sharding.vocabulary // sharding.ways(sharding.rule("vocab")) * FLOAT32,
         undivided=sharding.undivided)

@@ -14,8 +14,6 @@ from sled.decoding.options import Decoding
 from sled.decoding.staged import StagedGeneration
 from sled.decoding.state import bucket
 
-Run = Generation | StagedGeneration
-
 
 class RunShape(NamedTuple):
     """height: rows of a batch, idle ones included. microbatches: how many such batches follow each other through the
@@ -45,7 +43,7 @@ def shape_of_runs(build: Build, prompts: int, decoding: Decoding, *, batch_size:
 
 
 def begin_run(build: Build, params: Any, ids: Sequence[np.ndarray], rows: Sequence[int], decoding: Decoding,
-              shape: RunShape, *, context: int, seed: int, stop_ids: tuple[int, ...]) -> Run:
+              shape: RunShape, *, context: int, seed: int, stop_ids: tuple[int, ...]) -> Generation:
     """A run of the prompts number `rows` of `ids`, and of idle rows, so that it has the shape.
 
     Settings with an entry per prompt follow their prompts, which draw from stream seed + number; an idle row repeats

@@ -96,7 +96,7 @@ def read_pairs(build: Build, params: Any, pairs: list[Pair], read: Callable[[Cac
                       capacity=capacity, plan=plan)
         groups = groups if full % groups == 0 else 1
         of_group = [[(row - first, index) for row, index in rows if 0 <= row - first < full // groups]
-               for first in range(0, full, full // groups)]
+                    for first in range(0, full, full // groups)]
         most = max(map(len, of_group))
         height = min(-(-batch_size // groups), most)
         for at in range(0, most, height):

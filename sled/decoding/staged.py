@@ -25,22 +25,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from sled.decoding.batch import Batch
+from sled.decoding.batch import Generation
 from sled.decoding.groups import fetched
 from sled.decoding.loop import write_tokens
 from sled.decoding.memory import naming_shortage, refuse_too_large
 from sled.decoding.need import deciding_logits
 from sled.decoding.network import KV, NOWHERE, Build
 from sled.decoding.options import Decoding
-from sled.decoding.programs import bounded, forget_programs
+from sled.decoding.programs import bounded
 from sled.decoding.readout import Readout
 from sled.decoding.sampling import choose, position_keys, processed_logits, seen_tokens
 from sled.decoding.segments import Context
-from sled.decoding.state import PREFILL_BLOCK, Plan, Text, bucket, group, new_text
+from sled.decoding.state import PREFILL_BLOCK, Plan, Text, bucket, group, new_text, token_rows
 from sled.errors import SettingError
 from sled.exits.policy import ExitView
 from sled.settings.per_row import take_rows
-from sled.timing import Stopwatch
 
 STAGE = "stage"
 
@@ -98,60 +97,39 @@ def _kept(plan: Plan) -> tuple[int, ...]:
     return tuple(sorted(set(itertools.chain(*(plan.decisive_layers(s) for s in range(len(plan.exits)))))))
 
 
-class StagedGeneration(Batch):
-    """Prompts over stages, as `Generation` has them over groups of devices, or on one device. The schedule counts for
-    nothing: later stages always follow at the next step.
+class StagedGeneration(Generation):
+    """A `Generation` over stages. Its schedule counts for nothing: later stages always follow at the next step.
 
-    microbatches: how many follow each other, of as many rows each.
+    microbatches: how many batches follow each other, of as many rows each.
     """
 
-    def __init__(self, build: Build, params: Any, prompts: list[np.ndarray], decoding: Decoding, *, limits: list[int],
-                 seeds: list[int], stop_ids: tuple[int, ...], microbatches: int = 1):
-        super().__init__(build, params, decoding, stop_ids=stop_ids)
-        check_staged(self._plan, decoding, build)
+    _state: StagedState
+
+    def __init__(self, build: Build, params: Any, prompts: list[np.ndarray], decoding: Decoding, *,
+                 microbatches: int = 1, **settings):
         self._rows = len(prompts) // microbatches
-        forget_programs()
-        lengths = np.array([len(p) for p in prompts])
-        self._ends = lengths + limits
-        watch = Stopwatch()
-        self._start_all(prompts, seeds, lengths)
-        self._fetch()
-        self.prefill_seconds, self.compile_seconds = watch.read()
-        self.decode_seconds = 0.0
+        super().__init__(build, params, prompts, decoding, **settings)
 
     @naming_shortage("the prompts of a batch")
-    def _start_all(self, prompts, seeds, lengths) -> None:
-        tokens_BS = np.zeros((len(prompts), bucket(int(self._ends.max()))), np.int32)
-        for row, prompt in zip(tokens_BS, prompts, strict=True):
-            row[:len(prompt)] = prompt
+    def _begun(self, prompts, seeds) -> StagedState:
+        check_staged(self._plan, self._decoding, self._build)
+        lengths, capacity = np.array([len(p) for p in prompts], np.int32), bucket(int(self._ends.max()))
         block = bucket(min(int(lengths.max()), PREFILL_BLOCK))
-        refuse_too_large(self._build, block, len(_kept(self._plan)), (), rows=len(prompts),
-                         capacity=tokens_BS.shape[1], at_once=self._rows)
+        refuse_too_large(self._build, block, len(_kept(self._plan)), (), rows=len(prompts), capacity=capacity,
+                         at_once=self._rows)
         blocks_M = -(-(lengths.reshape(-1, self._rows).max(axis=1) - 1) // block)
-        self._state = _begin(self._build, self._params, tokens_BS, lengths.astype(np.int32),
-                             self._ends.astype(np.int32), np.asarray(seeds, np.uint32), blocks_M.astype(np.int32),
-                             plan=self._plan, block=block)
+        return _begin(self._build, self._params, token_rows(prompts, capacity), lengths, self._ends.astype(np.int32),
+                      np.asarray(seeds, np.uint32), blocks_M, plan=self._plan, block=block)
 
     def stop(self, rows: list[int]) -> None:
         self.active[rows] = False
         self._state = _set_active(self._build, self._state, self.active)
 
-    def advance(self, count: int | None = None) -> None:
-        """As `Generation.advance`."""
-        watch = Stopwatch()
-        most = int(self._ends.max())  # `count` may be more than an int32 holds
-        goal_B = self._ends if count is None else np.minimum(self._ends, self.lengths + min(count, most))
-        if (self.active & (self.lengths < goal_B)).any():
-            self._run(goal_B.astype(np.int32))
-        seconds, compiled = watch.read()
-        self.decode_seconds += seconds
-        self.compile_seconds += compiled
-
     @naming_shortage("decoding a batch")
-    def _run(self, goal_B) -> None:
+    def _go_on(self, goal_B) -> None:
         now = self._decoding
         self._state = _decode(self._build, self._params, self._state, now.exits, now.fusion, now.sampling,
-                              self._stop_ids, goal_B, rows=self._rows)
+                              self._stop_ids, goal_B.astype(np.int32), rows=self._rows)
         self._fetch()
 
     @property

@@ -181,11 +181,8 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
     refuse_too_large(build, plan.window, len(plan.buffered_layers), plan.block_heads, rows=len(prompts),
                      capacity=capacity)
     longest = max(len(p) for p in prompts)
-    tokens_BS = np.zeros((len(prompts), capacity), np.int32)
-    for row, prompt in zip(tokens_BS, prompts, strict=True):
-        row[:len(prompt)] = prompt
     length_B = np.array([len(p) for p in prompts], np.int32)
-    state = empty_state(build, params, tokens_BS, length_B, np.asarray(limits, np.int32),
+    state = empty_state(build, params, token_rows(prompts, capacity), length_B, np.asarray(limits, np.int32),
                         np.asarray(seeds, np.uint32), memory, plan=plan)
     begin = shared_length(prompts)
     if len(prompts) > 1 and begin >= SHARED:
@@ -197,6 +194,14 @@ def start(build: Build, params: Any, prompts: list[np.ndarray], limits: list[int
     for at in range(begin, longest - 1, block):
         state = prefill(build, params, state, np.int32(at), block=block)
     return state
+
+
+def token_rows(prompts: list[np.ndarray], capacity: int) -> np.ndarray:
+    """The prompts' tokens [B, S], zeros behind them."""
+    tokens_BS = np.zeros((len(prompts), capacity), np.int32)
+    for row, prompt in zip(tokens_BS, prompts, strict=True):
+        row[:len(prompt)] = prompt
+    return tokens_BS
 
 
 def shared_length(prompts: list[np.ndarray]) -> int:
